@@ -1,0 +1,29 @@
+"""Instance normalisation for CuPy and NumPy arrays: CUDA kernels, explicit forward and backward."""
+
+import os
+
+from . import devices
+from .explain import explain
+from .functional import Saved, instance_norm, instance_norm_backward, instance_norm_forward, warmup
+from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Parameter
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "Parameter",
+    "Saved",
+    "explain",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_forward",
+    "warmup",
+]
+
+# With a usable GPU the core kernels are compiled now rather than in the first call; a failure is an error here, too.
+if os.environ.get("CUPYNORM_EAGER", "1") != "0" and devices.gpu_status()[0]:
+    from .cuda.backend import load_core
+
+    load_core()

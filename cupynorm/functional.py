@@ -1,0 +1,399 @@
+"""The functions: every argument is checked here, then the backend of the arrays is called.
+
+A backend is an object with `forward` and `backward` (cupynorm.cpu shows their contract). It is chosen by where the
+input lies; nothing is moved between devices.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import numbers
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: A NumPy or a CuPy array.
+Array = Any
+
+#: Names of the dtypes that can be normalised.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a forward keeps for its backward.
+
+    x is the input itself, not a copy: it must not be written before the backward. mean and rstd have shape (N, C), in
+    float32 (float64 for float64 input). training: whether they are the input's own statistics.
+    """
+
+    x: Array
+    mean: Array
+    rstd: Array
+    weight: Array | None
+    bias: Array | None
+    training: bool
+    overwritten: bool = False  # out shared memory with x
+
+
+def empty_like(x: Array, empty: Any) -> Array:
+    """A new array from `empty(shape, dtype)`, in memory channels-last if x is, else C-contiguous."""
+    if x.ndim < 3 or x.flags.c_contiguous or x.shape[1] == 1 or x.strides[1] != x.itemsize:
+        return empty(x.shape, x.dtype)
+    return empty((x.shape[0], *x.shape[2:], x.shape[1]), x.dtype).transpose(0, x.ndim - 1, *range(1, x.ndim - 1))
+
+
+def math_dtype(dtype: Any) -> np.dtype:
+    """The dtype that an input's dtype computes in: float64 for float64, else float32."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def kind_of(array: Array, name: str) -> str:
+    """'numpy' or 'cupy'; a TypeError for anything else."""
+    if type(array) is np.ndarray or type(array) is np.memmap:
+        return "numpy"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and type(array) is cupy.ndarray:
+        return "cupy"
+    given = f"{type(array).__module__}.{type(array).__qualname__}"
+    if isinstance(array, np.ndarray):
+        hint = "a subclass's meaning (a mask, say) would be lost: pass numpy.asarray(...) of it if that is wanted"
+    elif cupy is not None and isinstance(array, cupy.ndarray):
+        hint = "a subclass's meaning would be lost: pass a plain cupy.ndarray view of it if that is wanted"
+    else:
+        hint = "convert it with numpy.asarray or cupy.asarray"
+    raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, got {given}; {hint}")
+
+
+def place_of(array: Array, name: str) -> str:
+    """'cpu' or 'cuda:<number>'."""
+    return "cpu" if kind_of(array, name) == "numpy" else f"cuda:{array.device.id}"
+
+
+def backend_of(array: Array) -> Any:
+    """The backend module for an array."""
+    return importlib.import_module(BACKENDS[kind_of(array, "input")])
+
+
+#: Backend modules by kind of array, imported at first use.
+BACKENDS = {"numpy": "cupynorm.cpu", "cupy": "cupynorm.cuda.backend"}
+
+
+def check_number(value: Any, name: str) -> float:
+    """A finite real number, as a float; TypeError or ValueError otherwise."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def check_eps(eps: Any) -> float:
+    eps = check_number(eps, "eps")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps!r}")
+    return eps
+
+
+def check_dtype(dtype: Any, name: str) -> None:
+    if np.dtype(dtype).name not in DTYPES or not np.dtype(dtype).isnative:
+        raise TypeError(f"{name} has dtype {np.dtype(dtype)!s}; accepted are {', '.join(DTYPES)} in native byte order")
+
+
+def check_input(x: Array, name: str = "input") -> None:
+    """An array that can be normalised; TypeError or ValueError otherwise."""
+    kind_of(x, name)
+    check_dtype(x.dtype, name)
+    if x.ndim < 3:
+        raise ValueError(f"{name} must have at least 3 dimensions (N, C, *spatial), got shape {x.shape}")
+
+
+def _check_per_channel(array: Array | None, name: str, x: Array, written: bool = False) -> None:
+    """weight, bias and running statistics: shape (C,), on x's device, in x's dtype or in float32 for 16-bit x."""
+    if array is None:
+        return
+    if place_of(array, name) != place_of(x, "input"):
+        raise ValueError(
+            f"{name} is on {place_of(array, name)} and the input on {place_of(x, 'input')}; move one of them "
+            "(cupy.asarray, cupy.asnumpy, or a layer's to_gpu() / to_cpu())"
+        )
+    accepted = {x.dtype, math_dtype(x.dtype)}
+    if array.dtype not in accepted:
+        raise TypeError(
+            f"{name} has dtype {array.dtype} and the input {x.dtype}; "
+            f"{name} must be {' or '.join(sorted(d.name for d in accepted))}"
+        )
+    if array.shape != (x.shape[1],):
+        raise ValueError(
+            f"{name} has shape {array.shape}, but the input of shape {x.shape} has {x.shape[1]} channels: "
+            f"needed is ({x.shape[1]},)"
+        )
+    if written and kind_of(array, name) == "numpy" and not array.flags.writeable:
+        raise ValueError(f"{name} is read-only, and is to be updated")
+
+
+def _as_host(array: Array) -> np.ndarray:
+    """A view with the same address, shape and strides, for questions about memory only: never read."""
+    if isinstance(array, np.ndarray):
+        return array
+
+    class Memory:
+        __array_interface__ = {  # noqa: RUF012
+            "data": (array.data.ptr, False),
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+            "version": 3,
+        }
+
+    return np.asarray(Memory())
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    if kind_of(a, "array") != kind_of(b, "array") or a.size == 0 or b.size == 0:
+        return False
+    try:
+        return bool(np.shares_memory(_as_host(a), _as_host(b), max_work=100_000))  # type: ignore[arg-type]  # any integer
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    ha, hb = _as_host(a), _as_host(b)
+    return bool(
+        a.shape == b.shape
+        and a.strides == b.strides
+        and ha.__array_interface__["data"][0] == hb.__array_interface__["data"][0]
+    )
+
+
+def _overlaps_itself(a: Array) -> bool:
+    """Whether two indices may mean the same element: needed for out only, so a sufficient test."""
+    reach = a.itemsize
+    for stride, size in sorted(
+        (abs(stride), size) for stride, size in zip(a.strides, a.shape, strict=True) if size > 1
+    ):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def _check_out(out: Array | None, x: Array, inputs: Sequence[tuple[str, Array | None]]) -> bool:
+    """Whether out may be written. Returns whether it is one of the inputs, exactly."""
+    if out is None:
+        return False
+    if place_of(out, "out") != place_of(x, "input"):
+        raise ValueError(f"out is on {place_of(out, 'out')} and the input on {place_of(x, 'input')}")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {x.shape} and dtype {x.dtype}"
+        )
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if out.size and _overlaps_itself(out):
+        raise ValueError(f"out has strides {out.strides}: several of its elements are the same memory")
+    aliased = False
+    for name, array in inputs:
+        if array is None or not _overlap(out, array):
+            continue
+        if array.ndim < 3 or not _same_memory(out, array):
+            raise ValueError(f"out overlaps {name} without being the same array: it would be read after being written")
+        aliased = True
+    return aliased
+
+
+def instance_norm(
+    input: Array,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """Normalise every plane of an array: y = (x - mean) / sqrt(var + eps) * weight + bias.
+
+    The arguments and their order are those of torch.nn.functional.instance_norm. mean and the biased var are taken
+    over the spatial positions of each sample and channel (Ulyanov, Vedaldi, Lempitsky 2016), or, without
+    use_input_stats, from running_mean and running_var.
+
+    Args:
+        input: numpy.ndarray or cupy.ndarray (N, C, *spatial) of rank 3 or more; float16, bfloat16, float32 or float64;
+            any strides. float16 and bfloat16 compute in float32.
+        running_mean, running_var: (C,), both or neither. With use_input_stats they are updated in place,
+            running <- (1 - momentum) * running + momentum * (mean over N of the planes' means and unbiased variances).
+        weight, bias: (C,), each optional.
+        momentum: 0 leaves the running statistics as they are.
+        eps: added to the variance, not negative.
+        out: where to write the result: shape and dtype of input, any strides; it may be input itself.
+
+        weight, bias and running statistics have the input's dtype, or float32 for float16 and bfloat16 input.
+
+    Returns:
+        An array of input's shape and dtype on its device: out, or a new one, channels-last if input is, else
+        C-contiguous.
+
+    Raises:
+        TypeError: an argument of another type, dtype or array class.
+        ValueError: shapes that do not fit, arrays on several devices, one running statistic without the other, or
+            one spatial element with use_input_stats. Nothing has been written then.
+    """
+    y, _ = _forward(
+        input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, out, keep=False
+    )  # fmt: skip
+    return y
+
+
+def instance_norm_forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    eps: float = 1e-5,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """`instance_norm` that also returns what `instance_norm_backward` needs.
+
+    Arguments, defaults and errors are those of `instance_norm`. Saved refers to x and weight, not to copies: change
+    neither before the backward. If out is x, the backward is refused.
+
+    Returns:
+        (y, saved)
+    """
+    y, saved = _forward(x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, out, keep=True)
+    assert saved is not None
+    return y, saved
+
+
+def _forward(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array | None,
+    running_var: Array | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    out: Array | None,
+    *,
+    keep: bool,
+) -> tuple[Array, Saved | None]:
+    check_input(x)
+    momentum, eps = check_number(momentum, "momentum"), check_eps(eps)
+    use_input_stats = bool(use_input_stats)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"running_mean and running_var go together, but {missing} is None")
+    if not use_input_stats and running_mean is None:
+        raise ValueError("use_input_stats=False needs running_mean and running_var")
+    _check_per_channel(running_mean, "running_mean", x, written=use_input_stats)
+    _check_per_channel(running_var, "running_var", x, written=use_input_stats)
+    _check_per_channel(weight, "weight", x)
+    _check_per_channel(bias, "bias", x)
+    if use_input_stats and math.prod(x.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+    aliased = _check_out(
+        out,
+        x,
+        (
+            ("input", x),
+            ("weight", weight),
+            ("bias", bias),
+            ("running_mean", running_mean),
+            ("running_var", running_var),
+        ),
+    )
+    y, saved = backend_of(x).forward(
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        use_input_stats=use_input_stats,
+        momentum=momentum,
+        eps=eps,
+        out=out,
+        keep=keep,
+    )
+    if aliased and saved is not None:
+        object.__setattr__(saved, "overwritten", True)
+    return y, saved
+
+
+def instance_norm_backward(
+    dy: Array, saved: Saved, *, out: Array | None = None
+) -> tuple[Array, Array | None, Array | None]:
+    """Gradients of `instance_norm_forward`.
+
+    In training, with xhat = (x - mean) * rstd and means over the plane,
+    dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)); with running statistics (tracked eval) they are
+    constants and dx = weight * rstd * dy. dweight = sum of dy * xhat, dbias = sum of dy, over N and the plane.
+
+    Args:
+        dy: gradient of y: shape, dtype and device of x; any strides, 0 included.
+        saved: what the forward returned. May be used again.
+        out: where to write dx: shape and dtype of x, any strides; it may be dy or x itself.
+
+    Returns:
+        (dx, dweight, dbias); dweight and dbias in the parameters' dtypes, None where there was no parameter.
+
+    Raises:
+        TypeError, ValueError: dy, saved or out do not fit. Nothing has been written then.
+    """
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
+    x = saved.x
+    if saved.overwritten:
+        raise ValueError("the forward wrote its result over its input (out=x), which the backward needs")
+    if place_of(dy, "dy") != place_of(x, "input"):
+        raise ValueError(f"dy is on {place_of(dy, 'dy')} and the input was on {place_of(x, 'input')}")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy has dtype {dy.dtype}; needed is the input's, {x.dtype}")
+    if dy.shape != x.shape:
+        raise ValueError(f"dy has shape {dy.shape}; needed is the input's, {x.shape}")
+    _check_out(out, x, (("dy", dy), ("input", x), ("weight", saved.weight), ("mean", saved.mean), ("rstd", saved.rstd)))
+    return backend_of(x).backward(dy, saved, out=out)
+
+
+def warmup(x: Array) -> None:
+    """Make calls on arrays like x ready for CUDA-graph capture, on the current stream.
+
+    Runs forward and backward, in training and with running statistics, with affine parameters and without, on scratch
+    arrays: afterwards every kernel they need is compiled and CuPy's memory pool has the blocks they allocate. The
+    contents of x do not matter and are not written. On NumPy arrays there is nothing to do.
+
+    Args:
+        x: an array of the shape, dtype, layout and device to come.
+
+    Raises:
+        TypeError, ValueError: x cannot be normalised.
+    """
+    check_input(x)
+    if kind_of(x, "input") == "numpy":
+        return
+    import cupy
+
+    with x.device:
+        ones = cupy.ones(x.shape[1], math_dtype(x.dtype))
+        dy = cupy.zeros_like(x)
+        for use_input_stats in (True, False):
+            if use_input_stats and math.prod(x.shape[2:]) == 1:
+                continue
+            for affine in ((), (ones, ones)):
+                y, saved = instance_norm_forward(
+                    x, *affine, running_mean=ones.copy(), running_var=ones.copy(), use_input_stats=use_input_stats
+                )
+                gradients = instance_norm_backward(dy, saved)
+                del y, saved, gradients

@@ -1,0 +1,361 @@
+"""The layers: parameters, running statistics, and an explicit forward and backward."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from . import devices
+from .functional import (
+    Array,
+    Saved,
+    check_dtype,
+    check_eps,
+    check_number,
+    instance_norm_backward,
+    instance_norm_forward,
+    kind_of,
+    place_of,
+)
+
+
+class Parameter:
+    """An array that is trained, and its gradient.
+
+    data: the array. It stays the same array as long as the layer stays on its device: assigning to it copies into it.
+    grad: None, or an array of data's shape; backward adds into it.
+    """
+
+    __slots__ = ("_data", "grad")
+
+    def __init__(self, data: Array):
+        self._data = data
+        self.grad: Array | None = None
+
+    @property
+    def data(self) -> Array:
+        return self._data
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if np.shape(value) != self._data.shape:
+            raise ValueError(f"data has shape {self._data.shape}, got {np.shape(value)}")
+        if value is not self._data:
+            self._data[...] = value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._data.dtype
+
+    def cleargrad(self) -> None:
+        self.grad = None
+
+    def __repr__(self) -> str:
+        return f"Parameter({self._data!r})"
+
+
+class _InstanceNorm:
+    """Instance normalisation over {rank}-dimensional planes, with the behaviour of torch.nn.InstanceNorm{rank}d.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance, not negative.
+        momentum: weight of a new observation in the running statistics; None or 0 leaves them as they are.
+        affine: whether there is a trained weight (ones at first) and bias (zeros at first), of shape (C,).
+        track_running_stats: whether running_mean and running_var are kept; eval() then uses them.
+        device: "cpu", "cuda" or "cuda:<number>"; None takes the GPU where one is usable, else the CPU.
+        dtype: of parameters and running statistics: float16, bfloat16, float32 (default) or float64.
+        bias: keyword only; False leaves the bias out of an affine layer.
+
+    Attributes:
+        weight, bias: Parameter or None.
+        running_mean, running_var, num_batches_tracked: arrays, updated in place, or None. num_batches_tracked is
+            always 0, as PyTorch's is.
+        training: True at first.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be.
+        RuntimeError: a GPU is asked for and not usable.
+    """
+
+    _spatial_rank: int
+    _parameters = ("weight", "bias")
+    _buffers = ("running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: str | None = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+    ):
+        if isinstance(num_features, (bool, np.bool_)):
+            raise TypeError(f"num_features must be an integer, got {num_features!r}")
+        try:
+            self.num_features = operator.index(num_features)
+        except TypeError:
+            raise TypeError(f"num_features must be an integer, got {num_features!r}") from None
+        if self.num_features < 0:
+            raise ValueError(f"num_features must not be negative, got {num_features!r}")
+        self.eps = check_eps(eps)
+        self.momentum = None if momentum is None else check_number(momentum, "momentum")
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.training = True
+        dtype = np.dtype(np.float32) if dtype is None else devices.dtype_of(dtype)
+        check_dtype(dtype, "dtype")
+        self.device = devices.resolve(device)
+        self.weight: Parameter | None = None
+        self.bias: Parameter | None = None
+        self.running_mean: Array | None = None
+        self.running_var: Array | None = None
+        self.num_batches_tracked: Array | None = None
+        self._saved: tuple[Saved, bool] | None = None
+        # A layer without arrays of its own follows its input, unless it was told where to be.
+        self._anywhere = device is None and not (self.affine or self.track_running_stats)
+        shape = (self.num_features,)
+        if self.affine:
+            self.weight = Parameter(devices.to_device(np.ones(shape, dtype), self.device))
+            if bias:
+                self.bias = Parameter(devices.to_device(np.zeros(shape, dtype), self.device))
+        if self.track_running_stats:
+            self.running_mean = devices.to_device(np.zeros(shape, dtype), self.device)
+            self.running_var = devices.to_device(np.ones(shape, dtype), self.device)
+            self.num_batches_tracked = devices.to_device(np.zeros((), np.int64), self.device)
+
+    # Computation
+
+    def forward(self, x: Array, *, out: Array | None = None) -> Array:
+        """Normalise x of shape (N, C, *spatial), or (C, *spatial) for one sample.
+
+        In training, and in eval without running statistics, with x's own statistics; in eval with running statistics,
+        with those. Keeps what backward needs: x itself (not a copy) and two numbers a plane.
+
+        Args:
+            x: NumPy or CuPy array on the layer's device; the dtype of the layer, or float16 or bfloat16 for a float32
+                layer.
+            out: where to write the result; x itself is allowed, but then there can be no backward.
+
+        Returns:
+            An array of x's shape and dtype: out, or a new one.
+
+        Raises:
+            TypeError, ValueError: see `cupynorm.instance_norm`. Nothing has been written then.
+        """
+        kind_of(x, "input")
+        rank = self._spatial_rank
+        if x.ndim not in (rank + 1, rank + 2):
+            raise ValueError(f"expected {rank + 1}D or {rank + 2}D input (got {x.ndim}D input)")
+        if not self._anywhere and place_of(x, "input") != self.device:
+            raise TypeError(
+                f"the layer is on {self.device} and the input on {place_of(x, 'input')}: move the layer with "
+                f"{'to_cpu()' if place_of(x, 'input') == 'cpu' else 'to_gpu()'}, or the input with "
+                f"{'cupy.asnumpy' if self.device == 'cpu' else 'cupy.asarray'}"
+            )
+        unbatched = x.ndim == rank + 1
+        axis = 0 if unbatched else 1
+        if x.shape[axis] != self.num_features:
+            if self.affine:
+                raise ValueError(
+                    f"expected input's size at dim={axis} to match num_features ({self.num_features}), "
+                    f"but got: {x.shape[axis]}."
+                )
+            if not self.track_running_stats:
+                warnings.warn(
+                    f"input's size at dim={axis} does not match num_features ({self.num_features}). You can silence "
+                    "this warning by not passing in num_features, which is not used because affine=False",
+                    UserWarning,
+                    stacklevel=2,
+                )
+        use_input_stats = self.training or not self.track_running_stats
+        y, saved = instance_norm_forward(
+            x[None] if unbatched else x,
+            None if self.weight is None else self.weight.data,
+            None if self.bias is None else self.bias.data,
+            eps=self.eps,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            use_input_stats=use_input_stats,
+            momentum=self.momentum or 0.0,
+            out=out[None] if unbatched and out is not None else out,
+        )
+        self._saved = saved, unbatched
+        if out is not None:
+            return out
+        return y[0] if unbatched else y
+
+    __call__ = forward
+
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+        """The gradient of the last forward's input; adds into weight.grad and bias.grad.
+
+        Args:
+            dy: gradient of the last forward's output: its shape and dtype.
+            out: where to write dx; dy itself is allowed.
+
+        Raises:
+            RuntimeError: there was no forward.
+            TypeError, ValueError: see `cupynorm.instance_norm_backward`. Nothing has been written then.
+        """
+        if self._saved is None:
+            raise RuntimeError("backward needs a forward before it")
+        saved, unbatched = self._saved
+        kind_of(dy, "dy")
+        shape = saved.x.shape[1:] if unbatched else saved.x.shape
+        if dy.shape != shape:
+            raise ValueError(f"dy has shape {dy.shape}; needed is the last input's, {shape}")
+        dx, *gradients = instance_norm_backward(
+            dy[None] if unbatched else dy, saved, out=out[None] if unbatched and out is not None else out
+        )
+        for parameter, gradient in zip((self.weight, self.bias), gradients, strict=True):
+            if parameter is None:
+                continue
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad += gradient
+        if out is not None:
+            return out
+        return dx[0] if unbatched else dx
+
+    # Modes and parameters
+
+    def train(self, mode: bool = True) -> _InstanceNorm:
+        """Normalise with the input's statistics and update the running ones. Returns the layer."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> _InstanceNorm:
+        """Normalise with the running statistics, where they are tracked. Returns the layer."""
+        return self.train(False)
+
+    def namedparams(self) -> Iterator[tuple[str, Parameter]]:
+        """("/weight", weight) and ("/bias", bias), where they exist: the names are Chainer's paths."""
+        for name in self._parameters:
+            parameter = getattr(self, name)
+            if parameter is not None:
+                yield f"/{name}", parameter
+
+    def params(self) -> Iterator[Parameter]:
+        """weight and bias, where they exist."""
+        for _, parameter in self.namedparams():
+            yield parameter
+
+    def cleargrads(self) -> None:
+        """Forget the gradients: the next backward begins anew."""
+        for parameter in self.params():
+            parameter.cleargrad()
+
+    # State
+
+    def _state(self) -> dict[str, Array]:
+        """The arrays themselves, by PyTorch's keys and in its order."""
+        state = {name.lstrip("/"): p.data for name, p in self.namedparams()}
+        state |= {name: getattr(self, name) for name in self._buffers if getattr(self, name) is not None}
+        return state
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of weight, bias, running_mean, running_var and num_batches_tracked, as far as they exist.
+
+        Keys and order are PyTorch's; the copies are on the layer's device.
+        """
+        return {name: array.copy() for name, array in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Copy arrays into the layer's own, from either device, cast to the layer's dtype.
+
+        Args:
+            state: by the keys of `state_dict`; arrays, or what numpy.asarray takes.
+            strict: whether missing and unexpected keys are errors.
+
+        Raises:
+            KeyError: missing or unexpected keys, named. Nothing has been loaded then.
+            ValueError: entries of another shape, named. Nothing has been loaded then.
+        """
+        own = self._state()
+        if strict:
+            missing = [name for name in own if name not in state]
+            unexpected = [name for name in state if name not in own]
+            if missing or unexpected:
+                raise KeyError(
+                    f"state_dict does not fit {self!r}: missing {missing or 'nothing'}, "
+                    f"unexpected {unexpected or 'nothing'}"
+                )
+        loaded = {}
+        for name, array in own.items():
+            if name not in state:
+                continue
+            value = devices.to_host(state[name])
+            if value.shape != array.shape:
+                raise ValueError(f"{name} has shape {array.shape} in {self!r}, but {value.shape} in the state_dict")
+            loaded[name] = devices.to_device(value.astype(array.dtype), self.device)
+        for name, value in loaded.items():
+            own[name][...] = value
+
+    def to_gpu(self, device: Any = None) -> _InstanceNorm:
+        """Move parameters, gradients and statistics to a GPU: a number, "cuda:<number>", or None for the current one.
+
+        What the last forward kept is dropped. Returns the layer.
+        """
+        if device is None:
+            device = "cuda"
+        return self._move(devices.resolve(f"cuda:{device}" if isinstance(device, (int, np.integer)) else device))
+
+    def to_cpu(self) -> _InstanceNorm:
+        """Move parameters, gradients and statistics to the CPU. Returns the layer."""
+        return self._move("cpu")
+
+    def _move(self, device: str) -> _InstanceNorm:
+        self._anywhere = False
+        if device == self.device:
+            return self
+        for parameter in self.params():
+            parameter._data = devices.to_device(devices.to_host(parameter.data), device)
+            if parameter.grad is not None:
+                parameter.grad = devices.to_device(devices.to_host(parameter.grad), device)
+        for name in self._buffers:
+            array = getattr(self, name)
+            if array is not None:
+                setattr(self, name, devices.to_device(devices.to_host(array), device))
+        self.device = device
+        self._saved = None
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What the last forward kept belongs to that call, not to a copy of the layer.
+        return self.__dict__ | {"_saved": None}
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats})"
+        )
+
+
+class InstanceNorm1d(_InstanceNorm):
+    _spatial_rank = 1
+
+
+class InstanceNorm2d(_InstanceNorm):
+    _spatial_rank = 2
+
+
+class InstanceNorm3d(_InstanceNorm):
+    _spatial_rank = 3
+
+
+for _layer in (InstanceNorm1d, InstanceNorm2d, InstanceNorm3d):
+    _layer.__doc__ = (_InstanceNorm.__doc__ or "").replace("{rank}", str(_layer._spatial_rank))

@@ -1,0 +1,15 @@
+"""The CuPy backend: the launches of launch.py on the CuPy runtime."""
+
+from .launch import Launcher
+from .runtime import CupyRuntime
+from .source import core_modules
+
+runtime = CupyRuntime()
+launcher = Launcher(runtime)
+forward = launcher.forward
+backward = launcher.backward
+
+
+def load_core() -> None:
+    """Compile the core kernels for the current device, or load them from CuPy's disk cache."""
+    runtime.load_all(core_modules())

@@ -1,0 +1,90 @@
+"""The CuPy runtime: compiles each kernel once for each device, and launches it on the current stream."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
+
+import cupy
+
+from ..functional import Array
+from .plan import Device, Step
+from .source import Module, compile_error
+
+# What a launch may ask for without opting in.
+DEFAULT_SHARED = 48 * 1024
+
+
+class CupyRuntime:
+    """See cupynorm.cuda.launch.Runtime."""
+
+    def __init__(self) -> None:
+        self._kernels: dict[tuple[int, Module, str], cupy.RawKernel] = {}
+        self._devices: dict[int, Device] = {}
+        self._locks: defaultdict[tuple[int, Module], threading.Lock] = defaultdict(threading.Lock)
+        self._lock = threading.Lock()
+
+    def on(self, array: Array) -> AbstractContextManager[Any]:
+        return array.device
+
+    def device(self) -> Device:
+        number = cupy.cuda.runtime.getDevice()
+        if number not in self._devices:
+            p = cupy.cuda.runtime.getDeviceProperties(number)
+            self._devices[number] = Device(
+                p["name"].decode(),
+                (p["major"], p["minor"]),
+                p["multiProcessorCount"],
+                p["sharedMemPerBlockOptin"],
+                p["l2CacheSize"],
+            )
+        return self._devices[number]
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return cupy.empty(shape, dtype)
+
+    def address(self, array: Array) -> int:
+        return array.data.ptr
+
+    def launch(self, module: Module, step: Step, args: tuple[Any, ...]) -> None:
+        key = (cupy.cuda.runtime.getDevice(), module, step.name)
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            self.load(module)
+            kernel = self._kernels[key]
+        kernel(step.grid, (step.threads,), args, shared_mem=step.shared)
+
+    def load(self, module: Module) -> None:
+        """Compile a module for the current device, or load it from CuPy's disk cache: once, whoever else asks."""
+        number = cupy.cuda.runtime.getDevice()
+        with self._lock:
+            lock = self._locks[number, module]
+        with lock:
+            if (number, module, module.kernels[-1]) in self._kernels:
+                return
+            shared = self.device().shared_per_block
+            for name in module.kernels:
+                # CuPy keeps one compiled module for all kernels of the same text and options.
+                kernel = cupy.RawKernel(module.source, name, module.options)
+                try:
+                    kernel.kernel  # noqa: B018 - compiles
+                except cupy.cuda.compiler.CompileException as error:
+                    raise compile_error(module, error.get_message()) from error
+                if shared > DEFAULT_SHARED:
+                    kernel.max_dynamic_shared_size_bytes = shared
+                self._kernels[number, module, name] = kernel
+
+    def load_all(self, modules: Iterable[Module]) -> None:
+        """Load several modules for the current device, side by side."""
+        number = cupy.cuda.runtime.getDevice()
+
+        def load(module: Module) -> None:
+            with cupy.cuda.Device(number):
+                self.load(module)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(load, modules))

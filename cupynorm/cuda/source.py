@@ -1,0 +1,130 @@
+"""Kernel sources: found, put together and named.
+
+A module is one .cu file for one dtype, access width and layout; it holds the kernels of the whole ladder of that file.
+Headers are put in where they are included, since CuPy's disk cache keys on the text it is given and would miss a
+change in a header; #line keeps the compiler's messages pointing at the real file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from .plan import ITEMSIZE, LADDERS, Kind, Plan, resident_threads, widest
+
+
+class CompileError(RuntimeError):
+    """A kernel did not compile. The message has the file, the line and what to do."""
+
+
+def compile_error(module: Module, log: str) -> CompileError:
+    """What the compiler said of a module: the first error with its file and line, and a hint."""
+    first = re.search(r"^(\S+)\((\d+)\): (?:catastrophic )?error.*$", log, re.M)
+    where = f"{first[1]}, line {first[2]}" if first else "the compiler's options"
+    return CompileError(
+        f"{module.file}.cu ({module.dtype}, {module.kind}) does not compile: {where}\n"
+        f"{log.strip()}\n"
+        f"The sources are in {kernel_folder()}. If they are unchanged, the CUDA toolkit's NVRTC is probably too old "
+        "for this GPU or missing its files: `python -m cupynorm info` shows both, and `pip install 'cupynorm[cuda12]'` (or "
+        "cuda13) brings a matching one. CUPYNORM_EAGER=0 puts compiling off until a kernel is used."
+    )
+
+
+@dataclass(frozen=True)
+class Module:
+    """One compile unit."""
+
+    file: str  # a key of plan.LADDERS
+    dtype: str
+    vector: int
+    kind: Kind
+
+    @classmethod
+    def of(cls, file: str, plan: Plan) -> Module:
+        """The module that holds the kernels of a plan's step."""
+        return cls(file, plan.dtype, *((1, "channels_first") if file == "channels" else (plan.vector, plan.kind)))
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Compiler options (NVRTC's and, for the emulator, g++'s)."""
+        resident = resident_threads(self.file, self.dtype, self.kind)
+        rungs = "".join(
+            f"RUNG({r.name},{r.owner.upper()},{r.rest.upper()},{r.threads},{r.chunks or 1},{resident // r.threads})"
+            for r in LADDERS[self.file]
+        )
+        return (
+            "-std=c++17",
+            f"-DSTORAGE_{self.dtype.upper()}=1",
+            f"-DV={self.vector}",
+            f"-DCHANNELS_LAST={int(self.kind == 'channels_last')}",
+            f"-DLADDER={rungs}",
+        )
+
+    @property
+    def source(self) -> str:
+        return inlined(f"{self.file}.cu")
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The names of the kernels in this module."""
+        fixed = re.findall(r"^KERNEL\([^)]*\) (\w+)\(", self.source, re.M)
+        patterned = re.findall(r"^    KERNEL\([^)]*\) (\w+)_##NAME\(", self.source, re.M)
+        return tuple(f"{p}_{r.name}" for p in patterned for r in LADDERS[self.file]) + tuple(fixed)
+
+
+def all_modules() -> list[Module]:
+    """Every module there is: the whole of what may ever be compiled."""
+    kinds: tuple[Kind, ...] = ("channels_first", "channels_last")
+    modules = []
+    for file in LADDERS:
+        for dtype in ITEMSIZE:
+            if file == "channels":
+                modules.append(Module(file, dtype, 1, "channels_first"))
+            else:
+                modules += [Module(file, dtype, v, kind) for kind in kinds for v in (widest(dtype, kind), 1)]
+    return modules
+
+
+def core_modules() -> list[Module]:
+    """What is compiled at import: forward and backward of float32, float16 and bfloat16, channels-first."""
+    return [
+        Module(file, dtype, 1 if file == "channels" else widest(dtype, "channels_first"), "channels_first")
+        for file in ("forward", "backward", "channels")
+        for dtype in ("float32", "float16", "bfloat16")
+    ]
+
+
+def kernel_folder() -> Path:
+    """The folder of the CUDA sources: beside the installed package's modules, else beside the package (a checkout)."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "kernels", package.parent / "kernels"):
+        if (folder / "types.cuh").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"cupynorm's CUDA sources are in neither {package / 'kernels'} nor {package.parent / 'kernels'}: "
+        "install cupynorm again, or run it from a complete checkout"
+    )
+
+
+@lru_cache(maxsize=None)
+def inlined(name: str) -> str:
+    """A source file with its own headers put in, each once."""
+    folder = kernel_folder()
+    seen: set[str] = set()
+
+    def read(file: str) -> str:
+        seen.add(file)
+        lines = [f'#line 1 "kernels/{file}"']
+        for number, line in enumerate((folder / file).read_text(encoding="utf-8").splitlines(), 1):
+            header = re.match(r'#include "(\w+\.cuh)"', line)
+            if not header:
+                lines.append(line)
+            elif header[1] not in seen:
+                lines += [read(header[1]), f'#line {number + 1} "kernels/{file}"']
+            else:
+                lines.append("")
+        return "\n".join(lines)
+
+    return read(name) + "\n"

@@ -1,0 +1,186 @@
+// Planes: who owns one, and which of its elements each thread holds.
+//
+// An owner is a group of threads: a warp or a block (clusters and the whole grid fit the same scheme). It serves one
+// stripe: the planes that lie interleaved in memory, over one tile (the whole of them, unless the regime is split).
+//
+//   channels-first: a stripe is one plane. It is dealt out in packs at aligned addresses, whatever the alignment of the
+//   plane: thread r of G holds packs r, r + G, r + 2G, ... of those that lie in it whole. What is left over at its two
+//   ends, fewer than 2 V elements, goes to the first 2 V threads, one each: the edge.
+//
+//         | pack 0  | pack 1  | pack 2  | pack 3
+//           . . p p   p p p p   p p p p   p . . .        lo = 2, hi = 13: two edge elements before, one behind
+//
+//   channels-last: a stripe is `lanes` packs of V neighbouring channels. Row s of the tile is one spatial position:
+//   thread r holds lane r % lanes of rows r / lanes, r / lanes + G / lanes, ...: each thread sees V planes. No edges.
+//
+// P is the number of planes one thread sees, and plane_of(v) the one that element v of a pack belongs to.
+
+enum { WARP, BLOCK };               // owners
+enum { REGISTERS, SHARED };         // where a tile rests between passes
+
+constexpr int P = CHANNELS_LAST ? V : 1;
+__device__ constexpr int plane_of(int v) { return CHANNELS_LAST ? v : 0; }
+
+// An array as the kernels see it: strides in elements between samples, channels and spatial positions.
+struct Tensor {
+    Storage* data;
+    long long n, c, s;
+};
+
+template <int OWNER, int THREADS>
+struct Share {
+    static constexpr int size = OWNER == WARP ? 32 : THREADS;     // threads of the owner
+    static constexpr bool edges = !CHANNELS_LAST && V > 1;
+    long long tile, n, c;           // the tile; sample and first channel of this thread's planes
+    long long start;                // spatial position of the tile's origin; below 0 where the plane starts unaligned
+    int rank, lanes;                // this thread in its owner; packs side by side in a row (1 when channels-first)
+    int lo, hi;                     // spatial positions in the tile that exist for this thread
+    int first, last;                // of those, the packs (channels-last: the rows) that are whole
+    int edge;                       // the one position this thread holds besides its packs, or -1
+
+    // The share of this thread when its owner is number `owner`, and each stripe has `tiles` tiles of `chunks` packs a
+    // thread. `x` is any array of the call: where there are packs of several elements, all are aligned alike.
+    __device__ Share(long long owner, long long tiles, int chunks, int lanes, const Tensor& x, long long channels,
+                     long long spatial)
+        : rank(threadIdx.x % size), lanes(CHANNELS_LAST ? lanes : 1) {
+        long long stripe = owner, group;
+        tile = 0;
+        if (tiles > 1) { stripe = owner / tiles; tile = owner % tiles; }
+        const long long groups = CHANNELS_LAST ? (channels + lanes * V - 1) / (lanes * V) : channels;
+        if ((stripe | groups) >> 32 == 0) {     // 64-bit division is slow, and nearly never needed
+            n = (unsigned)stripe / (unsigned)groups;
+            group = (unsigned)stripe % (unsigned)groups;
+        } else { n = stripe / groups; group = stripe % groups; }
+        edge = -1;
+        if (CHANNELS_LAST) {
+            c = (group * lanes + rank % lanes) * V;
+            const int rows = chunks * (size / lanes);
+            start = tile * rows;
+            first = lo = 0;
+            last = hi = c < channels ? limit(spatial - start, rows) : 0;
+        } else {
+            c = group;
+            const unsigned long long address = (unsigned long long)(x.data + n * x.n + c * x.c);
+            const int shift = (int)(address / sizeof(Storage) % V);
+            const int elements = chunks * size * V;
+            start = tile * elements - shift;
+            lo = tile == 0 ? shift : 0;
+            hi = limit(spatial - start, elements);
+            first = (lo + V - 1) / V;
+            last = hi / V;
+            if (edges && rank < V) edge = rank >= lo && rank < first * V && rank < hi ? rank : -1;
+            else if (edges && rank < 2 * V && last >= first) {
+                const int position = last * V + rank - V;
+                edge = position < hi ? position : -1;
+            }
+        }
+    }
+
+    __device__ static int limit(long long left, int most) { return left < most ? (left > 0 ? (int)left : 0) : most; }
+
+    static __device__ long long owner_in_grid() {
+        return (blockIdx.x + (long long)gridDim.x * blockIdx.y) * (THREADS / size) + threadIdx.x / size;
+    }
+
+    // Elements of one plane in this tile.
+    __device__ int count() const { return hi > lo ? hi - lo : 0; }
+
+    // The tile's origin in an array: never dereferenced outside [lo, hi).
+    __device__ Storage* origin(const Tensor& t) const {
+        return t.data + n * t.n + c * t.c + (CHANNELS_LAST ? start * t.s : start);
+    }
+
+    // Number of pack k of this thread in the tile (channels-last: its row), whether it is there, and where.
+    __device__ int number(int k) const { return CHANNELS_LAST ? k * (size / lanes) + rank / lanes : k * size + rank; }
+    __device__ bool holds(int k) const { return number(k) >= first && number(k) < last; }
+    __device__ Pack* at(const Tensor& t, Storage* origin, int k) const {
+        return (Pack*)(origin + (CHANNELS_LAST ? number(k) * t.s : (long long)number(k) * V));
+    }
+
+    // f(p, i) for each plane that this thread answers for: plane p of its P, number i = n * C + c. One thread a plane.
+    template <class F> __device__ void each_plane(long long channels, F f) const {
+        if (rank >= lanes || c >= channels) return;
+        #pragma unroll
+        for (int p = 0; p < P; p++) f(p, n * channels + c + p);
+    }
+};
+
+// What one thread holds of an array between passes: packs in its registers or in its own slots of shared memory (slots
+// of neighbouring threads are neighbours, so there are no bank conflicts, and no thread reads another's: no barrier is
+// needed), and its edge element.
+template <int REST, int THREADS, int CHUNKS> struct Packs;
+
+template <int THREADS, int CHUNKS> struct Packs<REGISTERS, THREADS, CHUNKS> {
+    static constexpr int batch = CHUNKS;    // packs read before the first is used
+    Pack pack[CHUNKS];
+    __device__ Packs(Pack*) {}
+    __device__ Pack get(int k) const { return pack[k]; }
+    __device__ void set(int k, const Pack& p) { pack[k] = p; }
+    template <class F> static __device__ void each(int, F f) {
+        #pragma unroll
+        for (int k = 0; k < CHUNKS; k++) f(k);
+    }
+};
+
+template <int THREADS, int CHUNKS> struct Packs<SHARED, THREADS, CHUNKS> {
+    static constexpr int batch = 4;
+    Pack* slot;
+    __device__ Packs(Pack* shared) : slot(shared + threadIdx.x) {}
+    __device__ Pack get(int k) const { return slot[k * THREADS]; }
+    __device__ void set(int k, const Pack& p) { slot[k * THREADS] = p; }
+    template <class F> static __device__ void each(int chunks, F f) {
+        #pragma unroll 2
+        for (int k = 0; k < chunks; k++) f(k);
+    }
+};
+
+template <int REST, int THREADS, int CHUNKS>
+struct Rest : Packs<REST, THREADS, CHUNKS> {
+    Storage edge;
+
+    __device__ Rest(Pack* shared = 0) : Packs<REST, THREADS, CHUNKS>(shared), edge() {}
+
+    // Read packs [from, from + batch) of a tile, all of them before the first is used; with the first batch, the edge.
+    template <class Share> __device__ void read(const Share& share, const Tensor& t, int from, int chunks) {
+        Storage* origin = share.origin(t);
+        Pack pack[Rest::batch];
+        #pragma unroll
+        for (int i = 0; i < Rest::batch; i++) {
+            if (share.holds(from + i)) pack[i] = load(share.at(t, origin, from + i));
+        }
+        if (Share::edges && from == 0 && share.edge >= 0) edge = load(origin + share.edge);
+        #pragma unroll
+        for (int i = 0; i < Rest::batch; i++) if (share.holds(from + i)) this->set(from + i, pack[i]);
+    }
+};
+
+// y = f(p, x) for every element a thread holds of its tile, in plane p of the thread's P.
+template <int REST, int THREADS, int CHUNKS, class Share, class F>
+__device__ inline void write_tile(const Share& share, const Tensor& y, const Rest<REST, THREADS, CHUNKS>& x, int chunks,
+                                  F f) {
+    Storage* origin = share.origin(y);
+    x.each(chunks, [&](int k) {
+        if (!share.holds(k)) return;
+        Pack pack = x.get(k);
+        #pragma unroll
+        for (int v = 0; v < V; v++) pack.v[v] = narrow(f(plane_of(v), widen(pack.v[v])));
+        store(share.at(y, origin, k), pack);
+    });
+    if (Share::edges && share.edge >= 0) store(origin + share.edge, narrow(f(0, widen(x.edge))));
+}
+
+// The same with two arrays: dx = f(p, x, dy).
+template <int REST, int THREADS, int CHUNKS, class Share, class F>
+__device__ inline void write_tile(const Share& share, const Tensor& dx, const Rest<REST, THREADS, CHUNKS>& x,
+                                  const Rest<REST, THREADS, CHUNKS>& dy, int chunks, F f) {
+    Storage* origin = share.origin(dx);
+    x.each(chunks, [&](int k) {
+        if (!share.holds(k)) return;
+        const Pack a = x.get(k), b = dy.get(k);
+        Pack out;
+        #pragma unroll
+        for (int v = 0; v < V; v++) out.v[v] = narrow(f(plane_of(v), widen(a.v[v]), widen(b.v[v])));
+        store(share.at(dx, origin, k), out);
+    });
+    if (Share::edges && share.edge >= 0) store(origin + share.edge, narrow(f(0, widen(x.edge), widen(dy.edge))));
+}

@@ -1,0 +1,79 @@
+"""Backends to run the same cases on, random numbers with a printed seed, and what is skipped where."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupynorm import devices, functional
+
+
+@dataclass
+class Backend:
+    """Where a case runs: numpy, simt (the CUDA kernels on the emulator, over NumPy arrays) or cupy."""
+
+    name: str
+    device: str
+
+    def array(self, host: np.ndarray) -> Any:
+        """The array on this backend, with the host array's strides."""
+        if self.name != "cupy":
+            return host
+        import cupy
+
+        if not host.size:
+            return cupy.asarray(host)
+        # The memory that the strides reach over, then the same view of it.
+        low = sum(min(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True))
+        high = sum(max(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True)) + host.itemsize
+        memory = (ctypes.c_char * (high - low)).from_address(host.ctypes.data + low)
+        raw = cupy.asarray(np.frombuffer(memory, np.uint8))
+        return cupy.ndarray(host.shape, host.dtype, raw.data + (-low), host.strides)
+
+    def host(self, array: Any) -> np.ndarray:
+        return devices.to_host(array)
+
+
+def _has_gpu() -> tuple[bool, str]:
+    return devices.gpu_status()
+
+
+@pytest.fixture(
+    params=[
+        "numpy",
+        pytest.param("simt", marks=pytest.mark.simt),
+        pytest.param("cupy", marks=pytest.mark.gpu),
+    ]
+)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    if request.param == "cupy":
+        return Backend("cupy", "cuda:0")
+    if request.param == "simt":
+        from simt import emulator
+
+        emulator.require()
+        monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
+    return Backend(request.param, "cpu")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    usable, why = _has_gpu()
+    asked = config.option.markexpr
+    for item in items:
+        if item.get_closest_marker("gpu") and not usable:
+            item.add_marker(pytest.mark.skip(reason=f"no usable GPU: {why}"))
+        if item.get_closest_marker("slow") and "slow" not in asked:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh random numbers; the seed is printed with a failure. CUPYNORM_TEST_SEED=<seed> repeats it."""
+    seed = int(os.environ.get("CUPYNORM_TEST_SEED", int.from_bytes(os.urandom(4), "little")))
+    print(f"CUPYNORM_TEST_SEED={seed}")
+    return np.random.default_rng(seed)

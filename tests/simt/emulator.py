@@ -1,0 +1,146 @@
+"""Builds the CUDA sources with g++ (simt.h) and runs them over NumPy arrays: a Runtime for cupynorm.cuda.launch."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupynorm.cuda.plan import DEVICES, Device, Step
+from cupynorm.cuda.source import Module
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("CUPYNORM_SIMT_CACHE", Path(tempfile.gettempdir()) / f"cupynorm-simt-{os.getuid()}"))
+FLAGS = ("-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
+# Fibers have stacks of their own, which AddressSanitizer cannot follow: it watches the heap.
+SANITIZE = ("-fsanitize=address", "--param", "asan-stack=0", "-g")
+ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+
+Transform = Callable[[str], str]
+
+
+class SimtError(RuntimeError):
+    """What the emulator found wrong with a launch."""
+
+
+class _Range(ctypes.Structure):
+    _fields_ = (("low", ctypes.c_size_t), ("high", ctypes.c_size_t))
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("grid_x", ctypes.c_uint), ("grid_y", ctypes.c_uint), ("threads", ctypes.c_uint), ("shared", ctypes.c_uint),
+        ("order", ctypes.c_int), ("seed", ctypes.c_uint),
+        ("ranges", ctypes.POINTER(_Range)), ("range_count", ctypes.c_int),
+        ("args", ctypes.POINTER(ctypes.c_void_p)), ("sizes", ctypes.c_char_p), ("kinds", ctypes.c_char_p),
+        ("arg_count", ctypes.c_int),
+        ("read", ctypes.c_uint64), ("written", ctypes.c_uint64), ("error", ctypes.c_char * 256),
+    )  # fmt: skip
+
+
+def require() -> None:
+    """Skip the test where there is no C++ compiler."""
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+
+
+def source_of(module: Module, transform: Transform | None = None) -> str:
+    source = f'#line 1 "simt.h"\n{(HERE / "simt.h").read_text()}\n{module.source}'
+    if transform is not None:
+        source = transform(source)
+    return source + "\n" + "\n".join(f"SIMT_EXPORT({name})" for name in module.kernels) + "\n"
+
+
+@lru_cache(maxsize=None)
+def build(module: Module, transform: Transform | None = None) -> ctypes.CDLL:
+    """The module as a loaded shared library, built once for each text it ever had."""
+    sanitize = SANITIZE if os.environ.get("CUPYNORM_SIMT_ASAN") else ()
+    options = (*module.options, *FLAGS, *sanitize)
+    source = source_of(module, transform)
+    key = hashlib.sha256("\0".join((source, *options)).encode()).hexdigest()[:24]
+    library = CACHE / f"{module.file}-{module.dtype}-{key}.so"
+    if not library.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            text, made = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
+            text.write_text(source)
+            command = ("g++", *options, str(text), "-o", str(made))
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SimtError(f"{module} does not compile:\n{done.stderr[:4000]}")
+            os.replace(made, library)
+    return ctypes.CDLL(str(library))
+
+
+@dataclass
+class Count:
+    """Bytes of global memory that one launch read and wrote."""
+
+    kernel: str
+    read: int
+    written: int
+
+
+class Emulator:
+    """A cupynorm.cuda.launch.Runtime over NumPy arrays. device and order may be set; counts lists the launches."""
+
+    def __init__(self, device: Device = DEVICES["H100"], order: str = "forward", transform: Transform | None = None):
+        self._device = device
+        self.order = order
+        self.seed = 0
+        self.transform = transform
+        self.counts: list[Count] = []
+        self._bounds: dict[int, tuple[int, int]] = {}
+
+    def on(self, array: Any) -> AbstractContextManager[Any]:
+        self._bounds.clear()
+        return nullcontext()
+
+    def device(self) -> Device:
+        return self._device
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Poisoned: NaN in every float dtype, -1 in integers."""
+        array = np.empty(shape, dtype)
+        array.view(np.uint8 if array.ndim else dtype).fill(255) if array.size else None
+        return array
+
+    def address(self, array: np.ndarray) -> int:
+        address = array.ctypes.data
+        low, high = self._bounds.get(address, (address, address))
+        if array.size:
+            reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+            low = min(low, address + sum(min(r, 0) for r in reach))
+            high = max(high, address + sum(max(r, 0) for r in reach) + array.itemsize)
+        self._bounds[address] = (low, high)
+        return address
+
+    def launch(self, module: Module, step: Step, args: tuple[Any, ...]) -> None:
+        assert step.threads <= 1024
+        assert step.shared <= self._device.shared_per_block
+        assert step.name in module.kernels, f"{step.name} is not in {module}"
+        run = getattr(build(module, self.transform), f"simt_run_{step.name}")
+        values = [np.asarray(a) for a in args]
+        given = [self._bounds[int(a)] for a in args if isinstance(a, np.uintp) and int(a)]
+        self.seed += 1
+        launch = _Launch(
+            *step.grid, step.threads, step.shared, ORDERS[self.order], self.seed,
+            (_Range * len(given))(*(_Range(*g) for g in given)), len(given),
+            (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values)),
+            bytes(v.itemsize for v in values), "".join(v.dtype.kind for v in values).encode(), len(values),
+        )  # fmt: skip
+        if run(ctypes.byref(launch)):
+            raise SimtError(f"{step.name} of {module}: {launch.error.decode()}")
+        self.counts.append(Count(step.name, launch.read, launch.written))

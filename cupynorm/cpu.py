@@ -50,14 +50,13 @@ def forward(
     elif not use_input_stats:
         assert running_mean is not None and running_var is not None
         mean[...] = running_mean
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
             rstd[...] = 1 / np.sqrt(running_var.astype(dtype) + dtype.type(eps))
-        if x.size:
-            for planes, tiles in _blocks(x.shape, dtype):
+            for planes, tiles in _blocks(x.shape, dtype) if x.size else ():
                 scale, shift = _affine(rstd, weight, bias, planes)
                 for tile in tiles:
                     block = _read(x, planes, tile, dtype)
-                    block -= _column(mean, planes, block)
+                    block -= mean[planes].reshape(-1, 1)
                     _write(y, planes, tile, block, scale, shift)
     return y, Saved(x, mean, rstd, weight, bias, training=use_input_stats) if keep else None
 
@@ -133,10 +132,6 @@ def _read(x: Array, planes: Index, tile: Index, dtype: np.dtype) -> np.ndarray:
     block = np.empty(part.shape, dtype)
     block[...] = part
     return block.reshape(part.shape[0] * part.shape[1], -1)
-
-
-def _column(values: np.ndarray, planes: Index, like: np.ndarray) -> np.ndarray:
-    return values[planes].reshape(like.shape[0], 1)
 
 
 def _affine(

@@ -2,7 +2,7 @@
 //
 //     partial   moments_* / gradient_*     one owner a tile      -> count, mean, squares / three sums of the tile
 //     merge     merge_moments / _gradient  one block a plane     -> mean, rstd, delta / sum_dy, sum_dy_xhat, delta
-//     apply     apply_* (pointwise.cu) / apply_gradient_*        -> y / dx, tiles in reverse: the last read are in L2
+//     apply     apply_* / apply_gradient_*  one owner a tile      -> y / dx, tiles in reverse: the last read are in L2
 //
 // Partials lie as [quantity][plane][tile]; the merge goes through them in an order fixed by their number alone.
 
@@ -42,6 +42,31 @@ __device__ inline void moments(const Tensor& x, long long* counts, Accum* means,
         store(counts + at, (long long)share.count());
         store(means + at, (Accum)m.mean[p] + (Accum)m.delta[p]);
         store(squares + at, (Accum)m.squares[p]);
+    });
+}
+
+template <int OWNER, int THREADS, int CHUNKS>
+__device__ inline void apply(const Tensor& x, const Tensor& y, const Math* mean, const Math* rstd, const Math* delta,
+                             const void* weight, const void* bias, int wide, long long channels, long long spatial,
+                             long long owners, long long tiles, int lanes) {
+    typedef Share<OWNER, THREADS> Owner;
+    const long long owner = Owner::owner_in_grid();
+    if (owner >= owners) return;
+    const Owner share(owners - 1 - owner, tiles, CHUNKS, lanes, x, channels, spatial);
+    Math center[P], correction[P], scale[P], shift[P];
+    #pragma unroll
+    for (int p = 0; p < P; p++) {
+        const bool exists = share.c + p < channels;
+        const long long c = exists ? share.c + p : 0, i = exists ? share.n * channels + c : 0;
+        center[p] = load(mean + i);
+        correction[p] = load(delta + i);
+        scale[p] = weight ? load(rstd + i) * load_parameter(weight, wide & WIDE_WEIGHT, c) : load(rstd + i);
+        shift[p] = bias ? load_parameter(bias, wide & WIDE_BIAS, c) : 0;
+    }
+    Rest<REGISTERS, THREADS, CHUNKS> rest;
+    rest.read(share, x, 0, CHUNKS);
+    write_tile(share, y, rest, CHUNKS, [&](int p, Math value) {
+        return ((value - center[p]) - correction[p]) * scale[p] + shift[p];
     });
 }
 
@@ -94,6 +119,13 @@ __device__ inline void apply_gradient(const Tensor& x, const Tensor& dy, const T
         long long channels, long long spatial, long long owners, long long tiles, int lanes) {                        \
         moments<OWNER, THREADS, CHUNKS>(Tensor{x, xn, xc, xs}, counts, means, squares, channels, spatial, owners,     \
                                         tiles, lanes);                                                                \
+    }                                                                                                                 \
+    KERNEL(THREADS, BLOCKS) apply_##NAME(                                                                             \
+        Storage* x, long long xn, long long xc, long long xs, Storage* y, long long yn, long long yc, long long ys,   \
+        const Math* mean, const Math* rstd, const Math* delta, const void* weight, const void* bias, int wide,        \
+        long long channels, long long spatial, long long owners, long long tiles, int lanes) {                        \
+        apply<OWNER, THREADS, CHUNKS>(Tensor{x, xn, xc, xs}, Tensor{y, yn, yc, ys}, mean, rstd, delta, weight, bias,  \
+                                      wide, channels, spatial, owners, tiles, lanes);                                 \
     }                                                                                                                 \
     KERNEL(THREADS, BLOCKS) gradient_##NAME(                                                                          \
         Storage* x, long long xn, long long xc, long long xs, Storage* dy, long long dyn, long long dyc,              \

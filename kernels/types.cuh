@@ -67,6 +67,17 @@ __device__ inline Storage narrow(Math m) {
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 template <class T> __device__ inline T load(const T* p) { return *p; }
 template <class T> __device__ inline void store(T* p, T value) { *p = value; }
+#if V > 1
+// Spelled out: the compiler takes the assignment of a Pack apart, and does not always find one store for it again.
+__device__ inline void store(Pack* p, const Pack& value) {
+    unsigned w[4];
+    memcpy(w, &value, sizeof(Pack));
+    if (sizeof(Pack) == 16) {
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                     :: "l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+    } else asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
+}
+#endif
 #if defined(STORAGE_FLOAT64)
 __device__ inline Math reciprocal_sqrt(Math m) { return 1.0 / sqrt(m); }
 #else

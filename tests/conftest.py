@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from cupynorm import devices, functional
+from cupynorm.cuda.plan import Device
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Backend:
 
     name: str
     device: str
+    _patch: pytest.MonkeyPatch
 
     def array(self, host: np.ndarray) -> Any:
         """The array on this backend, with the host array's strides."""
@@ -34,6 +36,19 @@ class Backend:
         memory = (ctypes.c_char * (high - low)).from_address(host.ctypes.data + low)
         raw = cupy.asarray(np.frombuffer(memory, np.uint8))
         return cupy.ndarray(host.shape, host.dtype, raw.data + (-low), host.strides)
+
+    def pretend(self, device: Device) -> None:
+        """Plan for this device from now on, to the end of the test. NumPy plans nothing."""
+        if self.name == "simt":
+            from simt.backend import runtime
+
+            self._patch.setattr(runtime, "_device", device)
+        elif self.name == "cupy":
+            from cupynorm.cuda.backend import runtime
+
+            real = runtime.device()
+            limited = replace(device, shared_per_block=min(device.shared_per_block, real.shared_per_block))
+            self._patch.setitem(runtime._devices, int(self.device[5:]), limited)
 
     def host(self, array: Any) -> np.ndarray:
         return devices.to_host(array)
@@ -52,13 +67,13 @@ def _has_gpu() -> tuple[bool, str]:
 )
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if request.param == "cupy":
-        return Backend("cupy", "cuda:0")
+        return Backend("cupy", "cuda:0", monkeypatch)
     if request.param == "simt":
         from simt import emulator
 
         emulator.require()
         monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
-    return Backend(request.param, "cpu")
+    return Backend(request.param, "cpu", monkeypatch)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -109,7 +109,7 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
         _SHARED,
     ),
     "split": (Rung("block", "registers", 256, 4),),
-    "pointwise": (*_warp(1, 4), Rung("block", "registers", 256, 4)),
+    "evaluate": (*_warp(1, 4), Rung("block", "registers", 256, 4)),
     "channels": (),
 }
 
@@ -299,11 +299,10 @@ class _Job:
         return Step("channels", name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
 
     def pointwise(self, prefix: str, quantities: int) -> Step:
-        ladder = LADDERS["pointwise"]
-        for rung in ladder:
+        for rung in LADDERS["evaluate"]:
             if self.chunks(rung) <= rung.chunks:
                 break
-        return self.step("pointwise", prefix, rung, self.scratch(rung, quantities, 1),
+        return self.step("evaluate", prefix, rung, self.scratch(rung, quantities, 1),
                          _ceil(self.chunks(rung), rung.chunks))  # fmt: skip
 
 
@@ -368,7 +367,7 @@ def plan(
         return made("split", why, 3,
                     job.step("split", "moments", rung, job.scratch(rung, 1, 2), tiles),
                     job.merge("merge_moments", 24),
-                    job.pointwise("apply", 0), *after)  # fmt: skip
+                    job.step("split", "apply", rung, 0, tiles), *after)  # fmt: skip
     return made("split", why, 5,
                 job.step("split", "gradient", rung, job.scratch(rung, 3, 1), tiles),
                 job.merge("merge_gradient", 24),

@@ -36,7 +36,9 @@ class SimtError(RuntimeError):
 
 
 class _Range(ctypes.Structure):
-    _fields_ = (("low", ctypes.c_size_t), ("high", ctypes.c_size_t))
+    _fields_ = (
+        ("low", ctypes.c_size_t), ("high", ctypes.c_size_t), ("read", ctypes.c_uint64), ("written", ctypes.c_uint64),
+    )  # fmt: skip
 
 
 class _Launch(ctypes.Structure):
@@ -45,8 +47,7 @@ class _Launch(ctypes.Structure):
         ("order", ctypes.c_int), ("seed", ctypes.c_uint),
         ("ranges", ctypes.POINTER(_Range)), ("range_count", ctypes.c_int),
         ("args", ctypes.POINTER(ctypes.c_void_p)), ("sizes", ctypes.c_char_p), ("kinds", ctypes.c_char_p),
-        ("arg_count", ctypes.c_int),
-        ("read", ctypes.c_uint64), ("written", ctypes.c_uint64), ("error", ctypes.c_char * 256),
+        ("arg_count", ctypes.c_int), ("error", ctypes.c_char * 256),
     )  # fmt: skip
 
 
@@ -86,11 +87,12 @@ def build(module: Module, transform: Transform | None = None) -> ctypes.CDLL:
 
 @dataclass
 class Count:
-    """Bytes of global memory that one launch read and wrote."""
+    """Bytes that one launch read and wrote of the array at each address it was given, and how large that is."""
 
     kernel: str
-    read: int
-    written: int
+    size: dict[int, int]
+    read: dict[int, int]
+    written: dict[int, int]
 
 
 class Emulator:
@@ -133,14 +135,17 @@ class Emulator:
         assert step.name in module.kernels, f"{step.name} is not in {module}"
         run = getattr(build(module, self.transform), f"simt_run_{step.name}")
         values = [np.asarray(a) for a in args]
-        given = [self._bounds[int(a)] for a in args if isinstance(a, np.uintp) and int(a)]
+        addresses = list(dict.fromkeys(int(a) for a in args if isinstance(a, np.uintp) and int(a)))
+        ranges = (_Range * len(addresses))(*(_Range(*self._bounds[a], 0, 0) for a in addresses))
         self.seed += 1
         launch = _Launch(
             *step.grid, step.threads, step.shared, ORDERS[self.order], self.seed,
-            (_Range * len(given))(*(_Range(*g) for g in given)), len(given),
+            ranges, len(addresses),
             (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values)),
             bytes(v.itemsize for v in values), "".join(v.dtype.kind for v in values).encode(), len(values),
         )  # fmt: skip
         if run(ctypes.byref(launch)):
             raise SimtError(f"{step.name} of {module}: {launch.error.decode()}")
-        self.counts.append(Count(step.name, launch.read, launch.written))
+        read, written = ({a: getattr(r, name) for a, r in zip(addresses, ranges, strict=True)} for name in ("read", "written"))
+        size = {a: r.high - r.low for a, r in zip(addresses, ranges, strict=True)}
+        self.counts.append(Count(step.name, size, read, written))

@@ -33,18 +33,17 @@ namespace simt {
 
 enum Order { FORWARD, REVERSE, SHUFFLED };
 
-struct Range { uintptr_t low, high; };
+struct Range { uintptr_t low, high; uint64_t read, written; };
 
 struct Launch {
     unsigned grid_x, grid_y, threads, shared;
     int order;
     unsigned seed;
-    const Range* ranges;            // memory that may be touched
+    Range* ranges;                  // memory that may be touched; how many bytes of it were, is a result
     int range_count;
     void** args;
     const unsigned char *sizes, *kinds;
     int arg_count;
-    uint64_t read, written;         // results, in bytes
     char error[256];
 };
 
@@ -187,7 +186,6 @@ static int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pa
     m.launch = launch;
     m.kernel = kernel;
     m.failed = false;
-    launch->read = launch->written = 0;
     launch->error[0] = 0;
     if ((int)parameters.size() != launch->arg_count) {
         snprintf(launch->error, sizeof launch->error, "%d arguments for %zu parameters", launch->arg_count, parameters.size());
@@ -235,13 +233,16 @@ template <class... A> void call(void (*kernel)(A...), void** args) {
     call(kernel, args, std::index_sequence_for<A...>());
 }
 
-static void check(const void* p, size_t size, size_t alignment) {
+// Check an access to global memory; the range it lies in.
+static Range& check(const void* p, size_t size, size_t alignment) {
     const uintptr_t a = (uintptr_t)p;
     if (a % alignment) fail("an access of " + std::to_string(size) + " bytes is not aligned");
     for (int i = 0; i < m.launch->range_count; i++) {
-        if (a >= m.launch->ranges[i].low && a + size <= m.launch->ranges[i].high) return;
+        Range& range = m.launch->ranges[i];
+        if (a >= range.low && a + size <= range.high) return range;
     }
     fail("an access of " + std::to_string(size) + " bytes lies outside of every array of the launch");
+    return m.launch->ranges[0];
 }
 
 static float widen16(uint16_t bits) {
@@ -284,13 +285,11 @@ static uint16_t narrow16(float f) {
     }
 
 template <class T> inline T load(const T* p) {
-    simt::check(p, sizeof(T), alignof(T));
-    simt::m.launch->read += sizeof(T);
+    simt::check(p, sizeof(T), alignof(T)).read += sizeof(T);
     return *p;
 }
 template <class T> inline void store(T* p, T value) {
-    simt::check(p, sizeof(T), alignof(T));
-    simt::m.launch->written += sizeof(T);
+    simt::check(p, sizeof(T), alignof(T)).written += sizeof(T);
     *p = value;
 }
 inline float reciprocal_sqrt(float f) { return (float)(1 / std::sqrt((double)f)); }

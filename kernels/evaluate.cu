@@ -1,40 +1,14 @@
-// Passes that need no statistics of their own: each element is read once and written once, for planes of any size.
+// Tracked eval: the running statistics are given, so each element is read once and written once, for planes of any size.
 //
-//     apply_*           y = ((x - mean) - delta) * (rstd * weight) + bias, with what merge_moments found
-//     evaluate_*        the same with the running statistics (tracked eval); saves mean and rstd for the backward
-//     eval_gradient_*   dx = dy * weight * rstd (tracked eval: the statistics are constants), and in the same pass the
-//                       two sums of the affine gradients, a partial for each tile
+//     evaluate_*        y = (x - running_mean) * (rstd * weight) + bias; saves mean and rstd for the backward
+//     eval_gradient_*   dx = dy * weight * rstd, since the statistics are constants, and in the same pass the two sums
+//                       of the affine gradients, a partial for each tile
 //
 // Macros as in forward.cu; an owner serves one tile of CHUNKS packs a thread.
 
 #include "types.cuh"
 #include "plane.cuh"
 #include "sums.cuh"
-
-template <int OWNER, int THREADS, int CHUNKS>
-__device__ inline void apply(const Tensor& x, const Tensor& y, const Math* mean, const Math* rstd, const Math* delta,
-                             const void* weight, const void* bias, int wide, long long channels, long long spatial,
-                             long long owners, long long tiles, int lanes) {
-    typedef Share<OWNER, THREADS> Owner;
-    const long long owner = Owner::owner_in_grid();
-    if (owner >= owners) return;
-    const Owner share(owners - 1 - owner, tiles, CHUNKS, lanes, x, channels, spatial);
-    Math center[P], correction[P], scale[P], shift[P];
-    #pragma unroll
-    for (int p = 0; p < P; p++) {
-        const bool exists = share.c + p < channels;
-        const long long c = exists ? share.c + p : 0, i = exists ? share.n * channels + c : 0;
-        center[p] = load(mean + i);
-        correction[p] = load(delta + i);
-        scale[p] = weight ? load(rstd + i) * load_parameter(weight, wide & WIDE_WEIGHT, c) : load(rstd + i);
-        shift[p] = bias ? load_parameter(bias, wide & WIDE_BIAS, c) : 0;
-    }
-    Rest<REGISTERS, THREADS, CHUNKS> rest;
-    rest.read(share, x, 0, CHUNKS);
-    write_tile(share, y, rest, CHUNKS, [&](int p, Math value) {
-        return ((value - center[p]) - correction[p]) * scale[p] + shift[p];
-    });
-}
 
 template <int OWNER, int THREADS, int CHUNKS>
 __device__ inline void evaluate(const Tensor& x, const Tensor& y, const void* running_mean, const void* running_var,
@@ -112,13 +86,6 @@ __device__ inline void eval_gradient(const Tensor& x, const Tensor& dy, const Te
 }
 
 #define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS)                                                              \
-    KERNEL(THREADS, BLOCKS) apply_##NAME(                                                                             \
-        Storage* x, long long xn, long long xc, long long xs, Storage* y, long long yn, long long yc, long long ys,   \
-        const Math* mean, const Math* rstd, const Math* delta, const void* weight, const void* bias, int wide,        \
-        long long channels, long long spatial, long long owners, long long tiles, int lanes) {                        \
-        apply<OWNER, THREADS, CHUNKS>(Tensor{x, xn, xc, xs}, Tensor{y, yn, yc, ys}, mean, rstd, delta, weight, bias,  \
-                                      wide, channels, spatial, owners, tiles, lanes);                                 \
-    }                                                                                                                 \
     KERNEL(THREADS, BLOCKS) evaluate_##NAME(                                                                          \
         Storage* x, long long xn, long long xc, long long xs, Storage* y, long long yn, long long yc, long long ys,   \
         const void* running_mean, const void* running_var, const void* weight, const void* bias, int wide,            \

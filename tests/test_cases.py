@@ -1,0 +1,18 @@
+"""The case table on every backend."""
+
+from __future__ import annotations
+
+import cases
+import numpy as np
+import pytest
+from conftest import Backend
+
+
+@pytest.mark.parametrize("case", cases.TABLE, ids=str)
+def test_table(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
+    cases.check(backend, case, rng)
+
+
+@pytest.mark.parametrize("case", cases.variants(), ids=str)
+def test_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
+    cases.check(backend, case, rng)

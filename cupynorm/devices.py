@@ -17,7 +17,11 @@ def gpu_status() -> tuple[bool, str]:
 
     The driver is asked first, so that CuPy is imported only where there is a GPU for it.
     """
-    if importlib.util.find_spec("cupy") is None:
+    try:
+        missing = importlib.util.find_spec("cupy") is None
+    except (ImportError, ValueError):  # an import hook or a stub in its place
+        missing = True
+    if missing:
         return False, "CuPy is not installed: pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

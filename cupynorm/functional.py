@@ -23,7 +23,7 @@ Array = Any
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Saved:
     """What a forward keeps for its backward.
 
@@ -37,7 +37,7 @@ class Saved:
     weight: Array | None
     bias: Array | None
     training: bool
-    overwritten: bool = False  # out shared memory with x
+    overwritten: bool = False  # x was given as out, of the forward or of a backward
 
 
 def empty_like(x: Array, empty: Any) -> Array:
@@ -164,9 +164,11 @@ def _overlap(a: Array, b: Array) -> bool:
 
 def _same_memory(a: Array, b: Array) -> bool:
     ha, hb = _as_host(a), _as_host(b)
+    # Strides of axes of size 1 say nothing.
+    steps = [[s for s, size in zip(array.strides, array.shape, strict=True) if size > 1] for array in (a, b)]
     return bool(
         a.shape == b.shape
-        and a.strides == b.strides
+        and steps[0] == steps[1]
         and ha.__array_interface__["data"][0] == hb.__array_interface__["data"][0]
     )
 
@@ -183,10 +185,10 @@ def _overlaps_itself(a: Array) -> bool:
     return False
 
 
-def _check_out(out: Array | None, x: Array, inputs: Sequence[tuple[str, Array | None]]) -> bool:
-    """Whether out may be written. Returns whether it is one of the inputs, exactly."""
+def _check_out(out: Array | None, x: Array, inputs: Sequence[tuple[str, Array | None]]) -> None:
+    """Whether out may be written: it must not overlap an input unless it is that input."""
     if out is None:
-        return False
+        return
     if place_of(out, "out") != place_of(x, "input"):
         raise ValueError(f"out is on {place_of(out, 'out')} and the input on {place_of(x, 'input')}")
     if out.shape != x.shape or out.dtype != x.dtype:
@@ -197,14 +199,17 @@ def _check_out(out: Array | None, x: Array, inputs: Sequence[tuple[str, Array | 
         raise ValueError("out is read-only")
     if out.size and _overlaps_itself(out):
         raise ValueError(f"out has strides {out.strides}: several of its elements are the same memory")
-    aliased = False
     for name, array in inputs:
         if array is None or not _overlap(out, array):
             continue
         if array.ndim < 3 or not _same_memory(out, array):
             raise ValueError(f"out overlaps {name} without being the same array: it would be read after being written")
-        aliased = True
-    return aliased
+
+
+def _spoil(saved: Saved, out: Array | None) -> None:
+    """Note in saved that out was its x."""
+    if out is not None and _overlap(out, saved.x):
+        object.__setattr__(saved, "overwritten", True)
 
 
 def instance_norm(
@@ -298,13 +303,14 @@ def _forward(
         raise ValueError(f"running_mean and running_var go together, but {missing} is None")
     if not use_input_stats and running_mean is None:
         raise ValueError("use_input_stats=False needs running_mean and running_var")
-    _check_per_channel(running_mean, "running_mean", x, written=use_input_stats)
-    _check_per_channel(running_var, "running_var", x, written=use_input_stats)
+    updated = use_input_stats and momentum != 0
+    _check_per_channel(running_mean, "running_mean", x, written=updated)
+    _check_per_channel(running_var, "running_var", x, written=updated)
     _check_per_channel(weight, "weight", x)
     _check_per_channel(bias, "bias", x)
     if use_input_stats and math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
-    aliased = _check_out(
+    _check_out(
         out,
         x,
         (
@@ -327,8 +333,8 @@ def _forward(
         out=out,
         keep=keep,
     )
-    if aliased and saved is not None:
-        object.__setattr__(saved, "overwritten", True)
+    if saved is not None:
+        _spoil(saved, out)
     return y, saved
 
 
@@ -343,7 +349,7 @@ def instance_norm_backward(
 
     Args:
         dy: gradient of y: shape, dtype and device of x; any strides, 0 included.
-        saved: what the forward returned. May be used again.
+        saved: what the forward returned. May be used again, unless out is x.
         out: where to write dx: shape and dtype of x, any strides; it may be dy or x itself.
 
     Returns:
@@ -356,7 +362,7 @@ def instance_norm_backward(
         raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
     x = saved.x
     if saved.overwritten:
-        raise ValueError("the forward wrote its result over its input (out=x), which the backward needs")
+        raise ValueError("the forward's input, which the backward needs, has been written over (out=x)")
     if place_of(dy, "dy") != place_of(x, "input"):
         raise ValueError(f"dy is on {place_of(dy, 'dy')} and the input was on {place_of(x, 'input')}")
     if dy.dtype != x.dtype:
@@ -364,7 +370,9 @@ def instance_norm_backward(
     if dy.shape != x.shape:
         raise ValueError(f"dy has shape {dy.shape}; needed is the input's, {x.shape}")
     _check_out(out, x, (("dy", dy), ("input", x), ("weight", saved.weight), ("mean", saved.mean), ("rstd", saved.rstd)))
-    return backend_of(x).backward(dy, saved, out=out)
+    gradients: tuple[Array, Array | None, Array | None] = backend_of(x).backward(dy, saved, out=out)
+    _spoil(saved, out)
+    return gradients
 
 
 def warmup(x: Array) -> None:

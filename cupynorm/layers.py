@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -60,6 +61,28 @@ class Parameter:
 
     def __repr__(self) -> str:
         return f"Parameter({self._data!r})"
+
+
+def _check_gradient(name: str, parameter: Parameter) -> None:
+    """A gradient that someone put there must be one that backward can add to."""
+    grad, data = parameter.grad, parameter.data
+    if grad is None:
+        return
+    if place_of(grad, f"{name}.grad") != place_of(data, name) or grad.shape != data.shape or grad.dtype != data.dtype:
+        raise ValueError(
+            f"{name}.grad is {grad.shape} {grad.dtype} on {place_of(grad, name)}; needed to add to it is "
+            f"{data.shape} {data.dtype} on {place_of(data, name)}, or None"
+        )
+    if isinstance(grad, np.ndarray) and not grad.flags.writeable:
+        raise ValueError(f"{name}.grad is read-only, and is to be added to")
+
+
+def _level_of_caller() -> int:
+    """The stacklevel of a warning for whoever called into this module."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class _InstanceNorm:
@@ -165,6 +188,8 @@ class _InstanceNorm:
                 f"{'to_cpu()' if place_of(x, 'input') == 'cpu' else 'to_gpu()'}, or the input with "
                 f"{'cupy.asnumpy' if self.device == 'cpu' else 'cupy.asarray'}"
             )
+        if out is not None:
+            kind_of(out, "out")
         unbatched = x.ndim == rank + 1
         axis = 0 if unbatched else 1
         if x.shape[axis] != self.num_features:
@@ -178,7 +203,7 @@ class _InstanceNorm:
                     f"input's size at dim={axis} does not match num_features ({self.num_features}). You can silence "
                     "this warning by not passing in num_features, which is not used because affine=False",
                     UserWarning,
-                    stacklevel=2,
+                    stacklevel=_level_of_caller(),
                 )
         use_input_stats = self.training or not self.track_running_stats
         y, saved = instance_norm_forward(
@@ -197,7 +222,9 @@ class _InstanceNorm:
             return out
         return y[0] if unbatched else y
 
-    __call__ = forward
+    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+        """The same as forward."""
+        return self.forward(x, out=out)
 
     def backward(self, dy: Array, *, out: Array | None = None) -> Array:
         """The gradient of the last forward's input; adds into weight.grad and bias.grad.
@@ -214,6 +241,10 @@ class _InstanceNorm:
             raise RuntimeError("backward needs a forward before it")
         saved, unbatched = self._saved
         kind_of(dy, "dy")
+        if out is not None:
+            kind_of(out, "out")
+        for name, trained in self.namedparams():
+            _check_gradient(name.lstrip("/"), trained)
         shape = saved.x.shape[1:] if unbatched else saved.x.shape
         if dy.shape != shape:
             raise ValueError(f"dy has shape {dy.shape}; needed is the last input's, {shape}")
@@ -294,14 +325,15 @@ class _InstanceNorm:
                     f"state_dict does not fit {self!r}: missing {missing or 'nothing'}, "
                     f"unexpected {unexpected or 'nothing'}"
                 )
-        loaded = {}
-        for name, array in own.items():
-            if name not in state:
-                continue
-            value = devices.to_host(state[name])
-            if value.shape != array.shape:
-                raise ValueError(f"{name} has shape {array.shape} in {self!r}, but {value.shape} in the state_dict")
-            loaded[name] = devices.to_device(value.astype(array.dtype), self.device)
+        given = {name: devices.to_host(state[name]) for name in own if name in state}
+        wrong = [
+            f"{name} {value.shape}, not {own[name].shape}"
+            for name, value in given.items()
+            if value.shape != own[name].shape
+        ]
+        if wrong:
+            raise ValueError(f"state_dict does not fit {self!r}: the shape of {'; of '.join(wrong)}")
+        loaded = {name: devices.to_device(v.astype(own[name].dtype), self.device) for name, v in given.items()}
         for name, value in loaded.items():
             own[name][...] = value
 
@@ -312,7 +344,11 @@ class _InstanceNorm:
         """
         if device is None:
             device = "cuda"
-        return self._move(devices.resolve(f"cuda:{device}" if isinstance(device, (int, np.integer)) else device))
+        if isinstance(device, (int, np.integer)):
+            device = f"cuda:{device}"
+        if device == "cpu":
+            raise ValueError("to_gpu needs the device of a GPU, got 'cpu': use to_cpu()")
+        return self._move(devices.resolve(device))
 
     def to_cpu(self) -> _InstanceNorm:
         """Move parameters, gradients and statistics to the CPU. Returns the layer."""

@@ -16,7 +16,7 @@ template <int OWNER, int REST, int THREADS, int CHUNKS>
 __device__ inline void backward(const Tensor& x, const Tensor& dy, const Tensor& dx, const Math* mean, const Math* rstd,
                                 const void* weight, int wide, Math* sum_dy, Math* sum_dy_xhat, long long channels,
                                 long long spatial, long long stripes, int lanes, int chunks) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     typedef Share<OWNER, THREADS> Owner;
     const long long owner = Owner::owner_in_grid();
     if (owner >= stripes) return;

@@ -25,7 +25,7 @@ __device__ inline Accum sum_over_batch(const Math* values, long long samples, lo
 KERNEL(COLUMNS * ROWS, 1) running_statistics(const Math* mean, const Math* variance, long long samples,
                                              long long channels, double momentum, void* running_mean,
                                              void* running_var, int wide) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
     const Accum mean_ = sum_over_batch(mean, samples, channels, c, (Accum*)shared) / samples;
     const Accum var_ = sum_over_batch(variance, samples, channels, c, (Accum*)shared + COLUMNS * ROWS) / samples;
@@ -39,7 +39,7 @@ KERNEL(COLUMNS * ROWS, 1) running_statistics(const Math* mean, const Math* varia
 // dweight = sum of sum_dy_xhat over the batch, dbias = sum of sum_dy; each may be null.
 KERNEL(COLUMNS * ROWS, 1) parameter_gradients(const Math* sum_dy, const Math* sum_dy_xhat, long long samples,
                                               long long channels, void* dweight, void* dbias, int wide) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
     const bool writes = threadIdx.x < COLUMNS && c < channels;
     if (dweight) {

@@ -42,7 +42,7 @@ __device__ inline void eval_gradient(const Tensor& x, const Tensor& dy, const Te
                                      const Math* rstd, const void* weight, int wide, Math* partial, long long planes,
                                      long long channels, long long spatial, long long owners, long long tiles,
                                      int lanes) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     typedef Share<OWNER, THREADS> Owner;
     const long long owner = Owner::owner_in_grid();
     if (owner >= owners) return;

@@ -15,7 +15,7 @@ template <int OWNER, int REST, int THREADS, int CHUNKS>
 __device__ inline void forward(const Tensor& x, const Tensor& y, const void* weight, const void* bias, int wide,
                                Math* mean, Math* rstd, Math* variance, long long channels, long long spatial,
                                long long stripes, int lanes, int chunks, double eps) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     typedef Share<OWNER, THREADS> Owner;
     const long long owner = Owner::owner_in_grid();
     if (owner >= stripes) return;

@@ -30,7 +30,7 @@ __device__ inline Merged chan(const Merged& a, const Merged& b) {
 template <int OWNER, int THREADS, int CHUNKS>
 __device__ inline void moments(const Tensor& x, long long* counts, Accum* means, Accum* squares, long long channels,
                                long long spatial, long long owners, long long tiles, int lanes) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     typedef Share<OWNER, THREADS> Owner;
     const long long owner = Owner::owner_in_grid();
     if (owner >= owners) return;
@@ -74,7 +74,7 @@ template <int OWNER, int THREADS, int CHUNKS>
 __device__ inline void gradient(const Tensor& x, const Tensor& dy, const Math* mean, const Math* rstd, Math* partial,
                                 long long planes, long long channels, long long spatial, long long owners,
                                 long long tiles, int lanes) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     typedef Share<OWNER, THREADS> Owner;
     const long long owner = Owner::owner_in_grid();
     if (owner >= owners) return;
@@ -148,21 +148,21 @@ LADDER
 constexpr int MERGE_THREADS = 256;
 
 // The block's tree over one T a thread, all of them in shared memory; thread 0 leaves with the whole.
-template <class T, class F> __device__ inline T merge_over_block(const T& mine, T* shared, F merge) {
-    shared[threadIdx.x] = mine;
+template <class T, class F> __device__ inline T merge_over_block(const T& mine, T* slots, F merge) {
+    slots[threadIdx.x] = mine;
     __syncthreads();
     for (int width = MERGE_THREADS / 2; width > 0; width /= 2) {
-        if (threadIdx.x < width) shared[threadIdx.x] = merge(shared[threadIdx.x], shared[threadIdx.x + width]);
+        if (threadIdx.x < width) slots[threadIdx.x] = merge(slots[threadIdx.x], slots[threadIdx.x + width]);
         __syncthreads();
     }
-    return shared[0];
+    return slots[0];
 }
 
 // mean, rstd, delta: what apply needs, mean + delta being exact to twice the digits of Math. variance may be null.
 KERNEL(MERGE_THREADS, 1) merge_moments(const long long* counts, const Accum* means, const Accum* squares,
                                        long long tiles, long long planes, double eps, Math* mean, Math* rstd,
                                        Math* delta, Math* variance) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     const long long plane = blockIdx.x + (long long)gridDim.x * blockIdx.y;
     if (plane >= planes) return;
     Merged mine = {0, 0, 0};
@@ -187,7 +187,7 @@ struct ThreeSums { Accum dy, dyc, c; };
 // eval_gradient_* are sum(dy) and sum(dy * xhat) already, and only need adding up.
 KERNEL(MERGE_THREADS, 1) merge_gradient(const Math* partial, long long tiles, long long planes, long long spatial,
                                         const Math* rstd, Math* sum_dy, Math* sum_dy_xhat, Math* delta) {
-    SHARED_MEMORY(shared);
+    unsigned char* shared = shared_memory();
     const long long plane = blockIdx.x + (long long)gridDim.x * blockIdx.y;
     if (plane >= planes) return;
     ThreeSums mine = {0, 0, 0};

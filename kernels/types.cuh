@@ -64,7 +64,10 @@ __device__ inline Storage narrow(Math m) {
 
 #if !defined(SIMT)
 #define KERNEL(THREADS, BLOCKS) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-#define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+__device__ inline unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char shared[];
+    return shared;
+}
 template <class T> __device__ inline T load(const T* p) { return *p; }
 template <class T> __device__ inline void store(T* p, T value) { *p = value; }
 #if V > 1

@@ -34,8 +34,10 @@ class Backend:
         low = sum(min(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True))
         high = sum(max(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True)) + host.itemsize
         memory = (ctypes.c_char * (high - low)).from_address(host.ctypes.data + low)
-        raw = cupy.asarray(np.frombuffer(memory, np.uint8))
-        return cupy.ndarray(host.shape, host.dtype, raw.data + (-low), host.strides)
+        shift = (host.ctypes.data + low) % 16  # CuPy's own allocations are aligned
+        raw = cupy.empty(high - low + 16, np.uint8)
+        raw[shift : shift + high - low] = cupy.asarray(np.frombuffer(memory, np.uint8))
+        return cupy.ndarray(host.shape, host.dtype, raw.data + (shift - low), host.strides)
 
     def pretend(self, device: Device) -> None:
         """Plan for this device from now on, to the end of the test. NumPy plans nothing."""
@@ -54,8 +56,17 @@ class Backend:
         return devices.to_host(array)
 
 
-def _has_gpu() -> tuple[bool, str]:
-    return devices.gpu_status()
+def pytest_report_header() -> str:
+    usable, why = devices.gpu_status()
+    return f"GPU: {why}" if usable else f"GPU: none ({why}): the tests marked gpu skip"
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build the emulator's kernels side by side where most of them will be needed."""
+    if len([item for item in session.items if item.get_closest_marker("simt")]) > 100:
+        from simt import emulator
+
+        emulator.build_all()
 
 
 @pytest.fixture(
@@ -77,7 +88,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    usable, why = _has_gpu()
+    usable, why = devices.gpu_status()
     asked = config.option.markexpr
     for item in items:
         if item.get_closest_marker("gpu") and not usable:

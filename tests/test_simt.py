@@ -14,7 +14,6 @@ import cases
 import numpy as np
 import pytest
 import reference
-from conftest import Backend
 from simt import emulator
 from simt.emulator import Emulator, SimtError
 
@@ -265,8 +264,7 @@ def _line_in(body: str, file: str, line: int) -> int:
         ("s[k] += __shfl_xor_sync(", "if (threadIdx.x % 32 != 3) s[k] += __shfl_xor_sync(", "divergence"),
         ("scratch[(warp * lanes + lane) * K + k] = s[k];", "scratch[(warp * lanes + lane) * K + k + 1] = s[k];",
          "behind the end of shared memory"),
-        ("long long stripes, int lanes, int chunks, double eps) {                                    \\",
-         "long long stripes, int lanes, long long chunks, double eps) {                              \\", "argument 18"),
+        ("int lanes, int chunks, double eps) {", "int lanes, long long chunks, double eps) {", "argument 18"),
     ],
     ids=["bounds", "alignment", "poison", "barrier", "shuffle", "shared", "arguments"],
 )  # fmt: skip

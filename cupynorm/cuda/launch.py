@@ -67,6 +67,7 @@ class Launcher:
             if x.size == 0:
                 return call.result(), saved
             plan = call.plan("forward" if use_input_stats else "evaluate", sums=update)
+            weight, bias, mean_, var_ = (call.dense(array) for array in (weight, bias, running_mean, running_var))
             wide = call.wide(
                 (weight, WIDE_WEIGHT),
                 (bias, WIDE_BIAS),
@@ -74,7 +75,7 @@ class Launcher:
                 (running_var, WIDE_RUNNING_VAR),
             )
             affine = (*call.pointers(weight, bias), wide)
-            running = call.pointers(running_mean, running_var)
+            running = call.pointers(mean_, var_)
             step, *rest = plan.steps
             if plan.op == "evaluate":
                 statistics = call.pointers(mean, rstd)
@@ -93,6 +94,9 @@ class Launcher:
             if update:
                 samples, momentum_ = np.int64(x.shape[0]), np.float64(momentum)
                 call.run(*rest, *call.pointers(mean, variance), samples, call.channels, momentum_, *running, wide)
+                for array, dense in ((running_mean, mean_), (running_var, var_)):
+                    if array is not None and array is not dense:
+                        array[...] = dense
             return call.result(), saved
 
     def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Array | None, Array | None]:
@@ -108,6 +112,7 @@ class Launcher:
                 return call.result(), dweight, dbias
             plan = call.plan("backward" if saved.training else "eval_gradient", sums=bool(gradients))
             wide = call.wide((weight, WIDE_WEIGHT), (bias, WIDE_BIAS))
+            weight = call.dense(weight)
             affine = (*call.pointers(weight), wide)
             statistics = call.pointers(saved.mean, saved.rstd)
             planes = call.nc[0] * call.nc[1]
@@ -196,6 +201,14 @@ class _Call:
 
     def wide(self, *arrays: tuple[Array | None, int]) -> np.int32:
         return np.int32(sum(bit for array, bit in arrays if array is not None and array.dtype == self.math))
+
+    def dense(self, array: Array | None) -> Array | None:
+        """A per-channel array without gaps: itself, or a copy."""
+        if array is None or (array.flags.c_contiguous and self.runtime.address(array) % array.itemsize == 0):
+            return array
+        copy = self.empty(array.shape, array.dtype)
+        copy[...] = array
+        return copy
 
     def counts(self, tiles: int) -> tuple[np.int64, np.int64]:
         return np.int64(tiles), np.int64(self.nc[0] * self.nc[1])

@@ -27,8 +27,9 @@ def compile_error(module: Module, log: str) -> CompileError:
         f"{module.file}.cu ({module.dtype}, {module.kind}) does not compile: {where}\n"
         f"{log.strip()}\n"
         f"The sources are in {kernel_folder()}. If they are unchanged, the CUDA toolkit's NVRTC is probably too old "
-        "for this GPU or missing its files: `python -m cupynorm info` shows both, and `pip install 'cupynorm[cuda12]'` (or "
-        "cuda13) brings a matching one. CUPYNORM_EAGER=0 puts compiling off until a kernel is used."
+        "for this GPU or missing its files: `CUPYNORM_EAGER=0 python -m cupynorm info` shows both, and "
+        "`pip install 'cupynorm[cuda12]'` (or cuda13) brings a matching one. CUPYNORM_EAGER=0 puts compiling off until "
+        "a kernel is used."
     )
 
 

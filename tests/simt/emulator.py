@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from cupynorm.cuda.plan import DEVICES, Device, Step
-from cupynorm.cuda.source import Module
+from cupynorm.cuda.source import Module, all_modules
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("CUPYNORM_SIMT_CACHE", Path(tempfile.gettempdir()) / f"cupynorm-simt-{os.getuid()}"))
@@ -85,6 +86,13 @@ def build(module: Module, transform: Transform | None = None) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+def build_all() -> None:
+    """Build every module, as many at a time as there are cores."""
+    if shutil.which("g++"):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(build, all_modules()))
+
+
 @dataclass
 class Count:
     """Bytes that one launch read and wrote of the array at each address it was given, and how large that is."""
@@ -146,6 +154,8 @@ class Emulator:
         )  # fmt: skip
         if run(ctypes.byref(launch)):
             raise SimtError(f"{step.name} of {module}: {launch.error.decode()}")
-        read, written = ({a: getattr(r, name) for a, r in zip(addresses, ranges, strict=True)} for name in ("read", "written"))
+        read, written = (
+            {a: getattr(r, name) for a, r in zip(addresses, ranges, strict=True)} for name in ("read", "written")
+        )
         size = {a: r.high - r.low for a, r in zip(addresses, ranges, strict=True)}
         self.counts.append(Count(step.name, size, read, written))

@@ -278,7 +278,7 @@ static uint16_t narrow16(float f) {
 }  // namespace simt
 
 #define KERNEL(THREADS, BLOCKS) extern "C" void
-#define SHARED_MEMORY(name) unsigned char* const name = simt::m.shared
+inline unsigned char* shared_memory() { return simt::m.shared; }
 #define SIMT_EXPORT(name) \
     extern "C" int simt_run_##name(simt::Launch* launch) { \
         return simt::run(launch, [](void** args) { simt::call(&name, args); }, simt::parameters(&name)); \

@@ -1,0 +1,272 @@
+"""Measure cupynorm beside its peers: python -m bench --help."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupynorm import devices
+
+from . import peers, report
+from .cases import ACCESSES, DTYPES, LAYOUTS, TOLERANCE, Array, Arrays, Case, buffer_sets, parse_shapes
+from .timing import Contestant, DeviceClock, HostClock, Race, Timing, summarise
+
+CPU_CACHE_BYTES = 64 << 20  # what the buffer sets go round on a CPU: more than most have of cache for a core
+CPU_MAX_BYTES = 64 << 20
+
+
+def _words(text: str, allowed: tuple[str, ...], what: str) -> list[str]:
+    words = [word for word in text.split(",") if word]
+    unknown = [word for word in words if word not in allowed]
+    if unknown or not words:
+        raise argparse.ArgumentTypeError(f"{what}: {', '.join(allowed)} (comma-separated), got {text!r}")
+    return words
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Time instance normalisation: cupynorm, its peers, and a copy of the same bytes. "
+        "Each answer is checked against float64 before it is timed.",
+    )
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["real"],
+        metavar="SHAPE",
+        help="real (of real networks, the default), sweep (plane sizes at equal bytes), or N,C,H,W of any rank >= 3",
+    )
+    ops, names = tuple(ACCESSES), tuple(peers.PEERS)
+    parser.add_argument("--op", type=lambda t: _words(t, ops, "--op"), default=list(ops), help="forward,backward,both")
+    parser.add_argument(
+        "--dtype", type=lambda t: _words(t, DTYPES, "--dtype"), default=["float32"], help="default float32"
+    )
+    parser.add_argument(
+        "--layout",
+        type=lambda t: _words(t, LAYOUTS, "--layout"),
+        default=["channels_first"],
+        help="channels_first,channels_last; default channels_first",
+    )
+    parser.add_argument(
+        "--affine",
+        action=argparse.BooleanOptionalAction,
+        help="with or without weight and bias; default: as the network of the shape has it, else without",
+    )
+    parser.add_argument(
+        "--peers",
+        type=lambda t: [] if t == "none" else _words(t, names, "--peers"),
+        help=f"{','.join(names)} or none; default: all that are installed, less {', '.join(sorted(peers.ON_REQUEST))}",
+    )
+    parser.add_argument("--rounds", type=int, default=11, help="in each, every contestant has a batch; default 11")
+    parser.add_argument("--batch-ms", type=float, help="length of a batch; default 5 on a CPU, 2 on a GPU")
+    parser.add_argument(
+        "--time-limit", type=float, default=170, metavar="S", help="start no case after S seconds; default 170, 0: none"
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="B",
+        help="skip inputs larger than this; default 64 MiB on a CPU, 1/16 of a GPU's memory",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result, updated after each shape")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of it")
+    return parser
+
+
+def _needed(*modules: str) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            sys.exit(f"python -m bench needs {module}: pip install 'cupynorm[bench]' or pip install rich matplotlib")
+
+
+def planned(op: str, x: Array, device: Any) -> tuple[str, int | None]:
+    """Regimes, and bytes of global memory per element, that the plans for x on a plan.Device foresee.
+
+    device None is the CPU, which has no plan: 'numpy' and None.
+    """
+    if device is None:
+        return "numpy", None
+    from cupynorm.cuda.plan import Memory
+    from cupynorm.explain import plan_for
+
+    address = x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+    memory = Memory(x.shape, x.strides, x.itemsize, address % 16)
+    passes = ("forward", "backward") if op == "both" else (op,)
+    plans = [plan_for(each, memory, x.dtype.name, device) for each in passes]
+    regimes = dict.fromkeys(plan.regime for plan, _ in plans)
+    return " + ".join(regimes), sum(plan.bytes_per_element + 2 * x.itemsize * copies for plan, copies in plans)
+
+
+class Bench:
+    """One run: cases in, rows out, with a line for everything that is left out."""
+
+    def __init__(self, xp: Any, options: argparse.Namespace, say: Any):
+        self.xp, self.options, self.say = xp, options, say
+        self.device = report.device_facts(xp)
+        self.rows: list[dict[str, Any]] = []
+        self.spreads: list[float] = []
+        self.failures = 0  # cases in which cupynorm itself could not be measured
+        gpu = xp is not np
+        self.plan_device = None
+        if gpu:
+            from cupynorm.cuda.backend import runtime
+
+            self.plan_device = runtime.device()
+        self.clock = DeviceClock() if gpu else HostClock()
+        self.cache_bytes = 3 * self.device["l2_bytes"] if gpu else CPU_CACHE_BYTES
+        self.most_sets = 512 if gpu else 16
+        self.max_bytes = options.max_bytes or (xp.cuda.Device().mem_info[1] // 16 if gpu else CPU_MAX_BYTES)
+        self.batch_seconds = (options.batch_ms or (2 if gpu else 5)) / 1e3
+        self.names = options.peers
+        if self.names is None:
+            self.names = [name for name in peers.PEERS if name not in peers.ON_REQUEST]
+        self._said: set[str] = set()
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
+
+    def arrays(self, case: Case) -> Arrays:
+        """Arrays for all operations on this case's shape; at least two sets on a GPU, whose caches are large."""
+        touched = 2 * case.minimal_bytes // ACCESSES[case.op]  # x and y, the least of the three operations
+        sets = buffer_sets(touched, self.cache_bytes, self.most_sets)
+        if self.xp is not np:
+            sets = max(sets, 2)
+        return Arrays(self.xp, case.shape, case.dtype, case.layout, case.affine, sets)
+
+    def checked(self, name: str, make: Any, case: Case, arrays: Arrays) -> tuple[Contestant, float] | None:
+        """A contestant and its error, once its answer has been found right; None, and a line, otherwise."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a peer's own affair
+                contestant = make(case.op, arrays)
+                error = arrays.error(contestant.answers(contestant.run(0)), case.op)
+        except peers.UnavailableError as reason:
+            self._say_once(f"{name} left out: {reason}")
+            return None
+        except Exception as failure:  # a peer's failure is a line in the report, whatever it is
+            text = (str(failure).splitlines() or [""])[0][:200]
+            self._say_once(f"{name} failed at {case}: {type(failure).__name__}: {text}")
+            return None
+        if not error <= TOLERANCE[case.dtype]:
+            self.say(f"{name} is wrong at {case}: error {error:.2g}, allowed {TOLERANCE[case.dtype]:.0e}; not timed")
+            return None
+        return contestant, error
+
+    def measure(self, case: Case, arrays: Arrays) -> None:
+        own = self.checked("cupynorm", peers.cupynorm_itself, case, arrays)
+        if own is None:
+            self.failures += 1
+            return
+        found = {"cupynorm": own}
+        for name in self.names:
+            entry = self.checked(name, peers.PEERS[name], case, arrays)
+            if entry is not None:
+                found[name] = entry
+        contestants = [peers.copy(case.minimal_bytes, arrays), *(contestant for contestant, _ in found.values())]
+        race = Race(self.clock, arrays.sets, self.batch_seconds)
+        samples = race.run(contestants, self.options.rounds)
+        timings: dict[str, Timing] = {name: summarise(values) for name, values in samples.items()}
+        errors = {name: error for name, (_, error) in found.items()}
+        self.rows.append(report.row(case, *planned(case.op, arrays.x[0], self.plan_device), timings, errors))
+        self.spreads.append(timings["cupynorm"].spread * 1e3)
+
+    def run(self, cases: list[Case], advance: Any) -> None:
+        """Measure the cases; those on one set of arrays follow each other."""
+        start = time.monotonic()
+        done = 0
+        if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 and self.xp is np:
+            self.say("this machine has other work: contestants with several threads will look slower than they are")
+        for _, group in itertools.groupby(cases, lambda c: (c.shape, c.dtype, c.layout, c.affine)):
+            arrays: Arrays | None = None
+            for case in group:
+                advance(str(case))
+                if self.options.time_limit and time.monotonic() - start > self.options.time_limit:
+                    self.say(f"time limit of {self.options.time_limit:g} s: {len(cases) - done} cases not measured")
+                    return
+                done += 1
+                size = case.minimal_bytes // ACCESSES[case.op]
+                if size > self.max_bytes:
+                    self._say_once(f"{case.shape} {case.dtype} left out: {size >> 20} MiB > {self.max_bytes >> 20} MiB")
+                    continue
+                try:
+                    arrays = arrays or self.arrays(case)
+                    self.measure(case, arrays)
+                except Exception as failure:  # out of memory, say: the other cases are still worth having
+                    self.failures += 1
+                    self.say(f"failed at {case}: {type(failure).__name__}: {str(failure)[:200]}")
+            del arrays
+            if self.xp is not np:  # others need the memory
+                self.xp.get_default_memory_pool().free_all_blocks()
+            if self.options.json:
+                report.write_json(report.document(self.device, self.rows), self.options.json)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _needed("rich", *(("matplotlib",) if options.plot else ()))
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    usable, why = devices.gpu_status()
+    if options.device == "gpu" and not usable:
+        parser.error(f"--device gpu: no usable GPU: {why}")
+    xp: Any = np
+    if usable and options.device != "cpu":
+        xp = importlib.import_module("cupy")
+    try:
+        shapes = parse_shapes(options.shapes, 4**11 if xp is np else 4**13)
+    except ValueError as error:
+        parser.error(str(error))
+    cases = [
+        Case(op, shape, dtype, layout, affine if options.affine is None else options.affine)
+        for shape, affine in shapes
+        for dtype in options.dtype
+        for layout in options.layout
+        for op in options.op
+    ]
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)  # a file has no width; a table has one
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bench = Bench(xp, options, lambda line: progress.console.print(line, style="yellow", highlight=False))
+        task = progress.add_task("", total=len(cases))
+        completed = itertools.count()
+        try:
+            bench.run(cases, lambda what: progress.update(task, description=what, completed=next(completed)))
+        except KeyboardInterrupt:
+            progress.console.print("interrupted: what was measured follows")
+            bench.failures += 1
+    if not bench.rows:
+        console.print("nothing was measured")
+        return 1
+    result = report.document(bench.device, bench.rows)
+    title = f"{result['device']['name']}: a large copy runs at {result['copy_gbps']:.0f} GB/s"
+    console.print(report.rich_table(bench.rows, bench.spreads, title))
+    if options.json:
+        report.write_json(result, options.json)
+        console.print(f"wrote {options.json}")
+    if options.plot:
+        report.plot(result, options.plot)
+        console.print(f"wrote {options.plot}")
+    return 1 if bench.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

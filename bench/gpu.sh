@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Everything a GPU can show, in one command and within 9 minutes, without a network:
+#
+#     bash bench/gpu.sh OUTDIR
+#
+# OUTDIR gets facts.txt, tests.txt, memcheck.txt, racecheck.txt, bench.txt, bench.json, bench.png and summary.txt, which
+# is also the end of the output. A part that fails is reported and the others go on; the exit status is 1 then.
+# PYTHON chooses the interpreter (python3); PEERS who is measured beside cupynorm (torch).
+# Without a usable GPU the parts that need one are skipped, and the benchmark is rehearsed on the CPU.
+set -u
+
+if [ $# -ne 1 ] || [ -z "$1" ]; then
+    echo "usage: bash bench/gpu.sh OUTDIR" >&2
+    exit 2
+fi
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python3}
+peers=${PEERS:-torch}
+(cd "$out" && rm -f facts.txt tests.txt memcheck.txt racecheck.txt bench.txt bench.json bench.png summary.txt)
+
+results=()
+failed=0
+
+# part NAME SECONDS FILE COMMAND...: run it with a limit, its output into FILE. An interrupt first, so that what was
+# measured until then is still written.
+part() {
+    local name=$1 limit=$2 file=$out/$3 start=$SECONDS status verdict
+    shift 3
+    timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$file" 2>&1 </dev/null
+    status=$?
+    case $status in
+        0) verdict=passed ;;
+        124 | 137) verdict="FAILED: not done after $limit s" ;;
+        *) verdict="FAILED: exit status $status" ;;
+    esac
+    [ $status -eq 0 ] || failed=1
+    results+=("$name: $verdict, $((SECONDS - start)) s")
+    echo "${results[-1]}"
+    [ $status -eq 0 ] || tail -n 12 "$file" | cut -c1-300 | sed 's/^/    /'
+}
+
+# skip NAME FILE REASON
+skip() {
+    results+=("$1: skipped: $3")
+    echo "${results[-1]}"
+    echo "skipped: $3" >>"$out/$2"
+}
+
+facts() {
+    date -u
+    uname -a
+    nvidia-smi || echo "nvidia-smi: not there or not working"
+    nvcc --version || echo "nvcc: not there"
+    "$python" -c 'from bench.report import versions
+print(*(f"{name}=={version}" for name, version in versions().items()), sep="\n")'
+    "$python" -m cupynorm info
+}
+export -f facts
+export python
+
+gpu=$("$python" -c 'from cupynorm.devices import gpu_status
+usable, why = gpu_status()
+print("yes" if usable else f"no usable GPU: {why}")' 2>&1 | tail -n 1)
+
+part facts 30 facts.txt bash -c facts
+
+# pytest calls it a failure (5) when it selects no test: so do we.
+if [ "$gpu" = yes ]; then
+    part tests 140 tests.txt "$python" -m pytest -m gpu -q -ra --tb=short -p no:cacheprovider
+
+    sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
+        /usr/local/cuda*/bin/compute-sanitizer /opt/cuda/bin/compute-sanitizer 2>/dev/null | head -n 1)
+    for tool in memcheck racecheck; do
+        if [ -n "$sanitizer" ]; then
+            # API errors are CuPy's way to ask what a device can do; a kernel's errors are what is looked for.
+            CUPYNORM_EAGER=0 part "$tool" 70 "$tool.txt" "$sanitizer" --tool "$tool" --error-exitcode 99 \
+                --report-api-errors no "$python" -m pytest -p bench.no_pool -p no:cacheprovider -m gpu -k small -q --tb=short
+        else
+            skip "$tool" "$tool.txt" "compute-sanitizer is not installed"
+        fi
+    done
+
+    part benchmark 175 bench.txt "$python" -m bench --device gpu --shapes real --dtype float32,bfloat16 \
+        --op forward,backward,both --peers "$peers" --time-limit 140 --json "$out/bench.json" --plot "$out/bench.png"
+else
+    skip tests tests.txt "$gpu"
+    skip memcheck memcheck.txt "$gpu"
+    skip racecheck racecheck.txt "$gpu"
+    part "benchmark (rehearsed on the CPU)" 60 bench.txt "$python" -m bench --device cpu --shapes 2,3,16,16 \
+        --peers "$peers" --rounds 2 --batch-ms 1 --json "$out/bench.json" --plot "$out/bench.png"
+fi
+
+{
+    printf '%s\n' "${results[@]}"
+    "$python" -m bench.summary "$out"
+} >"$out/summary.txt" 2>&1
+echo
+cat "$out/summary.txt"
+exit $failed

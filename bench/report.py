@@ -1,0 +1,259 @@
+"""What comes out: the facts of the machine, JSON, the table, the picture."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cases import Case
+from .timing import Timing
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    *("cupynorm", "numpy", "cupy-cuda12x", "cupy-cuda13x", "cupy", "torch", "triton", "jax", "jaxlib"),
+    *("onnxruntime", "ml_dtypes"),
+)
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where it cannot be run."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def commit() -> str | None:
+    """The checkout's commit, '-dirty' where tracked files differ from it; None outside git."""
+    head = _output("git", "rev-parse", "--verify", "HEAD")
+    return head and head + ("-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def versions() -> dict[str, str]:
+    import cupynorm
+
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    found["cupynorm"] = cupynorm.__version__  # the checkout's, whatever is installed
+    return found
+
+
+def device_facts(xp: Any) -> dict[str, Any]:
+    """Of CuPy's current GPU, or of the CPU. Sizes in bytes."""
+    if xp is not np:
+        device = xp.cuda.Device()
+        facts = xp.cuda.runtime.getDeviceProperties(device.id)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        return {
+            "name": facts["name"].decode(),
+            "compute_capability": f"{facts['major']}.{facts['minor']}",
+            "sm_count": facts["multiProcessorCount"],
+            "l2_bytes": facts["l2CacheSize"],
+            "driver": driver.splitlines()[0] if driver else None,
+        }
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {"name": name, "cores": os.cpu_count(), "system": platform.platform()}
+
+
+def row(
+    case: Case,
+    regime: str,
+    bytes_per_element: int | None,
+    timings: dict[str, Timing],
+    errors: dict[str, float],
+) -> dict[str, Any]:
+    """One row of schema 1. timings: of 'cupynorm', 'copy' and the peers; errors: of the peers."""
+    own, copy = timings["cupynorm"], timings["copy"]
+    return {
+        "op": case.op,
+        "shape": list(case.shape),
+        "dtype": case.dtype,
+        "layout": case.layout,
+        "affine": case.affine,
+        "activation": None,
+        "regime": regime,
+        "bytes_per_element": bytes_per_element,
+        "median_ms": own.median * 1e3,
+        "gbps": case.minimal_bytes / own.median / 1e9,
+        "of_copy": copy.median / own.median,
+        "peers": {
+            name: {"median_ms": timings[name].median * 1e3, "max_error": errors[name]}
+            for name in timings
+            if name not in {"cupynorm", "copy"}
+        },
+    }
+
+
+def document(device: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result of a run, schema 1. copy_gbps is the fastest of the rows' copies: what memory gives a large one."""
+    return {
+        "schema": SCHEMA,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "device": device,
+        "versions": versions(),
+        "copy_gbps": max((r["gbps"] / r["of_copy"] for r in rows), default=None),
+        "rows": rows,
+    }
+
+
+def write_json(result: dict[str, Any], path: Path) -> None:
+    """In one step, so that a reader never sees half of it; one line a row."""
+    head = json.dumps({**result, "rows": []}, indent=1)
+    rows = ",\n".join("  " + json.dumps(r) for r in result["rows"])
+    text = head[: head.rindex("[]")] + "[\n" + rows + "\n ]\n}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    return ",".join(str(n) for n in shape)
+
+
+def rich_table(rows: list[dict[str, Any]], spreads: list[float], title: str) -> Any:
+    """Medians; a peer's ratio is its time over cupynorm's, so above 1 cupynorm is the faster."""
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for r in rows for name in r["peers"]))
+    table = Table(title=title, caption="ms: median; ±: between the quartiles; ×: time over cupynorm's")
+    for heading in ("shape", "op", "dtype", "regime"):
+        table.add_column(heading, no_wrap=heading != "regime", min_width=6)
+    for heading in ("cupynorm ms", "GB/s", "of copy", *(f"{name} ms" for name in names)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for i, (r, spread) in enumerate(zip(rows, spreads, strict=True)):
+        peers = []
+        for name in names:
+            peer = r["peers"].get(name)
+            peers.append(f"{peer['median_ms']:.3f} ({peer['median_ms'] / r['median_ms']:.1f}×)" if peer else "–")
+        first = i == 0 or rows[i - 1]["shape"] != r["shape"]
+        dtype = r["dtype"] + (" last" if r["layout"] == "channels_last" else "")
+        table.add_row(
+            shape_text(r["shape"]) + (" affine" if r["affine"] else "") if first else "",
+            r["op"],
+            dtype,
+            r["regime"],
+            f"{r['median_ms']:.3f} ±{spread:.3f}",
+            f"{r['gbps']:.0f}" if r["gbps"] >= 10 else f"{r['gbps']:.1f}",
+            f"{r['of_copy']:.0%}",
+            *peers,
+            end_section=i + 1 == len(rows) or rows[i + 1]["shape"] != r["shape"],
+        )
+    return table
+
+
+#: Colours that colour-blind readers can tell apart, and a marker each.
+STYLES = {
+    "cupynorm": ("#0072B2", "o"),
+    "torch": ("#D55E00", "s"),
+    "torch.compile": ("#E69F00", "D"),
+    "jax": ("#009E73", "^"),
+    "onnxruntime": ("#CC79A7", "v"),
+    "textbook": ("#777777", "x"),
+}
+
+
+def _bytes_text(value: float, _: Any = None) -> str:
+    for unit in ("B", "KB", "MB"):
+        if value < 1024:
+            return f"{value:g} {unit}"
+        value /= 1024
+    return f"{value:g} GB"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Fraction of the copy's bandwidth over plane size: a column of panels for each op, a row for each dtype, layout.
+
+    Shapes with planes of one size share an x position; the lines go through the median of each position.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    rows = result["rows"]
+    ops = [op for op in ("forward", "backward", "both") if any(r["op"] == op for r in rows)]
+    kinds = list(dict.fromkeys((r["dtype"], r["layout"]) for r in rows))
+    figure, axes = plt.subplots(
+        len(kinds),
+        len(ops),
+        figsize=(1.2 + 4.4 * len(ops), 1.5 + 3.5 * len(kinds)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    far = float(np.median([r["of_copy"] for r in rows])) < 0.3  # then ratios are told apart on a log scale only
+    lowest = highest = 1.0
+    seen: dict[str, Any] = {}
+    for line, (dtype, layout) in zip(axes, kinds, strict=True):
+        for ax, op in zip(line, ops, strict=True):
+            points: dict[str, list[tuple[float, float]]] = {}
+            for r in rows:
+                if (r["op"], r["dtype"], r["layout"]) != (op, dtype, layout):
+                    continue
+                plane = int(np.prod(r["shape"][2:])) * {"float64": 8, "float32": 4}.get(dtype, 2)
+                points.setdefault("cupynorm", []).append((plane, r["of_copy"]))
+                for name, peer in r["peers"].items():
+                    points.setdefault(name, []).append((plane, r["of_copy"] * r["median_ms"] / peer["median_ms"]))
+            ax.axhline(1, color="black", linewidth=1, linestyle="--")
+            for name, values in reversed(points.items()):  # cupynorm on top
+                colour, marker = STYLES.get(name, ("#56B4E9", "P"))
+                own = name == "cupynorm"
+                x, y = np.array(sorted(values)).T
+                middle = [float(np.median(y[x == each])) for each in np.unique(x)]
+                ax.plot(np.unique(x), middle, color=colour, linewidth=2.2 if own else 1, alpha=1 if own else 0.55)
+                seen[name] = ax.scatter(
+                    x, y, s=34 if own else 22, color=colour, marker=marker, zorder=3 if own else 2, label=name
+                )
+                lowest, highest = min(lowest, float(y.min())), max(highest, float(y.max()))
+            ax.set_xscale("log", base=2)
+            if far:
+                ax.set_yscale("log")
+            ax.grid(alpha=0.25)
+            ax.set_title(op if op != "both" else "forward + backward", fontsize=11)
+        line[0].set_ylabel(f"{dtype}, {layout.replace('_', '-')}\nof the copy's bandwidth")
+    low, high = axes[0][0].get_xlim()
+    for ax in axes.flat:
+        ticks = [4.0**k for k in range(1, 20) if low <= 4.0**k <= high]
+        ax.xaxis.set_major_locator(FixedLocator(ticks if len(ticks) < 8 else ticks[::2]))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(_bytes_text))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+        if far:
+            ax.set_ylim(lowest / 1.3, highest * 1.3)
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_locator(NullLocator())
+        else:
+            ax.set_ylim(0, min(highest, 2.0) * 1.08)
+    for ax in axes[-1]:
+        ax.set_xlabel("bytes of one plane")
+    axes[0][0].annotate(
+        "copy of the same bytes", (0.02, 1), (0, 3), ("axes fraction", "data"), "offset points", fontsize=8
+    )
+    order = ["cupynorm", *(name for name in STYLES if name in seen and name != "cupynorm")]
+    order += [name for name in seen if name not in order]
+    figure.legend([seen[n] for n in order], order, loc="outside lower center", ncols=len(order), frameon=False)
+    dtypes = ", ".join(dict.fromkeys(dtype for dtype, _ in kinds))
+    figure.suptitle(f"Instance normalisation, {dtypes}, on {result['device']['name']}: higher is better", fontsize=12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,129 @@
+"""What the tests compare with: the formulas in extended precision, and arrays of awkward layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+#: Relative and absolute error allowed on results of order one, by dtype: a few roundings.
+TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 5e-6, "float64": 1e-13}
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    return array if array.dtype == np.longdouble else array.astype(np.float64).astype(np.longdouble)
+
+
+def _planes(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """(N, C) or (C,) values, to be broadcast over planes."""
+    return wide(values).reshape(*values.shape, *(1,) * (like.ndim - 2))
+
+
+def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and biased variance of every plane."""
+    axes = tuple(range(2, x.ndim))
+    return wide(x).mean(axes), wide(x).var(axes)
+
+
+def _normalised(
+    x: np.ndarray, eps: float, running: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    mean, var = statistics(x) if running is None else running
+    rstd = 1 / np.sqrt(_planes(var, x) + eps)
+    return (wide(x) - _planes(mean, x)) * rstd, rstd
+
+
+def forward(
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    eps: float = 1e-5,
+    running: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """y; running: the mean and variance to use in place of the planes' own."""
+    y, _ = _normalised(x, eps, running)
+    if weight is not None:
+        y = y * _planes(weight, x)
+    if bias is not None:
+        y = y + _planes(bias, x)
+    return y
+
+
+def backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    *,
+    eps: float = 1e-5,
+    running: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """dx, dweight, dbias."""
+    xhat, rstd = _normalised(x, eps, running)
+    dy = wide(dy)
+    axes = (0, *range(2, x.ndim))
+    dweight, dbias = (dy * xhat).sum(axes), dy.sum(axes)
+    g = dy if weight is None else dy * _planes(weight, x)
+    if running is None:
+        g = g - g.mean(axes[1:], keepdims=True) - xhat * (g * xhat).mean(axes[1:], keepdims=True)
+    return g * rstd, dweight, dbias
+
+
+def moved(
+    running_mean: np.ndarray, running_var: np.ndarray, x: np.ndarray, momentum: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The running statistics after a training forward: unbiased plane variances, averaged over the batch."""
+    mean, var = statistics(x)
+    size = np.prod(x.shape[2:])
+    keep = 1 - momentum
+    return (
+        keep * wide(running_mean) + momentum * mean.mean(0),
+        keep * wide(running_var) + momentum * (var * size / (size - 1)).mean(0),
+    )
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: object = None) -> None:
+    """Within the tolerance of a dtype, that of `actual` at first."""
+    tolerance = TOLERANCE[np.dtype(dtype or actual.dtype).name]  # type: ignore[arg-type]
+    np.testing.assert_allclose(wide(actual), wide(expected), rtol=tolerance, atol=tolerance)
+
+
+def _memory_order(*order: int) -> Callable[[np.ndarray], np.ndarray]:
+    """A copy of a 4-D array whose axes lie in memory in this order."""
+    return lambda a: np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
+
+
+def _in_larger(*index: slice) -> Callable[[np.ndarray], np.ndarray]:
+    """A copy of an array that is this part of one that is larger along the axes sliced."""
+
+    def made(a: np.ndarray) -> np.ndarray:
+        whole = (*index, *(_ALL,) * (a.ndim - len(index)))
+        larger = np.full([n if i == _ALL else 3 * n + 2 for n, i in zip(a.shape, whole, strict=True)], 7, a.dtype)
+        part = larger[whole][tuple(slice(n) for n in a.shape)]
+        part[...] = a
+        return part
+
+    return made
+
+
+_ALL = slice(None)
+
+#: Functions that copy a 4-D array into a layout, values kept.
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "contiguous": np.ascontiguousarray,
+    "channels_last": _memory_order(0, 2, 3, 1),
+    "transposed": _memory_order(0, 1, 3, 2),
+    "batch_inner": _memory_order(1, 2, 3, 0),
+    "fortran": _memory_order(3, 2, 1, 0),
+    "channel_slice": _in_larger(_ALL, slice(1, None, 2)),
+    "batch_slice": _in_larger(slice(1, None, 3)),
+    "crop": _in_larger(_ALL, _ALL, slice(2, None), slice(1, None)),
+    "every_second": _in_larger(_ALL, _ALL, _ALL, slice(None, None, 2)),
+    "reversed": lambda a: a[::-1, ::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1, ::-1],
+    "reversed_columns": lambda a: a[..., ::-1].copy()[..., ::-1],
+    "unaligned": lambda a: np.concatenate([a.ravel()[:1], a.ravel()])[1:].reshape(a.shape),
+}

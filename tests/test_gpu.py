@@ -1,0 +1,230 @@
+"""What only a GPU shows. The case table runs there too: tests marked gpu in the other files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+
+import cupynorm as cn
+from cupynorm import devices
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def cp() -> Any:
+    return pytest.importorskip("cupy")
+
+
+def _step(cp: Any, x: Any, dy: Any, weight: Any, mean: Any, var: Any, y: Any, dx: Any) -> tuple[Any, ...]:
+    _, saved = cn.instance_norm_forward(x, weight, weight, running_mean=mean, running_var=var, out=y)
+    _, dweight, dbias = cn.instance_norm_backward(dy, saved, out=dx)
+    return dweight, dbias
+
+
+SIZES = [(4, 8, 9, 9), (4, 8, 40, 40), (2, 4, 200, 200), (1, 2, 700, 700)]
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_graph_capture_small(cp: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
+    """After warmup a training step can be captured, so it neither synchronises nor allocates; replays compute anew."""
+    x, dy = (cp.asarray(rng.normal(size=shape), cp.float32) for _ in range(2))
+    weight = cp.asarray(rng.normal(size=shape[1]), cp.float32)
+    mean, var = cp.zeros(shape[1], cp.float32), cp.ones(shape[1], cp.float32)
+    y, dx = cp.empty_like(x), cp.empty_like(x)
+    stream = cp.cuda.Stream(non_blocking=True)
+    cp.cuda.get_current_stream().synchronize()
+    with stream:
+        cn.warmup(x)
+        stream.begin_capture()
+        kept = _step(cp, x, dy, weight, mean, var, y, dx)
+        graph = stream.end_capture()
+        for _ in range(2):
+            new = rng.normal(3, 2, shape).astype(np.float32)
+            x.set(new, stream=stream)
+            graph.launch(stream)
+            stream.synchronize()
+            reference.assert_close(y.get(), reference.forward(new, weight.get(), weight.get()))
+            expected, *_ = reference.backward(dy.get(), new, weight.get())
+            reference.assert_close(dx.get(), expected)
+    # Running statistics moved once for each replay: capturing alone runs nothing.
+    assert float(cp.abs(mean).sum()) > 0
+    assert len(kept) == 2
+
+
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_current_stream_small(cp: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
+    """Work is enqueued behind what the current stream is busy with, not behind the default stream."""
+    host = rng.normal(size=shape).astype(np.float32)
+    stream = cp.cuda.Stream(non_blocking=True)
+    large = cp.ones((4096, 4096), cp.float32)
+    x = cp.zeros(shape, cp.float32)
+    ready = cp.asarray(host)
+    cp.cuda.Device().synchronize()
+    with stream:
+        for _ in range(20):
+            large = cp.sin(large)  # keeps the stream busy while the rest is enqueued
+        x += ready
+        y = cn.instance_norm(x)
+        after = stream.record()
+    after.synchronize()
+    reference.assert_close(y.get(), reference.forward(host))
+
+
+def test_same_bits_every_run_small(cp: Any, rng: np.random.Generator) -> None:
+    for shape in SIZES:
+        x, dy = (cp.asarray(rng.normal(size=shape), cp.float16) for _ in range(2))
+        weight = cp.ones(shape[1], cp.float32)
+        first: tuple[Any, ...] = ()
+        for _ in range(5):
+            y, saved = cn.instance_norm_forward(x, weight, weight)
+            results = (y, *cn.instance_norm_backward(dy, saved))
+            first = first or results
+            for a, b in zip(first, results, strict=True):
+                cp.testing.assert_array_equal(a, b)
+
+
+def test_first_calls_from_several_threads(cp: Any) -> None:
+    """Each kernel is compiled once, whoever comes first."""
+    from cupynorm.cuda import runtime
+
+    made = runtime.CupyRuntime()
+    loaded: list[str] = []
+    original = cp.RawKernel
+
+    def counted(code: str, name: str, options: tuple[str, ...]) -> Any:
+        loaded.append(name)
+        return original(code, name, options)
+
+    from cupynorm.cuda.source import core_modules
+
+    module = core_modules()[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cp, "RawKernel", counted)
+        threads = [threading.Thread(target=made.load, args=(module,)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(loaded) == sorted(module.kernels)
+
+
+def test_two_devices(cp: Any, rng: np.random.Generator) -> None:
+    if cp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("one GPU")
+    host = rng.normal(size=(2, 3, 40, 40)).astype(np.float32)
+    with cp.cuda.Device(1):
+        x = cp.asarray(host)
+    with cp.cuda.Device(0):
+        y, saved = cn.instance_norm_forward(x)
+        dx, *_ = cn.instance_norm_backward(x, saved)
+        assert y.device.id == dx.device.id == 1
+        reference.assert_close(y.get(), reference.forward(host))
+        other = cp.ones(3, cp.float32)
+        with pytest.raises(ValueError, match="cuda:0"):
+            cn.instance_norm(x, weight=other)
+    layer = cn.InstanceNorm2d(3, affine=True, device="cuda:1")
+    assert layer.weight is not None
+    assert layer.weight.data.device.id == 1
+    with pytest.raises(TypeError, match="cuda:1"):
+        layer(cp.asarray(host))
+
+
+@pytest.mark.parametrize("shape", [(2, 2**15, 2**15 + 3), (1, 1, 2**31 + 5)], ids=str)
+def test_more_than_two_to_the_31_elements(cp: Any, shape: tuple[int, int, int]) -> None:
+    free, _ = cp.cuda.runtime.memGetInfo()
+    elements = int(np.prod(shape))
+    needed = 6 * elements + 40 * shape[2] + 2**30  # x, y and dx, and a plane in float64 and int64 to compare with
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free memory")
+    pool = cp.get_default_memory_pool()
+    try:
+        x = cp.empty(shape, cp.float16)
+        x[...] = (cp.arange(shape[2]) % 17).astype(cp.float16)
+        n, c = shape[0] - 1, shape[1] - 1
+        x[n, c] += (cp.arange(shape[2]) % 5).astype(cp.float16)
+        y, saved = cn.instance_norm_forward(x)
+        for plane in {(0, 0), (n, c)}:
+            values = x[plane].astype(cp.float64)
+            expected = (values[-1000:] - values.mean()) / cp.sqrt(values.var() + 1e-5)
+            cp.testing.assert_allclose(y[plane][-1000:].astype(cp.float64), expected, rtol=2e-3, atol=2e-3)
+        dx, *_ = cn.instance_norm_backward(y, saved, out=y)
+        assert float(cp.abs(dx[n, c].astype(cp.float32)).max()) < 1e-2  # y has no gradient through its own norm
+    finally:
+        del x
+        y = saved = dx = None
+        pool.free_all_blocks()
+
+
+def test_layer_moves(cp: Any, rng: np.random.Generator) -> None:
+    host = rng.normal(size=(2, 3, 8, 8)).astype(np.float32)
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
+    layer(host)
+    layer.backward(host)
+    with pytest.raises(TypeError, match="to_gpu"):
+        layer(cp.asarray(host))
+    gradient = layer.weight.grad.copy()  # type: ignore[union-attr]
+    assert layer.to_gpu() is layer
+    cp.testing.assert_array_equal(layer.weight.grad, gradient)  # type: ignore[union-attr]
+    with pytest.raises(TypeError, match="to_cpu"):
+        layer(host)
+    y = layer(cp.asarray(host))
+    reference.assert_close(y.get(), reference.forward(host))
+    state = layer.state_dict()
+    assert all(isinstance(a, cp.ndarray) for a in state.values())
+    cpu = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
+    cpu.load_state_dict(state)
+    np.testing.assert_array_equal(cpu.running_mean, layer.running_mean.get())  # type: ignore[union-attr]
+    assert cn.InstanceNorm2d(3, affine=True).device.startswith("cuda")
+
+
+_IMPORT = """
+import time, cupy
+cupy.cuda.runtime.free(0)  # CuPy's own start and the context
+cupy.zeros(1)
+start = time.perf_counter()
+import cupynorm
+print(time.perf_counter() - start)
+"""
+
+
+def test_import_budget(tmp_path: Path) -> None:
+    """Cold: compiles within 5 s beyond CuPy's own start; warm: loads from CuPy's disk cache within 0.2 s."""
+    environment = os.environ | {"CUPY_CACHE_DIR": str(tmp_path), "CUPYNORM_EAGER": "1"}
+    root = str(Path(cn.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    seconds = []
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPORT], env=environment, capture_output=True, text=True, check=True
+        )  # fmt: skip
+        seconds.append(float(done.stdout))
+    cold, warm = seconds[0], sorted(seconds[1:])[1]
+    print(f"import, cold {cold:.2f} s, warm {warm:.3f} s")
+    assert cold <= 5
+    assert warm <= 0.2
+    assert any(tmp_path.iterdir())
+    lazy = subprocess.run(
+        [sys.executable, "-c", "import cupynorm, sys; print('cupy' in sys.modules)"],
+        env=environment | {"CUPYNORM_EAGER": "0"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert lazy.stdout.strip() == "False"
+
+
+def test_gpu_status() -> None:
+    usable, why = devices.gpu_status()
+    assert usable
+    assert "cuda:" in why
+
+
+def test_explain_on_the_device(cp: Any) -> None:
+    text = cn.explain(cp.zeros((20, 100, 35, 45), cp.float32))
+    assert "2 accesses of 4 B per element, 16 B at a time" in text

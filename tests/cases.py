@@ -180,6 +180,18 @@ TABLE = [
 ]  # fmt: skip
 
 
+#: Every regime with as little work as it takes: what the sanitizers go over on a GPU.
+SMALL = [
+    Case(shape, dtype, layout)
+    for dtype in ("float32", "float16")
+    for layout, shapes in {
+        "contiguous": ((2, 3, 5, 7), (2, 3, 35, 45), (1, 2, 100, 100), (1, 2, 110, 200), (1, 2, 250, 260)),
+        "channels_last": ((2, 8, 5, 6), (1, 8, 38, 38), (1, 8, 55, 55), (1, 8, 100, 101)),
+    }.items()
+    for shape in shapes
+]
+
+
 def _spatial(rung: Rung, previous: int, vector: int, lanes: int) -> tuple[int, int]:
     """Plane sizes that need this rung: just over what the one before holds, and all that this one holds."""
     unit = vector if lanes == 1 else 1

@@ -13,6 +13,11 @@ def test_table(backend: Backend, case: cases.Case, rng: np.random.Generator) -> 
     cases.check(backend, case, rng)
 
 
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_small(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
+    cases.check(backend, case, rng)
+
+
 @pytest.mark.parametrize("case", cases.variants(), ids=str)
 def test_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)

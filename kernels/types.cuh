@@ -1,10 +1,10 @@
 // Types: three named things.
 //
-//   Storage  how an element lies in memory      float, half, bfloat16 or double (-DSTORAGE_...)
+//   Storage  how an element lies in memory      float, half, bfloat16 or double (STORAGE_... is defined)
 //   Math     what the threads of one owner compute and add up in: float, or double for double
 //   Accum    what tiles of a plane, and planes of a channel, are merged in: always double
 //
-// A Pack is what one thread moves in one access: V elements (-DV=...), 16 bytes wherever alignment allows, else one.
+// A Pack is what one thread moves in one access: V elements, 16 bytes wherever alignment allows, else one.
 // Global memory is touched through load() and store() only, so that the emulator can count and check every byte.
 // The 16-bit types are bare bits here: the toolkit's headers would triple the compile time.
 

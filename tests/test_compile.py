@@ -12,7 +12,7 @@ import pytest
 
 from cupynorm.cuda import source
 from cupynorm.cuda.plan import LADDERS, resident_threads
-from cupynorm.cuda.source import CompileError, Module, all_modules, compile_error, core_modules
+from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
 
 pytestmark = [pytest.mark.nvrtc]
 
@@ -70,7 +70,7 @@ def _supported(architecture: int) -> bool:
 
 def _check_resources(module: Module, architecture: int) -> int:
     """Compile a module to machine code; no spills, no local memory, no more registers than its threads may have."""
-    options = (*module.options, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v")
+    options = (*OPTIONS, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v")
     done = _compile(module.source, options)
     assert done.status == 0, f"{module} for sm_{architecture}:\n{done.log}"
     assert not re.search(r"kernels/.*warning", done.log), done.log
@@ -113,7 +113,7 @@ def test_every_module(architecture: int) -> None:
 )
 def test_sixteen_byte_accesses(module: Module) -> None:
     """Packs move in one access each: 16 bytes channels-first, and only edges and sums of planes by themselves."""
-    ptx = _compile(module.source, (*module.options, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
+    ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
     for entry in ptx.split(".visible .entry ")[1:]:
         name = entry.split("(")[0]
         rung = next(r for r in LADDERS[module.file] if name.endswith(r.name))
@@ -133,9 +133,9 @@ def test_sixteen_byte_accesses(module: Module) -> None:
 
 def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) -> None:
     module = core_modules()[0]
-    text = source.inlined("forward.cu").replace("out[0] = t[0];", "out[0] = t[0] + nonsense;")
-    assert text != source.inlined("forward.cu")
-    done = _compile(text, (*module.options, "-arch=sm_90"))
+    text = module.source.replace("out[0] = t[0];", "out[0] = t[0] + nonsense;")
+    assert text != module.source
+    done = _compile(text, (*OPTIONS, "-arch=sm_90"))
     assert done.status != 0
     message = str(compile_error(module, done.log))
     line = next(

@@ -13,7 +13,7 @@ import cupy
 
 from ..functional import Array
 from .plan import Device, Step
-from .source import Module, compile_error
+from .source import OPTIONS, Module, compile_error
 
 # What a launch may ask for without opting in.
 DEFAULT_SHARED = 48 * 1024
@@ -69,7 +69,7 @@ class CupyRuntime:
             shared = self.device().shared_per_block
             for name in module.kernels:
                 # CuPy keeps one compiled module for all kernels of the same text and options.
-                kernel = cupy.RawKernel(module.source, name, module.options)
+                kernel = cupy.RawKernel(module.source, name, OPTIONS)
                 try:
                     kernel.kernel  # noqa: B018 - compiles
                 except cupy.cuda.compiler.CompileException as error:

@@ -33,6 +33,10 @@ def compile_error(module: Module, log: str) -> CompileError:
     )
 
 
+#: Compiler options of every module (NVRTC's and, for the emulator, g++'s).
+OPTIONS = ("-std=c++17",)
+
+
 @dataclass(frozen=True)
 class Module:
     """One compile unit."""
@@ -48,24 +52,24 @@ class Module:
         return cls(file, plan.dtype, *((1, "channels_first") if file == "channels" else (plan.vector, plan.kind)))
 
     @property
-    def options(self) -> tuple[str, ...]:
-        """Compiler options (NVRTC's and, for the emulator, g++'s)."""
+    def defines(self) -> str:
+        """The macros that make the module. Not compiler options: for each new tuple of those CuPy compiles a dummy."""
         resident = resident_threads(self.file, self.dtype, self.kind)
         rungs = "".join(
-            f"RUNG({r.name},{r.owner.upper()},{r.rest.upper()},{r.threads},{r.chunks or 1},{resident // r.threads})"
+            f" RUNG({r.name}, {r.owner.upper()}, {r.rest.upper()}, {r.threads}, {r.chunks or 1},"
+            f" {resident // r.threads})"
             for r in LADDERS[self.file]
         )
         return (
-            "-std=c++17",
-            f"-DSTORAGE_{self.dtype.upper()}=1",
-            f"-DV={self.vector}",
-            f"-DCHANNELS_LAST={int(self.kind == 'channels_last')}",
-            f"-DLADDER={rungs}",
+            f"#define STORAGE_{self.dtype.upper()} 1\n"
+            f"#define V {self.vector}\n"
+            f"#define CHANNELS_LAST {int(self.kind == 'channels_last')}\n"
+            f"#define LADDER{rungs}\n"
         )
 
     @property
     def source(self) -> str:
-        return inlined(f"{self.file}.cu")
+        return self.defines + inlined(f"{self.file}.cu")
 
     @property
     def kernels(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from cupynorm.cuda.plan import DEVICES, Device, Step
-from cupynorm.cuda.source import Module, all_modules
+from cupynorm.cuda.source import OPTIONS, Module, all_modules
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("CUPYNORM_SIMT_CACHE", Path(tempfile.gettempdir()) / f"cupynorm-simt-{os.getuid()}"))
@@ -59,7 +59,7 @@ def require() -> None:
 
 
 def source_of(module: Module, transform: Transform | None = None) -> str:
-    source = f'#line 1 "simt.h"\n{(HERE / "simt.h").read_text()}\n{module.source}'
+    source = f'{module.defines}#line 1 "simt.h"\n{(HERE / "simt.h").read_text()}\n{module.source}'
     if transform is not None:
         source = transform(source)
     return source + "\n" + "\n".join(f"SIMT_EXPORT({name})" for name in module.kernels) + "\n"
@@ -69,7 +69,7 @@ def source_of(module: Module, transform: Transform | None = None) -> str:
 def build(module: Module, transform: Transform | None = None) -> ctypes.CDLL:
     """The module as a loaded shared library, built once for each text it ever had."""
     sanitize = SANITIZE if os.environ.get("CUPYNORM_SIMT_ASAN") else ()
-    options = (*module.options, *FLAGS, *sanitize)
+    options = (*OPTIONS, *FLAGS, *sanitize)
     source = source_of(module, transform)
     key = hashlib.sha256("\0".join((source, *options)).encode()).hexdigest()[:24]
     library = CACHE / f"{module.file}-{module.dtype}-{key}.so"

@@ -41,8 +41,9 @@ def forward(
     mean, rstd = np.empty((n, c), dtype), np.empty((n, c), dtype)
     if x.size and use_input_stats:
         variance = np.empty((n, c), dtype) if running_mean is not None and momentum else None
+        buffers = _buffers(2, x, dtype)
         for planes, tiles in _blocks(x.shape, dtype):
-            _forward_block(x, y, planes, tiles, weight, bias, mean, rstd, variance, eps)
+            _forward_block(x, y, planes, tiles, weight, bias, mean, rstd, variance, eps, buffers)
         if variance is not None:
             assert running_mean is not None and running_var is not None
             _move(running_mean, mean, momentum)
@@ -52,10 +53,11 @@ def forward(
         mean[...] = running_mean
         with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
             rstd[...] = 1 / np.sqrt(running_var.astype(dtype) + dtype.type(eps))
+            buffers = _buffers(1, x, dtype)
             for planes, tiles in _blocks(x.shape, dtype) if x.size else ():
                 scale, shift = _affine(rstd, weight, bias, planes)
                 for tile in tiles:
-                    block = _read(x, planes, tile, dtype)
+                    block = _read(x, planes, tile, buffers[0])
                     block -= mean[planes].reshape(-1, 1)
                     _write(y, planes, tile, block, scale, shift)
     return y, Saved(x, mean, rstd, weight, bias, training=use_input_stats) if keep else None
@@ -69,8 +71,9 @@ def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Arra
     n, c = x.shape[:2]
     sum_dy, sum_dy_xhat = np.zeros((n, c), dtype), np.zeros((n, c), dtype)
     if x.size:
+        buffers = _buffers(3, x, dtype)
         for planes, tiles in _blocks(x.shape, dtype):
-            _backward_block(x, dy, dx, planes, tiles, saved, sum_dy, sum_dy_xhat)
+            _backward_block(x, dy, dx, planes, tiles, saved, sum_dy, sum_dy_xhat, buffers)
     dweight = dbias = None
     with np.errstate(all="ignore"):
         if weight is not None:
@@ -126,10 +129,15 @@ def _tiles(spatial: list[int], limit: int) -> Iterator[Index]:
             yield (slice(i, i + step), *(slice(None) for _ in inner))
 
 
-def _read(x: Array, planes: Index, tile: Index, dtype: np.dtype) -> np.ndarray:
-    """A block in computing precision, one row a plane."""
+def _buffers(count: int, x: Array, dtype: np.dtype) -> np.ndarray:
+    """Room for `count` blocks, reused throughout a call: fresh memory would cost more than the arithmetic."""
+    return np.empty((count, min(x.size, BLOCK_BYTES // dtype.itemsize)), dtype)
+
+
+def _read(x: Array, planes: Index, tile: Index, buffer: np.ndarray) -> np.ndarray:
+    """A block in computing precision, one row a plane, in a buffer."""
     part = x[planes + tile]
-    block = np.empty(part.shape, dtype)
+    block = buffer[: part.size].reshape(part.shape)
     block[...] = part
     return block.reshape(part.shape[0] * part.shape[1], -1)
 
@@ -171,8 +179,9 @@ def _centre(block: np.ndarray) -> np.ndarray:
     return mean.astype(np.float64) + delta
 
 
-def _squares(block: np.ndarray) -> np.ndarray:
-    return _row_sums(block * block)
+def _dots(a: np.ndarray, b: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+    """The dot product of each row of a with that of b."""
+    return _row_sums(np.multiply(a, b, out=buffer[: a.size].reshape(a.shape)))
 
 
 def _forward_block(
@@ -186,6 +195,7 @@ def _forward_block(
     rstd: np.ndarray,
     variance: np.ndarray | None,
     eps: float,
+    buffers: np.ndarray,
 ) -> None:
     dtype = mean.dtype
     with np.errstate(all="ignore"):
@@ -193,9 +203,9 @@ def _forward_block(
         count = 0
         pooled = squares = np.zeros(1)
         for tile in tiles:
-            block = _read(x, planes, tile, dtype)
+            block = _read(x, planes, tile, buffers[0])
             size = block.shape[1]
-            tile_mean, tile_squares = _centre(block), _squares(block).astype(np.float64)
+            tile_mean, tile_squares = _centre(block), _dots(block, block, buffers[1]).astype(np.float64)
             share = size / (count + size)
             distance = tile_mean - pooled if count else np.zeros_like(tile_mean)
             pooled = pooled + distance * share if count else tile_mean
@@ -214,7 +224,7 @@ def _forward_block(
         rounded = pooled.astype(dtype)
         delta = (pooled - rounded).astype(dtype)
         for tile in reversed(tiles):
-            block = _read(x, planes, tile, dtype)
+            block = _read(x, planes, tile, buffers[0])
             block -= rounded[:, None]
             block -= delta[:, None]
             _write(y, planes, tile, block, scale, shift)
@@ -229,6 +239,7 @@ def _backward_block(
     saved: Saved,
     sum_dy: np.ndarray,
     sum_dy_xhat: np.ndarray,
+    buffers: np.ndarray,
 ) -> None:
     dtype = sum_dy.dtype
     rows = sum_dy[planes].size
@@ -238,11 +249,11 @@ def _backward_block(
     with np.errstate(all="ignore"):
         count = 0
         for tile in tiles:
-            g = _read(dy, planes, tile, dtype)
-            centred = _read(x, planes, tile, dtype)
+            g = _read(dy, planes, tile, buffers[0])
+            centred = _read(x, planes, tile, buffers[1])
             centred -= mean
             sums[0] += _row_sums(g)
-            sums[1] += _row_sums(g * centred)
+            sums[1] += _dots(g, centred, buffers[2])
             sums[2] += _row_sums(centred)
             count += g.shape[1]
         # The saved mean is rounded; the mean of the centred values is what it lost.
@@ -255,10 +266,10 @@ def _backward_block(
         )
         for tile in reversed(tiles):
             if len(tiles) > 1:
-                g = _read(dy, planes, tile, dtype)
+                g = _read(dy, planes, tile, buffers[0])
             if saved.training:
                 if len(tiles) > 1:
-                    centred = _read(x, planes, tile, dtype)
+                    centred = _read(x, planes, tile, buffers[1])
                     centred -= mean
                 centred -= delta_
                 centred *= rstd * mean_dot

@@ -286,7 +286,15 @@ def test_an_editable_install_finds_its_kernels(built: Built, tmp_path: Path) -> 
     (tmp_path / "wheel").mkdir()
     with zipfile.ZipFile(build("editable", built.checkout, tmp_path / "wheel")) as archive:
         archive.extractall(tmp_path / "site")
-    code = f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n{FIND}{USE}"
+    # The tests may themselves run from an editable install: this one takes its place.
+    code = f"""
+import site, sys
+for finder in [f for f in sys.meta_path if getattr(f, "__module__", "").startswith("__editable__")]:
+    sys.meta_path.remove(finder)
+    del sys.modules[finder.__module__]
+sys.path.insert(0, {str(tmp_path / "site")!r})
+site.addsitedir({str(tmp_path / "site")!r})
+{FIND}{USE}"""
     module, kernels = python(code, path=None, cwd=tmp_path, env=NO_GPU).splitlines()
     assert Path(module) == built.checkout / "cupynorm/__init__.py"
     assert Path(kernels) == built.checkout / "kernels"

@@ -96,7 +96,7 @@ class Launcher:
                 call.run(*rest, *call.pointers(mean, variance), samples, call.channels, momentum_, *running, wide)
                 for array, dense in ((running_mean, mean_), (running_var, var_)):
                     if array is not None and array is not dense:
-                        array[...] = dense
+                        _assign(array, dense)
             return call.result(), saved
 
     def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Array | None, Array | None]:
@@ -150,6 +150,13 @@ class Launcher:
             return call.result(), dweight, dbias
 
 
+def _assign(target: Array, source: Array) -> None:
+    """Copy between arrays of the same dtype; 16-bit ones as bits, whatever the library knows of bfloat16."""
+    if target.itemsize == 2:
+        target, source = target.view(np.uint16), source.view(np.uint16)
+    target[...] = source
+
+
 class _Call:
     """One call: its arrays as the kernels can read and write them, its plan, and what its launches have in common."""
 
@@ -179,7 +186,7 @@ class _Call:
 
     def _copy(self, array: Array) -> Array:
         copy = self._new(array.shape)
-        copy[...] = array
+        _assign(copy, array)
         return copy
 
     def plan(self, op: Op, sums: bool) -> Plan:
@@ -207,7 +214,7 @@ class _Call:
         if array is None or (array.flags.c_contiguous and self.runtime.address(array) % array.itemsize == 0):
             return array
         copy = self.empty(array.shape, array.dtype)
-        copy[...] = array
+        _assign(copy, array)
         return copy
 
     def counts(self, tiles: int) -> tuple[np.int64, np.int64]:
@@ -229,5 +236,5 @@ class _Call:
 
     def result(self) -> Array:
         if self.out is not None and self.target is not self.out:
-            self.out[...] = self.target
+            _assign(self.out, self.target)
         return self.target if self.out is None else self.out

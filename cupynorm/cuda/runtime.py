@@ -15,8 +15,9 @@ from ..functional import Array
 from .plan import Device, Step
 from .source import OPTIONS, Module, compile_error
 
-# What a launch may ask for without opting in.
+# What a launch may ask for without opting in, and cudaDevAttrMaxSharedMemoryPerBlockOptin.
 DEFAULT_SHARED = 48 * 1024
+MAX_SHARED_OPTIN = 97
 
 
 class CupyRuntime:
@@ -66,7 +67,8 @@ class CupyRuntime:
         with lock:
             if (number, module, module.kernels[-1]) in self._kernels:
                 return
-            shared = self.device().shared_per_block
+            # Of the device itself: what is planned for may be less.
+            shared = cupy.cuda.runtime.deviceGetAttribute(MAX_SHARED_OPTIN, number)
             for name in module.kernels:
                 # CuPy keeps one compiled module for all kernels of the same text and options.
                 kernel = cupy.RawKernel(module.source, name, OPTIONS)

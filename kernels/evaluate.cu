@@ -9,6 +9,7 @@
 #include "types.cuh"
 #include "plane.cuh"
 #include "sums.cuh"
+#include "gradient.cuh"
 
 template <int OWNER, int THREADS, int CHUNKS>
 __device__ inline void evaluate(const Tensor& x, const Tensor& y, const void* running_mean, const void* running_var,
@@ -32,7 +33,7 @@ __device__ inline void evaluate(const Tensor& x, const Tensor& y, const void* ru
         store(rstd + i, inverse[p]);
     });
     Rest<REGISTERS, THREADS, CHUNKS> rest;
-    rest.read(share, x, 0, CHUNKS);
+    rest.read(share, x, 0);
     write_tile(share, y, rest, CHUNKS, [&](int p, Math value) { return (value - center[p]) * scale[p] + shift[p]; });
 }
 
@@ -47,26 +48,18 @@ __device__ inline void eval_gradient(const Tensor& x, const Tensor& dy, const Te
     const long long owner = Owner::owner_in_grid();
     if (owner >= owners) return;
     const Owner share(owner, tiles, CHUNKS, lanes, dy, channels, spatial);
-    Math center[P], inverse[P], scale[P];
-    #pragma unroll
-    for (int p = 0; p < P; p++) {
-        const bool exists = share.c + p < channels;
-        const long long c = exists ? share.c + p : 0, i = exists ? share.n * channels + c : 0;
-        center[p] = load(mean + i);
-        inverse[p] = load(rstd + i);
-        scale[p] = weight ? inverse[p] * load_parameter(weight, wide & WIDE_WEIGHT, c) : inverse[p];
-    }
+    const Statistics stat(share, mean, rstd, weight, wide, channels);
     Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
-    if (partial) rest_x.read(share, x, 0, CHUNKS);
-    rest_dy.read(share, dy, 0, CHUNKS);
-    write_tile(share, dx, rest_dy, CHUNKS, [&](int p, Math dy_) { return dy_ * scale[p]; });
+    if (partial) rest_x.read(share, x, 0);
+    rest_dy.read(share, dy, 0);
+    write_tile(share, dx, rest_dy, CHUNKS, [&](int p, Math dy_) { return dy_ * (stat.rstd[p] * stat.weight[p]); });
     if (!partial) return;
 
     Math s_dy[V] = {}, s_dyx[V] = {};
     const auto add_one = [&](int v, Storage x_, Storage dy_) {
         const int p = plane_of(v);
         s_dy[v] += widen(dy_);
-        s_dyx[v] += widen(dy_) * ((widen(x_) - center[p]) * inverse[p]);
+        s_dyx[v] += widen(dy_) * ((widen(x_) - stat.mean[p]) * stat.rstd[p]);
     };
     rest_dy.each(CHUNKS, [&](int k) {
         if (!share.holds(k)) return;

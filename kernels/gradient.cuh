@@ -37,13 +37,13 @@ __device__ inline void gradient_sums(const Share& share, const Tensor& x, const 
         for (int v = 0; v < V; v++) add_one(v, a.v[v], b.v[v]);
     };
     if (REST == REGISTERS) {
-        rest_x.read(share, x, 0, CHUNKS);
-        rest_dy.read(share, dy, 0, CHUNKS);
+        rest_x.read(share, x, 0);
+        rest_dy.read(share, dy, 0);
         rest_x.each(CHUNKS, add);
     } else {
         for (int from = 0; from < chunks; from += rest_x.batch) {
-            rest_x.read(share, x, from, chunks);
-            rest_dy.read(share, dy, from, chunks);
+            rest_x.read(share, x, from);
+            rest_dy.read(share, dy, from);
             #pragma unroll
             for (int i = 0; i < rest_x.batch; i++) add(from + i);
         }

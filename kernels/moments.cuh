@@ -20,11 +20,11 @@ __device__ inline void sum_tile(const Share& share, const Tensor& x, Rest<REST, 
     };
     if (!READ) rest.each(chunks, add);
     else if (REST == REGISTERS) {
-        rest.read(share, x, 0, CHUNKS);
+        rest.read(share, x, 0);
         rest.each(CHUNKS, add);
     } else {
         for (int from = 0; from < chunks; from += rest.batch) {
-            rest.read(share, x, from, chunks);
+            rest.read(share, x, from);
             #pragma unroll
             for (int i = 0; i < rest.batch; i++) add(from + i);
         }

@@ -141,7 +141,7 @@ struct Rest : Packs<REST, THREADS, CHUNKS> {
     __device__ Rest(Pack* shared = 0) : Packs<REST, THREADS, CHUNKS>(shared), edge() {}
 
     // Read packs [from, from + batch) of a tile, all of them before the first is used; with the first batch, the edge.
-    template <class Share> __device__ void read(const Share& share, const Tensor& t, int from, int chunks) {
+    template <class Share> __device__ void read(const Share& share, const Tensor& t, int from) {
         Storage* origin = share.origin(t);
         Pack pack[Rest::batch];
         #pragma unroll

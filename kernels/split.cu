@@ -53,20 +53,20 @@ __device__ inline void apply(const Tensor& x, const Tensor& y, const Math* mean,
     const long long owner = Owner::owner_in_grid();
     if (owner >= owners) return;
     const Owner share(owners - 1 - owner, tiles, CHUNKS, lanes, x, channels, spatial);
-    Math center[P], correction[P], scale[P], shift[P];
+    const Statistics stat(share, mean, rstd, weight, wide, channels);
+    Math correction[P], scale[P], shift[P];
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const bool exists = share.c + p < channels;
-        const long long c = exists ? share.c + p : 0, i = exists ? share.n * channels + c : 0;
-        center[p] = load(mean + i);
-        correction[p] = load(delta + i);
-        scale[p] = weight ? load(rstd + i) * load_parameter(weight, wide & WIDE_WEIGHT, c) : load(rstd + i);
-        shift[p] = bias ? load_parameter(bias, wide & WIDE_BIAS, c) : 0;
+        const long long c = share.c + p;
+        const bool exists = c < channels;
+        correction[p] = exists ? load(delta + share.n * channels + c) : 0;
+        scale[p] = stat.rstd[p] * stat.weight[p];
+        shift[p] = bias && exists ? load_parameter(bias, wide & WIDE_BIAS, c) : 0;
     }
     Rest<REGISTERS, THREADS, CHUNKS> rest;
-    rest.read(share, x, 0, CHUNKS);
+    rest.read(share, x, 0);
     write_tile(share, y, rest, CHUNKS, [&](int p, Math value) {
-        return ((value - center[p]) - correction[p]) * scale[p] + shift[p];
+        return ((value - stat.mean[p]) - correction[p]) * scale[p] + shift[p];
     });
 }
 
@@ -108,8 +108,8 @@ __device__ inline void apply_gradient(const Tensor& x, const Tensor& dy, const T
               (Math)spatial);
     }
     Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
-    rest_x.read(share, x, 0, CHUNKS);
-    rest_dy.read(share, dy, 0, CHUNKS);
+    rest_x.read(share, x, 0);
+    rest_dy.read(share, dy, 0);
     write_tile(share, dx, rest_x, rest_dy, CHUNKS, [&](int p, Math x_, Math dy_) { return g.dx(p, x_, dy_, stat); });
 }
 

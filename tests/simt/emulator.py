@@ -45,11 +45,26 @@ class _Range(ctypes.Structure):
 class _Launch(ctypes.Structure):
     _fields_ = (
         ("grid_x", ctypes.c_uint), ("grid_y", ctypes.c_uint), ("threads", ctypes.c_uint), ("shared", ctypes.c_uint),
+        ("cluster", ctypes.c_uint), ("cooperative", ctypes.c_uint),
         ("order", ctypes.c_int), ("seed", ctypes.c_uint),
         ("ranges", ctypes.POINTER(_Range)), ("range_count", ctypes.c_int),
         ("args", ctypes.POINTER(ctypes.c_void_p)), ("sizes", ctypes.c_char_p), ("kinds", ctypes.c_char_p),
         ("arg_count", ctypes.c_int), ("error", ctypes.c_char * 256),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Text:
+    """A source text and the names of its kernels, to build and launch like a Module."""
+
+    file: str
+    source: str
+    kernels: tuple[str, ...]
+    dtype: str = "text"
+    defines: str = ""
+
+    def __str__(self) -> str:
+        return self.file
 
 
 def require() -> None:
@@ -58,7 +73,7 @@ def require() -> None:
         pytest.skip("the emulator needs g++")
 
 
-def source_of(module: Module, transform: Transform | None = None) -> str:
+def source_of(module: Module | Text, transform: Transform | None = None) -> str:
     source = f'{module.defines}#line 1 "simt.h"\n{(HERE / "simt.h").read_text()}\n{module.source}'
     if transform is not None:
         source = transform(source)
@@ -66,7 +81,7 @@ def source_of(module: Module, transform: Transform | None = None) -> str:
 
 
 @lru_cache(maxsize=None)
-def build(module: Module, transform: Transform | None = None) -> ctypes.CDLL:
+def build(module: Module | Text, transform: Transform | None = None) -> ctypes.CDLL:
     """The module as a loaded shared library, built once for each text it ever had."""
     sanitize = SANITIZE if os.environ.get("CUPYNORM_SIMT_ASAN") else ()
     options = (*OPTIONS, *FLAGS, *sanitize)
@@ -87,10 +102,10 @@ def build(module: Module, transform: Transform | None = None) -> ctypes.CDLL:
 
 
 def build_all() -> None:
-    """Build every module, as many at a time as there are cores."""
+    """Build every module without an epilogue, as many at a time as there are cores."""
     if shutil.which("g++"):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(build, all_modules()))
+            list(pool.map(build, all_modules([0])))
 
 
 @dataclass
@@ -127,6 +142,9 @@ class Emulator:
         array.view(np.uint8 if array.ndim else dtype).fill(255) if array.size else None
         return array
 
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
     def address(self, array: np.ndarray) -> int:
         address = array.ctypes.data
         low, high = self._bounds.get(address, (address, address))
@@ -137,9 +155,10 @@ class Emulator:
         self._bounds[address] = (low, high)
         return address
 
-    def launch(self, module: Module, step: Step, args: tuple[Any, ...]) -> None:
+    def launch(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> None:
         assert step.threads <= 1024
-        assert step.shared <= self._device.shared_per_block
+        # Devices made up to be small still have what merges need.
+        assert step.shared <= max(self._device.shared_per_block, 8192)
         assert step.name in module.kernels, f"{step.name} is not in {module}"
         run = getattr(build(module, self.transform), f"simt_run_{step.name}")
         values = [np.asarray(a) for a in args]
@@ -147,7 +166,7 @@ class Emulator:
         ranges = (_Range * len(addresses))(*(_Range(*self._bounds[a], 0, 0) for a in addresses))
         self.seed += 1
         launch = _Launch(
-            *step.grid, step.threads, step.shared, ORDERS[self.order], self.seed,
+            *step.grid, step.threads, step.shared, step.cluster, step.cooperative, ORDERS[self.order], self.seed,
             ranges, len(addresses),
             (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values)),
             bytes(v.itemsize for v in values), "".join(v.dtype.kind for v in values).encode(), len(values),

@@ -1,13 +1,19 @@
 // The emulator: what the CUDA sources need to compile and run as C++.
 //
-// A block runs on one OS thread, each CUDA thread on a fiber of its own. A fiber runs until it meets the others at a
+// All runs on one OS thread, each CUDA thread on a fiber of its own. A fiber runs until it meets the others at a
 // barrier or a shuffle; which fiber goes first is the order under test. Between two meetings one warp goes as far as
-// it can before the next starts, so that a missing barrier shows. Checked on the way:
+// it can before the next starts, so that a missing barrier shows. Blocks run one after the other, except those that
+// may wait for each other, a cluster or a cooperative grid: they run together, and likewise one goes as far as it can
+// before the next; but a thread that did what others may wait for stops there, and the first block that can goes on.
+// Checked on the way:
 //   global memory   every access lies in an array the launch was given, is aligned, and is counted
 //   shared memory   poisoned with NaN before each block; nothing is written behind its end
-//   barriers        all threads of a block (of a warp) meet at the same one, or the launch is refused as a deadlock
+//   barriers        all threads of a block (of a warp, of a cluster) meet at the same one
+//   waiting         somebody can always go on, or the launch is refused with a line that waits
+//   peers           a block's shared memory is reached only while it runs
 //   arguments       number, size and kind are those of the kernel's parameters
 
+#include <cstdarg>
 #include <csetjmp>
 #include <cmath>
 #include <cstdint>
@@ -15,8 +21,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <random>
-#include <string>
 #include <type_traits>
 #include <ucontext.h>
 #include <utility>
@@ -37,6 +41,7 @@ struct Range { uintptr_t low, high; uint64_t read, written; };
 
 struct Launch {
     unsigned grid_x, grid_y, threads, shared;
+    unsigned cluster, cooperative;  // blocks of a cluster, along x; whether all blocks of the grid run together
     int order;
     unsigned seed;
     Range* ranges;                  // memory that may be touched; how many bytes of it were, is a result
@@ -47,14 +52,33 @@ struct Launch {
     char error[256];
 };
 
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, AT_COUNTER, DONE };
 
 struct Fiber {
     jmp_buf context;
+    char* stack;
     bool started;
     State state;
-    int site;                       // source line of the meeting it waits at
-    char* stack;
+    int site;                       // source line of what it waits for
+    bool arrived;                   // at the cluster's barrier, in its round `round`, and has not waited for it yet
+    unsigned round;
+    const unsigned* counter;        // AT_COUNTER: waits until it is at least `target`
+    unsigned target;
+};
+
+// The barrier of a cluster: a round is over when all threads have arrived.
+struct Cluster { unsigned round, arrived; int site; };
+
+struct Block {
+    Index3 index;
+    unsigned rank;                  // in its cluster
+    Cluster* cluster;
+    Fiber* fibers;
+    bool begun;
+    unsigned running;               // threads that have not ended
+    std::unique_ptr<unsigned char[]> shared;
+    std::vector<uint64_t> slots;    // what lanes show each other: two generations a warp
+    std::vector<unsigned> generation;
 };
 
 constexpr size_t STACK = 128 * 1024;
@@ -62,38 +86,89 @@ constexpr size_t STACK = 128 * 1024;
 struct Machine {
     Launch* launch;
     void (*kernel)(void**);
-    std::vector<Fiber> fibers;
-    std::vector<uint64_t> slots;    // what lanes show each other: two generations a warp
-    std::vector<unsigned> generation;
-    unsigned char* shared;
-    ucontext_t start;
+    std::vector<Fiber> fibers;      // of all blocks that run together; their stacks are kept for the next launch
+    std::vector<Block> blocks;
+    std::vector<Cluster> clusters;
+    uint64_t random;
     jmp_buf scheduler;
-    unsigned current;
+    Block* block;                   // who runs: this block's
+    unsigned current;               // thread
+    bool released;                  // it did what others may wait for
     bool failed;
 };
 static Machine m;
 
-static void fail(const std::string& message) {
-    if (!m.failed) snprintf(m.launch->error, sizeof m.launch->error, "%s", message.c_str());
+// The first complaint is kept; the launch stops at the next look at `failed`.
+static void report(const char* format, ...) {
+    if (m.failed) return;
     m.failed = true;
-    _longjmp(m.scheduler, 1);       // the fibers are dropped as they are: nothing in them needs destroying
+    va_list values;
+    va_start(values, format);
+    vsnprintf(m.launch->error, sizeof m.launch->error, format, values);
+    va_end(values);
+}
+
+// The same from a kernel, which stops here: the fibers are dropped as they are, nothing in them needs destroying.
+template <class... A> [[noreturn]] void fail(const char* format, A... values) {
+    report(format, values...);
+    _longjmp(m.scheduler, 1);
 }
 
 static void wait(State state, int site) {
-    Fiber& f = m.fibers[m.current];
+    Fiber& f = m.block->fibers[m.current];
     f.state = state;
     f.site = site;
     if (_setjmp(f.context) == 0) _longjmp(m.scheduler, 1);
 }
 
+// Let those go on who waited for this.
+static void release(int site) {
+    m.released = true;
+    wait(READY, site);
+}
+
+static void cluster_arrive(int site) {
+    Fiber& f = m.block->fibers[m.current];
+    Cluster& c = *m.block->cluster;
+    if (f.arrived) fail("a second cluster_arrive without cluster_wait at line %d", site);
+    if (c.arrived == 0) c.site = site;
+    if (c.site != site) fail("divergence: a cluster_arrive at line %d, others at line %d", site, c.site);
+    f.arrived = true;
+    f.round = c.round;
+    if (++c.arrived < m.launch->threads * m.launch->cluster) return wait(READY, site);
+    c.round++;
+    c.arrived = 0;
+    release(site);
+}
+
+static void cluster_wait(int site) {
+    Fiber& f = m.block->fibers[m.current];
+    if (!f.arrived) fail("a cluster_wait without cluster_arrive at line %d", site);
+    if (f.round == m.block->cluster->round) wait(AT_CLUSTER, site);
+    m.block->fibers[m.current].arrived = false;
+}
+
+// The end of a thread, and of its block with the last one.
+static void end() {
+    Block& block = *m.block;
+    Fiber& f = block.fibers[m.current];
+    if (f.arrived) fail("thread %u ends without cluster_wait after its cluster_arrive", m.current);
+    f.state = DONE;
+    if (--block.running) return;
+    for (unsigned i = 0; i < 16; i++) {
+        if (block.shared[m.launch->shared + i] != 0x5a) fail("a write behind the end of shared memory");
+    }
+    if (m.blocks.size() > 1) memset(block.shared.get(), 0xff, m.launch->shared);  // whoever still has a pointer to it
+}
+
 static void body() {
     m.kernel(m.launch->args);
-    m.fibers[m.current].state = DONE;
+    end();
     _longjmp(m.scheduler, 1);
 }
 
 static void resume(unsigned i) {
-    Fiber& f = m.fibers[i];
+    Fiber& f = m.block->fibers[i];
     m.current = i;
     threadIdx = {i, 0, 0};
     if (_setjmp(m.scheduler) != 0) return;
@@ -108,77 +183,156 @@ static void resume(unsigned i) {
     setcontext(&context);
 }
 
-static std::string at(const char* what, int site) { return std::string(what) + " at line " + std::to_string(site); }
+// Whether it may go on without a meeting of its warp or block.
+static bool pending(const Fiber& f) { return f.state == READY || f.state == AT_CLUSTER || f.state == AT_COUNTER; }
 
-// Run one warp until all its lanes wait for the block or are done; or, for `steps` meetings at most.
-static bool run_warp(unsigned warp, std::mt19937& random, int steps) {
+static bool ready(Fiber& f) {
+    if (f.state == AT_CLUSTER && f.round != m.block->cluster->round) f.state = READY;
+    if (f.state == AT_COUNTER && *f.counter >= f.target) f.state = READY;
+    return f.state == READY;
+}
+
+// One of 0 .. count - 1: Knuth's generator for MMIX. (<random> would be a third of the compile time.)
+static unsigned random(unsigned count) {
+    m.random = m.random * 6364136223846793005u + 1442695040888963407u;
+    return (m.random >> 33) % count;
+}
+
+// Turn items into the order under test.
+static void arrange(unsigned* items, unsigned count) {
+    if (m.launch->order == REVERSE) for (unsigned i = 0; i < count / 2; i++) std::swap(items[i], items[count - 1 - i]);
+    if (m.launch->order == SHUFFLED) for (unsigned i = count; i > 1; i--) std::swap(items[i - 1], items[random(i)]);
+}
+static void arrange(std::vector<unsigned>& numbers) {
+    for (unsigned i = 0; i < numbers.size(); i++) numbers[i] = i;
+    arrange(numbers.data(), numbers.size());
+}
+
+// As far as it can; but shuffled, a few steps.
+static int some_steps() { return m.launch->order == SHUFFLED ? 1 + random(4) : -1; }
+
+// Run one warp until all its lanes wait for the block or for more, or are done; or, for `steps` meetings at most.
+static bool run_warp(unsigned warp, int steps) {
     const unsigned first = warp * 32, count = std::min(32u, m.launch->threads - first);
+    Fiber* fibers = m.block->fibers + first;
     bool progress = false;
     while (steps-- != 0) {
-        unsigned lanes[32], ready = 0;
-        for (unsigned l = 0; l < count; l++) if (m.fibers[first + l].state == READY) lanes[ready++] = first + l;
-        if (ready == 0) break;
-        if (m.launch->order == REVERSE) for (unsigned l = 0; l < ready / 2; l++) std::swap(lanes[l], lanes[ready - 1 - l]);
-        if (m.launch->order == SHUFFLED) for (unsigned l = ready; l > 1; l--) std::swap(lanes[l - 1], lanes[random() % l]);
-        for (unsigned l = 0; l < ready; l++) {
-            resume(lanes[l]);
-            if (m.failed) return true;
+        unsigned lanes[32], able = 0;
+        for (unsigned l = 0; l < count; l++) if (ready(fibers[l])) lanes[able++] = l;
+        if (able == 0) break;
+        arrange(lanes, able);
+        for (unsigned l = 0; l < able; l++) {
+            resume(first + lanes[l]);
+            if (m.failed || m.released) return true;
         }
         progress = true;
-        unsigned waiting = 0, site = 0;
+        unsigned waiting = 0, absent = 0;
+        int site = 0;
         for (unsigned l = 0; l < count; l++) {
-            const Fiber& f = m.fibers[first + l];
-            if (f.state == AT_WARP) { waiting++; site = f.site; }
+            if (fibers[l].state == AT_WARP) { waiting++; site = fibers[l].site; }
+            absent += pending(fibers[l]);
         }
-        if (waiting == 0) continue;
+        if (waiting == 0 || absent) continue;
         for (unsigned l = 0; l < count; l++) {
-            Fiber& f = m.fibers[first + l];
-            if (f.state != AT_WARP || f.site != (int)site) {
-                snprintf(m.launch->error, sizeof m.launch->error,
-                         "divergence: lanes of warp %u wait at line %d, lane %u does not", warp, (int)site, l);
-                m.failed = true;
+            if (fibers[l].state != AT_WARP || fibers[l].site != site) {
+                report("divergence: lanes of warp %u wait at line %d, lane %u does not", warp, site, l);
                 return true;
             }
         }
-        for (unsigned l = 0; l < count; l++) m.fibers[first + l].state = READY;
-        m.generation[warp]++;
+        for (unsigned l = 0; l < count; l++) fibers[l].state = READY;
+        m.block->generation[warp]++;
     }
     return progress;
 }
 
-static void run_block(std::mt19937& random) {
-    const unsigned threads = m.launch->threads, warps = (threads + 31) / 32;
-    for (Fiber& f : m.fibers) { f.started = false; f.state = READY; }
-    memset(m.shared, 0xff, m.launch->shared);
-    for (unsigned i = 0; i < 16; i++) m.shared[m.launch->shared + i] = 0x5a;
-    std::vector<unsigned> order(warps);
-    while (!m.failed) {
-        for (unsigned w = 0; w < warps; w++) order[w] = m.launch->order == REVERSE ? warps - 1 - w : w;
-        if (m.launch->order == SHUFFLED) for (unsigned w = warps; w > 1; w--) std::swap(order[w - 1], order[random() % w]);
-        bool progress = false;
-        for (unsigned w : order) {
-            progress |= run_warp(w, random, m.launch->order == SHUFFLED ? 1 + random() % 4 : -1);
-            if (m.failed) return;
+// Let a block go on until it has ended, waits for others or has released some; or, for `steps` warps. Whether it did.
+static bool run_block(Block& block, int steps) {
+    const unsigned threads = m.launch->threads;
+    m.block = &block;
+    blockIdx = block.index;
+    block.begun = true;
+    std::vector<unsigned> warps((threads + 31) / 32);
+    bool progress = false;
+    while (block.running) {
+        arrange(warps);
+        bool moved = false;
+        for (unsigned w : warps) {
+            if (!run_warp(w, some_steps())) continue;
+            if (m.failed || m.released || --steps == 0) return true;
+            moved = true;
         }
-        if (progress) continue;
-        unsigned done = 0;
-        for (unsigned i = 0; i < threads; i++) done += m.fibers[i].state == DONE;
-        if (done == threads) break;
+        progress |= moved;
+        if (moved) continue;
+        unsigned absent = 0;
+        for (unsigned i = 0; i < threads; i++) absent += pending(block.fibers[i]);
+        if (absent) break;
         for (unsigned i = 0; i < threads; i++) {
-            const Fiber& f = m.fibers[i];
-            if (f.state != AT_BLOCK || f.site != m.fibers[0].site) {
-                snprintf(m.launch->error, sizeof m.launch->error,
-                         "divergence: thread %u does not wait at the __syncthreads of line %d as others do", i,
-                         m.fibers[f.state == AT_BLOCK ? i : 0].site);
-                m.failed = true;
-                return;
+            const Fiber& f = block.fibers[i];
+            if (f.state != AT_BLOCK || f.site != block.fibers[0].site) {
+                report("divergence: thread %u does not wait at the __syncthreads of line %d as others do", i,
+                       block.fibers[f.state == AT_BLOCK ? i : 0].site);
+                return true;
             }
         }
-        for (unsigned i = 0; i < threads; i++) m.fibers[i].state = READY;
+        for (unsigned i = 0; i < threads; i++) block.fibers[i].state = READY;
+        progress = true;
     }
-    for (unsigned i = 0; i < 16; i++) if (m.shared[m.launch->shared + i] != 0x5a) {
-        snprintf(m.launch->error, sizeof m.launch->error, "a write behind the end of shared memory");
-        m.failed = true;
+    return progress;
+}
+
+// Nobody can go on: who waits for what.
+static void report_deadlock() {
+    const unsigned threads = m.launch->threads;
+    for (Block& block : m.blocks) for (unsigned i = 0; i < threads; i++) {
+        const Fiber& f = block.fibers[i];
+        if (f.state == AT_COUNTER) {
+            report("deadlock: thread %u of block %u,%u waits for a counter at line %d to reach %u, it stands at %u",
+                   i, block.index.x, block.index.y, f.site, f.target, *f.counter);
+        }
+    }
+    for (Block& block : m.blocks) for (unsigned i = 0; i < threads; i++) {
+        const Fiber& f = block.fibers[i];
+        if (f.state != AT_CLUSTER) continue;
+        for (Block& other : m.blocks) for (unsigned j = 0; j < threads; j++) {
+            const Fiber& g = other.fibers[j];
+            if (other.cluster != block.cluster || (g.arrived && g.round == f.round)) continue;
+            report("divergence: thread %u of block %u,%u waits for its cluster at line %d, "
+                   "thread %u of block %u,%u has %s",
+                   i, block.index.x, block.index.y, f.site, j, other.index.x, other.index.y,
+                   g.state == DONE ? "ended" : "not arrived");
+        }
+    }
+}
+
+// Run the blocks of m.blocks, which are those of the grid from number `first` on, until all have ended.
+static void run_together(unsigned first) {
+    const unsigned threads = m.launch->threads, count = m.blocks.size();
+    for (Cluster& c : m.clusters) c = {};
+    for (unsigned b = 0; b < count; b++) {
+        Block& block = m.blocks[b];
+        block.index = {(first + b) % m.launch->grid_x, (first + b) / m.launch->grid_x, 0};
+        block.begun = false;
+        block.running = threads;
+        for (unsigned i = 0; i < threads; i++) {
+            block.fibers[i].started = block.fibers[i].arrived = false;
+            block.fibers[i].state = READY;
+        }
+        memset(block.shared.get(), 0xff, m.launch->shared);
+        memset(block.shared.get() + m.launch->shared, 0x5a, 16);
+    }
+    std::vector<unsigned> order(count);
+    for (unsigned running = count; running && !m.failed;) {
+        arrange(order);
+        m.released = false;
+        bool progress = false;
+        running = 0;
+        for (unsigned b : order) {
+            if (m.blocks[b].running) progress |= run_block(m.blocks[b], count > 1 ? some_steps() : -1);
+            if (m.failed) return;
+            running += m.blocks[b].running;
+            if (m.released) break;
+        }
+        if (!progress && running) report_deadlock();
     }
 }
 
@@ -187,36 +341,43 @@ static int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pa
     m.kernel = kernel;
     m.failed = false;
     launch->error[0] = 0;
+    const unsigned threads = launch->threads, cluster = launch->cluster, grid = launch->grid_x * launch->grid_y;
     if ((int)parameters.size() != launch->arg_count) {
-        snprintf(launch->error, sizeof launch->error, "%d arguments for %zu parameters", launch->arg_count, parameters.size());
-        return 1;
+        report("%d arguments for %zu parameters", launch->arg_count, parameters.size());
     }
-    for (int i = 0; i < launch->arg_count; i++) {
+    for (int i = 0; !m.failed && i < launch->arg_count; i++) {
         if (parameters[i].first != launch->sizes[i] || parameters[i].second != (char)launch->kinds[i]) {
-            snprintf(launch->error, sizeof launch->error, "argument %d has %d bytes of kind %c, the parameter %d of kind %c",
-                     i, launch->sizes[i], launch->kinds[i], parameters[i].first, parameters[i].second);
-            return 1;
+            report("argument %d has %d bytes of kind %c, the parameter %d of kind %c",
+                   i, launch->sizes[i], launch->kinds[i], parameters[i].first, parameters[i].second);
         }
     }
-    while (m.fibers.size() < launch->threads) {
+    if (cluster < 1 || cluster > 16 || launch->grid_x % cluster) {
+        report("a cluster of %u blocks in a grid of %u along x: clusters have 1 to 16 and divide it",
+               cluster, launch->grid_x);
+    }
+    if (m.failed) return 1;
+    const unsigned together = launch->cooperative ? grid : cluster;
+    while (m.fibers.size() < together * threads) {
         m.fibers.push_back(Fiber{});
         m.fibers.back().stack = (char*)malloc(STACK);
     }
-    const unsigned warps = (launch->threads + 31) / 32;
-    m.slots.assign(warps * 64, 0);
-    m.generation.assign(warps, 0);
-    // Exactly as large as asked for, and a canary; AddressSanitizer watches what is behind.
-    std::unique_ptr<unsigned char[]> shared(new unsigned char[launch->shared + 16]);
-    m.shared = shared.get();
-    gridDim = {launch->grid_x, launch->grid_y, 1};
-    blockDim = {launch->threads, 1, 1};
-    std::mt19937 random(launch->seed);
-    for (unsigned y = 0; y < launch->grid_y && !m.failed; y++) {
-        for (unsigned x = 0; x < launch->grid_x && !m.failed; x++) {
-            blockIdx = {x, y, 0};
-            run_block(random);
-        }
+    m.clusters.resize(together / cluster);
+    m.blocks.resize(together);
+    for (unsigned b = 0; b < together; b++) {
+        const unsigned warps = (threads + 31) / 32;
+        // Exactly as large as asked for, and a canary; AddressSanitizer watches what is behind.
+        m.blocks[b] = Block{{}, b % cluster, &m.clusters[b / cluster], &m.fibers[b * threads], false, 0,
+                            std::unique_ptr<unsigned char[]>(new unsigned char[launch->shared + 16]),
+                            std::vector<uint64_t>(warps * 64), std::vector<unsigned>(warps)};
     }
+    gridDim = {launch->grid_x, launch->grid_y, 1};
+    blockDim = {threads, 1, 1};
+    m.random = launch->seed;
+    random(1);
+    std::vector<unsigned> firsts(grid / std::max(1u, together));
+    arrange(firsts);
+    for (unsigned i = 0; i < firsts.size() && !m.failed; i++) run_together(firsts[i] * together);
+    m.blocks.clear();
     return m.failed;
 }
 
@@ -236,13 +397,21 @@ template <class... A> void call(void (*kernel)(A...), void** args) {
 // Check an access to global memory; the range it lies in.
 static Range& check(const void* p, size_t size, size_t alignment) {
     const uintptr_t a = (uintptr_t)p;
-    if (a % alignment) fail("an access of " + std::to_string(size) + " bytes is not aligned");
+    if (a % alignment) fail("an access of %zu bytes is not aligned", size);
     for (int i = 0; i < m.launch->range_count; i++) {
         Range& range = m.launch->ranges[i];
         if (a >= range.low && a + size <= range.high) return range;
     }
-    fail("an access of " + std::to_string(size) + " bytes lies outside of every array of the launch");
-    return m.launch->ranges[0];
+    fail("an access of %zu bytes lies outside of every array of the launch", size);
+}
+
+static void wait_until(const unsigned* counter, unsigned target, int site) {
+    check(counter, sizeof *counter, alignof(unsigned)).read += sizeof *counter;
+    if (*counter >= target) return;
+    Fiber& f = m.block->fibers[m.current];
+    f.counter = counter;
+    f.target = target;
+    wait(AT_COUNTER, site);
 }
 
 static float widen16(uint16_t bits) {
@@ -278,7 +447,8 @@ static uint16_t narrow16(float f) {
 }  // namespace simt
 
 #define KERNEL(THREADS, BLOCKS) extern "C" void
-inline unsigned char* shared_memory() { return simt::m.shared; }
+#define CLUSTER_KERNEL(THREADS, BLOCKS, SIZE) extern "C" void
+inline unsigned char* shared_memory() { return simt::m.block->shared.get(); }
 #define SIMT_EXPORT(name) \
     extern "C" int simt_run_##name(simt::Launch* launch) { \
         return simt::run(launch, [](void** args) { simt::call(&name, args); }, simt::parameters(&name)); \
@@ -292,16 +462,43 @@ template <class T> inline void store(T* p, T value) {
     simt::check(p, sizeof(T), alignof(T)).written += sizeof(T);
     *p = value;
 }
+template <class T> inline T load_fresh(const T* p) { return load(p); }
 inline float reciprocal_sqrt(float f) { return (float)(1 / std::sqrt((double)f)); }
 inline double reciprocal_sqrt(double d) { return 1 / std::sqrt(d); }
+inline float reciprocal(float f) { return 1 / f; }
+// The C library has none. Behind 26, where erfc is denormal, the first term of the asymptotic series is exact enough.
+inline double erfcx(double x) { return x < 26 ? std::exp(x * x) * std::erfc(x) : 0.56418958354775629 / x; }
+inline float erfcxf(float x) { return (float)erfcx((double)x); }
 
 #define __syncthreads() simt::wait(simt::AT_BLOCK, __LINE__)
 #define __syncwarp() simt::wait(simt::AT_WARP, __LINE__)
+#define cluster_arrive() simt::cluster_arrive(__LINE__)
+#define cluster_wait() simt::cluster_wait(__LINE__)
+#define wait_until(counter, target) simt::wait_until(counter, target, __LINE__)
+
+inline unsigned block_in_cluster() { return simt::m.block->rank; }
+
+template <class T> inline T* peer(T* p, unsigned rank) {
+    const simt::Block& block = *simt::m.block;
+    const uintptr_t low = (uintptr_t)block.shared.get(), a = (uintptr_t)p;
+    if (a < low || a + sizeof(T) > low + simt::m.launch->shared) simt::fail("peer() of what is not in shared memory");
+    if (rank >= simt::m.launch->cluster) simt::fail("peer() of block %u, which is not in the cluster", rank);
+    const simt::Block& other = *(&block - block.rank + rank);
+    if (!other.begun) simt::fail("peer() of a block that has not begun");
+    if (!other.running) simt::fail("peer() of a block that has ended");
+    return (T*)(other.shared.get() + (a - low));
+}
+
+#define add_release(counter) simt_add_release(counter, __LINE__)
+inline void simt_add_release(unsigned* counter, int line) {
+    store(counter, load(counter) + 1);
+    simt::release(line);
+}
 
 // Each lane shows its value, all meet, each takes its partner's. A lane can be one shuffle ahead: two generations.
 template <class T> inline T simt_shuffle_xor(T value, int distance, int line) {
     const unsigned i = threadIdx.x, warp = i / 32;
-    uint64_t* slots = &simt::m.slots[warp * 64 + simt::m.generation[warp] % 2 * 32];
+    uint64_t* slots = &simt::m.block->slots[warp * 64 + simt::m.block->generation[warp] % 2 * 32];
     memcpy(&slots[i % 32], &value, sizeof(T));
     simt::wait(simt::AT_WARP, line);
     T other;

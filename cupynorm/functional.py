@@ -12,6 +12,7 @@ import numbers
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,22 @@ Array = Any
 #: Names of the dtypes that can be normalised.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
+#: Names of the activations, besides None.
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(eq=False, slots=True)  # not frozen: that costs a microsecond a call
 class Saved:
     """What a forward keeps for its backward.
 
-    x is the input itself, not a copy: it must not be written before the backward. mean and rstd have shape (N, C), in
-    float32 (float64 for float64 input). training: whether they are the input's own statistics.
+    x is the input itself, not a copy: it must not be written before the backward; nor must weight, bias and residual.
+    mean and rstd have shape (N, C), in float32 (float64 for float64 input). training: whether they are the input's own
+    statistics.
+
+    delta is kept where an activation follows statistics of the input: what rounding took from mean, in its shape and
+    dtype; None stands for 0. z = ((x - mean) - delta) * rstd * weight + bias + residual is then what the forward
+    computed, bit by bit, so the backward sees every kink of the activation where the forward saw it. residual is kept
+    for that alone: without an activation it is None, and with_residual tells whether there was one.
     """
 
     x: Array
@@ -37,7 +47,12 @@ class Saved:
     weight: Array | None
     bias: Array | None
     training: bool
-    overwritten: bool = False  # x was given as out, of the forward or of a backward
+    delta: Array | None = None
+    activation: str | None = None
+    negative_slope: float = 0.01
+    residual: Array | None = None
+    with_residual: bool = False
+    overwritten: bool = False  # x or residual was given as out, of the forward or of a backward
 
 
 def empty_like(x: Array, empty: Any) -> Array:
@@ -47,9 +62,12 @@ def empty_like(x: Array, empty: Any) -> Array:
     return empty((x.shape[0], *x.shape[2:], x.shape[1]), x.dtype).transpose(0, x.ndim - 1, *range(1, x.ndim - 1))
 
 
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
 def math_dtype(dtype: Any) -> np.dtype:
     """The dtype that an input's dtype computes in: float64 for float64, else float32."""
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+    return _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
 
 
 def kind_of(array: Array, name: str) -> str:
@@ -76,7 +94,8 @@ def place_of(array: Array, name: str) -> str:
 
 def backend_of(array: Array) -> Any:
     """The backend module for an array."""
-    return importlib.import_module(BACKENDS[kind_of(array, "input")])
+    name = BACKENDS[kind_of(array, "input")]
+    return sys.modules.get(name) or importlib.import_module(name)
 
 
 #: Backend modules by kind of array, imported at first use.
@@ -85,6 +104,8 @@ BACKENDS = {"numpy": "cupynorm.cpu", "cupy": "cupynorm.cuda.backend"}
 
 def check_number(value: Any, name: str) -> float:
     """A finite real number, as a float; TypeError or ValueError otherwise."""
+    if type(value) is float and math.isfinite(value):  # by far the most frequent, and of every call
+        return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
@@ -99,8 +120,20 @@ def check_eps(eps: Any) -> float:
     return eps
 
 
+def check_activation(activation: Any) -> None:
+    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+        return
+    error = ValueError if isinstance(activation, str) else TypeError
+    raise error(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+@lru_cache(maxsize=64)
+def _accepted(dtype: np.dtype) -> bool:
+    return dtype.name in DTYPES and dtype.isnative
+
+
 def check_dtype(dtype: Any, name: str) -> None:
-    if np.dtype(dtype).name not in DTYPES or not np.dtype(dtype).isnative:
+    if not _accepted(np.dtype(dtype)):
         raise TypeError(f"{name} has dtype {np.dtype(dtype)!s}; accepted are {', '.join(DTYPES)} in native byte order")
 
 
@@ -112,8 +145,13 @@ def check_input(x: Array, name: str = "input") -> None:
         raise ValueError(f"{name} must have at least 3 dimensions (N, C, *spatial), got shape {x.shape}")
 
 
-def _check_per_channel(array: Array | None, name: str, x: Array, written: bool = False) -> None:
-    """weight, bias and running statistics: shape (C,), on x's device, in x's dtype or in float32 for 16-bit x."""
+def _check_per_channel(
+    array: Array | None, name: str, x: Array, *, per_sample: bool = False, written: bool = False
+) -> None:
+    """weight, bias and running statistics: on x's device, in x's dtype or in float32 for 16-bit x.
+
+    Their shape is (C,); per_sample: or (N, C).
+    """
     if array is None:
         return
     if place_of(array, name) != place_of(x, "input"):
@@ -121,19 +159,30 @@ def _check_per_channel(array: Array | None, name: str, x: Array, written: bool =
             f"{name} is on {place_of(array, name)} and the input on {place_of(x, 'input')}; move one of them "
             "(cupy.asarray, cupy.asnumpy, or a layer's to_gpu() / to_cpu())"
         )
-    accepted = {x.dtype, math_dtype(x.dtype)}
+    accepted = (x.dtype, math_dtype(x.dtype))
     if array.dtype not in accepted:
         raise TypeError(
             f"{name} has dtype {array.dtype} and the input {x.dtype}; "
-            f"{name} must be {' or '.join(sorted(d.name for d in accepted))}"
+            f"{name} must be {' or '.join(sorted({d.name for d in accepted}))}"
         )
-    if array.shape != (x.shape[1],):
+    shapes = (x.shape[1:2], x.shape[:2]) if per_sample else (x.shape[1:2],)
+    if array.shape not in shapes:
         raise ValueError(
             f"{name} has shape {array.shape}, but the input of shape {x.shape} has {x.shape[1]} channels: "
-            f"needed is ({x.shape[1]},)"
+            f"needed is {' or '.join(map(str, shapes))}"
         )
     if written and kind_of(array, name) == "numpy" and not array.flags.writeable:
         raise ValueError(f"{name} is read-only, and is to be updated")
+
+
+def _check_like(array: Array, name: str, x: Array) -> None:
+    """dy and the residual: shape, dtype and device of x, any strides."""
+    if place_of(array, name) != place_of(x, "input"):
+        raise ValueError(f"{name} is on {place_of(array, name)} and the input on {place_of(x, 'input')}")
+    if array.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}; needed is the input's, {x.dtype}")
+    if array.shape != x.shape:
+        raise ValueError(f"{name} has shape {array.shape}; needed is the input's, {x.shape}")
 
 
 def _as_host(array: Array) -> np.ndarray:
@@ -153,7 +202,8 @@ def _as_host(array: Array) -> np.ndarray:
     return np.asarray(Memory())
 
 
-def _overlap(a: Array, b: Array) -> bool:
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays have memory in common; True also where that is too hard to tell."""
     if kind_of(a, "array") != kind_of(b, "array") or a.size == 0 or b.size == 0:
         return False
     try:
@@ -200,16 +250,16 @@ def _check_out(out: Array | None, x: Array, inputs: Sequence[tuple[str, Array | 
     if out.size and _overlaps_itself(out):
         raise ValueError(f"out has strides {out.strides}: several of its elements are the same memory")
     for name, array in inputs:
-        if array is None or not _overlap(out, array):
+        if array is None or not overlap(out, array):
             continue
         if array.ndim < 3 or not _same_memory(out, array):
             raise ValueError(f"out overlaps {name} without being the same array: it would be read after being written")
 
 
 def _spoil(saved: Saved, out: Array | None) -> None:
-    """Note in saved that out was its x."""
-    if out is not None and _overlap(out, saved.x):
-        object.__setattr__(saved, "overwritten", True)
+    """Note in saved that out was its x, or its residual."""
+    if out is not None and any(overlap(out, array) for array in (saved.x, saved.residual) if array is not None):
+        saved.overwritten = True
 
 
 def instance_norm(
@@ -222,23 +272,35 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalise every plane of an array: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-    The arguments and their order are those of torch.nn.functional.instance_norm. mean and the biased var are taken
-    over the spatial positions of each sample and channel (Ulyanov, Vedaldi, Lempitsky 2016), or, without
-    use_input_stats, from running_mean and running_var.
+    The arguments and their order are those of torch.nn.functional.instance_norm, then come keyword-only ones. mean and
+    the biased var are taken over the spatial positions of each sample and channel (Ulyanov, Vedaldi, Lempitsky 2016),
+    or, without use_input_stats, from running_mean and running_var.
+
+    With a residual and an activation, y = activation(z), z = (x - mean) / sqrt(var + eps) * weight + bias + residual,
+    in the same pass over memory: 2 accesses an element where the plane rests on chip, 3 with a residual.
 
     Args:
         input: numpy.ndarray or cupy.ndarray (N, C, *spatial) of rank 3 or more; float16, bfloat16, float32 or float64;
             any strides. float16 and bfloat16 compute in float32.
         running_mean, running_var: (C,), both or neither. With use_input_stats they are updated in place,
             running <- (1 - momentum) * running + momentum * (mean over N of the planes' means and unbiased variances).
-        weight, bias: (C,), each optional.
+        weight, bias: (C,), or (N, C) for a scale and shift of each sample, as in adaptive instance normalisation
+            (Huang, Belongie 2017); each optional, and each of either shape.
         momentum: 0 leaves the running statistics as they are.
         eps: added to the variance, not negative.
-        out: where to write the result: shape and dtype of input, any strides; it may be input itself.
+        activation: None; "relu", max(z, 0); "leaky_relu", z for z > 0, else negative_slope * z; "silu",
+            z / (1 + exp(-z)) (Elfwing, Uchibe, Doya 2018); or "gelu", z * Phi(z) with the normal distribution's Phi
+            by the error function, not an approximation of it (Hendrycks, Gimpel 2016).
+        negative_slope: finite; of "leaky_relu" alone.
+        residual: what is added before the activation: shape, dtype and device of input; any strides.
+        out: where to write the result: shape and dtype of input, any strides; it may be input or residual itself.
 
         weight, bias and running statistics have the input's dtype, or float32 for float16 and bfloat16 input.
 
@@ -248,11 +310,13 @@ def instance_norm(
 
     Raises:
         TypeError: an argument of another type, dtype or array class.
-        ValueError: shapes that do not fit, arrays on several devices, one running statistic without the other, or
-            one spatial element with use_input_stats. Nothing has been written then.
+        ValueError: shapes that do not fit, arrays on several devices, one running statistic without the other,
+            one spatial element with use_input_stats, an activation of another name, or an out that overlaps an array
+            without being it. Nothing has been written then.
     """
     y, _ = _forward(
-        input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, out, keep=False
+        input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps,
+        activation, negative_slope, residual, out, keep=False,
     )  # fmt: skip
     return y
 
@@ -267,17 +331,25 @@ def instance_norm_forward(
     running_var: Array | None = None,
     use_input_stats: bool = True,
     momentum: float = 0.1,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """`instance_norm` that also returns what `instance_norm_backward` needs.
 
-    Arguments, defaults and errors are those of `instance_norm`. Saved refers to x and weight, not to copies: change
-    neither before the backward. If out is x, the backward is refused.
+    Arguments, defaults and errors are those of `instance_norm`. Saved refers to x, weight, bias and, with an
+    activation, residual, not to copies: change none of them before the backward. If out is x, or the residual of an
+    activation, the backward is refused. Nothing of x's size is kept beside them: the backward recomputes what the
+    activation's derivative is taken at.
 
     Returns:
         (y, saved)
     """
-    y, saved = _forward(x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, out, keep=True)
+    y, saved = _forward(
+        x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps,
+        activation, negative_slope, residual, out, keep=True,
+    )  # fmt: skip
     assert saved is not None
     return y, saved
 
@@ -291,12 +363,17 @@ def _forward(
     use_input_stats: bool,
     momentum: float,
     eps: float,
+    activation: str | None,
+    negative_slope: float,
+    residual: Array | None,
     out: Array | None,
     *,
     keep: bool,
 ) -> tuple[Array, Saved | None]:
     check_input(x)
     momentum, eps = check_number(momentum, "momentum"), check_eps(eps)
+    negative_slope = check_number(negative_slope, "negative_slope")
+    check_activation(activation)
     use_input_stats = bool(use_input_stats)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
@@ -306,8 +383,10 @@ def _forward(
     updated = use_input_stats and momentum != 0
     _check_per_channel(running_mean, "running_mean", x, written=updated)
     _check_per_channel(running_var, "running_var", x, written=updated)
-    _check_per_channel(weight, "weight", x)
-    _check_per_channel(bias, "bias", x)
+    _check_per_channel(weight, "weight", x, per_sample=True)
+    _check_per_channel(bias, "bias", x, per_sample=True)
+    if residual is not None:
+        _check_like(residual, "residual", x)
     if use_input_stats and math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
     _check_out(
@@ -315,6 +394,7 @@ def _forward(
         x,
         (
             ("input", x),
+            ("residual", residual),
             ("weight", weight),
             ("bias", bias),
             ("running_mean", running_mean),
@@ -332,28 +412,36 @@ def _forward(
         eps=eps,
         out=out,
         keep=keep,
+        activation=activation,
+        negative_slope=negative_slope,
+        residual=residual,
     )
     if saved is not None:
         _spoil(saved, out)
     return y, saved
 
 
-def instance_norm_backward(
-    dy: Array, saved: Saved, *, out: Array | None = None
-) -> tuple[Array, Array | None, Array | None]:
+def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> tuple[Array, ...]:
     """Gradients of `instance_norm_forward`.
 
-    In training, with xhat = (x - mean) * rstd and means over the plane,
-    dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)); with running statistics (tracked eval) they are
-    constants and dx = weight * rstd * dy. dweight = sum of dy * xhat, dbias = sum of dy, over N and the plane.
+    With z as there, g = dy * activation'(z) (dy without an activation) and xhat = (x - mean) * rstd: in training
+    dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat)), with means over the plane; with running statistics
+    (tracked eval) they are constants and dx = weight * rstd * g. dweight = sum of g * xhat, dbias = sum of g, over the
+    plane and, for parameters of shape (C,), over N. dresidual = g. The derivative at a kink is the one to its left:
+    0 or negative_slope at z = 0.
+
+    Accesses an element where the planes rest on chip: 3 (x, dy, dx), also with a residual and no activation; with both
+    5, as the residual is read for z and its gradient written.
 
     Args:
         dy: gradient of y: shape, dtype and device of x; any strides, 0 included.
-        saved: what the forward returned. May be used again, unless out is x.
-        out: where to write dx: shape and dtype of x, any strides; it may be dy or x itself.
+        saved: what the forward returned. May be used again, unless out is x or the residual.
+        out: where to write dx: shape and dtype of x, any strides; it may be dy, x or the residual itself.
 
     Returns:
-        (dx, dweight, dbias); dweight and dbias in the parameters' dtypes, None where there was no parameter.
+        (dx, dweight, dbias), or (dx, dweight, dbias, dresidual) where the forward had a residual. dweight and dbias
+        have the parameters' shapes and dtypes, None where there was no parameter. Without an activation dresidual is
+        dy itself, or a copy of it if out is dy; else a new array.
 
     Raises:
         TypeError, ValueError: dy, saved or out do not fit. Nothing has been written then.
@@ -362,33 +450,59 @@ def instance_norm_backward(
         raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
     x = saved.x
     if saved.overwritten:
-        raise ValueError("the forward's input, which the backward needs, has been written over (out=x)")
-    if place_of(dy, "dy") != place_of(x, "input"):
-        raise ValueError(f"dy is on {place_of(dy, 'dy')} and the input was on {place_of(x, 'input')}")
-    if dy.dtype != x.dtype:
-        raise TypeError(f"dy has dtype {dy.dtype}; needed is the input's, {x.dtype}")
-    if dy.shape != x.shape:
-        raise ValueError(f"dy has shape {dy.shape}; needed is the input's, {x.shape}")
-    _check_out(out, x, (("dy", dy), ("input", x), ("weight", saved.weight), ("mean", saved.mean), ("rstd", saved.rstd)))
-    gradients: tuple[Array, Array | None, Array | None] = backend_of(x).backward(dy, saved, out=out)
+        raise ValueError("the forward's input or residual, which the backward needs, has been written over (as out)")
+    _check_like(dy, "dy", x)
+    _check_out(
+        out,
+        x,
+        (
+            ("dy", dy),
+            ("input", x),
+            ("residual", saved.residual),
+            ("weight", saved.weight),
+            ("bias", saved.bias),
+            ("mean", saved.mean),
+            ("rstd", saved.rstd),
+            ("delta", saved.delta),
+        ),
+    )
+    gradients: tuple[Array, ...] = backend_of(x).backward(dy, saved, out=out)
     _spoil(saved, out)
-    return gradients
+    return gradients if saved.with_residual else gradients[:3]
 
 
-def warmup(x: Array) -> None:
+def warmup(
+    x: Array, *, activation: str | None = None, negative_slope: float = 0.01, residual: Array | None = None
+) -> None:
     """Make calls on arrays like x ready for CUDA-graph capture, on the current stream.
 
     Runs forward and backward, in training and with running statistics, with affine parameters and without, on scratch
     arrays: afterwards every kernel they need is compiled and CuPy's memory pool has the blocks they allocate. The
     contents of x do not matter and are not written. On NumPy arrays there is nothing to do.
 
+    What a call allocates beside its results is given back to the pool when it returns, and a graph goes on using it:
+    warm up and capture with an allocator of the graph's own, and keep that pool as long as the graph,
+
+        pool = cupy.cuda.MemoryPool()
+        with cupy.cuda.using_allocator(pool.malloc), stream:
+            cupynorm.warmup(x)
+            stream.begin_capture()
+            y, saved = cupynorm.instance_norm_forward(x)
+            dx, _, _ = cupynorm.instance_norm_backward(dy, saved)
+            graph = stream.end_capture()
+
     Args:
         x: an array of the shape, dtype, layout and device to come.
+        activation, negative_slope, residual: of the calls to come; of the residual, too, only the layout matters.
 
     Raises:
-        TypeError, ValueError: x cannot be normalised.
+        TypeError, ValueError: x cannot be normalised, or the rest does not fit.
     """
     check_input(x)
+    check_activation(activation)
+    check_number(negative_slope, "negative_slope")
+    if residual is not None:
+        _check_like(residual, "residual", x)
     if kind_of(x, "input") == "numpy":
         return
     import cupy
@@ -401,7 +515,8 @@ def warmup(x: Array) -> None:
                 continue
             for affine in ((), (ones, ones)):
                 y, saved = instance_norm_forward(
-                    x, *affine, running_mean=ones.copy(), running_var=ones.copy(), use_input_stats=use_input_stats
-                )
+                    x, *affine, running_mean=ones.copy(), running_var=ones.copy(), use_input_stats=use_input_stats,
+                    activation=activation, negative_slope=negative_slope, residual=residual,
+                )  # fmt: skip
                 gradients = instance_norm_backward(dy, saved)
                 del y, saved, gradients

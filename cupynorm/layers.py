@@ -14,6 +14,7 @@ from . import devices
 from .functional import (
     Array,
     Saved,
+    check_activation,
     check_dtype,
     check_eps,
     check_number,
@@ -97,6 +98,9 @@ class _InstanceNorm:
         device: "cpu", "cuda" or "cuda:<number>"; None takes the GPU where one is usable, else the CPU.
         dtype: of parameters and running statistics: float16, bfloat16, float32 (default) or float64.
         bias: keyword only; False leaves the bias out of an affine layer.
+        activation: keyword only; what follows: None, "relu", "leaky_relu", "silu" or "gelu", as in
+            `cupynorm.instance_norm`.
+        negative_slope: keyword only; of "leaky_relu".
 
     Attributes:
         weight, bias: Parameter or None.
@@ -124,6 +128,8 @@ class _InstanceNorm:
         dtype: Any = None,
         *,
         bias: bool = True,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
     ):
         if isinstance(num_features, (bool, np.bool_)):
             raise TypeError(f"num_features must be an integer, got {num_features!r}")
@@ -137,6 +143,9 @@ class _InstanceNorm:
         self.momentum = None if momentum is None else check_number(momentum, "momentum")
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
+        check_activation(activation)
+        self.activation = activation
+        self.negative_slope = check_number(negative_slope, "negative_slope")
         self.training = True
         dtype = np.dtype(np.float32) if dtype is None else devices.dtype_of(dtype)
         check_dtype(dtype, "dtype")
@@ -161,22 +170,36 @@ class _InstanceNorm:
 
     # Computation
 
-    def forward(self, x: Array, *, out: Array | None = None) -> Array:
+    def forward(
+        self,
+        x: Array,
+        *,
+        weight: Array | None = None,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        out: Array | None = None,
+    ) -> Array:
         """Normalise x of shape (N, C, *spatial), or (C, *spatial) for one sample.
 
         In training, and in eval without running statistics, with x's own statistics; in eval with running statistics,
-        with those. Keeps what backward needs: x itself (not a copy) and two numbers a plane.
+        with those. Keeps what backward needs: x itself (not a copy), two or three numbers a plane, and what was given
+        beside x.
 
         Args:
             x: NumPy or CuPy array on the layer's device; the dtype of the layer, or float16 or bfloat16 for a float32
                 layer.
-            out: where to write the result; x itself is allowed, but then there can be no backward.
+            weight, bias: of this call, in the place of the layer's own: (C,), or (N, C) for each sample (adaptive
+                instance normalisation); for layers with affine=False alone.
+            residual: what is added before the activation: x's shape, dtype and device.
+            out: where to write the result; x itself is allowed, but then there can be no backward; so is the residual,
+                and then there can be one if there is no activation.
 
         Returns:
             An array of x's shape and dtype: out, or a new one.
 
         Raises:
-            TypeError, ValueError: see `cupynorm.instance_norm`. Nothing has been written then.
+            TypeError, ValueError: see `cupynorm.instance_norm`; weight or bias for an affine layer. Nothing has been
+                written then.
         """
         kind_of(x, "input")
         rank = self._spatial_rank
@@ -188,6 +211,12 @@ class _InstanceNorm:
                 f"{'to_cpu()' if place_of(x, 'input') == 'cpu' else 'to_gpu()'}, or the input with "
                 f"{'cupy.asnumpy' if self.device == 'cpu' else 'cupy.asarray'}"
             )
+        if self.affine and (weight is not None or bias is not None):
+            raise ValueError("weight and bias of a call are for layers with affine=False: this one has its own")
+        if residual is not None:
+            kind_of(residual, "residual")
+            if residual.shape != x.shape:
+                raise ValueError(f"residual has shape {residual.shape}; needed is the input's, {x.shape}")
         if out is not None:
             kind_of(out, "out")
         unbatched = x.ndim == rank + 1
@@ -208,13 +237,16 @@ class _InstanceNorm:
         use_input_stats = self.training or not self.track_running_stats
         y, saved = instance_norm_forward(
             x[None] if unbatched else x,
-            None if self.weight is None else self.weight.data,
-            None if self.bias is None else self.bias.data,
+            weight if self.weight is None else self.weight.data,
+            bias if self.bias is None else self.bias.data,
             eps=self.eps,
             running_mean=self.running_mean,
             running_var=self.running_var,
             use_input_stats=use_input_stats,
             momentum=self.momentum or 0.0,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual[None] if unbatched and residual is not None else residual,
             out=out[None] if unbatched and out is not None else out,
         )
         self._saved = saved, unbatched
@@ -222,16 +254,21 @@ class _InstanceNorm:
             return out
         return y[0] if unbatched else y
 
-    def __call__(self, x: Array, *, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, **given: Array | None) -> Array:
         """The same as forward."""
-        return self.forward(x, out=out)
+        return self.forward(x, **given)
 
-    def backward(self, dy: Array, *, out: Array | None = None) -> Array:
+    def backward(self, dy: Array, *, out: Array | None = None) -> Array | tuple[Array, ...]:
         """The gradient of the last forward's input; adds into weight.grad and bias.grad.
 
         Args:
             dy: gradient of the last forward's output: its shape and dtype.
             out: where to write dx; dy itself is allowed.
+
+        Returns:
+            dx, where the last forward was given x alone (and out); else a tuple: dx, then the gradients of what it was
+            given, in the order weight, bias, residual, each of the shape and dtype of what was given. The residual's
+            is dy itself where there is no activation and out is not dy (for one sample, a view of dy).
 
         Raises:
             RuntimeError: there was no forward.
@@ -248,19 +285,20 @@ class _InstanceNorm:
         shape = saved.x.shape[1:] if unbatched else saved.x.shape
         if dy.shape != shape:
             raise ValueError(f"dy has shape {dy.shape}; needed is the last input's, {shape}")
-        dx, *gradients = instance_norm_backward(
+        dx, dweight, dbias, *dresidual = instance_norm_backward(
             dy[None] if unbatched else dy, saved, out=out[None] if unbatched and out is not None else out
         )
-        for parameter, gradient in zip((self.weight, self.bias), gradients, strict=True):
+        gradients = [out if out is not None else dx[0] if unbatched else dx]
+        for parameter, gradient in ((self.weight, dweight), (self.bias, dbias)):
             if parameter is None:
-                continue
-            if parameter.grad is None:
+                if gradient is not None:  # of what the forward was given
+                    gradients.append(gradient)
+            elif parameter.grad is None:
                 parameter.grad = gradient
             else:
                 parameter.grad += gradient
-        if out is not None:
-            return out
-        return dx[0] if unbatched else dx
+        gradients += [g[0] if unbatched else g for g in dresidual]
+        return gradients[0] if len(gradients) == 1 else tuple(gradients)
 
     # Modes and parameters
 
@@ -375,9 +413,13 @@ class _InstanceNorm:
         return self.__dict__ | {"_saved": None}
 
     def __repr__(self) -> str:
+        epilogue = "" if self.activation is None else f", activation={self.activation!r}"
+        if self.negative_slope != 0.01:
+            epilogue += f", negative_slope={self.negative_slope}"
         return (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats})"
+            f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
+            f"{epilogue})"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import ml_dtypes
@@ -37,6 +38,57 @@ def _normalised(
     return (wide(x) - _planes(mean, x)) * rstd, rstd
 
 
+def activate(z: np.ndarray, activation: str | None = None, negative_slope: float = 0.01) -> np.ndarray:
+    """activation(z) in extended precision; the normal distribution's Phi to float64's."""
+    z = wide(z)
+    if activation is None:
+        return z
+    with np.errstate(over="ignore"):
+        return {
+            "relu": lambda: np.where(z <= 0, 0, z),
+            "leaky_relu": lambda: np.where(z <= 0, negative_slope * z, z),
+            "silu": lambda: z / (1 + np.exp(-z)),
+            "gelu": lambda: z * _phi(z),
+        }[activation]()
+
+
+def slope(z: np.ndarray, activation: str | None = None, negative_slope: float = 0.01) -> np.ndarray:
+    """activation'(z)."""
+    z = wide(z)
+    if activation is None:
+        return np.ones_like(z)
+    with np.errstate(over="ignore"):
+        s = 1 / (1 + np.exp(-z))
+        return {
+            "relu": lambda: np.where(z <= 0, 0, np.ones_like(z)),
+            "leaky_relu": lambda: np.where(z <= 0, negative_slope, np.ones_like(z)),
+            "silu": lambda: s + z * s / (1 + np.exp(z)),
+            "gelu": lambda: _phi(z) + z * np.exp(-z * z / 2) / np.sqrt(8 * np.arctan(np.longdouble(1))),
+        }[activation]()
+
+
+def _phi(z: np.ndarray) -> np.ndarray:
+    return wide(np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)) / 2, otypes=[float])(z))
+
+
+def before_activation(
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    eps: float = 1e-5,
+    running: tuple[np.ndarray, np.ndarray] | None = None,
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
+    """z: normalised, scaled, shifted, and the residual added."""
+    z, _ = _normalised(x, eps, running)
+    if weight is not None:
+        z = z * _planes(weight, x)
+    if bias is not None:
+        z = z + _planes(bias, x)
+    return z if residual is None else z + wide(residual)
+
+
 def forward(
     x: np.ndarray,
     weight: np.ndarray | None = None,
@@ -44,14 +96,13 @@ def forward(
     *,
     eps: float = 1e-5,
     running: tuple[np.ndarray, np.ndarray] | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: np.ndarray | None = None,
 ) -> np.ndarray:
-    """y; running: the mean and variance to use in place of the planes' own."""
-    y, _ = _normalised(x, eps, running)
-    if weight is not None:
-        y = y * _planes(weight, x)
-    if bias is not None:
-        y = y + _planes(bias, x)
-    return y
+    """y; weight and bias: (C,) or (N, C); running: the mean and variance to use in place of the planes' own."""
+    z = before_activation(x, weight, bias, eps=eps, running=running, residual=residual)
+    return activate(z, activation, negative_slope)
 
 
 def backward(
@@ -59,18 +110,29 @@ def backward(
     x: np.ndarray,
     weight: np.ndarray | None = None,
     *,
+    bias: np.ndarray | None = None,
     eps: float = 1e-5,
     running: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """dx, dweight, dbias."""
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """dx, dweight, dbias, dresidual; dweight and dbias are (C,) where there is no weight or bias."""
     xhat, rstd = _normalised(x, eps, running)
-    dy = wide(dy)
-    axes = (0, *range(2, x.ndim))
-    dweight, dbias = (dy * xhat).sum(axes), dy.sum(axes)
-    g = dy if weight is None else dy * _planes(weight, x)
+    g = wide(dy)
+    if activation is not None:
+        z = before_activation(x, weight, bias, eps=eps, running=running, residual=residual)
+        g = g * slope(z, activation, negative_slope)
+    axes = tuple(range(2, x.ndim))
+
+    def summed(terms: np.ndarray, parameter: np.ndarray | None) -> np.ndarray:
+        return terms.sum(axes if parameter is not None and parameter.ndim == 2 else (0, *axes))
+
+    dweight, dbias = summed(g * xhat, weight), summed(g, bias)
+    dx = g if weight is None else g * _planes(weight, x)
     if running is None:
-        g = g - g.mean(axes[1:], keepdims=True) - xhat * (g * xhat).mean(axes[1:], keepdims=True)
-    return g * rstd, dweight, dbias
+        dx = dx - dx.mean(axes, keepdims=True) - xhat * (dx * xhat).mean(axes, keepdims=True)
+    return dx * rstd, dweight, dbias, g
 
 
 def moved(

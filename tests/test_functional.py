@@ -47,6 +47,9 @@ def test_signatures_of_forward_and_backward() -> None:
         "running_var": None,
         "use_input_stats": True,
         "momentum": 0.1,
+        "activation": None,
+        "negative_slope": 0.01,
+        "residual": None,
         "out": None,
     }
     assert {name: p.default for name, p in list(forward.items())[3:]} == expected
@@ -215,7 +218,7 @@ def test_out_may_be_x_in_the_last_backward(backend: Backend, rng: np.random.Gene
     _, saved = cn.instance_norm_forward(x, ones, ones)
     gradients = cn.instance_norm_backward(g, saved, out=x)
     assert gradients[0] is x
-    for ours, exact in zip(gradients, reference.backward(dy, host), strict=True):
+    for ours, exact in zip(gradients, reference.backward(dy, host)[:3], strict=True):
         assert_close(backend.host(ours), exact)
     before = bits(backend, x, g)
     with pytest.raises(ValueError, match="out"):  # x is gone: a second answer would be wrong
@@ -341,7 +344,7 @@ def test_gradients(backend: Backend, rng: np.random.Generator, affine: str, trai
     )
     results = cn.instance_norm_backward(backend.array(dy), saved)
     exact = reference.backward(dy, host, weight if has_weight else None, running=None if training else (mean, var))
-    for ours, expected, wanted in zip(results, exact, (True, has_weight, has_bias), strict=True):
+    for ours, expected, wanted in zip(results, exact[:3], (True, has_weight, has_bias), strict=True):
         if wanted:
             assert ours.dtype == dtype
             assert_close(backend.host(ours), expected)
@@ -519,7 +522,7 @@ def test_numpy_blocks_of_every_kind(rng: np.random.Generator, shape: Any, traini
     for name, expected in zip(("running_mean", "running_var"), moved, strict=True):
         close(arguments[name], expected)
     exact = reference.backward(dy, x, weight, running=given)
-    for ours, expected in zip(cn.instance_norm_backward(dy, saved), exact, strict=True):
+    for ours, expected in zip(cn.instance_norm_backward(dy, saved), exact[:3], strict=True):
         close(ours, expected)
     cn.instance_norm_backward(dy, saved, out=dy)
     close(dy, exact[0])

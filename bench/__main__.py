@@ -17,7 +17,19 @@ import numpy as np
 from cupynorm import devices
 
 from . import peers, report
-from .cases import ACCESSES, DTYPES, LAYOUTS, TOLERANCE, Array, Arrays, Case, buffer_sets, parse_shapes
+from .cases import (
+    ACCESSES,
+    DTYPES,
+    EPILOGUES,
+    LAYOUTS,
+    SWEEP_ELEMENTS,
+    TOLERANCE,
+    Arrays,
+    Case,
+    buffer_sets,
+    cases_of,
+    parse_shapes,
+)
 from .timing import Contestant, DeviceClock, HostClock, Race, Timing, summarise
 
 CPU_CACHE_BYTES = 64 << 20  # what the buffer sets go round on a CPU: more than most have of cache for a core
@@ -58,6 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         help="channels_first,channels_last; default channels_first",
     )
     parser.add_argument(
+        "--epilogue",
+        type=lambda t: _words(t, EPILOGUES, "--epilogue"),
+        default=["none"],
+        help="none,fused; default none. fused: each real shape with its network's activation and per-sample affine, "
+        "which peers compose; a shape that has neither stays as it is",
+    )
+    parser.add_argument(
         "--affine",
         action=argparse.BooleanOptionalAction,
         help="with or without weight and bias; default: as the network of the shape has it, else without",
@@ -66,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         "--peers",
         type=lambda t: [] if t == "none" else _words(t, names, "--peers"),
         help=f"{','.join(names)} or none; default: all that are installed, less {', '.join(sorted(peers.ON_REQUEST))}",
+    )
+    parser.add_argument(
+        "--compile-limit",
+        type=float,
+        metavar="S",
+        help=f"{' and '.join(sorted(peers.COMPILING))}, which compile for each case, take part in forward + backward "
+        "only, each until S seconds have gone into it; default: in everything",
     )
     parser.add_argument("--rounds", type=int, default=11, help="in each, every contestant has a batch; default 11")
     parser.add_argument("--batch-ms", type=float, help="length of a batch; default 5 on a CPU, 2 on a GPU")
@@ -91,24 +117,6 @@ def _needed(*modules: str) -> None:
             sys.exit(f"python -m bench needs {module}: pip install 'cupynorm[bench]' or pip install rich matplotlib")
 
 
-def planned(op: str, x: Array, device: Any) -> tuple[str, int | None]:
-    """Regimes, and bytes of global memory per element, that the plans for x on a plan.Device foresee.
-
-    device None is the CPU, which has no plan: 'numpy' and None.
-    """
-    if device is None:
-        return "numpy", None
-    from cupynorm.cuda.plan import Memory
-    from cupynorm.explain import plan_for
-
-    address = x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
-    memory = Memory(x.shape, x.strides, x.itemsize, address % 16)
-    passes = ("forward", "backward") if op == "both" else (op,)
-    plans = [plan_for(each, memory, x.dtype.name, device) for each in passes]
-    regimes = dict.fromkeys(plan.regime for plan, _ in plans)
-    return " + ".join(regimes), sum(plan.bytes_per_element + 2 * x.itemsize * copies for plan, copies in plans)
-
-
 class Bench:
     """One run: cases in, rows out, with a line for everything that is left out."""
 
@@ -129,6 +137,7 @@ class Bench:
         self.most_sets = 512 if gpu else 16
         self.max_bytes = options.max_bytes or (xp.cuda.Device().mem_info[1] // 16 if gpu else CPU_MAX_BYTES)
         self.batch_seconds = (options.batch_ms or (2 if gpu else 5)) / 1e3
+        self.preparation: dict[str, float] = {}  # seconds that went into a peer before it was timed
         self.names = options.peers
         if self.names is None:
             self.names = [name for name in peers.PEERS if name not in peers.ON_REQUEST]
@@ -145,10 +154,30 @@ class Bench:
         sets = buffer_sets(touched, self.cache_bytes, self.most_sets)
         if self.xp is not np:
             sets = max(sets, 2)
-        return Arrays(self.xp, case.shape, case.dtype, case.layout, case.affine, sets)
+        return Arrays(
+            self.xp,
+            case.shape,
+            case.dtype,
+            case.layout,
+            case.affine,
+            sets,
+            activation=case.activation,
+            negative_slope=case.negative_slope,
+        )
+
+    def takes_part(self, name: str, case: Case) -> bool:
+        """Whether --compile-limit has room for a peer."""
+        limit = self.options.compile_limit
+        if limit is None or name not in peers.COMPILING:
+            return True
+        if case.op == "both" and self.preparation.get(name, 0) <= limit:
+            return True
+        self._say_once(f"{name}: forward + backward only, until {limit:g} s have gone into preparing it")
+        return False
 
     def checked(self, name: str, make: Any, case: Case, arrays: Arrays) -> tuple[Contestant, float] | None:
         """A contestant and its error, once its answer has been found right; None, and a line, otherwise."""
+        start = time.monotonic()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a peer's own affair
@@ -161,6 +190,8 @@ class Bench:
             text = (str(failure).splitlines() or [""])[0][:200]
             self._say_once(f"{name} failed at {case}: {type(failure).__name__}: {text}")
             return None
+        finally:
+            self.preparation[name] = self.preparation.get(name, 0) + time.monotonic() - start
         if not error <= TOLERANCE[case.dtype]:
             self.say(f"{name} is wrong at {case}: error {error:.2g}, allowed {TOLERANCE[case.dtype]:.0e}; not timed")
             return None
@@ -173,6 +204,8 @@ class Bench:
             return
         found = {"cupynorm": own}
         for name in self.names:
+            if not self.takes_part(name, case):
+                continue
             entry = self.checked(name, peers.PEERS[name], case, arrays)
             if entry is not None:
                 found[name] = entry
@@ -181,7 +214,7 @@ class Bench:
         samples = race.run(contestants, self.options.rounds)
         timings: dict[str, Timing] = {name: summarise(values) for name, values in samples.items()}
         errors = {name: error for name, (_, error) in found.items()}
-        self.rows.append(report.row(case, *planned(case.op, arrays.x[0], self.plan_device), timings, errors))
+        self.rows.append(report.row(case, *report.planned(case.op, arrays.x[0], self.plan_device), timings, errors))
         self.spreads.append(timings["cupynorm"].spread * 1e3)
 
     def run(self, cases: list[Case], advance: Any) -> None:
@@ -190,7 +223,7 @@ class Bench:
         done = 0
         if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 and self.xp is np:
             self.say("this machine has other work: contestants with several threads will look slower than they are")
-        for _, group in itertools.groupby(cases, lambda c: (c.shape, c.dtype, c.layout, c.affine)):
+        for _, group in itertools.groupby(cases, lambda case: case.arrays):
             arrays: Arrays | None = None
             for case in group:
                 advance(str(case))
@@ -229,16 +262,10 @@ def main(arguments: list[str] | None = None) -> int:
     if usable and options.device != "cpu":
         xp = importlib.import_module("cupy")
     try:
-        shapes = parse_shapes(options.shapes, 4**11 if xp is np else 4**13)
+        layers = parse_shapes(options.shapes, SWEEP_ELEMENTS["cpu" if xp is np else "gpu"])
     except ValueError as error:
         parser.error(str(error))
-    cases = [
-        Case(op, shape, dtype, layout, affine if options.affine is None else options.affine)
-        for shape, affine in shapes
-        for dtype in options.dtype
-        for layout in options.layout
-        for op in options.op
-    ]
+    cases = cases_of(layers, options.dtype, options.layout, options.epilogue, options.op, options.affine)
 
     console = Console()
     if not console.is_terminal:

@@ -6,9 +6,9 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,11 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 EPS = 1e-5
 LAYOUTS = ("channels_first", "channels_last")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+EPILOGUES = ("none", "fused")
+PER_SAMPLE = "per sample"  # affine of shape (N, C): AdaIN
+
+#: Elements of a shape of the sweep, powers of 4.
+SWEEP_ELEMENTS = {"cpu": 4**11, "gpu": 4**13}
 
 #: Storage-sized reads and writes per element that no implementation can do without:
 #: read x, write y; read x and dy, write dx; both.
@@ -32,6 +37,20 @@ TOLERANCE = {"float16": 3e-2, "bfloat16": 2e-1, "float32": 1e-3, "float64": 1e-9
 BLOCK = 1 << 23  # elements of one block of the reference: bounds its float64 temporaries
 
 
+class Layer(NamedTuple):
+    """What a network does at one place: the shape (N, C, *spatial), the affine and the activation."""
+
+    shape: tuple[int, ...]
+    affine: bool | str = False  # PER_SAMPLE is the other str
+    activation: str | None = None
+    negative_slope: float = 0.01
+    swept: bool = False
+
+    def plain(self) -> Layer:
+        """Without an epilogue: one that is per sample is left out, since it needs a multiplication of its own."""
+        return Layer(self.shape, self.affine is True, swept=self.swept)
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the result."""
@@ -40,7 +59,9 @@ class Case:
     shape: tuple[int, ...]  # (N, C, *spatial), in either layout
     dtype: str
     layout: str
-    affine: bool
+    affine: bool | str
+    activation: str | None = None
+    negative_slope: float = 0.01
 
     @property
     def itemsize(self) -> int:
@@ -55,34 +76,44 @@ class Case:
         """The least traffic of the operation: what the benchmark's GB/s counts, whatever was really moved."""
         return ACCESSES[self.op] * self.itemsize * math.prod(self.shape)
 
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """All that its arrays follow from: cases that differ in op alone share them."""
+        return self.shape, self.dtype, self.layout, self.affine, self.activation, self.negative_slope
+
     def __str__(self) -> str:
-        affine = "affine" if self.affine else "plain"
-        return f"{self.op} {self.shape} {self.dtype} {self.layout} {affine}"
+        return f"{self.op} {self.shape} {self.dtype} {self.layout} {epilogue_text(self.affine, self.activation)}"
 
 
-def real_shapes() -> list[tuple[tuple[int, ...], bool]]:
-    """Shapes of real networks, each once, and whether their layers are affine.
+def epilogue_text(affine: bool | str, activation: str | None) -> str:
+    words = [PER_SAMPLE if affine == PER_SAMPLE else "affine"] if affine else []
+    return " ".join([*words, *([activation] if activation else [])]) or "plain"
 
-    "per sample" affine (AdaIN) is a multiplication of its own after a plain normalisation, which is what is measured.
-    """
+
+def real_layers() -> list[Layer]:
+    """Those of real networks, each shape once."""
     entries = json.loads((Path(__file__).parent / "real_shapes.json").read_text(encoding="utf-8"))["shapes"]
-    return list({tuple(e["shape"]): e["affine"] is True for e in entries}.items())
+    return [Layer(tuple(e["shape"]), e["affine"], e["activation"], e.get("slope", 0.01)) for e in entries]
 
 
-def sweep_shapes(elements: int) -> list[tuple[tuple[int, ...], bool]]:
+def sweep_layers(elements: int) -> list[Layer]:
     """Square planes from 4x4 up, as many of them as make `elements` (a power of 4): same bytes, other owners."""
     steps = range(2, int(math.log2(elements)) // 2 + 1)
-    return [((1, elements // 4**k, 2**k, 2**k), False) for k in steps]
+    return [Layer((1, elements // 4**k, 2**k, 2**k), swept=True) for k in steps]
 
 
-def parse_shapes(words: list[str], sweep_elements: int) -> list[tuple[tuple[int, ...], bool]]:
-    """Shapes for 'real', 'sweep' and 'N,C,H,W' (any rank of 3 or more; plain); ValueError for anything else."""
-    shapes: dict[tuple[int, ...], bool] = {}
+def parse_shapes(words: list[str], sweep_elements: int) -> list[Layer]:
+    """Layers for 'real', 'sweep' and 'N,C,H,W' (any rank of 3 or more); ValueError for anything else.
+
+    A shape of a real network is that network's layer, also where it is given in numbers; others are plain.
+    """
+    real = {layer.shape: layer for layer in real_layers()}
+    layers: dict[tuple[int, ...], Layer] = {}
     for word in words:
         if word == "real":
-            shapes.update(real_shapes())
+            layers.update(real)
         elif word == "sweep":
-            shapes.update(sweep_shapes(sweep_elements))
+            layers = {layer.shape: layer for layer in sweep_layers(sweep_elements)} | layers
         else:
             try:
                 shape = tuple(int(part) for part in word.split(","))
@@ -90,8 +121,34 @@ def parse_shapes(words: list[str], sweep_elements: int) -> list[tuple[tuple[int,
                 shape = ()
             if len(shape) < 3 or min(shape) < 1 or math.prod(shape[2:]) < 2:
                 raise ValueError(f"a shape is 'real', 'sweep' or N,C,H,W of more than one position, got {word!r}")
-            shapes[shape] = False
-    return list(shapes.items())
+            layers[shape] = real.get(shape, Layer(shape))
+    return list(layers.values())
+
+
+def cases_of(
+    layers: list[Layer],
+    dtypes: list[str],
+    layouts: list[str],
+    epilogues: list[str],
+    ops: list[str],
+    affine: bool | None = None,
+) -> list[Case]:
+    """The cases, each once, what matters most first, in case time runs out: the sweep late, and last what has both an
+    epilogue and the second layout. Within that the order is that of the arguments, layouts outermost.
+
+    affine: instead of the layers' own; None keeps it.
+    """
+    found: dict[Case, tuple[bool, bool]] = {}
+    for layout in layouts:
+        for epilogue in epilogues:
+            for dtype in dtypes:
+                for layer in layers:
+                    shape, own, activation, slope, swept = layer if epilogue == "fused" else layer.plain()
+                    late = layout != layouts[0] and epilogue != epilogues[0]
+                    for op in ops:
+                        case = Case(op, shape, dtype, layout, own if affine is None else affine, activation, slope)
+                        found.setdefault(case, (late, swept))
+    return sorted(found, key=lambda case: found[case])
 
 
 def buffer_sets(set_bytes: int, cache_bytes: int, limit: int) -> int:
@@ -105,44 +162,82 @@ def float64_of(array: Array, xp: Any) -> Array:
     return array.astype(xp.float64)
 
 
+@lru_cache(maxsize=1)
+def _random_pool() -> np.ndarray:
+    return np.random.default_rng(20).standard_normal(4_000_037, dtype=np.float32)
+
+
 class Arrays:
     """The arrays of a shape, on the device: sets of x and dy of equal contents in memory of their own.
 
-    xp is numpy or cupy. weight and bias are None or (C,), in the dtype that x computes in.
+    xp is numpy or cupy. weight and bias are None, (C,) or (N, C), in the dtype that x computes in. Under an activation
+    dy is 0 where the activation's input is within the tolerance of 0: whoever is right has the same gradient there,
+    whichever side rounding took it to.
     """
 
-    def __init__(self, xp: Any, shape: tuple[int, ...], dtype: str, layout: str, affine: bool, sets: int):
+    def __init__(
+        self,
+        xp: Any,
+        shape: tuple[int, ...],
+        dtype: str,
+        layout: str,
+        affine: bool | str,
+        sets: int,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+    ):
         self.xp, self.shape, self.dtype, self.layout, self.affine, self.sets = xp, shape, dtype, layout, affine, sets
-        rng = np.random.default_rng(20)
-        size = math.prod(shape)
-        # A pool whose length shares no factor with a plane's is repeated: quick, and no two planes are alike.
-        pool = rng.standard_normal(min(size, 4_000_037), dtype=np.float32)
+        self.activation, self.negative_slope = activation, negative_slope
+        #: The activation's slope below 0: 1 is no activation.
+        self.slope = {None: 1.0, "relu": 0.0, "leaky_relu": negative_slope}[activation]
         storage = devices.dtype_of(dtype)
-        self.host_x = self._laid((pool + 1).astype(storage), shape)
-        self.host_dy = self._laid(pool[::-1].astype(storage), shape)
-        self.x, self.dy = self._device(self.host_x), self._device(self.host_dy)
         self.host_weight: np.ndarray | None = None
         self.host_bias: np.ndarray | None = None
         self.weight: Array = None
         self.bias: Array = None
         if affine:
-            self.host_weight = rng.uniform(0.5, 1.5, shape[1]).astype(math_dtype(storage))
-            self.host_bias = rng.uniform(-0.5, 0.5, shape[1]).astype(math_dtype(storage))
+            rng, size = np.random.default_rng(21), shape[:2] if affine == PER_SAMPLE else shape[1]
+            self.host_weight = rng.uniform(0.5, 1.5, size).astype(math_dtype(storage))
+            self.host_bias = rng.uniform(-0.5, 0.5, size).astype(math_dtype(storage))
             self.weight, self.bias = xp.asarray(self.host_weight), xp.asarray(self.host_bias)
+        # A pool whose length shares no factor with a plane's is repeated: quick, and no two planes are alike.
+        pool = _random_pool()[: math.prod(shape)]
+        self.x = self._sets(self._laid((pool + 1).astype(storage)))
+        dy = self._laid(pool[::-1].astype(storage))
+        if activation is not None:
+            for block in self._blocks():
+                self._bits(dy)[block][xp.abs(self._exact(block)[2]) < TOLERANCE[dtype]] = 0
+        self.dy = self._sets(dy)
 
-    def _laid(self, pool: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    @cached_property
+    def host_x(self) -> np.ndarray:
+        return self._host(self.x[0])
+
+    @cached_property
+    def host_dy(self) -> np.ndarray:
+        return self._host(self.dy[0])
+
+    def _bits(self, array: Array) -> Array:
+        """bfloat16 as bits, whatever the array library can do with it."""
+        return array.view(np.uint16) if self.dtype == "bfloat16" else array
+
+    def _host(self, array: Array) -> np.ndarray:
+        return devices.to_host(self._bits(array)).view(devices.dtype_of(self.dtype))
+
+    def _laid(self, pool: np.ndarray) -> Array:
+        """The pool, repeated, in an array on the device in the layout."""
+        n, c, *spatial = self.shape
+        last = self.layout == "channels_last"
+        array = self.xp.resize(self.xp.asarray(self._bits(pool)), (n, *spatial, c) if last else self.shape)
+        array = array.view(pool.dtype)
+        return self.xp.moveaxis(array, -1, 1) if last else array
+
+    def _sets(self, first: Array) -> list[Array]:
+        """The array and copies of it, with its strides."""
         if self.layout == "channels_first":
-            return np.resize(pool, shape)
-        n, c, *spatial = shape
-        return np.moveaxis(np.resize(pool, (n, *spatial, c)), -1, 1)
-
-    def _device(self, host: np.ndarray) -> list[Array]:
-        """The sets of a host array, with its strides."""
-        xp, last = self.xp, self.layout == "channels_last"
-        dense = np.moveaxis(host, 1, -1) if last else host
-        first = xp.asarray(dense.view(np.uint16) if self.dtype == "bfloat16" else dense)  # moved as bits
-        sets = [first.copy().view(host.dtype) for _ in range(self.sets)]
-        return [xp.moveaxis(each, -1, 1) for each in sets] if last else sets
+            return [first] + [self._bits(first).copy().view(first.dtype) for _ in range(self.sets - 1)]
+        dense = self._bits(self.xp.moveaxis(first, 1, -1))
+        return [first] + [self.xp.moveaxis(dense.copy().view(first.dtype), -1, 1) for _ in range(self.sets - 1)]
 
     def _blocks(self) -> Iterator[tuple[slice, slice]]:
         n, c, *spatial = self.shape
@@ -153,39 +248,49 @@ class Arrays:
             for j in range(0, c, channels):
                 yield slice(i, i + samples), slice(j, j + channels)
 
+    def _affine(self, block: tuple[slice, slice]) -> list[Array]:
+        """weight and bias of a block, in float64, to be multiplied with its planes."""
+        planes = [self.xp.broadcast_to(p, self.shape[:2])[block] for p in (self.weight, self.bias)]
+        return [p.astype(self.xp.float64).reshape(*p.shape, *(1,) * (len(self.shape) - 2)) for p in planes]
+
+    def _exact(self, block: tuple[slice, slice]) -> tuple[Array, Array, Array]:
+        """xhat, rstd and the affine's result of a block, in float64."""
+        xp, spatial = self.xp, tuple(range(2, len(self.shape)))
+        x = float64_of(self.x[0][block], xp)
+        x -= x.mean(spatial, keepdims=True)
+        x -= x.mean(spatial, keepdims=True)  # what rounding left in the mean
+        rstd = 1 / xp.sqrt((x * x).mean(spatial, keepdims=True) + EPS)
+        x *= rstd
+        if not self.affine:
+            return x, rstd, x
+        weight, bias = self._affine(block)
+        return x, rstd, x * weight + bias
+
     @cached_property
     def reference(self) -> dict[str, Array]:
         """y, dx, and dweight and dbias if affine, in float64 from the stored values of x and dy."""
-        xp = self.xp
-        c, rank = self.shape[1], len(self.shape) - 2
-        spatial = tuple(range(2, rank + 2))
+        xp, spatial = self.xp, tuple(range(2, len(self.shape)))
         exact = {name: xp.empty(self.shape, xp.float64) for name in ("y", "dx")}
-        dweight, dbias = xp.zeros(c), xp.zeros(c)
+        sums = {name: xp.zeros(self.shape[:2]) for name in ("dweight", "dbias")}
         for block in self._blocks():
-            channels = block[1]
-            x, dy = float64_of(self.x[0][block], xp), float64_of(self.dy[0][block], xp)
-            x -= x.mean(spatial, keepdims=True)
-            x -= x.mean(spatial, keepdims=True)  # what rounding left in the mean
-            rstd = 1 / xp.sqrt((x * x).mean(spatial, keepdims=True) + EPS)
-            xhat = x * rstd
-            dweight[channels] += (dy * xhat).sum((0, *spatial))
-            dbias[channels] += dy.sum((0, *spatial))
-            y = xhat
+            xhat, rstd, z = self._exact(block)
+            g = float64_of(self.dy[0][block], xp)
+            if self.slope != 1:
+                g *= xp.where(z > 0, 1, self.slope)
+                z = xp.where(z > 0, z, self.slope * z)
+            exact["y"][block] = z
+            sums["dweight"][block] = (g * xhat).sum(spatial)
+            sums["dbias"][block] = g.sum(spatial)
             if self.affine:
-                weight, bias = (
-                    p[channels].astype(xp.float64).reshape(1, -1, *(1,) * rank) for p in (self.weight, self.bias)
-                )
-                y = xhat * weight + bias
-                rstd = rstd * weight
-            exact["y"][block] = y
-            dy_mean, dot = dy.mean(spatial, keepdims=True), (dy * xhat).mean(spatial, keepdims=True)
-            exact["dx"][block] = rstd * (dy - dy_mean - xhat * dot)
+                rstd = rstd * self._affine(block)[0]
+            g_mean, dot = g.mean(spatial, keepdims=True), (g * xhat).mean(spatial, keepdims=True)
+            exact["dx"][block] = rstd * (g - g_mean - xhat * dot)
         if self.affine:
-            exact |= {"dweight": dweight, "dbias": dbias}
+            exact |= {name: each if self.affine == PER_SAMPLE else each.sum(0) for name, each in sums.items()}
         return exact
 
     def error(self, answers: dict[str, Array], op: str) -> float:
-        """The largest error against the reference, absolute; of dweight and dbias per sqrt(N * S), their usual size.
+        """The largest error against the reference, absolute; of dweight and dbias per root of the summands' number.
 
         ValueError when an answer is missing or has another shape. NaN anywhere gives NaN.
         """
@@ -199,7 +304,7 @@ class Arrays:
             if name in {"y", "dx"}:
                 errors = [self._distance(got[block], exact[block]) for block in self._blocks()]
             else:
-                errors = [self._distance(got, exact) / math.sqrt(math.prod(self.shape) / self.shape[1])]
+                errors = [self._distance(got, exact) / math.sqrt(math.prod(self.shape) / exact.size)]
             worst = float(np.max([worst, *errors]))
         return worst
 

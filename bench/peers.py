@@ -2,7 +2,8 @@
 
 A peer is a function (op, arrays) -> Contestant in PEERS. It raises UnavailableError where it is not installed or cannot
 do the case. Every peer gets the arrays in the layout of the case, as its own users would hold them, and allocates its
-results itself, as cupynorm does here.
+results itself, as cupynorm does here. An epilogue is what a peer's users would write: the activation after the
+normalisation, and an affine that is per sample as a product and a sum.
 
 "backward" is the backward alone: what it needs of a forward is made before, once for each buffer set. "both" is a
 forward and a backward, nothing kept from before.
@@ -20,7 +21,7 @@ import numpy as np
 import cupynorm
 from cupynorm.functional import math_dtype
 
-from .cases import EPS, Array, Arrays
+from .cases import EPS, PER_SAMPLE, Array, Arrays
 from .timing import Contestant
 
 
@@ -37,15 +38,18 @@ def _import(module: str) -> Any:
 
 def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:
     x, dy, weight, bias = arrays.x, arrays.dy, arrays.weight, arrays.bias
+    options: dict[str, Any] = {"eps": EPS}
+    if arrays.activation is not None:
+        options |= {"activation": arrays.activation, "negative_slope": arrays.negative_slope}
 
     def forward(i: int) -> Any:
-        return cupynorm.instance_norm(x[i], weight=weight, bias=bias, eps=EPS)
+        return cupynorm.instance_norm(x[i], weight=weight, bias=bias, **options)
 
     if op == "forward":
         return Contestant("cupynorm", forward, lambda y: {"y": y})
     names = ("dx", "dweight", "dbias")
     if op == "backward":
-        saved = [cupynorm.instance_norm_forward(each, weight, bias, eps=EPS)[1] for each in x]
+        saved = [cupynorm.instance_norm_forward(each, weight, bias, **options)[1] for each in x]
         return Contestant(
             "cupynorm",
             lambda i: cupynorm.instance_norm_backward(dy[i], saved[i]),
@@ -53,7 +57,7 @@ def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:
         )
 
     def both(i: int) -> Any:
-        y, saved = cupynorm.instance_norm_forward(x[i], weight, bias, eps=EPS)
+        y, saved = cupynorm.instance_norm_forward(x[i], weight, bias, **options)
         return y, *cupynorm.instance_norm_backward(dy[i], saved)
 
     return Contestant("cupynorm", both, lambda results: dict(zip(("y", *names), results, strict=True)))
@@ -78,10 +82,11 @@ def copy(minimal_bytes: int, arrays: Arrays) -> Contestant:
 
 def textbook(op: str, arrays: Arrays) -> Contestant:
     """The formula as array expressions, in NumPy or CuPy."""
-    xp, x, dy = arrays.xp, arrays.x, arrays.dy
+    xp, x, dy, slope = arrays.xp, arrays.x, arrays.dy, arrays.slope
     rank = len(arrays.shape) - 2
     spatial = tuple(range(2, rank + 2))
-    weight, bias = (None if p is None else p.reshape(1, -1, *(1,) * rank) for p in (arrays.weight, arrays.bias))
+    weight, bias = (None if p is None else p.reshape(*p.shape, *(1,) * rank) for p in (arrays.weight, arrays.bias))
+    summed = spatial if arrays.affine == PER_SAMPLE else (0, *spatial)
 
     def statistics(a: Array) -> tuple[Array, Array]:
         return a.mean(spatial, keepdims=True), 1 / xp.sqrt(a.var(spatial, keepdims=True) + EPS)
@@ -90,13 +95,17 @@ def textbook(op: str, arrays: Arrays) -> Contestant:
         y = (a - mean) * rstd
         if weight is not None:
             y = y * weight + bias
+        if slope != 1:
+            y = xp.where(y > 0, y, slope * y)
         return y.astype(a.dtype, copy=False)
 
     def backward(g: Array, a: Array, mean: Array, rstd: Array) -> dict[str, Array]:
         xhat = (a - mean) * rstd
         gradients = {}
+        if slope != 1:
+            g = xp.where((xhat if weight is None else xhat * weight + bias) > 0, g, slope * g)
         if weight is not None:
-            gradients = {"dweight": (g * xhat).sum((0, *spatial)), "dbias": g.sum((0, *spatial))}
+            gradients = {"dweight": (g * xhat).sum(summed), "dbias": g.sum(summed)}
             g = g * weight
         dx = rstd * (g - g.mean(spatial, keepdims=True) - xhat * (g * xhat).mean(spatial, keepdims=True))
         return {"dx": dx.astype(a.dtype, copy=False), **gradients}
@@ -122,7 +131,22 @@ def _torch(op: str, arrays: Arrays, name: str, wrap: Callable[[Any, Any], Any]) 
         raise UnavailableError("this PyTorch does not use the GPU")
     if xp is not np:
         torch.cuda.empty_cache()  # what it kept of the case before
-    norm = wrap(torch, torch.nn.functional.instance_norm)
+    functional = torch.nn.functional
+    activate = {
+        None: lambda y: y,
+        "relu": functional.relu,
+        "leaky_relu": lambda y: functional.leaky_relu(y, arrays.negative_slope),
+    }[arrays.activation]
+    per_plane = (*arrays.shape[:2], *(1,) * (len(arrays.shape) - 2))
+
+    def composition(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        if arrays.affine != PER_SAMPLE:
+            return activate(functional.instance_norm(x, weight=weight, bias=bias, eps=eps))
+        weight, bias = weight.to(x.dtype).view(per_plane), bias.to(x.dtype).view(per_plane)
+        return activate(functional.instance_norm(x, eps=eps) * weight + bias)
+
+    plain = arrays.activation is None and arrays.affine != PER_SAMPLE
+    norm = wrap(torch, functional.instance_norm if plain else composition)
 
     def tensor(array: Array) -> Any:
         if array.dtype.name == "bfloat16":
@@ -197,7 +221,8 @@ def jax_jit(op: str, arrays: Arrays) -> Contestant:
     last = arrays.layout == "channels_last"
     rank = len(arrays.shape) - 2
     spatial = tuple(range(1, rank + 1)) if last else tuple(range(2, rank + 2))
-    per_channel = (1, *(1,) * rank, -1) if last else (1, -1, *(1,) * rank)
+    samples = arrays.shape[0] if arrays.affine == PER_SAMPLE else 1
+    per_plane = (samples, *(1,) * rank, -1) if last else (samples, -1, *(1,) * rank)
     compute = math_dtype(arrays.host_x.dtype)
 
     def norm(x: Any, weight: Any, bias: Any) -> Any:
@@ -205,7 +230,9 @@ def jax_jit(op: str, arrays: Arrays) -> Contestant:
         mean, variance = a.mean(spatial, keepdims=True), a.var(spatial, keepdims=True)
         y = (a - mean) * jax.lax.rsqrt(variance + EPS)
         if weight is not None:
-            y = y * weight.reshape(per_channel) + bias.reshape(per_channel)
+            y = y * weight.reshape(per_plane) + bias.reshape(per_plane)
+        if arrays.slope != 1:
+            y = jnp.where(y > 0, y, arrays.slope * y)
         return y.astype(x.dtype)
 
     def sets(host: np.ndarray) -> list[Any]:
@@ -216,7 +243,7 @@ def jax_jit(op: str, arrays: Arrays) -> Contestant:
         host = np.asarray(value)
         if host.dtype.name == "bfloat16":
             host = host.astype(np.float32)
-        return arrays.xp.asarray(np.moveaxis(host, -1, 1) if last and host.ndim > 1 else host)
+        return arrays.xp.asarray(np.moveaxis(host, -1, 1) if last and host.ndim > 2 else host)
 
     def named(names: tuple[str, ...]) -> Callable[[Any], dict[str, Array]]:
         return lambda values: {n: array(v) for n, v in zip(names, values, strict=True) if v is not None}
@@ -245,7 +272,7 @@ def jax_jit(op: str, arrays: Arrays) -> Contestant:
 
 
 def onnx_runtime(op: str, arrays: Arrays) -> Contestant:
-    """The InstanceNormalization operator, which always has a scale and a bias."""
+    """The InstanceNormalization operator, which always has a scale and a bias, and operators for the epilogue."""
     if arrays.xp is not np:
         raise UnavailableError("measured on the CPU only")
     if op != "forward":
@@ -256,15 +283,30 @@ def onnx_runtime(op: str, arrays: Arrays) -> Contestant:
     helper, dtype = onnx.helper, arrays.host_x.dtype
     kind = helper.np_dtype_to_tensor_dtype(dtype)
     channels = arrays.shape[1]
-    scale = np.ones(channels, dtype) if arrays.weight is None else arrays.weight.astype(dtype)
-    bias = np.zeros(channels, dtype) if arrays.bias is None else arrays.bias.astype(dtype)
+    constants = {"one": np.ones(channels, dtype), "zero": np.zeros(channels, dtype)}
+    if arrays.affine:
+        constants |= {"weight": arrays.weight.astype(dtype), "bias": arrays.bias.astype(dtype)}
+    affine = ["weight", "bias"] if arrays.affine is True else ["one", "zero"]
+    chain: list[tuple[str, list[str], dict[str, float]]] = [("InstanceNormalization", affine, {"epsilon": EPS})]
+    if arrays.affine == PER_SAMPLE:
+        ones = (1,) * (len(arrays.shape) - 2)
+        constants |= {name: constants[name].reshape(*arrays.shape[:2], *ones) for name in ("weight", "bias")}
+        chain += [("Mul", ["weight"], {}), ("Add", ["bias"], {})]
+    if arrays.slope != 1:
+        chain.append(("LeakyRelu", [], {"alpha": arrays.slope}) if arrays.slope else ("Relu", [], {}))
+    names = ["x", *(f"z{i}" for i in range(1, len(chain))), "y"]
+    nodes = [
+        helper.make_node(operator, [names[i], *others], [names[i + 1]], **attributes)
+        for i, (operator, others, attributes) in enumerate(chain)
+    ]
+    used = {name for _, others, _ in chain for name in others}
     model = helper.make_model(
         helper.make_graph(
-            [helper.make_node("InstanceNormalization", ["x", "scale", "bias"], ["y"], epsilon=EPS)],
+            nodes,
             "instance_norm",
             [helper.make_tensor_value_info("x", kind, arrays.shape)],
             [helper.make_tensor_value_info("y", kind, arrays.shape)],
-            [onnx.numpy_helper.from_array(scale, "scale"), onnx.numpy_helper.from_array(bias, "bias")],
+            [onnx.numpy_helper.from_array(constants[name], name) for name in sorted(used)],
         ),
         opset_imports=[helper.make_opsetid("", 17)],
         ir_version=8,  # of opset 17: newer ones are refused by older runtimes
@@ -285,3 +327,6 @@ PEERS: dict[str, Callable[[str, Arrays], Contestant]] = {
 
 #: Those that must be asked for: torch.compile takes many seconds for each shape.
 ON_REQUEST = {"torch.compile"}
+
+#: Those that compile for each case: what --compile-limit is about.
+COMPILING = {"torch.compile", "jax"}

@@ -10,12 +10,13 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .cases import Case
+from .cases import PER_SAMPLE, Array, Case, epilogue_text
 from .timing import Timing
 
 SCHEMA = 1
@@ -34,6 +35,7 @@ def _output(*command: str) -> str | None:
         return None
 
 
+@lru_cache
 def commit() -> str | None:
     """The checkout's commit, '-dirty' where tracked files differ from it; None outside git."""
     head = _output("git", "rev-parse", "--verify", "HEAD")
@@ -86,7 +88,8 @@ def row(
         "dtype": case.dtype,
         "layout": case.layout,
         "affine": case.affine,
-        "activation": None,
+        "activation": case.activation,
+        **({"negative_slope": case.negative_slope} if case.activation == "leaky_relu" else {}),
         "regime": regime,
         "bytes_per_element": bytes_per_element,
         "median_ms": own.median * 1e3,
@@ -115,17 +118,55 @@ def document(device: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
 
 def write_json(result: dict[str, Any], path: Path) -> None:
     """In one step, so that a reader never sees half of it; one line a row."""
-    head = json.dumps({**result, "rows": []}, indent=1)
-    rows = ",\n".join("  " + json.dumps(r) for r in result["rows"])
-    text = head[: head.rindex("[]")] + "[\n" + rows + "\n ]\n}\n"
+    parts = []
+    for key, value in result.items():
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join("  " + json.dumps(each) for each in value) + "\n ]"
+        else:
+            text = json.dumps(value, indent=1).replace("\n", "\n ")
+        parts.append(f" {json.dumps(key)}: {text}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     part.replace(path)
+
+
+def add_to_json(path: Path, xp: Any, name: str, rows: list[dict[str, Any]]) -> None:
+    """Rows of another measurement, into the result of the same run: a new one where the file is not there."""
+    there = path.is_file()
+    result = json.loads(path.read_text(encoding="utf-8")) if there else document(device_facts(xp), [])
+    write_json({**result, name: rows}, path)
+
+
+def planned(op: str, x: Array, device: Any) -> tuple[str, int | None]:
+    """Regimes, and bytes of global memory per element, that the plans for x on a plan.Device foresee.
+
+    device None is the CPU, which has no plan: 'numpy' and None.
+    """
+    if device is None:
+        return "numpy", None
+    from cupynorm.cuda.plan import Memory
+    from cupynorm.explain import plan_for
+
+    address = x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+    memory = Memory(x.shape, x.strides, x.itemsize, address % 16)
+    passes = ("forward", "backward") if op == "both" else (op,)
+    plans = [plan_for(each, memory, x.dtype.name, device) for each in passes]
+    regimes = dict.fromkeys(plan.regime for plan, _ in plans)
+    return " + ".join(regimes), sum(plan.bytes_per_element + 2 * x.itemsize * copies for plan, copies in plans)
 
 
 def shape_text(shape: Iterable[int]) -> str:
     return ",".join(str(n) for n in shape)
+
+
+def op_text(op: str) -> str:
+    return "forward + backward" if op == "both" else op
+
+
+def fused(row: dict[str, Any]) -> bool:
+    """Whether a row has an epilogue: an activation, or an affine that is per sample."""
+    return row["activation"] is not None or row["affine"] == PER_SAMPLE
 
 
 def rich_table(rows: list[dict[str, Any]], spreads: list[float], title: str) -> Any:
@@ -138,15 +179,15 @@ def rich_table(rows: list[dict[str, Any]], spreads: list[float], title: str) -> 
         table.add_column(heading, no_wrap=heading != "regime", min_width=6)
     for heading in ("cupynorm ms", "GB/s", "of copy", *(f"{name} ms" for name in names)):
         table.add_column(heading, justify="right", no_wrap=True)
+    layers = [shape_text(r["shape"]) + f" {epilogue_text(r['affine'], r['activation'])}" for r in rows]
     for i, (r, spread) in enumerate(zip(rows, spreads, strict=True)):
         peers = []
         for name in names:
             peer = r["peers"].get(name)
             peers.append(f"{peer['median_ms']:.3f} ({peer['median_ms'] / r['median_ms']:.1f}×)" if peer else "–")
-        first = i == 0 or rows[i - 1]["shape"] != r["shape"]
         dtype = r["dtype"] + (" last" if r["layout"] == "channels_last" else "")
         table.add_row(
-            shape_text(r["shape"]) + (" affine" if r["affine"] else "") if first else "",
+            layers[i].removesuffix(" plain") if i == 0 or layers[i - 1] != layers[i] else "",
             r["op"],
             dtype,
             r["regime"],
@@ -154,7 +195,7 @@ def rich_table(rows: list[dict[str, Any]], spreads: list[float], title: str) -> 
             f"{r['gbps']:.0f}" if r["gbps"] >= 10 else f"{r['gbps']:.1f}",
             f"{r['of_copy']:.0%}",
             *peers,
-            end_section=i + 1 == len(rows) or rows[i + 1]["shape"] != r["shape"],
+            end_section=i + 1 == len(rows) or layers[i + 1] != layers[i],
         )
     return table
 
@@ -179,7 +220,7 @@ def _bytes_text(value: float, _: Any = None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Fraction of the copy's bandwidth over plane size: a column of panels for each op, a row for each dtype, layout.
+    """Fraction of the copy's bandwidth over plane size: a column for each op, a row for each dtype, layout, epilogue.
 
     Shapes with planes of one size share an x position; the lines go through the median of each position.
     """
@@ -191,7 +232,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     rows = result["rows"]
     ops = [op for op in ("forward", "backward", "both") if any(r["op"] == op for r in rows)]
-    kinds = list(dict.fromkeys((r["dtype"], r["layout"]) for r in rows))
+    kinds = list(dict.fromkeys((r["dtype"], r["layout"], fused(r)) for r in rows))
     figure, axes = plt.subplots(
         len(kinds),
         len(ops),
@@ -204,11 +245,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     far = float(np.median([r["of_copy"] for r in rows])) < 0.3  # then ratios are told apart on a log scale only
     lowest = highest = 1.0
     seen: dict[str, Any] = {}
-    for line, (dtype, layout) in zip(axes, kinds, strict=True):
+    for line, (dtype, layout, epilogue) in zip(axes, kinds, strict=True):
         for ax, op in zip(line, ops, strict=True):
             points: dict[str, list[tuple[float, float]]] = {}
             for r in rows:
-                if (r["op"], r["dtype"], r["layout"]) != (op, dtype, layout):
+                if (r["op"], r["dtype"], r["layout"], fused(r)) != (op, dtype, layout, epilogue):
                     continue
                 plane = int(np.prod(r["shape"][2:])) * {"float64": 8, "float32": 4}.get(dtype, 2)
                 points.setdefault("cupynorm", []).append((plane, r["of_copy"]))
@@ -229,8 +270,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             if far:
                 ax.set_yscale("log")
             ax.grid(alpha=0.25)
-            ax.set_title(op if op != "both" else "forward + backward", fontsize=11)
-        line[0].set_ylabel(f"{dtype}, {layout.replace('_', '-')}\nof the copy's bandwidth")
+            ax.set_title(op_text(op), fontsize=11)
+        kind = f"{dtype}, {layout.replace('_', '-')}" + (", epilogue" if epilogue else "")
+        line[0].set_ylabel(f"{kind}\nof the copy's bandwidth")
     low, high = axes[0][0].get_xlim()
     for ax in axes.flat:
         ticks = [4.0**k for k in range(1, 20) if low <= 4.0**k <= high]
@@ -252,7 +294,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     order = ["cupynorm", *(name for name in STYLES if name in seen and name != "cupynorm")]
     order += [name for name in seen if name not in order]
     figure.legend([seen[n] for n in order], order, loc="outside lower center", ncols=len(order), frameon=False)
-    dtypes = ", ".join(dict.fromkeys(dtype for dtype, _ in kinds))
+    dtypes = ", ".join(dict.fromkeys(dtype for dtype, *_ in kinds))
     figure.suptitle(f"Instance normalisation, {dtypes}, on {result['device']['name']}: higher is better", fontsize=12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

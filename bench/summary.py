@@ -8,11 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import aims, dram, host, report
+from .cases import epilogue_text
+
 OPS = ("forward", "backward", "both")
 
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def section(text: str, part: str) -> str | None:
+    """What a part of bench/gpu.sh wrote: the lines after '== PART'. None if it did not run."""
+    found = re.search(rf"^== {re.escape(part)}\n(.*?)(?=^== |\Z)", text, re.M | re.S)
+    return found[1] if found else None
 
 
 def tests_line(text: str) -> str:
@@ -27,19 +36,30 @@ def sanitizer_line(text: str) -> str:
     return f"{found[-1] if found else 'no verdict'} ({tests_line(text)})"
 
 
+def dram_line(text: str) -> str:
+    """Why ncu counted nothing, or nothing to say."""
+    found = re.search(r"^not measured: (.*)$", text, re.M)
+    return found[0] if found else ""
+
+
 def bench_lines(result: dict[str, Any]) -> list[str]:
-    """A line for each shape and dtype: for each op, fraction of the copy, and PyTorch's time over cupynorm's."""
+    """A line for each layer and dtype: for each op, fraction of the copy, and PyTorch's time over cupynorm's."""
     copy = result["copy_gbps"]
     lines = [
         f"{result['device']['name']}: a large copy runs at {copy:.0f} GB/s. For each operation: "
         "fraction of a copy of the same bytes, time of PyTorch over ours",
-        f"{'shape':24} {'dtype':9} " + " ".join(f"{op:>16}" for op in OPS) + "  regime",
+        f"{'shape':24} {'epilogue':18} {'dtype':13} " + " ".join(f"{op:>16}" for op in OPS) + "  regime",
     ]
     table: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in result["rows"]:
-        key = (",".join(map(str, row["shape"])), row["dtype"], row["layout"])
+        last = " last" if row["layout"] == "channels_last" else ""
+        key = (
+            report.shape_text(row["shape"]),
+            epilogue_text(row["affine"], row["activation"]),
+            row["dtype"] + last,
+        )
         table.setdefault(key, {})[row["op"]] = row
-    for (shape, dtype, layout), rows in table.items():
+    for (shape, epilogue, dtype), rows in table.items():
         cells = []
         for op in OPS:
             row = rows.get(op)
@@ -47,21 +67,27 @@ def bench_lines(result: dict[str, Any]) -> list[str]:
             ratio = f"{torch['median_ms'] / row['median_ms']:6.2f}x" if row and torch else "      –"
             cells.append(f"{row['of_copy']:8.0%} {ratio}" if row else " " * 15 + "–")
         regimes = dict.fromkeys(rows[op]["regime"] for op in ("forward", "backward") if op in rows)
-        last = " last" if layout == "channels_last" else ""
-        lines.append(f"{shape:24} {dtype + last:9} " + " ".join(cells) + "  " + " / ".join(regimes))
+        lines.append(f"{shape:24} {epilogue:18} {dtype:13} " + " ".join(cells) + "  " + " / ".join(regimes))
     return lines
 
 
 def main(folder: Path) -> None:
-    for name, line in (("tests", tests_line), ("memcheck", sanitizer_line), ("racecheck", sanitizer_line)):
-        text = _text(folder / f"{name}.txt")
-        if not text.startswith("skipped"):
-            print(f"{name}: {line(text)}")
     try:
         result = json.loads(_text(folder / "bench.json"))
-        print("\n".join(bench_lines(result)))
+        tables = [bench_lines(result)] if result["rows"] else []
+        tables += [module.lines(result[name]) for name, module in (("host", host), ("dram", dram)) if name in result]
+        print("\n\n".join("\n".join(table) for table in (*tables, aims.lines(result))), end="\n\n")
     except (ValueError, KeyError, TypeError) as error:
         print(f"benchmark: no result ({type(error).__name__})")
+    for name, file, line in (
+        ("tests", "tests.txt", tests_line),
+        ("memcheck", "sanitizer.txt", sanitizer_line),
+        ("racecheck", "sanitizer.txt", sanitizer_line),
+        ("dram", "bench.txt", dram_line),
+    ):
+        text = section(_text(folder / file), name)
+        if text is not None and not text.startswith("skipped") and (said := line(text)):
+            print(f"{name}: {said}")
 
 
 if __name__ == "__main__":

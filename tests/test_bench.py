@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import cases, peers, report, summary, timing
+from bench import aims, cases, dram, host, peers, report, summary, timing
 from cupynorm import devices
 from cupynorm.cuda.plan import DEVICES
 
@@ -27,7 +28,7 @@ ROW = {
     "dtype": str,
     "layout": str,
     "affine": bool,
-    "activation": type(None),
+    "activation": type(None),  # a plain row
     "regime": str,
     "bytes_per_element": type(None),  # on the CPU
     "median_ms": float,
@@ -47,6 +48,7 @@ def test_row_follows_from_the_times():
     case = cases.Case("forward", (1, 1, 1000, 1000), "float32", "channels_first", False)
     times = {"cupynorm": timing.Timing(2e-3, 0), "copy": timing.Timing(1e-3, 0), "torch": timing.Timing(3e-3, 0)}
     row = report.row(case, "split", 12, times, {"torch": 1e-6})
+    assert "negative_slope" not in row
     assert row["gbps"] == pytest.approx(4.0)
     assert row["of_copy"] == pytest.approx(0.5)
     assert row["peers"] == {"torch": {"median_ms": pytest.approx(3.0), "max_error": 1e-6}}
@@ -54,15 +56,42 @@ def test_row_follows_from_the_times():
 
 
 def test_shapes():
-    assert cases.parse_shapes(["2,3,4", "1,1,2,2,2"], 256) == [((2, 3, 4), False), ((1, 1, 2, 2, 2), False)]
-    assert ((2, 320, 8, 8, 8), True) in cases.parse_shapes(["real"], 256)
-    swept = [shape for shape, _ in cases.parse_shapes(["sweep"], 4**5)]
+    assert cases.parse_shapes(["2,3,4", "1,1,2,2,2"], 256) == [cases.Layer((2, 3, 4)), cases.Layer((1, 1, 2, 2, 2))]
+    real = cases.parse_shapes(["real"], 256)
+    for layer in (
+        cases.Layer((2, 320, 8, 8, 8), True, "leaky_relu", 0.01),
+        cases.Layer((8, 512, 16, 16), True, "leaky_relu", 0.2),
+        cases.Layer((1, 64, 256, 256), False, "relu"),
+        cases.Layer((8, 512, 32, 32), cases.PER_SAMPLE),
+    ):
+        assert layer in real
+        assert cases.parse_shapes([",".join(map(str, layer.shape))], 256) == [layer]  # the network's, in numbers too
+    swept = [layer.shape for layer in cases.parse_shapes(["sweep"], 4**5)]
     assert swept[0] == (1, 64, 4, 4)
     assert swept[-1] == (1, 1, 32, 32)
     assert {math.prod(shape) for shape in swept} == {4**5}
     for word in ("2,3", "real,sweep", "2,3,0", "2,3,1,1", ""):
         with pytest.raises(ValueError, match="a shape is"):
             cases.parse_shapes([word], 256)
+
+
+def test_epilogues_and_the_order_of_cases():
+    layers = cases.parse_shapes(["sweep", "8,512,32,32", "2,3,4", "2,320,8,8,8"], 4**2)
+    found = cases.cases_of(layers, ["float32"], ["channels_first", "channels_last"], ["none", "fused"], ["both"])
+    assert len(set(found)) == len(found)
+    first = [(case.shape, case.affine, case.activation) for case in found if case.layout == "channels_first"]
+    assert first == [
+        ((8, 512, 32, 32), False, None),
+        ((2, 3, 4), False, None),  # once: it has no epilogue
+        ((2, 320, 8, 8, 8), True, None),
+        ((8, 512, 32, 32), "per sample", None),
+        ((2, 320, 8, 8, 8), True, "leaky_relu"),
+        ((1, 1, 4, 4), False, None),  # the sweep comes late
+    ]
+    assert [case.activation for case in found[-2:]] == [None, "leaky_relu"]
+    assert {case.layout for case in found[-2:]} == {"channels_last"}  # both an epilogue and the other layout: last
+    plain = cases.cases_of(layers, ["float32"], ["channels_first"], ["fused"], ["forward"], affine=False)
+    assert {case.affine for case in plain} == {False}
 
 
 def test_buffer_sets_reach_beyond_the_cache():
@@ -128,6 +157,76 @@ def test_reference_in_blocks(monkeypatch: pytest.MonkeyPatch):
             np.testing.assert_allclose(blocks[name], exact, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
+@pytest.mark.parametrize("affine", [False, True, cases.PER_SAMPLE])
+def test_reference_with_an_epilogue(activation: str | None, affine: bool | str, monkeypatch: pytest.MonkeyPatch):
+    """The longdouble y, and dx, dweight and dbias as differences of sum(y * dy) along random directions."""
+    if np.finfo(np.longdouble).eps > 1e-18:
+        pytest.skip("long double is no longer than double here")
+    monkeypatch.setattr(cases, "BLOCK", 40)
+    shape, slope = (3, 5, 4, 4), {None: 1, "relu": 0, "leaky_relu": 0.2}[activation]
+    arrays = cases.Arrays(np, shape, "float64", "channels_first", affine, 1, activation=activation, negative_slope=0.2)
+
+    def forward(x: np.ndarray, weight: Any, bias: Any) -> np.ndarray:
+        z = x - x.mean((2, 3), keepdims=True)
+        z /= np.sqrt((z * z).mean((2, 3), keepdims=True) + np.longdouble(cases.EPS))
+        if affine:
+            z = z * weight.reshape(-1, 5, 1, 1) + bias.reshape(-1, 5, 1, 1)
+        return np.where(z > 0, z, slope * z)
+
+    given = [a if a is None else a.astype(np.longdouble) for a in (arrays.x[0], arrays.weight, arrays.bias)]
+    y = forward(*given)
+    assert affine is not cases.PER_SAMPLE or arrays.weight.shape == (3, 5)
+    np.testing.assert_allclose(arrays.reference["y"], y.astype(np.float64), rtol=1e-12, atol=1e-12)
+    rng = np.random.default_rng()
+    for i, name in enumerate(("dx", "dweight", "dbias")[: 3 if affine else 1]):
+        step = rng.standard_normal(given[i].shape) * np.longdouble(1e-9)
+        ends = [forward(*(a + sign * step if i == j else a for j, a in enumerate(given))) for sign in (1, -1)]
+        slope_found = ((ends[0] - ends[1]) * arrays.dy[0]).sum() / 2
+        expected = (arrays.reference[name] * step).sum()
+        assert abs(slope_found - expected) < 1e-6 * 1e-9 * step.size, name
+
+
+def test_no_gradient_where_rounding_could_choose_the_side():
+    """Under an activation; and somewhere it does have one."""
+    for dtype in ("float32", "float16"):
+        for layout in cases.LAYOUTS:
+            arrays = cases.Arrays(np, (2, 3, 64, 64), dtype, layout, True, 2, activation="relu")
+            assert arrays.slope == 0
+            z = arrays._exact((slice(None), slice(None)))[2]
+            near = np.abs(z) < cases.TOLERANCE[dtype]
+            assert near.any()
+            for dy in arrays.dy:
+                assert not dy[near].any()
+                assert np.count_nonzero(dy[~near]) > 0.99 * np.count_nonzero(~near)
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("name", ["cupynorm", "torch", "jax", "onnxruntime", "textbook"])
+def test_everyone_computes_the_same_epilogue(name: str, layout: str):
+    make = {"cupynorm": peers.cupynorm_itself, **peers.PEERS}[name]
+    layers = [(False, "relu"), (True, "leaky_relu"), (cases.PER_SAMPLE, None), (cases.PER_SAMPLE, "leaky_relu")]
+    for affine, activation in layers:
+        arrays = cases.Arrays(
+            np, (3, 4, 5, 6), "float32", layout, affine, 1, activation=activation, negative_slope=0.2
+        )  # fmt: skip
+        for op in cases.ACCESSES:
+            try:
+                contestant = make(op, arrays)
+            except peers.UnavailableError as reason:
+                if op == "forward":
+                    pytest.skip(f"{reason}")
+                continue
+            answers = contestant.answers(contestant.run(0))
+            assert arrays.error(answers, op) < 1e-5
+            if activation is not None:  # so the activation is what was compared
+                arrays.__dict__.pop("reference")
+                arrays.slope = 1.0
+                assert arrays.error(answers, op) > 0.1
+                arrays.__dict__.pop("reference")
+                arrays.slope = {"relu": 0.0, "leaky_relu": 0.2}[activation]
+
+
 def test_error_sees_nan_and_missing_answers():
     arrays = cases.Arrays(np, (2, 2, 3, 3), "float32", "channels_first", affine=False, sets=1)
     y = arrays.reference["y"].copy()
@@ -139,11 +238,11 @@ def test_error_sees_nan_and_missing_answers():
 
 def test_plan_facts():
     x = np.zeros((2, 3, 16, 16), np.float16)
-    assert bench.planned("both", x, None) == ("numpy", None)
-    assert bench.planned("both", x, DEVICES["H100"])[1] == 5 * 2
-    regime, size = bench.planned("forward", np.zeros((1, 1, 2048, 2048), np.float32), DEVICES["T4"])
+    assert report.planned("both", x, None) == ("numpy", None)
+    assert report.planned("both", x, DEVICES["H100"])[1] == 5 * 2
+    regime, size = report.planned("forward", np.zeros((1, 1, 2048, 2048), np.float32), DEVICES["T4"])
     assert (regime, size) == ("split", 12)
-    copied = bench.planned("forward", x[:, :, ::2], DEVICES["H100"])[1]
+    copied = report.planned("forward", x[:, :, ::2], DEVICES["H100"])[1]
     assert copied == 2 * 2 + 2 * 2
 
 
@@ -179,6 +278,55 @@ def test_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
         assert 0 <= row["peers"]["textbook"]["max_error"] < 1e-4
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert len(summary.bench_lines(written)) == 2 + 4
+
+
+def test_fused_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    result, picture = tmp_path / "r.json", tmp_path / "r.png"
+    arguments = (
+        "--shapes",
+        "2,320,4,4,4",
+        "2,3,8,8",
+        "--op",
+        "both",
+        "--epilogue",
+        "none,fused",
+        "--peers",
+        "textbook",
+    )
+    status = run(monkeypatch, *arguments, "--json", str(result), "--plot", str(picture))
+    assert status == 0, capsys.readouterr().out
+    written = json.loads(result.read_text(encoding="utf-8"))
+    rows = [(row["shape"], row["affine"], row["activation"], row.get("negative_slope")) for row in written["rows"]]
+    large = [2, 320, 4, 4, 4]
+    assert rows == [
+        (large, True, None, None), ([2, 3, 8, 8], False, None, None), (large, True, "leaky_relu", 0.01)
+    ]  # fmt: skip
+    assert "2,320,4,4,4 affine leaky_relu" in capsys.readouterr().out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert len(summary.bench_lines(written)) == 2 + 3
+
+
+def test_compile_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("rich")
+    result = tmp_path / "r.json"
+    monkeypatch.setattr(peers, "COMPILING", {"slow"})
+    arguments = ("--shapes", "2,3,8,8", "2,3,9,9", "--peers", "slow,textbook", "--json", str(result))
+    for limit, expected in (((), [True] * 6), (("--compile-limit", "0"), [False, False, True] + [False] * 3)):
+        assert run(monkeypatch, *arguments, *limit, slow=named("slow")) == 0, capsys.readouterr().out
+        rows = json.loads(result.read_text(encoding="utf-8"))["rows"]
+        assert ["slow" in row["peers"] for row in rows] == expected
+        assert all("textbook" in row["peers"] for row in rows)
+
+
+def named(name: str) -> Any:
+    """The textbook under another name."""
+
+    def make(op: str, arrays: cases.Arrays) -> timing.Contestant:
+        return replace(peers.textbook(op, arrays), name=name)
+
+    return make
 
 
 def test_wrong_and_failing_peers_are_refused(
@@ -241,14 +389,216 @@ def test_summary_reads_what_the_tools_print():
     assert summary.sanitizer_line(text) == "ERROR SUMMARY: 0 errors (5 passed in 3.00s)"
 
 
+def test_summary_finds_the_parts_of_a_file():
+    text = "== memcheck\n===== x =====\n==PROF== y\n== racecheck\nskipped: no\n"
+    assert summary.section(text, "memcheck") == "===== x =====\n==PROF== y\n"
+    assert summary.section(text, "racecheck") == "skipped: no\n"
+    assert summary.section(text, "dram") is None
+    assert summary.dram_line("not measured: ncu: ERR_NVGPUCTRPERM\n") == "not measured: ncu: ERR_NVGPUCTRPERM"
+    assert summary.dram_line("bytes to and from DRAM\n") == ""
+
+
+def test_summary_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    summary.main(tmp_path)
+    assert capsys.readouterr().out.startswith("benchmark: no result")
+    (tmp_path / "tests.txt").write_text("== tests\nKilled\n", encoding="utf-8")
+    (tmp_path / "sanitizer.txt").write_text("== memcheck\n== racecheck\nskipped: no\n", encoding="utf-8")
+    summary.main(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["tests: no result", "memcheck: no verdict (no result)"]
+
+
+def made_up(times: float = 1.0, of_copy: float = 1.0, peers_: tuple[str, ...] = ("torch", "torch.compile")) -> Any:
+    """A result with a row for everything that is aimed at: `times` the aim's speedup of each peer, `of_copy`, and a
+    host that takes 10 us."""
+    real = cases.real_layers()
+    swept = cases.sweep_layers(cases.SWEEP_ELEMENTS["gpu"])
+    rows = []
+    for case in cases.cases_of(
+        [*real, *swept],
+        ["float32", "bfloat16"],
+        list(cases.LAYOUTS),
+        list(cases.EPILOGUES),
+        list(cases.ACCESSES),
+    ):
+        aimed = {peer: aims.SPEEDUP.get((case.layout, case.activation is not None, peer), 1.0) for peer in peers_}
+        seconds = {"cupynorm": timing.Timing(1.0, 0), "copy": timing.Timing(of_copy, 0)}
+        seconds |= {peer: timing.Timing(times * speedup, 0) for peer, speedup in aimed.items()}
+        rows.append(report.row(case, "block-shared", 8, seconds, dict.fromkeys(peers_, 0.0)))
+    calls = [
+        {"op": op, "shape": [2, 3, 4, 4], "dtype": "float32", "affine": affine, "microseconds": 10.0,
+         "peers": {"torch": 10.0 * times}}
+        for op in ("forward", "both") for affine in (False, True)
+    ]  # fmt: skip
+    return {"device": {"name": "an H100"}, "copy_gbps": 3000.0, "host": calls, "rows": rows}
+
+
+def test_aims_reached():
+    found = aims.aims(made_up(times=1.001))
+    assert len(found) == 4 * 2 * 2 + 4 * 2 + 2 + 2
+    assert {aim.verdict for aim in found} == {"reached"}
+    assert len({aim.what for aim in found}) == len(found)
+    aimed = {aim.what: aim.aimed for aim in found}
+    assert aimed["of a copy, forward, channels_first, bfloat16, real shapes of 64 MB and more"] == 0.95
+    assert aimed["of a copy, backward, channels_last, float32, every plane size"] == 0.85
+    assert aimed["time of torch.compile over ours, channels_first, float32"] == 1.2
+    assert aimed["time of torch over ours, channels_first, float32, activation fused"] == 2.5
+    assert aimed["time of torch over ours, channels_last, bfloat16"] == 3
+
+
+def test_aims_missed():
+    found = aims.aims(made_up(times=0.3, of_copy=0.84))
+    assert {aim.verdict for aim in found} == {"NOT REACHED"}
+    # One shape alone is seen where the worst counts, and told by its name.
+    for shape, count in (((2, 64, 64, 64, 64), 4), ((2, 128, 32, 32, 32), 0)):  # 67 MB in bfloat16; 34 in float32
+        result = made_up(times=1.001)
+        for row in result["rows"]:
+            if tuple(row["shape"]) == shape and row["layout"] == "channels_first":
+                row["of_copy"] = 0.5
+        missed = [aim for aim in aims.aims(result) if aim.verdict != "reached"]
+        assert len(missed) == count
+        assert all(aim.measured == 0.5 and "worst: 2,64,64,64,64; " in aim.note for aim in missed)
+    result = made_up(times=1.001)
+    for row in result["rows"]:
+        if row["shape"] == [1, 64, 256, 256] and row["op"] == "both" and row["activation"] == "relu":
+            row["peers"]["torch"]["median_ms"] = 0.9 * row["median_ms"]
+    slowest = [aim for aim in aims.aims(result) if "slowest" in aim.what]
+    assert [(aim.measured, aim.verdict) for aim in slowest] == [(pytest.approx(0.9), "NOT REACHED")] * 2
+    assert "1,64,256,256 channels_first fused" in slowest[0].note
+
+
+def test_aims_of_an_incomplete_result():
+    nothing = {**made_up(), "rows": []}
+    del nothing["host"]
+    found = aims.aims(nothing)
+    assert {aim.verdict for aim in found} == {"not measured"}
+    text = aims.lines(nothing)
+    assert len(text) == 1 + len(found)
+    assert all("not measured" in line for line in text[1:])
+    part = made_up(times=4.0)
+    part["rows"] = [row for row in part["rows"] if row["shape"] in ([2, 64, 64, 64, 64], [1, 4**11, 4, 4])]
+    verdicts = {aim.what: aim.verdict for aim in aims.aims(part) if "host" not in aim.what}
+    assert set(verdicts.values()) == {"reached in part"}
+    mean = next(aim for aim in aims.aims(part) if aim.what == "time of torch over ours, channels_first, float32")
+    assert (mean.measured, mean.note) == (pytest.approx(8.0), "8.00 to 8.00; 1 of 20")
+    without = {aim.what: aim.verdict for aim in aims.aims(made_up(peers_=("torch",)))}
+    assert without["time of torch.compile over ours, channels_first, float32"] == "not measured"
+
+
+def test_host_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(host, "SHAPES", ((2, 3, 4, 4),))
+    monkeypatch.setattr(host, "NAMES", ("textbook",))
+    result = tmp_path / "r.json"
+    report.write_json({"before": {"a": [1]}, "rows": [{"kept": 1}]}, result)
+    assert host.main(["--device", "cpu", "--rounds", "2", "--calls", "3", "--json", str(result)]) == 0
+    written = json.loads(result.read_text(encoding="utf-8"))
+    assert list(written) == ["before", "rows", "host"]
+    assert written["rows"] == [{"kept": 1}]
+    assert [(row["op"], row["affine"]) for row in written["host"]] == [
+        ("forward", False), ("both", False), ("forward", True), ("both", True)
+    ]  # fmt: skip
+    for row in written["host"]:
+        assert row["microseconds"] > 0
+        assert row["peers"]["textbook"] > 0
+    assert "2,3,4,4 affine, forward + backward" in capsys.readouterr().out
+
+
+def test_host_cost_is_that_of_the_calls_alone(monkeypatch: pytest.MonkeyPatch):
+    now = 0.0
+
+    def passes(duration: float) -> None:
+        nonlocal now
+        now += duration
+
+    monkeypatch.setattr(host.time, "perf_counter", lambda: now)
+    contestant = timing.Contestant("a", lambda i: passes(2.0), lambda _: {})
+    assert host.seconds(contestant, 5, lambda: passes(100.0)) == 2.0
+
+
+def test_host_cost_of_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "cupynorm", SimpleNamespace(instance_norm=lambda x, **_: x))
+    arrays = cases.Arrays(np, (2, 3, 4, 4), "float32", "channels_first", False, sets=1)
+    with pytest.raises(RuntimeError, match="cupynorm is wrong at forward"):
+        host.contestants("forward", arrays)
+
+
+#: What ncu --csv --print-units base logs: a case of one kernel, one of two, and a kernel before the first mark.
+NCU = (
+    """==PROF== Connected to process 7 (/usr/bin/python3)
+==PROF== Profiling "fill" - 0: 0%....50%....100% - 1 pass
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"Section Name","Metric Name","Metric Unit","Metric Value"
+""".replace("\\\n", "")
+    + "".join(
+        f'"{i}","7","python3","127.0.0.1","{name}({arguments})","1","7","(1, 1, 1)","(1, 1, 1)","0","9.0",'
+        f'"Command line profiler metrics","dram__bytes_{direction}.sum","byte","{count:,}"\n'
+        for i, (name, arguments, read, write) in enumerate(
+            [
+                ("fill", "float *", 1, 1),
+                ("next_case", "", 0, 0),
+                ("forward_warp", "const T *, T *", 4_000_000, 3_900_000),
+                ("next_case", "", 0, 0),
+                ("gradient", "", 8_000_000, 1_000),
+                ("apply_gradient", "", 8_000_000, 3_999_000),
+            ]
+        )
+        for direction, count in (("read", read), ("write", write))
+    )
+)
+
+
+def test_dram_bytes():
+    facts: dict[str, Any] = {"shape": [1, 1, 1000, 1000], "dtype": "float32", "regime": "warp"}
+    cases_ = [
+        {"op": "forward", **facts, "promised_bytes": 8_000_000},
+        {"op": "backward", **facts, "promised_bytes": 20_000_000},
+        {"op": "forward", **facts, "promised_bytes": 8_000_000},  # ncu was stopped before it
+    ]
+    rows = dram.rows_of(cases_, NCU)
+    assert [(row["op"], row["read_bytes"], row["written_bytes"]) for row in rows] == [
+        ("forward", 4_000_000, 3_900_000),
+        ("backward", 16_000_000, 4_000_000),
+    ]
+    assert [kernel["name"] for kernel in rows[1]["kernels"]] == ["gradient", "apply_gradient"]
+    assert [dram.ratio(row) for row in rows] == [pytest.approx(7.9 / 8), pytest.approx(1.0)]
+    text = "\n".join(dram.lines(rows))
+    assert "0.988" in text and "1.000" in text and "apply_gradient" in text
+    assert dram.rows_of(cases_, "==ERROR== ERR_NVGPUCTRPERM\n") == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a shell script stands for ncu")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo '==ERROR== ERR_NVGPUCTRPERM - no permission'; exit 1", "ERR_NVGPUCTRPERM"),
+        ("exit 3", "exit status 3, no kernel counted"),
+    ],
+)
+def test_dram_bytes_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, script: str, said: str):
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    ncu.chmod(0o755)
+    monkeypatch.setattr(dram, "find_ncu", lambda: str(ncu))
+    monkeypatch.setattr(dram.devices, "gpu_status", lambda: (True, "made up"))
+    assert dram.main([]) == 0
+    assert f"not measured: ncu: {said}" in capsys.readouterr().out.replace("==ERROR== ", "")
+
+
+def test_dram_bytes_without_ncu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(dram.devices, "gpu_status", lambda: (True, "made up"))
+    monkeypatch.setattr(dram, "find_ncu", lambda: None)
+    assert dram.main([]) == 0
+    assert capsys.readouterr().out == "not measured: ncu is not installed\n"
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_gpu_script():
     script = str(ROOT / "bench" / "gpu.sh")
     subprocess.run(["bash", "-n", script], check=True)
-    for arguments in ([], [""], ["a", "b"]):
+    for arguments in ([], [""], ["a", "b"], ["a", "quick", "c"]):
         refused = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
         assert refused.returncode == 2
-        assert "usage: bash bench/gpu.sh OUTDIR" in refused.stderr
+        assert "usage: bash bench/gpu.sh OUTDIR [quick]" in refused.stderr
 
 
 @pytest.mark.slow
@@ -267,9 +617,14 @@ def test_gpu_script_is_rehearsed_without_a_gpu(tmp_path: Path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("tests", "memcheck", "racecheck"):
+        assert f"{part}: no" not in done.stdout
         assert f"{part}: skipped: no usable GPU" in done.stdout
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    results = {"facts", "tests", "memcheck", "racecheck", "bench", "summary"}
+    results = {"facts", "tests", "sanitizer", "bench", "summary"}
     assert written == {f"{name}.txt" for name in results} | {"bench.json", "bench.png"}
     assert done.stdout.endswith((tmp_path / "out" / "summary.txt").read_text(encoding="utf-8"))
-    assert "2,3,16,16" in done.stdout.splitlines()[-1]
+    written_rows = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
+    assert {row["activation"] for row in written_rows["rows"]} == {None, "leaky_relu"}
+    assert len(written_rows["host"]) == 12
+    for line in ("aims for an H100", "2,320,4,4,4              affine leaky_relu", "dram: not measured: no usable GPU"):
+        assert line in done.stdout

@@ -1,0 +1,119 @@
+"""What a call costs the host: python -m bench.host --help.
+
+On a GPU a call of a small tensor takes as long as Python and the launches take. The clock runs from the first of many
+calls until the last has returned; waiting for the GPU is not counted, and few enough calls are made for its queue to
+have room. On the CPU a call's work is in it too, so that it is simply the time of a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupynorm import devices
+
+from . import peers, report
+from .cases import TOLERANCE, Arrays, epilogue_text
+from .timing import Contestant, rotated
+
+SHAPES = ((2, 32, 8, 8), (12, 512, 4, 4), (8, 64, 16, 16))
+DTYPE = "float32"
+NAMES = ("torch",)  # beside cupynorm; PyTorch's forward alone is of tensors that need no gradient
+CALLS = {"cpu": 8, "gpu": 64}  # a queue holds 1024 launches, and a call may be ten
+
+
+def seconds(contestant: Contestant, calls: int, synchronise: Callable[[], Any]) -> float:
+    """Of one call, until it has returned."""
+    synchronise()
+    start = time.perf_counter()
+    for _ in range(calls):
+        contestant.run(0)
+    taken = time.perf_counter() - start
+    synchronise()
+    return taken / calls
+
+
+def contestants(op: str, arrays: Arrays) -> list[Contestant]:
+    """cupynorm and its peers, each with the right answer: RuntimeError if cupynorm's is wrong."""
+    found = []
+    for name, make in (("cupynorm", peers.cupynorm_itself), *((name, peers.PEERS[name]) for name in NAMES)):
+        try:
+            contestant = make(op, arrays)
+        except peers.UnavailableError:
+            continue
+        error = arrays.error(contestant.answers(contestant.run(0)), op)
+        if error <= TOLERANCE[DTYPE]:
+            found.append(contestant)
+        elif name == "cupynorm":
+            raise RuntimeError(f"cupynorm is wrong at {op} {arrays.shape}: error {error:.2g}")
+    return found
+
+
+def measure(xp: Any, rounds: int, calls: int) -> list[dict[str, Any]]:
+    """A row for each shape, with and without affine, forward and forward + backward."""
+    synchronise = (lambda: None) if xp is np else (lambda: xp.cuda.Device().synchronize())
+    rows = []
+    for shape in SHAPES:
+        for affine in (False, True):
+            arrays = Arrays(xp, shape, DTYPE, "channels_first", affine, sets=1)
+            for op in ("forward", "both"):
+                rivals = contestants(op, arrays)
+                samples: dict[str, list[float]] = {rival.name: [] for rival in rivals}
+                for rival in rivals:
+                    seconds(rival, calls, synchronise)  # whose time does not count
+                for round_ in range(rounds):
+                    for rival in rotated(rivals, round_):
+                        samples[rival.name].append(seconds(rival, calls, synchronise))
+                medians = {name: statistics.median(values) * 1e6 for name, values in samples.items()}
+                rows.append(
+                    {"op": op, "shape": list(shape), "dtype": DTYPE, "affine": affine}
+                    | {"microseconds": medians.pop("cupynorm"), "peers": medians}
+                )
+    return rows
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table; a peer's ratio is its time over cupynorm's."""
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    text = [f"{'microseconds of the host for a call':36} {'cupynorm':>9}" + "".join(f"{name:>18}" for name in names)]
+    for row in rows:
+        what = f"{report.shape_text(row['shape'])} {epilogue_text(row['affine'], None)}, {report.op_text(row['op'])}"
+        cells = ""
+        for name in names:
+            each = row["peers"].get(name)
+            cells += f"{each:10.1f} ({each / row['microseconds']:.2f}x)".rjust(18) if each else f"{'–':>18}"
+        text.append(f"{what:36} {row['microseconds']:9.1f}{cells}")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description="Microseconds of the host for a call.")
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
+    parser.add_argument("--rounds", type=int, default=31, help="in each, every contestant has a turn; default 31")
+    parser.add_argument(
+        "--calls", type=int, help=f"of a turn; default {CALLS['cpu']} on a CPU, {CALLS['gpu']} on a GPU"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to this result, under 'host'")
+    options = parser.parse_args(arguments)
+    usable, why = devices.gpu_status()
+    if options.device == "gpu" and not usable:
+        parser.error(f"--device gpu: no usable GPU: {why}")
+    gpu = usable and options.device != "cpu"
+    xp: Any = importlib.import_module("cupy") if gpu else np
+    rows = measure(xp, options.rounds, options.calls or CALLS["gpu" if gpu else "cpu"])
+    print("\n".join(lines(rows)))
+    if options.json:
+        report.add_to_json(options.json, xp, "host", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

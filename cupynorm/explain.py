@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from . import cpu
-from .cuda.plan import DEVICES, ITEMSIZE, Device, Memory, Plan, arrange, fresh, plan
-from .functional import Array, check_input, kind_of, math_dtype
+from .cuda.plan import DEVICES, EPILOGUES, ITEMSIZE, Device, Memory, Plan, Step, arrange, fresh, plan
+from .functional import Array, check_activation, check_input, kind_of, math_dtype
 
 
-def explain(x: Array, *, device: str | None = None) -> str:
+def explain(x: Array, *, activation: str | None = None, residual: bool = False, device: str | None = None) -> str:
     """How the forward and backward of an array will be computed, and why so.
 
     Args:
         x: NumPy or CuPy array (N, C, *spatial), as for `cupynorm.instance_norm`; only shape, strides, dtype and address
-            matter.
+            matter. All other arrays of the call (residual, dy, results) are taken to be new ones in the layout of x.
+        activation: as for `cupynorm.instance_norm`.
+        residual: whether there is a residual.
         device: a GPU to plan for that need not be there: "T4", "V100", "A100", "L4", "H100", "H200", "B200" or
             "RTX 5090". None plans for where x is.
 
     Returns:
-        Text of a few lines: for CUDA the regime, the reason, whether arrays are read in place, the traffic in bytes
-        per element, and the launches.
+        Text of a few lines: for CUDA the regime, the reason, whether arrays are read in place, the traffic in accesses
+        of an element's size per element, and the launches.
 
     Raises:
-        TypeError, ValueError: x cannot be normalised, or the device is not known.
+        TypeError, ValueError: x cannot be normalised, the activation or the device is not known.
     """
     check_input(x)
+    check_activation(activation)
     title = f"{x.shape} {x.dtype.name}"
     if device is not None:
         if device not in DEVICES:
@@ -45,35 +49,61 @@ def explain(x: Array, *, device: str | None = None) -> str:
     memory = Memory(x.shape, x.strides, x.itemsize, address % 16)
     lines = [f"{title} on {on.name}"]
     for op in ("forward", "backward"):
-        lines += _described(op, memory, x.dtype.name, on)
+        lines += _described(op, memory, x.dtype.name, on, activation, residual)
     return "\n".join(lines)
 
 
-def plan_for(op: Any, memory: Memory, dtype: str, device: Device) -> tuple[Plan, int]:
+def plan_for(
+    op: Any, memory: Memory, dtype: str, device: Device, activation: str | None = None, residual: bool = False
+) -> tuple[Plan, int]:
     """The plan of a call whose other arrays are new ones in the layout of the first; and how many must be copied."""
     kind, _, copied = arrange((memory,))
     new = fresh(memory.shape, memory.itemsize, kind)
     first = new if copied[0] else memory
-    kind, layouts, _ = arrange((first, new) if op == "forward" else (first, new, new))
+    if op in ("forward", "evaluate"):
+        epilogue = EPILOGUES[activation] if activation is not None or residual else 0
+        arrays = 2 + residual
+    else:  # without an activation the gradient of a residual is dy itself
+        epilogue = 0 if activation is None else EPILOGUES[activation]
+        residual = residual and activation is not None
+        arrays = 3 + 2 * residual
+    kind, layouts, _ = arrange((first, *[new] * (arrays - 1)))
     shape = (memory.shape[0], memory.shape[1], math.prod(memory.shape[2:]))
-    return plan(op, shape, dtype, kind, layouts, device), int(copied[0])
+    return plan(op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual), int(copied[0])
 
 
-def _described(op: str, memory: Memory, dtype: str, device: Device) -> list[str]:
+def _described(
+    op: str, memory: Memory, dtype: str, device: Device, activation: str | None, residual: bool
+) -> Iterator[str]:
     if math.prod(memory.shape[2:]) == 1:
-        return [f"  {op}: refused, one spatial element has no statistics (with running statistics it is allowed)"]
-    made, copies = plan_for(op, memory, dtype, device)
-    access = made.vector * ITEMSIZE[dtype]
+        yield f"  {op}: refused, one spatial element has no statistics (with running statistics it is allowed)"
+        return
+    made, copies = plan_for(op, memory, dtype, device, activation, residual)
+    first, *rest = made.steps
+    # A warp moves the planes of its parts together, 16 bytes a thread, whatever their size and alignment.
+    access = 16 if first.group == "part" else made.vector * ITEMSIZE[dtype]
     layout = (
         "x is copied first: its strides are neither channels-first nor channels-last" if copies else "read in place"
     )
-    accesses = made.accesses + 2 * copies
-    lines = [
-        f"  {op}: {made.regime}, {made.kind.replace('_', '-')}, {layout}",
-        f"    {made.reason}",
-        f"    {accesses} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time",
-    ]
-    for step in made.steps:
-        blocks = step.grid[0] * step.grid[1]
-        lines.append(f"    {step.name}: {blocks} x {step.threads} threads, {step.shared} B of shared memory")
-    return lines
+    yield f"  {op}: {made.regime}, {made.kind.replace('_', '-')}, {layout}"
+    yield f"    {made.reason}"
+    yield f"    {made.accesses + 2 * copies} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time"
+    share = "plane" if made.kind == "channels_first" else f"stripe of {first.lanes * made.vector} channels"
+    rounds = -(-made.stripes // made.at_a_time) if made.at_a_time else 1
+    if rounds > 1:
+        yield f"    {rounds} rounds of the first three launches, {made.at_a_time} of {made.stripes} {share}s each"
+    for step in (first, *rest):
+        yield f"    {_launched(step, share)}"
+
+
+def _launched(step: Step, share: str) -> str:
+    blocks = step.grid[0] * step.grid[1]
+    text = f"{step.name}: {blocks} blocks of {step.threads} threads, {step.shared} B of shared memory"
+    if step.group == "part":
+        return f"{text}, {32 // step.lanes} plane(s) a warp"
+    if step.group == "cluster":
+        return f"{text}, clusters of {step.cluster} for a {share} each"
+    if step.group == "grid":
+        groups = step.grid[0] // step.tiles
+        return f"{text}, all resident: {step.tiles} for each of {groups} {share}(s) at a time"
+    return text

@@ -1,54 +1,113 @@
 // Forward, one launch: an owner reads its planes once, takes their statistics on chip and writes y.
 //
-//     y = ((x - mean) - delta) * (rstd * weight) + bias,   rstd = 1 / sqrt(squares / count + eps)
+//     y = activation(((x - mean) - delta) * (rstd * weight) + bias + residual),   rstd = 1 / sqrt(squares / count + eps)
 //
-// Macros: STORAGE_..., V, CHANNELS_LAST (types.cuh, plane.cuh), and LADDER, a list of RUNG(name, owner, rest, threads,
-// chunks, blocks): the kernels to make, and how many blocks of each must fit on a multiprocessor.
-// mean, rstd and variance (unbiased) have N * C elements and may be null, like weight and bias.
+// Macros: STORAGE_..., V, CHANNELS_LAST (types.cuh, plane.cuh), SKEWED (plane.cuh), EPILOGUE (epilogue.cuh), GROUPED (group.cuh), and
+// LADDER, a list of RUNG(name, owner, rest, threads, chunks, blocks, cluster): the kernels to make, and how many blocks
+// of each must fit on a multiprocessor.
+// mean, rstd, delta and variance (unbiased) have N * C elements and may be null, like weight and bias.
 
 #include "types.cuh"
 #include "plane.cuh"
+#include "epilogue.cuh"
+#include "affine.cuh"
+#include "chunk.cuh"
 #include "sums.cuh"
 #include "moments.cuh"
+#include "group.cuh"
+
+struct Call {
+    Tensor x, y;
+    Epilogue epilogue;
+    Affine affine;
+    Math *mean, *rstd, *delta, *variance;
+    long long channels, spatial, stripes;
+    int lanes, chunks;
+    double eps;
+    Group group;
+};
 
 template <int OWNER, int REST, int THREADS, int CHUNKS>
-__device__ inline void forward(const Tensor& x, const Tensor& y, const void* weight, const void* bias, int wide,
-                               Math* mean, Math* rstd, Math* variance, long long channels, long long spatial,
-                               long long stripes, int lanes, int chunks, double eps) {
+__device__ inline void forward_owner(const Call& call, long long owner, long long spatial) {
+    const Share<OWNER, THREADS> share(owner, call.group.tiles, REST == REGISTERS ? CHUNKS : call.chunks, call.lanes, call.y,
+                                      call.channels, spatial);
     unsigned char* shared = shared_memory();
-    typedef Share<OWNER, THREADS> Owner;
-    const long long owner = Owner::owner_in_grid();
-    if (owner >= stripes) return;
-    const Owner share(owner, 1, REST == REGISTERS ? CHUNKS : chunks, lanes, x, channels, spatial);
-
-    Math* scratch = (Math*)(shared + chunks * THREADS * sizeof(Pack) * (REST == SHARED));
+    const int tile = call.chunks * THREADS * (int)sizeof(Pack) * (REST == SHARED);
+    const int area = scratch_size<THREADS>(share.lanes, GROUPED ? 2 * P * sizeof(Accum) : P * sizeof(Math));
+    Math* scratch = (Math*)(shared + tile);
+    Math* other = (Math*)(shared + tile + area);
     Rest<REST, THREADS, CHUNKS> rest((Pack*)shared);
-    const Moments m = moments_of_tile<OWNER>(share, x, rest, chunks, scratch);
+    Moments m = moments_of_tile<OWNER>(share, call.x, rest, call.chunks, scratch, other);
+    Math count = (Math)share.count();
+#if GROUPED
+    Exchange<OWNER> exchange(call.group, owner, share.lanes * P * 4, (Math*)(shared + tile + 2 * area));
+    count = (Math)spatial;
+    m = merge_moments_of_tiles<THREADS>(share, m, call.group.tiles, count, exchange, (Accum*)other);
+#endif
 
-    Math inverse[P], scale[P], shift[P];
+    Math inverse[P];
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const bool exists = share.c + p < channels;
-        inverse[p] = reciprocal_sqrt(m.squares[p] / share.count() + (Math)eps);
-        scale[p] = weight && exists ? inverse[p] * load_parameter(weight, wide & WIDE_WEIGHT, share.c + p) : inverse[p];
-        shift[p] = bias && exists ? load_parameter(bias, wide & WIDE_BIAS, share.c + p) : 0;
+        // The mean as it is saved, and what it lost: backward finds the very same values again.
+        const Math mean = m.mean[p] + m.delta[p];
+        m.delta[p] = (m.mean[p] - mean) + m.delta[p];
+        m.mean[p] = mean;
+        inverse[p] = reciprocal_sqrt(m.squares[p] / count + (Math)call.eps);
     }
-    share.each_plane(channels, [&](int p, long long i) {
-        if (mean) store(mean + i, m.mean[p] + m.delta[p]);
-        if (rstd) store(rstd + i, inverse[p]);
-        if (variance) store(variance + i, m.squares[p] / (share.count() - 1));
+    if (!GROUPED || share.tile == 0) share.each_plane(call.channels, [&](int p, long long i) {
+        if (call.mean) store(call.mean + i, m.mean[p]);
+        if (call.rstd) store(call.rstd + i, inverse[p]);
+        if (call.delta) store(call.delta + i, m.delta[p]);
+        if (call.variance) store(call.variance + i, m.squares[p] / (count - 1));
     });
-    write_tile(share, y, rest, chunks, [&](int p, Math value) {
-        return ((value - m.mean[p]) - m.delta[p]) * scale[p] + shift[p];
+    // Not sooner: the widest register variant has none to spare.
+    const AffineOfThread affine(share, call.affine, call.channels);
+    Math scale[P];
+    #pragma unroll
+    for (int p = 0; p < P; p++) scale[p] = inverse[p] * affine.weight[p];
+    write_tile(share, call.y, rest, call.chunks, call.epilogue.residual, [&](int p, Math value, Math residual) {
+        const Math z = ((value - m.mean[p]) - m.delta[p]) * scale[p] + affine.bias[p];
+        return activated(z, residual, call.epilogue.slope);
+    });
+#if GROUPED
+    exchange.end();
+#endif
+}
+
+// PART: the warp stages its planes, and takes x's room for y: every value of x has been read when the first is written,
+// since it has gone into the sums that all lanes waited for.
+template <int REST, int THREADS, int CHUNKS> __device__ inline void forward_part(Call call) {
+    const Chunk<CHUNKS> chunk(THREADS / 32, call.lanes, call.spatial, call.stripes);
+    const Tensor y = call.y;
+    const bool more = EPILOGUE && call.epilogue.residual.data;
+    Storage* room = chunk.at(shared_memory(), 1 + more, 0);
+    chunk.fetch(call.x, room);
+    call.x = chunk.staged(call.x, call.channels, room);
+    call.y = chunk.staged(y, call.channels, room);
+    if (more) {
+        chunk.fetch(call.epilogue.residual, room + chunk.room);
+        call.epilogue.residual = chunk.staged(call.epilogue.residual, call.channels, room + chunk.room);
+    }
+    __syncwarp();
+    forward_owner<PART, REST, THREADS, CHUNKS>(call, chunk.plane, chunk.plane < call.stripes ? call.spatial : 0);
+    __syncwarp();
+    chunk.put(y, room);
+}
+
+template <int OWNER, int REST, int THREADS, int CHUNKS> __device__ inline void forward(const Call& call) {
+    if constexpr (OWNER == PART) forward_part<REST, THREADS, CHUNKS>(call);
+    else each_owner<OWNER, Share<OWNER, THREADS>>(call.group, call.stripes, [&](long long owner) {
+        forward_owner<OWNER, REST, THREADS, CHUNKS>(call, owner, call.spatial);
     });
 }
 
-#define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS)                                                              \
-    KERNEL(THREADS, BLOCKS) forward_##NAME(                                                                           \
-        Storage* x, long long xn, long long xc, long long xs, Storage* y, long long yn, long long yc, long long ys,   \
-        const void* weight, const void* bias, int wide, Math* mean, Math* rstd, Math* variance, long long channels,   \
-        long long spatial, long long stripes, int lanes, int chunks, double eps) {                                    \
-        forward<OWNER, REST, THREADS, CHUNKS>(Tensor{x, xn, xc, xs}, Tensor{y, yn, yc, ys}, weight, bias, wide,       \
-                                              mean, rstd, variance, channels, spatial, stripes, lanes, chunks, eps);  \
+#define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS, CLUSTER_SIZE)                                                \
+    CLUSTER_KERNEL(THREADS, BLOCKS, CLUSTER_SIZE) forward_##NAME(                                                     \
+        TENSOR(x), TENSOR(y), const void* weight, const void* bias, int flags, EPILOGUE_PARAMETERS Math* mean,        \
+        Math* rstd, Math* delta, Math* variance, long long channels, long long spatial, long long stripes, int lanes, \
+        int chunks, double eps GROUP_PARAMETERS) {                                                                    \
+        forward<OWNER, REST, THREADS, CHUNKS>(Call{                                                                   \
+            OF(x), OF(y), EPILOGUE_OF, Affine{weight, bias, flags}, mean, rstd, delta, variance, channels, spatial,   \
+            stripes, lanes, chunks, eps, GROUP_OF});                                                                  \
     }
 LADDER

@@ -1,58 +1,101 @@
 // The gradient of a plane: its three sums over a tile, and dx from them.
 
-// What is known of a thread's planes: the saved (or running) statistics, and the affine weight.
+// What is known of a thread's planes: the saved (or running) statistics, and the affine parameters.
 struct Statistics {
-    Math mean[P], rstd[P], weight[P];
+    Math mean[P], delta[P], rstd[P];
+    AffineOfThread affine;
 
+    // delta_ may be null; it is looked at only where there is an epilogue, whose z must be the forward's own.
     template <class Share>
-    __device__ Statistics(const Share& share, const Math* mean_, const Math* rstd_, const void* weight_, int wide,
-                          long long channels) {
+    __device__ Statistics(const Share& share, const Math* mean_, const Math* delta_, const Math* rstd_,
+                          const Affine& affine_, long long channels) : affine(share, affine_, channels) {
         #pragma unroll
         for (int p = 0; p < P; p++) {
-            const long long c = share.c + p;
-            const bool exists = c < channels;
-            mean[p] = exists ? load(mean_ + share.n * channels + c) : 0;
-            rstd[p] = exists ? load(rstd_ + share.n * channels + c) : 0;
-            weight[p] = weight_ && exists ? load_parameter(weight_, wide & WIDE_WEIGHT, c) : 1;
+            const long long i = share.n * channels + share.c + p;
+            const bool exists = share.c + p < channels;
+            mean[p] = exists ? load(mean_ + i) : 0;
+            rstd[p] = exists ? load(rstd_ + i) : 0;
+            delta[p] = EPILOGUE && delta_ && exists ? load(delta_ + i) : 0;
         }
     }
+
+    __device__ Math centred(int p, Math x) const { return EPILOGUE ? (x - mean[p]) - delta[p] : x - mean[p]; }
 };
 
-// sums: P times sum(dy), then P times sum(dy * c), then P times sum(c), where c = x - mean.
-template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
-__device__ inline void gradient_sums(const Share& share, const Tensor& x, const Tensor& dy,
-                                     Rest<REST, THREADS, CHUNKS>& rest_x, Rest<REST, THREADS, CHUNKS>& rest_dy,
-                                     int chunks, const Statistics& stat, Math (&sums)[3 * P], Math* scratch) {
-    Math s_dy[V] = {}, s_dyc[V] = {}, s_c[V] = {};
-    const auto add_one = [&](int v, Storage x_, Storage dy_) {
-        const Math c = widen(x_) - stat.mean[plane_of(v)], g = widen(dy_);
-        s_dy[v] += g;
-        s_dyc[v] += g * c;
-        s_c[v] += c;
+// Put the gradient g = dy * activation'(z) in the place of dy, in all that a thread holds of packs [from, from + count);
+// with the first ones, of the edge. f(v, x, g) for each element, before g is rounded to what is stored; dresidual, if
+// there is one, is g.
+template <int REST, int THREADS, int CHUNKS, class Share, class F>
+__device__ inline void apply_epilogue(const Share& share, const Epilogue& epilogue, const Tensor& dresidual,
+                                      const Rest<REST, THREADS, CHUNKS>& x, Rest<REST, THREADS, CHUNKS>& dy, int from,
+                                      int count, const Statistics& stat, F f) {
+    const bool more = epilogue.residual.data, wanted = dresidual.data;
+    Storage* residual = more ? share.origin(epilogue.residual) : 0;
+    Storage* to = wanted ? share.origin(dresidual) : 0;
+    Math scale[P];
+    #pragma unroll
+    for (int p = 0; p < P; p++) scale[p] = stat.rstd[p] * stat.affine.weight[p];
+    const auto gradient = [&](int v, Storage x_, Storage dy_, Math r) {
+        const int p = plane_of(v);
+        const Math affine = stat.centred(p, widen(x_)) * scale[p] + stat.affine.bias[p];
+        const Math g = gradient_through(affine, r, widen(dy_), epilogue.slope);
+        f(v, widen(x_), g);
+        return narrow(g);
     };
-    const auto add = [&](int k) {
+    const auto one = [&](int k) {
         if (!share.holds(k)) return;
-        const Pack a = rest_x.get(k), b = rest_dy.get(k);
+        const Pack a = x.get(k);
+        Pack b = dy.get(k), r = {};
+        if (more) r = share.get(epilogue.residual, residual, k);
         #pragma unroll
-        for (int v = 0; v < V; v++) add_one(v, a.v[v], b.v[v]);
+        for (int v = 0; v < V; v++) b.v[v] = gradient(v, a.v[v], b.v[v], more ? widen(r.v[v]) : 0);
+        dy.set(k, b);
+        if (wanted) share.put(dresidual, to, k, b);
     };
-    if (REST == REGISTERS) {
-        rest_x.read(share, x, 0);
-        rest_dy.read(share, dy, 0);
-        rest_x.each(CHUNKS, add);
-    } else {
-        for (int from = 0; from < chunks; from += rest_x.batch) {
-            rest_x.read(share, x, from);
-            rest_dy.read(share, dy, from);
-            #pragma unroll
-            for (int i = 0; i < rest_x.batch; i++) add(from + i);
-        }
+    #pragma unroll
+    for (int i = 0; i < Rest<REST, THREADS, CHUNKS>::batch; i++) if (i < count) one(from + i);
+    if (Share::edges && from == 0 && share.edge >= 0) {
+        dy.edge = gradient(0, x.edge, dy.edge, more ? widen(load(residual + share.edge)) : 0);
+        if (wanted) store(to + share.edge, dy.edge);
     }
-    if (Share::edges && share.edge >= 0) add_one(0, rest_x.edge, rest_dy.edge);
+}
+
+// sums: P times sum(g), then P times sum(g * c), then P times sum(c), where c = x - mean.
+template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
+__device__ inline void gradient_sums(const Share& share, const Tensor& x, const Tensor& dy, const Epilogue& epilogue,
+                                     const Tensor& dresidual, Rest<REST, THREADS, CHUNKS>& rest_x,
+                                     Rest<REST, THREADS, CHUNKS>& rest_dy, int chunks, const Statistics& stat,
+                                     Math (&sums)[3 * P], Math* scratch) {
+    Math s_dy[LINES] = {}, s_dyc[LINES] = {}, s_c[LINES] = {};
+    const auto add_one = [&](int v, Math x_, Math g) {
+        const Math c = stat.centred(plane_of(v), x_);
+        s_dy[line_of(v)] += g;
+        s_dyc[line_of(v)] += g * c;
+        s_c[line_of(v)] += c;
+    };
+    const auto add = [&](int from) {        // the packs that have been read, and with the first the edge
+#if EPILOGUE
+        apply_epilogue(share, epilogue, dresidual, rest_x, rest_dy, from, rest_x.batch, stat, add_one);
+#else
+        #pragma unroll
+        for (int i = 0; i < Rest<REST, THREADS, CHUNKS>::batch; i++) {
+            if (!share.holds(from + i)) continue;
+            const Pack a = rest_x.get(from + i), b = rest_dy.get(from + i);
+            #pragma unroll
+            for (int v = 0; v < V; v++) add_one(v, widen(a.v[v]), widen(b.v[v]));
+        }
+        if (Share::edges && from == 0 && share.edge >= 0) add_one(0, widen(rest_x.edge), widen(rest_dy.edge));
+#endif
+    };
+    for (int from = 0; from < (REST == REGISTERS ? 1 : chunks); from += rest_x.batch) {
+        rest_x.read(share, x, from);
+        rest_dy.read(share, dy, from);
+        add(from);
+    }
     fold(s_dy, sums);
     fold(s_dyc, sums + P);
     fold(s_c, sums + 2 * P);
-    sum_over_owner<OWNER, THREADS>(sums, share.lanes, scratch);
+    sum_over_owner<OWNER, THREADS>(sums, share.size, share.lanes, scratch);
 }
 
 struct Gradient {
@@ -67,7 +110,18 @@ struct Gradient {
     }
 
     __device__ Math dx(int p, Math x, Math dy, const Statistics& stat) const {
-        const Math xhat = ((x - stat.mean[p]) - delta[p]) * stat.rstd[p];
-        return ((dy - mean_dy[p]) - xhat * mean_dy_xhat[p]) * (stat.weight[p] * stat.rstd[p]);
+        const Math xhat = (stat.centred(p, x) - delta[p]) * stat.rstd[p];
+        return ((dy - mean_dy[p]) - xhat * mean_dy_xhat[p]) * (stat.affine.weight[p] * stat.rstd[p]);
+    }
+};
+
+// The sums of a plane: in Math, or in Storage where they are the gradient of a per-sample parameter already.
+struct Sums {
+    void *dy, *dy_xhat;             // may be null
+    int flags;
+
+    __device__ void set(long long i, Math sum_dy, Math sum_dy_xhat) const {
+        if (dy) store_parameter(dy, !(flags & NARROW_SUM_DY), i, sum_dy);
+        if (dy_xhat) store_parameter(dy_xhat, !(flags & NARROW_SUM_DY_XHAT), i, sum_dy_xhat);
     }
 };

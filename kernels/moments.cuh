@@ -11,12 +11,12 @@ struct Moments {
 template <bool READ, int OWNER, int REST, int THREADS, int CHUNKS, class Share, class F>
 __device__ inline void sum_tile(const Share& share, const Tensor& x, Rest<REST, THREADS, CHUNKS>& rest, int chunks,
                                 Math* scratch, Math (&total)[P], F f) {
-    Math s[V] = {};
+    Math s[LINES] = {};
     const auto add = [&](int k) {
         if (!share.holds(k)) return;
         const Pack pack = rest.get(k);
         #pragma unroll
-        for (int v = 0; v < V; v++) s[v] += f(plane_of(v), widen(pack.v[v]));
+        for (int v = 0; v < V; v++) s[line_of(v)] += f(plane_of(v), widen(pack.v[v]));
     };
     if (!READ) rest.each(chunks, add);
     else if (REST == REGISTERS) {
@@ -31,14 +31,13 @@ __device__ inline void sum_tile(const Share& share, const Tensor& x, Rest<REST, 
     }
     if (Share::edges && share.edge >= 0) s[0] += f(0, widen(rest.edge));
     fold(s, total);
-    sum_over_owner<OWNER, THREADS>(total, share.lanes, scratch);
+    sum_over_owner<OWNER, THREADS>(total, share.size, share.lanes, scratch);
 }
 
 template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
 __device__ inline Moments moments_of_tile(const Share& share, const Tensor& x, Rest<REST, THREADS, CHUNKS>& rest,
-                                          int chunks, Math* scratch) {
+                                          int chunks, Math* scratch, Math* other) {
     Moments m;
-    Math* other = scratch + scratch_size<THREADS>(share.lanes, P);
     const Math count = (Math)share.count();
     sum_tile<true, OWNER>(share, x, rest, chunks, scratch, m.mean, [](int, Math value) { return value; });
     #pragma unroll

@@ -1,7 +1,10 @@
 // Planes: who owns one, and which of its elements each thread holds.
 //
-// An owner is a group of threads: a warp or a block (clusters and the whole grid fit the same scheme). It serves one
-// stripe: the planes that lie interleaved in memory, over one tile (the whole of them, unless the regime is split).
+// An owner is a group of threads. It serves one stripe: the planes that lie interleaved in memory, over one tile.
+//
+//     PART              2^k threads of a warp    a plane, out of a chunk of planes that the warp has staged (chunk.cuh)
+//     WARP, BLOCK       its threads              a stripe; in the split regime (split.cu) one tile of it
+//     CLUSTER, GRID     a block                  one tile of a stripe; the blocks of its group have the others (group.cuh)
 //
 //   channels-first: a stripe is one plane. It is dealt out in packs at aligned addresses, whatever the alignment of the
 //   plane: thread r of G holds packs r, r + G, r + 2G, ... of those that lie in it whole. What is left over at its two
@@ -10,27 +13,53 @@
 //         | pack 0  | pack 1  | pack 2  | pack 3
 //           . . p p   p p p p   p p p p   p . . .        lo = 2, hi = 13: two edge elements before, one behind
 //
+//   That is the alignment of what is written. Arrays that are read may lie otherwise, if the module is SKEWED: a pack of
+//   theirs is put together from the two that it lies in.
+//
 //   channels-last: a stripe is `lanes` packs of V neighbouring channels. Row s of the tile is one spatial position:
 //   thread r holds lane r % lanes of rows r / lanes, r / lanes + G / lanes, ...: each thread sees V planes. No edges.
 //
 // P is the number of planes one thread sees, and plane_of(v) the one that element v of a pack belongs to.
 
-enum { WARP, BLOCK };               // owners
+enum { PART, WARP, BLOCK, CLUSTER, GRID };  // owners
 enum { REGISTERS, SHARED };         // where a tile rests between passes
 
 constexpr int P = CHANNELS_LAST ? V : 1;
 __device__ constexpr int plane_of(int v) { return CHANNELS_LAST ? v : 0; }
 
-// An array as the kernels see it: strides in elements between samples, channels and spatial positions.
-struct Tensor {
-    Storage* data;
-    long long n, c, s;
-};
+// Sums that a thread keeps of a quantity, and the one that element v of a pack goes to: of one plane at most four, which
+// is enough for additions not to wait for each other.
+constexpr int LINES = CHANNELS_LAST || V < 4 ? V : 4;
+__device__ constexpr int line_of(int v) { return v % LINES; }
+
+#if SKEWED
+// The pack that begins `skew` elements into two that lie side by side. Indices are constants, so that all of it stays in
+// registers: words move by the powers of two in the distance.
+__device__ inline Pack skewed(const Pack& a, const Pack& b, int skew) {
+    unsigned w[8];
+    memcpy(w, &a, 16);
+    memcpy(w + 4, &b, 16);
+    const int bytes = skew * (int)sizeof(Storage);
+    #pragma unroll
+    for (int step = 2; step > 0; step /= 2) {
+        #pragma unroll
+        for (int i = 0; i + step < 8; i++) w[i] = bytes & 4 * step ? w[i + step] : w[i];
+    }
+    if (sizeof(Storage) == 2) {
+        #pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = bytes & 2 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
+    }
+    Pack pack;
+    memcpy(&pack, w, 16);
+    return pack;
+}
+#endif
 
 template <int OWNER, int THREADS>
 struct Share {
-    static constexpr int size = OWNER == WARP ? 32 : THREADS;     // threads of the owner
+    static constexpr int most = OWNER == PART || OWNER == WARP ? 32 : THREADS;
     static constexpr bool edges = !CHANNELS_LAST && V > 1;
+    const int size;                 // threads of the owner
     long long tile, n, c;           // the tile; sample and first channel of this thread's planes
     long long start;                // spatial position of the tile's origin; below 0 where the plane starts unaligned
     int rank, lanes;                // this thread in its owner; packs side by side in a row (1 when channels-first)
@@ -39,10 +68,11 @@ struct Share {
     int edge;                       // the one position this thread holds besides its packs, or -1
 
     // The share of this thread when its owner is number `owner`, and each stripe has `tiles` tiles of `chunks` packs a
-    // thread. `x` is any array of the call: where there are packs of several elements, all are aligned alike.
+    // thread. `x` is the array that packs are aligned to. `lanes` is the number of threads of an owner that is part of a
+    // warp.
     __device__ Share(long long owner, long long tiles, int chunks, int lanes, const Tensor& x, long long channels,
                      long long spatial)
-        : rank(threadIdx.x % size), lanes(CHANNELS_LAST ? lanes : 1) {
+        : size(OWNER == PART ? lanes : most), rank(threadIdx.x % size), lanes(CHANNELS_LAST ? lanes : 1) {
         long long stripe = owner, group;
         tile = 0;
         if (tiles > 1) { stripe = owner / tiles; tile = owner % tiles; }
@@ -59,7 +89,7 @@ struct Share {
             first = lo = 0;
             last = hi = c < channels ? limit(spatial - start, rows) : 0;
         } else {
-            c = group;
+            c = OWNER == PART && spatial == 0 ? channels : group;   // a plane that does not exist
             const unsigned long long address = (unsigned long long)(x.data + n * x.n + c * x.c);
             const int shift = (int)(address / sizeof(Storage) % V);
             const int elements = chunks * size * V;
@@ -79,7 +109,7 @@ struct Share {
     __device__ static int limit(long long left, int most) { return left < most ? (left > 0 ? (int)left : 0) : most; }
 
     static __device__ long long owner_in_grid() {
-        return (blockIdx.x + (long long)gridDim.x * blockIdx.y) * (THREADS / size) + threadIdx.x / size;
+        return (blockIdx.x + (long long)gridDim.x * blockIdx.y) * (THREADS / most) + threadIdx.x / most;
     }
 
     // Elements of one plane in this tile.
@@ -95,6 +125,41 @@ struct Share {
     __device__ bool holds(int k) const { return number(k) >= first && number(k) < last; }
     __device__ Pack* at(const Tensor& t, Storage* origin, int k) const {
         return (Pack*)(origin + (CHANNELS_LAST ? number(k) * t.s : (long long)number(k) * V));
+    }
+
+    // Pack k of an array: in global memory, or of what is staged of it.
+    __device__ Pack get(const Tensor& t, Storage* origin, int k) const {
+        const Pack* p = at(t, origin, k);
+        if (OWNER == PART) return *p;
+#if SKEWED
+        const int skew = (int)((unsigned long long)p / sizeof(Storage) % V), position = number(k) * V - skew;
+        if (skew != 0) {
+            Storage* border = (Storage*)p - skew;
+            if (position >= lo && position + 2 * V <= hi) {
+                return skewed(load((Pack*)border), load((Pack*)border + 1), skew);
+            }
+            Pack pack;
+            #pragma unroll
+            for (int v = 0; v < V; v++) pack.v[v] = load((const Storage*)p + v);
+            return pack;
+        }
+#endif
+        return load(p);
+    }
+    __device__ void put(const Tensor& t, Storage* origin, int k, const Pack& pack) const {
+        Pack* p = at(t, origin, k);
+        if (OWNER == PART) {
+            *p = pack;
+            return;
+        }
+#if SKEWED
+        if ((unsigned long long)p % sizeof(Pack) != 0) {
+            #pragma unroll
+            for (int v = 0; v < V; v++) store((Storage*)p + v, pack.v[v]);
+            return;
+        }
+#endif
+        store(p, pack);
     }
 
     // f(p, i) for each plane that this thread answers for: plane p of its P, number i = n * C + c. One thread a plane.
@@ -123,7 +188,7 @@ template <int THREADS, int CHUNKS> struct Packs<REGISTERS, THREADS, CHUNKS> {
 };
 
 template <int THREADS, int CHUNKS> struct Packs<SHARED, THREADS, CHUNKS> {
-    static constexpr int batch = 4;
+    static constexpr int batch = EPILOGUE || SKEWED ? 2 : 4;    // these need registers for other things
     Pack* slot;
     __device__ Packs(Pack* shared) : slot(shared + threadIdx.x) {}
     __device__ Pack get(int k) const { return slot[k * THREADS]; }
@@ -146,7 +211,7 @@ struct Rest : Packs<REST, THREADS, CHUNKS> {
         Pack pack[Rest::batch];
         #pragma unroll
         for (int i = 0; i < Rest::batch; i++) {
-            if (share.holds(from + i)) pack[i] = load(share.at(t, origin, from + i));
+            if (share.holds(from + i)) pack[i] = share.get(t, origin, from + i);
         }
         if (Share::edges && from == 0 && share.edge >= 0) edge = load(origin + share.edge);
         #pragma unroll
@@ -154,19 +219,27 @@ struct Rest : Packs<REST, THREADS, CHUNKS> {
     }
 };
 
-// y = f(p, x) for every element a thread holds of its tile, in plane p of the thread's P.
+// y = f(p, x, residual) for every element a thread holds of its tile, in plane p of the thread's P; the residual is 0
+// where there is none.
 template <int REST, int THREADS, int CHUNKS, class Share, class F>
 __device__ inline void write_tile(const Share& share, const Tensor& y, const Rest<REST, THREADS, CHUNKS>& x, int chunks,
-                                  F f) {
+                                  const Tensor& residual, F f) {
     Storage* origin = share.origin(y);
+    const bool more = EPILOGUE && residual.data;
+    // From y's, in elements: one register less than two origins.
+    const long long other = more ? share.origin(residual) - origin : 0;
     x.each(chunks, [&](int k) {
         if (!share.holds(k)) return;
-        Pack pack = x.get(k);
+        Pack pack = x.get(k), r = {};
+        if (more) r = share.get(residual, origin + other, k);
         #pragma unroll
-        for (int v = 0; v < V; v++) pack.v[v] = narrow(f(plane_of(v), widen(pack.v[v])));
-        store(share.at(y, origin, k), pack);
+        for (int v = 0; v < V; v++) pack.v[v] = narrow(f(plane_of(v), widen(pack.v[v]), more ? widen(r.v[v]) : 0));
+        share.put(y, origin, k, pack);
     });
-    if (Share::edges && share.edge >= 0) store(origin + share.edge, narrow(f(0, widen(x.edge))));
+    if (Share::edges && share.edge >= 0) {
+        const Math r = more ? widen(load(origin + other + share.edge)) : 0;
+        store(origin + share.edge, narrow(f(0, widen(x.edge), r)));
+    }
 }
 
 // The same with two arrays: dx = f(p, x, dy).
@@ -180,7 +253,7 @@ __device__ inline void write_tile(const Share& share, const Tensor& dx, const Re
         Pack out;
         #pragma unroll
         for (int v = 0; v < V; v++) out.v[v] = narrow(f(plane_of(v), widen(a.v[v]), widen(b.v[v])));
-        store(share.at(dx, origin, k), out);
+        share.put(dx, origin, k, out);
     });
     if (Share::edges && share.edge >= 0) store(origin + share.edge, narrow(f(0, widen(x.edge), widen(dy.edge))));
 }

@@ -4,13 +4,30 @@
 //     merge     merge_moments / _gradient  one block a plane     -> mean, rstd, delta / sum_dy, sum_dy_xhat, delta
 //     apply     apply_* / apply_gradient_*  one owner a tile      -> y / dx, tiles in reverse: the last read are in L2
 //
+// The three are launched for some stripes at a time, [first, first + stripes): as many as L2 holds.
 // Partials lie as [quantity][plane][tile]; the merge goes through them in an order fixed by their number alone.
 
 #include "types.cuh"
 #include "plane.cuh"
+#include "epilogue.cuh"
+#include "affine.cuh"
 #include "sums.cuh"
 #include "moments.cuh"
 #include "gradient.cuh"
+
+struct Tiles {
+    long long channels, spatial, first, stripes, tiles;
+    int lanes;
+};
+
+// f(share) for the tile of this owner, in packs of x.
+template <int OWNER, int THREADS, int CHUNKS, class F>
+__device__ inline void each_tile(const Tiles& t, const Tensor& x, bool reverse, F f) {
+    typedef Share<OWNER, THREADS> Owner;
+    const long long owner = Owner::owner_in_grid(), owners = t.stripes * t.tiles;
+    if (owner >= owners) return;
+    f(Owner(t.first * t.tiles + (reverse ? owners - 1 - owner : owner), t.tiles, CHUNKS, t.lanes, x, t.channels, t.spatial));
+}
 
 // Moments of `count` values: squares is the sum of their squared distances from their mean.
 struct Merged {
@@ -28,123 +45,124 @@ __device__ inline Merged chan(const Merged& a, const Merged& b) {
 }
 
 template <int OWNER, int THREADS, int CHUNKS>
-__device__ inline void moments(const Tensor& x, long long* counts, Accum* means, Accum* squares, long long channels,
-                               long long spatial, long long owners, long long tiles, int lanes) {
+__device__ inline void moments(const Tensor& x, long long* counts, Accum* means, Accum* squares, const Tiles& tiles) {
     unsigned char* shared = shared_memory();
-    typedef Share<OWNER, THREADS> Owner;
-    const long long owner = Owner::owner_in_grid();
-    if (owner >= owners) return;
-    const Owner share(owner, tiles, CHUNKS, lanes, x, channels, spatial);
-    Rest<REGISTERS, THREADS, CHUNKS> rest;
-    const Moments m = moments_of_tile<OWNER>(share, x, rest, CHUNKS, (Math*)shared);
-    share.each_plane(channels, [&](int p, long long i) {
-        const long long at = i * tiles + share.tile;
-        store(counts + at, (long long)share.count());
-        store(means + at, (Accum)m.mean[p] + (Accum)m.delta[p]);
-        store(squares + at, (Accum)m.squares[p]);
+    each_tile<OWNER, THREADS, CHUNKS>(tiles, x, false, [&](const Share<OWNER, THREADS>& share) {
+        Rest<REGISTERS, THREADS, CHUNKS> rest;
+        Math* scratch = (Math*)shared;
+        Math* other = scratch + scratch_size<THREADS>(share.lanes, P);
+        const Moments m = moments_of_tile<OWNER>(share, x, rest, CHUNKS, scratch, other);
+        share.each_plane(tiles.channels, [&](int p, long long i) {
+            const long long at = i * tiles.tiles + share.tile;
+            store(counts + at, (long long)share.count());
+            store(means + at, (Accum)m.mean[p] + (Accum)m.delta[p]);
+            store(squares + at, (Accum)m.squares[p]);
+        });
     });
 }
 
 template <int OWNER, int THREADS, int CHUNKS>
-__device__ inline void apply(const Tensor& x, const Tensor& y, const Math* mean, const Math* rstd, const Math* delta,
-                             const void* weight, const void* bias, int wide, long long channels, long long spatial,
-                             long long owners, long long tiles, int lanes) {
-    typedef Share<OWNER, THREADS> Owner;
-    const long long owner = Owner::owner_in_grid();
-    if (owner >= owners) return;
-    const Owner share(owners - 1 - owner, tiles, CHUNKS, lanes, x, channels, spatial);
-    const Statistics stat(share, mean, rstd, weight, wide, channels);
-    Math correction[P], scale[P], shift[P];
-    #pragma unroll
-    for (int p = 0; p < P; p++) {
-        const long long c = share.c + p;
-        const bool exists = c < channels;
-        correction[p] = exists ? load(delta + share.n * channels + c) : 0;
-        scale[p] = stat.rstd[p] * stat.weight[p];
-        shift[p] = bias && exists ? load_parameter(bias, wide & WIDE_BIAS, c) : 0;
-    }
-    Rest<REGISTERS, THREADS, CHUNKS> rest;
-    rest.read(share, x, 0);
-    write_tile(share, y, rest, CHUNKS, [&](int p, Math value) {
-        return ((value - stat.mean[p]) - correction[p]) * scale[p] + shift[p];
-    });
-}
-
-template <int OWNER, int THREADS, int CHUNKS>
-__device__ inline void gradient(const Tensor& x, const Tensor& dy, const Math* mean, const Math* rstd, Math* partial,
-                                long long planes, long long channels, long long spatial, long long owners,
-                                long long tiles, int lanes) {
-    unsigned char* shared = shared_memory();
-    typedef Share<OWNER, THREADS> Owner;
-    const long long owner = Owner::owner_in_grid();
-    if (owner >= owners) return;
-    const Owner share(owner, tiles, CHUNKS, lanes, x, channels, spatial);
-    Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
-    const Statistics stat(share, mean, rstd, 0, 0, channels);
-    Math sums[3 * P];
-    gradient_sums<OWNER>(share, x, dy, rest_x, rest_dy, CHUNKS, stat, sums, (Math*)shared);
-    share.each_plane(channels, [&](int p, long long i) {
+__device__ inline void apply(const Tensor& x, const Tensor& y, const Math* mean, const Math* rstd, const Math* delta_,
+                             const Affine& parameters, const Epilogue& epilogue, const Tiles& tiles) {
+    each_tile<OWNER, THREADS, CHUNKS>(tiles, y, true, [&](const Share<OWNER, THREADS>& share) {
+        const AffineOfThread affine(share, parameters, tiles.channels);
+        Math center[P], delta[P], scale[P];
         #pragma unroll
-        for (int q = 0; q < 3; q++) store(partial + (q * planes + i) * tiles + share.tile, sums[q * P + p]);
+        for (int p = 0; p < P; p++) {
+            const long long i = share.n * tiles.channels + share.c + p;
+            const bool exists = share.c + p < tiles.channels;
+            center[p] = exists ? load(mean + i) : 0;
+            delta[p] = exists ? load(delta_ + i) : 0;
+            scale[p] = exists ? load(rstd + i) * affine.weight[p] : 0;
+        }
+        Rest<REGISTERS, THREADS, CHUNKS> rest;
+        rest.read(share, x, 0);
+        write_tile(share, y, rest, CHUNKS, epilogue.residual, [&](int p, Math value, Math residual) {
+            const Math z = ((value - center[p]) - delta[p]) * scale[p] + affine.bias[p];
+            return activated(z, residual, epilogue.slope);
+        });
     });
 }
 
+// dresidual, if there is one, is written here, and takes the place of dy from then on.
+template <int OWNER, int THREADS, int CHUNKS>
+__device__ inline void gradient(const Tensor& x, const Tensor& dy, const Math* mean, const Math* rstd, const Math* delta,
+                                const Affine& affine, const Epilogue& epilogue, const Tensor& dresidual, Math* partial,
+                                long long planes, const Tiles& tiles) {
+    unsigned char* shared = shared_memory();
+    each_tile<OWNER, THREADS, CHUNKS>(tiles, x, false, [&](const Share<OWNER, THREADS>& share) {
+        Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
+        const Statistics stat(share, mean, delta, rstd, affine, tiles.channels);
+        Math sums[3 * P];
+        gradient_sums<OWNER>(share, x, dy, epilogue, dresidual, rest_x, rest_dy, CHUNKS, stat, sums, (Math*)shared);
+        share.each_plane(tiles.channels, [&](int p, long long i) {
+            #pragma unroll
+            for (int q = 0; q < 3; q++) store(partial + (q * planes + i) * tiles.tiles + share.tile, sums[q * P + p]);
+        });
+    });
+}
+
+// more: what the merge found that the mean still lacks.
 template <int OWNER, int THREADS, int CHUNKS>
 __device__ inline void apply_gradient(const Tensor& x, const Tensor& dy, const Tensor& dx, const Math* mean,
-                                      const Math* rstd, const Math* delta, const void* weight, int wide,
-                                      const Math* sum_dy, const Math* sum_dy_xhat, long long channels,
-                                      long long spatial, long long owners, long long tiles, int lanes) {
-    typedef Share<OWNER, THREADS> Owner;
-    const long long owner = Owner::owner_in_grid();
-    if (owner >= owners) return;
-    const Owner share(owners - 1 - owner, tiles, CHUNKS, lanes, x, channels, spatial);
-    const Statistics stat(share, mean, rstd, weight, wide, channels);
-    Gradient g;
-    #pragma unroll
-    for (int p = 0; p < P; p++) {
-        const bool exists = share.c + p < channels;
-        const long long i = share.n * channels + share.c + p;
-        g.set(p, exists ? load(sum_dy + i) : 0, exists ? load(sum_dy_xhat + i) : 0, exists ? load(delta + i) : 0,
-              (Math)spatial);
-    }
-    Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
-    rest_x.read(share, x, 0);
-    rest_dy.read(share, dy, 0);
-    write_tile(share, dx, rest_x, rest_dy, CHUNKS, [&](int p, Math x_, Math dy_) { return g.dx(p, x_, dy_, stat); });
+                                      const Math* rstd, const Math* delta, const Affine& affine,
+                                      const Epilogue& epilogue, const Math* more, const Math* sum_dy,
+                                      const Math* sum_dy_xhat, const Tiles& tiles) {
+    each_tile<OWNER, THREADS, CHUNKS>(tiles, dx, true, [&](const Share<OWNER, THREADS>& share) {
+        const Statistics stat(share, mean, delta, rstd, affine, tiles.channels);
+        Gradient g;
+        #pragma unroll
+        for (int p = 0; p < P; p++) {
+            const bool exists = share.c + p < tiles.channels;
+            const long long i = share.n * tiles.channels + share.c + p;
+            g.set(p, exists ? load(sum_dy + i) : 0, exists ? load(sum_dy_xhat + i) : 0, exists ? load(more + i) : 0,
+                  (Math)tiles.spatial);
+        }
+        Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
+        rest_x.read(share, x, 0);
+        rest_dy.read(share, dy, 0);
+        if (EPILOGUE) {
+            apply_epilogue(share, epilogue, Tensor{}, rest_x, rest_dy, 0, CHUNKS, stat, [](int, Math, Math) {});
+        }
+        write_tile(share, dx, rest_x, rest_dy, CHUNKS, [&](int p, Math x_, Math dy_) { return g.dx(p, x_, dy_, stat); });
+    });
 }
 
-#define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS)                                                              \
-    KERNEL(THREADS, BLOCKS) moments_##NAME(                                                                           \
-        Storage* x, long long xn, long long xc, long long xs, long long* counts, Accum* means, Accum* squares,        \
-        long long channels, long long spatial, long long owners, long long tiles, int lanes) {                        \
-        moments<OWNER, THREADS, CHUNKS>(Tensor{x, xn, xc, xs}, counts, means, squares, channels, spatial, owners,     \
-                                        tiles, lanes);                                                                \
-    }                                                                                                                 \
+#define TILES_PARAMETERS                                                                                              \
+    long long channels, long long spatial, long long first, long long stripes, long long tiles, int lanes
+#define TILES_OF Tiles{channels, spatial, first, stripes, tiles, lanes}
+#define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS, CLUSTER_SIZE)                                                \
+    MOMENTS(NAME, OWNER, THREADS, CHUNKS, BLOCKS)                                                                     \
     KERNEL(THREADS, BLOCKS) apply_##NAME(                                                                             \
-        Storage* x, long long xn, long long xc, long long xs, Storage* y, long long yn, long long yc, long long ys,   \
-        const Math* mean, const Math* rstd, const Math* delta, const void* weight, const void* bias, int wide,        \
-        long long channels, long long spatial, long long owners, long long tiles, int lanes) {                        \
-        apply<OWNER, THREADS, CHUNKS>(Tensor{x, xn, xc, xs}, Tensor{y, yn, yc, ys}, mean, rstd, delta, weight, bias,  \
-                                      wide, channels, spatial, owners, tiles, lanes);                                 \
+        TENSOR(x), TENSOR(y), const Math* mean, const Math* rstd, const Math* delta_, const void* weight,             \
+        const void* bias_, int flags, EPILOGUE_PARAMETERS TILES_PARAMETERS) {                                         \
+        apply<OWNER, THREADS, CHUNKS>(OF(x), OF(y), mean, rstd, delta_, Affine{weight, bias_, flags}, EPILOGUE_OF,    \
+                                      TILES_OF);                                                                      \
     }                                                                                                                 \
     KERNEL(THREADS, BLOCKS) gradient_##NAME(                                                                          \
-        Storage* x, long long xn, long long xc, long long xs, Storage* dy, long long dyn, long long dyc,              \
-        long long dys, const Math* mean, const Math* rstd, Math* partial, long long planes, long long channels,       \
-        long long spatial, long long owners, long long tiles, int lanes) {                                            \
-        gradient<OWNER, THREADS, CHUNKS>(Tensor{x, xn, xc, xs}, Tensor{dy, dyn, dyc, dys}, mean, rstd, partial,       \
-                                         planes, channels, spatial, owners, tiles, lanes);                            \
+        TENSOR(x), TENSOR(dy), const Math* mean, const Math* rstd, const void* weight, int flags, GRADIENT_PARAMETERS \
+        Math* partial, long long planes, TILES_PARAMETERS) {                                                          \
+        gradient<OWNER, THREADS, CHUNKS>(OF(x), OF(dy), mean, rstd, DELTA, Affine{weight, BIAS, flags}, EPILOGUE_OF,  \
+                                         DRESIDUAL, partial, planes, TILES_OF);                                       \
     }                                                                                                                 \
     KERNEL(THREADS, BLOCKS) apply_gradient_##NAME(                                                                    \
-        Storage* x, long long xn, long long xc, long long xs, Storage* dy, long long dyn, long long dyc,              \
-        long long dys, Storage* dx, long long dxn, long long dxc, long long dxs, const Math* mean, const Math* rstd,  \
-        const Math* delta, const void* weight, int wide, const Math* sum_dy, const Math* sum_dy_xhat,                 \
-        long long channels, long long spatial, long long owners, long long tiles, int lanes) {                        \
-        apply_gradient<OWNER, THREADS, CHUNKS>(                                                                       \
-            Tensor{x, xn, xc, xs}, Tensor{dy, dyn, dyc, dys}, Tensor{dx, dxn, dxc, dxs}, mean, rstd, delta, weight,   \
-            wide, sum_dy, sum_dy_xhat, channels, spatial, owners, tiles, lanes);                                      \
+        TENSOR(x), TENSOR(dy), TENSOR(dx), const Math* mean, const Math* rstd, const void* weight, int flags,         \
+        GRADIENT_PARAMETERS const Math* more, const Math* sum_dy, const Math* sum_dy_xhat, TILES_PARAMETERS) {        \
+        apply_gradient<OWNER, THREADS, CHUNKS>(OF(x), OF(dy), OF(dx), mean, rstd, DELTA, Affine{weight, BIAS, flags}, \
+                                               EPILOGUE_OF, more, sum_dy, sum_dy_xhat, TILES_OF);                     \
     }
+#if EPILOGUE
+#define MOMENTS(NAME, OWNER, THREADS, CHUNKS, BLOCKS)       // the plain module has it
+#else
+#define MOMENTS(NAME, OWNER, THREADS, CHUNKS, BLOCKS)                                                                 \
+    KERNEL(THREADS, BLOCKS) moments_##NAME(TENSOR(x), long long* counts, Accum* means, Accum* squares,                \
+                                           TILES_PARAMETERS) {                                                        \
+        moments<OWNER, THREADS, CHUNKS>(OF(x), counts, means, squares, TILES_OF);                                     \
+    }
+#endif
 LADDER
 
+#if !EPILOGUE
 constexpr int MERGE_THREADS = 256;
 
 // The block's tree over one T a thread, all of them in shared memory; thread 0 leaves with the whole.
@@ -160,11 +178,11 @@ template <class T, class F> __device__ inline T merge_over_block(const T& mine, 
 
 // mean, rstd, delta: what apply needs, mean + delta being exact to twice the digits of Math. variance may be null.
 KERNEL(MERGE_THREADS, 1) merge_moments(const long long* counts, const Accum* means, const Accum* squares,
-                                       long long tiles, long long planes, double eps, Math* mean, Math* rstd,
-                                       Math* delta, Math* variance) {
+                                       long long tiles, long long first, long long planes, double eps, Math* mean,
+                                       Math* rstd, Math* delta, Math* variance) {
     unsigned char* shared = shared_memory();
-    const long long plane = blockIdx.x + (long long)gridDim.x * blockIdx.y;
-    if (plane >= planes) return;
+    const long long plane = first + blockIdx.x + (long long)gridDim.x * blockIdx.y;
+    if (plane >= first + planes) return;
     Merged mine = {0, 0, 0};
     for (long long tile = threadIdx.x; tile < tiles; tile += MERGE_THREADS) {
         const long long at = plane * tiles + tile;
@@ -184,27 +202,32 @@ KERNEL(MERGE_THREADS, 1) merge_moments(const long long* counts, const Accum* mea
 struct ThreeSums { Accum dy, dyc, c; };
 
 // Training: sum_dy, sum_dy_xhat and delta from the partials of gradient_*. Tracked eval (delta null): the partials of
-// eval_gradient_* are sum(dy) and sum(dy * xhat) already, and only need adding up.
-KERNEL(MERGE_THREADS, 1) merge_gradient(const Math* partial, long long tiles, long long planes, long long spatial,
-                                        const Math* rstd, Math* sum_dy, Math* sum_dy_xhat, Math* delta) {
+// eval_gradient_* are sum(dy) and sum(dy * xhat) already, and only need adding up. The sums may also be wanted where
+// they are gradients (dbias, dweight); each pointer may be null.
+KERNEL(MERGE_THREADS, 1) merge_gradient(const Math* partial, long long all_planes, long long tiles, long long first,
+                                        long long planes, long long spatial, const Math* rstd, Math* sum_dy,
+                                        Math* sum_dy_xhat, Math* delta, void* dbias, void* dweight, int flags) {
     unsigned char* shared = shared_memory();
-    const long long plane = blockIdx.x + (long long)gridDim.x * blockIdx.y;
-    if (plane >= planes) return;
+    const long long plane = first + blockIdx.x + (long long)gridDim.x * blockIdx.y;
+    if (plane >= first + planes) return;
     ThreeSums mine = {0, 0, 0};
     for (long long tile = threadIdx.x; tile < tiles; tile += MERGE_THREADS) {
         const Math* at = partial + plane * tiles + tile;
         mine.dy += load(at);
-        mine.dyc += load(at + planes * tiles);
-        if (delta) mine.c += load(at + 2 * planes * tiles);
+        mine.dyc += load(at + all_planes * tiles);
+        if (delta) mine.c += load(at + 2 * all_planes * tiles);
     }
     const ThreeSums all = merge_over_block(mine, (ThreeSums*)shared, [](const ThreeSums& a, const ThreeSums& b) {
         return ThreeSums{a.dy + b.dy, a.dyc + b.dyc, a.c + b.c};
     });
     if (threadIdx.x != 0) return;
-    store(sum_dy + plane, (Math)all.dy);
+    Math dot = (Math)all.dyc;
     if (delta) {
         const Accum mean_c = all.c / spatial;
         store(delta + plane, (Math)mean_c);
-        store(sum_dy_xhat + plane, (Math)((all.dyc - mean_c * all.dy) * load(rstd + plane)));
-    } else store(sum_dy_xhat + plane, (Math)all.dyc);
+        dot = (Math)((all.dyc - mean_c * all.dy) * load(rstd + plane));
+    }
+    Sums{sum_dy, sum_dy_xhat, 0}.set(plane, (Math)all.dy, dot);
+    Sums{dbias, dweight, flags}.set(plane, (Math)all.dy, dot);
 }
+#endif

@@ -1,35 +1,36 @@
 // Sums over an owner, in an order fixed by the thread numbers: the same bits every run.
 
-// Fold the V sums a thread keeps into one for each plane it sees.
-__device__ inline void fold(const Math (&s)[V], Math* out) {
+// Fold the sums a thread keeps into one for each plane it sees.
+__device__ inline void fold(const Math (&s)[LINES], Math* out) {
     if (CHANNELS_LAST) {
         #pragma unroll
-        for (int v = 0; v < V; v++) out[plane_of(v)] = s[v];
+        for (int v = 0; v < V; v++) out[plane_of(v)] = s[line_of(v)];
     } else {
-        Math t[V];
+        Math t[LINES];
         #pragma unroll
-        for (int v = 0; v < V; v++) t[v] = s[v];
+        for (int i = 0; i < LINES; i++) t[i] = s[i];
         #pragma unroll
-        for (int width = V / 2; width > 0; width /= 2) {
+        for (int width = LINES / 2; width > 0; width /= 2) {
             #pragma unroll
-            for (int v = 0; v < width; v++) t[v] += t[v + width];
+            for (int i = 0; i < width; i++) t[i] += t[i + width];
         }
         out[0] = t[0];
     }
 }
 
-// Scratch of one exchange of K sums over a block of THREADS, in Math elements.
+// Scratch of one exchange of K sums over a block of THREADS, in elements of the sums.
 template <int THREADS> __device__ constexpr int scratch_size(int lanes, int K) { return THREADS / 32 * lanes * K; }
 
-// K sums of every thread become the totals over the owner's threads of the same lane; every thread gets them.
+// K sums of every thread become the totals over the owner's threads of the same lane (of `size` neighbouring threads,
+// if the owner is part of a warp); every thread gets them.
 // Consecutive calls must alternate between two scratch areas of scratch_size() each: that saves a second barrier.
-template <int OWNER, int THREADS, int K>
-__device__ inline void sum_over_owner(Math (&s)[K], int lanes, Math* scratch) {
-    for (int distance = 16; distance >= lanes; distance /= 2) {
+template <int OWNER, int THREADS, int K, class T>
+__device__ inline void sum_over_owner(T (&s)[K], int size, int lanes, T* scratch) {
+    for (int distance = OWNER == PART ? size / 2 : 16; distance >= lanes; distance /= 2) {
         #pragma unroll
         for (int k = 0; k < K; k++) s[k] += __shfl_xor_sync(0xffffffff, s[k], distance);
     }
-    if (OWNER == WARP || THREADS == 32) return;
+    if (OWNER == PART || OWNER == WARP || THREADS == 32) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (lane < lanes) {
         #pragma unroll

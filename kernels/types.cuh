@@ -25,6 +25,9 @@ typedef float Math;
 
 struct alignas(V * sizeof(Storage)) Pack { Storage v[V]; };
 
+constexpr int WIDEST = 16 / sizeof(Storage);
+struct alignas(16) Wide { Storage v[WIDEST]; };
+
 #if defined(STORAGE_FLOAT32) || defined(STORAGE_FLOAT64)
 __device__ inline Math widen(Storage s) { return s; }
 __device__ inline Storage narrow(Math m) { return m; }
@@ -64,32 +67,73 @@ __device__ inline Storage narrow(Math m) {
 
 #if !defined(SIMT)
 #define KERNEL(THREADS, BLOCKS) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+#define CLUSTER_KERNEL(THREADS, BLOCKS, SIZE) KERNEL(THREADS, BLOCKS) CLUSTER_OF_##SIZE
+#define CLUSTER_OF_1
+#define CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
+#define CLUSTER_OF_4 __cluster_dims__(4, 1, 1)
+#define CLUSTER_OF_8 __cluster_dims__(8, 1, 1)
+#define CLUSTER_OF_16 __cluster_dims__(16, 1, 1)
 __device__ inline unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char shared[];
     return shared;
 }
+#if GROUPED
+// Between the blocks of a cluster: the barrier in two halves, and the same place in another's shared memory.
+#if __CUDA_ARCH__ >= 900
+__device__ inline void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ inline void cluster_wait() { __cluster_barrier_wait(); }
+template <class T> __device__ inline T* peer(T* p, unsigned rank) { return (T*)__cluster_map_shared_rank(p, rank); }
+#endif
+// Between the blocks of a grid: count oneself in after all that was stored before; wait for the others' count.
+__device__ inline void add_release(unsigned* counter) {
+    __threadfence();
+    atomicAdd(counter, 1);
+}
+__device__ inline void wait_until(const unsigned* counter, unsigned target) {
+    unsigned seen;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    while (seen < target);
+}
+// What another block has stored meanwhile: not from the first-level cache.
+template <class T> __device__ inline T load_fresh(const T* p) { return __ldcg(p); }
+#endif
 template <class T> __device__ inline T load(const T* p) { return *p; }
 template <class T> __device__ inline void store(T* p, T value) { *p = value; }
-#if V > 1
 // Spelled out: the compiler takes the assignment of a Pack apart, and does not always find one store for it again.
-__device__ inline void store(Pack* p, const Pack& value) {
+template <class T> __device__ inline void store_words(T* p, const T& value) {
     unsigned w[4];
-    memcpy(w, &value, sizeof(Pack));
-    if (sizeof(Pack) == 16) {
+    memcpy(w, &value, sizeof(T));
+    if (sizeof(T) == 16) {
         asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                      :: "l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
     } else asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
 }
+__device__ inline void store(Wide* p, const Wide& value) { store_words(p, value); }
+#if V > 1
+__device__ inline void store(Pack* p, const Pack& value) { store_words(p, value); }
 #endif
 #if defined(STORAGE_FLOAT64)
 __device__ inline Math reciprocal_sqrt(Math m) { return 1.0 / sqrt(m); }
 #else
 __device__ inline Math reciprocal_sqrt(Math m) { return __frsqrt_rn(m); }
+__device__ inline float reciprocal(float f) { return __frcp_rn(f); }
 #endif
 #endif
 
-// Parameters and running statistics are stored in Math ("wide") or in Storage, each array for itself.
-enum { WIDE_WEIGHT = 1, WIDE_BIAS = 2, WIDE_RUNNING_MEAN = 4, WIDE_RUNNING_VAR = 8 };
+// An array as the kernels see it: strides in elements between samples, channels and spatial positions.
+struct Tensor {
+    Storage* data;
+    long long n, c, s;
+};
+#define TENSOR(t) Storage* t, long long t##_n, long long t##_c, long long t##_s
+#define OF(t) Tensor{t, t##_n, t##_c, t##_s}
+
+// Flags. An array of numbers by channel or plane is stored in Math ("wide") or in Storage, each for itself; weight and
+// bias have one number a channel, or one for each sample and channel.
+enum {
+    WIDE_WEIGHT = 1, WIDE_BIAS = 2, WIDE_RUNNING_MEAN = 4, WIDE_RUNNING_VAR = 8, SAMPLE_WEIGHT = 16, SAMPLE_BIAS = 32,
+    NARROW_SUM_DY = 64, NARROW_SUM_DY_XHAT = 128,
+};
 
 __device__ inline Math load_parameter(const void* data, bool wide, long long i) {
     return wide ? load((const Math*)data + i) : widen(load((const Storage*)data + i));

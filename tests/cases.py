@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from conftest import Backend
 
 import cupynorm as cn
 from cupynorm import devices
-from cupynorm.cuda.plan import ITEMSIZE, LADDERS, Device, Kind, Rung, widest
+from cupynorm.cuda.plan import ITEMSIZE, LADDERS, PART_BYTES, Device, Kind, Layout, Op, _Job, widest
 
 #: Few multiprocessors: owners are chosen by the size of a plane alone, as they are for large batches.
 SMALL_DEVICE = Device("small", (7, 5), 1, 99 * 1024, 4 * 2**20)
@@ -29,10 +30,17 @@ class Case:
     device: Device = SMALL_DEVICE
     param_dtype: str | None = None  # None: the input's, float32 for 16-bit input
     dy_layout: str | None = None  # None: x's
+    activation: str | None = None
+    residual: str | None = None  # its layout
+    per_sample: str = ""  # which of weight and bias are (N, C): "w", "b", "wb"
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.shape)), self.dtype, self.layout, self.data]
-        return "-".join(parts + ([] if self.affine else ["plain"]))
+        parts += [] if self.affine else ["plain"]
+        parts += [self.activation] if self.activation else []
+        parts += [f"residual_{self.residual}"] if self.residual else []
+        parts += [f"per_sample_{self.per_sample}"] if self.per_sample else []
+        return "-".join(parts + ([] if self.device is SMALL_DEVICE else [self.device.name]))
 
 
 def _data(name: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -57,6 +65,8 @@ def _stride_kept(array: np.ndarray, layout: str) -> np.ndarray:
         return reference.LAYOUTS[layout](array)
     if layout == "unaligned":
         return np.concatenate([array.ravel()[:1], array.ravel()])[1:].reshape(array.shape)
+    if layout == "gaps":  # between the planes
+        return np.repeat(array, 2, 1)[:, ::2]
     assert layout == "channels_last", layout
     return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
 
@@ -81,66 +91,98 @@ SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-126, "f
 LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
 
 
-def arrays(case: Case, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """x, dy, weight, bias, running_mean and running_var of a case."""
+def arrays(case: Case, rng: np.random.Generator) -> tuple[Any, ...]:
+    """x, dy, weight, bias, running_mean, running_var and residual of a case."""
     dtype = devices.dtype_of(case.dtype)
     params = devices.dtype_of(case.param_dtype or ("float64" if case.dtype == "float64" else "float32"))
-    c = case.shape[1]
+    n, c = case.shape[:2]
     x = _stride_kept(_data(case.data, rng, case.shape).astype(dtype), case.layout)
     dy = _stride_kept((rng.normal(size=case.shape) + 0.5).astype(dtype), case.dy_layout or case.layout)
-    weight, bias = (rng.normal(size=c).astype(params) if case.affine else None for _ in range(2))
-    return x, dy, weight, bias, rng.normal(size=c).astype(params), (rng.random(c) + 0.5).astype(params)
+    weight, bias = (
+        rng.normal(size=(n, c) if letter in case.per_sample else c).astype(params) if case.affine else None
+        for letter in "wb"
+    )
+    residual = None
+    if case.residual:
+        residual = _stride_kept(rng.normal(size=case.shape).astype(dtype), case.residual)
+    return x, dy, weight, bias, rng.normal(size=c).astype(params), (rng.random(c) + 0.5).astype(params), residual
+
+
+SLOPE = 0.2  # of leaky_relu
 
 
 def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
     """Forward and backward, in training and in tracked eval, against extended precision."""
     backend.pretend(case.device)
-    x_, dy_, weight_, bias_, mean_, var_ = arrays(case, rng)
+    x_, dy_, weight_, bias_, mean_, var_, residual_ = arrays(case, rng)
     c, params = case.shape[1], mean_.dtype
     before = x_.copy()
-    x, dy, mean, var = (backend.array(a) for a in (x_, dy_, mean_.copy(), var_.copy()))
-    weight, bias = (None if a is None else backend.array(a) for a in (weight_, bias_))
+    x, mean, var = (backend.array(a) for a in (x_, mean_.copy(), var_.copy()))
+    weight, bias, residual = (None if a is None else backend.array(a) for a in (weight_, bias_, residual_))
 
-    # A few roundings of what is stored, on top of a few of what it is computed in.
+    # A few roundings of what is stored, on top of a few of what it is computed in. The gradient that an activation
+    # hands on is stored too, in the place of dy.
     storage = 2 * STORAGE_ROUNDING[case.dtype]
     compute = 16 * STORAGE_ROUNDING["float64" if case.dtype == "float64" else "float32"]
+    handed = storage / 2 if case.activation else 0
     param = 2 * STORAGE_ROUNDING[params.name]
-    w = np.ones(c) if weight_ is None else np.abs(reference.wide(weight_))
-    b = np.zeros(c) if bias_ is None else np.abs(reference.wide(bias_))
+
+    def of_planes(parameter: np.ndarray | None, default: float) -> np.ndarray:
+        """|parameter|, to be broadcast over planes."""
+        values = np.full(c, default) if parameter is None else np.abs(reference.wide(parameter))
+        return values.reshape(*values.shape, *(1,) * (len(case.shape) - 2))
+
+    w, b = of_planes(weight_, 1), of_planes(bias_, 0)
+    r = 0 if residual_ is None else np.abs(reference.wide(residual_))
     over = (slice(None), *(None,) * (len(case.shape) - 2))
+    epilogue = {"activation": case.activation, "negative_slope": SLOPE}
 
     for training in (True, False):
         running = None if training else (mean_, var_)
         options = {} if training else {"use_input_stats": False}
+        xhat = reference.forward(x_, running=running)
+        z = reference.before_activation(x_, weight_, bias_, running=running, residual=residual_)
+        scale = np.maximum(np.abs(xhat), 1) * w + b + r
+        # Not where rounding decides on which side of a kink an element is.
+        if case.activation in ("relu", "leaky_relu"):
+            dy_[np.abs(z) <= 4 * (compute + storage * (case.dtype == "float64")) * scale] = 0
+        dy = backend.array(dy_)
         y, saved = cn.instance_norm_forward(
-            x, weight, bias, running_mean=mean, running_var=var, momentum=0.3, eps=1e-5, **options
+            x, weight, bias, running_mean=mean, running_var=var, momentum=0.3, eps=1e-5, residual=residual,
+            **epilogue, **options,
         )  # fmt: skip
-        dx, dweight, dbias = cn.instance_norm_backward(dy, saved)
+        dx, dweight, dbias, *dresidual = cn.instance_norm_backward(dy, saved)
         assert y.dtype == dx.dtype == x.dtype
         y, dx = backend.host(y), backend.host(dx)
 
-        expected = reference.forward(x_, weight_, bias_, running=running)
-        xhat = reference.forward(x_, running=running)
-        scale = np.maximum(np.abs(xhat), 1) * w[over] + b[over]
-        assert _error(y, expected, scale) <= storage + compute, f"y, {training=}"
+        expected = reference.forward(x_, weight_, bias_, running=running, residual=residual_, **epilogue)
+        assert _error(y, expected, 1.2 * scale) <= storage + compute, f"y, {training=}"
 
-        dx_, dweight_, dbias_ = reference.backward(dy_, x_, weight_, running=running)
+        dx_, dweight_, dbias_, g = reference.backward(
+            dy_, x_, weight_, bias=bias_, running=running, residual=residual_, **epilogue
+        )
         rstd = 1 / np.sqrt((reference.statistics(x_)[1] if training else reference.wide(var_)[None]) + 1e-5)
         axes = tuple(range(2, x_.ndim))
-        wide_dy = reference.wide(dy_)
+        # A derivative's error is that of z times its own slope, at most 1 or so.
+        terms_g = np.abs(g) + (np.abs(reference.wide(dy_)) * (1 + scale) if case.activation in ("silu", "gelu") else 0)
         # Rounding acts on the terms of dx, which may cancel.
-        terms = np.abs(wide_dy) + np.abs(wide_dy).mean(axes, keepdims=True)
-        terms = terms + np.abs(xhat) * np.abs(wide_dy * xhat).mean(axes, keepdims=True)
+        terms = terms_g + terms_g.mean(axes, keepdims=True)
+        terms = terms + np.abs(xhat) * (terms_g * np.abs(xhat)).mean(axes, keepdims=True)
         with np.errstate(invalid="ignore"):
-            assert _error(dx, dx_, terms * (rstd * w)[(slice(None), *over)]) <= storage + compute, f"dx, {training=}"
+            bound = storage + handed + compute
+            assert _error(dx, dx_, terms * rstd[(slice(None), *over)] * w) <= bound, f"dx, {training=}"
         if case.affine:
-            sums = (np.abs(wide_dy * xhat), np.abs(wide_dy))
-            for name, actual, exact, terms in zip("wb", (dweight, dbias), (dweight_, dbias_), sums, strict=True):
+            sums = ((terms_g * np.abs(xhat), weight), (terms_g, bias))
+            for name, actual, exact, (terms, p) in zip("wb", (dweight, dbias), (dweight_, dbias_), sums, strict=True):
                 assert actual.dtype == params
-                total = terms.sum((0, *axes)) + 1e-30
-                assert _error(backend.host(actual), exact, total) <= param + compute, f"d{name}, {training=}"
+                total = terms.sum(axes if p.ndim == 2 else (0, *axes)) + 1e-30
+                assert _error(backend.host(actual), exact, total) <= param + handed + compute, f"d{name}, {training=}"
         else:
             assert dweight is dbias is None
+        if residual is None:
+            assert not dresidual
+        else:
+            assert _error(backend.host(dresidual[0]), g, terms_g) <= storage + compute, f"dresidual, {training=}"
 
         if training:
             m, v = reference.moved(mean_, var_, x_, 0.3)
@@ -177,6 +219,14 @@ TABLE = [
     Case((1, 1, 3, 3)),
     Case((40, 70, 4, 4)),
     Case((9, 33, 2, 3), "float16", "channels_last"),
+    *(Case((3, 4, 6, 7), dtype, layout, activation=activation, residual=residual, per_sample=per_sample)
+      for activation in (None, "relu", "leaky_relu", "silu", "gelu")
+      for dtype, layout, residual, per_sample in (
+          ("float32", "contiguous", None, ""), ("float16", "channels_last", "channels_last", "wb"),
+          ("bfloat16", "contiguous", "channels_last", "w"), ("float64", "unaligned", "contiguous", "b"))),
+    *(Case((2, 3, 35, 45), "float32", data="offset", activation=activation) for activation in ("relu", "silu")),
+    *(Case((3, 5, 7, 7), "float16", param_dtype="float16", per_sample=which) for which in ("w", "b", "wb")),
+    *(Case((1, 5, 40, 41), dtype, param_dtype=dtype) for dtype in ("float16", "bfloat16")),  # one sample
 ]  # fmt: skip
 
 
@@ -192,38 +242,86 @@ SMALL = [
 ]
 
 
-def _spatial(rung: Rung, previous: int, vector: int, lanes: int) -> tuple[int, int]:
-    """Plane sizes that need this rung: just over what the one before holds, and all that this one holds."""
-    unit = vector if lanes == 1 else 1
-    capacity = (rung.chunks or 20) * rung.size // lanes * unit
-    return previous + 3, capacity - (vector - 1 if lanes == 1 else 0)
-
-
 def variants() -> list[Case]:
-    """Cases whose plans reach every kernel there is: each rung, dtype, layout and access width, and the split."""
+    """Cases whose plans reach every kernel without an epilogue: each rung, dtype, layout, alignment; the split."""
+    return [
+        case
+        for dtype in ITEMSIZE
+        for kind in ("channels_first", "channels_last")
+        for easy in (True, False)
+        for case in _variants(dtype, kind, easy)
+    ]
+
+
+def epilogue_variants() -> list[Case]:
+    """The same for the kernels with an epilogue, each in one dtype: they take turns."""
+    turns = cycle(ITEMSIZE)
     cases = []
-    for dtype, itemsize in ITEMSIZE.items():
+    for activation, residual in (
+        ("leaky_relu", True),
+        ("relu", False),
+        (None, True),
+        ("silu", True),
+        ("silu", False),
+        ("gelu", False),
+        ("gelu", True),
+    ):
         for kind in ("channels_first", "channels_last"):
-            for vector in (widest(dtype, kind), 1):
-                cases += _variants(dtype, itemsize, kind, vector)
+            for easy in (True, False):
+                dtype = next(turns)
+                for case in _variants(dtype, kind, easy):
+                    cases.append(replace(case, activation=activation, residual=case.layout if residual else None))
+        next(turns)
     return cases
 
 
-def _variants(dtype: str, itemsize: int, kind: Kind, vector: int) -> list[Case]:
+def _variants(dtype: str, kind: Kind, easy: bool) -> list[Case]:
+    """easy: all arrays aligned alike, and channels that can be packed."""
     # 16 bytes of channels-last rows at the least, so that there are several lanes; 3 channels cannot be packed.
-    c = 2 if kind == "channels_first" else (16 if vector > 1 else 3)
-    lanes = 1 if kind == "channels_first" else 4
-    sizes: set[int] = set()
+    c = 2 if kind == "channels_first" else (16 if easy else 3)
+    layout = kind if kind == "channels_last" else ("contiguous" if easy else "unaligned")
+    vector = 1 if kind == "channels_last" and not easy else widest(dtype, kind)
+    base = Case((2, c, 1), dtype, layout)
+
+    def job(op: Op, s: int) -> _Job:
+        stride = (c * s, s, 1) if kind == "channels_first" else (c * s, 1, c)
+        layouts = (Layout(*stride, int(layout == "unaligned")), Layout(*stride, 0))
+        made = _Job(op, (2, c, s), dtype, kind, layouts, SMALL_DEVICE, 0)
+        assert (made.vector, made.skewed) == (vector, kind == "channels_first" and not easy)
+        return made
+
+    lanes = job("forward", 100).lanes
+    unit = vector if lanes == 1 else 1  # positions that a pack holds
+    cases: dict[tuple[int, Device, str], Case] = {}
+
+    def add(s: int, device: Device = SMALL_DEVICE, layout: str = layout) -> None:
+        n = 3 if device.sm_count > 1 else 2
+        cases[s, device, layout] = replace(base, shape=(n, c, s), device=device, layout=layout)
+
     for op in ("forward", "backward"):
         held = 0
         for rung in LADDERS[op]:
-            if rung.rest == "registers":
-                sizes.update(_spatial(rung, held, vector, lanes))
-                held = rung.chunks * rung.size // lanes * (vector if lanes == 1 else 1)
+            if rung.owner == "part":
+                if kind == "channels_first":
+                    for s in (3, 5, min(49, PART_BYTES // ITEMSIZE[dtype]), min(256, PART_BYTES // ITEMSIZE[dtype])):
+                        add(s)
+            elif rung.rest == "registers":
+                # Just over what the one before holds, and all that this one holds.
+                capacity = rung.chunks * rung.size // lanes * unit
+                add(held + 3)
+                add(capacity - (unit - 1))
+                if kind == "channels_first" and capacity * ITEMSIZE[dtype] <= PART_BYTES:
+                    # Not one behind the other, or a part of a warp would have them.
+                    add(capacity if easy else capacity - unit + 1, layout="gaps")
+                held = capacity
+            elif rung.owner == "block":
+                add(held + 5)
             else:
-                sizes.add(held + 5)
-    row = itemsize * (1 if lanes == 1 else lanes * vector)
-    sizes.add(SMALL_DEVICE.shared_per_block // row + 1)
-    layout = kind if kind == "channels_last" else ("unaligned" if vector == 1 else "contiguous")
-    base = Case((2, c, 1), dtype, layout)
-    return [replace(base, shape=(2, c, s)) for s in sorted(sizes)]
+                # The smallest device that this rung, and none before it, suits.
+                tiles = 2 if rung.owner == "grid" else rung.cluster
+                shared = job(op, held + 5).shared(rung, tiles)
+                name = f"{rung.owner}{tiles}"
+                add(held + 5, Device(name, (9, 0), 5 if rung.owner == "grid" else 1, shared, 2**20, rung.cluster))
+    # Too large for shared memory: split.
+    add(SMALL_DEVICE.shared_per_block // (ITEMSIZE[dtype] * (1 if lanes == 1 else lanes * vector)) + 1)
+    return list(cases.values())

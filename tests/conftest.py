@@ -62,8 +62,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the emulator's kernels side by side where most of them will be needed."""
-    if len([item for item in session.items if item.get_closest_marker("simt")]) > 100:
+    """Build the emulator's plain kernels side by side where most of them will be needed."""
+    cases = [item for item in session.items if item.path.name == "test_cases.py"]
+    if len([item for item in cases if item.get_closest_marker("simt") and not item.get_closest_marker("skip")]) > 300:
         from simt import emulator
 
         emulator.build_all()

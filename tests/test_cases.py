@@ -21,3 +21,9 @@ def test_small(backend: Backend, case: cases.Case, rng: np.random.Generator) -> 
 @pytest.mark.parametrize("case", cases.variants(), ids=str)
 def test_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases.epilogue_variants(), ids=str)
+def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
+    cases.check(backend, case, rng)

@@ -1,17 +1,25 @@
-"""Every kernel compiled for every architecture by NVRTC itself, without a GPU, and held to its resources."""
+"""Kernels compiled by NVRTC itself, without a GPU, and held to their resources.
+
+The core modules are compiled for sm_90 each time. Everything for every architecture takes most of an hour, so the slow
+part deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of rungs
+that differ in packs or in the cluster's size alone it takes the largest, which needs most registers; and behind an
+epilogue float16 and bfloat16 take turns too, since they differ in their conversions alone. The environment variable
+CUPYNORM_NVRTC=all compiles everything for every architecture: for changes of kernels, of LADDERS, of resident_threads.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import pytest
 
 from cupynorm.cuda import source
-from cupynorm.cuda.plan import LADDERS, resident_threads
+from cupynorm.cuda.plan import ITEMSIZE, resident_threads, widest
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
 
 pytestmark = [pytest.mark.nvrtc]
@@ -20,6 +28,8 @@ ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 # CuPy adds this after a module's own options.
 CUPY_OPTIONS = ("-ftz=true",)
 REGISTERS = 65536  # of a multiprocessor, on all of them
+FIRST_WITH_CLUSTERS = 90
+EVERYTHING = os.environ.get("CUPYNORM_NVRTC") == "all"
 
 
 @lru_cache(maxsize=1)
@@ -68,10 +78,19 @@ def _supported(architecture: int) -> bool:
     return architecture in list(supported)
 
 
-def _check_resources(module: Module, architecture: int) -> int:
-    """Compile a module to machine code; no spills, no local memory, no more registers than its threads may have."""
+def _check_resources(module: Module, architecture: int, whole: bool = True) -> int:
+    """Compile a module to machine code; no spills, no local memory, no more registers than its threads may have.
+
+    Not whole: of rungs that differ in packs or in the cluster's size alone, the largest.
+    """
     options = (*OPTIONS, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v")
-    done = _compile(module.source, options)
+    text, kernels = module.source, set(module.kernels)
+    if not whole:
+        largest = {(rung.owner, rung.rest, rung.threads): rung for rung in module.rungs}.values()
+        for rung in set(module.rungs).difference(largest):
+            text = re.sub(rf" RUNG\({rung.name}, [^)]*\)", "", text, count=1)
+            kernels = {name for name in kernels if not name.endswith(f"_{rung.name}")}
+    done = _compile(text, options)
     assert done.status == 0, f"{module} for sm_{architecture}:\n{done.log}"
     assert not re.search(r"kernels/.*warning", done.log), done.log
     found = re.findall(
@@ -80,14 +99,19 @@ def _check_resources(module: Module, architecture: int) -> int:
         done.log,
         re.S,
     )
-    assert {name for name, *_ in found} == set(module.kernels)
-    most = {
-        name: REGISTERS // resident_threads(module.file, module.dtype, module.kind) if "x" in name else 255
-        for name in module.kernels
-    }
-    for name, *memory, registers in found:
-        assert [int(m) for m in memory] == [0, 0, 0], f"{name} of {module} for sm_{architecture}: {memory}"
-        assert int(registers) <= most[name], f"{name} of {module} for sm_{architecture}: {registers} registers"
+    assert {name for name, *_ in found} == kernels
+    resident = resident_threads(
+        module.file, module.dtype, module.kind, module.group, module.epilogue, module.skewed
+    )  # fmt: skip
+    # Rungs are named by threads x chunks; merges, and sums over N, have a block to themselves.
+    most = {name: REGISTERS // resident if re.search(r"_\d+x\d+$", name) else 255 for name in kernels}
+    faults = [
+        f"{name} of {module} for sm_{architecture}: {registers} of {most[name]} registers, local memory {memory}"
+        for name, *memory, registers in found
+        if any(map(int, memory)) or int(registers) > most[name]
+    ]
+    if faults:
+        raise AssertionError("\n".join(faults))
     return len(found)
 
 
@@ -97,38 +121,97 @@ def test_core_modules(module: Module) -> None:
     assert _check_resources(module, 90) == len(module.kernels)
 
 
+def _code(module: Module) -> Module:
+    """One for all modules of the same code: behind an epilogue, the 16-bit dtypes differ in their conversions alone."""
+    return replace(module, dtype="float16") if module.epilogue and module.dtype == "bfloat16" else module
+
+
+def _dealt(architecture: int) -> list[Module]:
+    """The modules that are compiled for an architecture."""
+    same: dict[Module, list[Module]] = {}
+    for module in all_modules():
+        same.setdefault(_code(module), []).append(module)
+    known = [a for a in ARCHITECTURES if _supported(a)]
+    mine = []
+    for i, (code, modules) in enumerate(same.items()):
+        possible = [a for a in known if a >= FIRST_WITH_CLUSTERS or code.group != "cluster"]
+        if EVERYTHING:
+            mine += modules if architecture in possible else []
+        elif architecture == possible[(i + i // len(possible)) % len(possible)]:  # the list has periods: not in step
+            mine.append(modules[i % len(modules)])
+    return mine
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_module(architecture: int) -> None:
     if not _supported(architecture):
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
-    with ThreadPoolExecutor(2) as pool:
-        kernels = sum(pool.map(lambda module: _check_resources(module, architecture), all_modules()))
-    assert kernels == sum(len(module.kernels) for module in all_modules())
-    print(f"sm_{architecture}: {kernels} kernels")
+    modules = _dealt(architecture)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checks = [pool.submit(_check_resources, module, architecture, EVERYTHING) for module in modules]
+    faults = [str(check.exception()) for check in checks if check.exception()]
+    if faults:
+        raise AssertionError("\n".join(faults))
+    print(f"sm_{architecture}: {sum(check.result() for check in checks)} kernels of {len(modules)} modules")
+
+
+def test_the_deal_leaves_no_code_out() -> None:
+    dealt = [module for architecture in ARCHITECTURES if _supported(architecture) for module in _dealt(architecture)]
+    assert {_code(module) for module in dealt} == {_code(module) for module in all_modules()}
+    assert {module.dtype for module in dealt if module.epilogue} == set(ITEMSIZE)
+
+
+def _wide_modules() -> list[Module]:
+    """One module of each group with and without an epilogue, besides the core."""
+    groups = [
+        Module(f, "bfloat16", _width(g), "channels_first", g) for f in _FILES for g in ("part", "cluster", "grid")
+    ]
+    fused = [Module(f, "bfloat16", _width(g), "channels_first", g, 1) for f in _FILES for g in ("", "part", "grid")]
+    return [m for m in core_modules() if m.file != "channels"] + groups + fused
+
+
+_FILES = ("forward", "backward")
+
+
+def _width(group: str) -> int:
+    return 1 if group == "part" else widest("bfloat16", "channels_first")
 
 
 @pytest.mark.parametrize(
-    "module", [m for m in core_modules() if m.file != "channels"], ids=lambda m: f"{m.file}-{m.dtype}"
+    "module", _wide_modules(), ids=lambda m: f"{m.file}-{m.dtype}-{m.group or 'core'}-{m.epilogue}"
 )
 def test_sixteen_byte_accesses(module: Module) -> None:
-    """Packs move in one access each: 16 bytes channels-first, and only edges and sums of planes by themselves."""
+    """Packs move in one access each: 16 bytes channels-first, and only edges and numbers of planes by themselves."""
     ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
-    for entry in ptx.split(".visible .entry ")[1:]:
+    entries = ptx.split(".visible .entry ")[1:]
+    assert len(entries) == len(module.kernels)
+    forward, fused = module.file == "forward", bool(module.epilogue)
+    inputs = (1 if forward else 2) + fused  # x, dy, residual
+    outputs = 1 + (fused and not forward)  # y or dx, dresidual
+    for entry in entries:
         name = entry.split("(")[0]
-        rung = next(r for r in LADDERS[module.file] if name.endswith(r.name))
-        arrays = 1 if module.file == "forward" else 2
+        rung = next(r for r in module.rungs if name.endswith(r.name))
         loads = len(re.findall(r"ld\.global\.v4\.(?:b32|u32|f32)", entry))
         stores = len(re.findall(r"st\.global\.v4\.b32", entry))
-        if rung.chunks:
-            assert loads == arrays * rung.chunks, name
-            assert stores == rung.chunks, name
+        if rung.rest == "registers":
+            packs = rung.chunks
+            if rung.owner == "part":  # as many wide packs as a warp's run may touch, dealt to its lanes
+                wide = widest(module.dtype, "channels_first")
+                packs = (32 * rung.chunks // wide + 1 + 31) // 32
+            assert loads == inputs * packs, name
+            assert stores == outputs * packs, name
         else:
-            assert loads >= arrays, name
-            assert stores >= 1, name
-        # Narrow ones: the edge element and the planes' parameters and sums, not a pack taken apart.
-        assert len(re.findall(r"st\.global\.(?:u16|b16|f32|u32)\b", entry)) <= 4, name
+            assert loads >= inputs, name
+            assert stores >= outputs, name
+        # Narrow ones: edges, what a plane has of its own (forward 4 statistics, backward 2 sums of either dtype), and
+        # what a block of a grid publishes; not a pack taken apart.
+        numbers = 4 if forward else 2 if module.dtype == "float32" else 4
+        published = (4 if forward else 3) if rung.owner == "grid" else 0
+        narrow = len(re.findall(r"st\.global\.(?:u16|b16|f32|u32|b32)\b", entry))
+        assert narrow <= outputs + numbers + published, name
         assert "st.global.v2" not in entry, name
+        assert "ld.global.v2" not in entry, name
 
 
 def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) -> None:

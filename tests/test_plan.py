@@ -19,7 +19,10 @@ from cupynorm.cuda.plan import (
     Kind,
     Layout,
     Memory,
+    Op,
     Plan,
+    Rung,
+    Step,
     arrange,
     fresh,
     layout,
@@ -32,98 +35,322 @@ SHAPES = [
     (1, 1, 2), (1, 1, 2**24), (1, 1, 2**31 + 1), (1, 3, 2**33 + 7), (1, 32, 1080 * 1920), (2, 320, 64), (2, 3, 49),
     (3, 5, 1575), (12, 512, 16), (12, 512, 1024), (20, 64, 184 * 248), (20, 100, 1575), (2, 32, 128**3), (32, 80, 5325),
     (10_000_000, 3, 4), (70_000, 70_000, 2), (2**33, 2, 2), (1, 1, 57_000), (1, 1, 58_112), (200, 300, 29_000),
+    # Parts of warps: every size of a part, and the largest of each dtype.
+    (64, 96, 7), (64, 96, 33), (64, 96, 63), (1000, 3, 65), (1000, 3, 127), (64, 96, 128), (3, 1, 255), (64, 96, 256),
+    # Between the shared memory of one block and that of all.
+    (1, 3, 20_000), (1, 1, 30_000), (4, 67, 60_000), (55, 1, 50_000), (4, 1, 500_000), (7, 9, 900_000), (1, 1, 17_409),
+    (2, 2, 2_500_001), (3, 1, 6_000_000), (8, 1, 1), (2**28, 16, 500_000),
 ]  # fmt: skip
-OPS = ("forward", "backward", "evaluate", "eval_gradient")
+OPS: tuple[Op, ...] = ("forward", "backward", "evaluate", "eval_gradient")
+KINDS: tuple[Kind, ...] = ("channels_first", "channels_last")
+#: Epilogue and residual. A residual alone has an epilogue of no activation, and needs none backward.
+EPILOGUES = [(0, False), (1, False), (1, True), (3, True)]
 
 
-def _plan(op: str, shape: tuple[int, int, int], dtype: str, kind: Kind, device: Device, aligned: bool = True) -> Plan:
+def _plan(
+    op: Op,
+    shape: tuple[int, int, int],
+    dtype: str,
+    kind: Kind,
+    device: Device,
+    aligned: bool = True,
+    epilogue: int = 0,
+    residual: bool = False,
+    sums: bool = True,
+) -> Plan:
     _, c, s = shape
     stride = (c * s, s, 1) if kind == "channels_first" else (c * s, 1, c)
     first = Layout(*stride, 0 if aligned else 1)
-    arrays = 3 if op in ("backward", "eval_gradient") else 2
-    return plan(op, shape, dtype, kind, (first, *[Layout(*stride, 0)] * (arrays - 1)), device)  # type: ignore[arg-type]
+    arrays = 3 + 2 * residual if op in ("backward", "eval_gradient") else 2 + residual
+    layouts = (first, *[Layout(*stride, 0)] * (arrays - 1))
+    return plan(op, shape, dtype, kind, layouts, device, sums, sums, epilogue, residual)
+
+
+def _rung(step: Step) -> Rung | None:
+    """The rung of a step; None of merges and sums over N, which have none."""
+    found = [rung for ladder in LADDERS.values() for rung in ladder if step.name.endswith("_" + rung.name)]
+    return found[0] if found else None
+
+
+def _shared(made: Plan, step: Step, rung: Rung | None, s: int, residual: bool) -> int:
+    """Dynamic shared memory of a block, counted in the kernels' text."""
+    size = ITEMSIZE[made.dtype]
+    math_size = 8 if made.dtype == "float64" else 4
+    warps = step.threads // 32
+    if rung is None:  # a Merged or ThreeSums a thread (split.cu); two Accum a thread (channels.cu)
+        return step.threads * (24 if step.module == "split" else 2 * 8)
+    if rung.owner == "part":
+        # chunk.cuh: the run of a warp's planes, wherever it lies between 16-byte borders, in a room for each array.
+        wide = 16 // size
+        words = max(math.ceil((phase + 32 // step.lanes * s) / wide) for phase in range(wide))
+        rooms = 1 + residual if made.op == "forward" else 2 + 2 * residual
+        return warps * rooms * words * 16
+    if rung.owner == "warp" or step.name.startswith(("evaluate", "apply")):
+        return 0
+    # Sums over a block: two areas in turns forward, one backward; a number for each warp, lane and plane of a thread.
+    lanes, planes = (1, 1) if made.kind == "channels_first" else (step.lanes, made.vector)
+    forward = made.op == "forward"
+    quantities = 1 if forward else 2 if made.op == "eval_gradient" else 3
+    sums = (2 if forward else 1) * quantities * warps * lanes * planes * math_size
+    if rung.rest == "registers":
+        return sums
+    tile = step.chunks * step.threads * made.vector * size * (1 if forward else 2)
+    if rung.owner == "block":
+        return tile + sums
+    # Groups: the second area, or both, are of Accum, and each block publishes its numbers (group.cuh).
+    area = warps * lanes * planes * (2 if forward else 3) * 8
+    return tile + 2 * area + lanes * planes * (4 if forward else 3) * math_size
+
+
+def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Device, residual: bool) -> None:
+    n, c, s = shape
+    rung = _rung(step)
+    # What the hardware takes.
+    blocks = step.grid[0] * step.grid[1]
+    assert 1 <= step.grid[0] <= MAX_GRID
+    assert 1 <= step.grid[1] <= 65535
+    assert 32 <= step.threads <= 1024
+    assert step.threads % 32 == 0
+    assert step.shared == _shared(made, step, rung, s, residual)
+    assert step.shared <= device.shared_per_block
+    assert 1 <= step.cluster <= device.cluster
+    assert step.grid[0] % step.cluster == 0
+    if step.cooperative:
+        assert step.grid == (blocks, 1)
+        assert blocks <= device.sm_count
+    if rung is None:
+        # A block for each plane of a round, or for 32 channels.
+        width = 1 if made.kind == "channels_first" else made.vector * made.steps[0].lanes
+        planes = min(n * c, (made.at_a_time or made.stripes) * width)
+        assert blocks >= (planes if step.module == "split" else math.ceil(c / 32))
+        return
+    assert (rung.threads, rung.cluster, rung.group) == (step.threads, step.cluster, step.group)
+    assert step.cooperative == (rung.owner == "grid")
+    # Nobody is left out: stripes for all planes, owners for all stripes, threads for all owners.
+    per_stripe = 1 if made.kind == "channels_first" else made.vector * step.lanes
+    assert made.stripes == n * math.ceil(c / per_stripe)
+    at_once = made.at_a_time or made.stripes
+    assert 1 <= at_once <= made.stripes
+    assert step.owners == at_once * step.tiles
+    if rung.owner == "part":
+        assert made.kind == "channels_first"
+        assert step.lanes in (1, 2, 4, 8, 16, 32)
+        assert step.lanes * rung.chunks >= s  # a thread's elements
+        assert 32 // step.lanes * s <= 32 * rung.chunks  # of the run that a warp stages
+        assert blocks * step.threads // step.lanes >= step.owners
+        assert (blocks - 1) * step.threads // step.lanes < step.owners
+        return
+    owner = 32 if rung.owner == "warp" else step.threads
+    if rung.owner == "grid":  # they serve stripe after stripe
+        groups = blocks // step.tiles
+        assert blocks == groups * step.tiles
+        assert 1 <= groups <= made.stripes
+    else:
+        assert blocks * step.threads >= step.owners * owner
+    if rung.owner == "cluster":
+        assert step.tiles == step.cluster
+    # All elements of a plane, in all of its tiles.
+    assert owner % step.lanes == 0
+    held = step.tiles * (step.chunks or rung.chunks) * owner // step.lanes
+    assert held * (made.vector if made.kind == "channels_first" else 1) >= s
+    if rung.rest == "registers" and rung.chunks and step.chunks:
+        assert step.chunks == rung.chunks
+
+
+#: Accesses of global memory per element: plain; with a residual; split; split with a residual. The gradient of a
+#: residual is written, and in the split regime read in place of dy.
+ACCESSES = {
+    "forward": (2, 3, 3, 4),
+    "backward": (3, 5, 5, 7),
+    "evaluate": (2, 3, 2, 3),
+    "eval_gradient": (3, 5, 3, 5),
+}
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)
 @pytest.mark.parametrize("op", OPS)
-def test_every_shape_gets_a_launchable_plan(op: str, device: Device) -> None:
-    for shape, dtype, kind, aligned in itertools.product(
-        SHAPES, ITEMSIZE, ("channels_first", "channels_last"), (True, False)
+def test_every_shape_gets_a_launchable_plan(op: Op, device: Device) -> None:
+    for shape, dtype, kind, aligned, (epilogue, residual) in itertools.product(
+        SHAPES, ITEMSIZE, KINDS, (True, False), EPILOGUES
     ):
-        made = _plan(op, shape, dtype, kind, device, aligned)
-        for step in made.steps:
-            assert 1 <= step.grid[0] <= MAX_GRID
-            assert 1 <= step.grid[1] <= 65535
-            assert step.threads <= 1024
-            assert step.threads % 32 == 0
-            assert 0 <= step.shared <= device.shared_per_block
-            # Nobody is left out: enough owners for all planes and all their elements.
-            if step.owners:
-                owner = 32 if "warp" in step.name else step.threads
-                assert step.grid[0] * step.grid[1] * step.threads >= step.owners * owner
-                assert step.owners == made.stripes * step.tiles
-                per_stripe = 1 if kind == "channels_first" else made.vector * made.lanes
-                assert made.stripes * per_stripe >= shape[0] * shape[1]
-                rung = next(r for r in LADDERS[step.module] if step.name.endswith(r.name))
-                held = step.tiles * (step.chunks or rung.chunks) * owner // made.lanes
-                held *= made.vector if kind == "channels_first" else 1
-                assert held >= shape[2]
-        assert (
-            made.accesses
-            == {
-                "forward": 3 if made.regime == "split" else 2,
-                "backward": 5 if made.regime == "split" else 3,
-                "evaluate": 2,
-                "eval_gradient": 3,
-            }[op]
-        )
-        assert made.bytes_per_element == made.accesses * ITEMSIZE[dtype]
-        assert made.reason
+        made = _plan(op, shape, dtype, kind, device, aligned, epilogue, residual)
+        case = f"{op} {shape} {dtype} {kind} {aligned=} {epilogue=} {residual=} on {device.name}: {made}"
+        try:
+            for step in made.steps:
+                _check_step(made, step, shape, device, residual)
+            split = made.regime == "split"
+            assert bool(made.at_a_time) == split
+            assert made.accesses == ACCESSES[op][residual + 2 * split]
+            assert made.bytes_per_element == made.accesses * ITEMSIZE[dtype]
+            assert made.reason
+        except AssertionError as error:
+            raise AssertionError(case) from error
 
 
-def _regimes(op: str, device: str, dtype: str, sizes: list[int], planes: int = 4096) -> list[str]:
-    return [_plan(op, (1, planes, s), dtype, "channels_first", DEVICES[device]).regime for s in sizes]
+def test_gradients_without_sums() -> None:
+    """Tracked eval reads x only for sums or for an activation's mask."""
+    d = DEVICES["H100"]
+    for sums, epilogue, residual, accesses in [
+        (True, 0, False, 3), (False, 0, False, 2), (False, 1, False, 3), (False, 1, True, 5), (True, 1, True, 5),
+    ]:  # fmt: skip
+        made = _plan("eval_gradient", (4, 8, 40_000), "float32", "channels_first", d, True, epilogue, residual, sums)
+        assert made.accesses == accesses
+        assert len(made.steps) == (3 if sums else 1)
 
 
-def test_the_ladder_on_an_h100() -> None:
-    """Owners grow with the plane: the borders of a large batch."""
-    sizes = [32, 1024, 1025, 16384, 16385, 57_000, 58_500, 2**24]
-    assert _regimes("forward", "H100", "float32", sizes) == [
-        "warp-registers", "warp-registers", "block-registers", "block-registers",
-        "block-shared", "block-shared", "split", "split",
-    ]  # fmt: skip
-    assert _regimes("backward", "H100", "float32", [512, 513, 8192, 8193, 28_000, 30_000]) == [
-        "warp-registers", "block-registers", "block-registers", "block-shared", "block-shared", "split",
-    ]  # fmt: skip
+def _regimes(op: Op, device: str, dtype: str, sizes: list[int], planes: int = 4096) -> list[str]:
+    """Regimes of channels-first planes; of clusters, their size."""
+    made = [_plan(op, (1, planes, s), dtype, "channels_first", DEVICES[device]) for s in sizes]
+    return [
+        f"{p.steps[0].cluster}-shared" if p.regime == "cluster-shared" else p.regime.replace("-registers", "")
+        for p in made
+    ]
 
 
-def test_shared_memory_decides_where_planes_are_split() -> None:
-    # 20,000 float32 are 80 KB: too much for a T4 (64 KB), not for an L4 (99 KB).
-    assert _regimes("forward", "T4", "float32", [20_000]) == ["split"]
-    assert _regimes("forward", "L4", "float32", [20_000]) == ["block-shared"]
-    assert _regimes("forward", "A100", "float32", [40_000]) == ["block-shared"]
-    assert _regimes("forward", "RTX 5090", "float32", [40_000]) == ["split"]
+#: The largest plane, in elements, of each regime of a large channels-first batch. Registers: 512 B, then 8 (backward 4)
+#: packs of 16 B a thread. Shared memory: as many packs for each of 512 threads as fit, in all blocks of the group;
+#: half a multiprocessor's for each block, but for the largest group. Beyond the last: split.
+LADDER_BORDERS = {
+    ("H100", "float32", "forward"): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
+        "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 7_569_408,
+    },
+    ("H100", "bfloat16", "forward"): {
+        "part": 256, "warp": 2048, "block": 32_768, "block-shared": 57_344, "2-shared": 114_688, "4-shared": 229_376,
+        "8-shared": 458_752, "16-shared": 1_835_008, "grid-shared": 15_138_816,
+    },
+    ("H100", "float32", "backward"): {
+        "part": 128, "warp": 512, "block": 8192, "block-shared": 14_336, "2-shared": 28_672, "4-shared": 57_344,
+        "8-shared": 114_688, "16-shared": 458_752, "grid-shared": 3_784_704,
+    },
+    ("H100", "bfloat16", "backward"): {
+        "part": 256, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
+        "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 7_569_408,
+    },
+    # No clusters: a block may have all 163 KB.
+    ("A100", "float32", "forward"): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 40_960, "grid-shared": 4_423_680,
+    },
+    ("A100", "float32", "backward"): {
+        "part": 128, "warp": 512, "block": 8192, "block-shared": 20_480, "grid-shared": 2_211_840,
+    },
+    ("V100", "float32", "forward"): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 22_528, "grid-shared": 1_802_240,
+    },
+    # 64 KB are less than a block's registers hold.
+    ("T4", "float32", "forward"): {"part": 128, "warp": 1024, "block": 16_384, "grid-shared": 573_440},
+    ("L4", "float32", "forward"): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 24_576, "grid-shared": 1_425_408,
+    },
+    ("H200", "float32", "forward"): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
+        "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 7_569_408,
+    },
+    ("B200", "float32", "forward"): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
+        "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 8_486_912,
+    },
+    # Clusters of at most 8; half of 99 KB is less than registers hold.
+    ("RTX 5090", "float32", "forward"): {
+        "part": 128, "warp": 1024, "block": 16_384, "2-shared": 24_576, "4-shared": 49_152, "8-shared": 196_608,
+        "grid-shared": 4_177_920,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "dtype", "op"), LADDER_BORDERS, ids=str)
+def test_the_ladder(device: str, dtype: str, op: Op) -> None:
+    """Owners grow with the plane: what a large batch gets on both sides of each border."""
+    borders = LADDER_BORDERS[device, dtype, op]
+    regimes = [*borders, "split"]
+    sizes = [size for border in borders.values() for size in (border, border + 1)]
+    expected = [regime for pair in itertools.pairwise(regimes) for regime in pair]
+    assert _regimes(op, device, dtype, sizes) == expected
 
 
 def test_few_planes_go_up_one_owner() -> None:
-    """A handful of planes would leave the device idle with a warp, or one block, for each."""
-    assert _regimes("forward", "H100", "float32", [1000], planes=8) == ["block-registers"]
-    assert _regimes("forward", "H100", "float32", [50_000], planes=8) == ["split"]
-    assert _regimes("forward", "H100", "float32", [50_000], planes=500) == ["block-shared"]
+    """A handful of planes would leave the device idle with a warp, a block, or a small cluster for each."""
+    sizes = [1000, 20_000, 50_000, 200_000]
+    assert _regimes("forward", "H100", "float32", sizes, planes=500) == ["warp", "block-shared", "2-shared", "8-shared"]
+    assert _regimes("forward", "H100", "float32", sizes, planes=40) == ["block", "2-shared", "2-shared", "8-shared"]
+    assert _regimes("forward", "H100", "float32", sizes, planes=8) == ["block", "16-shared", "16-shared", "16-shared"]
+    assert _regimes("forward", "H100", "float32", sizes, planes=2) == ["block", *["grid-shared"] * 3]
+    # A plane that a warp holds in one pack a thread stays with it.
+    assert _regimes("forward", "H100", "float32", [129, 128], planes=1) == ["block", "part"]
+
+
+def test_large_planes_keep_the_device_busy() -> None:
+    """Where there are 64 KB for each multiprocessor, most of them have a block from the start."""
+    for device, op, (n, s) in itertools.product(
+        DEVICES.values(),
+        OPS[:2],
+        itertools.product(
+            (1, 2, 3, 5, 9, 33, 67, 100, 135, 300), (5000, 17_000, 30_000, 100_000, 400_000, 10**6, 10**7)
+        ),
+    ):
+        if n * s * 4 < 65536 * device.sm_count:
+            continue
+        made = _plan(op, (n, 1, s), "float32", "channels_first", device)
+        for step in made.steps:
+            if _rung(step):
+                blocks = step.grid[0] * step.grid[1]
+                assert 2 * blocks > device.sm_count, f"{op} {n} x {s} on {device.name}: {blocks} blocks, {made.regime}"
+
+
+def test_a_split_goes_through_l2() -> None:
+    """4096 x 4096 float32 fit no shared memory; as many planes at a time as half of L2 holds, one at the least."""
+    made = _plan("forward", (1, 16, 4096 * 4096), "float32", "channels_first", DEVICES["H100"])
+    assert (made.regime, made.at_a_time) == ("split", 1)
+    # 6 MB a plane on an L4, with 48 MB of L2.
+    for op, at_a_time in zip(OPS[:2], (4, 2), strict=True):
+        made = _plan(op, (8, 64, 1_500_000), "float32", "channels_first", DEVICES["L4"])
+        assert (made.regime, made.at_a_time) == ("split", at_a_time)
+        moments, merge, apply, _ = made.steps
+        assert moments.owners == apply.owners == at_a_time * moments.tiles
+        assert moments.tiles == math.ceil(1_500_000 / 4096)
+        assert merge.grid == (at_a_time, 1)
+    made = _plan("forward", (1, 3, 1_500_000), "float32", "channels_first", DEVICES["L4"])
+    assert made.at_a_time == 3
+
+
+def test_parts_take_dense_planes_only() -> None:
+    d = DEVICES["H100"]
+    x, y = Layout(16 * 49, 49, 1, 0), Layout(8 * 49, 49, 1, 0)
+    assert plan("forward", (20, 8, 49), "float32", "channels_first", (y, y), d).regime == "part-registers"
+    assert plan("forward", (20, 8, 49), "float32", "channels_first", (x, y), d).regime == "warp-registers"
+    assert plan("forward", (20, 8, 49), "float32", "channels_first", (y, x), d).regime == "warp-registers"
+    assert plan("forward", (1, 8, 49), "float32", "channels_first", (x, y), d).regime == "part-registers"
+    # One channel of many.
+    x, y = Layout(16 * 49, 49, 1, 0), Layout(49, 49, 1, 0)
+    assert plan("forward", (20, 1, 49), "float32", "channels_first", (x, y), d).regime == "warp-registers"
+    assert plan("forward", (20, 1, 49), "float32", "channels_first", (y, y), d).regime == "part-registers"
 
 
 def test_access_width() -> None:
     d = DEVICES["H100"]
+
+    def width(shape: tuple[int, int, int], dtype: str, kind: Kind, aligned: bool = True) -> tuple[int, bool]:
+        made = _plan("forward", shape, dtype, kind, d, aligned)
+        return made.vector, made.skewed
+
     for dtype, itemsize in ITEMSIZE.items():
-        assert _plan("forward", (2, 3, 49), dtype, "channels_first", d).vector == 16 // itemsize
-        assert _plan("forward", (2, 3, 49), dtype, "channels_first", d, aligned=False).vector == 1
-        assert _plan("forward", (2, 3, 49), dtype, "channels_last", d).vector == 1
-        assert _plan("forward", (2, 32, 49), dtype, "channels_last", d).vector == min(4, 16 // itemsize)
+        assert width((2, 3, 49), dtype, "channels_first") == (16 // itemsize, False)
+        assert width((2, 3, 49), dtype, "channels_first", aligned=False) == (16 // itemsize, True)
+        assert width((2, 3, 49), dtype, "channels_last") == (1, False)
+        assert width((2, 32, 49), dtype, "channels_last") == (min(4, 16 // itemsize), False)
+        assert width((2, 32, 49), dtype, "channels_last", aligned=False) == (1, False)
+
+    def skewed(*layouts: Layout) -> bool:
+        made = plan("forward", (2, 4, 49), "float32", "channels_first", layouts, d)
+        assert made.vector == 4
+        return made.skewed
+
     # A slice of channels into a contiguous result: other strides between samples, but the same alignment.
-    x, y = Layout(8 * 49, 49, 1, 1), Layout(4 * 49, 49, 1, 1)
-    assert plan("forward", (2, 4, 49), "float32", "channels_first", (x, y), d).vector == 4
-    x = Layout(8 * 49 + 1, 49, 1, 1)
-    assert plan("forward", (2, 4, 49), "float32", "channels_first", (x, y), d).vector == 1
+    y = Layout(4 * 49, 49, 1, 1)
+    assert not skewed(Layout(8 * 49, 49, 1, 1), y)
+    assert skewed(Layout(8 * 49, 49, 1, 2), y)
+    assert skewed(Layout(8 * 49 + 1, 49, 1, 1), y)
+    assert skewed(Layout(4 * 49, 50, 1, 1), y)
 
 
 def _memory(array: np.ndarray) -> Memory:
@@ -167,18 +394,27 @@ def test_registers_fit_the_threads() -> None:
     for file, rungs in LADDERS.items():
         for dtype in ITEMSIZE:
             for kind in ("channels_first", "channels_last"):
-                resident = resident_threads(file, dtype, kind)
-                assert all(resident % rung.threads == 0 for rung in rungs)
-                assert 65536 // resident >= 64
+                for rung, epilogue, skewed in itertools.product(rungs, range(4), (False, True)):
+                    resident = resident_threads(file, dtype, kind, rung.group, epilogue, skewed)
+                    assert resident % rung.threads == 0
+                    assert 65536 // resident >= 64
 
 
 def test_large_counts_stay_exact() -> None:
     made = _plan("forward", (1, 1, 2**33 + 7), "float16", "channels_first", DEVICES["H100"])
     tile = 4 * 256 * 8
     assert made.steps[0].tiles == math.ceil((2**33 + 7) / tile)
-    made = _plan("forward", (2**33, 2, 2), "float16", "channels_first", DEVICES["H100"])
-    assert made.steps[0].owners == 2**34
+    made = _plan("forward", (2**40, 2, 2), "float16", "channels_first", DEVICES["H100"])
+    assert made.steps[0].owners == 2**41
     assert made.steps[0].grid[1] > 1
+    made = _plan("forward", (2**33, 2, 200), "float32", "channels_first", DEVICES["H100"])
+    assert made.regime == "warp-registers"
+    assert made.steps[0].grid[1] > 1
+    # Clusters lie along the first dimension of a grid, whole ones.
+    made = _plan("forward", (2**27, 1, 900_000), "float32", "channels_first", DEVICES["H100"])
+    assert made.steps[0].cluster == 16
+    assert made.steps[0].grid[1] > 1
+    assert made.steps[0].grid[0] % 16 == 0
 
 
 def test_explain() -> None:
@@ -199,6 +435,52 @@ def test_explain() -> None:
         cn.explain(x, device="GTX 1")
     with pytest.raises(TypeError, match="int64"):
         cn.explain(x.astype(np.int64))
+    with pytest.raises(ValueError, match="'tanh'"):
+        cn.explain(x, activation="tanh", device="H100")
+
+
+def _lines(text: str, op: str) -> str:
+    """What `explain` says of one direction."""
+    forward, backward = text.split("\n  backward: ")
+    return forward if op == "forward" else backward
+
+
+def test_explain_tells_the_bytes_of_an_epilogue() -> None:
+    x = np.zeros((20, 100, 35, 45), np.float16)
+    for activation, residual, forward, backward in [
+        ("silu", False, 2, 3), (None, True, 3, 3), ("relu", True, 3, 5), (None, False, 2, 3),
+    ]:  # fmt: skip
+        text = cn.explain(x, activation=activation, residual=residual, device="H100")
+        assert f" {forward} accesses of 2 B" in _lines(text, "forward")
+        assert f" {backward} accesses of 2 B" in _lines(text, "backward")
+
+
+def _large(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of float32 of any size, as to its shape and strides, without the memory."""
+    strides = [4]
+    for size in shape[:0:-1]:
+        strides.insert(0, strides[0] * size)
+    return np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, strides)
+
+
+def test_explain_tells_how_blocks_share_planes() -> None:
+    # 7 x 7: 49 elements of 8 threads.
+    text = cn.explain(_large((64, 96, 7, 7)), device="H100")
+    assert "part-registers" in text
+    assert "192 blocks of 256 threads" in _lines(text, "forward")
+    assert "4 plane(s) a warp" in text
+    # Also where x is a single element off.
+    assert "16 B at a time" in cn.explain(np.zeros(2 * 3 * 9 + 1, np.float32)[1:].reshape(2, 3, 9), device="H100")
+    text = cn.explain(_large((4, 64, 300, 300)), device="H100")
+    assert "clusters of 4 for a plane each" in _lines(text, "forward")
+    assert "clusters of 8 for a plane each" in _lines(text, "backward")
+    text = cn.explain(_large((2, 3, 1080, 1920)), device="H100")
+    assert "129 blocks of 512 threads" in text
+    assert "all resident: 43 for each of 3 plane(s) at a time" in text
+    text = cn.explain(_large((8, 64, 1200, 1250)), device="L4")
+    assert "128 rounds of the first three launches, 4 of 512 planes each" in _lines(text, "forward")
+    assert "256 rounds of the first three launches, 2 of 512 planes each" in _lines(text, "backward")
+    assert "rounds" not in cn.explain(_large((1, 1, 4096, 4096)), device="H100")
 
 
 def test_explained_plan_is_the_plan_of_the_call() -> None:
@@ -207,3 +489,8 @@ def test_explained_plan_is_the_plan_of_the_call() -> None:
     assert copies == 0
     assert made.op == "backward"
     assert made.steps[0].module == "backward"
+    made, _ = plan_for("forward", _memory(x), "float32", DEVICES["H100"], "gelu", True)
+    assert (made.epilogue, made.accesses) == (3, 3)
+    # A residual without an activation: an epilogue forward, none backward.
+    assert plan_for("forward", _memory(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 1
+    assert plan_for("backward", _memory(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 0

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..functional import Array, Saved, math_dtype
-from .plan import Device, Memory, Op, Plan, Step, arrange, plan
+from ..functional import Array, Saved, math_dtype, overlap
+from .plan import EPILOGUES, Device, Kind, Memory, Op, Plan, Step, arrange, fresh, plan
 from .source import Module
 
-# Bits of the kernels' `wide` argument (types.cuh): which arrays are in computing precision.
-WIDE_WEIGHT, WIDE_BIAS, WIDE_RUNNING_MEAN, WIDE_RUNNING_VAR = 1, 2, 4, 8
+# Bits of the kernels' `flags` argument (types.cuh).
+WIDE_WEIGHT, WIDE_BIAS, WIDE_RUNNING_MEAN, WIDE_RUNNING_VAR = 1, 2, 4, 8  # which arrays are in computing precision
+SAMPLE_WEIGHT, SAMPLE_BIAS = 16, 32  # which have a number for each sample
+NARROW_SUM_DY, NARROW_SUM_DY_XHAT = 64, 128  # which sums are stored in the input's dtype
+
+NULL = np.uintp(0)
+NO_TENSOR = (NULL, np.int64(0), np.int64(0), np.int64(0))
 
 
 class Runtime(Protocol):
@@ -31,6 +37,9 @@ class Runtime(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """A new C-contiguous array on the current device."""
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """The same, of zeros."""
 
     def address(self, array: Array) -> int:
         """Where the array's first element is."""
@@ -58,96 +67,148 @@ class Launcher:
         eps: float,
         out: Array | None,
         keep: bool,
+        activation: str | None,
+        negative_slope: float,
+        residual: Array | None,
     ) -> tuple[Array, Saved | None]:
         with self.runtime.on(x):
-            call = _Call(self.runtime, (x,), out)
             update = use_input_stats and running_mean is not None and momentum != 0
+            epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
+            op: Op = "forward" if use_input_stats else "evaluate"
+            call = _Call(self.runtime, op, x, residual, (x,), out, 1, update, update, epilogue)
             mean, rstd, variance = call.planes(keep or update), call.planes(keep), call.planes(update)
-            saved = Saved(x, mean, rstd, weight, bias, training=use_input_stats) if keep else None
+            delta = call.planes(keep and use_input_stats and activation is not None)
+            saved = None
+            if keep:
+                kept = residual if activation is not None else None
+                saved = Saved(
+                    x, mean, rstd, weight, bias, use_input_stats,
+                    delta, activation, negative_slope, kept, residual is not None,
+                )  # fmt: skip
             if x.size == 0:
+                if delta is not None:
+                    delta.fill(0)
                 return call.result(), saved
-            plan = call.plan("forward" if use_input_stats else "evaluate", sums=update)
             weight, bias, mean_, var_ = (call.dense(array) for array in (weight, bias, running_mean, running_var))
-            wide = call.wide(
-                (weight, WIDE_WEIGHT),
-                (bias, WIDE_BIAS),
-                (running_mean, WIDE_RUNNING_MEAN),
-                (running_var, WIDE_RUNNING_VAR),
-            )
-            affine = (*call.pointers(weight, bias), wide)
+            flags = call.flags(weight, bias)
+            if running_mean is not None and running_var is not None:
+                flags |= WIDE_RUNNING_MEAN * (running_mean.dtype == call.math)
+                flags |= WIDE_RUNNING_VAR * (running_var.dtype == call.math)
+            epilogue_ = (*call.residual, np.float64(_slope(activation, negative_slope))) if epilogue else ()
+            affine = (*call.pointers(weight, bias), np.int32(flags), *epilogue_)
             running = call.pointers(mean_, var_)
-            step, *rest = plan.steps
-            if plan.op == "evaluate":
-                statistics = call.pointers(mean, rstd)
-                call.tiles(step, *call.tensors, *running, *affine, *statistics, np.float64(eps))
-            elif plan.regime == "split":
+            step, *rest = call.plan.steps
+            if op == "evaluate":
+                where = (call.pointer(mean), call.pointer(rstd), np.float64(eps))
+                call.tiles(step, *call.tensors, *running, affine[0], affine[1], *affine[2:], *where)
+            elif call.plan.regime == "split":
                 merge, apply, *rest = rest
-                mean, rstd = (call.planes() if array is None else array for array in (mean, rstd))
-                delta = call.planes()
+                mean, rstd, delta = (call.planes() if array is None else array for array in (mean, rstd, delta))
                 partial = [call.empty((*call.nc, step.tiles), t) for t in (np.int64, np.float64, np.float64)]
-                call.tiles(step, *call.tensors[:4], *call.pointers(*partial))
                 results = call.pointers(mean, rstd, delta, variance)
-                call.run(merge, *call.pointers(*partial), *call.counts(step.tiles), np.float64(eps), *results)
-                call.tiles(apply, *call.tensors, *results[:3], *affine)
+                for some in call.rounds():
+                    call.tiles(step, *call.tensors[:4], *call.pointers(*partial), some=some)
+                    sizes = (np.int64(step.tiles), *call.planes_of(some), np.float64(eps))
+                    call.run(merge, *call.pointers(*partial), *sizes, *results)
+                    call.tiles(apply, *call.tensors, *results[:3], *affine, some=some)
             else:
-                call.owner(step, *call.tensors, *affine, *call.pointers(mean, rstd, variance), after=(np.float64(eps),))
+                results = call.pointers(mean, rstd, delta, variance)
+                call.owner(step, *call.tensors, *affine, *results, after=(np.float64(eps),), numbers=4)
             if update:
-                samples, momentum_ = np.int64(x.shape[0]), np.float64(momentum)
-                call.run(*rest, *call.pointers(mean, variance), samples, call.channels, momentum_, *running, wide)
+                batch = (np.int64(x.shape[0]), call.channels, np.float64(momentum))
+                call.run(rest[0], *call.pointers(mean, variance), *batch, *running, np.int32(flags))
                 for array, dense in ((running_mean, mean_), (running_var, var_)):
                     if array is not None and array is not dense:
                         _assign(array, dense)
             return call.result(), saved
 
-    def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Array | None, Array | None]:
-        x, weight, bias = saved.x, saved.weight, saved.bias
+    def backward(
+        self, dy: Array, saved: Saved, *, out: Array | None
+    ) -> tuple[Array, Array | None, Array | None, Array | None]:
+        x, weight, bias, activation = saved.x, saved.weight, saved.bias, saved.activation
         with self.runtime.on(x):
-            call = _Call(self.runtime, (x, dy), out)
-            dweight = None if weight is None else call.empty(weight.shape, weight.dtype)
-            dbias = None if bias is None else call.empty(bias.shape, bias.dtype)
-            gradients = [gradient for gradient in (dweight, dbias) if gradient is not None]
+            epilogue = 0 if activation is None else EPILOGUES[activation]
+            # Parameters of each sample, and of the only one, have a plane's sums for gradients.
+            direct = [p is not None and (p.ndim == 2 or x.shape[0] == 1) for p in (bias, weight)]
+            wanted = [p is not None for p in (bias, weight)]
+            op: Op = "backward" if saved.training else "eval_gradient"
+            reduced = any(w and not d for w, d in zip(wanted, direct, strict=True))
+            targets = 1 if saved.residual is None else 2
+            call = _Call(
+                self.runtime, op, x, saved.residual, (x, dy), out, targets, any(wanted), reduced, epilogue
+            )  # fmt: skip
+            dresidual = call.targets[1] if targets == 2 else None
+            if saved.with_residual and activation is None:
+                dresidual = dy
+                if out is not None and overlap(out, dy):
+                    dresidual = call.copy(dy)
+            dbias, dweight = (None if p is None else call.empty(p.shape, p.dtype) for p in (bias, weight))
             if x.size == 0:
-                for gradient in gradients:
-                    gradient.fill(0)
-                return call.result(), dweight, dbias
-            plan = call.plan("backward" if saved.training else "eval_gradient", sums=bool(gradients))
-            wide = call.wide((weight, WIDE_WEIGHT), (bias, WIDE_BIAS))
-            weight = call.dense(weight)
-            affine = (*call.pointers(weight), wide)
+                for gradient in (dweight, dbias):
+                    if gradient is not None:
+                        gradient.fill(0)
+                return call.result(), dweight, dbias, dresidual
+            flags = call.flags(weight, bias)
+            flags |= NARROW_SUM_DY * (dbias is not None and direct[0] and dbias.dtype != call.math)
+            flags |= NARROW_SUM_DY_XHAT * (dweight is not None and direct[1] and dweight.dtype != call.math)
+            flags_ = np.int32(flags)
+            weight, bias = call.dense(weight), call.dense(bias)
             statistics = call.pointers(saved.mean, saved.rstd)
-            planes = call.nc[0] * call.nc[1]
-            step, *rest = plan.steps
-            sums: Array = (None, None, None)  # of dy and of dy * xhat, and the split's delta: each of all planes
-            if plan.op == "eval_gradient":
-                if gradients:
-                    partial = call.empty((2, planes, step.tiles), call.math)
-                    sums = (partial[0], partial[1], None)  # already, if there is one tile
+            epilogue_: tuple[Any, ...] = ()
+            if epilogue:
+                slope = np.float64(_slope(activation, saved.negative_slope))
+                epilogue_ = (*call.residual, slope, *call.extra, *call.pointers(saved.delta, bias))
+            affine = (*statistics, call.pointer(weight), flags_, *epilogue_)
+            arrays = call.tensors
+            step, *rest = call.plan.steps
+            # What the kernels write the sums to: the gradients themselves where they are that, else one a plane.
+            sum_dy, sum_dy_xhat = (
+                gradient if is_direct else call.planes(gradient is not None)
+                for gradient, is_direct in ((dbias, direct[0]), (dweight, direct[1]))
+            )
+            merged = call.pointers(sum_dy, sum_dy_xhat)
+            if op == "eval_gradient":
+                if step.tiles == 1:
+                    call.tiles(step, *arrays, *affine, *merged)
                 else:
-                    partial = None
-                call.tiles(step, *call.tensors, *statistics, *affine, *call.pointers(partial), np.int64(planes))
-                if gradients and step.tiles > 1:
-                    merge, *rest = rest
-                    sums = (call.planes(), call.planes(), None)
-                    where = (*call.counts(step.tiles), call.spatial, statistics[1])
-                    call.run(merge, *call.pointers(partial), *where, *call.pointers(*sums))
-            elif plan.regime == "split":
+                    partial = call.empty((2, *call.nc, step.tiles), call.math) if any(wanted) else (None, None)
+                    unflagged = (*affine[:3], np.int32(flags & ~(NARROW_SUM_DY | NARROW_SUM_DY_XHAT)), *affine[4:])
+                    call.tiles(step, *arrays, *unflagged, call.pointer(partial[0]), call.pointer(partial[1]))
+                    if any(wanted):
+                        merge, *rest = rest
+                        sizes = (call.stripes_planes, np.int64(step.tiles), *call.planes_of((0, call.plan.stripes)))
+                        where = (call.pointer(partial), *sizes, call.spatial, statistics[1])
+                        call.run(merge, *where, NULL, NULL, NULL, *merged, flags_)
+            elif call.plan.regime == "split":
                 merge, apply, *rest = rest
-                partial = call.empty((3, planes, step.tiles), call.math)
-                sums = (call.planes(), call.planes(), call.planes())
-                call.tiles(step, *call.tensors[:8], *statistics, *call.pointers(partial), np.int64(planes))
-                where = (*call.counts(step.tiles), call.spatial, statistics[1])
-                call.run(merge, *call.pointers(partial), *where, *call.pointers(*sums))
-                call.tiles(
-                    apply, *call.tensors, *statistics, *call.pointers(sums[2]), *affine, *call.pointers(*sums[:2])
-                )
+                partial = call.empty((3, *call.nc, step.tiles), call.math)
+                kept_sums = call.planes(), call.planes(), call.planes()
+                *sums, more = call.pointers(*kept_sums)
+                for some in call.rounds():
+                    call.tiles(
+                        step, *arrays[:8], *affine, call.pointer(partial), call.stripes_planes, some=some
+                    )  # fmt: skip
+                    sizes = (call.stripes_planes, np.int64(step.tiles), *call.planes_of(some))
+                    where = (call.pointer(partial), *sizes, call.spatial, statistics[1])
+                    call.run(merge, *where, *sums, more, *merged, flags_)
+                    if apply.plain and epilogue:  # dresidual is what the epilogue made of dy
+                        inputs, affine_ = (*arrays[:4], *call.extra, *arrays[8:]), affine[:4]
+                    else:
+                        inputs, affine_ = arrays, affine
+                    call.tiles(apply, *inputs, *affine_, more, *sums, some=some)
             else:
-                if gradients:
-                    sums = (call.planes(), call.planes(), None)
-                call.owner(step, *call.tensors, *statistics, *affine, *call.pointers(*sums[:2]))
-            if gradients:
-                results = call.pointers(dweight, dbias)
-                call.run(*rest, *call.pointers(*sums[:2]), np.int64(x.shape[0]), call.channels, *results, wide)
-            return call.result(), dweight, dbias
+                call.owner(step, *arrays, *affine, *merged, numbers=3)
+            if reduced:
+                # Of those that are not there yet.
+                results = (None if done else g for g, done in ((dweight, direct[1]), (dbias, direct[0])))
+                batch = (np.int64(x.shape[0]), call.channels)
+                call.run(rest[0], *merged, *batch, *call.pointers(*results), flags_)
+            return call.result(), dweight, dbias, dresidual
+
+
+def _slope(activation: str | None, negative_slope: float) -> float:
+    """Of the rectifier that an activation is (kernels/epilogue.cuh)."""
+    return {None: 1.0, "relu": 0.0}.get(activation, negative_slope)
 
 
 def _assign(target: Array, source: Array) -> None:
@@ -157,84 +218,186 @@ def _assign(target: Array, source: Array) -> None:
     target[...] = source
 
 
-class _Call:
-    """One call: its arrays as the kernels can read and write them, its plan, and what its launches have in common."""
+class _Prepared(NamedTuple):
+    """What follows from the shapes, strides and alignment of a call's arrays."""
 
-    def __init__(self, runtime: Runtime, inputs: tuple[Array, ...], out: Array | None):
+    kind: Kind
+    copied: tuple[bool, ...]  # which of the given arrays the kernels cannot read or write where they are
+    strides: tuple[tuple[np.int64, np.int64, np.int64], ...]  # of inputs and targets
+    plan: Plan
+    modules: tuple[Module, ...]  # of its steps
+    sizes: tuple[np.int64, np.int64, np.int64]  # channels, spatial positions, stripes
+
+
+@lru_cache(maxsize=4096)
+def _prepare(
+    op: Op,
+    memories: tuple[Memory, ...],
+    inputs: int,
+    targets: int,
+    dtype: np.dtype,
+    device: Device,
+    sums: bool,
+    reduced: bool,
+    epilogue: int,
+    residual: bool,
+) -> _Prepared:
+    """memories: of the inputs, then of out if it is given; targets: how many arrays are written."""
+    shape, itemsize = memories[0].shape, memories[0].itemsize
+    kind, _, copied = arrange(memories)
+    new = fresh(shape, itemsize, kind)
+    # Arrays made here are aligned, and of the kind.
+    final = [new if copy else memory for memory, copy in zip(memories, copied, strict=True)]
+    final += [new] * (inputs + targets - len(final))
+    kind, layouts, _ = arrange(tuple(final))
+    sizes = (shape[0], shape[1], math.prod(shape[2:]))
+    made = plan(op, sizes, dtype.name, kind, layouts, device, sums, reduced, epilogue, residual)
+    return _Prepared(
+        kind,
+        copied,
+        tuple((np.int64(x.n), np.int64(x.c), np.int64(x.s)) for x in layouts),
+        made,
+        tuple(Module.of(step, made) for step in made.steps),
+        (np.int64(shape[1]), np.int64(sizes[2]), np.int64(made.stripes)),
+    )
+
+
+class _Call:
+    """One call: its arrays as the kernels can read and write them, its plan, and what its launches have in common.
+
+    tensors: the kernel arguments of inputs and result. residual, extra: those of the residual and of the second array
+    that is written, null where there is none.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        op: Op,
+        x: Array,
+        residual: Array | None,
+        inputs: tuple[Array, ...],
+        out: Array | None,
+        targets: int,
+        sums: bool,
+        reduced: bool,
+        epilogue: int,
+    ):
         self.runtime = runtime
         self.empty = runtime.empty
-        x = inputs[0]
-        self.nc = (x.shape[0], x.shape[1])
-        self.channels, self.spatial = np.int64(x.shape[1]), np.int64(math.prod(x.shape[2:]))
+        self.nc = x.shape[:2]
         self.dtype, self.math = x.dtype, math_dtype(x.dtype)
         self.out = out
-        arrays = (*inputs, *(() if out is None else (out,)))
-        self.kind, _, copied = arrange(tuple(self._memory(array) for array in arrays))
-        inputs = tuple(self._copy(a) if copy else a for a, copy in zip(inputs, copied, strict=False))
-        self.target = self._new(x.shape) if out is None or copied[-1] else out
-        self.arrays = (*inputs, self.target)
+        given = inputs if residual is None else (*inputs, residual)
+        memories = tuple(
+            Memory(array.shape, array.strides, array.itemsize, runtime.address(array) % 16)
+            for array in (given if out is None else (*given, out))
+        )
+        if x.size == 0:
+            self.kind, _, copied = arrange(memories)
+            self.shape = x.shape
+            self.targets = [
+                self._new() if out is None or copied[-1] else out,
+                *(self._new() for _ in range(1, targets)),
+            ]
+            return
+        self.kind, copied, strides, self.plan, self._modules, sizes = _prepare(
+            op, memories, len(given), targets, x.dtype, runtime.device(), sums, reduced, epilogue, residual is not None
+        )  # fmt: skip
+        self.channels, self.spatial, self._stripes = sizes
+        self.shape = x.shape
+        # Kept with the call, since the kernels get addresses alone.
+        arrays = self._arrays = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
+        self.targets = [self._new() if out is None or copied[-1] else out, *(self._new() for _ in range(1, targets))]
+        args = [
+            (np.uintp(runtime.address(a)), *steps) for a, steps in zip((*arrays, *self.targets), strides, strict=True)
+        ]
+        self.residual = NO_TENSOR if residual is None else args[len(inputs)]
+        self.extra = NO_TENSOR if targets == 1 else args[-1]
+        self.tensors: tuple[Any, ...] = sum(args[: len(inputs)], ()) + args[len(given)]
 
-    def _memory(self, array: Array) -> Memory:
-        return Memory(array.shape, array.strides, array.itemsize, self.runtime.address(array) % 16)
-
-    def _new(self, shape: tuple[int, ...]) -> Array:
-        n, c, *spatial = shape
-        if self.kind == "channels_first" or self.spatial == 1:
-            return self.empty(shape, self.dtype)
-        rank = len(shape)
+    def _new(self) -> Array:
+        n, c, *spatial = self.shape
+        if self.kind == "channels_first" or math.prod(spatial) == 1:
+            return self.empty(self.shape, self.dtype)
+        rank = len(self.shape)
         return self.empty((n, *spatial, c), self.dtype).transpose(0, rank - 1, *range(1, rank - 1))
 
-    def _copy(self, array: Array) -> Array:
-        copy = self._new(array.shape)
+    def copy(self, array: Array) -> Array:
+        copy = self._new()
         _assign(copy, array)
         return copy
-
-    def plan(self, op: Op, sums: bool) -> Plan:
-        # The arrays made here are aligned: the kind stays.
-        self.kind, layouts, _ = arrange(tuple(self._memory(array) for array in self.arrays))
-        self.tensors: tuple[Any, ...] = ()
-        for array, layout in zip(self.arrays, layouts, strict=True):
-            self.tensors += (*self.pointers(array), np.int64(layout.n), np.int64(layout.c), np.int64(layout.s))
-        shape = (*self.nc, int(self.spatial))
-        self._plan = plan(op, shape, self.dtype.name, self.kind, layouts, self.runtime.device(), sums)
-        return self._plan
 
     def planes(self, wanted: bool = True) -> Array | None:
         """A new array of one number for each plane."""
         return self.empty(self.nc, self.math) if wanted else None
 
-    def pointers(self, *arrays: Array | None) -> tuple[np.uintp, ...]:
-        return tuple(np.uintp(0 if array is None else self.runtime.address(array)) for array in arrays)
+    def pointer(self, array: Array | None) -> np.uintp:
+        return NULL if array is None else np.uintp(self.runtime.address(array))
 
-    def wide(self, *arrays: tuple[Array | None, int]) -> np.int32:
-        return np.int32(sum(bit for array, bit in arrays if array is not None and array.dtype == self.math))
+    def pointers(self, *arrays: Array | None) -> tuple[np.uintp, ...]:
+        return tuple(map(self.pointer, arrays))
+
+    def flags(self, weight: Array | None, bias: Array | None) -> int:
+        flags = 0
+        for array, wide, sample in ((weight, WIDE_WEIGHT, SAMPLE_WEIGHT), (bias, WIDE_BIAS, SAMPLE_BIAS)):
+            if array is not None:
+                flags |= wide * (array.dtype == self.math) | sample * (array.ndim == 2)
+        return flags
 
     def dense(self, array: Array | None) -> Array | None:
-        """A per-channel array without gaps: itself, or a copy."""
-        if array is None or (array.flags.c_contiguous and self.runtime.address(array) % array.itemsize == 0):
+        """A parameter array without gaps: itself, or a copy."""
+        if array is None or (array.flags.c_contiguous and not self.runtime.address(array) % array.itemsize):
             return array
         copy = self.empty(array.shape, array.dtype)
         _assign(copy, array)
         return copy
 
-    def counts(self, tiles: int) -> tuple[np.int64, np.int64]:
-        return np.int64(tiles), np.int64(self.nc[0] * self.nc[1])
+    @property
+    def stripes_planes(self) -> np.int64:
+        return np.int64(self.nc[0] * self.nc[1])
+
+    def rounds(self) -> list[tuple[int, int]]:
+        """First stripe and number of stripes of each round of a split."""
+        stripes, most = self.plan.stripes, self.plan.at_a_time
+        return [(first, min(most, stripes - first)) for first in range(0, stripes, most)]
+
+    def planes_of(self, some: tuple[int, int]) -> tuple[np.int64, np.int64]:
+        """First plane and number of planes of a range of stripes."""
+        n, c = self.nc
+        groups = self.plan.stripes // n
+        width = 1 if self.kind == "channels_first" else self.plan.steps[0].lanes * self.plan.vector
+
+        def plane(stripe: int) -> int:
+            return stripe // groups * c + min(stripe % groups * width, c)
+
+        first, end = plane(some[0]), plane(sum(some))
+        return np.int64(first), np.int64(end - first)
 
     def run(self, step: Step, *args: Any) -> None:
-        module = Module.of(step.module, self._plan)
-        self.runtime.launch(module, step, args)
+        self.runtime.launch(self._modules[self.plan.steps.index(step)], step, args)
 
-    def owner(self, step: Step, *args: Any, after: tuple[Any, ...] = ()) -> None:
-        """A launch whose owners serve a whole stripe each."""
-        sizes = (self.channels, self.spatial, np.int64(step.owners))
-        self.run(step, *args, *sizes, np.int32(self._plan.lanes), np.int32(step.chunks), *after)
+    def owner(self, step: Step, *args: Any, numbers: int, after: tuple[Any, ...] = ()) -> None:
+        """A launch whose owners serve whole stripes. numbers: how many a plane a group of blocks exchanges."""
+        sizes = (self.channels, self.spatial, self._stripes, np.int32(step.lanes), np.int32(step.chunks))
+        group: tuple[Any, ...] = ()
+        if step.group in ("cluster", "grid"):
+            partial = arrived = None
+            if step.group == "grid":
+                groups = step.grid[0] // step.tiles
+                width = 1 if self.kind == "channels_first" else self.plan.vector
+                partial = self.empty((groups, 2, step.tiles, step.lanes * width * numbers), self.math)
+                arrived = self.runtime.zeros((groups,), np.uint32)
+            group = (np.int32(step.tiles), *self.pointers(partial, arrived))
+        self.run(step, *args, *sizes, *after, *group)
 
-    def tiles(self, step: Step, *args: Any) -> None:
-        """A launch whose owners serve a tile each."""
-        sizes = (self.channels, self.spatial, np.int64(step.owners), np.int64(step.tiles))
-        self.run(step, *args, *sizes, np.int32(self._plan.lanes))
+    def tiles(self, step: Step, *args: Any, some: tuple[int, int] | None = None) -> None:
+        """A launch whose owners serve a tile each; of some stripes only: first and number."""
+        stripes = (np.int64(step.owners),) if some is None else (np.int64(some[0]), np.int64(some[1]))
+        sizes = (self.channels, self.spatial, *stripes, np.int64(step.tiles))
+        self.run(step, *args, *sizes, np.int32(step.lanes))
 
     def result(self) -> Array:
-        if self.out is not None and self.target is not self.out:
-            _assign(self.out, self.target)
-        return self.target if self.out is None else self.out
+        target = self.targets[0]
+        if self.out is not None and target is not self.out:
+            _assign(self.out, target)
+        return target if self.out is None else self.out

@@ -8,6 +8,7 @@ in kernels/plane.cuh.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -28,10 +29,16 @@ def widest(dtype: str, kind: Kind) -> int:
     return v if kind == "channels_first" else min(v, 4)
 
 
-def resident_threads(file: str, dtype: str, kind: Kind) -> int:
+#: What follows the affine step in a kernel (kernels/epilogue.cuh). relu and no activation are rectifiers too.
+EPILOGUES: dict[str | None, int] = {None: 1, "relu": 1, "leaky_relu": 1, "silu": 2, "gelu": 3}
+
+
+def resident_threads(
+    file: str, dtype: str, kind: Kind, group: str = "", epilogue: int = 0, skewed: bool = False
+) -> int:
     """Threads that must fit on a multiprocessor: a limit of 65536 / this registers for a kernel's threads."""
-    light = file == "forward" and dtype != "float64" and kind == "channels_first"
-    return 1024 if light else 512
+    light = file == "forward" and dtype != "float64" and kind == "channels_first" and epilogue < 2 and not skewed
+    return 1024 if light and group != "grid" else 512
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,16 @@ class Device:
     sm_count: int
     shared_per_block: int  # the opt-in limit
     l2_bytes: int
+    cluster: int = 1  # most blocks of a cluster
+
+    def __hash__(self) -> int:  # of every call's key: must be quick
+        return hash(self.name)
 
 
-def _known(name: str, capability: tuple[int, int], sm_count: int, shared_kib: int, l2_mib: float) -> Device:
-    return Device(name, capability, sm_count, shared_kib * 1024, int(l2_mib * 2**20))
+def _known(
+    name: str, capability: tuple[int, int], sm_count: int, shared_kib: int, l2_mib: float, cluster: int = 1
+) -> Device:
+    return Device(name, capability, sm_count, shared_kib * 1024, int(l2_mib * 2**20), cluster)
 
 
 #: Devices that can be planned for without being there, by name.
@@ -57,10 +70,10 @@ DEVICES = {
         _known("V100", (7, 0), 80, 96, 6),
         _known("A100", (8, 0), 108, 163, 40),
         _known("L4", (8, 9), 58, 99, 48),
-        _known("H100", (9, 0), 132, 227, 50),
-        _known("H200", (9, 0), 132, 227, 60),
-        _known("B200", (10, 0), 148, 227, 126),
-        _known("RTX 5090", (12, 0), 170, 99, 96),
+        _known("H100", (9, 0), 132, 227, 50, 16),
+        _known("H200", (9, 0), 132, 227, 60, 16),
+        _known("B200", (10, 0), 148, 227, 126, 16),
+        _known("RTX 5090", (12, 0), 170, 99, 96, 8),
     )
 }
 
@@ -69,47 +82,51 @@ DEVICES = {
 class Rung:
     """One step of a ladder: an owner, where its tile rests, threads of a block, packs a thread holds (registers)."""
 
-    owner: Literal["warp", "block"]
+    owner: Literal["part", "warp", "block", "cluster", "grid"]
     rest: Literal["registers", "shared"]
     threads: int
     chunks: int  # 0: as many as the plane needs
+    cluster: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.owner}_{self.rest}_{self.threads}x{self.chunks}"
+        size = self.cluster if self.owner == "cluster" else ""
+        return f"{self.owner}{size}_{self.rest}_{self.threads}x{self.chunks}"
 
     @property
     def size(self) -> int:
-        """Threads of one owner."""
-        return 32 if self.owner == "warp" else self.threads
+        """Threads of one owner; a group of blocks has one owner for each tile."""
+        return 32 if self.owner in ("part", "warp") else self.threads
+
+    @property
+    def group(self) -> str:
+        """Rungs of a group are compiled together: "" for those that most calls need."""
+        return self.owner if self.owner in ("part", "cluster", "grid") else ""
 
 
 def _warp(*chunks: int) -> tuple[Rung, ...]:
     return tuple(Rung("warp", "registers", 128, k) for k in chunks)
 
 
-_SHARED = Rung("block", "shared", 512, 0)
+def _block(*sizes: tuple[int, int]) -> tuple[Rung, ...]:
+    return tuple(Rung("block", "registers", threads, k) for threads, k in sizes)
 
-#: The ladders, smallest plane first. With 16-byte packs a warp holds 512 bytes a chunk, 256 threads 4 KB.
+
+_PART = Rung("part", "registers", 256, 8)
+_SHARED = (
+    Rung("block", "shared", 512, 0),
+    *(Rung("cluster", "shared", 512, 0, size) for size in (2, 4, 8, 16)),
+    Rung("grid", "shared", 512, 0),
+)
+
+#: The ladders: the first rung that suits (_Job.suits) is taken, and what suits none is split. With 16-byte packs a warp
+#: holds 512 bytes a chunk, 256 threads 4 KB.
 LADDERS: dict[str, tuple[Rung, ...]] = {
-    "forward": (
-        *_warp(1, 2, 4, 8),
-        Rung("block", "registers", 256, 2),
-        Rung("block", "registers", 256, 4),
-        Rung("block", "registers", 256, 8),
-        Rung("block", "registers", 512, 8),
-        _SHARED,
-    ),
-    "backward": (  # x and dy are both held: half as much of each
-        *_warp(1, 2, 4),
-        Rung("block", "registers", 256, 1),
-        Rung("block", "registers", 256, 2),
-        Rung("block", "registers", 256, 4),
-        Rung("block", "registers", 512, 4),
-        _SHARED,
-    ),
-    "split": (Rung("block", "registers", 256, 4),),
-    "evaluate": (*_warp(1, 4), Rung("block", "registers", 256, 4)),
+    "forward": (_PART, *_warp(1, 2, 4, 8), *_block((256, 2), (256, 4), (256, 8), (512, 8)), *_SHARED),
+    # x and dy are both held: half as much of each.
+    "backward": (_PART, *_warp(1, 2, 4), *_block((256, 1), (256, 2), (256, 4), (512, 4)), *_SHARED),
+    "split": _block((256, 4)),
+    "evaluate": (*_warp(1, 4), *_block((256, 4))),
     "channels": (),
 }
 
@@ -207,6 +224,11 @@ class Step:
     owners: int = 0
     tiles: int = 1
     chunks: int = 0
+    lanes: int = 1
+    group: str = ""  # of the rung
+    cluster: int = 1
+    cooperative: bool = False  # all blocks resident at once
+    plain: bool = False  # without the call's epilogue
 
 
 @dataclass(frozen=True)
@@ -218,11 +240,13 @@ class Plan:
     reason: str
     dtype: str
     kind: Kind
+    epilogue: int
     vector: int  # elements of one access
-    lanes: int  # accesses side by side in a row (channels-last)
+    skewed: bool  # arrays are read that lie otherwise between 16-byte borders than what is written
     stripes: int
     accesses: int
     steps: tuple[Step, ...]
+    at_a_time: int = 0  # stripes that a split goes through at a time: what L2 holds of them is not read again
 
     @property
     def bytes_per_element(self) -> int:
@@ -243,29 +267,46 @@ def grid_of(blocks: int) -> tuple[int, int]:
     return x, _ceil(blocks, x)
 
 
-class _Job:
-    """The quantities every rung is judged by."""
+#: Largest plane of a part of a warp, and smallest tile worth a block of a grid, in bytes.
+PART_BYTES = 512
+TILE_BYTES = 8192
 
-    def __init__(self, shape: tuple[int, int, int], dtype: str, kind: Kind, layouts: tuple[Layout, ...]):
+
+class _Job:
+    """The quantities every rung is judged by. arrays: how many an owner holds."""
+
+    def __init__(
+        self,
+        op: Op,
+        shape: tuple[int, int, int],
+        dtype: str,
+        kind: Kind,
+        layouts: tuple[Layout, ...],
+        device: Device,
+        epilogue: int,
+    ):
+        self.op, self.device, self.epilogue = op, device, epilogue
         self.n, self.c, self.s = shape
         self.itemsize = ITEMSIZE[dtype]
         self.math_bytes = 8 if dtype == "float64" else 4
-        self.kind = kind
+        self.kind, self.layouts = kind, layouts
+        self.arrays, self.quantities = (1, 1) if op == "forward" else (2, 3)
         v = widest(dtype, kind)
         # Strides of axes that are never stepped along do not matter.
         n_steps = {x.n % v for x in layouts} if self.n > 1 else {0}
         if kind == "channels_first":
             c_steps = {x.c % v for x in layouts} if self.c > 1 else {0}
             phases = {x.phase % v for x in layouts}
-            # Every array's planes must start at the same distance from an aligned address.
-            self.vector = v if len(n_steps) == len(c_steps) == len(phases) == 1 else 1
-            aligned = phases | n_steps | c_steps == {0}
-            self.shift = 0 if aligned or self.vector == 1 else v - 1
+            # Whether every array's planes start at the same distance from an aligned address, and whether that is 0.
+            self.vector = v
+            self.skewed = not len(n_steps) == len(c_steps) == len(phases) == 1
+            self.shift = 0 if phases | n_steps | c_steps == {0} else v - 1
             self.lanes = 1
             self.stripes = self.n * self.c
             self.packs = _ceil(self.s + self.shift, self.vector)
         else:
             s_steps = {x.s % v for x in layouts} if self.s > 1 else {0}
+            self.skewed = False
             whole = self.c % v == 0 and {x.phase % v for x in layouts} | n_steps | s_steps == {0}
             self.vector = v if whole else 1
             self.shift = 0
@@ -274,26 +315,60 @@ class _Job:
             self.stripes = self.n * _ceil(self.c, self.lanes * self.vector)
             self.packs = self.s * self.lanes
         self.planes_per_thread = 1 if kind == "channels_first" else self.vector
+        self.pack_bytes = self.vector * self.itemsize
+        self.bytes = self.packs * self.pack_bytes * self.arrays
+        share = "plane" if kind == "channels_first" else f"stripe of {self.lanes * self.vector} channels"
+        self.held = f"{self.bytes} B of one {share}"
 
-    def chunks(self, rung: Rung) -> int:
-        """Packs that each thread of the owner must hold to hold its planes."""
-        return _ceil(self.packs, rung.size)
+    def chunks(self, rung: Rung, tiles: int = 1) -> int:
+        """Packs that each thread of the owner must hold to hold its tile."""
+        return _ceil(self.packs, rung.size * tiles)
 
     def scratch(self, rung: Rung, quantities: int, areas: int) -> int:
         """Shared bytes of exchanges within a block (sums.cuh)."""
-        if rung.owner == "warp":
+        if rung.size == 32:
             return 0
         return areas * rung.threads // 32 * self.lanes * quantities * self.planes_per_thread * self.math_bytes
 
-    def step(self, module: str, prefix: str, rung: Rung, shared: int, tiles: int = 1, chunks: int = 0) -> Step:
+    def shared(self, rung: Rung, tiles: int) -> int:
+        """Shared bytes of a block whose tile rests there."""
+        tile = self.chunks(rung, tiles) * rung.threads * self.pack_bytes * self.arrays
+        if rung.owner == "block":
+            return tile + self.scratch(rung, self.quantities, 2 if self.op == "forward" else 1)
+        # Two areas for sums of Accum (forward: two a plane), and what a cluster's block publishes (group.cuh).
+        per_lane = self.lanes * self.planes_per_thread
+        sums = 2 * rung.threads // 32 * per_lane * (2 if self.op == "forward" else 3) * 8
+        return tile + sums + per_lane * (4 if self.op == "forward" else 3) * self.math_bytes
+
+    def parts(self) -> int:
+        """Threads of a part of a warp that serve one plane."""
+        return _pow2(_ceil(self.s, _PART.chunks))
+
+    def dense(self) -> bool:
+        """Whether the planes of every array lie one behind the other."""
+        return self.kind == "channels_first" and all(
+            (self.c == 1 or x.c == self.s) and (self.n == 1 or x.n == self.c * self.s) for x in self.layouts
+        )
+
+    def step(
+        self, module: str, prefix: str, rung: Rung, shared: int, tiles: int = 1, chunks: int = 0, plain: bool = False
+    ) -> Step:
         owners = self.stripes * tiles
         blocks = _ceil(owners * rung.size, rung.threads)
-        name = f"{prefix}_{rung.name}"
-        return Step(module, name, grid_of(blocks), rung.threads, shared, owners, tiles, chunks)
+        lanes = self.lanes
+        if rung.owner == "part":
+            lanes = self.parts()
+            blocks = _ceil(owners * lanes, rung.threads)
+        elif rung.owner == "grid":
+            blocks = min(self.stripes, self.device.sm_count // tiles) * tiles
+        grid = grid_of(blocks)
+        if rung.owner == "cluster" and grid[1] > 1:  # clusters lie along x
+            grid = (MAX_GRID // rung.cluster * rung.cluster, _ceil(blocks, MAX_GRID // rung.cluster * rung.cluster))
+        return Step(module, f"{prefix}_{rung.name}", grid, rung.threads, shared, owners, tiles, chunks, lanes,
+                    rung.group, rung.cluster, rung.owner == "grid", plain)  # fmt: skip
 
-    def merge(self, name: str, bytes_per_thread: int) -> Step:
-        planes = self.n * self.c
-        return Step("split", name, grid_of(planes), 256, 256 * bytes_per_thread)
+    def merge(self, name: str, bytes_per_thread: int, planes: int) -> Step:
+        return Step("split", name, grid_of(planes), 256, 256 * bytes_per_thread, plain=True)
 
     def channels(self, name: str) -> Step:
         return Step("channels", name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
@@ -305,6 +380,56 @@ class _Job:
         return self.step("evaluate", prefix, rung, self.scratch(rung, quantities, 1),
                          _ceil(self.chunks(rung), rung.chunks))  # fmt: skip
 
+    def suits(self, rung: Rung, rooms: int) -> tuple[Step | None, str]:
+        """The launch, if a rung suits, and why or why not. rooms: arrays that a staged chunk has room for."""
+        busy = self.device.sm_count
+        op = self.op
+        if rung.owner == "part":
+            if not self.dense() or self.s * self.itemsize > PART_BYTES or self.s > 32 * rung.chunks:
+                return None, "planes are too large, or not one behind the other"
+            most, w = 32 // self.parts(), 16 // self.itemsize
+            room = (most * self.s + 2 * w - 2) // w * 16
+            shared = rung.threads // 32 * rooms * room
+            if shared > self.device.shared_per_block:
+                return None, f"staged planes exceed the {self.device.shared_per_block} B of shared memory"
+            why = f"{most} planes a warp, staged so that 16 B move at a time; {self.parts()} threads a plane"
+            return self.step(op, op, rung, shared, chunks=rung.chunks), why
+        if rung.rest == "registers":
+            # A warp that holds its plane in one pack a thread gains nothing from company.
+            if rung.owner == "warp" and self.packs > 32 and self.stripes < 2 * busy:
+                return None, f"{self.stripes} owners would leave multiprocessors idle"
+            if self.chunks(rung) > rung.chunks:
+                return None, f"{self.held} are too many for the registers"
+            shared = self.scratch(rung, self.quantities, 2 if op == "forward" else 1)
+            why = f"{self.held} rest in {rung.chunks * self.arrays} packs of {rung.size} threads"
+            return self.step(op, op, rung, shared, chunks=rung.chunks), why
+        # In shared memory. While a larger owner is to be had, two blocks share a multiprocessor: one computes while the
+        # other moves its tile.
+        whole, half = self.device.shared_per_block, (self.device.shared_per_block + 1024) // 2 - 1024
+        tiles = rung.cluster
+        if rung.owner == "grid":
+            if busy < 2 or self.shared(rung, busy) > whole:
+                return None, f"{self.held} exceed the shared memory of all multiprocessors"
+            tiles = next(t for t in range(2, busy + 1) if self.shared(rung, t) <= whole)
+            groups = min(self.stripes, busy // tiles)
+            groups = _ceil(self.stripes, _ceil(self.stripes, groups))  # as many rounds, the last one no emptier
+            tiles = max(tiles, min(busy // groups, _ceil(self.bytes, TILE_BYTES)))
+            tiles = _ceil(self.packs, self.chunks(rung, tiles) * rung.threads)
+            why = (
+                f"{self.held} rest in {self.shared(rung, tiles)} B of shared memory of each of {tiles} multiprocessors"
+            )
+            return self.step(op, op, rung, self.shared(rung, tiles), tiles, self.chunks(rung, tiles)), why
+        if tiles > self.device.cluster:
+            return None, f"{self.held}: the device has no clusters of {tiles} blocks"
+        shared = self.shared(rung, tiles)
+        last = tiles == self.device.cluster
+        if shared > (whole if last else half):
+            return None, f"{self.held} exceed the {whole if last else half} B of shared memory of {tiles} block(s)"
+        if 2 * self.stripes * tiles <= busy:
+            return None, f"{self.stripes} x {tiles} blocks would leave most of {busy} multiprocessors idle"
+        why = f"{self.held} rest in {shared} B of shared memory" + (f" of each of {tiles} blocks" if tiles > 1 else "")
+        return self.step(op, op, rung, shared, tiles, self.chunks(rung, tiles)), why
+
 
 @lru_cache(maxsize=4096)
 def plan(
@@ -315,60 +440,74 @@ def plan(
     layouts: tuple[Layout, ...],
     device: Device,
     sums: bool = True,
+    reduced: bool = True,
+    epilogue: int = 0,
+    residual: bool = False,
 ) -> Plan:
     """Plan a call on arrays of (N, C, S), none of them 0, in the layouts given (one for each array, x first).
 
     forward and backward use the statistics of the input; evaluate and eval_gradient those given (tracked eval).
-    sums: whether a backward call also needs the affine gradients' sums.
+    sums: whether a backward call needs the affine gradients' sums, a forward call the update of running statistics;
+    reduced: whether one of them is to be added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward
+    without activation has none). residual: whether there is one, with an epilogue.
     """
-    job = _Job(shape, dtype, kind, layouts)
+    job = _Job(op, shape, dtype, kind, layouts, device, epilogue)
+    # The residual is read; backward reads it again for z, and writes its gradient.
+    more = residual * (1 if op in ("forward", "evaluate") else 2)
 
-    def made(regime: str, reason: str, accesses: int, *steps: Step) -> Plan:
-        return Plan(op, regime, reason, dtype, kind, job.vector, job.lanes, job.stripes, accesses, steps)
+    def made(regime: str, reason: str, accesses: int, *steps: Step, at_a_time: int = 0) -> Plan:
+        return Plan(
+            op,
+            regime,
+            reason,
+            dtype,
+            kind,
+            epilogue,
+            job.vector,
+            job.skewed,
+            job.stripes,
+            accesses + more,
+            steps,
+            at_a_time,
+        )
 
     if op == "evaluate":
         return made("pointwise", "statistics are given", 2, job.pointwise("evaluate", 0))
+    last = "running_statistics" if op == "forward" else "parameter_gradients"
+    after = (job.channels(last),) if sums and reduced else ()
+    planes = job.n * job.c
     if op == "eval_gradient":
         step = job.pointwise("eval_gradient", 2)
-        merge = (job.merge("merge_gradient", 24),) if sums and step.tiles > 1 else ()
-        return made("pointwise", "statistics are given", 3 if sums else 2, step, *merge,
-                    *((job.channels("parameter_gradients"),) if sums else ()))  # fmt: skip
+        merge = (job.merge("merge_gradient", 24, planes),) if sums and step.tiles > 1 else ()
+        return made("pointwise", "statistics are given", 3 if sums or epilogue else 2, step, *merge, *after)
 
-    arrays, quantities, areas = (1, 1, 2) if op == "forward" else (2, 3, 1)
-    after = (job.channels("running_statistics" if op == "forward" else "parameter_gradients"),) if sums else ()
-    few = job.stripes < 2 * device.sm_count
-    share = "plane" if kind == "channels_first" else f"stripe of {job.lanes * job.vector} channels"
-    held = f"{job.packs * job.vector * job.itemsize * arrays} B of one {share}"
     for rung in LADDERS[op]:
-        # A warp that holds its plane in one pack a thread gains nothing from company.
-        if few and rung.owner == "warp" and job.packs > 32:
-            continue
-        chunks = job.chunks(rung)
-        if rung.rest == "registers":
-            if chunks <= rung.chunks:
-                why = f"{held} rest in {rung.chunks * arrays} packs of {rung.size} threads"
-                step = job.step(op, op, rung, job.scratch(rung, quantities, areas), chunks=rung.chunks)
-                return made(f"{rung.owner}-registers", why, 1 + arrays, step, *after)
-            continue
-        tile = chunks * rung.threads * job.vector * job.itemsize * arrays
-        shared = tile + job.scratch(rung, quantities, areas)
-        if shared > device.shared_per_block:
-            why = f"{held} exceed the {device.shared_per_block} B of shared memory of a block"
-        elif 2 * job.stripes <= device.sm_count:
-            why = f"{held} would leave most of {device.sm_count} multiprocessors idle"
-        else:
-            why = f"{held} rest in {tile} B of shared memory"
-            return made("block-shared", why, 1 + arrays, job.step(op, op, rung, shared, chunks=chunks), *after)
+        step_, why = job.suits(rung, job.arrays + more)
+        if step_ is not None:
+            return made(f"{rung.owner}-{rung.rest}", why, 1 + job.arrays, step_, *after)
 
     rung = LADDERS["split"][0]
     tiles = _ceil(job.chunks(rung), rung.chunks)
-    why += f", so it is split into {tiles} tiles"
+    # (The split's backward has written the gradient of a residual when it comes back, and reads it in the place of dy.)
+    # Half of L2: what is written goes through it too.
+    at_a_time = min(job.stripes, max(1, device.l2_bytes // 2 // job.bytes))
+    some = at_a_time * job.lanes * job.planes_per_thread
+    why += f", so it is split into {tiles} tiles, {at_a_time} at a time for the sake of L2"
+    small = _resized(job, at_a_time)
     if op == "forward":
         return made("split", why, 3,
-                    job.step("split", "moments", rung, job.scratch(rung, 1, 2), tiles),
-                    job.merge("merge_moments", 24),
-                    job.step("split", "apply", rung, 0, tiles), *after)  # fmt: skip
+                    small.step("split", "moments", rung, job.scratch(rung, 1, 2), tiles, plain=True),
+                    job.merge("merge_moments", 24, some),
+                    small.step("split", "apply", rung, 0, tiles), *after, at_a_time=at_a_time)  # fmt: skip
     return made("split", why, 5,
-                job.step("split", "gradient", rung, job.scratch(rung, 3, 1), tiles),
-                job.merge("merge_gradient", 24),
-                job.step("split", "apply_gradient", rung, 0, tiles), *after)  # fmt: skip
+                small.step("split", "gradient", rung, job.scratch(rung, 3, 1), tiles),
+                job.merge("merge_gradient", 24, some),
+                small.step("split", "apply_gradient", rung, 0, tiles, plain=residual), *after,
+                at_a_time=at_a_time)  # fmt: skip
+
+
+def _resized(job: _Job, stripes: int) -> _Job:
+    """The same planes, fewer of them."""
+    small = copy(job)
+    small.stripes = stripes
+    return small

@@ -10,14 +10,20 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import cupy
+import numpy as np
+from cupy_backends.cuda.api import driver
 
 from ..functional import Array
 from .plan import Device, Step
 from .source import OPTIONS, Module, compile_error
 
-# What a launch may ask for without opting in, and cudaDevAttrMaxSharedMemoryPerBlockOptin.
+# What a launch may ask for without opting in, cudaDevAttrMaxSharedMemoryPerBlockOptin, and
+# CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED.
 DEFAULT_SHARED = 48 * 1024
 MAX_SHARED_OPTIN = 97
+NON_PORTABLE_CLUSTER = 14
+
+PROBE = 'extern "C" __global__ void __cluster_dims__(%d, 1, 1) cupynorm_probe() {}'
 
 
 class CupyRuntime:
@@ -42,11 +48,15 @@ class CupyRuntime:
                 p["multiProcessorCount"],
                 p["sharedMemPerBlockOptin"],
                 p["l2CacheSize"],
+                _largest_cluster(p["major"], p["sharedMemPerBlockOptin"]),
             )
         return self._devices[number]
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return cupy.zeros(shape, dtype)
 
     def address(self, array: Array) -> int:
         return array.data.ptr
@@ -57,7 +67,10 @@ class CupyRuntime:
         if kernel is None:
             self.load(module)
             kernel = self._kernels[key]
-        kernel(step.grid, (step.threads,), args, shared_mem=step.shared)
+        if step.cooperative:
+            _launch_cooperative(kernel, step, args)
+        else:
+            kernel(step.grid, (step.threads,), args, shared_mem=step.shared)
 
     def load(self, module: Module) -> None:
         """Compile a module for the current device, or load it from CuPy's disk cache: once, whoever else asks."""
@@ -73,11 +86,13 @@ class CupyRuntime:
                 # CuPy keeps one compiled module for all kernels of the same text and options.
                 kernel = cupy.RawKernel(module.source, name, OPTIONS)
                 try:
-                    kernel.kernel  # noqa: B018 - compiles
+                    function = kernel.kernel  # compiles
                 except cupy.cuda.compiler.CompileException as error:
                     raise compile_error(module, error.get_message()) from error
                 if shared > DEFAULT_SHARED:
                     kernel.max_dynamic_shared_size_bytes = shared
+                if module.group == "cluster" and "cluster16" in name:
+                    driver.funcSetAttribute(function.ptr, NON_PORTABLE_CLUSTER, 1)
                 self._kernels[number, module, name] = kernel
 
     def load_all(self, modules: Iterable[Module]) -> None:
@@ -90,3 +105,31 @@ class CupyRuntime:
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(load, modules))
+
+
+def _launch_cooperative(kernel: cupy.RawKernel, step: Step, args: tuple[Any, ...]) -> None:
+    """The driver's own call: CuPy's would link the device runtime, and make a grid smaller that does not fit."""
+    values = [np.asarray(arg) for arg in args]
+    pointers = np.array([value.ctypes.data for value in values], np.uintp)
+    stream = cupy.cuda.get_current_stream().ptr
+    driver.launchCooperativeKernel(
+        kernel.kernel.ptr, *step.grid, 1, step.threads, 1, 1, step.shared, stream, pointers.ctypes.data
+    )  # fmt: skip
+
+
+def _largest_cluster(major: int, shared: int) -> int:
+    """Most blocks of a cluster on the current device, each with all the shared memory a block can have.
+
+    More than 8 are not promised, and a part of a device (MIG) may have fewer: so it is tried, once.
+    """
+    for size in (16, 8, 4, 2) if major >= 9 else ():
+        kernel = cupy.RawKernel(PROBE % size, "cupynorm_probe", OPTIONS)
+        try:
+            kernel.max_dynamic_shared_size_bytes = shared
+            if size > 8:
+                driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER, 1)
+            kernel((size,), (512,), (), shared_mem=shared)
+            return size
+        except driver.CUDADriverError:
+            continue
+    return 1

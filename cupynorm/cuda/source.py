@@ -1,6 +1,7 @@
 """Kernel sources: found, put together and named.
 
-A module is one .cu file for one dtype, access width and layout; it holds the kernels of the whole ladder of that file.
+A module is one .cu file for one dtype, access width, layout, alignment and epilogue; it holds the kernels of one group of the
+file's ladder: what most calls need, or parts of warps, clusters, or the grid.
 Headers are put in where they are included, since CuPy's disk cache keys on the text it is given and would miss a
 change in a header; #line keeps the compiler's messages pointing at the real file.
 """
@@ -8,11 +9,13 @@ change in a header; #line keeps the compiler's messages pointing at the real fil
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
-from .plan import ITEMSIZE, LADDERS, Kind, Plan, resident_threads, widest
+from .plan import EPILOGUES, ITEMSIZE, LADDERS, Kind, Plan, Rung, Step, resident_threads, widest
 
 
 class CompileError(RuntimeError):
@@ -39,31 +42,46 @@ OPTIONS = ("-std=c++17",)
 
 @dataclass(frozen=True)
 class Module:
-    """One compile unit."""
+    """One compile unit: the rungs of one group of a file's ladder."""
 
     file: str  # a key of plan.LADDERS
     dtype: str
     vector: int
     kind: Kind
+    group: str = ""
+    epilogue: int = 0
+    skewed: bool = False
 
     @classmethod
-    def of(cls, file: str, plan: Plan) -> Module:
-        """The module that holds the kernels of a plan's step."""
-        return cls(file, plan.dtype, *((1, "channels_first") if file == "channels" else (plan.vector, plan.kind)))
+    def of(cls, step: Step, plan: Plan) -> Module:
+        """The module that holds the kernel of a plan's step."""
+        if step.module == "channels":
+            return cls("channels", plan.dtype, 1, "channels_first")
+        epilogue = 0 if step.plain else plan.epilogue
+        if step.group == "part":  # staged chunks are dealt out element by element
+            return cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
+        return cls(step.module, plan.dtype, plan.vector, plan.kind, step.group, epilogue, plan.skewed)
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        return tuple(rung for rung in LADDERS[self.file] if rung.group == self.group)
 
     @property
     def defines(self) -> str:
         """The macros that make the module. Not compiler options: for each new tuple of those CuPy compiles a dummy."""
-        resident = resident_threads(self.file, self.dtype, self.kind)
+        resident = resident_threads(self.file, self.dtype, self.kind, self.group, self.epilogue, self.skewed)
         rungs = "".join(
             f" RUNG({r.name}, {r.owner.upper()}, {r.rest.upper()}, {r.threads}, {r.chunks or 1},"
-            f" {resident // r.threads})"
-            for r in LADDERS[self.file]
+            f" {resident // r.threads}, {r.cluster})"
+            for r in self.rungs
         )
         return (
             f"#define STORAGE_{self.dtype.upper()} 1\n"
             f"#define V {self.vector}\n"
             f"#define CHANNELS_LAST {int(self.kind == 'channels_last')}\n"
+            f"#define SKEWED {int(self.skewed)}\n"
+            f"#define EPILOGUE {self.epilogue}\n"
+            f"#define GROUPED {int(self.group in ('cluster', 'grid'))}\n"
             f"#define LADDER{rungs}\n"
         )
 
@@ -75,20 +93,23 @@ class Module:
     def kernels(self) -> tuple[str, ...]:
         """The names of the kernels in this module."""
         fixed = re.findall(r"^KERNEL\([^)]*\) (\w+)\(", self.source, re.M)
-        patterned = re.findall(r"^    KERNEL\([^)]*\) (\w+)_##NAME\(", self.source, re.M)
-        return tuple(f"{p}_{r.name}" for p in patterned for r in LADDERS[self.file]) + tuple(fixed)
+        patterned = re.findall(r"^    (?:CLUSTER_)?KERNEL\([^)]*\) (\w+)_##NAME\(", self.source, re.M)
+        if self.epilogue:  # kernels/split.cu: the plain module has them
+            fixed, patterned = [], [name for name in patterned if name != "moments"]
+        return tuple(f"{p}_{r.name}" for p in patterned for r in self.rungs) + tuple(fixed)
 
 
-def all_modules() -> list[Module]:
+def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -> list[Module]:
     """Every module there is: the whole of what may ever be compiled."""
-    kinds: tuple[Kind, ...] = ("channels_first", "channels_last")
-    modules = []
-    for file in LADDERS:
-        for dtype in ITEMSIZE:
-            if file == "channels":
-                modules.append(Module(file, dtype, 1, "channels_first"))
-            else:
-                modules += [Module(file, dtype, v, kind) for kind in kinds for v in (widest(dtype, kind), 1)]
+    modules = [Module("channels", dtype, 1, "channels_first") for dtype in ITEMSIZE]
+    for epilogue, (file, ladder), dtype in product(epilogues, LADDERS.items(), ITEMSIZE):
+        for group in dict.fromkeys(rung.group for rung in ladder):
+            if group == "part":
+                modules.append(Module(file, dtype, 1, "channels_first", group, epilogue))
+                continue
+            first, last = widest(dtype, "channels_first"), widest(dtype, "channels_last")
+            modules += [Module(file, dtype, first, "channels_first", group, epilogue, skew) for skew in (False, True)]
+            modules += [Module(file, dtype, v, "channels_last", group, epilogue) for v in (last, 1)]
     return modules
 
 

@@ -1,0 +1,67 @@
+// A chunk: planes far smaller than what a warp can hold, several to a warp. They are neighbours in memory (the arrays
+// are dense), so that the warp moves them as one run of 16-byte accesses through shared memory, whatever their size:
+//
+//     global   . . p p p p p | p p q q | q q q r | r r r r . .      one run, 16 bytes a thread
+//     shared       p p p p p   q q q q q   r r r r r                G threads for each plane, an element each at a time
+//
+// Each array has its own room, and lies in it as it lies between 16-byte borders in global memory.
+
+template <int CHUNKS> struct Chunk {
+    long long first, plane;         // the warp's first plane, this thread's plane
+    long long dense;                // elements of a plane
+    int elements, room;             // elements of the run; of the room of one array
+    const int lane;
+
+    __device__ Chunk(int warps, int parts, long long spatial, long long planes) : dense(spatial), lane(threadIdx.x % 32) {
+        const int most = 32 / parts;
+        const long long warp = (blockIdx.x + (long long)gridDim.x * blockIdx.y) * warps + threadIdx.x / 32;
+        first = warp * most;
+        plane = first + lane / parts;
+        const long long left = planes - first;
+        elements = (int)(spatial * (left < most ? (left > 0 ? left : 0) : most));
+        room = (int)((most * spatial + 2 * WIDEST - 2) / WIDEST * WIDEST);
+    }
+
+    // Room number `i` of this warp.
+    __device__ Storage* at(unsigned char* shared, int rooms, int i) const {
+        return (Storage*)shared + (long long)(threadIdx.x / 32 * rooms + i) * room;
+    }
+    __device__ Storage* run(const Tensor& t) const { return t.data + first * dense; }
+    __device__ int phase(const Tensor& t) const { return (int)((unsigned long long)run(t) / sizeof(Storage) % WIDEST); }
+
+    // The array as it lies staged in a room: its own indices, never dereferenced outside the chunk.
+    __device__ Tensor staged(const Tensor& t, long long channels, Storage* to) const {
+        return {to + phase(t) - first * dense, channels * dense, dense, 1};
+    }
+
+    // wide(i, number) for each 16-byte pack that lies in the run whole, one(position) for each other element; positions
+    // count from the 16-byte border before the run.
+    template <class F, class G> __device__ void each(int phase, F wide, G one) const {
+        const int begin = (phase + WIDEST - 1) / WIDEST, end = (phase + elements) / WIDEST;
+        #pragma unroll
+        for (int i = 0; i < (32 * CHUNKS / WIDEST + 32) / 32; i++) {
+            const int number = lane + 32 * i;
+            if (number >= begin && number < end) wide(i, number);
+        }
+        const int position = lane < WIDEST ? lane : (end - 1) * WIDEST + lane;
+        const bool head = lane < WIDEST && lane >= phase && lane < begin * WIDEST;
+        const bool tail = lane >= WIDEST && lane < 2 * WIDEST && end >= begin;
+        if ((head || tail) && position < phase + elements) one(position);
+    }
+
+    __device__ void fetch(const Tensor& t, Storage* to) const {
+        const int at = phase(t);
+        Storage* border = run(t) - at;
+        Wide packs[(32 * CHUNKS / WIDEST + 32) / 32];
+        each(at, [&](int i, int number) { packs[i] = load((Wide*)border + number); },
+             [&](int position) { to[position] = load(border + position); });
+        each(at, [&](int i, int number) { ((Wide*)to)[number] = packs[i]; }, [](int) {});
+    }
+
+    __device__ void put(const Tensor& t, const Storage* from) const {
+        const int at = phase(t);
+        Storage* border = run(t) - at;
+        each(at, [&](int, int number) { store((Wide*)border + number, ((const Wide*)from)[number]); },
+             [&](int position) { store(border + position, from[position]); });
+    }
+};

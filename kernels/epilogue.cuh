@@ -1,0 +1,69 @@
+// The epilogue: what happens to a normalised element before it is stored, and to its gradient before it is used.
+//
+//     z = xhat * weight + bias + residual,   y = activation(z),   and backward   g = dy * activation'(z)
+//
+// EPILOGUE is a macro of the module: one kind of activation each. No activation is a rectifier of slope 1, relu one of
+// slope 0. The gradient takes the place of dy as soon as both are on chip: nothing behind it knows of epilogues.
+
+enum { NONE, RECTIFIER, SILU, GELU };
+
+struct Epilogue {
+    Tensor residual;                // data may be null
+    Math slope;
+};
+
+#if EPILOGUE
+#define EPILOGUE_PARAMETERS TENSOR(residual), double slope,
+#define EPILOGUE_OF Epilogue{OF(residual), (Math)slope}
+// Of a backward: what z takes besides, and where g is wanted (dresidual's data may be null).
+#define GRADIENT_PARAMETERS EPILOGUE_PARAMETERS TENSOR(dresidual), const Math* delta, const void* bias,
+#define DRESIDUAL OF(dresidual)
+#define DELTA delta
+#define BIAS bias
+#else
+#define EPILOGUE_PARAMETERS
+#define EPILOGUE_OF Epilogue{}
+#define GRADIENT_PARAMETERS
+#define DRESIDUAL Tensor{}
+#define DELTA 0
+#define BIAS 0
+#endif
+
+#if defined(STORAGE_FLOAT64)
+__device__ inline Math exponential(Math z) { return exp(z); }
+__device__ inline Math inverse(Math z) { return 1 / z; }
+__device__ inline Math scaled_erfc(Math x) { return erfcx(x); }
+constexpr Math HALF_ROOT = 0.70710678118654752440, PDF_AT_0 = 0.39894228040143267794;
+#else
+__device__ inline Math exponential(Math z) { return expf(z); }
+__device__ inline Math inverse(Math z) { return reciprocal(z); }
+__device__ inline Math scaled_erfc(Math x) { return erfcxf(x); }
+constexpr Math HALF_ROOT = 0.70710678f, PDF_AT_0 = 0.39894228f;
+#endif
+
+// The normal distribution's Phi(z), from e = exp(-z^2 / 2): the half of exp(-x^2) * erfcx(x) is its lower tail.
+__device__ inline Math normal_cdf(Math z, Math e) {
+    const Math tail = e * scaled_erfc(fabs(z) * HALF_ROOT) * (Math)0.5;
+    return z < 0 ? tail : 1 - tail;
+}
+
+// activation(affine + residual)
+__device__ inline Math activated(Math affine, Math residual, Math slope) {
+    if (EPILOGUE == NONE) return affine;
+    const Math z = affine + residual;
+    if (EPILOGUE == RECTIFIER) return z < 0 ? (slope == 0 ? 0 : z * slope) : z;     // NaN stays, -inf * 0 is not taken
+    if (EPILOGUE == SILU) return z * inverse(1 + exponential(-z));
+    return z * normal_cdf(z, exponential(z * z * (Math)-0.5));      // GELU: Hendrycks, Gimpel 2016, the exact form
+}
+
+// dy * activation'(affine + residual)
+__device__ inline Math gradient_through(Math affine, Math residual, Math dy, Math slope) {
+    const Math z = affine + residual;
+    if (EPILOGUE == RECTIFIER) return z <= 0 ? (slope == 0 ? 0 : dy * slope) : dy;
+    if (EPILOGUE == SILU) {
+        const Math e = exponential(-z), s = inverse(1 + e);
+        return dy * (s + z * s * (z > 0 ? e * s : 1 - s));      // 1 - s, without cancellation
+    }
+    const Math e = exponential(z * z * (Math)-0.5);
+    return dy * (normal_cdf(z, e) + z * (e * PDF_AT_0));
+}

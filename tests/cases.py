@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -254,24 +253,20 @@ def variants() -> list[Case]:
 
 
 def epilogue_variants() -> list[Case]:
-    """The same for the kernels with an epilogue, each in one dtype: they take turns."""
-    turns = cycle(ITEMSIZE)
+    """The same for the kernels with an epilogue: layouts, dtypes, activations and residuals take turns."""
+    turns = [
+        ("channels_first", True, "float32", "leaky_relu"), ("channels_first", False, "float16", "silu"),
+        ("channels_last", True, "bfloat16", "gelu"), ("channels_last", False, "float64", "relu"),
+        ("channels_first", True, "bfloat16", "gelu"), ("channels_first", False, "float64", None),
+    ]  # fmt: skip
     cases = []
-    for activation, residual in (
-        ("leaky_relu", True),
-        ("relu", False),
-        (None, True),
-        ("silu", True),
-        ("silu", False),
-        ("gelu", False),
-        ("gelu", True),
-    ):
-        for kind in ("channels_first", "channels_last"):
-            for easy in (True, False):
-                dtype = next(turns)
-                for case in _variants(dtype, kind, easy):
-                    cases.append(replace(case, activation=activation, residual=case.layout if residual else None))
-        next(turns)
+    for kind, easy, dtype, activation in turns:
+        for i, case in enumerate(plain := _variants(dtype, kind, easy)):
+            fused = replace(case, activation=activation, residual=case.layout)
+            if i % 2 or activation is None or case is plain[-1]:
+                cases.append(fused)
+            if (i % 2 == 0 or case is plain[-1]) and activation is not None:
+                cases.append(replace(fused, residual=None))
     return cases
 
 

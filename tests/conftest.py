@@ -62,12 +62,21 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the emulator's plain kernels side by side where most of them will be needed."""
-    cases = [item for item in session.items if item.path.name == "test_cases.py"]
-    if len([item for item in cases if item.get_closest_marker("simt") and not item.get_closest_marker("skip")]) > 300:
+    """Build the emulator's kernels that most tests of a file need, side by side."""
+    from cupynorm.cuda.source import all_modules
+
+    wanted = [item.path.name for item in session.items if item.get_closest_marker("simt")]
+    skipped = [item.path.name for item in session.items if item.get_closest_marker("skip")]
+    modules = []
+    if wanted.count("test_cases.py") > 300 and skipped.count("test_cases.py") < len(wanted) / 2:
+        modules += all_modules([0])
+    if wanted.count("test_epilogue.py") > 300:
+        fused = [m for m in all_modules(range(1, 4)) if not m.skewed and m.kind == "channels_first"]
+        modules += [m for m in fused if m.group == "part" or m.file == "evaluate"]
+    if modules:
         from simt import emulator
 
-        emulator.build_all()
+        emulator.build_all(modules)
 
 
 @pytest.fixture(

@@ -1,7 +1,7 @@
 """Kernel sources: found, put together and named.
 
-A module is one .cu file for one dtype, access width, layout, alignment and epilogue; it holds the kernels of one group of the
-file's ladder: what most calls need, or parts of warps, clusters, or the grid.
+A module is one .cu file for one dtype, access width, layout, alignment and epilogue; it holds the kernels of one group
+of the file's ladder: what most calls need, or parts of warps, clusters, or the grid.
 Headers are put in where they are included, since CuPy's disk cache keys on the text it is given and would miss a
 change in a header; #line keeps the compiler's messages pointing at the real file.
 """

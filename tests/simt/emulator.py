@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from cupynorm.cuda.plan import DEVICES, Device, Step
-from cupynorm.cuda.source import OPTIONS, Module, all_modules
+from cupynorm.cuda.source import OPTIONS, Module
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("CUPYNORM_SIMT_CACHE", Path(tempfile.gettempdir()) / f"cupynorm-simt-{os.getuid()}"))
@@ -101,11 +101,11 @@ def build(module: Module | Text, transform: Transform | None = None) -> ctypes.C
     return ctypes.CDLL(str(library))
 
 
-def build_all() -> None:
-    """Build every module without an epilogue, as many at a time as there are cores."""
+def build_all(modules: list[Module]) -> None:
+    """Build modules, as many at a time as there are cores."""
     if shutil.which("g++"):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(build, all_modules([0])))
+            list(pool.map(build, modules))
 
 
 @dataclass

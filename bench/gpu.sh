@@ -83,23 +83,23 @@ print("yes" if usable else f"no usable GPU: {why}")' 2>&1 | tail -n 1)
 if [ "$gpu" = yes ] && [ -n "$quick" ]; then
     bench_gpu "${PEERS:-torch}" 175
 elif [ "$gpu" = yes ]; then
-    part tests 140 tests.txt "$python" -m pytest -m gpu -q -ra --tb=short -p no:cacheprovider
+    part tests 200 tests.txt "$python" -m pytest -m gpu -q -ra --tb=short -p no:cacheprovider
 
     sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
         /usr/local/cuda*/bin/compute-sanitizer /opt/cuda/bin/compute-sanitizer 2>/dev/null | head -n 1)
     for tool in memcheck racecheck; do
         if [ -n "$sanitizer" ]; then
             # API errors are CuPy's way to ask what a device can do; a kernel's errors are what is looked for.
-            CUPYNORM_EAGER=0 part "$tool" 60 sanitizer.txt "$sanitizer" --tool "$tool" --error-exitcode 99 \
+            CUPYNORM_EAGER=0 part "$tool" 55 sanitizer.txt "$sanitizer" --tool "$tool" --error-exitcode 99 \
                 --report-api-errors no "$python" -m pytest -p bench.no_pool -p no:cacheprovider -m gpu -k small -q --tb=short
         else
             skip "$tool" sanitizer.txt "compute-sanitizer is not installed"
         fi
     done
 
-    bench_gpu "${PEERS:-torch,torch.compile,jax}" 190 --compile-limit 25
+    bench_gpu "${PEERS:-torch,torch.compile,jax}" 165 --compile-limit 20
     part "host cost" 25 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json"
-    part dram 60 bench.txt "$python" -m bench.dram --json "$out/bench.json"
+    part dram 45 bench.txt "$python" -m bench.dram --json "$out/bench.json"
 else
     [ -n "$quick" ] || for tool in tests memcheck racecheck; do
         skip "$tool" "$([ $tool = tests ] && echo tests.txt || echo sanitizer.txt)" "$gpu"

@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.polynomial import Chebyshev, Polynomial
 
 from .functional import Array, Saved, empty_like, math_dtype, overlap
 
@@ -440,6 +439,8 @@ def _half_erfcx(degree: int) -> list[float]:
     the argument is that of Shepherd, Laframboise 1981. The coefficients fall so fast that powers of it do as well as
     Chebyshev's polynomials.
     """
+    from numpy.polynomial import Chebyshev, Polynomial  # a light import of cupynorm does without
+
     count = degree + 1
     end = (37 - PIVOT) / (37 + PIVOT)
     # Row k is T_k at the points; its angles are reduced as integers, for theirs would be rounded.

@@ -85,6 +85,8 @@ def _described(
     layout = (
         "x is copied first: its strides are neither channels-first nor channels-last" if copies else "read in place"
     )
+    if made.skewed and first.group != "part":
+        layout += ", each pack put together from two, since x lies otherwise between 16-byte borders than the result"
     yield f"  {op}: {made.regime}, {made.kind.replace('_', '-')}, {layout}"
     yield f"    {made.reason}"
     yield f"    {made.accesses + 2 * copies} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time"

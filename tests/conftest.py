@@ -49,7 +49,12 @@ class Backend:
             from cupynorm.cuda.backend import runtime
 
             real = runtime.device()
-            limited = replace(device, shared_per_block=min(device.shared_per_block, real.shared_per_block))
+            limited = replace(
+                device,
+                sm_count=min(device.sm_count, real.sm_count),
+                shared_per_block=min(device.shared_per_block, real.shared_per_block),
+                cluster=min(device.cluster, real.cluster),
+            )
             self._patch.setitem(runtime._devices, int(self.device[5:]), limited)
 
     def host(self, array: Any) -> np.ndarray:
@@ -61,22 +66,32 @@ def pytest_report_header() -> str:
     return f"GPU: {why}" if usable else f"GPU: none ({why}): the tests marked gpu skip"
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build the emulator's kernels that most tests of a file need, side by side."""
+def _most_needed(session: pytest.Session, marker: str) -> list[Any]:
+    """The kernel modules that most of the tests with a marker need, where there are many that will run."""
     from cupynorm.cuda.source import all_modules
 
-    wanted = [item.path.name for item in session.items if item.get_closest_marker("simt")]
-    skipped = [item.path.name for item in session.items if item.get_closest_marker("skip")]
-    modules = []
-    if wanted.count("test_cases.py") > 300 and skipped.count("test_cases.py") < len(wanted) / 2:
-        modules += all_modules([0])
-    if wanted.count("test_epilogue.py") > 300:
-        fused = [m for m in all_modules(range(1, 4)) if not m.skewed and m.kind == "channels_first"]
-        modules += [m for m in fused if m.group == "part" or m.file == "evaluate"]
-    if modules:
+    files = [
+        item.path.name
+        for item in session.items
+        if item.get_closest_marker(marker) and not item.get_closest_marker("skip")
+    ]
+    fused = [m for m in all_modules(range(1, 4)) if not m.skewed and m.kind == "channels_first"]
+    return (all_modules([0]) if files.count("test_cases.py") > 300 else []) + (
+        [m for m in fused if m.group == "part" or m.file == "evaluate"] if files.count("test_epilogue.py") > 300 else []
+    )
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile them side by side: one after the other would take minutes."""
+    if modules := _most_needed(session, "simt"):
         from simt import emulator
 
         emulator.build_all(modules)
+    if devices.gpu_status()[0] and (modules := _most_needed(session, "gpu")):
+        from cupynorm.cuda.backend import runtime
+
+        clusters = runtime.device().cluster > 1
+        runtime.load_all(m for m in modules if clusters or m.group != "cluster")
 
 
 @pytest.fixture(

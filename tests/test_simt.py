@@ -105,6 +105,56 @@ def test_the_epilogue_cases_reach_every_kernel(on: Callable[..., Any], rng: np.r
     assert files <= {(m.file, m.group, m.epilogue) for m, _ in launched}
 
 
+class Counter(Recorder):
+    """Counts launches and arrays made."""
+
+    def __init__(self, device: Device):
+        super().__init__(device)
+        self.launches = self.arrays = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        self.arrays += 1
+        return np.zeros(shape, dtype)
+
+    def launch(self, module: Module, step: Step, args: tuple[Any, ...]) -> None:
+        self.launches += 1
+
+    def since(self) -> tuple[int, int]:
+        """(launches, arrays) since the last call."""
+        counted = self.launches, self.arrays
+        self.launches = self.arrays = 0
+        return counted
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 35, 45), (4, 3, 120, 120), (4, 3, 300, 300)], ids=str)
+@pytest.mark.parametrize("fused", [{}, {"activation": "gelu"}], ids=["plain", "gelu"])
+def test_launches_and_allocations(on: Callable[..., Any], shape: tuple[int, ...], fused: dict[str, Any]) -> None:
+    """One launch forward, one backward, one more for what is reduced over N; arrays are made for results alone."""
+    runtime = on(Counter(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
+    x = np.zeros(shape, np.float32)
+    channel, sample = np.ones(3, np.float32), np.ones((4, 3), np.float32)
+    cn.instance_norm(x, **fused)
+    assert runtime.since() == (1, 1)
+    cn.instance_norm(x, channel.copy(), channel.copy(), channel, channel, **fused)
+    assert runtime.since() == (2, 3)  # y; means and variances, for the running statistics
+    _, saved = cn.instance_norm_forward(x, **fused)
+    assert runtime.since() == (1, 3 + len(fused))  # y, mean, rstd; for a mask also what the mean has lost
+    cn.instance_norm_backward(x, saved)
+    assert runtime.since() == (1, 1)
+    _, saved = cn.instance_norm_forward(x, sample, sample, **fused)
+    runtime.since()
+    cn.instance_norm_backward(x, saved)
+    assert runtime.since() == (1, 3)  # dx, dweight, dbias
+    _, saved = cn.instance_norm_forward(x, channel, channel, **fused)
+    runtime.since()
+    cn.instance_norm_backward(x, saved)
+    assert runtime.since() == (2, 5)  # and their summands by plane
+    _, saved = cn.instance_norm_forward(x[:1], channel, channel, **fused)
+    runtime.since()
+    cn.instance_norm_backward(x[:1], saved)
+    assert runtime.since() == (1, 3)  # one sample: the summands are the gradients
+
+
 # One case for each regime: shape, layout, and a device that has that regime for it.
 DEVICE = Device("bytes", (8, 0), 1, 100 * 1024, 2**20)
 CLUSTERS = Device("clusters", (9, 0), 1, 40 * 1024, 2**20, 8)

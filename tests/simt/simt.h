@@ -81,7 +81,7 @@ struct Block {
     std::vector<unsigned> generation;
 };
 
-constexpr size_t STACK = 128 * 1024;
+constexpr size_t STACK = 128 * 1024, KEPT = 1024;
 
 struct Machine {
     Launch* launch;
@@ -378,6 +378,8 @@ static int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pa
     arrange(firsts);
     for (unsigned i = 0; i < firsts.size() && !m.failed; i++) run_together(firsts[i] * together);
     m.blocks.clear();
+    // Each library has stacks of its own: those of a large group would add up.
+    for (; m.fibers.size() > KEPT; m.fibers.pop_back()) free(m.fibers.back().stack);
     return m.failed;
 }
 

@@ -83,6 +83,9 @@ class Module:
             f"#define EPILOGUE {self.epilogue}\n"
             f"#define GROUPED {int(self.group in ('cluster', 'grid'))}\n"
             f"#define LADDER{rungs}\n"
+            # Older GPUs have no clusters: the module is empty there.
+            + (self.group == "cluster")
+            * "#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900\n#undef LADDER\n#define LADDER\n#endif\n"
         )
 
     @property

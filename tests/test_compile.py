@@ -3,7 +3,7 @@
 The core modules are compiled for sm_90 each time. Everything for every architecture takes most of an hour, so the slow
 part deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of rungs
 that differ in packs or in the cluster's size alone it takes the largest, which needs most registers; and behind an
-epilogue float16 and bfloat16 take turns too, since they differ in their conversions alone. The environment variable
+epilogue the dtypes take turns too. The environment variable
 CUPYNORM_NVRTC=all compiles everything for every architecture: for changes of kernels, of LADDERS, of resident_threads.
 """
 
@@ -122,8 +122,8 @@ def test_core_modules(module: Module) -> None:
 
 
 def _code(module: Module) -> Module:
-    """One for all modules of the same code: behind an epilogue, the 16-bit dtypes differ in their conversions alone."""
-    return replace(module, dtype="float16") if module.epilogue and module.dtype == "bfloat16" else module
+    """One for all modules that take turns: behind an epilogue, those that differ in their dtype alone."""
+    return replace(module, dtype="float16", vector=min(module.vector, 2)) if module.epilogue else module
 
 
 def _dealt(architecture: int) -> list[Module]:

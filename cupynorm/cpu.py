@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .functional import Array, Saved, empty_like, math_dtype, overlap
+from .functional import Array, Saved, empty_like, math_dtype, overlap, rectifier_slope
 
 BLOCK_BYTES = 256 * 1024  # of one array in computing precision: a block of x, dy and scratch stays in a core's L2
 
@@ -361,7 +361,7 @@ def _activate(z: np.ndarray, activation: str, negative_slope: float, scratch: np
     """z <- activation(z)"""
     scratch = scratch.reshape(-1, *z.shape)
     if activation in ("relu", "leaky_relu"):
-        _rectify(z, z, negative_slope if activation == "leaky_relu" else 0, scratch[0])
+        _rectify(z, z, rectifier_slope(activation, negative_slope), scratch[0])
         return
     # z F(z) with a symmetric distribution F is max(z, 0) - |z| (1 - F(|z|)): no overflow, no cancellation.
     size, tail, _ = _distribution(z, activation, scratch)
@@ -374,7 +374,7 @@ def _times_slope(g: np.ndarray, z: np.ndarray, activation: str, negative_slope: 
     """g <- g * activation'(z); z is used up."""
     scratch = scratch.reshape(-1, *z.shape)
     if activation in ("relu", "leaky_relu"):
-        _rectify(g, z, negative_slope if activation == "leaky_relu" else 0, scratch[0])
+        _rectify(g, z, rectifier_slope(activation, negative_slope), scratch[0])
         return
     # For z > 0, F(z) + z F'(z) = 1 + h with h = |z| F'(|z|) - (1 - F(|z|)); for z < 0 it is -h.
     size, tail, density = _distribution(z, activation, scratch)

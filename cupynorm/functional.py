@@ -120,6 +120,11 @@ def check_eps(eps: Any) -> float:
     return eps
 
 
+def rectifier_slope(activation: str | None, negative_slope: float) -> float:
+    """The slope below 0 of the rectifier that an activation is; of no use for those that are none."""
+    return {None: 1.0, "relu": 0.0}.get(activation, negative_slope)
+
+
 def check_activation(activation: Any) -> None:
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
         return

@@ -64,7 +64,7 @@ __device__ inline void eval_gradient(const Tensor& x, const Tensor& dy, const Te
         s_dy[line_of(v)] += g;
         s_dyx[line_of(v)] += g * ((x_ - stat.mean[p]) * stat.rstd[p]);
     };
-    if (EPILOGUE) apply_epilogue(share, epilogue, dresidual, rest_x, rest_dy, 0, CHUNKS, stat, add_one);
+    if (EPILOGUE) apply_epilogue(share, epilogue, dresidual, rest_x, rest_dy, 0, stat, add_one);
     write_tile(share, dx, rest_dy, CHUNKS, Tensor{}, [&](int p, Math g, Math) {
         return g * (stat.rstd[p] * stat.affine.weight[p]);
     });

@@ -22,13 +22,13 @@ struct Statistics {
     __device__ Math centred(int p, Math x) const { return EPILOGUE ? (x - mean[p]) - delta[p] : x - mean[p]; }
 };
 
-// Put the gradient g = dy * activation'(z) in the place of dy, in all that a thread holds of packs [from, from + count);
-// with the first ones, of the edge. f(v, x, g) for each element, before g is rounded to what is stored; dresidual, if
+// Put the gradient g = dy * activation'(z) in the place of dy, in the batch of packs that begins with `from`; with the
+// first, in the edge. f(v, x, g) for each element, before g is rounded to what is stored; dresidual, if
 // there is one, is g.
 template <int REST, int THREADS, int CHUNKS, class Share, class F>
 __device__ inline void apply_epilogue(const Share& share, const Epilogue& epilogue, const Tensor& dresidual,
                                       const Rest<REST, THREADS, CHUNKS>& x, Rest<REST, THREADS, CHUNKS>& dy, int from,
-                                      int count, const Statistics& stat, F f) {
+                                      const Statistics& stat, F f) {
     const bool more = epilogue.residual.data, wanted = dresidual.data;
     Storage* residual = more ? share.origin(epilogue.residual) : 0;
     Storage* to = wanted ? share.origin(dresidual) : 0;
@@ -53,7 +53,7 @@ __device__ inline void apply_epilogue(const Share& share, const Epilogue& epilog
         if (wanted) share.put(dresidual, to, k, b);
     };
     #pragma unroll
-    for (int i = 0; i < Rest<REST, THREADS, CHUNKS>::batch; i++) if (i < count) one(from + i);
+    for (int i = 0; i < Rest<REST, THREADS, CHUNKS>::batch; i++) one(from + i);
     if (Share::edges && from == 0 && share.edge >= 0) {
         dy.edge = gradient(0, x.edge, dy.edge, more ? widen(load(residual + share.edge)) : 0);
         if (wanted) store(to + share.edge, dy.edge);
@@ -75,7 +75,7 @@ __device__ inline void gradient_sums(const Share& share, const Tensor& x, const 
     };
     const auto add = [&](int from) {        // the packs that have been read, and with the first the edge
 #if EPILOGUE
-        apply_epilogue(share, epilogue, dresidual, rest_x, rest_dy, from, rest_x.batch, stat, add_one);
+        apply_epilogue(share, epilogue, dresidual, rest_x, rest_dy, from, stat, add_one);
 #else
         #pragma unroll
         for (int i = 0; i < Rest<REST, THREADS, CHUNKS>::batch; i++) {

@@ -122,7 +122,7 @@ __device__ inline void apply_gradient(const Tensor& x, const Tensor& dy, const T
         rest_x.read(share, x, 0);
         rest_dy.read(share, dy, 0);
         if (EPILOGUE) {
-            apply_epilogue(share, epilogue, Tensor{}, rest_x, rest_dy, 0, CHUNKS, stat, [](int, Math, Math) {});
+            apply_epilogue(share, epilogue, Tensor{}, rest_x, rest_dy, 0, stat, [](int, Math, Math) {});
         }
         write_tile(share, dx, rest_x, rest_dy, CHUNKS, [&](int p, Math x_, Math dy_) { return g.dx(p, x_, dy_, stat); });
     });

@@ -281,7 +281,7 @@ def _variants(dtype: str, kind: Kind, easy: bool) -> list[Case]:
     def job(op: Op, s: int) -> _Job:
         stride = (c * s, s, 1) if kind == "channels_first" else (c * s, 1, c)
         layouts = (Layout(*stride, int(layout == "unaligned")), Layout(*stride, 0))
-        made = _Job(op, (2, c, s), dtype, kind, layouts, SMALL_DEVICE, 0)
+        made = _Job(op, (2, c, s), dtype, kind, layouts, SMALL_DEVICE)
         assert (made.vector, made.skewed) == (vector, kind == "channels_first" and not easy)
         return made
 

@@ -6,13 +6,12 @@ import copy
 import itertools
 import math
 import pickle
-import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
-from conftest import Backend
+from conftest import Backend, peak_of
 from reference import BFLOAT16, LAYOUTS, TOLERANCE
 
 import cupynorm as cn
@@ -638,14 +637,6 @@ def test_numpy_makes_no_large_temporary(shape: Any, activation: Any) -> None:
     weight = np.ones(shape[:2], np.float32)
     spare = 3 * 2**20 + 16 * weight.size * 4
     options = {"weight": weight, "activation": activation, "residual": residual}
-
-    def peak_of(call: Any) -> int:
-        tracemalloc.start()
-        try:
-            call()
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
 
     assert peak_of(lambda: cn.instance_norm(x, **options)) < x.nbytes + spare
     assert peak_of(lambda: cn.instance_norm(x, **options, out=residual)) < spare

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
-from conftest import Backend
+from conftest import Backend, peak_of
 from reference import BFLOAT16, LAYOUTS, assert_close
 
 import cupynorm as cn
@@ -531,16 +530,6 @@ def test_numpy_blocks_of_every_kind(rng: np.random.Generator, shape: Any, traini
 
 
 MIB = 2**20
-
-
-def peak_of(call: Callable[[], Any]) -> int:
-    """Bytes that NumPy allocates in a call at its peak."""
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 MEMORY_SHAPES = {

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..functional import Array, Saved, math_dtype, overlap
+from ..functional import Array, Saved, math_dtype, overlap, rectifier_slope
 from .plan import EPILOGUES, Device, Kind, Memory, Op, Plan, Step, arrange, fresh, plan
 from .source import Module
 
@@ -94,13 +94,12 @@ class Launcher:
             if running_mean is not None and running_var is not None:
                 flags |= WIDE_RUNNING_MEAN * (running_mean.dtype == call.math)
                 flags |= WIDE_RUNNING_VAR * (running_var.dtype == call.math)
-            epilogue_ = (*call.residual, np.float64(_slope(activation, negative_slope))) if epilogue else ()
+            epilogue_ = (*call.residual, np.float64(rectifier_slope(activation, negative_slope))) if epilogue else ()
             affine = (*call.pointers(weight, bias), np.int32(flags), *epilogue_)
             running = call.pointers(mean_, var_)
             step, *rest = call.plan.steps
             if op == "evaluate":
-                where = (call.pointer(mean), call.pointer(rstd), np.float64(eps))
-                call.tiles(step, *call.tensors, *running, affine[0], affine[1], *affine[2:], *where)
+                call.tiles(step, *call.tensors, *running, *affine, *call.pointers(mean, rstd), np.float64(eps))
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
                 mean, rstd, delta = (call.planes() if array is None else array for array in (mean, rstd, delta))
@@ -156,7 +155,7 @@ class Launcher:
             statistics = call.pointers(saved.mean, saved.rstd)
             epilogue_: tuple[Any, ...] = ()
             if epilogue:
-                slope = np.float64(_slope(activation, saved.negative_slope))
+                slope = np.float64(rectifier_slope(activation, saved.negative_slope))
                 epilogue_ = (*call.residual, slope, *call.extra, *call.pointers(saved.delta, bias))
             affine = (*statistics, call.pointer(weight), flags_, *epilogue_)
             arrays = call.tensors
@@ -167,6 +166,11 @@ class Launcher:
                 for gradient, is_direct in ((dbias, direct[0]), (dweight, direct[1]))
             )
             merged = call.pointers(sum_dy, sum_dy_xhat)
+
+            def merge_gradient(merge: Step, partial: Array, some: tuple[int, int], *sums: np.uintp) -> None:
+                sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(some), call.spatial)
+                call.run(merge, call.pointer(partial), *sizes, statistics[1], *sums, *merged, flags_)
+
             if op == "eval_gradient":
                 if step.tiles == 1:
                     call.tiles(step, *arrays, *affine, *merged)
@@ -176,9 +180,7 @@ class Launcher:
                     call.tiles(step, *arrays, *unflagged, call.pointer(partial[0]), call.pointer(partial[1]))
                     if any(wanted):
                         merge, *rest = rest
-                        sizes = (call.stripes_planes, np.int64(step.tiles), *call.planes_of((0, call.plan.stripes)))
-                        where = (call.pointer(partial), *sizes, call.spatial, statistics[1])
-                        call.run(merge, *where, NULL, NULL, NULL, *merged, flags_)
+                        merge_gradient(merge, partial, (0, call.plan.stripes), NULL, NULL, NULL)
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
                 partial = call.empty((3, *call.nc, step.tiles), call.math)
@@ -186,11 +188,9 @@ class Launcher:
                 *sums, more = call.pointers(*kept_sums)
                 for some in call.rounds():
                     call.tiles(
-                        step, *arrays[:8], *affine, call.pointer(partial), call.stripes_planes, some=some
+                        step, *arrays[:8], *affine, call.pointer(partial), call.all_planes, some=some
                     )  # fmt: skip
-                    sizes = (call.stripes_planes, np.int64(step.tiles), *call.planes_of(some))
-                    where = (call.pointer(partial), *sizes, call.spatial, statistics[1])
-                    call.run(merge, *where, *sums, more, *merged, flags_)
+                    merge_gradient(merge, partial, some, *sums, more)
                     if apply.plain and epilogue:  # dresidual is what the epilogue made of dy
                         inputs, affine_ = (*arrays[:4], *call.extra, *arrays[8:]), affine[:4]
                     else:
@@ -204,11 +204,6 @@ class Launcher:
                 batch = (np.int64(x.shape[0]), call.channels)
                 call.run(rest[0], *merged, *batch, *call.pointers(*results), flags_)
             return call.result(), dweight, dbias, dresidual
-
-
-def _slope(activation: str | None, negative_slope: float) -> float:
-    """Of the rectifier that an activation is (kernels/epilogue.cuh)."""
-    return {None: 1.0, "relu": 0.0}.get(activation, negative_slope)
 
 
 def _assign(target: Array, source: Array) -> None:
@@ -292,28 +287,29 @@ class _Call:
             Memory(array.shape, array.strides, array.itemsize, runtime.address(array) % 16)
             for array in (given if out is None else (*given, out))
         )
+        self.shape = x.shape
         if x.size == 0:
             self.kind, _, copied = arrange(memories)
-            self.shape = x.shape
-            self.targets = [
-                self._new() if out is None or copied[-1] else out,
-                *(self._new() for _ in range(1, targets)),
-            ]
+            self._make_targets(targets, copied)
             return
         self.kind, copied, strides, self.plan, self._modules, sizes = _prepare(
             op, memories, len(given), targets, x.dtype, runtime.device(), sums, reduced, epilogue, residual is not None
         )  # fmt: skip
         self.channels, self.spatial, self._stripes = sizes
-        self.shape = x.shape
         # Kept with the call, since the kernels get addresses alone.
         arrays = self._arrays = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
-        self.targets = [self._new() if out is None or copied[-1] else out, *(self._new() for _ in range(1, targets))]
+        self._make_targets(targets, copied)
         args = [
             (np.uintp(runtime.address(a)), *steps) for a, steps in zip((*arrays, *self.targets), strides, strict=True)
         ]
         self.residual = NO_TENSOR if residual is None else args[len(inputs)]
         self.extra = NO_TENSOR if targets == 1 else args[-1]
         self.tensors: tuple[Any, ...] = sum(args[: len(inputs)], ()) + args[len(given)]
+
+    def _make_targets(self, count: int, copied: tuple[bool, ...]) -> None:
+        """The arrays that are written: the first is out, where it is given and need not be copied to afterwards."""
+        first = self._new() if self.out is None or copied[-1] else self.out
+        self.targets = [first, *(self._new() for _ in range(1, count))]
 
     def _new(self) -> Array:
         n, c, *spatial = self.shape
@@ -353,7 +349,7 @@ class _Call:
         return copy
 
     @property
-    def stripes_planes(self) -> np.int64:
+    def all_planes(self) -> np.int64:
         return np.int64(self.nc[0] * self.nc[1])
 
     def rounds(self) -> list[tuple[int, int]]:

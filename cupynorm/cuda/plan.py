@@ -8,7 +8,6 @@ in kernels/plane.cuh.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -19,7 +18,7 @@ Kind = Literal["channels_first", "channels_last"]
 Op = Literal["forward", "backward", "evaluate", "eval_gradient"]
 
 STRIPE_BYTES = 64  # channels-last: neighbouring channels that one owner serves
-MAX_GRID = 2**31 - 1
+MAX_GRID = 2**31 - 16  # the most there may be that is whole clusters, of any size
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -273,7 +272,7 @@ TILE_BYTES = 8192
 
 
 class _Job:
-    """The quantities every rung is judged by. arrays: how many an owner holds."""
+    """The quantities every rung is judged by."""
 
     def __init__(
         self,
@@ -283,14 +282,14 @@ class _Job:
         kind: Kind,
         layouts: tuple[Layout, ...],
         device: Device,
-        epilogue: int,
     ):
-        self.op, self.device, self.epilogue = op, device, epilogue
+        self.op, self.device = op, device
         self.n, self.c, self.s = shape
         self.itemsize = ITEMSIZE[dtype]
         self.math_bytes = 8 if dtype == "float64" else 4
         self.kind, self.layouts = kind, layouts
-        self.arrays, self.quantities = (1, 1) if op == "forward" else (2, 3)
+        # What an owner holds, and exchanges for each plane: how many sums at once, in how many areas that take turns.
+        self.arrays, self.quantities, self.areas = (1, 1, 2) if op == "forward" else (2, 3, 1)
         v = widest(dtype, kind)
         # Strides of axes that are never stepped along do not matter.
         n_steps = {x.n % v for x in layouts} if self.n > 1 else {0}
@@ -330,11 +329,15 @@ class _Job:
             return 0
         return areas * rung.threads // 32 * self.lanes * quantities * self.planes_per_thread * self.math_bytes
 
+    def exchange(self, rung: Rung) -> int:
+        """Shared bytes of the exchanges of a pass."""
+        return self.scratch(rung, self.quantities, self.areas)
+
     def shared(self, rung: Rung, tiles: int) -> int:
         """Shared bytes of a block whose tile rests there."""
         tile = self.chunks(rung, tiles) * rung.threads * self.pack_bytes * self.arrays
         if rung.owner == "block":
-            return tile + self.scratch(rung, self.quantities, 2 if self.op == "forward" else 1)
+            return tile + self.exchange(rung)
         # Two areas for sums of Accum (forward: two a plane), and what a cluster's block publishes (group.cuh).
         per_lane = self.lanes * self.planes_per_thread
         sums = 2 * rung.threads // 32 * per_lane * (2 if self.op == "forward" else 3) * 8
@@ -351,9 +354,19 @@ class _Job:
         )
 
     def step(
-        self, module: str, prefix: str, rung: Rung, shared: int, tiles: int = 1, chunks: int = 0, plain: bool = False
+        self,
+        module: str,
+        prefix: str,
+        rung: Rung,
+        shared: int,
+        tiles: int = 1,
+        *,
+        chunks: int = 0,
+        stripes: int | None = None,
+        plain: bool = False,
     ) -> Step:
-        owners = self.stripes * tiles
+        """A launch of owners, for all stripes or as many as are given."""
+        owners = (stripes or self.stripes) * tiles
         blocks = _ceil(owners * rung.size, rung.threads)
         lanes = self.lanes
         if rung.owner == "part":
@@ -361,14 +374,12 @@ class _Job:
             blocks = _ceil(owners * lanes, rung.threads)
         elif rung.owner == "grid":
             blocks = min(self.stripes, self.device.sm_count // tiles) * tiles
-        grid = grid_of(blocks)
-        if rung.owner == "cluster" and grid[1] > 1:  # clusters lie along x
-            grid = (MAX_GRID // rung.cluster * rung.cluster, _ceil(blocks, MAX_GRID // rung.cluster * rung.cluster))
-        return Step(module, f"{prefix}_{rung.name}", grid, rung.threads, shared, owners, tiles, chunks, lanes,
+        grid, name = grid_of(blocks), f"{prefix}_{rung.name}"
+        return Step(module, name, grid, rung.threads, shared, owners, tiles, chunks, lanes,
                     rung.group, rung.cluster, rung.owner == "grid", plain)  # fmt: skip
 
-    def merge(self, name: str, bytes_per_thread: int, planes: int) -> Step:
-        return Step("split", name, grid_of(planes), 256, 256 * bytes_per_thread, plain=True)
+    def merge(self, name: str, planes: int) -> Step:
+        return Step("split", name, grid_of(planes), 256, 256 * 24, plain=True)  # three Accums a thread (split.cu)
 
     def channels(self, name: str) -> Step:
         return Step("channels", name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
@@ -400,7 +411,7 @@ class _Job:
                 return None, f"{self.stripes} owners would leave multiprocessors idle"
             if self.chunks(rung) > rung.chunks:
                 return None, f"{self.held} are too many for the registers"
-            shared = self.scratch(rung, self.quantities, 2 if op == "forward" else 1)
+            shared = self.exchange(rung)
             why = f"{self.held} rest in {rung.chunks * self.arrays} packs of {rung.size} threads"
             return self.step(op, op, rung, shared, chunks=rung.chunks), why
         # In shared memory. While a larger owner is to be had, two blocks share a multiprocessor: one computes while the
@@ -418,7 +429,7 @@ class _Job:
             why = (
                 f"{self.held} rest in {self.shared(rung, tiles)} B of shared memory of each of {tiles} multiprocessors"
             )
-            return self.step(op, op, rung, self.shared(rung, tiles), tiles, self.chunks(rung, tiles)), why
+            return self.step(op, op, rung, self.shared(rung, tiles), tiles, chunks=self.chunks(rung, tiles)), why
         if tiles > self.device.cluster:
             return None, f"{self.held}: the device has no clusters of {tiles} blocks"
         shared = self.shared(rung, tiles)
@@ -428,7 +439,7 @@ class _Job:
         if 2 * self.stripes * tiles <= busy:
             return None, f"{self.stripes} x {tiles} blocks would leave most of {busy} multiprocessors idle"
         why = f"{self.held} rest in {shared} B of shared memory" + (f" of each of {tiles} blocks" if tiles > 1 else "")
-        return self.step(op, op, rung, shared, tiles, self.chunks(rung, tiles)), why
+        return self.step(op, op, rung, shared, tiles, chunks=self.chunks(rung, tiles)), why
 
 
 @lru_cache(maxsize=4096)
@@ -451,7 +462,7 @@ def plan(
     reduced: whether one of them is to be added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward
     without activation has none). residual: whether there is one, with an epilogue.
     """
-    job = _Job(op, shape, dtype, kind, layouts, device, epilogue)
+    job = _Job(op, shape, dtype, kind, layouts, device)
     # The residual is read; backward reads it again for z, and writes its gradient.
     more = residual * (1 if op in ("forward", "evaluate") else 2)
 
@@ -478,7 +489,7 @@ def plan(
     planes = job.n * job.c
     if op == "eval_gradient":
         step = job.pointwise("eval_gradient", 2)
-        merge = (job.merge("merge_gradient", 24, planes),) if sums and step.tiles > 1 else ()
+        merge = (job.merge("merge_gradient", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", 3 if sums or epilogue else 2, step, *merge, *after)
 
     for rung in LADDERS[op]:
@@ -493,21 +504,16 @@ def plan(
     at_a_time = min(job.stripes, max(1, device.l2_bytes // 2 // job.bytes))
     some = at_a_time * job.lanes * job.planes_per_thread
     why += f", so it is split into {tiles} tiles, {at_a_time} at a time for the sake of L2"
-    small = _resized(job, at_a_time)
-    if op == "forward":
-        return made("split", why, 3,
-                    small.step("split", "moments", rung, job.scratch(rung, 1, 2), tiles, plain=True),
-                    job.merge("merge_moments", 24, some),
-                    small.step("split", "apply", rung, 0, tiles), *after, at_a_time=at_a_time)  # fmt: skip
-    return made("split", why, 5,
-                small.step("split", "gradient", rung, job.scratch(rung, 3, 1), tiles),
-                job.merge("merge_gradient", 24, some),
-                small.step("split", "apply_gradient", rung, 0, tiles, plain=residual), *after,
-                at_a_time=at_a_time)  # fmt: skip
-
-
-def _resized(job: _Job, stripes: int) -> _Job:
-    """The same planes, fewer of them."""
-    small = copy(job)
-    small.stripes = stripes
-    return small
+    partial, merged, apply = (
+        ("moments", "merge_moments", "apply") if op == "forward" else ("gradient", "merge_gradient", "apply_gradient")
+    )
+    return made(
+        "split",
+        why,
+        1 + 2 * job.arrays,
+        job.step("split", partial, rung, job.exchange(rung), tiles, stripes=at_a_time, plain=op == "forward"),
+        job.merge(merged, some),
+        job.step("split", apply, rung, 0, tiles, stripes=at_a_time, plain=op == "backward" and residual),
+        *after,
+        at_a_time=at_a_time,
+    )

@@ -1,24 +1,41 @@
-"""The NumPy backend.
+"""The CPU backend: NumPy alone, or compiled by numba where that is installed (extra `cpu`).
 
-The numerics are the kernels': mean, then centred values, then the mean of the centred values as a correction, then
-their squares; float16 and bfloat16 compute in float32. Work goes through blocks of planes that stay in the cache, or
-tiles of one plane where it is larger than a block, residual and activation included; nothing of the input's size is
-allocated but results.
+A **block** is as many whole planes as a core's caches hold, of every array of a call. A plane larger than a block is
+cut into **tiles**: the sums of each are taken by themselves and put together in a fixed order, so results have the same
+bits for any number of threads. Threads share the blocks of a call, or the tiles where there are few planes; small calls
+have one thread.
+
+What there is to do comes in three steps: `reduce` a tile of a block to sums, `join` the sums of all tiles, `apply` what
+follows from them to a tile. The numerics are the CUDA kernels': mean, then centred values, then the mean of the centred
+values as a correction, then their squares; float16 and bfloat16 compute in float32.
+
+In a block planes lie as in the result: each in one piece ("rows"), or side by side (channels-last, "lanes").
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import replace
-from functools import cache
+import os
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 
-from .functional import Array, Saved, empty_like, math_dtype, overlap, rectifier_slope
+from .functional import Array, Saved, empty_like, math_dtype, overlap
+from .threads import get_num_threads, share
 
-BLOCK_BYTES = 256 * 1024  # of one array in computing precision: a block of x, dy and scratch stays in a core's L2
+try:
+    if os.environ.get("CUPYNORM_COMPILED", "1") == "0":
+        raise ImportError("CUPYNORM_COMPILED=0")
+    import numba
+
+    from .scalars import SAMPLES, activate, add, memory, narrow, times_slope, typed, widen, zero_of, zeros_of
+except ImportError as _reason:  # also where numba does not go with this NumPy
+    numba, without_numba = None, str(_reason)  # type: ignore[assignment]
+
+#: Whether calls use the compiled loops. The benchmark and the tests turn it off to compare.
+compiled = numba is not None
 
 Index = tuple[Any, ...]
 
@@ -41,37 +58,35 @@ def forward(
 ) -> tuple[Array, Saved | None]:
     """The backends' contract, with all arguments checked: see cupynorm.functional."""
     y = empty_like(x, np.empty) if out is None else out
-    n, c = x.shape[:2]
-    spatial = math.prod(x.shape[2:])
-    dtype = math_dtype(x.dtype)
-    mean, rstd = np.empty((n, c), dtype), np.empty((n, c), dtype)
-    delta = np.zeros((n, c), dtype) if use_input_stats and activation is not None else None
+    planes, dtype = x.shape[:2], math_dtype(x.dtype)
+    mean, rstd, delta = np.empty((3, *planes), dtype) if use_input_stats else (*np.empty((2, *planes), dtype), None)
     call = Saved(
         x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope, residual, residual is not None
     )
-    if x.size and use_input_stats:
-        variance = np.empty((n, c), dtype) if running_mean is not None and momentum else None
-        buffers = _buffers(1 + max(_scratch(activation), 1), x, dtype)
-        for planes, tiles in _blocks(x.shape, dtype):
-            _forward_block(call, y, planes, tiles, variance, eps, buffers)
-        if variance is not None:
-            assert running_mean is not None and running_var is not None
-            _move(running_mean, mean if delta is None else mean + delta, momentum)
-            _move(running_var, variance * dtype.type(spatial / (spatial - 1)), momentum)
-    elif not use_input_stats:
+    if use_input_stats:
+        moves = running_mean is not None and bool(momentum)
+        if x.size:
+            variance = np.empty(planes, dtype) if moves else None
+            _choose(call, [x, y] if residual is None else [x, y, residual]).forward(eps, variance)
+            if variance is not None:
+                count = math.prod(x.shape[2:])
+                with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
+                    exact = mean.astype(np.float64) + delta
+                    unbiased = variance * dtype.type(count / (count - 1))
+                _move(running_mean, exact, momentum)
+                _move(running_var, unbiased, momentum)
+    else:
         assert running_mean is not None and running_var is not None
         mean[...] = running_mean
-        with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
+        with np.errstate(all="ignore"):
             rstd[...] = 1 / np.sqrt(running_var.astype(dtype) + dtype.type(eps))
-            buffers = _buffers(1 + _scratch(activation), x, dtype)
-            for planes, tiles in _blocks(x.shape, dtype) if x.size else ():
-                affine = _affine(call, planes)
-                for tile in tiles:
-                    centred = _read_centred(call, planes, tile, buffers[0])
-                    _finish(call, y, planes, tile, centred, affine, buffers[1:])
+        if x.size:
+            _choose(call, [x, y] if residual is None else [x, y, residual]).evaluate()
     if not keep:
         return y, None
-    return y, call if activation is not None else replace(call, residual=None)
+    if activation is None:
+        call.residual = None
+    return y, call
 
 
 def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Array | None, Array | None, Array | None]:
@@ -84,11 +99,10 @@ def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Arra
         dresidual = g_out = empty_like(x, np.empty)
     dx = empty_like(x, np.empty) if out is None else out
     dtype = math_dtype(x.dtype)
-    sum_g, sum_g_xhat = np.zeros(x.shape[:2], dtype), np.zeros(x.shape[:2], dtype)
+    sum_g, sum_g_xhat = (np.empty if x.size else np.zeros)((2, *x.shape[:2]), dtype)
     if x.size:
-        buffers = _buffers(3 + _scratch(saved.activation), x, dtype)
-        for planes, tiles in _blocks(x.shape, dtype):
-            _backward_block(dy, saved, dx, g_out, planes, tiles, sum_g, sum_g_xhat, buffers)
+        arrays = [x, dx, dy] if g_out is None else [x, dx, dy, saved.residual, g_out]
+        _choose(saved, arrays).backward(sum_g, sum_g_xhat)
     return dx, _gradient(sum_g_xhat, saved.weight), _gradient(sum_g, saved.bias), dresidual
 
 
@@ -97,39 +111,442 @@ def _gradient(sums: np.ndarray, parameter: Array | None) -> Array | None:
     if parameter is None:
         return None
     with np.errstate(all="ignore"):
-        return (sums if parameter.ndim == 2 else sums.sum(0, dtype=np.float64)).astype(parameter.dtype)
+        if parameter.ndim == 1:
+            sums = sums[0] if len(sums) == 1 else np.add.reduce(sums, axis=0, dtype=np.float64)
+        return sums.astype(parameter.dtype)
 
 
-def describe(shape: tuple[int, ...], dtype: np.dtype) -> str:
-    """How a call of a shape goes through its planes."""
-    blocks = [len(tiles) for _, tiles in _blocks(shape, dtype)] if math.prod(shape) else []
-    if not blocks:
-        return "empty, nothing is computed"
-    tiles = f", each plane in {blocks[0]} tiles that are merged" if blocks[0] > 1 else ""
-    return f"{len(blocks)} block(s) of planes of at most {BLOCK_BYTES} B in {dtype}{tiles}"
+def _move(running: Array, values: np.ndarray, momentum: float) -> None:
+    """running <- (1 - momentum) * running + momentum * mean over the batch, in float64, in place."""
+    with np.errstate(all="ignore"):
+        mean = values.mean(0, dtype=np.float64)
+        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * mean
 
 
-def _blocks(shape: tuple[int, ...], dtype: np.dtype) -> Iterator[tuple[Index, list[Index]]]:
-    """Blocks of planes, as an index of (N, C), each with the tiles of the spatial axes to go through it in."""
-    n, c, *spatial = shape
-    limit = BLOCK_BYTES // dtype.itemsize
-    plane = math.prod(spatial)
-    if plane > limit:
-        tiles = list(_tiles(spatial, limit))
-        for i in range(n):
-            for j in range(c):
-                yield (slice(i, i + 1), slice(j, j + 1)), tiles
-        return
-    whole: list[Index] = [(slice(None),) * len(spatial)]
-    if plane * c > limit:
-        step = max(limit // plane, 1)
-        for i in range(n):
-            for j in range(0, c, step):
-                yield (slice(i, i + 1), slice(j, j + step)), whole
+# Blocks, and how threads share them
+
+
+def describe(x: Array) -> list[str]:
+    """How a call on an array, with results in its layout, goes through its planes: a line or two."""
+    if not x.size:
+        return ["empty, nothing is computed"]
+    ones = np.empty((3, *x.shape[:2]), math_dtype(x.dtype))
+    work = _choose(Saved(x, ones[0], ones[1], None, None, True, ones[2]), [x, empty_like(x, np.empty)])
+    tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
+    threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
+    return [f"{work}{tiles}", f"{threads} of {get_num_threads()}"]
+
+
+def _merged(arrays: list[Array]) -> list[Array]:
+    """Views of the arrays with spatial axes put together where all of them allow it: (N, C, *fewer), at least one."""
+    n, c, *spatial = arrays[0].shape
+    if all(a.flags.c_contiguous for a in arrays):
+        shape = [n, c, math.prod(spatial)]
     else:
-        step = max(limit // max(plane * c, 1), 1)
-        for i in range(0, n, step):
-            yield (slice(i, i + step), slice(None)), whole
+        shape, last = [n, c], None
+        for axis, size in enumerate(spatial, 2):
+            if size == 1:
+                continue
+            steps = [a.strides[axis] for a in arrays]
+            if last is not None and last == [step * size for step in steps]:
+                shape[-1] *= size
+            else:
+                shape.append(size)
+            last = steps
+        shape += [1] * (len(shape) == 2)
+    return [a if a.ndim == len(shape) else a.reshape(shape) for a in arrays]
+
+
+class _Work:
+    """A call's arrays and statistics, and how its blocks are shared out. A subclass does the steps.
+
+    arrays are merged: x and y, then a residual; or x, dx and dy, then a residual and its gradient. A subclass sets
+    `blocks` and `tiles` (of each), and has `reduce`, `join`, `apply` and `whole` (all three of a block) for every pass.
+    """
+
+    blocks: int
+    tiles = 1
+    pays: int  # elements from which on a second thread does: to wake one takes some 50 microseconds
+    plane_costs = 0  # what a plane costs in itself, in elements
+
+    def __init__(self, call: Saved, arrays: list[Array]):
+        self.call, self.arrays, self.dtype = call, arrays, call.rstd.dtype
+        self.x, self.y = arrays[:2]
+        n, c = self.x.shape[:2]
+        self.size = self.x.size + self.plane_costs * n * c
+        self.threads = 1 if self.size < self.pays else get_num_threads()
+
+    def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
+        """One thread's share: step(first, last, …) of each range."""
+        raise NotImplementedError
+
+    def run(
+        self, reduce: Callable[..., None], join: Callable[..., None], apply: Callable[..., None], whole: Any
+    ) -> None:
+        if self.threads == 1:
+            self.work(whole, iter([(0, self.blocks)]))
+        elif self.tiles == 1 or self.blocks >= 4 * self.threads:
+            self.share(whole, self.blocks)
+        else:
+            self.share(reduce, self.blocks * self.tiles)
+            join(0, self.blocks)
+            self.share(apply, self.blocks * self.tiles)
+
+    def share(self, step: Callable[..., None], count: int) -> None:
+        """step over ranges of 0 … count, by all threads: each takes the next range when it is done with one."""
+        parts = 1 if self.threads == 1 else min(count, self.threads * (1 if self.size < 8 * self.pays else 4))
+        borders = [count * i // parts for i in range(parts + 1)]
+        share(lambda tasks: self.work(step, ((borders[i], borders[i + 1]) for i in tasks)), parts, self.threads)
+
+
+def _choose(call: Saved, arrays: list[Array]) -> Any:
+    """The work of a call: compiled where that is to be had and the loops can address the arrays."""
+    if compiled:
+        x = arrays[0]
+        layout = _layout(x.shape, x.itemsize, tuple([a.strides for a in arrays]))
+        addresses = [a.__array_interface__["data"][0] for a in arrays]
+        if layout.usable and not any([address % x.itemsize for address in addresses]):
+            return _Compiled(call, arrays, layout, addresses)
+    return _Interpreted(call, _merged(arrays))
+
+
+# NumPy alone
+
+BLOCK_BYTES = 2**21  # of an array in computing precision: smaller ones cost more in calls than they gain in cache
+ROW = 4096  # elements that are added up in computing precision; sums of these are added in float64
+STRIPE = 256  # the same for lanes, whose sums are plain
+
+
+class _Interpreted(_Work):
+    """The steps as NumPy calls. A block is an index of (N, C) and an array (planes of N, of C, positions).
+
+    Arrays in computing precision are used where they lie, and y and dx are worked in; the rest goes through scratch.
+    """
+
+    pays = 2**20
+
+    def __init__(self, call: Saved, arrays: list[Array]):
+        super().__init__(call, arrays)
+        self.limit = BLOCK_BYTES // self.dtype.itemsize
+        n, c, *spatial = self.x.shape
+        strides, itemsize = self.y.strides, self.y.itemsize
+        self.lanes = c > 1 and strides[1] == itemsize and strides[-1] != itemsize
+        plane = self.spatial = math.prod(spatial)
+        most = self.limit if self.threads == 1 else 2 * self.limit  # threads wait for each other between calls
+        whole: Index = (slice(None),) * len(spatial)
+        self.tile: list[Index] = [whole]
+        self.planes: list[Index]
+        if plane * c <= self.limit:
+            step = self._even(n, most // (plane * c))
+            self.planes = [(slice(i, i + step), slice(None)) for i in range(0, n, step)]
+        elif self.lanes:
+            self.tile = list(_tiles(spatial, max(self.limit // c, 1)))
+            self.planes = [(slice(i, i + 1), slice(None)) for i in range(n)]
+        elif plane <= self.limit:
+            step = self._even(c, most // plane)
+            self.planes = [(slice(i, i + 1), slice(j, j + step)) for i in range(n) for j in range(0, c, step)]
+        else:
+            self.tile = list(_tiles(spatial, self.limit))
+            self.planes = [(slice(i, i + 1), slice(j, j + 1)) for i in range(n) for j in range(c)]
+        self.blocks, self.tiles = len(self.planes), len(self.tile)
+        self.room = self.limit if self.tiles > 1 else most
+        if self.tiles > 1:
+            self.partial = np.empty((4, self.tiles, n, c))
+        # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
+        inner = c if self.lanes else min(plane, self.limit)
+        self.buffered = 16 if inner >= 512 else 8192
+
+    def __str__(self) -> str:
+        return f"NumPy, {self.blocks} block(s) of planes of at most {BLOCK_BYTES} B in {self.dtype}"
+
+    def _even(self, count: int, most: int) -> int:
+        """At most `most` of count at a time, so that all threads have equally many blocks."""
+        blocks = -(-count // most)
+        if self.threads > 1 and count >= self.threads:
+            blocks = -(-blocks // self.threads) * self.threads
+        return -(-count // blocks)
+
+    def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
+        scratch = np.empty((3 + _scratch(self.call.activation), min(self.x.size, self.room)), self.dtype)
+        with np.errstate(all="ignore"):  # also what puts the buffers' size back
+            np.setbufsize(self.buffered)
+            for first, last in ranges:
+                for i in range(first, last):
+                    step(i, scratch)
+
+    # Blocks and what is computed of them
+
+    def _room(self, part: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+        """A block for a part of an array, in scratch."""
+        n, c = part.shape[:2]
+        if self.lanes:
+            return buffer[: part.size].reshape(n, -1, c).transpose(0, 2, 1)
+        return buffer[: part.size].reshape(n, c, -1)
+
+    def _in_place(self, part: np.ndarray) -> bool:
+        """Whether a part of an array can be computed with where it lies."""
+        step = part.strides[1] if self.lanes else part.strides[-1]
+        return part.ndim == 3 and part.dtype == self.dtype and step == part.itemsize and part.flags.aligned
+
+    def _read(self, array: np.ndarray, index: Index, buffer: np.ndarray, copy: bool = False) -> np.ndarray:
+        part = array[index]
+        if self._in_place(part) and not copy:
+            return part
+        block = self._room(part, buffer)
+        block.reshape(part.shape)[...] = part
+        return block
+
+    def _write(self, array: np.ndarray, index: Index, block: np.ndarray) -> None:
+        part = array[index]
+        if not np.may_share_memory(part, block):
+            part[...] = block.reshape(part.shape)
+
+    def _target(self, array: np.ndarray, index: Index, buffer: np.ndarray) -> np.ndarray:
+        part = array[index]
+        return part if self._in_place(part) else self._room(part, buffer)
+
+    def _sums(self, block: np.ndarray) -> np.ndarray:
+        """Of each plane of a block. What a plane is put together with, and where it lies, changes no bit of its sum."""
+        n, c, size = block.shape
+        if self.lanes:
+            whole = size // STRIPE * STRIPE
+            stripes = block[:, :, :whole].reshape(n, c, -1, STRIPE)
+            total = np.add.reduce(stripes, axis=3).sum(2, dtype=np.float64)
+            return total + np.add.reduce(block[:, :, whole:], axis=2)
+        if size < 128:
+            return np.einsum("ncs->nc", block)
+        # A dot product has the best loop; rows are too short for BLAS to share them out among threads of its own.
+        return self._dots(block, _ones(self.dtype))
+
+    def _dots(self, a: np.ndarray, b: np.ndarray, scratch: np.ndarray | None = None) -> np.ndarray:
+        """The dot product of each plane of a with that of b, or with a row of ROW elements."""
+        n, c, size = a.shape
+        if scratch is not None and self.lanes:
+            return self._sums(np.multiply(a, b, out=self._room(a, scratch)))
+        if scratch is not None and size < 128:
+            return np.einsum("ncs,ncs->nc", a, b)
+        if size <= ROW:
+            return np.vecdot(a, b[..., :size])
+        whole = size // ROW * ROW
+        rows = b if b.ndim == 1 else b[:, :, :whole].reshape(n, c, -1, ROW)
+        total = np.vecdot(a[:, :, :whole].reshape(n, c, -1, ROW), rows).sum(2, dtype=np.float64)
+        return total + np.vecdot(a[:, :, whole:], b[..., whole:] if b.ndim > 1 else b[: size - whole])
+
+    def _affine(self, planes: Index) -> tuple[np.ndarray, np.ndarray | None]:
+        """z = (x - mean) * scale + shift: delta is in the shift, by which no digit is lost, see _centred."""
+        call = self.call
+        scale, shift = call.rstd[planes], None
+        if call.weight is not None:
+            scale = scale * self._of_planes(call.weight, planes)
+        if call.delta is not None:
+            shift = call.delta[planes] * scale
+            np.negative(shift, out=shift)
+        if call.bias is not None:
+            bias = self._of_planes(call.bias, planes)
+            shift = bias if shift is None else np.add(shift, bias, out=shift)
+        return scale[:, :, None], None if shift is None else shift[..., None]
+
+    def _of_planes(self, parameter: Array, planes: Index) -> np.ndarray:
+        return parameter[planes if parameter.ndim == 2 else planes[1]].astype(self.dtype, copy=False)
+
+    def _centre(self, index: Index, planes: Index, buffer: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """x - mean, by the statistics, in scratch or in out."""
+        x = self._read(self.x, index, buffer)
+        block = self._room(self.x[index], buffer) if out is None else out
+        return np.subtract(x, self.call.mean[planes][:, :, None], out=block)
+
+    def _statistics(self, x: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, ...]:
+        """mean, delta and variance of a block's planes, as (N, C); x - mean goes into out.
+
+        The squares are those about the mean without what its rounding took, delta: sum c**2 - size * delta**2. That
+        cancels where a plane is nearly constant and mean is not the number next to the exact one: it is moved there.
+        """
+        size = x.shape[2]
+        mean = (self._sums(x) / size).astype(self.dtype, copy=False)
+        centred = np.subtract(x, mean[:, :, None], out=out)
+        delta = (self._sums(centred) / size).astype(self.dtype, copy=False)
+        squares = self._dots(centred, centred, scratch)
+        lost = delta * delta * size
+        near = lost > 0.01 * squares
+        if near.any():
+            step = (mean[near] + delta[near]) - mean[near]
+            mean[near] += step
+            block = centred[near] - step[:, None]
+            centred[near] = block
+            block = block[None]
+            moved = (self._sums(block)[0] / size).astype(self.dtype, copy=False)
+            delta[near] = moved
+            squares[near] = self._dots(block, block, np.empty(block.size, self.dtype))[0]
+            lost[near] = moved * moved * size
+        variance = (squares - lost).astype(self.dtype, copy=False) / size
+        return mean, delta, np.maximum(variance, 0, out=variance)
+
+    def _add_up(self, index: Index, centred: np.ndarray, affine: tuple[Any, Any], out: np.ndarray, buffer: Any) -> None:
+        """z = centred * scale + shift + residual, into out, which may be centred: the same bits in both passes."""
+        scale, shift = affine
+        np.multiply(centred, scale, out=out)
+        if shift is not None:
+            out += shift
+        if self.call.residual is not None:
+            out += self._read(self.arrays[2 if len(self.arrays) == 3 else 3], index, buffer)
+
+    # Forward
+
+    def forward(self, eps: float, variance: np.ndarray | None) -> None:
+        self.eps, self.variance = self.dtype.type(eps), variance
+        self.work_in_y = self.call.residual is None or not overlap(self.y, self.arrays[2])
+        self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
+
+    def evaluate(self) -> None:
+        self.work_in_y = self.call.residual is None or not overlap(self.y, self.arrays[2])
+        self.share(self.apply_forward, self.blocks * self.tiles)
+
+    def _index(self, unit: int) -> tuple[Index, Index, int]:
+        """Planes of a block, the index of one of its tiles, and that tile's number."""
+        block, tile = divmod(unit, self.tiles)
+        return self.planes[block], self.planes[block] + self.tile[tile], tile
+
+    def reduce_forward(self, unit: int, scratch: np.ndarray) -> None:
+        planes, index, tile = self._index(unit)
+        x = self._read(self.x, index, scratch[0])
+        mean, delta, variance = self._statistics(x, self._room(self.x[index], scratch[0]), scratch[1])
+        for each, value in zip(self.partial, (mean, delta, variance * np.float64(x.shape[2]), x.shape[2]), strict=True):
+            each[(tile, *planes)] = value
+
+    def join_forward(self, first: int, last: int) -> None:
+        """Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, in float64, means as distances from the first's."""
+        for planes in self.planes[first:last]:
+            means, deltas, squares, counts = (each[(slice(None), *planes)] for each in self.partial)
+            pooled, total, count = deltas[0], squares[0], counts[0]
+            for tile in range(1, self.tiles):
+                share = counts[tile] / (count + counts[tile])
+                distance = (means[tile] - means[0]) + deltas[tile] - pooled
+                pooled = pooled + distance * share
+                total = total + squares[tile] + distance * distance * (count * share)
+                count = count + counts[tile]
+            mean = (means[0] + pooled).astype(self.dtype)
+            delta = ((means[0] - mean) + pooled).astype(self.dtype)
+            self._keep(planes, mean, delta, (total / count).astype(self.dtype))
+
+    def _keep(self, planes: Index, mean: np.ndarray, delta: np.ndarray, variance: np.ndarray) -> None:
+        call = self.call
+        call.mean[planes], call.delta[planes] = mean, delta  # type: ignore[index]
+        call.rstd[planes] = 1 / np.sqrt(variance + self.eps)
+        if self.variance is not None:
+            self.variance[planes] = variance
+
+    def apply_forward(self, unit: int, scratch: np.ndarray) -> None:
+        planes, index, _ = self._index(unit)
+        out = self._target(self.y, index, scratch[1]) if self.work_in_y else self._room(self.y[index], scratch[1])
+        centred = self._centre(index, planes, scratch[0], out)
+        self._finish(index, planes, centred, scratch)
+
+    def _finish(self, index: Index, planes: Index, centred: np.ndarray, scratch: np.ndarray) -> None:
+        call = self.call
+        self._add_up(index, centred, self._affine(planes), centred, scratch[2])
+        if call.activation is not None:
+            _activate(centred, call.activation, call.negative_slope, self._rooms(centred, scratch[2:]))
+        self._write(self.y, index, centred)
+
+    def _rooms(self, block: np.ndarray, scratch: np.ndarray) -> list[np.ndarray]:
+        return [self._room(block, each) for each in scratch]
+
+    def whole_forward(self, block: int, scratch: np.ndarray) -> None:
+        if self.tiles > 1:
+            units = range(block * self.tiles, (block + 1) * self.tiles)
+            for unit in units:
+                self.reduce_forward(unit, scratch)
+            self.join_forward(block, block + 1)
+            for unit in reversed(units):
+                self.apply_forward(unit, scratch)
+            return
+        planes, index, _ = self._index(block)
+        x = self._read(self.x, index, scratch[1])
+        out = self._target(self.y, index, scratch[1]) if self.work_in_y else self._room(self.y[index], scratch[1])
+        self._keep(planes, *self._statistics(x, out, scratch[0]))
+        self._finish(index, planes, out, scratch)
+
+    # Backward
+
+    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
+        self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
+        self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
+
+    def _load(self, index: Index, planes: Index, scratch: np.ndarray, with_x: bool = True) -> tuple[Any, Any]:
+        """g, in scratch where it is not dy itself; and x - mean, where it is asked for or needed for g."""
+        call = self.call
+        g = self._read(self.arrays[2], index, scratch[0], copy=call.activation is not None)
+        if not with_x and call.activation is None:
+            return g, None
+        centred = self._centre(index, planes, scratch[1])
+        if call.activation is None:
+            return g, centred
+        z = self._room(centred, scratch[2])
+        self._add_up(index, centred, self._affine(planes), z, scratch[3])
+        _times_slope(g, z, call.activation, call.negative_slope, self._rooms(z, scratch[3:]))
+        return g, centred
+
+    def reduce_backward(self, unit: int, scratch: np.ndarray) -> None:
+        planes, index, tile = self._index(unit)
+        g, centred = self._load(index, planes, scratch)
+        self.partial[0][(tile, *planes)] = self._sums(g)
+        self.partial[1][(tile, *planes)] = self._dots(g, centred, scratch[2])
+
+    def join_backward(self, first: int, last: int) -> None:
+        for planes in self.planes[first:last]:
+            self._keep_sums(
+                planes, self.partial[0][(slice(None), *planes)].sum(0), self.partial[1][(slice(None), *planes)].sum(0)
+            )
+
+    def _keep_sums(self, planes: Index, total: np.ndarray, dot: np.ndarray) -> None:
+        self.sum_g[planes] = total
+        if self.call.delta is not None:
+            dot = dot - self.call.delta[planes] * total
+        self.sum_g_xhat[planes] = dot * self.call.rstd[planes]
+
+    def apply_backward(self, unit: int, scratch: np.ndarray) -> None:
+        planes, index, _ = self._index(unit)
+        self._differentiate(index, planes, *self._load(index, planes, scratch, self.call.training), scratch)
+
+    def _differentiate(self, index: Index, planes: Index, g: np.ndarray, centred: Any, scratch: np.ndarray) -> None:
+        """dx = scale * (g - mean of g - xhat * mean of g * xhat); the last two terms are put together first."""
+        call = self.call
+        if len(self.arrays) == 5:
+            self._write(self.arrays[4], index, g)
+        scale = call.rstd[planes]
+        if call.weight is not None:
+            scale = scale * self._of_planes(call.weight, planes)
+        out = self._target(self.y, index, scratch[0])
+        np.multiply(g, scale[:, :, None], out=out)
+        if call.training:
+            factor = -scale / self.spatial
+            slope = self.sum_g_xhat[planes] * call.rstd[planes] * factor
+            shift = self.sum_g[planes] * factor
+            if call.delta is not None:
+                shift -= slope * call.delta[planes]
+            centred *= slope[:, :, None]
+            centred += shift[:, :, None]
+            out += centred
+        self._write(self.y, index, out)
+
+    def whole_backward(self, block: int, scratch: np.ndarray) -> None:
+        if self.tiles > 1:
+            units = range(block * self.tiles, (block + 1) * self.tiles)
+            for unit in units:
+                self.reduce_backward(unit, scratch)
+            self.join_backward(block, block + 1)
+            for unit in reversed(units):
+                self.apply_backward(unit, scratch)
+            return
+        planes, index, _ = self._index(block)
+        g, centred = self._load(index, planes, scratch)
+        self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[2]))
+        self._differentiate(index, planes, g, centred, scratch)
+
+
+@cache
+def _ones(dtype: np.dtype) -> np.ndarray:
+    return np.ones(ROW, dtype)
 
 
 def _tiles(spatial: list[int], limit: int) -> Iterator[Index]:
@@ -146,265 +563,69 @@ def _tiles(spatial: list[int], limit: int) -> Iterator[Index]:
             yield (slice(i, i + step), *(slice(None) for _ in inner))
 
 
-def _buffers(count: int, x: Array, dtype: np.dtype) -> np.ndarray:
-    """Room for `count` blocks, reused throughout a call: fresh memory would cost more than the arithmetic."""
-    return np.empty((count, min(x.size, BLOCK_BYTES // dtype.itemsize)), dtype)
-
-
-def _read(x: Array, planes: Index, tile: Index, buffer: np.ndarray) -> np.ndarray:
-    """A block in computing precision, one row a plane, in a buffer."""
-    part = x[planes + tile]
-    block = buffer[: part.size].reshape(part.shape)
-    block[...] = part
-    return block.reshape(part.shape[0] * part.shape[1], -1)
-
-
-def _read_centred(saved: Saved, planes: Index, tile: Index, buffer: np.ndarray) -> np.ndarray:
-    """(x - mean) - delta, by the statistics in saved."""
-    block = _read(saved.x, planes, tile, buffer)
-    block -= saved.mean[planes].reshape(-1, 1)
-    if saved.delta is not None:
-        block -= saved.delta[planes].reshape(-1, 1)
-    return block
-
-
-def _affine(saved: Saved, planes: Index) -> tuple[np.ndarray, np.ndarray | None]:
-    """What centred values are multiplied with, and what is then added, for each plane of a block."""
-
-    def of_planes(parameter: Array) -> np.ndarray:
-        return parameter[planes if parameter.ndim == 2 else planes[1]].astype(saved.rstd.dtype)
-
-    scale, shift = saved.rstd[planes], None
-    if saved.weight is not None:
-        scale = scale * of_planes(saved.weight)
-    if saved.bias is not None:
-        shift = np.broadcast_to(of_planes(saved.bias), scale.shape).reshape(-1, 1)
-    return scale.reshape(-1, 1), shift
-
-
-def _add_up(
-    saved: Saved,
-    planes: Index,
-    tile: Index,
-    centred: np.ndarray,
-    affine: tuple[np.ndarray, np.ndarray | None],
-    out: np.ndarray,
-) -> np.ndarray:
-    """z = centred * scale + shift + residual, into out, which may be centred: the same bits in forward and backward."""
-    scale, shift = affine
-    np.multiply(centred, scale, out=out)
-    if shift is not None:
-        out += shift
-    if saved.residual is not None:
-        part = saved.residual[planes + tile]
-        shaped = out.reshape(part.shape)
-        shaped += part
-    return out
-
-
-def _finish(
-    saved: Saved,
-    y: Array,
-    planes: Index,
-    tile: Index,
-    centred: np.ndarray,
-    affine: tuple[np.ndarray, np.ndarray | None],
-    scratch: np.ndarray,
-) -> None:
-    """From the centred values, which are used up, to y."""
-    z = _add_up(saved, planes, tile, centred, affine, centred)
-    if saved.activation is not None:
-        _activate(z, saved.activation, saved.negative_slope, scratch[:, : z.size])
-    _write(y, planes, tile, z)
-
-
-def _write(y: Array, planes: Index, tile: Index, block: np.ndarray) -> None:
-    part = y[planes + tile]
-    part[...] = block.reshape(part.shape)
-
-
-def _row_sums(block: np.ndarray) -> np.ndarray:
-    return np.add.reduce(block, axis=1)  # pairwise along a contiguous axis
-
-
-def _centre(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centre the rows of a block in place; their means, and what rounding had taken from these."""
-    count = block.dtype.type(block.shape[1])
-    mean = _row_sums(block) / count
-    block -= mean[:, None]
-    delta = _row_sums(block) / count
-    block -= delta[:, None]
-    return mean, delta
-
-
-def _dots(a: np.ndarray, b: np.ndarray, buffer: np.ndarray) -> np.ndarray:
-    """The dot product of each row of a with that of b."""
-    return _row_sums(np.multiply(a, b, out=buffer[: a.size].reshape(a.shape)))
-
-
-def _forward_block(
-    call: Saved,
-    y: Array,
-    planes: Index,
-    tiles: list[Index],
-    variance: np.ndarray | None,
-    eps: float,
-    buffers: np.ndarray,
-) -> None:
-    """y of a block; its statistics go into call's."""
-    dtype = call.mean.dtype
-    with np.errstate(all="ignore"):
-        # Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, about the pooled mean, in float64.
-        count = 0
-        pooled = squares = np.zeros(1)
-        for tile in tiles:
-            block = _read(call.x, planes, tile, buffers[0])
-            size = block.shape[1]
-            mean, delta = _centre(block)
-            tile_mean, tile_squares = mean.astype(np.float64) + delta, _dots(block, block, buffers[1])
-            share = size / (count + size)
-            distance = tile_mean - pooled if count else np.zeros_like(tile_mean)
-            pooled = pooled + distance * share if count else tile_mean
-            squares = squares + tile_squares.astype(np.float64) + distance * distance * (count * share)
-            count += size
-        shape = call.mean[planes].shape
-        inverse = 1 / np.sqrt((squares / count).astype(dtype) + dtype.type(eps))
-        call.rstd[planes] = inverse.reshape(shape)
-        if variance is not None:
-            variance[planes] = (squares / count).reshape(shape)
-        if len(tiles) > 1:
-            mean = pooled.astype(dtype)
-            delta = (pooled - mean).astype(dtype)
-        # With an activation what centred x is kept, to find z again; else the mean as exact as can be.
-        call.mean[planes] = (pooled if call.delta is None else mean).reshape(shape)
-        if call.delta is not None:
-            call.delta[planes] = delta.reshape(shape)
-        affine = _affine(call, planes)
-        if len(tiles) == 1:  # still at hand, and centred
-            _finish(call, y, planes, tiles[0], block, affine, buffers[1:])
-            return
-        for tile in reversed(tiles):
-            block = _read(call.x, planes, tile, buffers[0])
-            block -= mean[:, None]
-            block -= delta[:, None]
-            _finish(call, y, planes, tile, block, affine, buffers[1:])
-
-
-def _backward_block(
-    dy: Array,
-    saved: Saved,
-    dx: Array,
-    g_out: Array | None,
-    planes: Index,
-    tiles: list[Index],
-    sum_g: np.ndarray,
-    sum_g_xhat: np.ndarray,
-    buffers: np.ndarray,
-) -> None:
-    dtype = sum_g.dtype
-    shape = sum_g[planes].shape
-    rows = sum_g[planes].size
-    affine = _affine(saved, planes)
-    rstd = saved.rstd[planes].reshape(rows, 1)
-    sums = np.zeros((3, rows))
-
-    def load(tile: Index, with_x: bool = True) -> tuple[np.ndarray, np.ndarray]:
-        """g, and the centred x where it is asked for or needed for g."""
-        g = _read(dy, planes, tile, buffers[0])
-        if not with_x and saved.activation is None:
-            return g, g
-        centred = _read_centred(saved, planes, tile, buffers[1])
-        if saved.activation is not None:
-            z = _add_up(saved, planes, tile, centred, affine, buffers[2][: g.size].reshape(g.shape))
-            _times_slope(g, z, saved.activation, saved.negative_slope, buffers[3:, : g.size])
-        return g, centred
-
-    with np.errstate(all="ignore"):
-        count = 0
-        for tile in tiles:
-            g, centred = load(tile)
-            sums[0] += _row_sums(g)
-            sums[1] += _dots(g, centred, buffers[2])
-            sums[2] += _row_sums(centred)
-            count += g.shape[1]
-        # The saved mean is rounded; the mean of the centred values is what it lost.
-        delta = sums[2] / count if saved.training else np.zeros(rows)
-        dot = (sums[1] - delta * sums[0]) * rstd[:, 0]
-        sum_g[planes] = sums[0].reshape(shape)
-        sum_g_xhat[planes] = dot.reshape(shape)
-        mean_g, mean_dot, delta_ = (
-            (v / k).astype(dtype)[:, None] for v, k in ((sums[0], count), (dot, count), (delta, 1))
-        )
-        for tile in reversed(tiles):
-            if len(tiles) > 1:
-                g, centred = load(tile, with_x=saved.training)
-            if g_out is not None:
-                _write(g_out, planes, tile, g)
-            if saved.training:
-                centred -= delta_
-                centred *= rstd * mean_dot
-                g -= mean_g
-                g -= centred
-            g *= affine[0]
-            _write(dx, planes, tile, g)
-
-
-# Activations. Each works in place on a block: rows of z, and scratch rows of as many elements.
+# Activations, in place on a block z, with scratch blocks. Comparisons become numbers by copies: ufuncs would convert
+# them piece by piece. clip is several times as fast as maximum, and hands NaN on as well.
 
 
 def _scratch(activation: str | None) -> int:
     """How many blocks of scratch an activation and its derivative take."""
-    return {None: 0, "relu": 1, "leaky_relu": 1}.get(activation, 3)
+    return {None: 0, "relu": 1, "leaky_relu": 2}.get(activation, 3)
 
 
-def _activate(z: np.ndarray, activation: str, negative_slope: float, scratch: np.ndarray) -> None:
+def _activate(z: np.ndarray, activation: str, negative_slope: float, scratch: list[np.ndarray]) -> None:
     """z <- activation(z)"""
-    scratch = scratch.reshape(-1, *z.shape)
-    if activation in ("relu", "leaky_relu"):
-        _rectify(z, z, rectifier_slope(activation, negative_slope), scratch[0])
+    if activation == "relu":
+        np.clip(z, 0, math.inf, out=z)
+        return
+    if activation == "leaky_relu":
+        positive = np.clip(z, 0, math.inf, out=scratch[0])
+        np.clip(z, -math.inf, 0, out=z)
+        z *= negative_slope
+        z += positive
         return
     # z F(z) with a symmetric distribution F is max(z, 0) - |z| (1 - F(|z|)): no overflow, no cancellation.
     size, tail, _ = _distribution(z, activation, scratch)
     tail *= size
-    np.maximum(z, 0, out=z)
+    np.clip(z, 0, math.inf, out=z)
     z -= tail
 
 
-def _times_slope(g: np.ndarray, z: np.ndarray, activation: str, negative_slope: float, scratch: np.ndarray) -> None:
+def _times_slope(
+    g: np.ndarray, z: np.ndarray, activation: str, negative_slope: float, scratch: list[np.ndarray]
+) -> None:
     """g <- g * activation'(z); z is used up."""
-    scratch = scratch.reshape(-1, *z.shape)
     if activation in ("relu", "leaky_relu"):
-        _rectify(g, z, rectifier_slope(activation, negative_slope), scratch[0])
+        falls = np.less_equal(z, 0)
+        if activation == "relu":  # by bits: it makes 0 of infinities too
+            kept, bits = (each.view(f"i{z.itemsize}") for each in (scratch[0], g))
+            np.copyto(kept, falls)
+            kept -= 1
+            bits &= kept
+            return
+        slope, rises = scratch[:2]
+        np.copyto(slope, falls)
+        slope *= negative_slope
+        np.copyto(rises, np.logical_not(falls, out=falls))
+        slope += rises
+        g *= slope
         return
     # For z > 0, F(z) + z F'(z) = 1 + h with h = |z| F'(|z|) - (1 - F(|z|)); for z < 0 it is -h.
     size, tail, density = _distribution(z, activation, scratch)
     density *= size
     density -= tail
-    rises = z >= 0
-    sign = np.multiply(rises, 2, out=z, dtype=z.dtype)
+    np.copyto(tail, z >= 0)
+    sign = np.multiply(tail, 2, out=size)
     sign -= 1
     density *= sign
-    density += rises
+    density += tail
     g *= density
 
 
-def _rectify(values: np.ndarray, z: np.ndarray, slope: float, scratch: np.ndarray) -> None:
-    """values <- values * slope where z <= 0; 0 where slope is 0."""
-    falls = z <= 0
-    if slope:
-        np.multiply(falls, slope, out=scratch, dtype=z.dtype)
-        scratch += ~falls
-        values *= scratch
-    else:  # a product of bits: it makes 0 of infinities too, and is many times as fast as an assignment by mask
-        bits = values.view(f"i{values.itemsize}")
-        bits *= ~falls
-
-
-def _distribution(z: np.ndarray, activation: str, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _distribution(z: np.ndarray, activation: str, scratch: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     """|z|, 1 - F(|z|) and F'(|z|), each in a block of scratch; F is logistic for silu and normal for gelu."""
-    size, tail, density = scratch
+    size, tail, density = scratch[:3]
     np.abs(z, out=size)
-    np.minimum(size, 800, out=size)  # where both are 0: an infinite z has its limit
+    np.clip(size, 0, 800, out=size)  # where both are 0: an infinite z has its limit
     if activation == "silu":
         np.negative(size, out=tail)
         np.exp(tail, out=tail)
@@ -412,7 +633,7 @@ def _distribution(z: np.ndarray, activation: str, scratch: np.ndarray) -> tuple[
         tail /= density  # exp(-|z|) / (1 + exp(-|z|))
         np.divide(tail, density, out=density)
         return size, tail, density
-    first, *others = _half_erfcx(20 if z.dtype == np.float64 else 10)
+    first, *others = half_erfcx(20 if z.dtype == np.float64 else 10)
     np.add(size, PIVOT, out=tail)
     np.subtract(size, PIVOT, out=density)
     density /= tail
@@ -432,7 +653,7 @@ PIVOT = 4.0  # the |z| that the polynomial below is about
 
 
 @cache
-def _half_erfcx(degree: int) -> list[float]:
+def half_erfcx(degree: int) -> list[float]:
     """Coefficients, highest first, of p with 1 - Phi(z) = p((z - PIVOT) / (z + PIVOT)) exp(-z**2 / 2) for z >= 0.
 
     p interpolates erfc(z / sqrt(2)) exp(z**2 / 2) / 2 at Chebyshev's points, up to z = 37, where erfc ends in float64;
@@ -453,8 +674,868 @@ def _half_erfcx(degree: int) -> list[float]:
     return [float(c) for c in Chebyshev(series, domain=[-1, end]).convert(kind=Polynomial).coef[::-1]]
 
 
-def _move(running: Array, values: np.ndarray, momentum: float) -> None:
-    """running <- (1 - momentum) * running + momentum * mean over the batch, in float64, in place."""
-    with np.errstate(all="ignore"):
-        mean = values.mean(0, dtype=np.float64)
-        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * mean
+# Compiled by numba. In the loops an array is all memory from its first element on, and an offset in elements, unsigned:
+# with signed ones the compiler would have to mind negative indices, and would not use vector instructions.
+#
+# `like` is a sample of the stored type; of `step` (positions are not next to each other), `lanes`, `inplace` (y is x),
+# `residual` and `training` only whether they are None matters: each combination that is met is compiled for itself,
+# once, and kept on disk.
+
+
+def _loop(function: Any) -> Any:
+    return function if numba is None else numba.njit(function, error_model="numpy", forceinline=True)
+
+
+def _kernel(function: Any) -> Any:
+    if numba is None:
+        return function
+    return numba.njit(function, error_model="numpy", nogil=True, cache=True)
+
+
+TILE = 65536  # positions
+MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
+PARTIAL = 4096  # elements whose sums are made in computing precision; those of them in float64
+LANES_PARTIAL = 256
+SHORT = 512  # elements of a plane that is done together with others
+
+
+@_loop
+def _borders(tile, shape):
+    """Runs and positions of a tile, and how many elements those are."""
+    _, _, tiles, runs, length, tile_runs, tile_length = shape
+    if tiles == 1:
+        return 0, runs, 0, length, runs * length
+    along = (length + tile_length - 1) // tile_length
+    r0 = tile // along * tile_runs
+    l0 = tile % along * tile_length
+    r1, l1 = min(r0 + tile_runs, runs), min(l0 + tile_length, length)
+    return r0, r1, l0, l1, (r1 - r0) * (l1 - l0)
+
+
+@_loop
+def _locate(unit, shape):
+    """The sample, first channel and tile of a unit: a tile of an owner, which is a plane or a group of channels."""
+    channels, group, tiles = shape[:3]
+    groups = (channels + group - 1) // group
+    owner = unit // tiles
+    n = owner // groups
+    return n, (owner - n * groups) * group, unit - owner * tiles
+
+
+@_loop
+def _next(n, c, tile, shape):
+    """_locate of the next unit: divisions are slow."""
+    if tile + 1 < shape[2]:
+        return n, c, tile + 1
+    return (n, c + shape[1], 0) if c + shape[1] < shape[0] else (n + 1, 0, 0)
+
+
+@_loop
+def _before(n, c, tile, shape):
+    if tile:
+        return n, c, tile - 1
+    if c:
+        return n, c - shape[1], shape[2] - 1
+    return n - 1, (shape[0] - 1) // shape[1] * shape[1], shape[2] - 1
+
+
+@_loop
+def _at(offset, i, stride, step):
+    return offset + i if step is None else offset + i * stride
+
+
+@_loop
+def _sum_run(x, o, k, lo, hi, step, zero):
+    total = zero
+    for i in range(lo, hi):
+        total = add(total, widen(x[_at(o, i, k, step)]))
+    return total
+
+
+@_loop
+def _centred_run(x, o, k, lo, hi, step, mean, delta, zero):
+    total = squares = zero
+    for i in range(lo, hi):
+        c = (widen(x[_at(o, i, k, step)]) - mean) - delta
+        total = add(total, c)
+        squares = add(squares, c * c)
+    return total, squares
+
+
+@_loop
+def _centred(x, o, k, run, shape, tile, step, mean, delta, zero):
+    """The sums of a tile's centred values and of their squares."""
+    r0, r1, l0, l1, _ = _borders(tile, shape)
+    total = squares = 0.0
+    for r in range(r0, r1):
+        at = np.uint64(o + run[r])
+        for lo in range(l0, l1, PARTIAL):
+            hi = min(lo + PARTIAL, l1)
+            s, q = _centred_run(x, at, k, np.uint64(lo), np.uint64(hi), step, mean, delta, zero)
+            total += s
+            squares += q
+    return total, squares
+
+
+@_loop
+def _reduce_forward_rows(x, place, run, shape, step, first, last, zero, means, deltas, squares):
+    k = np.uint64(place[3])
+    share = 1 / _borders(0, shape)[4]
+    n, c, tile = _locate(first, shape)
+    for unit in range(last - first):
+        o = n * place[1] + c * place[2]
+        r0, r1, l0, l1, count = _borders(tile, shape)
+        if shape[2] > 1:
+            share = 1 / count
+        total = 0.0
+        for r in range(r0, r1):
+            at = np.uint64(o + run[r])
+            for lo in range(l0, l1, PARTIAL):
+                total += _sum_run(x, at, k, np.uint64(lo), np.uint64(min(lo + PARTIAL, l1)), step, zero)
+        means[unit] = total * share
+        n, c, tile = _next(n, c, tile, shape)
+    n, c, tile = _locate(first, shape)
+    for unit in range(last - first):
+        o = n * place[1] + c * place[2]
+        if shape[2] > 1:
+            share = 1 / _borders(tile, shape)[4]
+        mean = typed(means[unit], zero)
+        total, square = _centred(x, o, k, run, shape, tile, step, mean, zero, zero)
+        delta = total * share
+        exact = square - total * delta
+        if total * delta > 0.01 * square:  # the mean's rounding is most of what is left: once more without it
+            exact = _centred(x, o, k, run, shape, tile, step, mean, typed(delta, zero), zero)[1]
+        means[unit] = mean
+        deltas[unit] = delta
+        squares[unit] = exact
+        n, c, tile = _next(n, c, tile, shape)
+
+
+@_loop
+def _reduce_forward_lanes(x, place, run, shape, first, last, zero, means, deltas, squares):
+    channels, group = shape[:2]
+    k = np.uint64(place[3])
+    mean, delta, a = np.empty((3, group), zero.dtype)
+    sums = np.empty(group)
+    n, c, tile = _locate(first, shape)
+    for unit in range(last - first):
+        width = np.uint64(min(group, channels - c))
+        o = n * place[1] + c * place[2]
+        r0, r1, l0, l1, count = _borders(tile, shape)
+        for turn in range(3):  # the mean, what its rounding took, the squares
+            sums[:] = 0
+            for r in range(r0, r1):
+                for lo in range(l0, l1, LANES_PARTIAL):
+                    a[:] = zero[0]
+                    for i in range(lo, min(lo + LANES_PARTIAL, l1)):
+                        at = np.uint64(o + run[r]) + np.uint64(i) * k
+                        if turn == 0:
+                            for j in range(width):
+                                a[j] += widen(x[at + j])
+                        elif turn == 1:
+                            for j in range(width):
+                                a[j] += widen(x[at + j]) - mean[j]
+                        else:
+                            for j in range(width):
+                                d = (widen(x[at + j]) - mean[j]) - delta[j]
+                                a[j] += d * d
+                    for j in range(width):
+                        sums[j] += a[j]
+            for j in range(width):
+                if turn == 0:
+                    mean[j] = sums[j] / count
+                    means[unit * group + j] = mean[j]
+                elif turn == 1:
+                    delta[j] = sums[j] / count
+                    deltas[unit * group + j] = sums[j] / count
+                else:
+                    squares[unit * group + j] = sums[j]
+        n, c, tile = _next(n, c, tile, shape)
+
+
+@_loop
+def _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
+    """Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, means as distances from the first one's."""
+    channels, group, tiles, runs, length = shape[:5]
+    share_of_one = 1 / (runs * length)
+    n, c, _ = _locate(first * tiles, shape)
+    for owner in range(last - first):
+        for j in range(min(group, channels - c)):
+            at = owner * tiles * group + j
+            pooled, square, count = deltas[at], squares[at], _borders(0, shape)[4]
+            for tile in range(1, tiles):
+                more = _borders(tile, shape)[4]
+                share = more / (count + more)
+                distance = (means[at + tile * group] - means[at]) + deltas[at + tile * group] - pooled
+                pooled += distance * share
+                square += squares[at + tile * group] + distance * distance * (count * share)
+                count += more
+            square = 0.0 if square <= 0 else square * share_of_one  # NaN stays
+            mean[n, c + j] = means[at] + pooled
+            delta[n, c + j] = (means[at] - mean[n, c + j]) + pooled
+            rstd[n, c + j] = 1 / math.sqrt(square + eps)
+            if variance.size:
+                variance[n, c + j] = square
+        c += group
+        if c >= channels:
+            n, c = n + 1, 0
+
+
+@_loop
+def _apply_forward_rows(
+    like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
+    weight, bias, over, mean, delta, rstd,
+):  # fmt: skip
+    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[-1, 3])
+    n, c, tile = _locate(last - 1, shape)
+    for _ in range(last - first):  # what was read last is still in the cache
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        m, d = mean[n, c], delta[n, c]
+        scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
+        for r in range(r0, r1):
+            o0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
+            o1 = np.uint64(n * places[1, 1] + c * places[1, 2] + runs[1, r])
+            o2 = np.uint64(n * places[-1, 1] + c * places[-1, 2] + runs[-1, r])
+            if inplace is not None:
+                o1 = o0
+            for i in range(np.uint64(l0), np.uint64(l1)):
+                z = ((widen(x[_at(o0, i, k0, step)]) - m) - d) * scale + shift
+                if residual is not None:
+                    z = z + widen(res[_at(o2, i, k2, step)])
+                y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
+        n, c, tile = _before(n, c, tile, shape)
+
+
+@_loop
+def _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table):
+    """mean, delta, scale and shift of a group of channels, side by side."""
+    for j in range(width):
+        table[0, j], table[1, j] = mean[n, c + j], delta[n, c + j]
+        table[2, j] = rstd[n, c + j] * weight[n * over[0] + (c + j) * over[1]]
+        table[3, j] = bias[n * over[2] + (c + j) * over[3]]
+
+
+@_loop
+def _apply_forward_lanes(
+    like, x, y, res, places, runs, shape, inplace, residual, act, first, last, weight, bias, over, mean, delta, rstd
+):  # fmt: skip
+    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[-1, 3])
+    table = np.empty((4, shape[1]), mean.dtype)
+    m, d, scale, shift = table
+    n, c, tile = _locate(last - 1, shape)
+    for _ in range(last - first):
+        width = min(shape[1], shape[0] - c)
+        _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        for r in range(r0, r1):
+            b0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
+            b1 = np.uint64(n * places[1, 1] + c * places[1, 2] + runs[1, r])
+            b2 = np.uint64(n * places[-1, 1] + c * places[-1, 2] + runs[-1, r])
+            for i in range(np.uint64(l0), np.uint64(l1)):
+                o0, o1, o2 = b0 + i * k0, b1 + i * k1, b2 + i * k2
+                if inplace is not None:
+                    o1 = o0
+                for j in range(np.uint64(width)):
+                    z = ((widen(x[o0 + j]) - m[j]) - d[j]) * scale[j] + shift[j]
+                    if residual is not None:
+                        z = z + widen(res[o2 + j])
+                    y[o1 + j] = narrow(activate(z, act), like)
+        n, c, tile = _before(n, c, tile, shape)
+
+
+@_loop
+def _forward_short_rows(
+    like, x, y, res, places, shape, step, inplace, residual, act, first, last,
+    eps, weight, bias, over, mean, delta, rstd, variance,
+):  # fmt: skip
+    """All of the forward for planes so short that what is done once for each counts: it is done for 64 at a time."""
+    size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
+    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[-1, 3])
+    m, d, q, r, scale, shift = np.empty((6, 64), mean.dtype)
+    offsets = np.empty((3, 64), np.uint64)
+    n, c, _ = _locate(first, shape)
+    for start in range(first, last, 64):
+        planes = min(64, last - start)
+        n0, c0 = n, c
+        for j in range(planes):
+            offsets[0, j] = n * places[0, 1] + c * places[0, 2]
+            offsets[1, j] = n * places[1, 1] + c * places[1, 2]
+            offsets[2, j] = n * places[-1, 1] + c * places[-1, 2]
+            scale[j] = weight[n * over[0] + c * over[1]]
+            shift[j] = bias[n * over[2] + c * over[3]]
+            n, c, _ = _next(n, c, 0, shape)
+        for j in range(planes):
+            m[j] = _sum_run(x, offsets[0, j], k0, np.uint64(0), size, step, zero)
+        for j in range(64):
+            m[j] /= count
+        for j in range(planes):
+            d[j], q[j] = _centred_run(x, offsets[0, j], k0, np.uint64(0), size, step, m[j], zero, zero)
+        for j in range(64):
+            share = d[j] / count
+            r[j] = typed(0.01, zero) * q[j] - d[j] * share
+            q[j] -= d[j] * share
+            d[j] = share
+        for j in range(planes):
+            if r[j] < zero:  # the mean's rounding is most of what is left: once more without it
+                _, q[j] = _centred_run(x, offsets[0, j], k0, np.uint64(0), size, step, m[j], d[j], zero)
+        for j in range(64):
+            q[j] = (zero if q[j] <= zero else q[j]) / count
+            r[j] = typed(1, zero) / typed(math.sqrt(q[j] + typed(eps, zero)), zero)
+            scale[j] *= r[j]
+        for j in range(planes):
+            mean[n0, c0], delta[n0, c0], rstd[n0, c0] = m[j], d[j], r[j]
+            if variance.size:
+                variance[n0, c0] = q[j]
+            n0, c0, _ = _next(n0, c0, 0, shape)
+        for j in range(planes):
+            o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[2, j]
+            m_, d_, scale_, shift_ = m[j], d[j], scale[j], shift[j]
+            if inplace is not None:
+                o1 = o0
+            for i in range(size):
+                z = ((widen(x[_at(o0, i, k0, step)]) - m_) - d_) * scale_ + shift_
+                if residual is not None:
+                    z = z + widen(res[_at(o2, i, k2, step)])
+                y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
+
+
+@_kernel
+def _forward_tiles(like, places, runs, shape, step, lanes, first, last, means, deltas, squares):
+    x = memory(places[0, 0], like)
+    if lanes is None:
+        _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), means, deltas, squares)
+    else:
+        _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), means, deltas, squares)
+
+
+@_kernel
+def _forward_join(shape, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
+    _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, rstd, variance)
+
+
+@_kernel
+def _forward_results(
+    like, places, runs, shape, step, lanes, inplace, residual, act, first, last, weight, bias, over, mean, delta, rstd
+):  # fmt: skip
+    x = memory(places[0, 0], like)
+    y = x if inplace is not None else memory(places[1, 0], like)
+    res = memory(places[-1, 0], like)
+    if lanes is None:
+        _apply_forward_rows(
+            like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
+            weight, bias, over, mean, delta, rstd,
+        )  # fmt: skip
+    else:
+        _apply_forward_lanes(
+            like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
+            weight, bias, over, mean, delta, rstd,
+        )  # fmt: skip
+
+
+@_kernel
+def _forward_planes(
+    like, places, runs, shape, step, lanes, inplace, residual, act, first, last, block,
+    eps, weight, bias, over, mean, delta, rstd, variance,
+):  # fmt: skip
+    x = memory(places[0, 0], like)
+    y = x if inplace is not None else memory(places[1, 0], like)
+    res = memory(places[-1, 0], like)
+    tiles = shape[2]
+    if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
+        _forward_short_rows(
+            like, x, y, res, places, shape, step, inplace, residual, act, first, last,
+            eps, weight, bias, over, mean, delta, rstd, variance,
+        )  # fmt: skip
+        return
+    means, deltas, squares = np.empty((3, block * tiles * shape[1]))
+    for owner in range(first, last, block):
+        end = min(owner + block, last)
+        u0, u1 = owner * tiles, end * tiles
+        if lanes is None:
+            _reduce_forward_rows(x, places[0], runs[0], shape, step, u0, u1, zero_of(like), means, deltas, squares)
+        else:
+            _reduce_forward_lanes(x, places[0], runs[0], shape, u0, u1, zeros_of(like), means, deltas, squares)
+        _join_forward(shape, owner, end, means, deltas, squares, eps, mean, delta, rstd, variance)
+        if lanes is None:
+            _apply_forward_rows(
+                like, x, y, res, places, runs, shape, step, inplace, residual, act, u0, u1,
+                weight, bias, over, mean, delta, rstd,
+            )  # fmt: skip
+        else:
+            _apply_forward_lanes(
+                like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
+                weight, bias, over, mean, delta, rstd,
+            )  # fmt: skip
+
+
+@_loop
+def _gradient_at(x, dy, res, o0, o2, o3, residual, act, m, d, scale, shift):
+    """g, and x centred."""
+    centred = (widen(x[o0]) - m) - d
+    z = centred * scale + shift
+    if residual is not None:
+        z = z + widen(res[o3])
+    return times_slope(widen(dy[o2]), z, act), centred
+
+
+@_loop
+def _reduce_backward_rows(
+    like, x, dy, res, places, runs, shape, step, residual, act, first, last,
+    weight, bias, over, mean, delta, rstd, totals, dots,
+):  # fmt: skip
+    zero = zero_of(like)
+    k0, k2, k3 = np.uint64(places[0, 3]), np.uint64(places[2, 3]), np.uint64(places[3, 3])
+    n, c, tile = _locate(first, shape)
+    for unit in range(last - first):
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        m, d = mean[n, c], delta[n, c]
+        scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
+        total = dot = 0.0
+        for r in range(r0, r1):
+            o0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
+            o2 = np.uint64(n * places[2, 1] + c * places[2, 2] + runs[2, r])
+            o3 = np.uint64(n * places[3, 1] + c * places[3, 2] + runs[3, r])
+            for lo in range(l0, l1, PARTIAL):
+                s = q = zero
+                for i in range(np.uint64(lo), np.uint64(min(lo + PARTIAL, l1))):
+                    g, centred = _gradient_at(
+                        x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+                        residual, act, m, d, scale, shift,
+                    )  # fmt: skip
+                    s = add(s, g)
+                    q = add(q, g * centred)
+                total += s
+                dot += q
+        totals[unit] = total
+        dots[unit] = dot
+        n, c, tile = _next(n, c, tile, shape)
+
+
+@_loop
+def _reduce_backward_lanes(
+    like, x, dy, res, places, runs, shape, residual, act, first, last,
+    weight, bias, over, mean, delta, rstd, totals, dots,
+):  # fmt: skip
+    group, zeros = shape[1], zeros_of(like)
+    k0, k2, k3 = np.uint64(places[0, 3]), np.uint64(places[2, 3]), np.uint64(places[3, 3])
+    table = np.empty((4, group), mean.dtype)
+    m, d, scale, shift = table
+    a, b = np.empty((2, group), mean.dtype)
+    n, c, tile = _locate(first, shape)
+    for unit in range(last - first):
+        width = min(group, shape[0] - c)
+        _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        at = unit * group
+        totals[at : at + width] = 0
+        dots[at : at + width] = 0
+        for r in range(r0, r1):
+            b0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
+            b2 = np.uint64(n * places[2, 1] + c * places[2, 2] + runs[2, r])
+            b3 = np.uint64(n * places[3, 1] + c * places[3, 2] + runs[3, r])
+            for lo in range(l0, l1, LANES_PARTIAL):
+                a[:] = zeros[0]
+                b[:] = zeros[0]
+                for i in range(np.uint64(lo), np.uint64(min(lo + LANES_PARTIAL, l1))):
+                    o0, o2, o3 = b0 + i * k0, b2 + i * k2, b3 + i * k3
+                    for j in range(np.uint64(width)):
+                        g, centred = _gradient_at(
+                            x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, m[j], d[j], scale[j], shift[j]
+                        )
+                        a[j] += g
+                        b[j] += g * centred
+                for j in range(width):
+                    totals[at + j] += a[j]
+                    dots[at + j] += b[j]
+        n, c, tile = _next(n, c, tile, shape)
+
+
+@_loop
+def _join_backward(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat):
+    channels, group, tiles = shape[:3]
+    n, c, _ = _locate(first * tiles, shape)
+    for owner in range(last - first):
+        for j in range(min(group, channels - c)):
+            at = owner * tiles * group + j
+            total = dot = 0.0
+            for tile in range(tiles):
+                total += totals[at + tile * group]
+                dot += dots[at + tile * group]
+            sum_g[n, c + j] = total
+            sum_g_xhat[n, c + j] = dot * rstd[n, c + j]
+        c += group
+        if c >= channels:
+            n, c = n + 1, 0
+
+
+@_loop
+def _slope_and_constant(shape, scale, rstd, sum_g, sum_g_xhat):
+    """dx = g * scale + (centred * slope + constant)"""
+    count = typed(shape[3] * shape[4], scale)
+    return -(sum_g_xhat / count * rstd) * scale, -(sum_g / count) * scale
+
+
+@_loop
+def _apply_backward_rows(
+    like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
+    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+):  # fmt: skip
+    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[2, 3])
+    k3, k4 = np.uint64(places[3, 3]), np.uint64(places[4, 3])
+    n, c, tile = _locate(last - 1, shape)
+    for _ in range(last - first):
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        m, d = mean[n, c], delta[n, c]
+        scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
+        slope, constant = _slope_and_constant(shape, scale, rstd[n, c], sum_g[n, c], sum_g_xhat[n, c])
+        for r in range(r0, r1):
+            o0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
+            o1 = np.uint64(n * places[1, 1] + c * places[1, 2] + runs[1, r])
+            o2 = np.uint64(n * places[2, 1] + c * places[2, 2] + runs[2, r])
+            o3 = np.uint64(n * places[3, 1] + c * places[3, 2] + runs[3, r])
+            o4 = np.uint64(n * places[4, 1] + c * places[4, 2] + runs[4, r])
+            for i in range(np.uint64(l0), np.uint64(l1)):
+                g, centred = _gradient_at(
+                    x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+                    residual, act, m, d, scale, shift,
+                )  # fmt: skip
+                if residual is not None:
+                    dres[_at(o4, i, k4, step)] = narrow(g, like)
+                g = g * scale
+                if training is not None:
+                    g = g + (centred * slope + constant)
+                dx[_at(o1, i, k1, step)] = narrow(g, like)
+        n, c, tile = _before(n, c, tile, shape)
+
+
+@_loop
+def _apply_backward_lanes(
+    like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
+    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+):  # fmt: skip
+    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[2, 3])
+    k3, k4 = np.uint64(places[3, 3]), np.uint64(places[4, 3])
+    table = np.empty((4, shape[1]), mean.dtype)
+    m, d, scale, shift = table
+    slope, constant = np.empty((2, shape[1]), mean.dtype)
+    n, c, tile = _locate(last - 1, shape)
+    for _ in range(last - first):
+        width = min(shape[1], shape[0] - c)
+        _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
+        for j in range(width):
+            slope[j], constant[j] = _slope_and_constant(
+                shape, scale[j], rstd[n, c + j], sum_g[n, c + j], sum_g_xhat[n, c + j]
+            )
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        for r in range(r0, r1):
+            b0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
+            b1 = np.uint64(n * places[1, 1] + c * places[1, 2] + runs[1, r])
+            b2 = np.uint64(n * places[2, 1] + c * places[2, 2] + runs[2, r])
+            b3 = np.uint64(n * places[3, 1] + c * places[3, 2] + runs[3, r])
+            b4 = np.uint64(n * places[4, 1] + c * places[4, 2] + runs[4, r])
+            for i in range(np.uint64(l0), np.uint64(l1)):
+                o0, o1, o2, o3, o4 = b0 + i * k0, b1 + i * k1, b2 + i * k2, b3 + i * k3, b4 + i * k4
+                for j in range(np.uint64(width)):
+                    g, centred = _gradient_at(
+                        x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, m[j], d[j], scale[j], shift[j]
+                    )
+                    if residual is not None:
+                        dres[o4 + j] = narrow(g, like)
+                    g = g * scale[j]
+                    if training is not None:
+                        g = g + (centred * slope[j] + constant[j])
+                    dx[o1 + j] = narrow(g, like)
+        n, c, tile = _before(n, c, tile, shape)
+
+
+@_loop
+def _backward_short_rows(
+    like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
+    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+):  # fmt: skip
+    """All of the backward for short planes, as _forward_short_rows."""
+    size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
+    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[2, 3])
+    k3, k4 = np.uint64(places[3, 3]), np.uint64(places[4, 3])
+    m, d, r, scale, shift, total, dot = np.empty((7, 64), mean.dtype)
+    offsets = np.empty((5, 64), np.uint64)
+    n, c, _ = _locate(first, shape)
+    for start in range(first, last, 64):
+        planes = min(64, last - start)
+        n0, c0 = n, c
+        for j in range(planes):
+            for i in range(5):
+                offsets[i, j] = n * places[i, 1] + c * places[i, 2]
+            m[j], d[j], r[j] = mean[n, c], delta[n, c], rstd[n, c]
+            scale[j] = weight[n * over[0] + c * over[1]]
+            shift[j] = bias[n * over[2] + c * over[3]]
+            n, c, _ = _next(n, c, 0, shape)
+        for j in range(64):
+            scale[j] *= r[j]
+        for j in range(planes):
+            o0, o2, o3 = offsets[0, j], offsets[2, j], offsets[3, j]
+            m_, d_, scale_, shift_ = m[j], d[j], scale[j], shift[j]
+            s = q = zero
+            for i in range(size):
+                g, centred = _gradient_at(
+                    x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+                    residual, act, m_, d_, scale_, shift_,
+                )  # fmt: skip
+                s = add(s, g)
+                q = add(q, g * centred)
+            total[j], dot[j] = s, q
+        for j in range(64):
+            dot[j] *= r[j]
+        for j in range(planes):
+            sum_g[n0, c0], sum_g_xhat[n0, c0] = total[j], dot[j]
+            n0, c0, _ = _next(n0, c0, 0, shape)
+        for j in range(64):  # dx = g * scale + (centred * slope + constant)
+            dot[j] = -(dot[j] / count * r[j]) * scale[j]
+            total[j] = -(total[j] / count) * scale[j]
+        for j in range(planes):
+            o0, o1, o2, o3, o4 = offsets[0, j], offsets[1, j], offsets[2, j], offsets[3, j], offsets[4, j]
+            m_, d_, scale_, shift_, slope, constant = m[j], d[j], scale[j], shift[j], dot[j], total[j]
+            for i in range(size):
+                g, centred = _gradient_at(
+                    x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+                    residual, act, m_, d_, scale_, shift_,
+                )  # fmt: skip
+                if residual is not None:
+                    dres[_at(o4, i, k4, step)] = narrow(g, like)
+                g = g * scale_
+                if training is not None:
+                    g = g + (centred * slope + constant)
+                dx[_at(o1, i, k1, step)] = narrow(g, like)
+
+
+@_kernel
+def _backward_tiles(
+    like, places, runs, shape, step, lanes, residual, act, first, last,
+    weight, bias, over, mean, delta, rstd, totals, dots,
+):  # fmt: skip
+    x, dy, res = memory(places[0, 0], like), memory(places[2, 0], like), memory(places[3, 0], like)
+    if lanes is None:
+        _reduce_backward_rows(
+            like, x, dy, res, places, runs, shape, step, residual, act, first, last,
+            weight, bias, over, mean, delta, rstd, totals, dots,
+        )  # fmt: skip
+    else:
+        _reduce_backward_lanes(
+            like, x, dy, res, places, runs, shape, residual, act, first, last,
+            weight, bias, over, mean, delta, rstd, totals, dots,
+        )  # fmt: skip
+
+
+@_kernel
+def _backward_join(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat):
+    _join_backward(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat)
+
+
+@_kernel
+def _backward_results(
+    like, places, runs, shape, step, lanes, residual, act, training, first, last,
+    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+):  # fmt: skip
+    x, dx, dy = memory(places[0, 0], like), memory(places[1, 0], like), memory(places[2, 0], like)
+    res, dres = memory(places[3, 0], like), memory(places[4, 0], like)
+    if lanes is None:
+        _apply_backward_rows(
+            like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
+            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+        )  # fmt: skip
+    else:
+        _apply_backward_lanes(
+            like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
+            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+        )  # fmt: skip
+
+
+@_kernel
+def _backward_planes(
+    like, places, runs, shape, step, lanes, residual, act, training, first, last, block,
+    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+):  # fmt: skip
+    x, dx, dy = memory(places[0, 0], like), memory(places[1, 0], like), memory(places[2, 0], like)
+    res, dres = memory(places[3, 0], like), memory(places[4, 0], like)
+    tiles = shape[2]
+    if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
+        _backward_short_rows(
+            like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
+            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+        )  # fmt: skip
+        return
+    totals, dots = np.empty((2, block * tiles * shape[1]))
+    for owner in range(first, last, block):
+        end = min(owner + block, last)
+        u0, u1 = owner * tiles, end * tiles
+        if lanes is None:
+            _reduce_backward_rows(
+                like, x, dy, res, places, runs, shape, step, residual, act, u0, u1,
+                weight, bias, over, mean, delta, rstd, totals, dots,
+            )  # fmt: skip
+        else:
+            _reduce_backward_lanes(
+                like, x, dy, res, places, runs, shape, residual, act, u0, u1,
+                weight, bias, over, mean, delta, rstd, totals, dots,
+            )  # fmt: skip
+        _join_backward(shape, owner, end, totals, dots, rstd, sum_g, sum_g_xhat)
+        if lanes is None:
+            _apply_backward_rows(
+                like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, u0, u1,
+                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+            )  # fmt: skip
+        else:
+            _apply_backward_lanes(
+                like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
+                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+            )  # fmt: skip
+
+
+class _Layout:
+    """What the loops have to know of arrays of a shape with given strides; cached, since calls repeat themselves."""
+
+    def __init__(self, shape: tuple[int, ...], itemsize: int, strides: tuple[tuple[int, ...], ...]):
+        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
+        arrays = _merged(stand_ins)
+        n, c, *outer, length = arrays[0].shape
+        runs, plane = math.prod(outer), math.prod(outer) * length
+        self.usable = runs <= MOST_RUNS and all(s % itemsize == 0 for a in arrays for s in a.strides)
+        if not self.usable:
+            return
+        rows = all(a.strides[-1] == itemsize or length == 1 for a in arrays)
+        lanes = not rows and c > 1 and all(a.strides[1] == itemsize for a in arrays)
+        self.step = None if rows else True
+        self.lanes = True if lanes else None
+        self.places = np.array([(0, *(a.strides[i] // itemsize for i in (0, 1, -1))) for a in arrays], np.int64)
+        self.runs = np.zeros((len(arrays), runs), np.int64)
+        for axis, size in enumerate(outer, 2):
+            offsets = np.array([np.arange(size) * (a.strides[axis] // itemsize) for a in arrays])
+            inner = math.prod(outer[axis - 1 :])
+            self.runs += np.tile(np.repeat(offsets, inner, 1), runs // (size * inner))
+        group, positions = 1, TILE
+        if lanes:
+            group = min(c, max(16, 2 * TILE // plane // 16 * 16), 256)
+            positions = plane if plane * group <= 2 * TILE else max(TILE // group, 1)
+        tile_length = min(length, positions)
+        tile_runs = min(max(positions // length, 1), runs)
+        self.tiles = -(-length // tile_length) * -(-runs // tile_runs)
+        self.blocks = n * -(-c // group)
+        self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length)
+        self.at_a_time = 1 if lanes or self.tiles > 1 else max(1, min(64, 32768 // plane, self.blocks))
+
+
+_layout = lru_cache(maxsize=1024)(_Layout)
+_sample = cache(lambda dtype: SAMPLES[dtype.name])
+_nothing = cache(lambda dtype: np.empty((0, 0), dtype))
+_number = cache(lambda dtype, value: np.full(1, value, dtype))
+
+
+class _Compiled(_Work):
+    """The steps as compiled loops over planes; of lanes, over groups of channels."""
+
+    pays = 2**20
+    plane_costs = 100
+
+    def __init__(self, call: Saved, arrays: list[Array], layout: _Layout, addresses: list[int]):
+        super().__init__(call, arrays)
+        self.blocks, self.tiles = layout.blocks, layout.tiles
+        self.layout = layout
+        self.places = layout.places.copy()
+        self.places[:, 0] = addresses
+        self.where = (_sample(self.x.dtype), self.places, layout.runs, layout.shape, layout.step, layout.lanes)
+        # Values whose types tell the loops which activation it is.
+        activation = call.activation
+        self.act = None
+        if activation is not None:
+            self.act = {"relu": True, "silu": 0, "gelu": (0,)}.get(activation, self.dtype.type(call.negative_slope))
+        # weight and bias and their strides over N and C; what is not there is one number.
+        flat, over = [], []
+        for given, default in ((call.weight, 1), (call.bias, 0)):
+            if given is None:
+                flat.append(_number(self.dtype, default))
+                over += [0, 0]
+                continue
+            # The loops' types tell read-only arrays from others.
+            same = given.dtype == self.dtype and given.flags.carray
+            flat.append((given if same else np.array(given, self.dtype)).reshape(-1))
+            over += [self.x.shape[1], 1] if given.ndim == 2 else [0, 1]
+        delta = np.zeros_like(call.mean) if call.delta is None else call.delta
+        self.planes = (*flat, tuple(over), call.mean, delta, call.rstd)
+
+    def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
+        for first, last in ranges:
+            step(first, last)
+
+    def __str__(self) -> str:
+        if self.layout.lanes:
+            return f"compiled loops over {self.blocks} group(s) of {self.layout.shape[1]} channels side by side"
+        return f"compiled loops over {self.blocks} plane(s)"
+
+    def _partial(self) -> np.ndarray:
+        return np.empty((3, self.blocks * self.tiles * self.layout.shape[1] if self.tiles > 1 else 0))
+
+    def _part(self, first: int, last: int) -> np.ndarray:
+        width = self.layout.shape[1]
+        return self.partial[:, first * width : last * width]
+
+    # Forward
+
+    def _options(self) -> None:
+        same = (self.places[0] == self.places[1]).all() and (self.layout.runs[0] == self.layout.runs[1]).all()
+        self.options: tuple[Any, ...] = (True if same else None, True if len(self.arrays) == 3 else None, self.act)
+
+    def forward(self, eps: float, variance: np.ndarray | None) -> None:
+        self._options()
+        self.partial = self._partial()
+        self.eps, self.variance = eps, _nothing(self.dtype) if variance is None else variance
+        self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
+
+    def evaluate(self) -> None:
+        self._options()
+        self.share(self.apply_forward, self.blocks * self.tiles)
+
+    def reduce_forward(self, first: int, last: int) -> None:
+        _forward_tiles(*self.where, first, last, *self._part(first, last))
+
+    def join_forward(self, first: int, last: int) -> None:
+        _forward_join(self.layout.shape, first, last, *self.partial, self.eps, *self.planes[3:], self.variance)
+
+    def apply_forward(self, first: int, last: int) -> None:
+        _forward_results(*self.where, *self.options, first, last, *self.planes)
+
+    def whole_forward(self, first: int, last: int) -> None:
+        _forward_planes(
+            *self.where, *self.options, first, last, self.layout.at_a_time, self.eps, *self.planes, self.variance
+        )  # fmt: skip
+
+    # Backward
+
+    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
+        residual = True if len(self.arrays) == 5 else None
+        if residual is None:  # the loops look for x, dx, dy, residual and its gradient
+            self.where = (
+                self.where[0], np.concatenate([self.places, self.places[:2]]), _five(self.layout.runs), *self.where[3:]
+            )  # fmt: skip
+        self.options = (residual, self.act)
+        self.training = True if self.call.training else None
+        self.partial = self._partial()
+        self.sums = (sum_g, sum_g_xhat)
+        self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
+
+    def reduce_backward(self, first: int, last: int) -> None:
+        _backward_tiles(*self.where, *self.options, first, last, *self.planes, *self._part(first, last)[:2])
+
+    def join_backward(self, first: int, last: int) -> None:
+        _backward_join(self.layout.shape, first, last, *self.partial[:2], self.call.rstd, *self.sums)
+
+    def apply_backward(self, first: int, last: int) -> None:
+        _backward_results(*self.where, *self.options, self.training, first, last, *self.planes, *self.sums)
+
+    def whole_backward(self, first: int, last: int) -> None:
+        _backward_planes(
+            *self.where, *self.options, self.training, first, last, self.layout.at_a_time, *self.planes, *self.sums
+        )  # fmt: skip
+
+
+def _five(runs: np.ndarray) -> np.ndarray:
+    return np.concatenate([runs, runs[:2]])

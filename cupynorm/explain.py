@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from . import cpu
 from .cuda.plan import DEVICES, EPILOGUES, ITEMSIZE, Device, Memory, Plan, Step, arrange, fresh, plan
-from .functional import Array, check_activation, check_input, kind_of, math_dtype
+from .functional import Array, check_activation, check_input, kind_of
 
 
 def explain(x: Array, *, activation: str | None = None, residual: bool = False, device: str | None = None) -> str:
@@ -42,7 +41,9 @@ def explain(x: Array, *, activation: str | None = None, residual: bool = False, 
         with x.device:
             on = runtime.device()
     else:
-        return f"{title} on the CPU: {cpu.describe(x.shape, math_dtype(x.dtype))}"
+        from . import cpu  # with numba, it takes its time to import
+
+        return "\n".join([f"{title} on the CPU", *(f"  {line}" for line in cpu.describe(x))])
     if x.size == 0:
         return f"{title} on {on.name}: empty, nothing is launched"
     address = x.ctypes.data if kind_of(x, "input") == "numpy" else x.data.ptr

@@ -35,10 +35,10 @@ class Saved:
     mean and rstd have shape (N, C), in float32 (float64 for float64 input). training: whether they are the input's own
     statistics.
 
-    delta is kept where an activation follows statistics of the input: what rounding took from mean, in its shape and
-    dtype; None stands for 0. z = ((x - mean) - delta) * rstd * weight + bias + residual is then what the forward
-    computed, bit by bit, so the backward sees every kink of the activation where the forward saw it. residual is kept
-    for that alone: without an activation it is None, and with_residual tells whether there was one.
+    delta is what rounding took from mean, in its shape and dtype, where mean is the input's own; None stands for 0. On
+    the GPU it is kept only where an activation follows. z = ((x - mean) - delta) * rstd * weight + bias + residual is
+    then found as the forward did, bit by bit, so the backward sees every kink of the activation where the forward saw
+    it. residual is kept for that alone: without an activation it is None, and with_residual tells of it.
     """
 
     x: Array
@@ -118,11 +118,6 @@ def check_eps(eps: Any) -> float:
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps!r}")
     return eps
-
-
-def rectifier_slope(activation: str | None, negative_slope: float) -> float:
-    """The slope below 0 of the rectifier that an activation is; of no use for those that are none."""
-    return {None: 1.0, "relu": 0.0}.get(activation, negative_slope)
 
 
 def check_activation(activation: Any) -> None:

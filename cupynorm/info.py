@@ -18,9 +18,10 @@ import numpy as np
 
 from . import __version__, devices
 from .cuda.source import kernel_folder
+from .threads import get_num_threads
 
 CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
-OPTIONAL = {"bf16": ("ml_dtypes",), "demo": ("matplotlib", "rich", "sklearn")}  # extra: its modules
+OPTIONAL = {"cpu": ("numba",), "bf16": ("ml_dtypes",), "demo": ("matplotlib", "rich", "sklearn")}  # extra: its modules
 ENVIRONMENT = re.compile("CUPYNORM_|CUPY_|CUDA_|NVIDIA_VISIBLE_DEVICES$")
 
 
@@ -124,8 +125,12 @@ def gpu(index: int, facts: dict[str, Any]) -> str:
 
 
 def backends() -> str:
+    from . import cpu
+
     usable, why = devices.gpu_status()
-    return f"numpy: usable\ncupy: {'usable' if usable else 'not usable'}: {why}"
+    loops = f"numba {cpu.numba.__version__}" if cpu.numba is not None else f"no ({cpu.without_numba})"
+    numpy = f"usable, {get_num_threads()} thread(s), compiled loops: {loops}"
+    return f"numpy: {numpy}\ncupy: {'usable' if usable else 'not usable'}: {why}"
 
 
 def ml_dtypes() -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..functional import Array, Saved, math_dtype, overlap, rectifier_slope
+from ..functional import Array, Saved, math_dtype, overlap
 from .plan import EPILOGUES, Device, Kind, Memory, Op, Plan, Step, arrange, fresh, plan
 from .source import Module
 
@@ -24,6 +24,11 @@ NARROW_SUM_DY, NARROW_SUM_DY_XHAT = 64, 128  # which sums are stored in the inpu
 
 NULL = np.uintp(0)
 NO_TENSOR = (NULL, np.int64(0), np.int64(0), np.int64(0))
+
+
+def _rectifier_slope(activation: str | None, negative_slope: float) -> float:
+    """The slope below 0 of the rectifier that an activation is; of no use for those that are none."""
+    return {None: 1.0, "relu": 0.0}.get(activation, negative_slope)
 
 
 class Runtime(Protocol):
@@ -94,7 +99,7 @@ class Launcher:
             if running_mean is not None and running_var is not None:
                 flags |= WIDE_RUNNING_MEAN * (running_mean.dtype == call.math)
                 flags |= WIDE_RUNNING_VAR * (running_var.dtype == call.math)
-            epilogue_ = (*call.residual, np.float64(rectifier_slope(activation, negative_slope))) if epilogue else ()
+            epilogue_ = (*call.residual, np.float64(_rectifier_slope(activation, negative_slope))) if epilogue else ()
             affine = (*call.pointers(weight, bias), np.int32(flags), *epilogue_)
             running = call.pointers(mean_, var_)
             step, *rest = call.plan.steps
@@ -155,7 +160,7 @@ class Launcher:
             statistics = call.pointers(saved.mean, saved.rstd)
             epilogue_: tuple[Any, ...] = ()
             if epilogue:
-                slope = np.float64(rectifier_slope(activation, saved.negative_slope))
+                slope = np.float64(_rectifier_slope(activation, saved.negative_slope))
                 epilogue_ = (*call.residual, slope, *call.extra, *call.pointers(saved.delta, bias))
             affine = (*statistics, call.pointer(weight), flags_, *epilogue_)
             arrays = call.tensors

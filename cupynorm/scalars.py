@@ -1,0 +1,287 @@
+"""What numba lacks for the CPU backend's compiled loops: memory at an address, 16-bit numbers, and a vector's exp.
+
+Inside compiled code float16 is stored as int16 and bfloat16 as uint16: the type of a stored element tells how to read
+it. Everything here is free of branches, so that loops over it are turned into vector instructions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic, overload, register_jitable
+
+INLINE: Any = {"forceinline": True}  # a call left in a loop keeps it from becoming vector instructions
+
+#: A sample of what elements are stored as, by name of dtype: it carries the type.
+SAMPLES = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
+
+
+def computing(stored):
+    """The numba type that a stored type computes in."""
+    return types.float64 if stored == types.float64 else types.float32
+
+
+@intrinsic
+def _pointer(typingctx, address, like):
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(types.int64, like), generate
+
+
+@numba.njit
+def memory(address, like):
+    """All memory from an address on, as an array of like's type; offsets below 0 are unsigned numbers that wrap."""
+    return numba.carray(_pointer(address, like), 1 << 40)
+
+
+@intrinsic
+def _bits(typingctx, value):
+    """float32 to its bits, uint32 to the float32 they are; 64 bits alike."""
+    other = {
+        types.float32: types.uint32,
+        types.uint32: types.float32,
+        types.float64: types.uint64,
+        types.uint64: types.float64,
+    }[value]
+
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return other(value), generate
+
+
+def zero_of(like):
+    raise NotImplementedError("compiled only")
+
+
+@overload(zero_of, jit_options=INLINE)
+def _zero_of(like):
+    kind = computing(like)
+    return lambda like: kind(0)
+
+
+def zeros_of(like):
+    raise NotImplementedError("compiled only")
+
+
+@overload(zeros_of, jit_options=INLINE)
+def _zeros_of(like):
+    kind = computing(like)
+    return lambda like: np.zeros(1, kind)
+
+
+def typed(value, like):
+    """A number in like's type."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(typed, jit_options=INLINE)
+def _typed(value, like):
+    kind = like
+    return lambda value, like: kind(value)
+
+
+@numba.njit(fastmath={"reassoc", "nsz"})
+def add(a, b):
+    """a + b, of which sums may be made in any order: the one licence the compiler is given."""
+    return a + b
+
+
+def widen(stored):
+    """A stored element in computing precision."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(widen, jit_options=INLINE)
+def _widen(stored):
+    if stored == types.uint16:
+        return lambda stored: _bits(np.uint32(np.uint32(stored) << np.uint32(16)))
+    if stored != types.int16:
+        return lambda stored: stored
+
+    def half(stored):
+        code = np.uint32(stored)
+        magnitude = np.uint32(np.uint32(code & np.uint32(0x7FFF)) << np.uint32(13))
+        # Exponents move by 112; that of denormals by 113, and the leading 1 that they lack is taken off again.
+        normal = _bits(np.uint32(magnitude + np.uint32(112 << 23)))
+        small = _bits(np.uint32(magnitude + np.uint32(113 << 23))) - _bits(np.uint32(113 << 23))
+        value = normal if magnitude >= np.uint32(1 << 23) else small
+        value = _bits(np.uint32(magnitude | np.uint32(0x7F800000))) if magnitude >= np.uint32(31 << 23) else value
+        return _bits(np.uint32(_bits(value) | np.uint32(np.uint32(code & np.uint32(0x8000)) << np.uint32(16))))
+
+    return half
+
+
+def narrow(value, like):
+    """A value as an element of like's type, to nearest, ties to even."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(narrow, jit_options=INLINE)
+def _narrow(value, like):
+    if like == types.uint16:
+
+        def brain(value, like):
+            bits = _bits(value)
+            rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1)))
+            nan = np.uint32(bits | np.uint32(0x400000))
+            is_nan = np.uint32(bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            return np.uint16(np.uint32(nan if is_nan else rounded) >> np.uint32(16))
+
+        return brain
+    if like != types.int16:
+        return lambda value, like: value
+
+    def half(value, like):
+        bits = _bits(value)
+        magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+        sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
+        odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
+        normal = np.uint32(np.uint32(magnitude + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> np.uint32(13))
+        # The last bit of 0.5 in float32 is the denormals' grain: the addition rounds.
+        small = np.uint32(_bits(_bits(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000))
+        code = small if magnitude < np.uint32(113 << 23) else normal
+        code = np.uint32(0x7C00) if magnitude >= np.uint32(143 << 23) else code
+        code = np.uint32(0x7E00) if magnitude > np.uint32(0x7F800000) else code
+        return np.int16(np.uint16(np.uint32(code | sign)))
+
+    return half
+
+
+# Activations. The type of `act` tells which: None, a boolean for relu, a float (its slope) for leaky_relu, an integer
+# for silu, and an array (the coefficients of cupynorm.cpu's polynomial) for gelu.
+
+PIVOT = 4.0
+
+
+def _polynomial(coefficients, kind):
+    """Compiled p(t) by Horner's rule, coefficients highest first. Nested, since a loop over them would stay a loop."""
+    highest, unit = kind(coefficients[0]), kind(1)
+    p = register_jitable(**INLINE)(lambda t: highest * unit)
+    for coefficient in coefficients[1:]:
+        p = _next_power(p, kind(coefficient))
+    return p
+
+
+def _next_power(p, c):
+    return register_jitable(**INLINE)(lambda t: p(t) * t + c)
+
+
+def _exp(x):
+    """exp of x <= 0; 0 or next to it where that is a denormal."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_exp, jit_options=INLINE)
+def _exp_overload(x):
+    double = x == types.float64
+    kind = np.float64 if double else np.float32
+    # x = k ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^k exp(r), and exp(r) by its series.
+    lowest, per_ln2 = kind(-708.0 if double else -87.0), kind(1 / math.log(2))
+    shifter = kind(1.5 * 2**52 if double else 1.5 * 2**23)  # adding it leaves no digits behind the point
+    high = kind(0.693147180369123816490 if double else 0.693359375)  # few digits: k * high is exact
+    low = kind(1.90821492927058770002e-10 if double else -2.12194440e-4)
+    series = _polynomial([1 / math.factorial(k) for k in range(13 if double else 7, -1, -1)], kind)
+    if double:
+
+        def power(k):
+            return _bits(np.uint64(np.int64(k) + 1023) << np.uint64(52))
+    else:
+
+        def power(k):
+            return _bits(np.uint32(np.uint32(np.int32(np.int32(k) + np.int32(127))) << np.uint32(23)))
+
+    power = register_jitable(**INLINE)(power)
+
+    def impl(x):
+        x = x if x > lowest else (lowest if x <= lowest else x)
+        k = (x * per_ln2 + shifter) - shifter
+        r = (x - k * high) - k * low
+        return series(r) * power(k)
+
+    return impl
+
+
+def _tail_and_density(size, act):
+    """1 - F(|z|) and F'(|z|) of |z|, with the logistic or the normal distribution F."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(_tail_and_density, jit_options=INLINE)
+def _tail_and_density_overload(size, act):
+    double = size == types.float64
+    kind = np.float64 if double else np.float32
+    one, half, pivot, scale = kind(1), kind(-0.5), kind(PIVOT), kind(1 / math.sqrt(2 * math.pi))
+    if isinstance(act, types.Integer):
+
+        def logistic(size, act):
+            e = _exp(-size)
+            tail = e / (one + e)
+            return tail, tail / (one + e)
+
+        return logistic
+    from .cpu import half_erfcx
+
+    scaled_tail = _polynomial(half_erfcx(20 if double else 10), kind)
+
+    def normal(size, act):
+        e = _exp(half * (size * size))
+        return scaled_tail((size - pivot) / (size + pivot)) * e, e * scale
+
+    return normal
+
+
+def activate(z, act):
+    """activation(z)"""
+    raise NotImplementedError("compiled only")
+
+
+@overload(activate, jit_options=INLINE)
+def _activate(z, act):
+    kind = np.float64 if z == types.float64 else np.float32
+    nothing, bound = kind(0), kind(800 if kind is np.float64 else 200)
+    if isinstance(act, types.NoneType):
+        return lambda z, act: z
+    if isinstance(act, types.Boolean):
+        return lambda z, act: nothing if z <= nothing else z
+    if isinstance(act, types.Float):
+        return lambda z, act: z * act if z <= nothing else z
+
+    def smooth(z, act):
+        size = abs(z)
+        size = bound if size > bound else size
+        tail, _ = _tail_and_density(size, act)
+        return (nothing if z <= nothing else z) - size * tail
+
+    return smooth
+
+
+def times_slope(g, z, act):
+    """g * activation'(z)"""
+    raise NotImplementedError("compiled only")
+
+
+@overload(times_slope, jit_options=INLINE)
+def _times_slope(g, z, act):
+    kind = np.float64 if z == types.float64 else np.float32
+    nothing, one, bound = kind(0), kind(1), kind(800 if kind is np.float64 else 200)
+    if isinstance(act, types.NoneType):
+        return lambda g, z, act: g
+    if isinstance(act, types.Boolean):
+        return lambda g, z, act: nothing if z <= nothing else g
+    if isinstance(act, types.Float):
+        return lambda g, z, act: g * act if z <= nothing else g
+
+    def smooth(g, z, act):
+        size = abs(z)
+        size = bound if size > bound else size
+        tail, density = _tail_and_density(size, act)
+        h = density * size - tail
+        return g * (one + h if z >= nothing else -h)
+
+    return smooth

@@ -1,0 +1,219 @@
+"""Threads for the CPU backend: how many there may be, and a pool that shares a call's tasks among them.
+
+The caller always works too, and never waits for a helper that has not begun: any number of Python threads may share
+the pool. Helpers start when they are first needed, a forked child starts its own, and at exit all are ended.
+"""
+
+from __future__ import annotations
+
+import atexit
+import math
+import operator
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def available_cpus() -> int:
+    """The processors this process may use: its affinity, and a container's quota rounded up."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    return max(1, min([count, *(math.ceil(quota) for quota in _quotas())]))
+
+
+def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
+    """Limits in processors from this process's control group and those it lies in, of version 2 or 1."""
+    try:
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / controllers if controllers else root
+        here = top / path.strip("/")
+        for folder in (here, *here.parents):
+            try:
+                if controllers:
+                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+                else:
+                    quota, period = (folder / "cpu.max").read_text().split()
+                if quota != "max" and int(quota) > 0:
+                    yield int(quota) / int(period)
+            except (OSError, ValueError):
+                pass  # the root has no limit; a container may not see what it lies in
+            if folder == top:
+                break
+
+
+def get_num_threads() -> int:
+    """How many threads a call on NumPy arrays may use, its own among them."""
+    if _state.number is None:
+        text = os.environ.get("CUPYNORM_NUM_THREADS", "").strip()
+        if text and not (text.isdecimal() and int(text) > 0):
+            raise ValueError(f"CUPYNORM_NUM_THREADS must be a positive integer, got {text!r}")
+        _state.number = int(text) if text else available_cpus()
+    return _state.number
+
+
+def set_num_threads(number: int) -> None:
+    """Set how many threads a call on NumPy arrays may use, its own among them; it uses fewer where they do not pay.
+
+    The default is CUPYNORM_NUM_THREADS from the environment, or the processors this process may use (affinity and
+    container limits). Results do not depend on it, bit by bit.
+
+    Args:
+        number: at least 1.
+
+    Raises:
+        TypeError: not an integer. ValueError: less than 1. The number stays as it was then.
+    """
+    if isinstance(number, bool):
+        raise TypeError(f"number of threads must be an integer, got {number!r}")
+    try:
+        count = operator.index(number)
+    except TypeError:
+        raise TypeError(f"number of threads must be an integer, got {number!r}") from None
+    if count < 1:
+        raise ValueError(f"number of threads must be at least 1, got {number!r}")
+    _state.number = count
+
+
+class _Job:
+    """One call's tasks. Whoever takes part calls work with an iterator that hands each task to one of them."""
+
+    def __init__(self, work: Callable[[Iterator[int]], None], tasks: int):
+        self.work = work
+        self.tasks = iter(range(tasks))
+        self.lock = threading.Lock()
+        self.active = 0  # helpers at work
+        self.closed = False
+        self.finished = threading.Lock()  # held until the last helper has ended after closing
+        self.finished.acquire()
+        self.failure: BaseException | None = None
+
+    def _next(self) -> Iterator[int]:
+        while True:
+            with self.lock:
+                task = None if self.closed else next(self.tasks, None)
+            if task is None:
+                return
+            yield task
+
+    def help(self) -> None:
+        with self.lock:
+            if self.closed:
+                return
+            self.active += 1
+        try:
+            self.work(self._next())
+        except BaseException as failure:
+            self.failure = failure
+            self.closed = True
+        finally:
+            with self.lock:
+                self.active -= 1
+                if self.closed and not self.active:
+                    self.finished.release()
+
+    def lead(self) -> None:
+        try:
+            self.work(self._next())
+        finally:
+            self._close()
+        if self.failure is not None:
+            raise self.failure
+
+    def _close(self) -> None:
+        """Wait for the helpers, whatever interrupts: nobody may be writing into the call's arrays when it ends."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                self.closed = True  # nobody begins from here on
+                with self.lock:
+                    idle = not self.active
+                if not idle:
+                    self.finished.acquire()
+                break
+            except KeyboardInterrupt as pressed:
+                interrupt = pressed
+        if interrupt is not None:
+            raise interrupt
+
+
+class _Pool:
+    """Helper threads that wait for jobs."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.helpers: list[threading.Thread] = []
+        self.lock = threading.Lock()
+        self.ended = False
+
+    def _serve(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            job.help()
+            del job  # it refers to the arrays of a call
+
+    def run(self, work: Callable[[Iterator[int]], None], tasks: int, threads: int) -> None:
+        job = _Job(work, tasks)
+        helpers = min(threads, tasks) - 1
+        if len(self.helpers) < helpers:
+            self._start(helpers)
+        for _ in range(min(helpers, len(self.helpers))):
+            self.jobs.put(job)
+        job.lead()
+
+    def _start(self, number: int) -> None:
+        with self.lock:
+            while len(self.helpers) < number and not self.ended:
+                thread = threading.Thread(target=self._serve, name="cupynorm", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # no more threads, or the interpreter is ending: the caller does it all
+                    break
+                self.helpers.append(thread)
+
+    def end(self) -> None:
+        with self.lock:
+            self.ended = True
+            for _ in self.helpers:
+                self.jobs.put(None)
+            for thread in self.helpers:
+                thread.join()
+            self.helpers.clear()
+
+
+class _State:
+    number: int | None = None  # of threads, as set or found; None: not asked yet
+    pool = _Pool()
+
+
+_state = _State()
+
+
+def share(work: Callable[[Iterator[int]], None], tasks: int, threads: int) -> None:
+    """Have work(iterator) called by up to `threads` threads until its iterator has handed out all tasks 0, 1, ….
+
+    Each call of work has an iterator of its own and gets what the others leave. An exception in any of them ends the
+    handing out and is raised here, once none of them is at work any more.
+    """
+    if threads > 1 and tasks > 1:
+        _state.pool.run(work, tasks, threads)
+    else:
+        work(iter(range(tasks)))
+
+
+def _after_fork() -> None:
+    _state.pool = _Pool()  # the parent's helpers are not here, and its locks may be held
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@atexit.register
+def _at_exit() -> None:
+    _state.pool.end()

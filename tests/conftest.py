@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupynorm import devices, functional
+from cupynorm import cpu, devices, functional
 from cupynorm.cuda.plan import Device
 
 
 @dataclass
 class Backend:
-    """Where a case runs: numpy, simt (the CUDA kernels on the emulator, over NumPy arrays) or cupy."""
+    """Where a case runs: numpy (alone), compiled (by numba), simt (the CUDA kernels on the emulator) or cupy."""
 
     name: str
     device: str
@@ -99,6 +99,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(
     params=[
         "numpy",
+        pytest.param("compiled", marks=pytest.mark.compiled),
         pytest.param("simt", marks=pytest.mark.simt),
         pytest.param("cupy", marks=pytest.mark.gpu),
     ]
@@ -111,7 +112,16 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
         emulator.require()
         monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
+    if request.param in ("numpy", "compiled"):
+        use_compiled(monkeypatch, request.param == "compiled")
     return Backend(request.param, "cpu", monkeypatch)
+
+
+def use_compiled(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:
+    """Let the CPU backend use its compiled loops or not, to the end of the test; skip where there are none."""
+    if wanted and cpu.numba is None:
+        pytest.skip(f"no compiled loops: {cpu.without_numba}")
+    monkeypatch.setattr(cpu, "compiled", wanted)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import aims, cases, dram, host, peers, report, summary, timing
-from cupynorm import devices
+from bench import aims, cases, claims, dram, host, peers, report, summary, timing
+from cupynorm import cpu, devices
 from cupynorm.cuda.plan import DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,7 @@ ROW = {
     "median_ms": float,
     "gbps": float,
     "of_copy": float,
+    "of_new_copy": float,
     "peers": dict,
 }
 
@@ -238,7 +239,7 @@ def test_error_sees_nan_and_missing_answers():
 
 def test_plan_facts():
     x = np.zeros((2, 3, 16, 16), np.float16)
-    assert report.planned("both", x, None) == ("numpy", None)
+    assert report.planned("both", x, None) == ("compiled" if cpu.compiled else "numpy", None)
     assert report.planned("both", x, DEVICES["H100"])[1] == 5 * 2
     regime, size = report.planned("forward", np.zeros((1, 1, 2048, 2048), np.float32), DEVICES["T4"])
     assert (regime, size) == ("split", 12)
@@ -628,3 +629,45 @@ def test_gpu_script_is_rehearsed_without_a_gpu(tmp_path: Path):
     assert len(written_rows["host"]) == 12
     for line in ("aims for an H100", "2,320,4,4,4              affine leaky_relu", "dram: not measured: no usable GPU"):
         assert line in done.stdout
+
+
+def test_claims():
+    def row(op: str, shape: list[int], ours: float, **theirs: float) -> dict:
+        peers = {name.replace("_", " "): {"median_ms": ms, "max_error": 0.0} for name, ms in theirs.items()}
+        return {"op": op, "shape": shape, "dtype": "float32", "layout": "channels_first", "affine": False,
+                "activation": None, "median_ms": ours, "of_copy": 0.5, "of_new_copy": 0.9, "peers": peers}  # fmt: skip
+
+    rows = [
+        row("forward", [1, 1, 8, 8], 2.0, torch=8.0, numpy_alone=4.0, onnxruntime=1.0),
+        row("forward", [1, 1, 4096, 4096], 2.0, torch=2.0, numpy_alone=4.0, onnxruntime=4.0),
+        row("both", [1, 1, 8, 8], 1.0, torch=2.0),
+        row("both", [1, 2, 8, 8], 1.0, torch=8.0),
+        row("both", [1, 2, 8, 8], 1.0, torch=1e9) | {"dtype": "float16"},
+    ]
+    alone, alone_both, runtime, both, there, new = claims.claims({"rows": rows})
+    assert list(alone.ratios.values()) == [2.0, 0.5]
+    assert "MISSED. Geometric mean 1.00 of 2 cases, worst 0.50 at 1,1,4096,4096 plain" in alone.line()
+    assert "not measured" in alone_both.line()
+    assert "MISSED" in runtime.line()
+    assert "below: 1,1,8,8 plain 0.50" in runtime.line()
+    assert "held. Geometric mean 4.00 of 2 cases, worst 2.00" in both.line()
+    assert list(there.ratios.values()) == [0.5]
+    assert "MISSED" in there.line()
+    assert "held" in new.line()
+
+
+def test_new_copy_and_numpy_alone():
+    arrays = cases.Arrays(np, (2, 3, 4, 4), "float32", "channels_first", affine=False, sets=1)
+    copied = peers.new_copy(1000, arrays).run(0)
+    assert (copied.nbytes, copied.base) == (500, None)
+    if not cpu.compiled:
+        with pytest.raises(peers.UnavailableError, match="cupynorm itself is it"):
+            peers.numpy_alone("forward", arrays)
+        return
+    seen = []
+    contestant = peers.numpy_alone("forward", arrays)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_choose", lambda *given, choose=cpu._choose: seen.append(cpu.compiled) or choose(*given))
+        assert arrays.error(contestant.answers(contestant.run(0)), "forward") < 1e-6
+    assert seen == [False]
+    assert cpu.compiled

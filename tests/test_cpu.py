@@ -1,0 +1,436 @@
+"""The CPU backend by itself: the same bits for any number of threads, memory, forks, Python threads, exits, layouts."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from conftest import peak_of, use_compiled
+
+import cupynorm as cn
+from cupynorm import cpu, threads
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(params=["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    use_compiled(monkeypatch, request.param == "compiled")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_they_were():
+    before = cn.get_num_threads()
+    yield
+    cn.set_num_threads(before)
+
+
+def laid(array: np.ndarray, layout: str) -> np.ndarray:
+    if layout == "channels_last":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
+    if layout == "crop":
+        wide = np.zeros((*array.shape[:-1], array.shape[-1] + 3), array.dtype)
+        wide[..., 1:-2] = array
+        return wide[..., 1:-2]
+    if layout == "every second column":
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    if layout == "transposed":
+        return np.ascontiguousarray(array.swapaxes(2, 3)).swapaxes(2, 3)
+    if layout == "expanded":
+        return np.broadcast_to(array[:1, :1], array.shape)
+    return array
+
+
+#: Many planes; few that are cut into tiles; one; short ones.
+SHAPES = [(5, 40, 64, 65), (2, 3, 600, 601), (1, 1, 1100, 1201), (64, 300, 5, 5), (3, 70, 90, 7)]
+
+
+def everything(x: np.ndarray, dy: np.ndarray, residual: np.ndarray | None, **options: Any) -> list[bytes]:
+    c = x.shape[1]
+    weight, bias = np.linspace(0.5, 2, c, dtype=np.float32), np.linspace(-1, 1, c, dtype=np.float32)
+    running = [np.zeros(c, np.float32), np.ones(c, np.float32)]
+    y, saved = cn.instance_norm_forward(
+        x, weight, bias, running_mean=running[0], running_var=running[1], residual=residual, **options
+    )
+    return [each.tobytes() for each in (y, saved.mean, saved.rstd, *running, *cn.instance_norm_backward(dy, saved))]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_for_any_number_of_threads(
+    way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, layout: str
+):
+    """Also where so many threads pay for so small a call that they share tiles; and fused."""
+    monkeypatch.setattr(cpu._Work.__subclasses__()[way == "compiled"], "pays", 1)
+    x, dy, residual = (laid(rng.standard_normal(shape, dtype=np.float32) + k, layout) for k in (3, 0, 0))
+    options: Any = {} if layout == "crop" else {"activation": "leaky_relu", "residual": residual}
+    options.setdefault("residual", None)
+    found = []
+    for number in (1, 2, 3, 7):
+        cn.set_num_threads(number)
+        found.append(everything(x, dy, **options))
+    assert found[1:] == found[:1] * 3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(6, 37, 9, 11), (3, 40, 3, 4), (2, 3, 500, 300)], ids=str)
+def test_planes_do_not_depend_on_what_is_beside_them(way: str, rng: np.random.Generator, shape: Any, layout: str):
+    """A sample by itself has the bits it has in the batch: y, dx and the statistics."""
+    x, dy = (laid(rng.standard_normal(shape, dtype=np.float32) + 100, layout) for _ in range(2))
+    y, saved = cn.instance_norm_forward(x)
+    dx = cn.instance_norm_backward(dy, saved)[0]
+    for n in range(shape[0]):
+        one, own = cn.instance_norm_forward(x[n : n + 1])
+        gradient = cn.instance_norm_backward(dy[n : n + 1], own)[0]
+        assert one.tobytes() == y[n : n + 1].tobytes()
+        assert gradient.tobytes() == dx[n : n + 1].tobytes()
+        assert (own.mean.tobytes(), own.rstd.tobytes()) == (saved.mean[n].tobytes(), saved.rstd[n].tobytes())
+
+
+@pytest.mark.parametrize("data", ["offset", "steps", "half", "outlier"])
+@pytest.mark.parametrize("size", [5, 16, 100, 512, 513, 5000, 70001])
+def test_nearly_constant_planes_keep_their_digits(way: str, rng: np.random.Generator, data: str, size: int):
+    """Values that differ by the last digits of a large mean: sum c**2 - size * delta**2 would cancel."""
+    base = np.float32(16384.0)
+    grain = np.spacing(base)
+    x = {
+        "offset": lambda: base + rng.standard_normal((3, 4, size)),
+        "steps": lambda: base + grain * rng.integers(0, 3, (3, 4, size)),
+        "half": lambda: base + grain * (np.arange(size) < max(size // 2, 1)) + np.zeros((3, 4, 1)),
+        "outlier": lambda: base + grain * (np.arange(size) == size - 1) + np.zeros((3, 4, 1)),
+    }[data]().astype(np.float32)
+    dy = rng.standard_normal(x.shape, dtype=np.float32)
+    eps = float(grain) ** 2 * 1e-3
+    y, saved = cn.instance_norm_forward(x, eps=eps)
+    expected = reference.forward(x, eps=eps)
+    largest = np.abs(expected).max(-1, keepdims=True)
+    assert np.abs(y - expected).max(where=largest > 0, initial=0) <= 2e-6 * max(float(largest.max()), 1)
+    dx, _, _ = cn.instance_norm_backward(dy, saved)
+    exact = reference.backward(dy, x, eps=eps)[0]
+    assert np.abs(dx - exact).max() <= 4e-6 * np.abs(exact).max() * max(float(largest.max()), 1)
+
+
+MIB = 2**20
+MEMORY = {
+    "planes": ((2, 32, 256, 256), np.float32, "contiguous"),
+    "channels last": ((4, 16, 256, 256), np.float32, "channels_last"),
+    "float16": ((2, 64, 256, 256), np.float16, "contiguous"),
+    "float16, channels last": ((8, 16, 256, 256), np.float16, "channels_last"),
+    "one plane": ((1, 1, 2048, 2048), np.float32, "contiguous"),
+    "small planes": ((256, 512, 8, 4), np.float32, "contiguous"),
+    "one row": ((1, 1, 1, 2**22), np.float32, "contiguous"),
+    "one line": ((1, 1, 2**22), np.float16, "contiguous"),
+    "one column": ((1, 1, 2**22, 1), np.float32, "contiguous"),
+    "crop": ((2, 32, 256, 256), np.float32, "crop"),
+    "every second column": ((2, 8, 512, 512), np.float32, "every second column"),
+    "transposed": ((1, 4, 1024, 1024), np.float32, "transposed"),
+    "expanded": ((1, 4, 1024, 1024), np.float32, "expanded"),
+}
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", MEMORY)
+def test_a_call_takes_a_few_blocks_beside_its_results(way: str, kind: str, training: bool, activation: str | None):
+    """8 or 16 MiB of input; beside results, up to 6 blocks of 2 MiB for each thread and some numbers for each plane."""
+    shape, dtype, layout = MEMORY[kind]
+    cn.set_num_threads(2)
+    x = laid(np.ones(shape, dtype), layout)
+    size = x.size * x.itemsize
+    blocks = {"numpy": 3.25 if activation is None else 6.25, "compiled": 0}[way]
+    most = 2 * blocks * cpu.BLOCK_BYTES + MIB + 64 * shape[0] * shape[1]
+    options: Any = {"activation": activation, "use_input_stats": training,
+                    "running_mean": np.zeros(shape[1], np.float32), "running_var": np.ones(shape[1], np.float32)}  # fmt: skip
+    y, saved = cn.instance_norm_forward(x, **options)  # compiles, starts threads
+    cn.instance_norm_backward(x, saved)
+    cn.instance_norm(x, **options, out=y)
+    assert peak_of(lambda: cn.instance_norm(x, **options)) < size + most
+    assert peak_of(lambda: cn.instance_norm(x, **options, out=y)) < most
+    assert peak_of(lambda: cn.instance_norm_backward(x, saved)) < size + most
+    assert peak_of(lambda: cn.instance_norm_backward(x, saved, out=y)) < most
+
+
+# Threads
+
+LARGE = (4, 64, 128, 129)
+
+
+def ready(rng: np.random.Generator) -> tuple[np.ndarray, bytes]:
+    x = rng.standard_normal(LARGE, dtype=np.float32)
+    cn.set_num_threads(1)
+    expected = cn.instance_norm(x).tobytes()
+    cn.set_num_threads(4)
+    return x, expected
+
+
+def test_helpers_take_part(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    x, expected = ready(rng)
+    seen = set()
+    work = cpu._Work.__subclasses__()[way == "compiled"].work
+
+    def watched(self: Any, step: Any, ranges: Any) -> None:
+        seen.add(threading.get_ident())
+        both.wait(10)
+        work(self, step, ranges)
+
+    both = threading.Barrier(4)
+    monkeypatch.setattr(cpu._Work.__subclasses__()[way == "compiled"], "work", watched)
+    assert cn.instance_norm(x).tobytes() == expected
+    assert len(seen) == 4
+    assert {t.name for t in threading.enumerate() if t.ident in seen} <= {"cupynorm", "MainThread"}
+
+
+def test_many_python_threads_at_once(way: str, rng: np.random.Generator):
+    x, expected = ready(rng)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: cn.instance_norm(x).tobytes() == expected, range(32)))
+    assert all(results)
+
+
+def test_an_error_in_a_helper_is_raised_once_all_have_ended(rng: np.random.Generator):
+    running, most = [0], [0]
+    both = threading.Barrier(2)
+
+    def work(tasks: Any) -> None:
+        running[0] += 1
+        both.wait(10)
+        try:
+            for _ in tasks:
+                if threading.current_thread() is not threading.main_thread():
+                    raise MemoryError("of a helper")
+        finally:
+            most[0] = max(most[0], running[0])
+            running[0] -= 1
+
+    with pytest.raises(MemoryError, match="of a helper"):
+        threads.share(work, 10**6, 2)
+    assert (running, most) == ([0], [2])
+    done = []
+    threads.share(lambda tasks: done.extend(tasks), 100, 2)  # the pool goes on
+    assert sorted(done) == list(range(100))
+
+
+def test_each_task_goes_to_one_thread(rng: np.random.Generator):
+    done: list[int] = []
+    for _ in range(50):
+        done.clear()
+        threads.share(lambda tasks: done.extend(tasks), 200, 5)
+        assert sorted(done) == list(range(200))
+
+
+USE = """
+import numpy as np, cupynorm as cn, os, sys, threading
+from cupynorm import cpu
+cpu.compiled = cpu.compiled and WAY == "compiled"
+cn.set_num_threads(4)
+x = np.random.default_rng(1).standard_normal((4, 64, 128, 129), dtype=np.float32)
+y = cn.instance_norm(x)
+"""
+
+ENDINGS = {
+    "fork": """
+assert threading.active_count() > 1
+child = os.fork()
+if child == 0:
+    os._exit(0 if cn.instance_norm(x).tobytes() == y.tobytes() and threading.active_count() > 1 else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert cn.instance_norm(x).tobytes() == y.tobytes()
+""",
+    "fork while others call": """
+stop = threading.Event()
+def go():
+    while not stop.is_set():
+        assert cn.instance_norm(x).tobytes() == y.tobytes()
+callers = [threading.Thread(target=go) for _ in range(2)]
+[t.start() for t in callers]
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if cn.instance_norm(x).tobytes() == y.tobytes() else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stop.set()
+[t.join() for t in callers]
+""",
+    "workers": """
+import multiprocessing
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert all(r == y[:, :2].tobytes() for r in pool.map(lambda_, [x[:, :2]] * 4))
+""",
+    "plain end": "",
+    "end in a thread": """
+def late():
+    threading.main_thread().join()
+    assert cn.instance_norm(x).tobytes() == y.tobytes()
+threading.Thread(target=late).start()
+""",
+    "call at exit": """
+import atexit
+atexit.register(lambda: print(cn.instance_norm(x).tobytes() == y.tobytes()))
+""",
+    "interrupt": """
+import signal, _thread
+for _ in range(20):
+    timer = threading.Timer(0.003, _thread.interrupt_main)
+    timer.start()
+    try:
+        for _ in range(200):
+            cn.instance_norm(x)
+    except KeyboardInterrupt:
+        pass
+    timer.join()
+assert cn.instance_norm(x).tobytes() == y.tobytes()
+""",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_forks_and_exits(way: str, ending: str):
+    """Each in a process of its own, which must end, and well."""
+    code = f"WAY = {way!r}\n{USE}lambda_ = lambda a: None\n{ENDINGS[ending]}"
+    if ending == "workers":
+        code = f"WAY = {way!r}\n{USE}def lambda_(a):\n    return cn.instance_norm(a).tobytes()\n{ENDINGS[ending]}"
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == ("True\n" if ending == "call at exit" else "")
+
+
+def said(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_number_of_threads():
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert 1 <= threads.available_cpus() <= (usable or 1)
+    ask = "import cupynorm; print(cupynorm.get_num_threads())"
+    assert said(ask, CUPYNORM_NUM_THREADS="7").stdout == "7\n"
+    assert said(ask, CUPYNORM_NUM_THREADS="").stdout == f"{threads.available_cpus()}\n"
+    if hasattr(os, "sched_setaffinity"):
+        pinned = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
+        assert said(pinned + ask, CUPYNORM_NUM_THREADS="").stdout == "1\n"
+    for wrong in ("0", "-1", "many", "1.5"):
+        failed = said(ask, CUPYNORM_NUM_THREADS=wrong)
+        assert f"CUPYNORM_NUM_THREADS must be a positive integer, got {wrong!r}" in failed.stderr
+    cn.set_num_threads(np.int64(3))
+    assert cn.get_num_threads() == 3
+    for number, error in ((0, ValueError), (-1, ValueError), (1.0, TypeError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="number of threads must be"):
+            cn.set_num_threads(number)  # type: ignore[arg-type]
+    assert cn.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_quota_of_a_container(tmp_path: Path, version: int):
+    own = tmp_path / "cgroup"
+    if version == 2:
+        own.write_text("0::/a/b\n")
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
+        (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
+    else:
+        own.write_text("3:memory:/x\n2:cpu,cpuacct:/a\n")
+        folder = tmp_path / "cpu,cpuacct" / "a"
+        folder.mkdir(parents=True)
+        (folder / "cpu.cfs_quota_us").write_text("150000\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+        (folder.parent / "cpu.cfs_quota_us").write_text("-1\n")
+        (folder.parent / "cpu.cfs_period_us").write_text("100000\n")
+    assert list(threads._quotas(tmp_path, own)) == [1.5]
+    assert list(threads._quotas(tmp_path, tmp_path / "nothing")) == []
+
+
+# The compiled loops
+
+
+@pytest.mark.compiled
+def test_without_numba_or_with_it_turned_off():
+    code = "import numpy; from cupynorm import cpu; print(cpu.compiled, cpu.without_numba if not cpu.compiled else '')"
+    assert said(code, CUPYNORM_COMPILED="0").stdout == "False CUPYNORM_COMPILED=0\n"
+    hidden = "import sys; sys.modules['numba'] = None; " + code
+    assert said(hidden).stdout.startswith("False import of numba halted")
+    assert said("import sys, cupynorm; assert 'numba' not in sys.modules").returncode == 0
+
+
+@pytest.mark.compiled
+def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    """All layouts that the loops can address go to them, whatever the array's strides."""
+    use_compiled(monkeypatch, True)
+    x = rng.standard_normal((2, 6, 10, 12), dtype=np.float32)
+    for view in (x, x[:, ::2], x[::-1], x[..., ::-1], x[..., 1:-1], x[:, :, ::2, ::3], x.swapaxes(2, 3), x.T,
+                 laid(x, "channels_last"), laid(x, "channels_last")[:, 1:4], np.broadcast_to(x[:1, :1], x.shape)):  # fmt: skip
+        y = np.empty(view.shape, np.float32)
+        assert type(work_of(view, y)) is cpu._Compiled
+        cn.instance_norm(view, out=y)
+        reference.assert_close(y, reference.forward(view), "float32")
+    odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)  # not aligned
+    records = np.zeros(x.shape, [("a", np.float32), ("b", np.int8)])["a"]  # strides are no multiples of 4 bytes
+    for view in (odd, records):
+        view[...] = x
+        assert type(work_of(view, x)) is cpu._Interpreted
+        reference.assert_close(cn.instance_norm(view), reference.forward(x), "float32")
+
+
+def work_of(x: np.ndarray, y: np.ndarray) -> Any:
+    stats = np.empty((3, *x.shape[:2]), np.float32)
+    return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), [x, y])
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_16_bit_number_is_read_and_written_right(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """In tracked eval with mean 0 and variance 1 a call only converts."""
+    use_compiled(monkeypatch, True)
+    kind = cn.devices.dtype_of(dtype)
+    x = np.arange(2**16, dtype=np.uint16).view(kind).reshape(1, 1, -1)
+    weight, one, zero = (np.array([v], np.float32) for v in (1, 1, 0))
+    y = cn.instance_norm(x, zero, one, weight, None, False, eps=0)
+    wide = x.astype(np.float32)
+    finite = ~np.isnan(wide)
+    assert y.view(np.uint16)[finite & (wide != 0)].tobytes() == x.view(np.uint16)[finite & (wide != 0)].tobytes()
+    assert np.isnan(y.astype(np.float32)[~finite]).all()
+    # Values between the numbers: a bias too small for 16 bits moves them to and over the middle between two.
+    for scale in (2.0**-4, 1 + 2.0**-8 + 2.0**-12, 1 + 2.0**-9, 1 + 2.0**-11, 1 - 2.0**-9):
+        with np.errstate(all="ignore"):
+            expected = (wide * np.float32(scale)).astype(kind)
+        y = cn.instance_norm(x, zero, one, np.array([scale], np.float32), None, False, eps=0)
+        same = finite & (wide != 0)
+        assert y.view(np.uint16)[same].tobytes() == expected.view(np.uint16)[same].tobytes()
+
+
+@pytest.mark.compiled
+def test_layouts_are_kept_only_so_many(monkeypatch: pytest.MonkeyPatch):
+    use_compiled(monkeypatch, True)
+    for n, c in itertools.product(range(1, 40), range(1, 40)):
+        cn.instance_norm(np.ones((n, c, 2), np.float32))
+    assert cpu._layout.cache_info().currsize <= cpu._layout.cache_info().maxsize == 1024
+
+
+@pytest.mark.compiled
+def test_public_names_of_the_steps():
+    """Both implementations have all steps, and what the loops take is what they are called with."""
+    steps = {f"{step}_{op}" for step in ("reduce", "join", "apply", "whole") for op in ("forward", "backward")}
+    for kind in cpu._Work.__subclasses__():
+        assert steps <= set(vars(kind))
+    tree = ast.parse(Path(cpu.__file__).read_text(encoding="utf-8"))
+    kernels = {f.name for f in tree.body if isinstance(f, ast.FunctionDef) and f.decorator_list
+               and getattr(f.decorator_list[0], "id", "") == "_kernel"}  # fmt: skip
+    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    assert kernels
+    assert kernels <= called

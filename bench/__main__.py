@@ -210,6 +210,8 @@ class Bench:
             if entry is not None:
                 found[name] = entry
         contestants = [peers.copy(case.minimal_bytes, arrays), *(contestant for contestant, _ in found.values())]
+        if self.xp is np:
+            contestants.append(peers.new_copy(case.minimal_bytes, arrays))
         race = Race(self.clock, arrays.sets, self.batch_seconds)
         samples = race.run(contestants, self.options.rounds)
         timings: dict[str, Timing] = {name: summarise(values) for name, values in samples.items()}

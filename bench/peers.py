@@ -63,6 +63,32 @@ def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:
     return Contestant("cupynorm", both, lambda results: dict(zip(("y", *names), results, strict=True)))
 
 
+def numpy_alone(op: str, arrays: Arrays) -> Contestant:
+    """cupynorm as it is where numba is not installed."""
+    from cupynorm import cpu
+
+    if arrays.xp is not np:
+        raise UnavailableError("is of the CPU")
+    if not cpu.compiled:
+        raise UnavailableError(f"cupynorm itself is it: {cpu.without_numba}")
+    own = cupynorm_itself(op, arrays)
+
+    def run(i: int) -> Any:
+        cpu.compiled = False
+        try:
+            return own.run(i)
+        finally:
+            cpu.compiled = True
+
+    return Contestant("numpy alone", run, own.answers)
+
+
+def new_copy(minimal_bytes: int, arrays: Arrays) -> Contestant:
+    """A copy of as many bytes into new memory, which the system first has to provide: as for results on a CPU."""
+    sources = [np.ones(minimal_bytes // 2, np.uint8) for _ in range(arrays.sets)]
+    return Contestant("new copy", lambda i: sources[i].copy(), lambda _: {})
+
+
 def copy(minimal_bytes: int, arrays: Arrays) -> Contestant:
     """The yardstick: a copy that reads and writes as many bytes as the operation must, memcpy's on either device."""
     xp, size = arrays.xp, minimal_bytes // 2
@@ -323,6 +349,7 @@ PEERS: dict[str, Callable[[str, Arrays], Contestant]] = {
     "jax": jax_jit,
     "onnxruntime": onnx_runtime,
     "textbook": textbook,
+    "numpy alone": numpy_alone,
 }
 
 #: Those that must be asked for: torch.compile takes many seconds for each shape.

@@ -95,10 +95,11 @@ def row(
         "median_ms": own.median * 1e3,
         "gbps": case.minimal_bytes / own.median / 1e9,
         "of_copy": copy.median / own.median,
+        **({"of_new_copy": timings["new copy"].median / own.median} if "new copy" in timings else {}),
         "peers": {
             name: {"median_ms": timings[name].median * 1e3, "max_error": errors[name]}
             for name in timings
-            if name not in {"cupynorm", "copy"}
+            if name not in {"cupynorm", "copy", "new copy"}
         },
     }
 
@@ -141,10 +142,12 @@ def add_to_json(path: Path, xp: Any, name: str, rows: list[dict[str, Any]]) -> N
 def planned(op: str, x: Array, device: Any) -> tuple[str, int | None]:
     """Regimes, and bytes of global memory per element, that the plans for x on a plan.Device foresee.
 
-    device None is the CPU, which has no plan: 'numpy' and None.
+    device None is the CPU, which has no plan: 'numpy' or 'compiled', and None.
     """
     if device is None:
-        return "numpy", None
+        from cupynorm import cpu
+
+        return "compiled" if cpu.compiled else "numpy", None
     from cupynorm.cuda.plan import Memory
     from cupynorm.explain import plan_for
 
@@ -208,6 +211,7 @@ STYLES = {
     "jax": ("#009E73", "^"),
     "onnxruntime": ("#CC79A7", "v"),
     "textbook": ("#777777", "x"),
+    "numpy alone": ("#56B4E9", "P"),
 }
 
 
@@ -257,7 +261,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     points.setdefault(name, []).append((plane, r["of_copy"] * r["median_ms"] / peer["median_ms"]))
             ax.axhline(1, color="black", linewidth=1, linestyle="--")
             for name, values in reversed(points.items()):  # cupynorm on top
-                colour, marker = STYLES.get(name, ("#56B4E9", "P"))
+                colour, marker = STYLES.get(name, ("#F0E442", "*"))
                 own = name == "cupynorm"
                 x, y = np.array(sorted(values)).T
                 middle = [float(np.median(y[x == each])) for each in np.unique(x)]

@@ -150,8 +150,8 @@ def test_a_call_takes_a_few_blocks_beside_its_results(way: str, kind: str, train
     size = x.size * x.itemsize
     blocks = {"numpy": 3.25 if activation is None else 6.25, "compiled": 0}[way]
     most = 2 * blocks * cpu.BLOCK_BYTES + MIB + 64 * shape[0] * shape[1]
-    options: Any = {"activation": activation, "use_input_stats": training,
-                    "running_mean": np.zeros(shape[1], np.float32), "running_var": np.ones(shape[1], np.float32)}  # fmt: skip
+    mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
+    options: Any = {"activation": activation, "use_input_stats": training, "running_mean": mean, "running_var": var}
     y, saved = cn.instance_norm_forward(x, **options)  # compiles, starts threads
     cn.instance_norm_backward(x, saved)
     cn.instance_norm(x, **options, out=y)
@@ -198,7 +198,18 @@ def test_many_python_threads_at_once(way: str, rng: np.random.Generator):
     assert all(results)
 
 
-def test_an_error_in_a_helper_is_raised_once_all_have_ended(rng: np.random.Generator):
+def taken(tasks: int, number: int) -> list[int]:
+    done: list[int] = []
+
+    def work(mine: Any) -> None:
+        for task in mine:
+            done.append(task)
+
+    threads.share(work, tasks, number)
+    return sorted(done)
+
+
+def test_an_error_in_a_helper_is_raised_once_all_have_ended():
     running, most = [0], [0]
     both = threading.Barrier(2)
 
@@ -216,17 +227,12 @@ def test_an_error_in_a_helper_is_raised_once_all_have_ended(rng: np.random.Gener
     with pytest.raises(MemoryError, match="of a helper"):
         threads.share(work, 10**6, 2)
     assert (running, most) == ([0], [2])
-    done = []
-    threads.share(lambda tasks: done.extend(tasks), 100, 2)  # the pool goes on
-    assert sorted(done) == list(range(100))
+    assert taken(100, 2) == list(range(100))  # the pool goes on
 
 
-def test_each_task_goes_to_one_thread(rng: np.random.Generator):
-    done: list[int] = []
+def test_each_task_goes_to_one_thread():
     for _ in range(50):
-        done.clear()
-        threads.share(lambda tasks: done.extend(tasks), 200, 5)
-        assert sorted(done) == list(range(200))
+        assert taken(200, 5) == list(range(200))
 
 
 USE = """
@@ -373,8 +379,9 @@ def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: p
     """All layouts that the loops can address go to them, whatever the array's strides."""
     use_compiled(monkeypatch, True)
     x = rng.standard_normal((2, 6, 10, 12), dtype=np.float32)
-    for view in (x, x[:, ::2], x[::-1], x[..., ::-1], x[..., 1:-1], x[:, :, ::2, ::3], x.swapaxes(2, 3), x.T,
-                 laid(x, "channels_last"), laid(x, "channels_last")[:, 1:4], np.broadcast_to(x[:1, :1], x.shape)):  # fmt: skip
+    last = laid(x, "channels_last")
+    views = [x, x[:, ::2], x[::-1], x[..., ::-1], x[..., 1:-1], x[:, :, ::2, ::3], x.swapaxes(2, 3), x.T]
+    for view in (*views, last, last[:, 1:4], np.broadcast_to(x[:1, :1], x.shape)):
         y = np.empty(view.shape, np.float32)
         assert type(work_of(view, y)) is cpu._Compiled
         cn.instance_norm(view, out=y)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import Backend, peak_of
+from conftest import Backend
 from reference import BFLOAT16, LAYOUTS, TOLERANCE
 
 import cupynorm as cn

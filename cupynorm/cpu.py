@@ -166,7 +166,7 @@ class _Work:
 
     blocks: int
     tiles = 1
-    pays: int  # elements from which on a second thread does: to wake one takes some 50 microseconds
+    pays: int  # elements from which on a second thread does: to wake one takes as long as 50 microseconds
     plane_costs = 0  # what a plane costs in itself, in elements
 
     def __init__(self, call: Saved, arrays: list[Array]):
@@ -333,7 +333,7 @@ class _Interpreted(_Work):
         return total + np.vecdot(a[:, :, whole:], b[..., whole:] if b.ndim > 1 else b[: size - whole])
 
     def _affine(self, planes: Index) -> tuple[np.ndarray, np.ndarray | None]:
-        """z = (x - mean) * scale + shift: delta is in the shift, by which no digit is lost, see _centred."""
+        """z = (x - mean) * scale + shift: delta is in the shift, by which no digit is lost, see _statistics."""
         call = self.call
         scale, shift = call.rstd[planes], None
         if call.weight is not None:
@@ -689,7 +689,10 @@ def _loop(function: Any) -> Any:
 def _kernel(function: Any) -> Any:
     if numba is None:
         return function
-    return numba.njit(function, error_model="numpy", nogil=True, cache=True)
+    try:
+        return numba.njit(function, error_model="numpy", nogil=True, cache=True)
+    except RuntimeError:  # no folder can be written: compiled anew in each process
+        return numba.njit(function, error_model="numpy", nogil=True)
 
 
 TILE = 65536  # positions

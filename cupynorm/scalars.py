@@ -156,9 +156,6 @@ def _narrow(value, like):
 # Activations. The type of `act` tells which: None, a boolean for relu, a float (its slope) for leaky_relu, an integer
 # for silu, and an array (the coefficients of cupynorm.cpu's polynomial) for gelu.
 
-PIVOT = 4.0
-
-
 def _polynomial(coefficients, kind):
     """Compiled p(t) by Horner's rule, coefficients highest first. Nested, since a loop over them would stay a loop."""
     highest, unit = kind(coefficients[0]), kind(1)
@@ -214,6 +211,8 @@ def _tail_and_density(size, act):
 
 @overload(_tail_and_density, jit_options=INLINE)
 def _tail_and_density_overload(size, act):
+    from .cpu import PIVOT, half_erfcx  # which imports this module
+
     double = size == types.float64
     kind = np.float64 if double else np.float32
     one, half, pivot, scale = kind(1), kind(-0.5), kind(PIVOT), kind(1 / math.sqrt(2 * math.pi))
@@ -225,8 +224,6 @@ def _tail_and_density_overload(size, act):
             return tail, tail / (one + e)
 
         return logistic
-    from .cpu import half_erfcx
-
     scaled_tail = _polynomial(half_erfcx(20 if double else 10), kind)
 
     def normal(size, act):

@@ -375,6 +375,16 @@ def test_without_numba_or_with_it_turned_off():
 
 
 @pytest.mark.compiled
+def test_where_no_folder_for_compiled_code_can_be_written():
+    code = (
+        "from numba.core import caching; caching._CacheImpl._locator_classes = []\n"
+        "import numpy as np, cupynorm as cn; from cupynorm import cpu\n"
+        "print(cpu.compiled, cn.instance_norm(np.arange(4.0).reshape(1, 1, 4)).std().round(3))"
+    )
+    assert said(code).stdout == "True 1.0\n"
+
+
+@pytest.mark.compiled
 def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     """All layouts that the loops can address go to them, whatever the array's strides."""
     use_compiled(monkeypatch, True)

@@ -213,7 +213,7 @@ def _choose(call: Saved, arrays: list[Array]) -> Any:
 # NumPy alone
 
 BLOCK_BYTES = 2**21  # of an array in computing precision: smaller ones cost more in calls than they gain in cache
-ROW = 4096  # elements that are added up in computing precision; sums of these are added in float64
+ROW = 1024  # elements that are added up in computing precision; sums of these are added in float64
 STRIPE = 256  # the same for lanes, whose sums are plain
 
 
@@ -697,7 +697,7 @@ def _kernel(function: Any) -> Any:
 
 TILE = 65536  # positions
 MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
-PARTIAL = 4096  # elements whose sums are made in computing precision; those of them in float64
+PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
 LANES_PARTIAL = 256
 SHORT = 512  # elements of a plane that is done together with others
 

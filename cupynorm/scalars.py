@@ -156,6 +156,7 @@ def _narrow(value, like):
 # Activations. The type of `act` tells which: None, a boolean for relu, a float (its slope) for leaky_relu, an integer
 # for silu, and an array (the coefficients of cupynorm.cpu's polynomial) for gelu.
 
+
 def _polynomial(coefficients, kind):
     """Compiled p(t) by Horner's rule, coefficients highest first. Nested, since a loop over them would stay a loop."""
     highest, unit = kind(coefficients[0]), kind(1)

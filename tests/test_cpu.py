@@ -139,12 +139,20 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize("activation", [None, "gelu"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", MEMORY)
-def test_a_call_takes_a_few_blocks_beside_its_results(way: str, kind: str, training: bool, activation: str | None):
+#: The loops take no blocks, whatever the call; each kind of call is compiled for itself.
+MEMORY_CASES = [*itertools.product(["numpy"], MEMORY, [True, False], [None, "gelu"])]
+MEMORY_CASES += [*itertools.product(["compiled"], MEMORY, [True], [None]), ("compiled", "planes", False, "gelu")]
+
+
+@pytest.mark.parametrize(("way", "kind", "training", "activation"), [
+    pytest.param(*case, marks=[pytest.mark.compiled] * (case[0] == "compiled")) for case in MEMORY_CASES
+])  # fmt: skip
+def test_a_call_takes_a_few_blocks_beside_its_results(
+    monkeypatch: pytest.MonkeyPatch, way: str, kind: str, training: bool, activation: str | None
+):
     """8 or 16 MiB of input. Beside results: for each of two threads up to 6 blocks of 2 MiB, which are twice as large
     where they hold several planes; and some numbers for each plane."""
+    use_compiled(monkeypatch, way == "compiled")
     shape, dtype, layout = MEMORY[kind]
     cn.set_num_threads(2)
     x = laid(np.ones(shape, dtype), layout)

@@ -448,17 +448,21 @@ class _Interpreted(_Work):
             _activate(centred, call.activation, call.negative_slope, self._rooms(centred, scratch[2:]))
         self._write(self.y, index, centred)
 
+    def _in_tiles(self, block: int, scratch: np.ndarray, reduce: Any, join: Any, apply: Any) -> None:
+        """All of a block, the tile that was read last first again: it is still in the cache."""
+        units = range(block * self.tiles, (block + 1) * self.tiles)
+        for unit in units:
+            reduce(unit, scratch)
+        join(block, block + 1)
+        for unit in reversed(units):
+            apply(unit, scratch)
+
     def _rooms(self, block: np.ndarray, scratch: np.ndarray) -> list[np.ndarray]:
         return [self._room(block, each) for each in scratch]
 
     def whole_forward(self, block: int, scratch: np.ndarray) -> None:
         if self.tiles > 1:
-            units = range(block * self.tiles, (block + 1) * self.tiles)
-            for unit in units:
-                self.reduce_forward(unit, scratch)
-            self.join_forward(block, block + 1)
-            for unit in reversed(units):
-                self.apply_forward(unit, scratch)
+            self._in_tiles(block, scratch, self.reduce_forward, self.join_forward, self.apply_forward)
             return
         planes, index, _ = self._index(block)
         x = self._read(self.x, index, scratch[1])
@@ -531,12 +535,7 @@ class _Interpreted(_Work):
 
     def whole_backward(self, block: int, scratch: np.ndarray) -> None:
         if self.tiles > 1:
-            units = range(block * self.tiles, (block + 1) * self.tiles)
-            for unit in units:
-                self.reduce_backward(unit, scratch)
-            self.join_backward(block, block + 1)
-            for unit in reversed(units):
-                self.apply_backward(unit, scratch)
+            self._in_tiles(block, scratch, self.reduce_backward, self.join_backward, self.apply_backward)
             return
         planes, index, _ = self._index(block)
         g, centred = self._load(index, planes, scratch)
@@ -1257,7 +1256,7 @@ def _backward_short_rows(
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     """All of the backward for short planes, as _forward_short_rows."""
-    size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
+    size, zero = np.uint64(shape[4]), zero_of(like)
     k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[2, 3])
     k3, k4 = np.uint64(places[3, 3]), np.uint64(places[4, 3])
     m, d, r, scale, shift, total, dot = np.empty((7, 64), mean.dtype)
@@ -1292,9 +1291,8 @@ def _backward_short_rows(
         for j in range(planes):
             sum_g[n0, c0], sum_g_xhat[n0, c0] = total[j], dot[j]
             n0, c0, _ = _next(n0, c0, 0, shape)
-        for j in range(64):  # dx = g * scale + (centred * slope + constant)
-            dot[j] = -(dot[j] / count * r[j]) * scale[j]
-            total[j] = -(total[j] / count) * scale[j]
+        for j in range(64):
+            dot[j], total[j] = _slope_and_constant(shape, scale[j], r[j], total[j], dot[j])
         for j in range(planes):
             o0, o1, o2, o3, o4 = offsets[0, j], offsets[1, j], offsets[2, j], offsets[3, j], offsets[4, j]
             m_, d_, scale_, shift_, slope, constant = m[j], d[j], scale[j], shift[j], dot[j], total[j]
@@ -1445,7 +1443,14 @@ class _Compiled(_Work):
         self.layout = layout
         self.places = layout.places.copy()
         self.places[:, 0] = addresses
-        self.where = (_sample(self.x.dtype), self.places, layout.runs, layout.shape, layout.step, layout.lanes)
+        self.where: tuple[Any, ...] = (
+            _sample(self.x.dtype),
+            self.places,
+            layout.runs,
+            layout.shape,
+            layout.step,
+            layout.lanes,
+        )
         # Values whose types tell the loops which activation it is.
         activation = call.activation
         self.act = None
@@ -1516,9 +1521,8 @@ class _Compiled(_Work):
     def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
         residual = True if len(self.arrays) == 5 else None
         if residual is None:  # the loops look for x, dx, dy, residual and its gradient
-            self.where = (
-                self.where[0], np.concatenate([self.places, self.places[:2]]), _five(self.layout.runs), *self.where[3:]
-            )  # fmt: skip
+            like, *both, shape, step, lanes = self.where
+            self.where = (like, *(np.concatenate([each, each[:2]]) for each in both), shape, step, lanes)
         self.options = (residual, self.act)
         self.training = True if self.call.training else None
         self.partial = self._partial()
@@ -1538,7 +1542,3 @@ class _Compiled(_Work):
         _backward_planes(
             *self.where, *self.options, self.training, first, last, self.layout.at_a_time, *self.planes, *self.sums
         )  # fmt: skip
-
-
-def _five(runs: np.ndarray) -> np.ndarray:
-    return np.concatenate([runs, runs[:2]])

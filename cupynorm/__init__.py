@@ -6,6 +6,7 @@ from . import devices
 from .explain import explain
 from .functional import Saved, instance_norm, instance_norm_backward, instance_norm_forward, warmup
 from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Parameter
+from .memory import get_memory_limit, set_memory_limit
 from .threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -17,10 +18,12 @@ __all__ = [
     "Parameter",
     "Saved",
     "explain",
+    "get_memory_limit",
     "get_num_threads",
     "instance_norm",
     "instance_norm_backward",
     "instance_norm_forward",
+    "set_memory_limit",
     "set_num_threads",
     "warmup",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import numbers
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,19 @@ def check_number(value: Any, name: str) -> float:
     return float(value)
 
 
+def check_count(value: Any, name: str, least: int) -> int:
+    """A whole number of at least `least`, as an int; TypeError or ValueError otherwise."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return count
+
+
 def check_eps(eps: Any) -> float:
     eps = check_number(eps, "eps")
     if eps < 0:
@@ -133,7 +147,7 @@ def _accepted(dtype: np.dtype) -> bool:
 
 
 def check_dtype(dtype: Any, name: str) -> None:
-    if not _accepted(np.dtype(dtype)):
+    if not _accepted(dtype if isinstance(dtype, np.dtype) else np.dtype(dtype)):
         raise TypeError(f"{name} has dtype {np.dtype(dtype)!s}; accepted are {', '.join(DTYPES)} in native byte order")
 
 
@@ -145,15 +159,11 @@ def check_input(x: Array, name: str = "input") -> None:
         raise ValueError(f"{name} must have at least 3 dimensions (N, C, *spatial), got shape {x.shape}")
 
 
-def _check_per_channel(
-    array: Array | None, name: str, x: Array, *, per_sample: bool = False, written: bool = False
-) -> None:
+def _check_per_channel(array: Array, name: str, x: Array, *, per_sample: bool = False, written: bool = False) -> None:
     """weight, bias and running statistics: on x's device, in x's dtype or in float32 for 16-bit x.
 
     Their shape is (C,); per_sample: or (N, C).
     """
-    if array is None:
-        return
     if place_of(array, name) != place_of(x, "input"):
         raise ValueError(
             f"{name} is on {place_of(array, name)} and the input on {place_of(x, 'input')}; move one of them "
@@ -235,10 +245,8 @@ def _overlaps_itself(a: Array) -> bool:
     return False
 
 
-def _check_out(out: Array | None, x: Array, inputs: Sequence[tuple[str, Array | None]]) -> None:
+def _check_out(out: Array, x: Array, inputs: Sequence[tuple[str, Array | None]]) -> None:
     """Whether out may be written: it must not overlap an input unless it is that input."""
-    if out is None:
-        return
     if place_of(out, "out") != place_of(x, "input"):
         raise ValueError(f"out is on {place_of(out, 'out')} and the input on {place_of(x, 'input')}")
     if out.shape != x.shape or out.dtype != x.dtype:
@@ -380,27 +388,21 @@ def _forward(
         raise ValueError(f"running_mean and running_var go together, but {missing} is None")
     if not use_input_stats and running_mean is None:
         raise ValueError("use_input_stats=False needs running_mean and running_var")
-    updated = use_input_stats and momentum != 0
-    _check_per_channel(running_mean, "running_mean", x, written=updated)
-    _check_per_channel(running_var, "running_var", x, written=updated)
-    _check_per_channel(weight, "weight", x, per_sample=True)
-    _check_per_channel(bias, "bias", x, per_sample=True)
+    if running_mean is not None:
+        updated = use_input_stats and momentum != 0
+        _check_per_channel(running_mean, "running_mean", x, written=updated)
+        _check_per_channel(running_var, "running_var", x, written=updated)
+    if weight is not None:
+        _check_per_channel(weight, "weight", x, per_sample=True)
+    if bias is not None:
+        _check_per_channel(bias, "bias", x, per_sample=True)
     if residual is not None:
         _check_like(residual, "residual", x)
     if use_input_stats and math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
-    _check_out(
-        out,
-        x,
-        (
-            ("input", x),
-            ("residual", residual),
-            ("weight", weight),
-            ("bias", bias),
-            ("running_mean", running_mean),
-            ("running_var", running_var),
-        ),
-    )
+    if out is not None:
+        inputs = ("input", x), ("residual", residual), ("weight", weight), ("bias", bias)
+        _check_out(out, x, (*inputs, ("running_mean", running_mean), ("running_var", running_var)))
     y, saved = backend_of(x).forward(
         x,
         weight,
@@ -452,20 +454,9 @@ def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None)
     if saved.overwritten:
         raise ValueError("the forward's input or residual, which the backward needs, has been written over (as out)")
     _check_like(dy, "dy", x)
-    _check_out(
-        out,
-        x,
-        (
-            ("dy", dy),
-            ("input", x),
-            ("residual", saved.residual),
-            ("weight", saved.weight),
-            ("bias", saved.bias),
-            ("mean", saved.mean),
-            ("rstd", saved.rstd),
-            ("delta", saved.delta),
-        ),
-    )
+    if out is not None:
+        inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
+        _check_out(out, x, (*inputs, ("mean", saved.mean), ("rstd", saved.rstd), ("delta", saved.delta)))
     gradients: tuple[Array, ...] = backend_of(x).backward(dy, saved, out=out)
     _spoil(saved, out)
     return gradients if saved.with_residual else gradients[:3]

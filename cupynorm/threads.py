@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import atexit
 import math
-import operator
 import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from .functional import check_count
 
 
 def available_cpus() -> int:
@@ -70,22 +71,15 @@ def set_num_threads(number: int) -> None:
     Raises:
         TypeError: not an integer. ValueError: less than 1. The number stays as it was then.
     """
-    if isinstance(number, bool):
-        raise TypeError(f"number of threads must be an integer, got {number!r}")
-    try:
-        count = operator.index(number)
-    except TypeError:
-        raise TypeError(f"number of threads must be an integer, got {number!r}") from None
-    if count < 1:
-        raise ValueError(f"number of threads must be at least 1, got {number!r}")
-    _state.number = count
+    _state.number = check_count(number, "number of threads", 1)
 
 
 class _Job:
     """One call's tasks. Whoever takes part calls work with an iterator that hands each task to one of them."""
 
-    def __init__(self, work: Callable[[Iterator[int]], None], tasks: int):
+    def __init__(self, work: Callable[[Iterator[int]], None], tasks: int, settled: Callable[[], bool] | None):
         self.work = work
+        self.settled = settled
         self.tasks = iter(range(tasks))
         self.lock = threading.Lock()
         self.active = 0  # helpers at work
@@ -132,6 +126,8 @@ class _Job:
         while True:
             try:
                 self.closed = True  # nobody begins from here on
+                if self.settled is not None and self.settled():
+                    break
                 with self.lock:
                     idle = not self.active
                 if not idle:
@@ -157,9 +153,7 @@ class _Pool:
             job.help()
             del job  # it refers to the arrays of a call
 
-    def run(self, work: Callable[[Iterator[int]], None], tasks: int, threads: int) -> None:
-        job = _Job(work, tasks)
-        helpers = min(threads, tasks) - 1
+    def run(self, job: _Job, helpers: int) -> None:
         if len(self.helpers) < helpers:
             self._start(helpers)
         for _ in range(min(helpers, len(self.helpers))):
@@ -194,14 +188,18 @@ class _State:
 _state = _State()
 
 
-def share(work: Callable[[Iterator[int]], None], tasks: int, threads: int) -> None:
+def share(
+    work: Callable[[Iterator[int]], None], tasks: int, threads: int, settled: Callable[[], bool] | None = None
+) -> None:
     """Have work(iterator) called by up to `threads` threads until its iterator has handed out all tasks 0, 1, ….
 
     Each call of work has an iterator of its own and gets what the others leave. An exception in any of them ends the
-    handing out and is raised here, once none of them is at work any more.
+    handing out and is raised here, once none of them is at work any more. Where work shares out its tasks by itself,
+    settled() sees to it that no further one is begun and says whether all that were begun are done: True saves waiting
+    for helpers that are on their way back.
     """
     if threads > 1 and tasks > 1:
-        _state.pool.run(work, tasks, threads)
+        _state.pool.run(_Job(work, tasks, settled), min(threads, tasks) - 1)
     else:
         work(iter(range(tasks)))
 

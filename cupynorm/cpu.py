@@ -6,8 +6,9 @@ bits for any number of threads. Threads share the blocks of a call, or the tiles
 have one thread.
 
 What there is to do comes in three steps: `reduce` a tile of a block to sums, `join` the sums of all tiles, `apply` what
-follows from them to a tile. The numerics are the CUDA kernels': mean, then centred values, then the mean of the centred
-values as a correction, then their squares; float16 and bfloat16 compute in float32.
+follows from them to a tile. The digits are the CUDA kernels', in a pass less: x - pivot and its squares are added up at
+once, about a pivot near the mean, and the mean of x - pivot is the correction. Where the pivot turns out to be a
+deviation or two from the mean, the plane is added up again about the mean. float16 and bfloat16 compute in float32.
 
 In a block planes lie as in the result: each in one piece ("rows"), or side by side (channels-last, "lanes").
 """
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from .functional import Array, Saved, empty_like, math_dtype, overlap
+from .memory import empty
 from .threads import get_num_threads, share
 
 try:
@@ -30,7 +32,24 @@ try:
         raise ImportError("CUPYNORM_COMPILED=0")
     import numba
 
-    from .scalars import SAMPLES, activate, add, memory, narrow, times_slope, typed, widen, zero_of, zeros_of
+    from .scalars import (
+        SAMPLES,
+        activate,
+        add,
+        begin,
+        end,
+        kept,
+        line_of,
+        memory,
+        narrow,
+        prefetch,
+        settled,
+        times_slope,
+        typed,
+        widen,
+        zero_of,
+        zeros_of,
+    )
 except ImportError as _reason:  # also where numba does not go with this NumPy
     numba, without_numba = None, str(_reason)  # type: ignore[assignment]
 
@@ -57,9 +76,10 @@ def forward(
     residual: Array | None,
 ) -> tuple[Array, Saved | None]:
     """The backends' contract, with all arguments checked: see cupynorm.functional."""
-    y = empty_like(x, np.empty) if out is None else out
+    y = empty_like(x, empty) if out is None else out
     planes, dtype = x.shape[:2], math_dtype(x.dtype)
-    mean, rstd, delta = np.empty((3, *planes), dtype) if use_input_stats else (*np.empty((2, *planes), dtype), None)
+    mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
+    delta = np.empty(planes, dtype) if use_input_stats else None
     call = Saved(
         x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope, residual, residual is not None
     )
@@ -71,7 +91,7 @@ def forward(
             if variance is not None:
                 count = math.prod(x.shape[2:])
                 with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
-                    exact = mean.astype(np.float64) + delta
+                    exact = np.add(mean, delta, dtype=np.float64)  # type: ignore[arg-type]
                     unbiased = variance * dtype.type(count / (count - 1))
                 _move(running_mean, exact, momentum)
                 _move(running_var, unbiased, momentum)
@@ -96,13 +116,13 @@ def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Arra
     if saved.with_residual and saved.activation is None:
         dresidual = dy.copy() if out is not None and overlap(out, dy) else dy
     elif saved.with_residual:
-        dresidual = g_out = empty_like(x, np.empty)
-    dx = empty_like(x, np.empty) if out is None else out
+        dresidual = g_out = empty_like(x, empty)
+    dx = empty_like(x, empty) if out is None else out
     dtype = math_dtype(x.dtype)
     sum_g, sum_g_xhat = (np.empty if x.size else np.zeros)((2, *x.shape[:2]), dtype)
     if x.size:
         arrays = [x, dx, dy] if g_out is None else [x, dx, dy, saved.residual, g_out]
-        _choose(saved, arrays).backward(sum_g, sum_g_xhat)
+        _choose(saved, arrays, backward=True).backward(sum_g, sum_g_xhat)
     return dx, _gradient(sum_g_xhat, saved.weight), _gradient(sum_g, saved.bias), dresidual
 
 
@@ -112,7 +132,7 @@ def _gradient(sums: np.ndarray, parameter: Array | None) -> Array | None:
         return None
     with np.errstate(all="ignore"):
         if parameter.ndim == 1:
-            sums = sums[0] if len(sums) == 1 else np.add.reduce(sums, axis=0, dtype=np.float64)
+            sums = sums[0] if len(sums) == 1 else sums.astype(np.float64).sum(0)
         return sums.astype(parameter.dtype)
 
 
@@ -158,55 +178,45 @@ def _merged(arrays: list[Array]) -> list[Array]:
 
 
 class _Work:
-    """A call's arrays and statistics, and how its blocks are shared out. A subclass does the steps.
+    """A call, and how its blocks are shared out. A subclass does the steps.
 
-    arrays are merged: x and y, then a residual; or x, dx and dy, then a residual and its gradient. A subclass sets
-    `blocks` and `tiles` (of each), and has `reduce`, `join`, `apply` and `whole` (all three of a block) for every pass.
+    It sets `blocks`, `tiles` (of each) and `threads`, and has `reduce`, `join`, `apply` and `whole` (all three of a
+    block) for every pass.
     """
 
     blocks: int
-    tiles = 1
-    pays: int  # elements from which on a second thread does: to wake one takes as long as 50 microseconds
-    plane_costs = 0  # what a plane costs in itself, in elements
+    tiles: int
+    threads: int
 
-    def __init__(self, call: Saved, arrays: list[Array]):
-        self.call, self.arrays, self.dtype = call, arrays, call.rstd.dtype
-        self.x, self.y = arrays[:2]
-        n, c = self.x.shape[:2]
-        self.size = self.x.size + self.plane_costs * n * c
-        self.threads = 1 if self.size < self.pays else get_num_threads()
-
-    def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
-        """One thread's share: step(first, last, …) of each range."""
+    def share(self, step: Callable[..., None], count: int) -> None:
+        """step over 0 … count, in parts that the threads share out among themselves."""
         raise NotImplementedError
 
     def run(
         self, reduce: Callable[..., None], join: Callable[..., None], apply: Callable[..., None], whole: Any
     ) -> None:
-        if self.threads == 1:
-            self.work(whole, iter([(0, self.blocks)]))
-        elif self.tiles == 1 or self.blocks >= 4 * self.threads:
+        if self.threads == 1 or self.tiles == 1 or self.blocks >= 4 * self.threads:
             self.share(whole, self.blocks)
         else:
             self.share(reduce, self.blocks * self.tiles)
             join(0, self.blocks)
             self.share(apply, self.blocks * self.tiles)
 
-    def share(self, step: Callable[..., None], count: int) -> None:
-        """step over ranges of 0 … count, by all threads: each takes the next range when it is done with one."""
-        parts = 1 if self.threads == 1 else min(count, self.threads * (1 if self.size < 8 * self.pays else 4))
-        borders = [count * i // parts for i in range(parts + 1)]
-        share(lambda tasks: self.work(step, ((borders[i], borders[i + 1]) for i in tasks)), parts, self.threads)
 
+def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
+    """The work of a call: compiled where that is to be had and the loops can address the arrays.
 
-def _choose(call: Saved, arrays: list[Array]) -> Any:
-    """The work of a call: compiled where that is to be had and the loops can address the arrays."""
+    arrays are x and y, then a residual; or, backward, x, dx and dy, then a residual and its gradient.
+    """
     if compiled:
         x = arrays[0]
-        layout = _layout(x.shape, x.itemsize, tuple([a.strides for a in arrays]))
-        addresses = [a.__array_interface__["data"][0] for a in arrays]
-        if layout.usable and not any([address % x.itemsize for address in addresses]):
-            return _Compiled(call, arrays, layout, addresses)
+        layout = _layout(x.dtype, x.shape, tuple([a.strides for a in arrays]), backward)
+        if layout.usable:
+            at = [a.__array_interface__["data"][0] for a in arrays]
+            if not any([address % x.itemsize for address in at]):
+                if layout.residual is None:
+                    at += at[:2] if backward else at[1:]
+                return _Compiled(call, layout, tuple(at))
     return _Interpreted(call, _merged(arrays))
 
 
@@ -214,7 +224,9 @@ def _choose(call: Saved, arrays: list[Array]) -> Any:
 
 BLOCK_BYTES = 2**21  # of an array in computing precision: smaller ones cost more in calls than they gain in cache
 ROW = 1024  # elements that are added up in computing precision; sums of these are added in float64
-STRIPE = 256  # the same for lanes, whose sums are plain
+STRIPE = 32  # the same for lanes, whose sums are plain
+SHORT_ROW = 128  # elements of a plane up to which it pays to spread its numbers over a block of their own
+FAR = 2.0  # mean over deviation from which on x is centred: below, two bits at most are lost without
 
 
 class _Interpreted(_Work):
@@ -223,15 +235,19 @@ class _Interpreted(_Work):
     Arrays in computing precision are used where they lie, and y and dx are worked in; the rest goes through scratch.
     """
 
-    pays = 2**20
+    pays = 2**19  # elements from which on a second thread does: to wake one takes as long as 50 microseconds
 
     def __init__(self, call: Saved, arrays: list[Array]):
-        super().__init__(call, arrays)
+        self.call, self.arrays, self.dtype = call, arrays, call.rstd.dtype
+        self.x, self.y = arrays[:2]
+        self.threads = 1 if self.x.size < self.pays else get_num_threads()
         self.limit = BLOCK_BYTES // self.dtype.itemsize
         n, c, *spatial = self.x.shape
         strides, itemsize = self.y.strides, self.y.itemsize
         self.lanes = c > 1 and strides[1] == itemsize and strides[-1] != itemsize
         plane = self.spatial = math.prod(spatial)
+        self.far = FAR if self.dtype == np.float32 else FAR / 2  # in float64 no sum is made in higher precision
+        self.wide = np.dtype(np.float64) if plane > SHORT_ROW else self.dtype  # of what is computed once for a plane
         most = self.limit if self.threads == 1 else 2 * self.limit  # threads wait for each other between calls
         whole: Index = (slice(None),) * len(spatial)
         self.tile: list[Index] = [whole]
@@ -266,7 +282,13 @@ class _Interpreted(_Work):
             blocks = -(-blocks // self.threads) * self.threads
         return -(-count // blocks)
 
+    def share(self, step: Callable[..., None], count: int) -> None:
+        parts = 1 if self.threads == 1 else min(count, self.threads * (1 if self.x.size < 8 * self.pays else 4))
+        borders = [count * i // parts for i in range(parts + 1)]
+        share(lambda tasks: self.work(step, ((borders[i], borders[i + 1]) for i in tasks)), parts, self.threads)
+
     def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
+        """One thread's share: step of each block or tile in the ranges."""
         scratch = np.empty((3 + _scratch(self.call.activation), min(self.x.size, self.room)), self.dtype)
         with np.errstate(all="ignore"):  # also what puts the buffers' size back
             np.setbufsize(self.buffered)
@@ -332,61 +354,87 @@ class _Interpreted(_Work):
         total = np.vecdot(a[:, :, :whole].reshape(n, c, -1, ROW), rows).sum(2, dtype=np.float64)
         return total + np.vecdot(a[:, :, whole:], b[..., whole:] if b.ndim > 1 else b[: size - whole])
 
-    def _affine(self, planes: Index) -> tuple[np.ndarray, np.ndarray | None]:
-        """z = (x - mean) * scale + shift: delta is in the shift, by which no digit is lost, see _statistics."""
-        call = self.call
-        scale, shift = call.rstd[planes], None
-        if call.weight is not None:
-            scale = scale * self._of_planes(call.weight, planes)
-        if call.delta is not None:
-            shift = call.delta[planes] * scale
-            np.negative(shift, out=shift)
-        if call.bias is not None:
-            bias = self._of_planes(call.bias, planes)
-            shift = bias if shift is None else np.add(shift, bias, out=shift)
-        return scale[:, :, None], None if shift is None else shift[..., None]
+    def _each(self, operation: np.ufunc, block: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
+        """out <- operation(block, the value of each plane)."""
+        if self.lanes or block.shape[2] > SHORT_ROW:
+            values = values[:, :, None]
+        else:  # a ufunc would take each row for itself
+            values = values.repeat(block.shape[2]).reshape(block.shape)
+        operation(block, values, out=out)
 
     def _of_planes(self, parameter: Array, planes: Index) -> np.ndarray:
         return parameter[planes if parameter.ndim == 2 else planes[1]].astype(self.dtype, copy=False)
 
-    def _centre(self, index: Index, planes: Index, buffer: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """x - mean, by the statistics, in scratch or in out."""
-        x = self._read(self.x, index, buffer)
-        block = self._room(self.x[index], buffer) if out is None else out
-        return np.subtract(x, self.call.mean[planes][:, :, None], out=block)
+    def _scale(self, planes: Index) -> np.ndarray:
+        scale = self.call.rstd[planes]
+        return scale if self.call.weight is None else scale * self._of_planes(self.call.weight, planes)
 
-    def _statistics(self, x: np.ndarray, out: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, ...]:
-        """mean, delta and variance of a block's planes, as (N, C); x - mean goes into out.
+    def _pivot(self, planes: Index) -> tuple[np.ndarray | None, np.ndarray]:
+        """What is subtracted from x, and what mean and delta are more than that: the same in both passes.
 
-        The squares are those about the mean without what its rounding took, delta: sum c**2 - size * delta**2. That
-        cancels where a plane is nearly constant and mean is not the number next to the exact one: it is moved there.
+        It is the mean of a plane where that is far from 0, else 0; None where it is 0 for all.
+        """
+        call = self.call
+        mean = call.mean[planes]
+        far = np.abs(mean) * call.rstd[planes] > self.far
+        pivot = mean * far if far.any() else None  # NaN stays
+        rest = mean if pivot is None else mean - pivot
+        return pivot, rest if call.delta is None else np.add(rest, call.delta[planes], dtype=self.wide)
+
+    def _statistics(self, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """mean, what rounding took from it, and variance, of a block's planes, as (N, C).
+
+        From the sums of x - pivot and of its squares. They cancel where the mean is far from pivot, which is 0 first,
+        then, for these planes, the mean as known so far; once more where a plane is so nearly constant that this is not
+        the number next to its mean.
         """
         size = x.shape[2]
-        mean = (self._sums(x) / size).astype(self.dtype, copy=False)
-        centred = np.subtract(x, mean[:, :, None], out=out)
-        delta = (self._sums(centred) / size).astype(self.dtype, copy=False)
-        squares = self._dots(centred, centred, scratch)
-        lost = delta * delta * size
-        near = lost > 0.01 * squares
-        if near.any():
-            step = (mean[near] + delta[near]) - mean[near]
-            mean[near] += step
-            block = centred[near] - step[:, None]
-            centred[near] = block
-            block = block[None]
-            moved = (self._sums(block)[0] / size).astype(self.dtype, copy=False)
-            delta[near] = moved
-            squares[near] = self._dots(block, block, np.empty(block.size, self.dtype))[0]
-            lost[near] = moved * moved * size
-        variance = (squares - lost).astype(self.dtype, copy=False) / size
-        return mean, delta, np.maximum(variance, 0, out=variance)
+        total, squares = self._sums(x), self._dots(x, x, scratch[0])
+        pivot: Any = None
+        most: Any = self.far**2 / (1 + self.far**2)  # of the squares, lost to the mean's
+        for turn in range(4):
+            mean = np.divide(total, size, dtype=self.wide)
+            lost = mean * total
+            if turn == 3:
+                break
+            far = lost > most * squares
+            if squares.max() == math.inf:
+                far |= squares == math.inf
+            if not far.any():
+                break
+            before = np.zeros(far.shape, self.dtype) if pivot is None else pivot
+            moved = np.where(far, (before + mean).astype(self.dtype), before)
+            far &= moved != before
+            some = np.count_nonzero(far)
+            if not some:
+                break
+            pivot, most = moved, np.where(far, 0.5, most)
+            if self.lanes or 4 * some > far.size:
+                centred = np.subtract(x, pivot[:, :, None], out=self._room(x, scratch[0]))
+                total, squares = self._sums(centred), self._dots(centred, centred, scratch[2])
+            else:
+                centred = (x[far] - pivot[far][:, None])[None]
+                total[far], squares[far] = self._sums(centred)[0], self._dots(centred, centred, scratch[2])[0]
+        variance = squares - lost
+        variance /= size
+        np.maximum(variance, 0, out=variance)
+        if pivot is None:
+            pivot = np.zeros((), self.dtype)
+        nearest = (pivot + mean).astype(self.dtype, copy=False)
+        return nearest, (pivot - nearest) + mean, variance
 
-    def _add_up(self, index: Index, centred: np.ndarray, affine: tuple[Any, Any], out: np.ndarray, buffer: Any) -> None:
-        """z = centred * scale + shift + residual, into out, which may be centred: the same bits in both passes."""
-        scale, shift = affine
-        np.multiply(centred, scale, out=out)
-        if shift is not None:
-            out += shift
+    def _add_up(self, index: Index, planes: Index, x: np.ndarray, out: np.ndarray, buffer: np.ndarray) -> None:
+        """z = (x - pivot) * scale + shift + residual, into out, which may be x: the same bits in both passes."""
+        pivot, rest = self._pivot(planes)
+        scale = self._scale(planes)
+        shift = -rest * scale
+        if self.call.bias is not None:
+            shift += self._of_planes(self.call.bias, planes)
+        if pivot is not None:
+            self._each(np.subtract, x, pivot, out)
+            x = out
+        self._each(np.multiply, x, scale, out)
+        self._each(np.add, out, shift.astype(self.dtype, copy=False), out)
         if self.call.residual is not None:
             out += self._read(self.arrays[2 if len(self.arrays) == 3 else 3], index, buffer)
 
@@ -408,9 +456,9 @@ class _Interpreted(_Work):
 
     def reduce_forward(self, unit: int, scratch: np.ndarray) -> None:
         planes, index, tile = self._index(unit)
-        x = self._read(self.x, index, scratch[0])
-        mean, delta, variance = self._statistics(x, self._room(self.x[index], scratch[0]), scratch[1])
-        for each, value in zip(self.partial, (mean, delta, variance * np.float64(x.shape[2]), x.shape[2]), strict=True):
+        x = self._read(self.x, index, scratch[1])
+        mean, delta, variance = self._statistics(x, scratch)
+        for each, value in zip(self.partial, (mean, delta, variance * x.shape[2], x.shape[2]), strict=True):
             each[(tile, *planes)] = value
 
     def join_forward(self, first: int, last: int) -> None:
@@ -426,7 +474,7 @@ class _Interpreted(_Work):
                 count = count + counts[tile]
             mean = (means[0] + pooled).astype(self.dtype)
             delta = ((means[0] - mean) + pooled).astype(self.dtype)
-            self._keep(planes, mean, delta, (total / count).astype(self.dtype))
+            self._keep(planes, mean, delta, total / count)
 
     def _keep(self, planes: Index, mean: np.ndarray, delta: np.ndarray, variance: np.ndarray) -> None:
         call = self.call
@@ -437,16 +485,15 @@ class _Interpreted(_Work):
 
     def apply_forward(self, unit: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(unit)
-        out = self._target(self.y, index, scratch[1]) if self.work_in_y else self._room(self.y[index], scratch[1])
-        centred = self._centre(index, planes, scratch[0], out)
-        self._finish(index, planes, centred, scratch)
+        self._finish(index, planes, self._read(self.x, index, scratch[1]), scratch)
 
-    def _finish(self, index: Index, planes: Index, centred: np.ndarray, scratch: np.ndarray) -> None:
+    def _finish(self, index: Index, planes: Index, x: np.ndarray, scratch: np.ndarray) -> None:
         call = self.call
-        self._add_up(index, centred, self._affine(planes), centred, scratch[2])
+        out = self._target(self.y, index, scratch[1]) if self.work_in_y else self._room(self.y[index], scratch[1])
+        self._add_up(index, planes, x, out, scratch[0])
         if call.activation is not None:
-            _activate(centred, call.activation, call.negative_slope, self._rooms(centred, scratch[2:]))
-        self._write(self.y, index, centred)
+            _activate(out, call.activation, call.negative_slope, self._rooms(out, scratch[2:]))
+        self._write(self.y, index, out)
 
     def _in_tiles(self, block: int, scratch: np.ndarray, reduce: Any, join: Any, apply: Any) -> None:
         """All of a block, the tile that was read last first again: it is still in the cache."""
@@ -457,7 +504,7 @@ class _Interpreted(_Work):
         for unit in reversed(units):
             apply(unit, scratch)
 
-    def _rooms(self, block: np.ndarray, scratch: np.ndarray) -> list[np.ndarray]:
+    def _rooms(self, block: np.ndarray, scratch: Any) -> list[np.ndarray]:
         return [self._room(block, each) for each in scratch]
 
     def whole_forward(self, block: int, scratch: np.ndarray) -> None:
@@ -466,71 +513,73 @@ class _Interpreted(_Work):
             return
         planes, index, _ = self._index(block)
         x = self._read(self.x, index, scratch[1])
-        out = self._target(self.y, index, scratch[1]) if self.work_in_y else self._room(self.y[index], scratch[1])
-        self._keep(planes, *self._statistics(x, out, scratch[0]))
-        self._finish(index, planes, out, scratch)
+        self._keep(planes, *self._statistics(x, scratch))
+        self._finish(index, planes, x, scratch)
 
     # Backward
 
     def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
         self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
+        self.work_in_dx = not overlap(self.y, self.arrays[2])
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
 
-    def _load(self, index: Index, planes: Index, scratch: np.ndarray, with_x: bool = True) -> tuple[Any, Any]:
-        """g, in scratch where it is not dy itself; and x - mean, where it is asked for or needed for g."""
+    def _load(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """g, in scratch where it is not dy itself; and x."""
         call = self.call
-        g = self._read(self.arrays[2], index, scratch[0], copy=call.activation is not None)
-        if not with_x and call.activation is None:
-            return g, None
-        centred = self._centre(index, planes, scratch[1])
-        if call.activation is None:
-            return g, centred
-        z = self._room(centred, scratch[2])
-        self._add_up(index, centred, self._affine(planes), z, scratch[3])
-        _times_slope(g, z, call.activation, call.negative_slope, self._rooms(z, scratch[3:]))
-        return g, centred
+        g = self._read(self.arrays[2], index, scratch[1], copy=call.activation is not None)
+        x = self._read(self.x, index, scratch[2])
+        if call.activation is not None:
+            z = self._room(x, scratch[0])
+            self._add_up(index, planes, x, z, scratch[3])
+            _times_slope(g, z, call.activation, call.negative_slope, self._rooms(z, scratch[3:]))
+        return g, x
+
+    def _centred(self, planes: Index, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """x - pivot, and what the mean is more."""
+        pivot, rest = self._pivot(planes)
+        if pivot is None:
+            return x, rest
+        centred = self._room(x, scratch[2])
+        self._each(np.subtract, x, pivot, centred)
+        return centred, rest
 
     def reduce_backward(self, unit: int, scratch: np.ndarray) -> None:
         planes, index, tile = self._index(unit)
-        g, centred = self._load(index, planes, scratch)
+        g, x = self._load(index, planes, scratch)
+        centred, _ = self._centred(planes, x, scratch)
         self.partial[0][(tile, *planes)] = self._sums(g)
-        self.partial[1][(tile, *planes)] = self._dots(g, centred, scratch[2])
+        self.partial[1][(tile, *planes)] = self._dots(g, centred, scratch[0])
 
     def join_backward(self, first: int, last: int) -> None:
         for planes in self.planes[first:last]:
-            self._keep_sums(
-                planes, self.partial[0][(slice(None), *planes)].sum(0), self.partial[1][(slice(None), *planes)].sum(0)
-            )
+            total, dot = (self.partial[i][(slice(None), *planes)].sum(0) for i in (0, 1))
+            self._keep_sums(planes, total, dot, self._pivot(planes)[1])
 
-    def _keep_sums(self, planes: Index, total: np.ndarray, dot: np.ndarray) -> None:
+    def _keep_sums(self, planes: Index, total: np.ndarray, dot: np.ndarray, rest: np.ndarray) -> None:
         self.sum_g[planes] = total
-        if self.call.delta is not None:
-            dot = dot - self.call.delta[planes] * total
-        self.sum_g_xhat[planes] = dot * self.call.rstd[planes]
+        self.sum_g_xhat[planes] = (dot - rest * total) * self.call.rstd[planes]
 
     def apply_backward(self, unit: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(unit)
-        self._differentiate(index, planes, *self._load(index, planes, scratch, self.call.training), scratch)
+        g, x = self._load(index, planes, scratch)
+        self._differentiate(index, planes, g, *self._centred(planes, x, scratch), scratch)
 
-    def _differentiate(self, index: Index, planes: Index, g: np.ndarray, centred: Any, scratch: np.ndarray) -> None:
-        """dx = scale * (g - mean of g - xhat * mean of g * xhat); the last two terms are put together first."""
+    def _differentiate(
+        self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, rest: np.ndarray, scratch: np.ndarray
+    ) -> None:
+        """dx = scale * (g - xhat * mean of g * xhat - mean of g), x first, in place."""
         call = self.call
         if len(self.arrays) == 5:
             self._write(self.arrays[4], index, g)
-        scale = call.rstd[planes]
-        if call.weight is not None:
-            scale = scale * self._of_planes(call.weight, planes)
-        out = self._target(self.y, index, scratch[0])
-        np.multiply(g, scale[:, :, None], out=out)
+        out = self._target(self.y, index, scratch[2]) if self.work_in_dx else self._room(self.y[index], scratch[2])
         if call.training:
-            factor = -scale / self.spatial
-            slope = self.sum_g_xhat[planes] * call.rstd[planes] * factor
-            shift = self.sum_g[planes] * factor
-            if call.delta is not None:
-                shift -= slope * call.delta[planes]
-            centred *= slope[:, :, None]
-            centred += shift[:, :, None]
-            out += centred
+            slope = self.sum_g_xhat[planes] * call.rstd[planes] / -self.spatial
+            constant = (-rest * slope - self.sum_g[planes] / self.spatial).astype(self.dtype, copy=False)
+            self._each(np.multiply, centred, slope, out)
+            out += g
+            self._each(np.add, out, constant, out)
+            g = out
+        self._each(np.multiply, g, self._scale(planes), out)
         self._write(self.y, index, out)
 
     def whole_backward(self, block: int, scratch: np.ndarray) -> None:
@@ -538,9 +587,10 @@ class _Interpreted(_Work):
             self._in_tiles(block, scratch, self.reduce_backward, self.join_backward, self.apply_backward)
             return
         planes, index, _ = self._index(block)
-        g, centred = self._load(index, planes, scratch)
-        self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[2]))
-        self._differentiate(index, planes, g, centred, scratch)
+        g, x = self._load(index, planes, scratch)
+        centred, rest = self._centred(planes, x, scratch)
+        self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[0]), rest)
+        self._differentiate(index, planes, g, centred, rest, scratch)
 
 
 @cache
@@ -686,19 +736,20 @@ def _loop(function: Any) -> Any:
 
 
 def _kernel(function: Any) -> Any:
-    if numba is None:
-        return function
-    try:
-        return numba.njit(function, error_model="numpy", nogil=True, cache=True)
-    except RuntimeError:  # no folder can be written: compiled anew in each process
-        return numba.njit(function, error_model="numpy", nogil=True)
+    return function if numba is None else kept(function, nogil=True)
 
 
 TILE = 65536  # positions
 MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
 LANES_PARTIAL = 256
+PAYS = 2**18  # elements from which on a second thread does
+PLANE_COSTS = 50  # what a plane costs in itself, in elements
+TURNS = 16  # numbers by which threads share out a call's parts, see scalars.begin
 SHORT = 512  # elements of a plane that is done together with others
+AHEAD = 2048  # elements by which the reading of a tile is ahead of the sums
+NEAR = 32768  # elements of planes that are fetched while those before them are written: both fit the second cache
+PIECES, PIECE = 8, 8  # places in a tile, and elements of each, from which its mean is guessed
 
 
 @_loop
@@ -747,10 +798,11 @@ def _at(offset, i, stride, step):
 
 
 @_loop
-def _sum_run(x, o, k, lo, hi, step, zero):
+def _mean_run(x, o, k, lo, hi, step, share, zero):
+    """The mean of a few elements, each of which is made smaller first: their sum may be too large."""
     total = zero
     for i in range(lo, hi):
-        total = add(total, widen(x[_at(o, i, k, step)]))
+        total = add(total, widen(x[_at(o, i, k, step)]) * share)
     return total
 
 
@@ -765,6 +817,14 @@ def _centred_run(x, o, k, lo, hi, step, mean, delta, zero):
 
 
 @_loop
+def _fetch(x, o, lo, hi, step):
+    """Have a piece of a run brought near that will be read soon: the processor by itself stops at each page."""
+    if step is None:
+        for i in range(lo, hi, line_of(x[0])):
+            prefetch(x, o + np.uint64(i))
+
+
+@_loop
 def _centred(x, o, k, run, shape, tile, step, mean, delta, zero):
     """The sums of a tile's centred values and of their squares."""
     r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -773,6 +833,7 @@ def _centred(x, o, k, run, shape, tile, step, mean, delta, zero):
         at = np.uint64(o + run[r])
         for lo in range(l0, l1, PARTIAL):
             hi = min(lo + PARTIAL, l1)
+            _fetch(x, at + np.uint64(AHEAD), lo, min(hi, l1 - AHEAD), step)
             s, q = _centred_run(x, at, k, np.uint64(lo), np.uint64(hi), step, mean, delta, zero)
             total += s
             squares += q
@@ -780,78 +841,114 @@ def _centred(x, o, k, run, shape, tile, step, mean, delta, zero):
 
 
 @_loop
+def _spread(i, tile, shape):
+    """Of PIECES places in a tile the i-th: its run and its first position, PIECE before the end or further."""
+    r0, r1, l0, l1, _ = _borders(tile, shape)
+    return r0 + (r1 - r0) * i // PIECES, l0 + max(l1 - l0 - PIECE, 0) * i // (PIECES - 1)
+
+
+@_loop
+def _guess(x, o, k, run, shape, tile, step):
+    """The mean of some elements of a tile, which is rarely far from that of all."""
+    _, _, l0, l1, _ = _borders(tile, shape)
+    size = min(l1 - l0, PIECE)
+    total = 0.0
+    for i in range(PIECES):
+        r, lo = _spread(i, tile, shape)
+        at = np.uint64(o + run[r])
+        for j in range(np.uint64(lo), np.uint64(lo + size)):
+            total = add(total, np.float64(widen(x[_at(at, j, k, step)])))
+    return total / (size * PIECES)
+
+
+@_loop
+def _moments(x, o, k, run, shape, tile, step, mean, zero, count):
+    """A tile's mean as a number in computing precision and what is lacking, and its squares about both, from a guess.
+
+    sum c**2 - count * delta**2 loses a bit at most where delta is within the deviation. Else the guess was bad, or the
+    mean's rounding is most of what is left in a nearly constant tile: once more about the mean, then without its
+    rounding.
+    """
+    delta = zero
+    total = square = excess = 0.0
+    for turn in range(3):
+        total, square = _centred(x, o, k, run, shape, tile, step, mean, delta, zero)
+        excess = total / count
+        if not total * excess > 0.5 * square:
+            break
+        if turn == 0:
+            mean = typed(mean + excess, zero)
+        elif turn == 1:
+            delta = typed(excess, zero)
+    return mean, delta + excess, square - total * excess
+
+
+@_loop
 def _reduce_forward_rows(x, place, run, shape, step, first, last, zero, means, deltas, squares):
-    k = np.uint64(place[3])
-    share = 1 / _borders(0, shape)[4]
+    k = np.uint64(place[2])
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
-        o = n * place[1] + c * place[2]
-        r0, r1, l0, l1, count = _borders(tile, shape)
-        if shape[2] > 1:
-            share = 1 / count
-        total = 0.0
-        for r in range(r0, r1):
-            at = np.uint64(o + run[r])
-            for lo in range(l0, l1, PARTIAL):
-                total += _sum_run(x, at, k, np.uint64(lo), np.uint64(min(lo + PARTIAL, l1)), step, zero)
-        means[unit] = total * share
-        n, c, tile = _next(n, c, tile, shape)
-    n, c, tile = _locate(first, shape)
-    for unit in range(last - first):
-        o = n * place[1] + c * place[2]
-        if shape[2] > 1:
-            share = 1 / _borders(tile, shape)[4]
-        mean = typed(means[unit], zero)
-        total, square = _centred(x, o, k, run, shape, tile, step, mean, zero, zero)
-        delta = total * share
-        exact = square - total * delta
-        if total * delta > 0.01 * square:  # the mean's rounding is most of what is left: once more without it
-            exact = _centred(x, o, k, run, shape, tile, step, mean, typed(delta, zero), zero)[1]
-        means[unit] = mean
-        deltas[unit] = delta
-        squares[unit] = exact
+        o = n * place[0] + c * place[1]
+        guess = typed(_guess(x, o, k, run, shape, tile, step), zero)
+        count = _borders(tile, shape)[4]
+        means[unit], deltas[unit], squares[unit] = _moments(
+            x, o, k, run, shape, tile, step, guess, zero, count
+        )  # fmt: skip
         n, c, tile = _next(n, c, tile, shape)
 
 
 @_loop
 def _reduce_forward_lanes(x, place, run, shape, first, last, zero, means, deltas, squares):
+    """_guess and _moments of channels side by side."""
     channels, group = shape[:2]
-    k = np.uint64(place[3])
-    mean, delta, a = np.empty((3, group), zero.dtype)
-    sums = np.empty(group)
+    k = np.uint64(place[2])
+    mean, delta, a, b = np.empty((4, group), zero.dtype)
+    total, square = np.empty((2, group))
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
         width = np.uint64(min(group, channels - c))
-        o = n * place[1] + c * place[2]
+        o = n * place[0] + c * place[1]
         r0, r1, l0, l1, count = _borders(tile, shape)
-        for turn in range(3):  # the mean, what its rounding took, the squares
-            sums[:] = 0
+        total[:] = 0
+        for i in range(PIECES):
+            r, lo = _spread(i, tile, shape)
+            at = np.uint64(o + run[r]) + np.uint64(lo) * k
+            for j in range(width):
+                total[j] += widen(x[at + j])
+        for j in range(width):
+            mean[j], delta[j] = total[j] / PIECES, zero[0]
+        for turn in range(3):
+            total[:] = 0
+            square[:] = 0
             for r in range(r0, r1):
                 for lo in range(l0, l1, LANES_PARTIAL):
                     a[:] = zero[0]
+                    b[:] = zero[0]
                     for i in range(lo, min(lo + LANES_PARTIAL, l1)):
                         at = np.uint64(o + run[r]) + np.uint64(i) * k
-                        if turn == 0:
-                            for j in range(width):
-                                a[j] += widen(x[at + j])
-                        elif turn == 1:
-                            for j in range(width):
-                                a[j] += widen(x[at + j]) - mean[j]
-                        else:
-                            for j in range(width):
-                                d = (widen(x[at + j]) - mean[j]) - delta[j]
-                                a[j] += d * d
+                        for j in range(width):
+                            d = (widen(x[at + j]) - mean[j]) - delta[j]
+                            a[j] += d
+                            b[j] += d * d
                     for j in range(width):
-                        sums[j] += a[j]
+                        total[j] += a[j]
+                        square[j] += b[j]
+            far = False
             for j in range(width):
-                if turn == 0:
-                    mean[j] = sums[j] / count
-                    means[unit * group + j] = mean[j]
-                elif turn == 1:
-                    delta[j] = sums[j] / count
-                    deltas[unit * group + j] = sums[j] / count
-                else:
-                    squares[unit * group + j] = sums[j]
+                excess = total[j] / count
+                if total[j] * excess > 0.5 * square[j] and turn < 2:
+                    far = True
+                    if turn == 0:
+                        mean[j] += excess
+                    else:
+                        delta[j] = excess
+            if not far:
+                break
+        for j in range(width):
+            excess = total[j] / count
+            means[unit * group + j] = mean[j]
+            deltas[unit * group + j] = delta[j] + excess
+            squares[unit * group + j] = square[j] - total[j] * excess
         n, c, tile = _next(n, c, tile, shape)
 
 
@@ -886,25 +983,31 @@ def _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, 
 @_loop
 def _apply_forward_rows(
     like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
-    weight, bias, over, mean, delta, rstd,
+    weight, bias, over, mean, delta, rstd, ahead,
 ):  # fmt: skip
-    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[-1, 3])
+    """Where there is work ahead, that many planes further, x is fetched there: reading would idle while this writes."""
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
+    away = np.uint64(ahead * places[0, 1])
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):  # what was read last is still in the cache
         r0, r1, l0, l1, _ = _borders(tile, shape)
         m, d = mean[n, c], delta[n, c]
         scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
         for r in range(r0, r1):
-            o0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
-            o1 = np.uint64(n * places[1, 1] + c * places[1, 2] + runs[1, r])
-            o2 = np.uint64(n * places[-1, 1] + c * places[-1, 2] + runs[-1, r])
+            o0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
+            o1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
+            o2 = np.uint64(n * places[-1, 0] + c * places[-1, 1] + runs[-1, r])
             if inplace is not None:
                 o1 = o0
-            for i in range(np.uint64(l0), np.uint64(l1)):
-                z = ((widen(x[_at(o0, i, k0, step)]) - m) - d) * scale + shift
-                if residual is not None:
-                    z = z + widen(res[_at(o2, i, k2, step)])
-                y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
+            for lo in range(l0, l1, PARTIAL):
+                hi = min(lo + PARTIAL, l1)
+                if ahead:
+                    _fetch(x, o0 + away, lo, hi, step)
+                for i in range(np.uint64(lo), np.uint64(hi)):
+                    z = ((widen(x[_at(o0, i, k0, step)]) - m) - d) * scale + shift
+                    if residual is not None:
+                        z = z + widen(res[_at(o2, i, k2, step)])
+                    y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -921,7 +1024,7 @@ def _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table):
 def _apply_forward_lanes(
     like, x, y, res, places, runs, shape, inplace, residual, act, first, last, weight, bias, over, mean, delta, rstd
 ):  # fmt: skip
-    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[-1, 3])
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     table = np.empty((4, shape[1]), mean.dtype)
     m, d, scale, shift = table
     n, c, tile = _locate(last - 1, shape)
@@ -930,9 +1033,9 @@ def _apply_forward_lanes(
         _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
-            b1 = np.uint64(n * places[1, 1] + c * places[1, 2] + runs[1, r])
-            b2 = np.uint64(n * places[-1, 1] + c * places[-1, 2] + runs[-1, r])
+            b0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
+            b1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
+            b2 = np.uint64(n * places[-1, 0] + c * places[-1, 1] + runs[-1, r])
             for i in range(np.uint64(l0), np.uint64(l1)):
                 o0, o1, o2 = b0 + i * k0, b1 + i * k1, b2 + i * k2
                 if inplace is not None:
@@ -946,51 +1049,75 @@ def _apply_forward_lanes(
 
 
 @_loop
+def _at_a_time(size):
+    """How many short planes are done together: at most 64, and 16 KB or so, which the first cache holds."""
+    return max(8, min(64, 4096 // np.int64(size)))
+
+
+@_loop
+def _short_planes(first, planes, shape, places, offsets, over, weight, bias, scale, shift):
+    """Where `planes` planes from the first on begin in each array, and their weights and biases, side by side."""
+    n, c, _ = _locate(first, shape)
+    j = 0
+    while j < planes:
+        alike = min(planes - j, shape[0] - c)  # channels of a sample
+        for i in range(len(places)):
+            start = n * places[i, 0] + c * places[i, 1]
+            for k in range(alike):
+                offsets[i, j + k] = np.uint64(start + k * places[i, 1])
+        for k in range(alike):
+            scale[j + k] = weight[n * over[0] + (c + k) * over[1]]
+            shift[j + k] = bias[n * over[2] + (c + k) * over[3]]
+        j += alike
+        n, c = n + 1, 0
+
+
+@_loop
 def _forward_short_rows(
-    like, x, y, res, places, shape, step, inplace, residual, act, first, last,
+    like, x, y, res, places, run, shape, step, inplace, residual, act, first, last,
     eps, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     """All of the forward for planes so short that what is done once for each counts: it is done for 64 at a time."""
     size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
-    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[-1, 3])
-    m, d, q, r, scale, shift = np.empty((6, 64), mean.dtype)
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
+    m, d, q, r, scale, shift = np.zeros((6, 64), mean.dtype)
     offsets = np.empty((3, 64), np.uint64)
-    n, c, _ = _locate(first, shape)
-    for start in range(first, last, 64):
-        planes = min(64, last - start)
-        n0, c0 = n, c
+    some = min(size, np.uint64(64))  # from the middle: borders are often 0
+    lo = (size - some) // np.uint64(2)
+    share_of_some = typed(1 / some, zero)
+    most = _at_a_time(size)
+    for start in range(first, last, most):
+        planes = min(most, last - start)
+        _short_planes(start, planes, shape, places, offsets, over, weight, bias, scale, shift)
         for j in range(planes):
-            offsets[0, j] = n * places[0, 1] + c * places[0, 2]
-            offsets[1, j] = n * places[1, 1] + c * places[1, 2]
-            offsets[2, j] = n * places[-1, 1] + c * places[-1, 2]
-            scale[j] = weight[n * over[0] + c * over[1]]
-            shift[j] = bias[n * over[2] + c * over[3]]
-            n, c, _ = _next(n, c, 0, shape)
-        for j in range(planes):
-            m[j] = _sum_run(x, offsets[0, j], k0, np.uint64(0), size, step, zero)
-        for j in range(64):
-            m[j] /= count
+            m[j] = _mean_run(x, offsets[0, j], k0, lo, lo + some, step, share_of_some, zero)
         for j in range(planes):
             d[j], q[j] = _centred_run(x, offsets[0, j], k0, np.uint64(0), size, step, m[j], zero, zero)
         for j in range(64):
             share = d[j] / count
-            r[j] = typed(0.01, zero) * q[j] - d[j] * share
+            r[j] = typed(0.5, zero) * q[j] - d[j] * share
             q[j] -= d[j] * share
             d[j] = share
         for j in range(planes):
-            if r[j] < zero:  # the mean's rounding is most of what is left: once more without it
-                _, q[j] = _centred_run(x, offsets[0, j], k0, np.uint64(0), size, step, m[j], d[j], zero)
-        for j in range(64):
+            if r[j] < zero:
+                m[j], d[j], q[j] = _moments(
+                    x, np.int64(offsets[0, j]), k0, run, shape, 0, step, m[j], zero, shape[4]
+                )  # fmt: skip
+        for j in range(64):  # the mean is moved to the number next to it, by Knuth's exact sum
+            total = m[j] + d[j]
+            part = total - m[j]
+            d[j] = (m[j] - (total - part)) + (d[j] - part)
+            m[j] = total
             q[j] = (zero if q[j] <= zero else q[j]) / count
             r[j] = typed(1, zero) / typed(math.sqrt(q[j] + typed(eps, zero)), zero)
             scale[j] *= r[j]
         for j in range(planes):
-            mean[n0, c0], delta[n0, c0], rstd[n0, c0] = m[j], d[j], r[j]
-            if variance.size:
-                variance[n0, c0] = q[j]
-            n0, c0, _ = _next(n0, c0, 0, shape)
+            mean[start + j], delta[start + j], rstd[start + j] = m[j], d[j], r[j]
+        if variance.size:
+            for j in range(planes):
+                variance[start + j] = q[j]
         for j in range(planes):
-            o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[2, j]
+            o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[len(places) - 1, j]
             m_, d_, scale_, shift_ = m[j], d[j], scale[j], shift[j]
             if inplace is not None:
                 o1 = o0
@@ -1002,12 +1129,17 @@ def _forward_short_rows(
 
 
 @_kernel
-def _forward_tiles(like, places, runs, shape, step, lanes, first, last, means, deltas, squares):
-    x = memory(places[0, 0], like)
-    if lanes is None:
-        _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), means, deltas, squares)
-    else:
-        _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), means, deltas, squares)
+def _forward_tiles(turns, parts, count, like, at, places, runs, shape, step, lanes, means, deltas, squares):
+    x, group = memory(at[0], like), shape[1]
+    part = begin(turns)
+    while part < parts:
+        first, last = count * part // parts, count * (part + 1) // parts
+        sums = means[first * group : last * group], deltas[first * group :], squares[first * group :]
+        if lanes is None:
+            _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), *sums)
+        else:
+            _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), *sums)
+        part = end(turns)
 
 
 @_kernel
@@ -1017,57 +1149,67 @@ def _forward_join(shape, first, last, means, deltas, squares, eps, mean, delta, 
 
 @_kernel
 def _forward_results(
-    like, places, runs, shape, step, lanes, inplace, residual, act, first, last, weight, bias, over, mean, delta, rstd
+    turns, parts, count, like, at, places, runs, shape, step, lanes, inplace, residual, act,
+    weight, bias, over, mean, delta, rstd,
 ):  # fmt: skip
-    x = memory(places[0, 0], like)
-    y = x if inplace is not None else memory(places[1, 0], like)
-    res = memory(places[-1, 0], like)
-    if lanes is None:
-        _apply_forward_rows(
-            like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
-            weight, bias, over, mean, delta, rstd,
-        )  # fmt: skip
-    else:
-        _apply_forward_lanes(
-            like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-            weight, bias, over, mean, delta, rstd,
-        )  # fmt: skip
+    x = memory(at[0], like)
+    y = x if inplace is not None else memory(at[1], like)
+    res = memory(at[-1], like)
+    part = begin(turns)
+    while part < parts:
+        first, last = count * part // parts, count * (part + 1) // parts
+        if lanes is None:
+            _apply_forward_rows(
+                like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
+                weight, bias, over, mean, delta, rstd, 0,
+            )  # fmt: skip
+        else:
+            _apply_forward_lanes(
+                like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
+                weight, bias, over, mean, delta, rstd,
+            )  # fmt: skip
+        part = end(turns)
 
 
 @_kernel
 def _forward_planes(
-    like, places, runs, shape, step, lanes, inplace, residual, act, first, last, block,
+    turns, parts, count, like, at, places, runs, shape, step, lanes, inplace, residual, act, block,
     eps, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
-    x = memory(places[0, 0], like)
-    y = x if inplace is not None else memory(places[1, 0], like)
-    res = memory(places[-1, 0], like)
+    x = memory(at[0], like)
+    y = x if inplace is not None else memory(at[1], like)
+    res = memory(at[-1], like)
     tiles = shape[2]
-    if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
-        _forward_short_rows(
-            like, x, y, res, places, shape, step, inplace, residual, act, first, last,
-            eps, weight, bias, over, mean, delta, rstd, variance,
-        )  # fmt: skip
-        return
     means, deltas, squares = np.empty((3, block * tiles * shape[1]))
-    for owner in range(first, last, block):
-        end = min(owner + block, last)
-        u0, u1 = owner * tiles, end * tiles
-        if lanes is None:
-            _reduce_forward_rows(x, places[0], runs[0], shape, step, u0, u1, zero_of(like), means, deltas, squares)
-        else:
-            _reduce_forward_lanes(x, places[0], runs[0], shape, u0, u1, zeros_of(like), means, deltas, squares)
-        _join_forward(shape, owner, end, means, deltas, squares, eps, mean, delta, rstd, variance)
-        if lanes is None:
-            _apply_forward_rows(
-                like, x, y, res, places, runs, shape, step, inplace, residual, act, u0, u1,
-                weight, bias, over, mean, delta, rstd,
+    part = begin(turns)
+    while part < parts:
+        first, last = count * part // parts, count * (part + 1) // parts
+        if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
+            _forward_short_rows(
+                like, x, y, res, places, runs[0], shape, step, inplace, residual, act, first, last,
+                eps, weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), variance.ravel(),
             )  # fmt: skip
-        else:
-            _apply_forward_lanes(
-                like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
-                weight, bias, over, mean, delta, rstd,
-            )  # fmt: skip
+            last = first
+        for owner in range(first, last, block):
+            upto = min(owner + block, last)
+            u0, u1 = owner * tiles, upto * tiles
+            ahead = block if upto < last and block * shape[3] * shape[4] <= NEAR else 0
+            if lanes is None:
+                _reduce_forward_rows(x, places[0], runs[0], shape, step, u0, u1, zero_of(like), means, deltas, squares)
+            else:
+                _reduce_forward_lanes(x, places[0], runs[0], shape, u0, u1, zeros_of(like), means, deltas, squares)
+            _join_forward(shape, owner, upto, means, deltas, squares, eps, mean, delta, rstd, variance)
+            if lanes is None:
+                _apply_forward_rows(
+                    like, x, y, res, places, runs, shape, step, inplace, residual, act, u0, u1,
+                    weight, bias, over, mean, delta, rstd, ahead,
+                )  # fmt: skip
+            else:
+                _apply_forward_lanes(
+                    like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
+                    weight, bias, over, mean, delta, rstd,
+                )  # fmt: skip
+        part = end(turns)
 
 
 @_loop
@@ -1086,7 +1228,7 @@ def _reduce_backward_rows(
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     zero = zero_of(like)
-    k0, k2, k3 = np.uint64(places[0, 3]), np.uint64(places[2, 3]), np.uint64(places[3, 3])
+    k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[3, 2])
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1094,12 +1236,15 @@ def _reduce_backward_rows(
         scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
         total = dot = 0.0
         for r in range(r0, r1):
-            o0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
-            o2 = np.uint64(n * places[2, 1] + c * places[2, 2] + runs[2, r])
-            o3 = np.uint64(n * places[3, 1] + c * places[3, 2] + runs[3, r])
+            o0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
+            o2 = np.uint64(n * places[2, 0] + c * places[2, 1] + runs[2, r])
+            o3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
             for lo in range(l0, l1, PARTIAL):
+                hi = min(lo + PARTIAL, l1)
+                _fetch(x, o0 + np.uint64(AHEAD), lo, min(hi, l1 - AHEAD), step)
+                _fetch(dy, o2 + np.uint64(AHEAD), lo, min(hi, l1 - AHEAD), step)
                 s = q = zero
-                for i in range(np.uint64(lo), np.uint64(min(lo + PARTIAL, l1))):
+                for i in range(np.uint64(lo), np.uint64(hi)):
                     g, centred = _gradient_at(
                         x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
                         residual, act, m, d, scale, shift,
@@ -1119,7 +1264,7 @@ def _reduce_backward_lanes(
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     group, zeros = shape[1], zeros_of(like)
-    k0, k2, k3 = np.uint64(places[0, 3]), np.uint64(places[2, 3]), np.uint64(places[3, 3])
+    k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[3, 2])
     table = np.empty((4, group), mean.dtype)
     m, d, scale, shift = table
     a, b = np.empty((2, group), mean.dtype)
@@ -1132,9 +1277,9 @@ def _reduce_backward_lanes(
         totals[at : at + width] = 0
         dots[at : at + width] = 0
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
-            b2 = np.uint64(n * places[2, 1] + c * places[2, 2] + runs[2, r])
-            b3 = np.uint64(n * places[3, 1] + c * places[3, 2] + runs[3, r])
+            b0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
+            b2 = np.uint64(n * places[2, 0] + c * places[2, 1] + runs[2, r])
+            b3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
             for lo in range(l0, l1, LANES_PARTIAL):
                 a[:] = zeros[0]
                 b[:] = zeros[0]
@@ -1180,10 +1325,11 @@ def _slope_and_constant(shape, scale, rstd, sum_g, sum_g_xhat):
 @_loop
 def _apply_backward_rows(
     like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, ahead,
 ):  # fmt: skip
-    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[2, 3])
-    k3, k4 = np.uint64(places[3, 3]), np.uint64(places[4, 3])
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
+    k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
+    away, away2 = np.uint64(ahead * places[0, 1]), np.uint64(ahead * places[2, 1])
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1191,22 +1337,27 @@ def _apply_backward_rows(
         scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
         slope, constant = _slope_and_constant(shape, scale, rstd[n, c], sum_g[n, c], sum_g_xhat[n, c])
         for r in range(r0, r1):
-            o0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
-            o1 = np.uint64(n * places[1, 1] + c * places[1, 2] + runs[1, r])
-            o2 = np.uint64(n * places[2, 1] + c * places[2, 2] + runs[2, r])
-            o3 = np.uint64(n * places[3, 1] + c * places[3, 2] + runs[3, r])
-            o4 = np.uint64(n * places[4, 1] + c * places[4, 2] + runs[4, r])
-            for i in range(np.uint64(l0), np.uint64(l1)):
-                g, centred = _gradient_at(
-                    x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-                    residual, act, m, d, scale, shift,
-                )  # fmt: skip
-                if residual is not None:
-                    dres[_at(o4, i, k4, step)] = narrow(g, like)
-                g = g * scale
-                if training is not None:
-                    g = g + (centred * slope + constant)
-                dx[_at(o1, i, k1, step)] = narrow(g, like)
+            o0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
+            o1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
+            o2 = np.uint64(n * places[2, 0] + c * places[2, 1] + runs[2, r])
+            o3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
+            o4 = np.uint64(n * places[4, 0] + c * places[4, 1] + runs[4, r])
+            for lo in range(l0, l1, PARTIAL):
+                hi = min(lo + PARTIAL, l1)
+                if ahead:
+                    _fetch(x, o0 + away, lo, hi, step)
+                    _fetch(dy, o2 + away2, lo, hi, step)
+                for i in range(np.uint64(lo), np.uint64(hi)):
+                    g, centred = _gradient_at(
+                        x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+                        residual, act, m, d, scale, shift,
+                    )  # fmt: skip
+                    if residual is not None:
+                        dres[_at(o4, i, k4, step)] = narrow(g, like)
+                    g = g * scale
+                    if training is not None:
+                        g = g + (centred * slope + constant)
+                    dx[_at(o1, i, k1, step)] = narrow(g, like)
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -1215,8 +1366,8 @@ def _apply_backward_lanes(
     like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
-    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[2, 3])
-    k3, k4 = np.uint64(places[3, 3]), np.uint64(places[4, 3])
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
+    k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
     table = np.empty((4, shape[1]), mean.dtype)
     m, d, scale, shift = table
     slope, constant = np.empty((2, shape[1]), mean.dtype)
@@ -1230,11 +1381,11 @@ def _apply_backward_lanes(
             )
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 1] + c * places[0, 2] + runs[0, r])
-            b1 = np.uint64(n * places[1, 1] + c * places[1, 2] + runs[1, r])
-            b2 = np.uint64(n * places[2, 1] + c * places[2, 2] + runs[2, r])
-            b3 = np.uint64(n * places[3, 1] + c * places[3, 2] + runs[3, r])
-            b4 = np.uint64(n * places[4, 1] + c * places[4, 2] + runs[4, r])
+            b0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
+            b1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
+            b2 = np.uint64(n * places[2, 0] + c * places[2, 1] + runs[2, r])
+            b3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
+            b4 = np.uint64(n * places[4, 0] + c * places[4, 1] + runs[4, r])
             for i in range(np.uint64(l0), np.uint64(l1)):
                 o0, o1, o2, o3, o4 = b0 + i * k0, b1 + i * k1, b2 + i * k2, b3 + i * k3, b4 + i * k4
                 for j in range(np.uint64(width)):
@@ -1257,21 +1408,16 @@ def _backward_short_rows(
 ):  # fmt: skip
     """All of the backward for short planes, as _forward_short_rows."""
     size, zero = np.uint64(shape[4]), zero_of(like)
-    k0, k1, k2 = np.uint64(places[0, 3]), np.uint64(places[1, 3]), np.uint64(places[2, 3])
-    k3, k4 = np.uint64(places[3, 3]), np.uint64(places[4, 3])
-    m, d, r, scale, shift, total, dot = np.empty((7, 64), mean.dtype)
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
+    k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
+    m, d, r, scale, shift, total, dot = np.zeros((7, 64), mean.dtype)
     offsets = np.empty((5, 64), np.uint64)
-    n, c, _ = _locate(first, shape)
-    for start in range(first, last, 64):
-        planes = min(64, last - start)
-        n0, c0 = n, c
+    most = _at_a_time(size)
+    for start in range(first, last, most):
+        planes = min(most, last - start)
+        _short_planes(start, planes, shape, places, offsets, over, weight, bias, scale, shift)
         for j in range(planes):
-            for i in range(5):
-                offsets[i, j] = n * places[i, 1] + c * places[i, 2]
-            m[j], d[j], r[j] = mean[n, c], delta[n, c], rstd[n, c]
-            scale[j] = weight[n * over[0] + c * over[1]]
-            shift[j] = bias[n * over[2] + c * over[3]]
-            n, c, _ = _next(n, c, 0, shape)
+            m[j], d[j], r[j] = mean[start + j], delta[start + j], rstd[start + j]
         for j in range(64):
             scale[j] *= r[j]
         for j in range(planes):
@@ -1289,8 +1435,7 @@ def _backward_short_rows(
         for j in range(64):
             dot[j] *= r[j]
         for j in range(planes):
-            sum_g[n0, c0], sum_g_xhat[n0, c0] = total[j], dot[j]
-            n0, c0, _ = _next(n0, c0, 0, shape)
+            sum_g[start + j], sum_g_xhat[start + j] = total[j], dot[j]
         for j in range(64):
             dot[j], total[j] = _slope_and_constant(shape, scale[j], r[j], total[j], dot[j])
         for j in range(planes):
@@ -1311,20 +1456,26 @@ def _backward_short_rows(
 
 @_kernel
 def _backward_tiles(
-    like, places, runs, shape, step, lanes, residual, act, first, last,
+    turns, parts, count, like, at, places, runs, shape, step, lanes, residual, act,
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
-    x, dy, res = memory(places[0, 0], like), memory(places[2, 0], like), memory(places[3, 0], like)
-    if lanes is None:
-        _reduce_backward_rows(
-            like, x, dy, res, places, runs, shape, step, residual, act, first, last,
-            weight, bias, over, mean, delta, rstd, totals, dots,
-        )  # fmt: skip
-    else:
-        _reduce_backward_lanes(
-            like, x, dy, res, places, runs, shape, residual, act, first, last,
-            weight, bias, over, mean, delta, rstd, totals, dots,
-        )  # fmt: skip
+    x, dy, res = memory(at[0], like), memory(at[2], like), memory(at[3], like)
+    group = shape[1]
+    part = begin(turns)
+    while part < parts:
+        first, last = count * part // parts, count * (part + 1) // parts
+        sums = totals[first * group : last * group], dots[first * group :]
+        if lanes is None:
+            _reduce_backward_rows(
+                like, x, dy, res, places, runs, shape, step, residual, act, first, last,
+                weight, bias, over, mean, delta, rstd, *sums,
+            )  # fmt: skip
+        else:
+            _reduce_backward_lanes(
+                like, x, dy, res, places, runs, shape, residual, act, first, last,
+                weight, bias, over, mean, delta, rstd, *sums,
+            )  # fmt: skip
+        part = end(turns)
 
 
 @_kernel
@@ -1334,68 +1485,82 @@ def _backward_join(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat):
 
 @_kernel
 def _backward_results(
-    like, places, runs, shape, step, lanes, residual, act, training, first, last,
+    turns, parts, count, like, at, places, runs, shape, step, lanes, residual, act, training,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
-    x, dx, dy = memory(places[0, 0], like), memory(places[1, 0], like), memory(places[2, 0], like)
-    res, dres = memory(places[3, 0], like), memory(places[4, 0], like)
-    if lanes is None:
-        _apply_backward_rows(
-            like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
-            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
-        )  # fmt: skip
-    else:
-        _apply_backward_lanes(
-            like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
-            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
-        )  # fmt: skip
+    x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
+    res, dres = memory(at[3], like), memory(at[4], like)
+    part = begin(turns)
+    while part < parts:
+        first, last = count * part // parts, count * (part + 1) // parts
+        if lanes is None:
+            _apply_backward_rows(
+                like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
+                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, 0,
+            )  # fmt: skip
+        else:
+            _apply_backward_lanes(
+                like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
+                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+            )  # fmt: skip
+        part = end(turns)
 
 
 @_kernel
 def _backward_planes(
-    like, places, runs, shape, step, lanes, residual, act, training, first, last, block,
+    turns, parts, count, like, at, places, runs, shape, step, lanes, residual, act, training, block,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
-    x, dx, dy = memory(places[0, 0], like), memory(places[1, 0], like), memory(places[2, 0], like)
-    res, dres = memory(places[3, 0], like), memory(places[4, 0], like)
+    x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
+    res, dres = memory(at[3], like), memory(at[4], like)
     tiles = shape[2]
-    if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
-        _backward_short_rows(
-            like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
-            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
-        )  # fmt: skip
-        return
     totals, dots = np.empty((2, block * tiles * shape[1]))
-    for owner in range(first, last, block):
-        end = min(owner + block, last)
-        u0, u1 = owner * tiles, end * tiles
-        if lanes is None:
-            _reduce_backward_rows(
-                like, x, dy, res, places, runs, shape, step, residual, act, u0, u1,
-                weight, bias, over, mean, delta, rstd, totals, dots,
+    part = begin(turns)
+    while part < parts:
+        first, last = count * part // parts, count * (part + 1) // parts
+        if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
+            _backward_short_rows(
+                like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
+                weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), sum_g.ravel(), sum_g_xhat.ravel(),
             )  # fmt: skip
-        else:
-            _reduce_backward_lanes(
-                like, x, dy, res, places, runs, shape, residual, act, u0, u1,
-                weight, bias, over, mean, delta, rstd, totals, dots,
-            )  # fmt: skip
-        _join_backward(shape, owner, end, totals, dots, rstd, sum_g, sum_g_xhat)
-        if lanes is None:
-            _apply_backward_rows(
-                like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, u0, u1,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
-            )  # fmt: skip
-        else:
-            _apply_backward_lanes(
-                like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
-            )  # fmt: skip
+            last = first
+        for owner in range(first, last, block):
+            upto = min(owner + block, last)
+            u0, u1 = owner * tiles, upto * tiles
+            ahead = block if upto < last and block * shape[3] * shape[4] <= NEAR else 0
+            if lanes is None:
+                _reduce_backward_rows(
+                    like, x, dy, res, places, runs, shape, step, residual, act, u0, u1,
+                    weight, bias, over, mean, delta, rstd, totals, dots,
+                )  # fmt: skip
+            else:
+                _reduce_backward_lanes(
+                    like, x, dy, res, places, runs, shape, residual, act, u0, u1,
+                    weight, bias, over, mean, delta, rstd, totals, dots,
+                )  # fmt: skip
+            _join_backward(shape, owner, upto, totals, dots, rstd, sum_g, sum_g_xhat)
+            if lanes is None:
+                _apply_backward_rows(
+                    like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, u0, u1,
+                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, ahead,
+                )  # fmt: skip
+            else:
+                _apply_backward_lanes(
+                    like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
+                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+                )  # fmt: skip
+        part = end(turns)
 
 
 class _Layout:
-    """What the loops have to know of arrays of a shape with given strides; cached, since calls repeat themselves."""
+    """What the loops have to know of arrays of a shape with given strides; cached, since calls repeat themselves.
 
-    def __init__(self, shape: tuple[int, ...], itemsize: int, strides: tuple[tuple[int, ...], ...]):
+    The loops look for three arrays forward, x, y and a residual, and for five backward, x, dx, dy, a residual and its
+    gradient: without a residual some that are there stand in for it.
+    """
+
+    def __init__(self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], backward: bool):
+        itemsize = dtype.itemsize
         stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
         arrays = _merged(stand_ins)
         n, c, *outer, length = arrays[0].shape
@@ -1405,14 +1570,16 @@ class _Layout:
             return
         rows = all(a.strides[-1] == itemsize or length == 1 for a in arrays)
         lanes = not rows and c > 1 and all(a.strides[1] == itemsize for a in arrays)
-        self.step = None if rows else True
-        self.lanes = True if lanes else None
-        self.places = np.array([(0, *(a.strides[i] // itemsize for i in (0, 1, -1))) for a in arrays], np.int64)
-        self.runs = np.zeros((len(arrays), runs), np.int64)
+        self.residual = True if len(arrays) == (5 if backward else 3) else None
+        if not self.residual:
+            arrays += arrays[:2] if backward else arrays[1:]
+        places = np.array([[a.strides[i] // itemsize for i in (0, 1, -1)] for a in arrays], np.int64)
+        table = np.zeros((len(arrays), runs), np.int64)
         for axis, size in enumerate(outer, 2):
             offsets = np.array([np.arange(size) * (a.strides[axis] // itemsize) for a in arrays])
             inner = math.prod(outer[axis - 1 :])
-            self.runs += np.tile(np.repeat(offsets, inner, 1), runs // (size * inner))
+            table += np.tile(np.repeat(offsets, inner, 1), runs // (size * inner))
+        self.alike = strides[0] == strides[1]  # of x and y
         group, positions = 1, TILE
         if lanes:
             group = min(c, max(16, 2 * TILE // plane // 16 * 16), 256)
@@ -1421,124 +1588,118 @@ class _Layout:
         tile_runs = min(max(positions // length, 1), runs)
         self.tiles = -(-length // tile_length) * -(-runs // tile_runs)
         self.blocks = n * -(-c // group)
+        self.group = group
+        self.lanes = lanes
         self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length)
         self.at_a_time = 1 if lanes or self.tiles > 1 else max(1, min(64, 32768 // plane, self.blocks))
+        self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
+        self.like = SAMPLES[dtype.name]
+        self.where = (places, table, self.shape, None if rows else True, True if lanes else None)
 
 
 _layout = lru_cache(maxsize=1024)(_Layout)
-_sample = cache(lambda dtype: SAMPLES[dtype.name])
+
+#: What stands for weight, bias, and their strides over N and C where there are none.
+_no_parameters = cache(lambda dtype: (np.ones(1, dtype), np.zeros(1, dtype), (0, 0, 0, 0)))
 _nothing = cache(lambda dtype: np.empty((0, 0), dtype))
-_number = cache(lambda dtype, value: np.full(1, value, dtype))
 
 
 class _Compiled(_Work):
     """The steps as compiled loops over planes; of lanes, over groups of channels."""
 
-    pays = 2**20
-    plane_costs = 100
-
-    def __init__(self, call: Saved, arrays: list[Array], layout: _Layout, addresses: list[int]):
-        super().__init__(call, arrays)
+    def __init__(self, call: Saved, layout: _Layout, addresses: tuple[int, ...]):
+        self.call, self.layout = call, layout
         self.blocks, self.tiles = layout.blocks, layout.tiles
-        self.layout = layout
-        self.places = layout.places.copy()
-        self.places[:, 0] = addresses
-        self.where: tuple[Any, ...] = (
-            _sample(self.x.dtype),
-            self.places,
-            layout.runs,
-            layout.shape,
-            layout.step,
-            layout.lanes,
-        )
-        # Values whose types tell the loops which activation it is.
+        self.threads = get_num_threads() if layout.pays else 1
+        if self.tiles > 1:
+            self.partial = np.empty((3, self.blocks * self.tiles * layout.group))
+        self.where = (layout.like, addresses, *layout.where)
+        self.dtype = dtype = call.rstd.dtype
+        # A value whose type tells the loops which activation it is.
         activation = call.activation
-        self.act = None
+        self.act: Any = None
         if activation is not None:
-            self.act = {"relu": True, "silu": 0, "gelu": (0,)}.get(activation, self.dtype.type(call.negative_slope))
-        # weight and bias and their strides over N and C; what is not there is one number.
+            self.act = {"relu": True, "silu": 0, "gelu": (0,)}.get(activation, dtype.type(call.negative_slope))
+        parameters = _no_parameters(dtype)
+        if call.weight is not None or call.bias is not None:
+            parameters = self._parameters(*parameters)
+        delta = np.zeros_like(call.mean) if call.delta is None else call.delta
+        self.planes = (*parameters, call.mean, delta, call.rstd)
+
+    def _parameters(self, *defaults: Any) -> tuple[Any, ...]:
         flat, over = [], []
-        for given, default in ((call.weight, 1), (call.bias, 0)):
+        for given, default in zip((self.call.weight, self.call.bias), defaults, strict=False):
             if given is None:
-                flat.append(_number(self.dtype, default))
+                flat.append(default)
                 over += [0, 0]
                 continue
             # The loops' types tell read-only arrays from others.
             same = given.dtype == self.dtype and given.flags.carray
             flat.append((given if same else np.array(given, self.dtype)).reshape(-1))
-            over += [self.x.shape[1], 1] if given.ndim == 2 else [0, 1]
-        delta = np.zeros_like(call.mean) if call.delta is None else call.delta
-        self.planes = (*flat, tuple(over), call.mean, delta, call.rstd)
+            over += [given.shape[1], 1] if given.ndim == 2 else [0, 1]
+        return *flat, tuple(over)
 
-    def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
-        for first, last in ranges:
-            step(first, last)
+    def share(self, step: Callable[..., None], count: int) -> None:
+        """The loops take the parts themselves: a helper that comes late, or a thread that is slow, takes fewer."""
+        turns = np.zeros(TURNS, np.int64)
+        parts = min(count, 8 * self.threads)
+        if self.threads == 1:
+            step(turns, 1, count)
+        else:
+            share(lambda _: step(turns, parts, count), parts, self.threads, lambda: bool(settled(turns, parts)))
 
     def __str__(self) -> str:
         if self.layout.lanes:
-            return f"compiled loops over {self.blocks} group(s) of {self.layout.shape[1]} channels side by side"
+            return f"compiled loops over {self.blocks} group(s) of {self.layout.group} channels side by side"
         return f"compiled loops over {self.blocks} plane(s)"
-
-    def _partial(self) -> np.ndarray:
-        return np.empty((3, self.blocks * self.tiles * self.layout.shape[1] if self.tiles > 1 else 0))
-
-    def _part(self, first: int, last: int) -> np.ndarray:
-        width = self.layout.shape[1]
-        return self.partial[:, first * width : last * width]
 
     # Forward
 
-    def _options(self) -> None:
-        same = (self.places[0] == self.places[1]).all() and (self.layout.runs[0] == self.layout.runs[1]).all()
-        self.options: tuple[Any, ...] = (True if same else None, True if len(self.arrays) == 3 else None, self.act)
+    def _begin(self) -> None:
+        layout, at = self.layout, self.where[1]
+        self.options: tuple[Any, ...] = (True if layout.alike and at[0] == at[1] else None, layout.residual, self.act)
 
     def forward(self, eps: float, variance: np.ndarray | None) -> None:
-        self._options()
-        self.partial = self._partial()
+        self._begin()
         self.eps, self.variance = eps, _nothing(self.dtype) if variance is None else variance
         self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
 
     def evaluate(self) -> None:
-        self._options()
+        self._begin()
         self.share(self.apply_forward, self.blocks * self.tiles)
 
-    def reduce_forward(self, first: int, last: int) -> None:
-        _forward_tiles(*self.where, first, last, *self._part(first, last))
+    def reduce_forward(self, *parts: Any) -> None:
+        _forward_tiles(*parts, *self.where, *self.partial)
 
     def join_forward(self, first: int, last: int) -> None:
         _forward_join(self.layout.shape, first, last, *self.partial, self.eps, *self.planes[3:], self.variance)
 
-    def apply_forward(self, first: int, last: int) -> None:
-        _forward_results(*self.where, *self.options, first, last, *self.planes)
+    def apply_forward(self, *parts: Any) -> None:
+        _forward_results(*parts, *self.where, *self.options, *self.planes)
 
-    def whole_forward(self, first: int, last: int) -> None:
+    def whole_forward(self, *parts: Any) -> None:
         _forward_planes(
-            *self.where, *self.options, first, last, self.layout.at_a_time, self.eps, *self.planes, self.variance
+            *parts, *self.where, *self.options, self.layout.at_a_time, self.eps, *self.planes, self.variance
         )  # fmt: skip
 
     # Backward
 
     def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        residual = True if len(self.arrays) == 5 else None
-        if residual is None:  # the loops look for x, dx, dy, residual and its gradient
-            like, *both, shape, step, lanes = self.where
-            self.where = (like, *(np.concatenate([each, each[:2]]) for each in both), shape, step, lanes)
-        self.options = (residual, self.act)
+        self.options = (self.layout.residual, self.act)
         self.training = True if self.call.training else None
-        self.partial = self._partial()
         self.sums = (sum_g, sum_g_xhat)
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
 
-    def reduce_backward(self, first: int, last: int) -> None:
-        _backward_tiles(*self.where, *self.options, first, last, *self.planes, *self._part(first, last)[:2])
+    def reduce_backward(self, *parts: Any) -> None:
+        _backward_tiles(*parts, *self.where, *self.options, *self.planes, *self.partial[:2])
 
     def join_backward(self, first: int, last: int) -> None:
         _backward_join(self.layout.shape, first, last, *self.partial[:2], self.call.rstd, *self.sums)
 
-    def apply_backward(self, first: int, last: int) -> None:
-        _backward_results(*self.where, *self.options, self.training, first, last, *self.planes, *self.sums)
+    def apply_backward(self, *parts: Any) -> None:
+        _backward_results(*parts, *self.where, *self.options, self.training, *self.planes, *self.sums)
 
-    def whole_backward(self, first: int, last: int) -> None:
+    def whole_backward(self, *parts: Any) -> None:
         _backward_planes(
-            *self.where, *self.options, self.training, first, last, self.layout.at_a_time, *self.planes, *self.sums
+            *parts, *self.where, *self.options, self.training, self.layout.at_a_time, *self.planes, *self.sums
         )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
@@ -23,6 +24,14 @@ SAMPLES = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float
 def computing(stored):
     """The numba type that a stored type computes in."""
     return types.float64 if stored == types.float64 else types.float32
+
+
+def kept(function: Any, **options: Any) -> Any:
+    """The function compiled, for each kind of call when it is met first, and kept on disk."""
+    try:
+        return numba.njit(function, error_model="numpy", cache=True, **options)
+    except RuntimeError:  # no folder can be written: compiled anew in each process
+        return numba.njit(function, error_model="numpy", **options)
 
 
 @intrinsic
@@ -40,6 +49,33 @@ def memory(address, like):
 
 
 @intrinsic
+def prefetch(typingctx, array, index):
+    """Have the cache line of an element read into the second cache, if it is anywhere."""
+
+    def generate(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        address = builder.bitcast(builder.gep(array.data, [args[1]]), byte)
+        builder.call(function, [address, number(0), number(2), number(1)])
+        return context.get_dummy_value()
+
+    return types.none(array, index), generate
+
+
+def line_of(like):
+    """How many elements a cache line has."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(line_of, jit_options=INLINE)
+def _line_of(like):
+    elements = np.uint64(512 // like.bitwidth)
+    return lambda like: elements
+
+
+@intrinsic
 def _bits(typingctx, value):
     """float32 to its bits, uint32 to the float32 they are; 64 bits alike."""
     other = {
@@ -53,6 +89,53 @@ def _bits(typingctx, value):
         return builder.bitcast(args[0], context.get_value_type(signature.return_type))
 
     return other(value), generate
+
+
+# Parts of a call, and who does them. turns[BEGUN] counts the parts that were taken, turns[ENDED] those that are done,
+# in cache lines of their own, since threads write them at the same time.
+
+BEGUN, ENDED = 0, 8
+PATIENCE = 20_000  # looks at a counter, some 20 microseconds
+
+
+def _atomic(operation):
+    """Compiled (numbers, index, value): the number that was there, which all threads see changed at once."""
+
+    @intrinsic
+    def atomic(typingctx, numbers, index, value):
+        def generate(context, builder, signature, args):
+            array = context.make_array(signature.args[0])(context, builder, args[0])
+            return builder.atomic_rmw(operation, builder.gep(array.data, [args[1]]), args[2], "seq_cst")
+
+        return types.int64(numbers, types.int64, types.int64), generate
+
+    return atomic
+
+
+_add_to, _exchange = _atomic("add"), _atomic("xchg")
+
+
+@numba.njit
+def begin(turns):
+    """Take a part: its number, or one that is too large."""
+    return _add_to(turns, BEGUN, 1)
+
+
+@numba.njit
+def end(turns):
+    """A part is done; take another."""
+    _add_to(turns, ENDED, 1)
+    return _add_to(turns, BEGUN, 1)
+
+
+@kept
+def settled(turns, parts):
+    """Let nobody begin any more; whether all that was begun is done, or so after a little patience."""
+    begun = min(_exchange(turns, BEGUN, parts), parts)
+    looks = 0
+    while _add_to(turns, ENDED, 0) < begun and looks < PATIENCE:
+        looks += 1
+    return looks < PATIENCE
 
 
 def zero_of(like):

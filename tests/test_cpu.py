@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ def _threads_as_they_were():
     before = cn.get_num_threads()
     yield
     cn.set_num_threads(before)
+
+
+def let_threads_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on threads take part in every call, to the end of the test."""
+    monkeypatch.setattr(cpu._Interpreted, "pays", 1)
+    monkeypatch.setattr(cpu, "PAYS", 1)
+    monkeypatch.setattr(cpu, "_layout", lru_cache(cpu._Layout))
 
 
 def laid(array: np.ndarray, layout: str) -> np.ndarray:
@@ -72,7 +80,7 @@ def test_same_bits_for_any_number_of_threads(
     way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, layout: str
 ):
     """Also where so many threads pay for so small a call that they share tiles; and fused."""
-    monkeypatch.setattr(cpu._Work.__subclasses__()[way == "compiled"], "pays", 1)
+    let_threads_pay(monkeypatch)
     x, dy, residual = (laid(rng.standard_normal(shape, dtype=np.float32) + k, layout) for k in (3, 0, 0))
     options: Any = {} if layout == "crop" else {"activation": "leaky_relu", "residual": residual}
     options.setdefault("residual", None)
@@ -84,10 +92,23 @@ def test_same_bits_for_any_number_of_threads(
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(6, 37, 9, 11), (3, 40, 3, 4), (2, 3, 500, 300)], ids=str)
-def test_planes_do_not_depend_on_what_is_beside_them(way: str, rng: np.random.Generator, shape: Any, layout: str):
+@pytest.mark.parametrize("shape", [(6, 37, 9, 11), (3, 40, 3, 4), (4, 30, 17, 19), (2, 3, 500, 300)], ids=str)
+@pytest.mark.parametrize("offset", ["large", "of one plane", "of most planes", "infinite"])
+def test_planes_do_not_depend_on_what_is_beside_them(
+    way: str, rng: np.random.Generator, shape: Any, layout: str, offset: str
+):
     """A sample by itself has the bits it has in the batch: y, dx and the statistics."""
-    x, dy = (laid(rng.standard_normal(shape, dtype=np.float32) + 100, layout) for _ in range(2))
+    add = np.ones(shape[:2], np.float32)
+    if offset == "large":
+        add[:] = 100
+    elif offset == "of one plane":
+        add[0, 1] = 1000
+    elif offset == "of most planes":
+        add[rng.random(shape[:2]) < 0.7] = -300
+    else:
+        add[0, 1] = np.inf
+    x = laid(rng.standard_normal(shape, dtype=np.float32) + add[:, :, None, None], layout)
+    dy = laid(rng.standard_normal(shape, dtype=np.float32), layout)
     y, saved = cn.instance_norm_forward(x)
     dx = cn.instance_norm_backward(dy, saved)[0]
     for n in range(shape[0]):
@@ -151,13 +172,13 @@ def test_a_call_takes_a_few_blocks_beside_its_results(
     monkeypatch: pytest.MonkeyPatch, way: str, kind: str, training: bool, activation: str | None
 ):
     """8 or 16 MiB of input. Beside results: for each of two threads up to 6 blocks of 2 MiB, which are twice as large
-    where they hold several planes; and some numbers for each plane."""
+    where they hold several planes, and one more where these are small; and some numbers for each plane."""
     use_compiled(monkeypatch, way == "compiled")
     shape, dtype, layout = MEMORY[kind]
     cn.set_num_threads(2)
     x = laid(np.ones(shape, dtype), layout)
     size = x.size * x.itemsize
-    blocks = {"numpy": 3.25 if activation is None else 6.25, "compiled": 0}[way]
+    blocks = {"numpy": 3.25 if activation is None else 6.25, "compiled": 0}[way] + (kind == "small planes")
     several = 2 if np.prod(shape[2:]) * 4 <= cpu.BLOCK_BYTES else 1
     most = 2 * several * blocks * cpu.BLOCK_BYTES + MIB + 64 * shape[0] * shape[1]
     mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
@@ -187,15 +208,16 @@ def ready(rng: np.random.Generator) -> tuple[np.ndarray, bytes]:
 def test_helpers_take_part(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     x, expected = ready(rng)
     seen = set()
-    work = cpu._Work.__subclasses__()[way == "compiled"].work
+    kind, name = (cpu._Compiled, "whole_forward") if way == "compiled" else (cpu._Interpreted, "work")
+    work = getattr(kind, name)
 
-    def watched(self: Any, step: Any, ranges: Any) -> None:
+    def watched(*given: Any) -> None:
         seen.add(threading.get_ident())
         both.wait(10)
-        work(self, step, ranges)
+        work(*given)
 
     both = threading.Barrier(4)
-    monkeypatch.setattr(cpu._Work.__subclasses__()[way == "compiled"], "work", watched)
+    monkeypatch.setattr(kind, name, watched)
     assert cn.instance_norm(x).tobytes() == expected
     assert len(seen) == 4
     assert {t.name for t in threading.enumerate() if t.ident in seen} <= {"cupynorm", "MainThread"}

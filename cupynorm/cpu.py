@@ -742,7 +742,7 @@ def _kernel(function: Any) -> Any:
 TILE = 65536  # positions
 MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
-LANES_PARTIAL = 256
+LANES_PARTIAL = 64
 PAYS = 2**18  # elements from which on a second thread does
 PLANE_COSTS = 50  # what a plane costs in itself, in elements
 TURNS = 16  # numbers by which threads share out a call's parts, see scalars.begin

@@ -34,6 +34,7 @@ try:
 
     from .scalars import (
         SAMPLES,
+        TURNS,
         activate,
         add,
         begin,
@@ -745,7 +746,6 @@ PARTIAL = 512  # elements whose sums are made in computing precision; those of t
 LANES_PARTIAL = 64
 PAYS = 2**18  # elements from which on a second thread does
 PLANE_COSTS = 50  # what a plane costs in itself, in elements
-TURNS = 16  # numbers by which threads share out a call's parts, see scalars.begin
 SHORT = 512  # elements of a plane that is done together with others
 AHEAD = 2048  # elements by which the reading of a tile is ahead of the sums
 NEAR = 32768  # elements of planes that are fetched while those before them are written: both fit the second cache
@@ -981,6 +981,18 @@ def _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, 
 
 
 @_loop
+def _result_run(like, x, y, res, offsets, strides, lo, hi, step, residual, act, m, d, scale, shift):
+    """y of a piece of a run of one plane."""
+    o0, o1, o2 = offsets
+    k0, k1, k2 = strides
+    for i in range(lo, hi):
+        z = ((widen(x[_at(o0, i, k0, step)]) - m) - d) * scale + shift
+        if residual is not None:
+            z = z + widen(res[_at(o2, i, k2, step)])
+        y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
+
+
+@_loop
 def _apply_forward_rows(
     like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
     weight, bias, over, mean, delta, rstd, ahead,
@@ -1003,11 +1015,10 @@ def _apply_forward_rows(
                 hi = min(lo + PARTIAL, l1)
                 if ahead:
                     _fetch(x, o0 + away, lo, hi, step)
-                for i in range(np.uint64(lo), np.uint64(hi)):
-                    z = ((widen(x[_at(o0, i, k0, step)]) - m) - d) * scale + shift
-                    if residual is not None:
-                        z = z + widen(res[_at(o2, i, k2, step)])
-                    y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
+                _result_run(
+                    like, x, y, res, (o0, o1, o2), (k0, k1, k2), np.uint64(lo), np.uint64(hi), step, residual, act,
+                    m, d, scale, shift,
+                )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -1118,14 +1129,12 @@ def _forward_short_rows(
                 variance[start + j] = q[j]
         for j in range(planes):
             o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[len(places) - 1, j]
-            m_, d_, scale_, shift_ = m[j], d[j], scale[j], shift[j]
             if inplace is not None:
                 o1 = o0
-            for i in range(size):
-                z = ((widen(x[_at(o0, i, k0, step)]) - m_) - d_) * scale_ + shift_
-                if residual is not None:
-                    z = z + widen(res[_at(o2, i, k2, step)])
-                y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
+            _result_run(
+                like, x, y, res, (o0, o1, o2), (k0, k1, k2), np.uint64(0), size, step, residual, act,
+                m[j], d[j], scale[j], shift[j],
+            )  # fmt: skip
 
 
 @_kernel
@@ -1323,6 +1332,27 @@ def _slope_and_constant(shape, scale, rstd, sum_g, sum_g_xhat):
 
 
 @_loop
+def _gradient_run(
+    like, x, dx, dy, res, dres, offsets, strides, lo, hi, step, residual, act, training,
+    m, d, scale, shift, slope, constant,
+):  # fmt: skip
+    """dx, and a residual's gradient, of a piece of a run of one plane."""
+    o0, o1, o2, o3, o4 = offsets
+    k0, k1, k2, k3, k4 = strides
+    for i in range(lo, hi):
+        g, centred = _gradient_at(
+            x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+            residual, act, m, d, scale, shift,
+        )  # fmt: skip
+        if residual is not None:
+            dres[_at(o4, i, k4, step)] = narrow(g, like)
+        g = g * scale
+        if training is not None:
+            g = g + (centred * slope + constant)
+        dx[_at(o1, i, k1, step)] = narrow(g, like)
+
+
+@_loop
 def _apply_backward_rows(
     like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, ahead,
@@ -1347,17 +1377,10 @@ def _apply_backward_rows(
                 if ahead:
                     _fetch(x, o0 + away, lo, hi, step)
                     _fetch(dy, o2 + away2, lo, hi, step)
-                for i in range(np.uint64(lo), np.uint64(hi)):
-                    g, centred = _gradient_at(
-                        x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-                        residual, act, m, d, scale, shift,
-                    )  # fmt: skip
-                    if residual is not None:
-                        dres[_at(o4, i, k4, step)] = narrow(g, like)
-                    g = g * scale
-                    if training is not None:
-                        g = g + (centred * slope + constant)
-                    dx[_at(o1, i, k1, step)] = narrow(g, like)
+                _gradient_run(
+                    like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), (k0, k1, k2, k3, k4),
+                    np.uint64(lo), np.uint64(hi), step, residual, act, training, m, d, scale, shift, slope, constant,
+                )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -1440,18 +1463,10 @@ def _backward_short_rows(
             dot[j], total[j] = _slope_and_constant(shape, scale[j], r[j], total[j], dot[j])
         for j in range(planes):
             o0, o1, o2, o3, o4 = offsets[0, j], offsets[1, j], offsets[2, j], offsets[3, j], offsets[4, j]
-            m_, d_, scale_, shift_, slope, constant = m[j], d[j], scale[j], shift[j], dot[j], total[j]
-            for i in range(size):
-                g, centred = _gradient_at(
-                    x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-                    residual, act, m_, d_, scale_, shift_,
-                )  # fmt: skip
-                if residual is not None:
-                    dres[_at(o4, i, k4, step)] = narrow(g, like)
-                g = g * scale_
-                if training is not None:
-                    g = g + (centred * slope + constant)
-                dx[_at(o1, i, k1, step)] = narrow(g, like)
+            _gradient_run(
+                like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), (k0, k1, k2, k3, k4), np.uint64(0), size,
+                step, residual, act, training, m[j], d[j], scale[j], shift[j], dot[j], total[j],
+            )  # fmt: skip
 
 
 @_kernel

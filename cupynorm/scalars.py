@@ -94,7 +94,7 @@ def _bits(typingctx, value):
 # Parts of a call, and who does them. turns[BEGUN] counts the parts that were taken, turns[ENDED] those that are done,
 # in cache lines of their own, since threads write them at the same time.
 
-BEGUN, ENDED = 0, 8
+BEGUN, ENDED, TURNS = 0, 8, 16  # TURNS: how many numbers that makes
 PATIENCE = 20_000  # looks at a counter, some 20 microseconds
 
 

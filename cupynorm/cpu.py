@@ -15,6 +15,7 @@ In a block planes lie as in the result: each in one piece ("rows"), or side by s
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -224,7 +225,9 @@ def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
 # NumPy alone
 
 BLOCK_BYTES = 2**21  # of an array in computing precision: smaller ones cost more in calls than they gain in cache
-ROW = 1024  # elements that are added up in computing precision; sums of these are added in float64
+# Elements at most that are added up in computing precision; sums of these are added in float64. A gufunc lets other
+# threads go on only where it has more than 500 rows.
+ROW = 512
 STRIPE = 32  # the same for lanes, whose sums are plain
 SHORT_ROW = 128  # elements of a plane up to which it pays to spread its numbers over a block of their own
 FAR = 2.0  # mean over deviation from which on x is centred: below, two bits at most are lost without
@@ -252,19 +255,17 @@ class _Interpreted(_Work):
         most = self.limit if self.threads == 1 else 2 * self.limit  # threads wait for each other between calls
         whole: Index = (slice(None),) * len(spatial)
         self.tile: list[Index] = [whole]
+        every = slice(None)
         self.planes: list[Index]
-        if plane * c <= self.limit:
-            step = self._even(n, most // (plane * c))
-            self.planes = [(slice(i, i + step), slice(None)) for i in range(0, n, step)]
-        elif self.lanes:
-            self.tile = list(_tiles(spatial, max(self.limit // c, 1)))
-            self.planes = [(slice(i, i + 1), slice(None)) for i in range(n)]
-        elif plane <= self.limit:
-            step = self._even(c, most // plane)
-            self.planes = [(slice(i, i + 1), slice(j, j + step)) for i in range(n) for j in range(0, c, step)]
+        if (self.lanes and plane * c > self.limit) or plane > self.limit:
+            self.tile = list(_tiles(spatial, max(self.limit // (c if self.lanes else 1), 1)))
+            groups = [every] if self.lanes else [slice(j, j + 1) for j in range(c)]
+            self.planes = [(slice(i, i + 1), group) for i in range(n) for group in groups]
+        elif self.lanes or (plane * c <= most and n >= self.threads):
+            self.planes = [(part, every) for part in self._cut(n, plane * c, most)]
         else:
-            self.tile = list(_tiles(spatial, self.limit))
-            self.planes = [(slice(i, i + 1), slice(j, j + 1)) for i in range(n) for j in range(c)]
+            groups = self._cut(c, plane, most, n)
+            self.planes = [(slice(i, i + 1), group) for i in range(n) for group in groups]
         self.blocks, self.tiles = len(self.planes), len(self.tile)
         self.room = self.limit if self.tiles > 1 else most
         if self.tiles > 1:
@@ -276,12 +277,14 @@ class _Interpreted(_Work):
     def __str__(self) -> str:
         return f"NumPy, {self.blocks} block(s) of planes of at most {BLOCK_BYTES} B in {self.dtype}"
 
-    def _even(self, count: int, most: int) -> int:
-        """At most `most` of count at a time, so that all threads have equally many blocks."""
-        blocks = -(-count // most)
-        if self.threads > 1 and count >= self.threads:
-            blocks = -(-blocks // self.threads) * self.threads
-        return -(-count // blocks)
+    def _cut(self, count: int, size: int, most: int, times: int = 1) -> list[slice]:
+        """count things of a size in even parts of at most `most` elements, so many that no thread has fewer of them."""
+        parts = -(-count * size // most)
+        if self.threads > 1:
+            fair = self.threads // math.gcd(self.threads, times)
+            parts = min(count, -(-parts // fair) * fair)
+        borders = [count * i // parts for i in range(parts + 1)]
+        return [slice(first, last) for first, last in itertools.pairwise(borders)]
 
     def share(self, step: Callable[..., None], count: int) -> None:
         parts = 1 if self.threads == 1 else min(count, self.threads * (1 if self.x.size < 8 * self.pays else 4))
@@ -350,9 +353,12 @@ class _Interpreted(_Work):
             return np.einsum("ncs,ncs->nc", a, b)
         if size <= ROW:
             return np.vecdot(a, b[..., :size])
-        whole = size // ROW * ROW
-        rows = b if b.ndim == 1 else b[:, :, :whole].reshape(n, c, -1, ROW)
-        total = np.vecdot(a[:, :, :whole].reshape(n, c, -1, ROW), rows).sum(2, dtype=np.float64)
+        length, rows = _rows(size)
+        whole = length * rows
+        across = b[:length] if b.ndim == 1 else b[:, :, :whole].reshape(n, c, rows, length)
+        total = np.vecdot(a[:, :, :whole].reshape(n, c, rows, length), across).sum(2, dtype=np.float64)
+        if whole == size:
+            return total
         return total + np.vecdot(a[:, :, whole:], b[..., whole:] if b.ndim > 1 else b[: size - whole])
 
     def _each(self, operation: np.ufunc, block: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
@@ -597,6 +603,13 @@ class _Interpreted(_Work):
 @cache
 def _ones(dtype: np.dtype) -> np.ndarray:
     return np.ones(ROW, dtype)
+
+
+@cache
+def _rows(size: int) -> tuple[int, int]:
+    """The length and number of the rows that a plane is cut into; a rest is left where no such length divides size."""
+    length = next((length for length in range(ROW, ROW // 4, -1) if size % length == 0), ROW)
+    return length, size // length
 
 
 def _tiles(spatial: list[int], limit: int) -> Iterator[Index]:

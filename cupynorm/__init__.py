@@ -4,7 +4,14 @@ import os
 
 from . import devices
 from .explain import explain
-from .functional import Saved, instance_norm, instance_norm_backward, instance_norm_forward, warmup
+from .functional import (
+    Saved,
+    instance_norm,
+    instance_norm_backward,
+    instance_norm_double_backward,
+    instance_norm_forward,
+    warmup,
+)
 from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Parameter
 from .memory import get_memory_limit, set_memory_limit
 from .threads import get_num_threads, set_num_threads
@@ -22,6 +29,7 @@ __all__ = [
     "get_num_threads",
     "instance_norm",
     "instance_norm_backward",
+    "instance_norm_double_backward",
     "instance_norm_forward",
     "set_memory_limit",
     "set_num_threads",

@@ -128,6 +128,20 @@ def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Arra
     return dx, _gradient(sum_g_xhat, saved.weight), _gradient(sum_g, saved.bias), dresidual
 
 
+def double_backward(
+    ddx: Array | None, ddweight: Array | None, ddbias: Array | None, dy: Array, saved: Saved
+) -> tuple[Array, Array, Array | None]:
+    """The backends' contract, with all arguments checked: see cupynorm.functional."""
+    x, weight = saved.x, saved.weight
+    ddy, dx = empty_like(x, empty), empty_like(x, empty)
+    sums = np.zeros(x.shape[:2], math_dtype(x.dtype))
+    if x.size:
+        # In NumPy alone: a penalty is taken now and then, and the compiled loops would take seconds to compile for it.
+        arrays = [x, dx, dy, ddy] if ddx is None else [x, dx, dy, ddy, ddx]
+        _DoubleBackward(saved, _merged(arrays), ddweight, ddbias).double_backward(sums)
+    return ddy, dx, _gradient(sums, weight)
+
+
 def _gradient(sums: np.ndarray, parameter: Array | None) -> Array | None:
     """A parameter's gradient, in its shape and dtype, from the sums of all planes."""
     if parameter is None:
@@ -240,6 +254,7 @@ class _Interpreted(_Work):
     """
 
     pays = 2**19  # elements from which on a second thread does: to wake one takes as long as 50 microseconds
+    rooms = 3  # blocks of scratch, besides the activation's
 
     def __init__(self, call: Saved, arrays: list[Array]):
         self.call, self.arrays, self.dtype = call, arrays, call.rstd.dtype
@@ -293,7 +308,7 @@ class _Interpreted(_Work):
 
     def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
         """One thread's share: step of each block or tile in the ranges."""
-        scratch = np.empty((3 + _scratch(self.call.activation), min(self.x.size, self.room)), self.dtype)
+        scratch = np.empty((self.rooms + _scratch(self.call.activation), min(self.x.size, self.room)), self.dtype)
         with np.errstate(all="ignore"):  # also what puts the buffers' size back
             np.setbufsize(self.buffered)
             for first, last in ranges:
@@ -598,6 +613,179 @@ class _Interpreted(_Work):
         centred, rest = self._centred(planes, x, scratch)
         self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[0]), rest)
         self._differentiate(index, planes, g, centred, rest, scratch)
+
+
+class _DoubleBackward(_Interpreted):
+    """The double backward; arrays are x, dx, dy, ddy and, if there is one, ddx.
+
+    With v = rstd * (ddx - its mean) and g = dy - its mean, what is multiplied is of the size of some result:
+
+        ddy = weight * v + q * xhat + ddbias,   q = ddweight - weight * a
+        dx = rstd * (q * g - weight * c * v + r * xhat),   r = weight * (a * c - s) - q * c
+
+    with the means a of v * xhat, c of g * xhat, and s of v * g, less a * c. In tracked eval no mean is taken away, and
+    a, c and s are 0. A mean is taken away as rounded first, the pivot, so that a large one costs no digits; then its
+    rest.
+    """
+
+    rooms = 5  # for xhat, g, v, a product, and a result that cannot be worked in
+
+    def __init__(self, call: Saved, arrays: list[Array], ddweight: Array | None, ddbias: Array | None):
+        super().__init__(call, arrays)
+        self.g, self.ddy, self.u = arrays[2], arrays[3], arrays[4] if len(arrays) == 5 else None
+        self.ddweight, self.ddbias = ddweight, ddbias
+
+    def double_backward(self, sums: np.ndarray) -> None:
+        self.sums = sums
+        if not self.call.training and (self.u is None or self.call.weight is None):
+            self.share(self.apply_double, self.blocks * self.tiles)
+            return
+        if self.tiles > 1:
+            self.partial = np.empty((9, self.tiles, *sums.shape))
+            self.joined = np.empty((8, *sums.shape))
+        self.run(self.reduce_double, self.join_double, self.apply_double, self.whole_double)
+
+    def _standard(self, array: Array, index: Index, room: np.ndarray, centres: Any, scale: Any = None) -> Any:
+        """(array - centres) * scale of a block, in scratch; None where there is no array."""
+        if array is None:
+            return None
+        block = self._read(array, index, room, copy=True)
+        for centre in centres:
+            self._each(np.subtract, block, centre, block)
+        if scale is not None:
+            self._each(np.multiply, block, scale, block)
+        return block
+
+    def _blocks(self, index: Index, planes: Index, scratch: np.ndarray, pivots: tuple[Any, ...]) -> tuple[Any, ...]:
+        """xhat, g and v of a block, the last two about these pivots; v is None where there is no ddx."""
+        call = self.call
+        centres = (call.mean[planes],) if call.delta is None else (call.mean[planes], call.delta[planes])
+        return (
+            self._standard(self.x, index, scratch[0], centres, call.rstd[planes]),
+            self._standard(self.g, index, scratch[1], pivots[:1]),
+            self._standard(self.u, index, scratch[2], pivots[1:], call.rstd[planes]),
+        )
+
+    def _pivot_of(self, array: Array, index: Index, room: np.ndarray) -> tuple[Any, Any]:
+        """The means of a block's planes as rounded, and the sums of what is left without them."""
+        if array is None:
+            return 0.0, 0.0
+        block = self._read(array, index, room, copy=True)
+        pivot = (self._sums(block) / block.shape[2]).astype(self.dtype, copy=False)
+        self._each(np.subtract, block, pivot, block)
+        return pivot, self._sums(block)
+
+    def _reduced(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """xhat, g and v of a tile about its own pivots; and what `_joined` takes of it."""
+        size = math.prod(self.x[index].shape[2:])
+        if not self.call.training:
+            blocks = self._blocks(index, planes, scratch, ())
+            return blocks, (size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, self._dots(blocks[2], blocks[1], scratch[3]))
+        (pivot_g, sum_g), (pivot_u, sum_u) = (self._pivot_of(a, index, scratch[1]) for a in (self.g, self.u))
+        blocks = xhat, g, v = self._blocks(index, planes, scratch, (pivot_g, pivot_u))
+        dots: tuple[Any, ...] = (self._dots(g, xhat, scratch[3]), 0.0, 0.0)
+        if v is not None:
+            dots = (dots[0], self._dots(v, xhat, scratch[3]), self._dots(v, g, scratch[3]))
+        return blocks, (size, self._sums(xhat), pivot_g, sum_g, pivot_u, sum_u, *dots)
+
+    def _joined(self, planes: Index, parts: np.ndarray) -> tuple[Any, ...]:
+        """Pivots of g and u, their rests, that of xhat, and a, c and s: from what there is of each tile, in float64.
+
+        parts: count, sum of xhat, pivot and what it left of g, the same of u, and the dots g xhat, v xhat and v g. The
+        distances of the tiles' pivots from the means add to the dots (Chan, Golub, LeVeque 1983, for products).
+        """
+        count, sum_x, pivot_g, sum_g, pivot_u, sum_u, dot_gx, dot_vx, dot_vg = parts
+        rstd = self.call.rstd[planes].astype(np.float64)
+        size = self.spatial
+        far_g, far_u = pivot_g - pivot_g[0], pivot_u - pivot_u[0]
+        rest_g, rest_u = (count * far_g + sum_g).sum(0) / size, (count * far_u + sum_u).sum(0) / size
+        if self.call.training:
+            far_g, far_u = far_g - rest_g, rstd * (far_u - rest_u)
+            sum_v = rstd * sum_u
+            a, c = (dot_vx + far_u * sum_x).sum(0) / size, (dot_gx + far_g * sum_x).sum(0) / size
+            s = (dot_vg + far_u * sum_g + far_g * sum_v + count * far_u * far_g).sum(0) / size - a * c
+            self.sums[planes] = s * size
+        else:
+            a = c = s = 0 * rest_g
+            self.sums[planes] = dot_vg.sum(0)
+        bases, rests = (pivot_g[0], pivot_u[0]), (rest_g, rest_u)
+        pivots = bases
+        if self.tiles > 1:
+            pivots = tuple((base + rest).astype(self.dtype) for base, rest in zip(bases, rests, strict=True))
+            rests = tuple((base - pivot) + rest for base, pivot, rest in zip(bases, pivots, rests, strict=True))
+        return *pivots, *rests, sum_x.sum(0) / size, a, c, s
+
+    def reduce_double(self, unit: int, scratch: np.ndarray) -> None:
+        planes, index, tile = self._index(unit)
+        for each, value in zip(self.partial, self._reduced(index, planes, scratch)[1], strict=True):
+            each[(tile, *planes)] = value
+
+    def join_double(self, first: int, last: int) -> None:
+        for planes in self.planes[first:last]:
+            parts = self.partial[(slice(None), slice(None), *planes)]
+            for each, value in zip(self.joined, self._joined(planes, parts), strict=True):
+                each[planes] = value
+
+    def apply_double(self, unit: int, scratch: np.ndarray) -> None:
+        planes, index, _ = self._index(unit)
+        pivots, numbers = (), (0.0,) * 6
+        if self.call.training:
+            joined = [each[planes] for each in self.joined]
+            pivots, numbers = tuple(each.astype(self.dtype) for each in joined[:2]), tuple(joined[2:])
+        self._finish_double(index, planes, self._blocks(index, planes, scratch, pivots), numbers, scratch)
+
+    def whole_double(self, block: int, scratch: np.ndarray) -> None:
+        if self.tiles > 1:
+            self._in_tiles(block, scratch, self.reduce_double, self.join_double, self.apply_double)
+            return
+        planes, index, _ = self._index(block)
+        blocks, sums = self._reduced(index, planes, scratch)
+        parts = np.empty((9, 1, *self.sums[planes].shape))
+        for each, value in zip(parts, sums, strict=True):
+            each[...] = value
+        self._finish_double(index, planes, blocks, self._joined(planes, parts)[2:], scratch)
+
+    def _finish_double(
+        self, index: Index, planes: Index, blocks: tuple[Any, ...], numbers: tuple[Any, ...], scratch: np.ndarray
+    ) -> None:
+        xhat, g, v = blocks
+        rest_g, rest_u, rest_x, a, c, s = numbers
+        shape = self.sums[planes].shape
+        rstd = self.call.rstd[planes]
+        weight, ddweight, ddbias = (
+            np.broadcast_to(default if given is None else self._of_planes(given, planes), shape).astype(np.float64)
+            for given, default in ((self.call.weight, 1.0), (self.ddweight, 0.0), (self.ddbias, 0.0))
+        )
+        q, rest_y, rest, more = ddweight, ddbias, np.zeros(shape), []
+        if self.call.training:
+            q, rest_v = ddweight - weight * a, rstd * rest_u
+            r = weight * (a * c - s) - q * c
+            rest_y = ddbias - weight * rest_v - q * rest_x
+            rest = weight * c * rest_v - q * rest_g - r * rest_x
+            more = [(v, -weight * c), (xhat, r)]
+        if self.ddweight is None and (v is None or not self.call.training):
+            g = xhat = None  # q is 0, and they may be infinite
+            more = []
+        self._combine(self.ddy, index, scratch, [(v, weight), (xhat, q)], rest_y)
+        self._combine(self.y, index, scratch, [(g, q), *more], rest, rstd)
+
+    def _combine(
+        self, array: Array, index: Index, scratch: np.ndarray, terms: Any, rest: np.ndarray, scale: Any = None
+    ) -> None:
+        """array <- (the sum of block * number, for each (block, number), + rest) * scale, by planes."""
+        terms = [term for term in terms if term[0] is not None]
+        out = self._target(array, index, scratch[4])
+        if not terms:
+            out[...] = 0
+        for i, (block, number) in enumerate(terms):
+            product = self._room(block, scratch[3]) if i else out
+            self._each(np.multiply, block, number.astype(self.dtype), product)
+            if i:
+                out += product
+        self._each(np.add, out, rest.astype(self.dtype), out)
+        if scale is not None and terms:
+            self._each(np.multiply, out, scale, out)
+        self._write(array, index, out)
 
 
 @cache

@@ -1,7 +1,7 @@
 """The functions: every argument is checked here, then the backend of the arrays is called.
 
-A backend is an object with `forward` and `backward` (cupynorm.cpu shows their contract). It is chosen by where the
-input lies; nothing is moved between devices.
+A backend is an object with `forward`, `backward` and `double_backward` (cupynorm.cpu shows their contract). It is
+chosen by where the input lies; nothing is moved between devices.
 """
 
 from __future__ import annotations
@@ -448,11 +448,8 @@ def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None)
     Raises:
         TypeError, ValueError: dy, saved or out do not fit. Nothing has been written then.
     """
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
+    _check_saved(saved)
     x = saved.x
-    if saved.overwritten:
-        raise ValueError("the forward's input or residual, which the backward needs, has been written over (as out)")
     _check_like(dy, "dy", x)
     if out is not None:
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
@@ -460,6 +457,82 @@ def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None)
     gradients: tuple[Array, ...] = backend_of(x).backward(dy, saved, out=out)
     _spoil(saved, out)
     return gradients if saved.with_residual else gradients[:3]
+
+
+def instance_norm_double_backward(
+    ddx: Array | None, ddweight: Array | None, ddbias: Array | None, dy: Array, saved: Saved
+) -> tuple[Array, Array, Array | None]:
+    """Gradients of `instance_norm_backward`: for losses that contain a gradient, as WGAN-GP's penalty does.
+
+    A loss that depends on the backward's dx, dweight and dbias depends through them on dy, x and weight. Per plane of M
+    elements, with means over it, xhat = (x - mean) * rstd, g = dy, u = ddx, and
+
+        a = mean(u * xhat),   c = mean(g * xhat),   s = mean((u - mean(u)) * (g - mean(g))) - a * c,
+
+    the backward's dx adds sum(u * dx) = weight * rstd * M * s to the loss, its dweight ddweight * M * c, and its dbias
+    ddbias * M * mean(g). Since d(M * c) / dx = rstd * (g - mean(g) - xhat * c), the same for a with u, and
+    d rstd / dx = -rstd^2 * xhat / M, this derives to, in training, with q = ddweight - weight * rstd * a,
+
+        ddy = weight * rstd * (u - mean(u)) + q * xhat + ddbias
+        dweight = sum over the plane and, for a weight of shape (C,), over N, of rstd * M * s
+        dx = rstd * (q * (g - mean(g) - xhat * c) - weight * rstd * (c * (u - mean(u) - xhat * a) + xhat * s)),
+
+    and with running statistics (tracked eval), which are constants, to
+
+        ddy = weight * rstd * u + ddweight * xhat + ddbias,   dweight = sum of rstd * u * g,   dx = ddweight * rstd * g.
+
+    Without a weight it is 1. The bias has no influence on any of this, nor has the residual of a forward without an
+    activation: of that, the backward's dresidual is dy itself, so the caller adds its gradient to ddy.
+
+    float16 and bfloat16 compute in float32. Accesses an element where the planes rest on chip: 5 (x, dy, ddx, and both
+    results). The CUDA kernels are compiled when the first such call is met.
+
+    Args:
+        ddx: gradient of the loss with respect to dx: shape, dtype and device of x; any strides. None stands for 0, as
+            it does for the next two; not all three may be None.
+        ddweight, ddbias: those with respect to dweight and dbias: shape of weight and bias, dtype of the input, or
+            float32 for float16 and bfloat16 input.
+        dy, saved: what the `instance_norm_backward` was given.
+
+    Returns:
+        (ddy, dx, dweight): the loss's gradients with respect to dy and to x, each new, of x's shape and dtype,
+        channels-last if x is; and to weight, in its shape and dtype, or None where there is none.
+
+    Raises:
+        TypeError, ValueError: an array does not fit; all three gradients are None; ddweight (ddbias) of a forward
+            without a weight (bias); or a forward with an activation: apply that as an operation of its own instead.
+    """
+    _check_saved(saved)
+    x = saved.x
+    if saved.activation is not None:
+        raise ValueError(
+            f"no double backward through the fused activation {saved.activation!r}: call instance_norm_forward "
+            "without it, and apply the activation (and what is added before it) as an operation of its own"
+        )
+    _check_like(dy, "dy", x)
+    if ddx is None and ddweight is None and ddbias is None:
+        raise ValueError("ddx, ddweight and ddbias are all None; needed is one of them at least")
+    if ddx is not None:
+        _check_like(ddx, "ddx", x)
+    for gradient, parameter, name in ((ddweight, saved.weight, "weight"), (ddbias, saved.bias, "bias")):
+        if gradient is None:
+            continue
+        kind_of(gradient, f"dd{name}")
+        if parameter is None:
+            raise ValueError(f"dd{name} is given, but the forward had no {name}; needed is None")
+        _check_per_channel(gradient, f"dd{name}", x, per_sample=True)
+        if gradient.shape != parameter.shape:
+            raise ValueError(f"dd{name} has shape {gradient.shape}; needed is that of {name}, {parameter.shape}")
+    results: tuple[Array, Array, Array | None] = backend_of(x).double_backward(ddx, ddweight, ddbias, dy, saved)
+    return results
+
+
+def _check_saved(saved: Any) -> None:
+    """What a forward returned, with its arrays as they were."""
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
+    if saved.overwritten:
+        raise ValueError("the forward's input or residual, which the backward needs, has been written over (as out)")
 
 
 def warmup(

@@ -196,6 +196,69 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(backend.host(x), before)
 
 
+def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None:
+    """Double backward, in training and in tracked eval, against extended precision."""
+    backend.pretend(case.device)
+    x_, dy_, weight_, bias_, mean_, var_, residual_ = arrays(replace(case, activation=None), rng)
+    ddx_ = _stride_kept((rng.normal(size=case.shape) - 2).astype(x_.dtype), case.dy_layout or case.layout)
+    ddweight_, ddbias_ = (None if p is None else rng.normal(size=p.shape).astype(p.dtype) for p in (weight_, bias_))
+    x, dy, ddx, mean, var = (backend.array(a) for a in (x_, dy_, ddx_, mean_.copy(), var_.copy()))
+    weight, bias, ddweight, ddbias, residual = (
+        None if a is None else backend.array(a) for a in (weight_, bias_, ddweight_, ddbias_, residual_)
+    )
+    storage = 2 * STORAGE_ROUNDING[case.dtype]
+    compute = 16 * STORAGE_ROUNDING["float64" if case.dtype == "float64" else "float32"]
+    param = 2 * STORAGE_ROUNDING[mean_.dtype.name]
+    axes = tuple(range(2, x_.ndim))
+
+    def size_of(parameter: np.ndarray | None, default: float) -> Any:
+        if parameter is None:
+            return default
+        return np.abs(reference.wide(parameter)).reshape(*parameter.shape, *(1,) * len(axes))
+
+    def average(a: np.ndarray) -> np.ndarray:
+        return a.mean(axes, keepdims=True)
+
+    for training in (True, False):
+        running = None if training else (mean_, var_)
+        _, saved = cn.instance_norm_forward(
+            x, weight, bias, running_mean=mean, running_var=var, momentum=0, residual=residual, use_input_stats=training
+        )
+        ddy, dx, dweight = cn.instance_norm_double_backward(ddx, ddweight, ddbias, dy, saved)
+        assert ddy.dtype == dx.dtype == x.dtype
+        exact = reference.double_backward(ddx_, ddweight_, ddbias_, dy_, x_, weight_, running=running)
+
+        # Rounding acts on all that is added up, as large as it is, on g and u without their means.
+        xhat = np.abs(reference.forward(x_, running=running))
+        rstd = 1 / np.sqrt((reference.statistics(x_)[1] if training else reference.wide(var_)[None]) + 1e-5)
+        rstd = rstd.reshape(*rstd.shape, *(1,) * len(axes))
+        u, g = reference.wide(ddx_), reference.wide(dy_)
+        if training:
+            u, g = (np.abs(a - average(a)) for a in (u, g))
+            xhat, u, g = (a + average(a) for a in (xhat, u, g))
+        v, g = rstd * np.abs(u), np.abs(g)
+        w, q, b = size_of(weight_, 1), size_of(ddweight_, 0), size_of(ddbias_, 0)
+        zero = 0 * xhat
+        if training:
+            a, c, s = average(v * xhat), average(g * xhat), average(v * g)
+            q = q + w * a
+            terms = q * (g + xhat * c) + w * (c * (v + xhat * a) + xhat * (s + a * c))
+        else:
+            terms = q * g + zero
+        with np.errstate(invalid="ignore"):
+            assert _error(backend.host(ddy), exact[0], w * v + q * xhat + b + 1e-30) <= storage + compute, (
+                f"{training=}"
+            )
+            assert _error(backend.host(dx), exact[1], rstd * terms + 1e-30) <= storage + compute, f"dx, {training=}"
+        if weight is None:
+            assert dweight is None
+        else:
+            assert dweight.dtype == weight.dtype
+            total = (v * g).sum(axes if weight.ndim == 2 else (0, *axes)) + 1e-30
+            assert _error(backend.host(dweight), exact[2], 2 * total) <= param + compute, f"dweight, {training=}"
+    np.testing.assert_array_equal(backend.host(dy), dy_)
+
+
 #: Layouts, ranks, dtypes and data that every backend is held to.
 TABLE = [
     *(Case((2, 3, 5, 7), dtype) for dtype in ITEMSIZE),

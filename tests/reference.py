@@ -135,6 +135,40 @@ def backward(
     return dx * rstd, dweight, dbias, g
 
 
+def double_backward(
+    ddx: np.ndarray | None,
+    ddweight: np.ndarray | None,
+    ddbias: np.ndarray | None,
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    *,
+    eps: float = 1e-5,
+    running: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ddy, dx, dweight of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>; dweight is (C,) without a weight."""
+    xhat, rstd = _normalised(x, eps, running)
+    axes = tuple(range(2, x.ndim))
+    zero = np.zeros((), np.longdouble)
+    w = zero + 1 if weight is None else _planes(weight, x)
+    vg, vb = (zero if v is None else _planes(v, x) for v in (ddweight, ddbias))
+    u, g = np.zeros_like(xhat) if ddx is None else wide(ddx), wide(dy)
+
+    def mean(a: np.ndarray) -> np.ndarray:
+        return a.mean(axes, keepdims=True)
+
+    if running is None:
+        u, g = u - mean(u), g - mean(g)
+        a, c = mean(u * xhat), mean(g * xhat)
+        of_u, of_g = u - xhat * a, g - xhat * c
+        summands = rstd * u * of_g
+        dx = vg * rstd * of_g - w * rstd**2 * (c * of_u + a * of_g + xhat * mean(u * of_g))
+        ddy = w * rstd * of_u + vg * xhat + vb
+    else:
+        summands, dx, ddy = rstd * u * g, vg * rstd * g, w * rstd * u + vg * xhat + vb
+    return ddy, dx + 0 * xhat, summands.sum(axes if weight is not None and weight.ndim == 2 else (0, *axes))
+
+
 def moved(
     running_mean: np.ndarray, running_var: np.ndarray, x: np.ndarray, momentum: float
 ) -> tuple[np.ndarray, np.ndarray]:

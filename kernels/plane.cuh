@@ -175,6 +175,10 @@ struct Share {
 // needed), and its edge element.
 template <int REST, int THREADS, int CHUNKS> struct Packs;
 
+#if !defined(READ_AHEAD)
+#define READ_AHEAD (EPILOGUE || SKEWED ? 2 : 4)     // these need registers for other things
+#endif
+
 template <int THREADS, int CHUNKS> struct Packs<REGISTERS, THREADS, CHUNKS> {
     static constexpr int batch = CHUNKS;    // packs read before the first is used
     Pack pack[CHUNKS];
@@ -188,7 +192,7 @@ template <int THREADS, int CHUNKS> struct Packs<REGISTERS, THREADS, CHUNKS> {
 };
 
 template <int THREADS, int CHUNKS> struct Packs<SHARED, THREADS, CHUNKS> {
-    static constexpr int batch = EPILOGUE || SKEWED ? 2 : 4;    // these need registers for other things
+    static constexpr int batch = READ_AHEAD;
     Pack* slot;
     __device__ Packs(Pack* shared) : slot(shared + threadIdx.x) {}
     __device__ Pack get(int k) const { return slot[k * THREADS]; }

@@ -14,20 +14,7 @@
 #include "sums.cuh"
 #include "moments.cuh"
 #include "gradient.cuh"
-
-struct Tiles {
-    long long channels, spatial, first, stripes, tiles;
-    int lanes;
-};
-
-// f(share) for the tile of this owner, in packs of x.
-template <int OWNER, int THREADS, int CHUNKS, class F>
-__device__ inline void each_tile(const Tiles& t, const Tensor& x, bool reverse, F f) {
-    typedef Share<OWNER, THREADS> Owner;
-    const long long owner = Owner::owner_in_grid(), owners = t.stripes * t.tiles;
-    if (owner >= owners) return;
-    f(Owner(t.first * t.tiles + (reverse ? owners - 1 - owner : owner), t.tiles, CHUNKS, t.lanes, x, t.channels, t.spatial));
-}
+#include "tiles.cuh"
 
 // Moments of `count` values: squares is the sum of their squared distances from their mean.
 struct Merged {
@@ -128,9 +115,6 @@ __device__ inline void apply_gradient(const Tensor& x, const Tensor& dy, const T
     });
 }
 
-#define TILES_PARAMETERS                                                                                              \
-    long long channels, long long spatial, long long first, long long stripes, long long tiles, int lanes
-#define TILES_OF Tiles{channels, spatial, first, stripes, tiles, lanes}
 #define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS, CLUSTER_SIZE)                                                \
     MOMENTS(NAME, OWNER, THREADS, CHUNKS, BLOCKS)                                                                     \
     KERNEL(THREADS, BLOCKS) apply_##NAME(                                                                             \

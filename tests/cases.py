@@ -333,7 +333,18 @@ def epilogue_variants() -> list[Case]:
     return cases
 
 
-def _variants(dtype: str, kind: Kind, easy: bool) -> list[Case]:
+def double_variants() -> list[Case]:
+    """The same for the kernels of the double backward."""
+    return [
+        case
+        for dtype in ITEMSIZE
+        for kind in ("channels_first", "channels_last")
+        for easy in (True, False)
+        for case in _variants(dtype, kind, easy, ("double_backward",))
+    ]
+
+
+def _variants(dtype: str, kind: Kind, easy: bool, ops: tuple[Op, ...] = ("forward", "backward")) -> list[Case]:
     """easy: all arrays aligned alike, and channels that can be packed."""
     # 16 bytes of channels-last rows at the least, so that there are several lanes; 3 channels cannot be packed.
     c = 2 if kind == "channels_first" else (16 if easy else 3)
@@ -356,7 +367,7 @@ def _variants(dtype: str, kind: Kind, easy: bool) -> list[Case]:
         n = 3 if device.sm_count > 1 else 2
         cases[s, device, layout] = replace(base, shape=(n, c, s), device=device, layout=layout)
 
-    for op in ("forward", "backward"):
+    for op in ops:
         held = 0
         for rung in LADDERS[op]:
             if rung.owner == "part":

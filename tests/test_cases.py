@@ -23,6 +23,16 @@ def test_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -
     cases.check(backend, case, rng)
 
 
+@pytest.mark.parametrize("case", [case for case in cases.TABLE if case.activation is None], ids=str)
+def test_double_backward(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
+    cases.check_double(backend, case, rng)
+
+
+@pytest.mark.parametrize("case", cases.double_variants(), ids=str)
+def test_double_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
+    cases.check_double(backend, case, rng)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", cases.epilogue_variants(), ids=str)
 def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:

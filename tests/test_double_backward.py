@@ -18,13 +18,6 @@ from cupynorm import cpu, devices
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
 
-@pytest.fixture
-def backend(monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """NumPy alone: the kernels are to come."""
-    use_compiled(monkeypatch, False)
-    return Backend("numpy", "cpu", monkeypatch)
-
-
 class Call:
     """Random arrays of a double backward on the host, and what the three functions make of them on a backend."""
 
@@ -340,11 +333,6 @@ def test_refusals(backend: Backend, rng: np.random.Generator) -> None:
     cn.instance_norm_backward(dy, saved, out=x)
     with pytest.raises(ValueError, match="has been written over"):
         double(dy, w, w, dy, saved)
-
-
-@pytest.mark.parametrize("case", [c for c in cases.TABLE if c.activation is None], ids=str)
-def test_table(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
-    cases.check_double(backend, case, rng)
 
 
 # On a CPU

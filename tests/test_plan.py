@@ -42,6 +42,7 @@ SHAPES = [
     (2, 2, 2_500_001), (3, 1, 6_000_000), (8, 1, 1), (2**28, 16, 500_000),
 ]  # fmt: skip
 OPS: tuple[Op, ...] = ("forward", "backward", "evaluate", "eval_gradient")
+DOUBLE: tuple[Op, ...] = ("double_backward", "eval_double")
 KINDS: tuple[Kind, ...] = ("channels_first", "channels_last")
 #: Epilogue and residual. A residual alone has an epilogue of no activation, and needs none backward.
 EPILOGUES = [(0, False), (1, False), (1, True), (3, True)]
@@ -61,7 +62,7 @@ def _plan(
     _, c, s = shape
     stride = (c * s, s, 1) if kind == "channels_first" else (c * s, 1, c)
     first = Layout(*stride, 0 if aligned else 1)
-    arrays = 3 + 2 * residual if op in ("backward", "eval_gradient") else 2 + residual
+    arrays = 5 if op in DOUBLE else 3 + 2 * residual if op in ("backward", "eval_gradient") else 2 + residual
     layouts = (first, *[Layout(*stride, 0)] * (arrays - 1))
     return plan(op, shape, dtype, kind, layouts, device, sums, sums, epilogue, residual)
 
@@ -78,25 +79,29 @@ def _shared(made: Plan, step: Step, rung: Rung | None, s: int, residual: bool) -
     math_size = 8 if made.dtype == "float64" else 4
     warps = step.threads // 32
     if rung is None:  # a Merged or ThreeSums a thread (split.cu); two Accum a thread (channels.cu)
+        if step.module in ("double_split", "double_evaluate"):  # Accums of a warp: six, one
+            return warps * (6 if step.module == "double_split" else 1) * 8
         return step.threads * (24 if step.module == "split" else 2 * 8)
     if rung.owner == "part":
         # chunk.cuh: the run of a warp's planes, wherever it lies between 16-byte borders, in a room for each array.
         wide = 16 // size
         words = max(math.ceil((phase + 32 // step.lanes * s) / wide) for phase in range(wide))
-        rooms = 1 + residual if made.op == "forward" else 2 + 2 * residual
+        rooms = 1 + residual if made.op == "forward" else 3 if made.op in DOUBLE else 2 + 2 * residual
         return warps * rooms * words * 16
     if rung.owner == "warp" or step.name.startswith(("evaluate", "apply")):
         return 0
     # Sums over a block: two areas in turns forward, one backward; a number for each warp, lane and plane of a thread.
     lanes, planes = (1, 1) if made.kind == "channels_first" else (step.lanes, made.vector)
     forward = made.op == "forward"
-    quantities = 1 if forward else 2 if made.op == "eval_gradient" else 3
+    quantities = {"forward": 1, "eval_gradient": 2, "backward": 3, "double_backward": 2 + 6, "eval_double": 1}[made.op]
     sums = (2 if forward else 1) * quantities * warps * lanes * planes * math_size
     if rung.rest == "registers":
         return sums
-    tile = step.chunks * step.threads * made.vector * size * (1 if forward else 2)
+    tile = step.chunks * step.threads * made.vector * size * (1 if forward else 3 if made.op in DOUBLE else 2)
     if rung.owner == "block":
         return tile + sums
+    if made.op in DOUBLE:  # and six of Accum; what a block publishes is nine numbers a plane
+        return tile + sums + warps * lanes * planes * 6 * 8 + lanes * planes * 9 * math_size
     # Groups: the second area, or both, are of Accum, and each block publishes its numbers (group.cuh).
     area = warps * lanes * planes * (2 if forward else 3) * 8
     return tile + 2 * area + lanes * planes * (4 if forward else 3) * math_size
@@ -122,7 +127,7 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
         # A block for each plane of a round, or for 32 channels.
         width = 1 if made.kind == "channels_first" else made.vector * made.steps[0].lanes
         planes = min(n * c, (made.at_a_time or made.stripes) * width)
-        assert blocks >= (planes if step.module == "split" else math.ceil(c / 32))
+        assert blocks >= (math.ceil(c / 32) if step.module == "channels" else planes)
         return
     assert (rung.threads, rung.cluster, rung.group) == (step.threads, step.cluster, step.group)
     assert step.cooperative == (rung.owner == "grid")
@@ -164,14 +169,16 @@ ACCESSES = {
     "backward": (3, 5, 5, 7),
     "evaluate": (2, 3, 2, 3),
     "eval_gradient": (3, 5, 3, 5),
+    "double_backward": (5, 5, 8, 8),
+    "eval_double": (5, 5, 5, 5),
 }
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [*OPS, *DOUBLE])
 def test_every_shape_gets_a_launchable_plan(op: Op, device: Device) -> None:
     for shape, dtype, kind, aligned, (epilogue, residual) in itertools.product(
-        SHAPES, ITEMSIZE, KINDS, (True, False), EPILOGUES
+        SHAPES, ITEMSIZE, KINDS, (True, False), EPILOGUES[:1] if op in DOUBLE else EPILOGUES
     ):
         made = _plan(op, shape, dtype, kind, device, aligned, epilogue, residual)
         case = f"{op} {shape} {dtype} {kind} {aligned=} {epilogue=} {residual=} on {device.name}: {made}"
@@ -226,6 +233,11 @@ LADDER_BORDERS = {
     ("H100", "bfloat16", "backward"): {
         "part": 256, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
         "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 7_569_408,
+    },
+    # Three arrays on chip; registers hold three packs of each.
+    ("H100", "float32", "double_backward"): {
+        "part": 128, "warp": 384, "block": 6144, "block-shared": 8192, "2-shared": 16_384, "4-shared": 32_768,
+        "8-shared": 65_536, "16-shared": 294_912, "grid-shared": 2_433_024,
     },
     # No clusters: a block may have all 163 KB.
     ("A100", "float32", "forward"): {

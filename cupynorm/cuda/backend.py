@@ -8,6 +8,7 @@ runtime = CupyRuntime()
 launcher = Launcher(runtime)
 forward = launcher.forward
 backward = launcher.backward
+double_backward = launcher.double_backward
 
 
 def load_core() -> None:

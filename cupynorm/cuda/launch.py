@@ -1,4 +1,4 @@
-"""Launches: the backend's forward and backward, over whatever runtime compiles and runs the kernels.
+"""Launches: the backend's forward, backward and double backward, over whatever runtime compiles and runs the kernels.
 
 Nothing here knows CuPy: a Runtime allocates arrays, tells their addresses and launches. The CuPy one is in runtime.py;
 the tests have one that runs the same kernels on an emulator, over NumPy arrays.
@@ -209,6 +209,64 @@ class Launcher:
                 batch = (np.int64(x.shape[0]), call.channels)
                 call.run(rest[0], *merged, *batch, *call.pointers(*results), flags_)
             return call.result(), dweight, dbias, dresidual
+
+    def double_backward(
+        self, ddx: Array | None, ddweight: Array | None, ddbias: Array | None, dy: Array, saved: Saved
+    ) -> tuple[Array, Array, Array | None]:
+        x, weight = saved.x, saved.weight
+        with self.runtime.on(x):
+            # As in backward; without ddx the weight has no influence.
+            direct = weight is not None and (weight.ndim == 2 or x.shape[0] == 1)
+            summed = weight is not None and ddx is not None
+            op: Op = "double_backward" if saved.training else "eval_double"
+            inputs = (x, dy) if ddx is None else (x, dy, ddx)
+            call = _Call(self.runtime, op, x, None, inputs, None, 2, summed, summed and not direct, 0)
+            dx, ddy = call.targets
+            dweight = None if weight is None else call.empty(weight.shape, weight.dtype)
+            if dweight is not None and (ddx is None or x.size == 0):
+                dweight.fill(0)
+            if x.size == 0:
+                return ddy, dx, dweight
+            weight, ddweight, ddbias = call.dense(weight), call.dense(ddweight), call.dense(ddbias)
+            flags = call.flags(weight, ddbias)
+            flags |= NARROW_SUM_DY_XHAT * (dweight is not None and direct and dweight.dtype != call.math)
+            gradient_flags = call.flags(None, ddweight)
+            given, to_dx, to_ddy = (*call.tensors[:-4], *NO_TENSOR)[:12], call.tensors[-4:], call.extra
+            rstd = call.pointer(saved.rstd)
+            affine = call.pointers(weight, ddbias)
+
+            def known(flags: int) -> tuple[Any, ...]:
+                numbers = np.int32(flags), call.pointer(ddweight), np.int32(gradient_flags)
+                return call.pointer(saved.mean), rstd, *affine, *numbers
+
+            sums = (dweight if direct else call.planes()) if summed else None
+            step, *rest = call.plan.steps
+            if op == "eval_double":
+                if step.tiles == 1 or not summed:
+                    call.tiles(step, *given, *to_dx, *to_ddy, *known(flags), call.pointer(sums))
+                else:
+                    partial = call.empty((*call.nc, step.tiles), call.math)
+                    partial_flags = known(flags & ~NARROW_SUM_DY_XHAT)
+                    call.tiles(step, *given, *to_dx, *to_ddy, *partial_flags, call.pointer(partial))
+                    merge, *rest = rest
+                    counts = np.int64(step.tiles), call.all_planes
+                    call.run(merge, call.pointer(partial), *counts, call.pointer(sums), np.int32(flags))
+            elif call.plan.regime == "split":
+                merge, apply, *rest = rest
+                partial, means = call.empty((9, *call.nc, step.tiles), call.math), call.empty((8, *call.nc), call.math)
+                results = (rstd, *call.pointers(means, sums), np.int32(flags))
+                for some in call.rounds():
+                    call.tiles(step, *given, *to_dx, *known(flags), call.pointer(partial), call.all_planes, some=some)
+                    sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(some), call.spatial)
+                    call.run(merge, call.pointer(partial), *sizes, *results)
+                    more = call.pointer(means), call.all_planes
+                    call.tiles(apply, *given, *to_dx, *to_ddy, *known(flags), *more, some=some)
+            else:
+                call.owner(step, *given, *to_dx, *to_ddy, *known(flags), call.pointer(sums), numbers=9)
+            if summed and not direct:
+                batch = (np.int64(x.shape[0]), call.channels)
+                call.run(rest[0], NULL, call.pointer(sums), *batch, call.pointer(dweight), NULL, np.int32(flags))
+            return ddy, dx, dweight
 
 
 def _assign(target: Array, source: Array) -> None:

@@ -15,7 +15,7 @@ from math import prod
 from typing import Literal, NamedTuple
 
 Kind = Literal["channels_first", "channels_last"]
-Op = Literal["forward", "backward", "evaluate", "eval_gradient"]
+Op = Literal["forward", "backward", "evaluate", "eval_gradient", "double_backward", "eval_double"]
 
 STRIPE_BYTES = 64  # channels-last: neighbouring channels that one owner serves
 MAX_GRID = 2**31 - 16  # the most there may be that is whole clusters, of any size
@@ -126,8 +126,15 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
     "backward": (_PART, *_warp(1, 2, 4), *_block((256, 1), (256, 2), (256, 4), (512, 4)), *_SHARED),
     "split": _block((256, 4)),
     "evaluate": (*_warp(1, 4), *_block((256, 4))),
+    # x, dy and ddx.
+    "double_backward": (_PART, *_warp(1, 3), *_block((256, 1), (256, 3), (512, 3)), *_SHARED),
+    "double_split": _block((256, 3)),
+    "double_evaluate": (*_warp(1, 3), *_block((256, 3))),
     "channels": (),
 }
+
+#: The files that know of no epilogue.
+PLAIN = ("channels", "double_backward", "double_split", "double_evaluate")
 
 
 class Memory(NamedTuple):
@@ -289,7 +296,15 @@ class _Job:
         self.math_bytes = 8 if dtype == "float64" else 4
         self.kind, self.layouts = kind, layouts
         # What an owner holds, and exchanges for each plane: how many sums at once, in how many areas that take turns.
-        self.arrays, self.quantities, self.areas = (1, 1, 2) if op == "forward" else (2, 3, 1)
+        # Blocks of a group then exchange sums of Accum, and each publishes some numbers of its tile.
+        self.arrays, self.quantities, self.areas = 2, 3, 1
+        self.accums, self.published = 3, 3
+        if op == "forward":
+            self.arrays, self.quantities, self.areas = 1, 1, 2
+            self.accums, self.published = 2, 4
+        elif op == "double_backward":
+            self.arrays, self.quantities = 3, 2 + 6
+            self.accums, self.published = 6, 9
         v = widest(dtype, kind)
         # Strides of axes that are never stepped along do not matter.
         n_steps = {x.n % v for x in layouts} if self.n > 1 else {0}
@@ -338,10 +353,12 @@ class _Job:
         tile = self.chunks(rung, tiles) * rung.threads * self.pack_bytes * self.arrays
         if rung.owner == "block":
             return tile + self.exchange(rung)
-        # Two areas for sums of Accum (forward: two a plane), and what a cluster's block publishes (group.cuh).
+        # Two areas for sums of Accum, and what a cluster's block publishes (group.cuh). (double_backward.cu has more
+        # sums within a block, and not their room twice.)
         per_lane = self.lanes * self.planes_per_thread
-        sums = 2 * rung.threads // 32 * per_lane * (2 if self.op == "forward" else 3) * 8
-        return tile + sums + per_lane * (4 if self.op == "forward" else 3) * self.math_bytes
+        sums = rung.threads // 32 * per_lane * self.accums * 8
+        sums += self.exchange(rung) if self.op == "double_backward" else sums
+        return tile + sums + per_lane * self.published * self.math_bytes
 
     def parts(self) -> int:
         """Threads of a part of a warp that serve one plane."""
@@ -378,17 +395,18 @@ class _Job:
         return Step(module, name, grid, rung.threads, shared, owners, tiles, chunks, lanes,
                     rung.group, rung.cluster, rung.owner == "grid", plain)  # fmt: skip
 
-    def merge(self, name: str, planes: int) -> Step:
-        return Step("split", name, grid_of(planes), 256, 256 * 24, plain=True)  # three Accums a thread (split.cu)
+    def merge(self, name: str, planes: int, file: str = "split", shared: int = 256 * 24) -> Step:
+        """shared: three Accums a thread (split.cu)."""
+        return Step(file, name, grid_of(planes), 256, shared, plain=True)
 
     def channels(self, name: str) -> Step:
         return Step("channels", name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
 
-    def pointwise(self, prefix: str, quantities: int) -> Step:
-        for rung in LADDERS["evaluate"]:
+    def pointwise(self, prefix: str, quantities: int, file: str = "evaluate") -> Step:
+        for rung in LADDERS[file]:
             if self.chunks(rung) <= rung.chunks:
                 break
-        return self.step("evaluate", prefix, rung, self.scratch(rung, quantities, 1),
+        return self.step(file, prefix, rung, self.scratch(rung, quantities, 1),
                          _ceil(self.chunks(rung), rung.chunks))  # fmt: skip
 
     def suits(self, rung: Rung, rooms: int) -> tuple[Step | None, str]:
@@ -457,7 +475,8 @@ def plan(
 ) -> Plan:
     """Plan a call on arrays of (N, C, S), none of them 0, in the layouts given (one for each array, x first).
 
-    forward and backward use the statistics of the input; evaluate and eval_gradient those given (tracked eval).
+    forward, backward and double_backward use the statistics of the input; evaluate, eval_gradient and eval_double those
+    given (tracked eval). Of a double backward, layouts are those of x, dy, ddx if it is there, dx and ddy.
     sums: whether a backward call needs the affine gradients' sums, a forward call the update of running statistics;
     reduced: whether one of them is to be added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward
     without activation has none). residual: whether there is one, with an epilogue.
@@ -491,19 +510,36 @@ def plan(
         step = job.pointwise("eval_gradient", 2)
         merge = (job.merge("merge_gradient", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", 3 if sums or epilogue else 2, step, *merge, *after)
+    if op == "eval_double":
+        step = job.pointwise("eval_double", 1, "double_evaluate")
+        merge = (job.merge("merge_dots", planes, "double_evaluate", 8 * 8),) if sums and step.tiles > 1 else ()
+        return made("pointwise", "statistics are given", len(layouts), step, *merge, *after)
 
     for rung in LADDERS[op]:
         step_, why = job.suits(rung, job.arrays + more)
         if step_ is not None:
-            return made(f"{rung.owner}-{rung.rest}", why, 1 + job.arrays, step_, *after)
+            accesses = len(layouts) if op == "double_backward" else 1 + job.arrays
+            return made(f"{rung.owner}-{rung.rest}", why, accesses, step_, *after)
 
-    rung = LADDERS["split"][0]
+    file = "double_split" if op == "double_backward" else "split"
+    rung = LADDERS[file][0]
     tiles = _ceil(job.chunks(rung), rung.chunks)
     # (The split's backward has written the gradient of a residual when it comes back, and reads it in the place of dy.)
     # Half of L2: what is written goes through it too.
     at_a_time = min(job.stripes, max(1, device.l2_bytes // 2 // job.bytes))
     some = at_a_time * job.lanes * job.planes_per_thread
     why += f", so it is split into {tiles} tiles, {at_a_time} at a time for the sake of L2"
+    if op == "double_backward":
+        return made(
+            "split",
+            why,
+            2 * len(layouts) - 2,
+            job.step(file, "products", rung, job.exchange(rung), tiles, stripes=at_a_time),
+            job.merge("merge_products", some, file, 8 * job.accums * 8),
+            job.step(file, "apply_products", rung, 0, tiles, stripes=at_a_time),
+            *after,
+            at_a_time=at_a_time,
+        )
     partial, merged, apply = (
         ("moments", "merge_moments", "apply") if op == "forward" else ("gradient", "merge_gradient", "apply_gradient")
     )

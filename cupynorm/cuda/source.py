@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from .plan import EPILOGUES, ITEMSIZE, LADDERS, Kind, Plan, Rung, Step, resident_threads, widest
+from .plan import EPILOGUES, ITEMSIZE, LADDERS, PLAIN, Kind, Plan, Rung, Step, resident_threads, widest
 
 
 class CompileError(RuntimeError):
@@ -106,6 +106,8 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
     """Every module there is: the whole of what may ever be compiled."""
     modules = [Module("channels", dtype, 1, "channels_first") for dtype in ITEMSIZE]
     for epilogue, (file, ladder), dtype in product(epilogues, LADDERS.items(), ITEMSIZE):
+        if epilogue and file in PLAIN:
+            continue
         for group in dict.fromkeys(rung.group for rung in ladder):
             if group == "part":
                 modules.append(Module(file, dtype, 1, "channels_first", group, epilogue))

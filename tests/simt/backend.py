@@ -8,3 +8,4 @@ runtime = Emulator()
 launcher = Launcher(runtime)
 forward = launcher.forward
 backward = launcher.backward
+double_backward = launcher.double_backward

@@ -67,7 +67,7 @@ def plan_for(
     else:  # without an activation the gradient of a residual is dy itself
         epilogue = 0 if activation is None else EPILOGUES[activation]
         residual = residual and activation is not None
-        arrays = 3 + 2 * residual
+        arrays = 5 if op in ("double_backward", "eval_double") else 3 + 2 * residual
     kind, layouts, _ = arrange((first, *[new] * (arrays - 1)))
     shape = (memory.shape[0], memory.shape[1], math.prod(memory.shape[2:]))
     return plan(op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual), int(copied[0])

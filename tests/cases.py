@@ -384,7 +384,9 @@ def _variants(dtype: str, kind: Kind, easy: bool, ops: tuple[Op, ...] = ("forwar
                     add(capacity if easy else capacity - unit + 1, layout="gaps")
                 held = capacity
             elif rung.owner == "block":
-                add(held + 5)
+                shared = job(op, held + 5).shared(rung, 1)
+                fits = shared <= SMALL_DEVICE.shared_per_block
+                add(held + 5, SMALL_DEVICE if fits else Device("block", (9, 0), 1, shared, 2**20))
             else:
                 # The smallest device that this rung, and none before it, suits.
                 tiles = 2 if rung.owner == "grid" else rung.cluster

@@ -28,6 +28,11 @@ def test_double_backward(backend: Backend, case: cases.Case, rng: np.random.Gene
     cases.check_double(backend, case, rng)
 
 
+@pytest.mark.parametrize("case", cases.SMALL, ids=str)
+def test_double_small(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
+    cases.check_double(backend, case, rng)
+
+
 @pytest.mark.parametrize("case", cases.double_variants(), ids=str)
 def test_double_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check_double(backend, case, rng)

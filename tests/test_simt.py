@@ -37,8 +37,8 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Emulator]:
     """Run the public functions on a new emulator."""
 
     def made(runtime: Any) -> Any:
-        monkeypatch.setattr("simt.backend.forward", Launcher(runtime).forward)
-        monkeypatch.setattr("simt.backend.backward", Launcher(runtime).backward)
+        for name in ("forward", "backward", "double_backward"):
+            monkeypatch.setattr(f"simt.backend.{name}", getattr(Launcher(runtime), name))
         monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
         return runtime
 
@@ -81,11 +81,13 @@ def _launched(on: Callable[..., Any], rng: np.random.Generator, table: list[case
                 **options,
             )  # fmt: skip
             cn.instance_norm_backward(dy, saved)
+            if case.activation is None:
+                cn.instance_norm_double_backward(dy, weight, bias, dy, saved)
     return runtime.launched
 
 
 def test_the_case_table_reaches_every_kernel(on: Callable[..., Any], rng: np.random.Generator) -> None:
-    launched = _launched(on, rng, [*cases.TABLE, *cases.variants()])
+    launched = _launched(on, rng, [*cases.TABLE, *cases.variants(), *cases.double_variants()])
     missing = {(m, name) for m in all_modules([0]) for name in m.kernels} - launched
     assert not missing, sorted(f"{m.file} {m.dtype} {m.kind} {m.vector} {name}" for m, name in missing)
 
@@ -155,6 +157,29 @@ def test_launches_and_allocations(on: Callable[..., Any], shape: tuple[int, ...]
     assert runtime.since() == (1, 3)  # one sample: the summands are the gradients
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 35, 45), (4, 3, 120, 120), (4, 3, 300, 300)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_launches_and_allocations_of_a_double_backward(
+    on: Callable[..., Any], shape: tuple[int, ...], training: bool
+) -> None:
+    runtime = on(Counter(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
+    x, channel, sample = np.zeros(shape, np.float32), np.ones(3, np.float32), np.ones((4, 3), np.float32)
+    tiled = 0 if training else int(np.prod(shape[2:]) > 3 * 256 * 4)  # several tiles a plane: partial sums and a merge
+
+    def counted(x: np.ndarray, weight: Any, *given: Any) -> tuple[int, int]:
+        _, saved = cn.instance_norm_forward(x, weight, weight, running_mean=channel.copy(), running_var=channel.copy(),
+                                            use_input_stats=training)  # fmt: skip
+        runtime.since()
+        cn.instance_norm_double_backward(*given, x, saved)
+        return runtime.since()
+
+    assert counted(x, None, x, None, None) == (1, 2)  # dx, ddy
+    assert counted(x, sample, x, sample, sample) == (1 + tiled, 3 + tiled)  # dweight
+    assert counted(x, channel, x, channel, channel) == (2 + tiled, 4 + tiled)  # and its summands by plane
+    assert counted(x[:1], channel, x[:1], channel, channel) == (1 + tiled, 3 + tiled)  # which it has in one sample
+    assert counted(x, channel, None, channel, channel) == (1, 3)  # without ddx it is 0
+
+
 # One case for each regime: shape, layout, and a device that has that regime for it.
 DEVICE = Device("bytes", (8, 0), 1, 100 * 1024, 2**20)
 CLUSTERS = Device("clusters", (9, 0), 1, 40 * 1024, 2**20, 8)
@@ -181,6 +206,26 @@ REGIMES = [
 EPILOGUES = [(None, False, 0, 0), ("relu", False, 0, 0), (None, True, 1, 0), ("leaky_relu", True, 1, 2)]
 
 
+def _accesses(runtime: Emulator, x: np.ndarray, layout: str, tiles: int) -> int:
+    """Accesses of arrays like x, in its size, since the last call; of smaller ones, that they are numbers of tiles."""
+    total = 0
+    for count in runtime.counts:
+        for address, size in count.size.items():
+            if size >= x.nbytes:
+                # A pack that lies across two borders is read as two, the other half of each by the next thread: from
+                # the first-level cache.
+                skew = 2 if layout == "unaligned" and count.read[address] > x.nbytes else 1
+                assert count.read[address] <= 2 * x.nbytes or skew == 1
+                total += min(count.read[address], x.nbytes) if skew == 2 else count.read[address]
+                total += count.written[address]
+            else:
+                most = x.shape[0] * x.shape[1] * tiles * 80
+                assert size <= most, f"{count.kernel} touches {size} B that are no sums of planes"
+    runtime.counts.clear()
+    assert total % x.nbytes == 0
+    return total // x.nbytes
+
+
 @pytest.mark.parametrize(("dtype", "epilogue"), [
     *((dtype, EPILOGUES[0]) for dtype in ("float16", "bfloat16", "float32", "float64")),
     *(("float32", epilogue) for epilogue in EPILOGUES[1:]),
@@ -200,27 +245,10 @@ def test_bytes(
 
     x, y, dy, residual = array(), array(), array(), array() if with_residual else None
     runtime = on(Emulator(device))
-    planes = shape[0] * shape[1]
     options: dict[str, Any] = {"activation": activation, "residual": residual}
 
     def accesses() -> int:
-        """Of large arrays, in their size, since the last call."""
-        total = 0
-        for count in runtime.counts:
-            for address, size in count.size.items():
-                if size >= x.nbytes:
-                    # A pack that lies across two borders is read as two, the other half of each by the next thread:
-                    # from the first-level cache.
-                    skew = 2 if layout == "unaligned" and count.read[address] > x.nbytes else 1
-                    assert count.read[address] <= 2 * x.nbytes or skew == 1
-                    total += min(count.read[address], x.nbytes) if skew == 2 else count.read[address]
-                    total += count.written[address]
-                else:
-                    tiles = max(s.tiles for s in made.steps)
-                    assert size <= planes * tiles * 64, f"{count.kernel} touches {size} B that are no sums of planes"
-        runtime.counts.clear()
-        assert total % x.nbytes == 0
-        return total // x.nbytes
+        return _accesses(runtime, x, layout, max(s.tiles for s in made.steps))
 
     def plan_of(op: str) -> Plan:
         memory = Memory(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
@@ -252,6 +280,77 @@ def test_bytes(
     assert accesses() == (3 if activation else 2) + backward_more
 
 
+#: Where three arrays rest on chip.
+DOUBLE_REGIMES = [
+    ("part-registers", (2, 3, 5, 7), "contiguous", DEVICE),
+    ("warp-registers", (2, 3, 13, 11), "contiguous", DEVICE),
+    ("block-registers", (2, 3, 35, 45), "contiguous", DEVICE),
+    ("block-registers", (2, 3, 35, 45), "unaligned", DEVICE),
+    ("block-shared", (2, 2, 70, 96), "contiguous", DEVICE),
+    ("cluster-shared", (1, 2, 100, 121), "contiguous", CLUSTERS),
+    ("grid-shared", (3, 1, 140, 129), "contiguous", GRID),
+    ("split", (2, 2, 140, 131), "contiguous", DEVICE),
+    ("warp-registers", (2, 8, 4, 4), "channels_last", DEVICE),
+    ("block-registers", (2, 8, 16, 15), "channels_last", DEVICE),
+    ("block-shared", (2, 8, 40, 20), "channels_last", Device("roomy", (8, 0), 1, 112 * 1024, 2**20)),
+    ("cluster-shared", (1, 8, 35, 44), "channels_last", CLUSTERS),
+    ("grid-shared", (3, 8, 50, 50), "channels_last", GRID),
+    ("split", (2, 8, 40, 70), "channels_last", DEVICE),
+    ("split", (2, 3, 70, 100), "channels_last", DEVICE),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(("regime", "shape", "layout", "device"), DOUBLE_REGIMES)
+def test_bytes_of_a_double_backward(
+    on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
+    device: Device, dtype: str,
+) -> None:  # fmt: skip
+    """x, dy and ddx are read once where they rest on chip, else twice; what has no part in a result is not read."""
+    shape = (*shape[:3], round(shape[3] / {"float64": 2, "float32": 1}.get(dtype, 0.5)))
+    x, dy, ddx = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(devices.dtype_of(dtype))) for _ in range(3))
+    runtime = on(Emulator(device))
+    w = np.ones(shape[1], functional.math_dtype(x.dtype))
+    memory = Memory(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
+
+    def accesses(saved: cn.Saved, *given: Any) -> int:
+        made = plan_for("double_backward" if saved.training else "eval_double", memory, dtype, device)[0]
+        assert made.regime == (regime if saved.training else "pointwise")
+        assert made.accesses == (8 if made.regime == "split" else 5)
+        runtime.counts.clear()
+        cn.instance_norm_double_backward(*given, dy, saved)
+        return _accesses(runtime, x, layout, max(s.tiles for s in made.steps))
+
+    _, saved = cn.instance_norm_forward(x, w, w)
+    twice = 2 if regime == "split" else 1
+    assert accesses(saved, ddx, w, w) == accesses(saved, ddx, None, None) == 2 + 3 * twice
+    assert accesses(saved, None, w, None) == 2 + 2 * twice
+    for weight, given, expected in [
+        (w, (ddx, w, w), 5), (w, (None, w, w), 4), (w, (ddx, None, w), 4), (None, (ddx, None, None), 3),
+    ]:  # fmt: skip
+        _, saved = cn.instance_norm_forward(x, weight, w, running_mean=w, running_var=w, use_input_stats=False)
+        assert accesses(saved, *given) == expected
+
+
+def _everything_double(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> list[np.ndarray]:
+    """As `_everything`, of the double backward, in the regimes given by their places in DOUBLE_REGIMES."""
+    rng = np.random.default_rng(seed)
+    results: list[np.ndarray] = []
+    for number, (_, shape, layout, device) in enumerate(DOUBLE_REGIMES):
+        x, dy, ddx = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(np.float32)) for _ in range(3))
+        weight, bias, mean, var = (rng.random(shape[1]).astype(np.float32) + 0.5 for _ in range(4))
+        if regimes and number not in regimes:
+            continue
+        if runtime is not None:
+            runtime._device = device
+        for use_input_stats in (True,) if regimes else (True, False):
+            _, saved = cn.instance_norm_forward(
+                x, weight, bias, running_mean=mean.copy(), running_var=var, use_input_stats=use_input_stats
+            )
+            results += cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)
+    return results
+
+
 def _everything(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> list[np.ndarray]:
     """Results of forward and backward in every regime, in training and eval; or, in training alone, in those given by
     their places in REGIMES. A net for broken kernels."""
@@ -280,9 +379,10 @@ def seed() -> int:
     return seed
 
 
-def test_same_bits_in_every_order(on: Callable[..., Emulator], seed: int) -> None:
-    expected = _everything(None, seed)  # what the NumPy backend makes of it
-    results = [_everything(on(Emulator(DEVICE, order)), seed) for order in emulator.ORDERS]
+@pytest.mark.parametrize("run", [_everything, _everything_double])
+def test_same_bits_in_every_order(on: Callable[..., Emulator], seed: int, run: Callable[..., Any]) -> None:
+    expected = run(None, seed)  # what the NumPy backend makes of it
+    results = [run(on(Emulator(DEVICE, order)), seed) for order in emulator.ORDERS]
     for forward, *others, exact in zip(*results, expected, strict=True):
         for other in others:
             np.testing.assert_array_equal(forward, other)
@@ -291,14 +391,14 @@ def test_same_bits_in_every_order(on: Callable[..., Emulator], seed: int) -> Non
 
 def _caught(
     on: Callable[..., Emulator], seed: int, monkeypatch: pytest.MonkeyPatch, transform: emulator.Transform,
-    regimes: Sequence[int],
+    regimes: Sequence[int], run: Callable[..., Any] = _everything,
 ) -> str:  # fmt: skip
     """What the emulator says of broken kernels: the first complaint, or '' if nothing is wrong in any order."""
     monkeypatch.setitem(functional.BACKENDS, "numpy", "cupynorm.cpu")
-    expected = _everything(None, seed, regimes)
+    expected = run(None, seed, regimes)
     for order in emulator.ORDERS:
         try:
-            results = _everything(on(Emulator(DEVICE, order, transform)), seed, regimes)
+            results = run(on(Emulator(DEVICE, order, transform)), seed, regimes)
         except SimtError as error:
             return str(error)
         for actual, exact in zip(results, expected, strict=True):
@@ -329,6 +429,7 @@ SHOWN_BY = {
     # Channels-first one thread publishes alone.
     "group.cuh": _places("cluster", "grid", layout="channels_last"),
     "forward.cu": _places("part"), "backward.cu": _places("part"),
+    "double_backward.cu": _places("part"),  # first in DOUBLE_REGIMES as well
     "split.cu": _places("split"), "sums.cuh": _places("block-registers"), "channels.cu": _places("part"),
 }  # fmt: skip
 
@@ -362,7 +463,8 @@ def test_every_barrier_is_needed(
         lines[here] = without
         return head + found + "\n".join(lines)
 
-    said = _caught(on, seed, monkeypatch, removed, SHOWN_BY[file])
+    run = _everything_double if file.startswith("double") else _everything
+    said = _caught(on, seed, monkeypatch, removed, SHOWN_BY[file], run)
     print(f"{file}:{line}: {said}")
     assert bool(said) != (f"{file}:{line}" in SURVIVORS), said
 
@@ -443,7 +545,7 @@ def test_address_sanitizer() -> None:
         "-p",
         "no:cacheprovider",
         "-k",
-        "simt and float32 and (test_small or cluster4 or grid2)",
+        "simt and float32 and (_small or cluster4 or grid2)",
     ]
     folder = os.path.dirname(__file__)
     done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -333,6 +334,64 @@ def test_refusals(backend: Backend, rng: np.random.Generator) -> None:
     cn.instance_norm_backward(dy, saved, out=x)
     with pytest.raises(ValueError, match="has been written over"):
         double(dy, w, w, dy, saved)
+
+
+def _gradient_penalty() -> Callable[..., tuple[Any, ...]]:
+    """The function that README shows."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    code = next(c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "def gradient_penalty" in c)
+    names: dict[str, Any] = {"cn": cn}
+    exec(code, names)
+    return names["gradient_penalty"]
+
+
+def _critic(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """x, w, gamma, beta, v with no element near the kink of leaky_relu."""
+    while True:
+        x, w, gamma, beta, v = (rng.normal(size=shape) for shape in ((3, 4, 7), (5, 4), (5,), (5,), (5,)))
+        if np.abs(cn.instance_norm(w @ x, weight=gamma, bias=beta)).min() > 1e-3:
+            return x, w, gamma, beta, 0.2 * v
+
+
+def test_gradient_penalty(backend: Backend, rng: np.random.Generator) -> None:
+    """README's, against central differences of every parameter."""
+    function = _gradient_penalty()
+    x, *parameters = _critic(rng)
+    w, gamma, beta, v = parameters
+    penalty, dw, dgamma, dv = (backend.host(a) for a in function(*map(backend.array, (x, *parameters))))
+
+    # The critic's gradient is what the penalty says it is.
+    def critic(x: np.ndarray) -> np.ndarray:
+        z = reference.forward(w @ x, gamma, beta, activation="leaky_relu", negative_slope=0.2)
+        return (z * v[:, None]).sum((1, 2))
+
+    units = np.eye(x[0].size).reshape(-1, *x.shape[1:]) * 1e-6
+    slopes = np.array([critic(x + unit) - critic(x - unit) for unit in units]) / 2e-6
+    np.testing.assert_allclose(penalty, ((np.sqrt((slopes**2).sum(0)) - 1) ** 2).mean(), rtol=1e-6)
+    for place, gradient in ((0, dw), (1, dgamma), (3, dv)):
+        for index in np.ndindex(gradient.shape):
+            sides = []
+            for step in (1e-6, -1e-6):
+                moved = [p.copy() for p in parameters]
+                moved[place][index] += step
+                sides.append(float(function(*map(backend.array, (x, *moved)))[0]))
+            assert abs((sides[0] - sides[1]) / 2e-6 - gradient[index]) <= 1e-6 * max(1, np.abs(gradient).max())
+
+
+def test_a_gradient_penalty_falls(backend: Backend, rng: np.random.Generator) -> None:
+    """In plain gradient descent, in float32."""
+    function = _gradient_penalty()
+    x, w, gamma, beta, v = (backend.array(a.astype(np.float32)) for a in _critic(rng))
+    v *= 10 * backend.array(np.ones(5, np.float32))
+    penalties = []
+    for _ in range(200):
+        penalty, dw, dgamma, dv = function(x, w, gamma, beta, v)
+        penalties.append(float(penalty))
+        step = 0.02 / (1 + float((dw**2).sum() + (dgamma**2).sum() + (dv**2).sum()) ** 0.5)
+        w -= step * dw
+        gamma -= step * dgamma
+        v -= step * dv
+    assert penalties[-1] < 0.7 * penalties[0]
 
 
 # On a CPU

@@ -98,6 +98,58 @@ def test_large_planes(cp: Any, rng: np.random.Generator, shape: tuple[int, ...],
         assert not bool((wrong & (cp.abs(xhat) > 1e-4)).any())  # at the kink rounding decides
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [*SIZES[2:], *LARGE], ids=str)
+def test_double_backward_of_large_planes(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> None:
+    """As the device's own properties lead to, against float64 on the device."""
+    hosts = [rng.normal(2, 1, shape).astype(np.float32).astype(devices.dtype_of(dtype)) for _ in range(3)]
+    x, dy, ddx = (devices.to_device(host, "cuda:0") for host in hosts)
+    weight, ddweight = (cp.asarray(rng.normal(size=shape[1]), cp.float32) for _ in range(2))
+    _, saved = cn.instance_norm_forward(x, weight)
+    ddy, dx, dweight = cn.instance_norm_double_backward(ddx, ddweight, None, dy, saved)
+
+    def mean(a: Any) -> Any:
+        return a.mean((2, 3), keepdims=True)
+
+    xhat, g, u = (cp.asarray(host.astype(np.float32)).astype(cp.float64) for host in hosts)
+    xhat, g, u = (a - mean(a) for a in (xhat, g, u))
+    rstd = 1 / cp.sqrt(mean(xhat**2) + 1e-5)
+    xhat = xhat * rstd
+    w, q = (p.astype(cp.float64)[:, None, None] for p in (weight, ddweight))
+    a, c = mean(u * xhat), mean(g * xhat)
+    of_u, of_g = u - xhat * a, g - xhat * c
+    exact_dx = q * rstd * of_g - w * rstd**2 * (c * of_u + a * of_g + xhat * mean(u * of_g))
+    tolerance = 4 * reference.TOLERANCE[dtype]
+    for actual, exact in ((ddy, w * rstd * of_u + q * xhat), (dx, exact_dx)):
+        got = cp.asarray(devices.to_host(actual).astype(np.float32)).astype(cp.float64)
+        assert bool((cp.abs(got - exact) <= tolerance * (1 + cp.abs(exact))).all())
+    size = float(cp.abs(u * of_g).sum())
+    assert bool((cp.abs(dweight - (rstd * u * of_g).sum((0, 2, 3))) <= reference.TOLERANCE["float32"] * size).all())
+
+
+@pytest.mark.parametrize("shape", [*SIZES, *LARGE[:2]], ids=str)
+def test_graph_capture_of_a_double_backward(cp: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
+    """After a first call, which compiles the kernels and fills the graph's pool."""
+    x, dy, ddx = (cp.asarray(rng.normal(size=shape), cp.float32) for _ in range(3))
+    weight = cp.asarray(rng.normal(size=shape[1]), cp.float32)
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    cp.cuda.get_current_stream().synchronize()
+    with stream, cp.cuda.using_allocator(pool.malloc):
+        _, saved = cn.instance_norm_forward(x, weight)
+        first = cn.instance_norm_double_backward(ddx, weight, None, dy, saved)
+        del first
+        stream.begin_capture()
+        results = cn.instance_norm_double_backward(ddx, weight, None, dy, saved)
+        graph = stream.end_capture()
+        new = rng.normal(size=shape).astype(np.float32)
+        ddx.set(new, stream=stream)
+        graph.launch(stream)
+        stream.synchronize()
+    expected = reference.double_backward(new, weight.get(), None, dy.get(), x.get(), weight.get())
+    for actual, exact in zip(results, expected, strict=True):
+        assert np.abs(actual.get() - exact).max() <= 1e-5 * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_current_stream_small(cp: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     """Work is enqueued behind what the current stream is busy with, not behind the default stream."""
@@ -125,6 +177,7 @@ def test_same_bits_every_run(cp: Any, rng: np.random.Generator) -> None:
         for _ in range(5):
             y, saved = cn.instance_norm_forward(x, weight, weight)
             results = (y, *cn.instance_norm_backward(dy, saved))
+            results += cn.instance_norm_double_backward(dy, weight, None, x, saved)
             first = first or results
             for a, b in zip(first, results, strict=True):
                 cp.testing.assert_array_equal(a, b)

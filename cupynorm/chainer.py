@@ -1,0 +1,458 @@
+"""Instance normalisation for Chainer: functions and links, differentiable to any order, on NumPy and CuPy arrays.
+
+Importing this module brings Chainer 7.8.1 up on today's NumPy and CuPy (`cupynorm.chainer_import` says how), so it
+stands in for `import chainer` first:
+
+    import cupynorm.chainer
+    import chainer
+
+The names, defaults and conventions are those of Chainer's own `BatchNormalization`. Forward, backward and double
+backward are cupynorm's; from the third derivative on they are composed of Chainer's functions.
+
+Where Chainer itself is wrong: in 7.8.1 the gradient of a deconvolution with respect to its W alone passes arrays where
+shapes are needed (`_set_cover_all(x, W)` in `Deconvolution2DFunction.backward`, and the same in N dimensions) and
+fails. A gradient penalty (WGAN-GP) meets it where the critic's last convolution is given a gradient that depends on no
+parameter: end the critic with a linear layer, not with a convolution and a mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+
+from .chainer_import import chainer
+from .functional import (
+    Saved,
+    _check_per_channel,
+    check_count,
+    check_dtype,
+    check_eps,
+    check_input,
+    check_number,
+    instance_norm_backward,
+    instance_norm_double_backward,
+    instance_norm_forward,
+    math_dtype,
+)
+
+__all__ = [
+    "InstanceNormalization",
+    "InstanceNormalization1D",
+    "InstanceNormalization2D",
+    "InstanceNormalization3D",
+    "fixed_instance_normalization",
+    "instance_normalization",
+]
+
+#: A chainer.Variable, or a NumPy or CuPy array.
+Given = Any
+
+F = chainer.functions
+
+
+class _Forward(chainer.FunctionNode):
+    """x, and gamma and beta where they are given, to y."""
+
+    def __init__(self, affine: tuple[bool, bool], **options: Any):
+        self._affine = affine
+        self._options = options
+        self._saved: Saved | None = None
+
+    @property
+    def label(self) -> str:
+        return "InstanceNormalization"
+
+    def forward(self, inputs: tuple[Any, ...]) -> tuple[Any]:
+        x, *parameters = inputs
+        check_input(x, "x")
+        names = [name for name, given in zip(("gamma", "beta"), self._affine, strict=True) if given]
+        given = dict(zip(names, parameters, strict=True))
+        for name, array in given.items():
+            _check_per_channel(array, name, x, per_sample=True)
+        y, self._saved = instance_norm_forward(x, given.get("gamma"), given.get("beta"), **self._options)
+        self.retain_inputs((0, 1) if self._affine[0] else (0,))
+        return (y,)
+
+    def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any]) -> tuple[Any, ...]:
+        assert self._saved is not None
+        backward = _Backward(self._affine, self._saved, self._options["eps"])
+        gradients: tuple[Any, ...] = backward.apply((*self.get_retained_inputs(), *grad_outputs))
+        return gradients
+
+
+class _Backward(chainer.FunctionNode):
+    """x, gamma where it is given, and gy to gx, and to ggamma and gbeta where those are given."""
+
+    def __init__(self, affine: tuple[bool, bool], saved: Saved, eps: float):
+        self._affine = affine
+        self._saved = saved
+        self._eps = eps
+
+    @property
+    def label(self) -> str:
+        return "InstanceNormalizationGrad"
+
+    def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.retain_inputs(tuple(range(len(inputs))))
+        return tuple(gradient for gradient in instance_norm_backward(inputs[-1], self._saved) if gradient is not None)
+
+    def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        given = iter(grad_outputs)
+        gradients = [next(given) if there else None for there in (True, *self._affine)]
+        node = _DoubleBackward(self._affine, self._saved, self._eps, tuple(g is not None for g in gradients))
+        results: tuple[Any, ...] = node.apply((*self.get_retained_inputs(), *(g for g in gradients if g is not None)))
+        return results
+
+
+class _DoubleBackward(chainer.FunctionNode):
+    """x, gamma where it is given, gy, and those of ggx, gggamma and ggbeta that are not 0 (`present`), to gradients of
+    the loss with respect to x, gamma and gy."""
+
+    def __init__(self, affine: tuple[bool, bool], saved: Saved, eps: float, present: tuple[bool, ...]):
+        self._affine = affine
+        self._saved = saved
+        self._eps = eps
+        self._present = present
+
+    @property
+    def label(self) -> str:
+        return "InstanceNormalizationGradGrad"
+
+    def _named(self, inputs: tuple[Any, ...]) -> tuple[Any, Any, Any, list[Any]]:
+        """x, gamma or None, gy, and [ggx, gggamma, ggbeta], each of them or None."""
+        left = iter(inputs)
+        x = next(left)
+        gamma = next(left) if self._affine[0] else None
+        return x, gamma, next(left), [next(left) if there else None for there in self._present]
+
+    def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        self.retain_inputs(tuple(range(len(inputs))))
+        _, _, gy, (ggx, gggamma, ggbeta) = self._named(inputs)
+        ggy, gx, ggamma = instance_norm_double_backward(ggx, gggamma, ggbeta, gy, self._saved)
+        return (gx, ggy) if ggamma is None else (gx, ggamma, ggy)
+
+    def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The forward once more in Chainer's functions, and the gradient of its gradient's gradient."""
+        again = chainer.config.enable_backprop
+        with chainer.force_backprop_mode():
+            # Variables of their own: x may be among what gy was computed from, and that is not this function's.
+            inputs = tuple(
+                F.identity(v) if v.requires_grad else chainer.Variable(v.array) for v in self.get_retained_inputs()
+            )
+            x, gamma, gy, gradients = self._named(inputs)
+            beta = chainer.Variable(self._saved.bias) if self._affine[1] else None
+            y = _composed(x, gamma, beta, None if self._saved.training else self._saved, self._eps)
+            first = _grad([y], [x, gamma, beta], [gy], again=True)
+            second = _grad(first, [x, gamma, gy], gradients, again=True)
+            there = [v for v, given in zip(second, (True, gamma is not None, True), strict=True) if given]
+            return tuple(_grad(there, inputs, grad_outputs, again=again))
+
+
+def _grad(outputs: Any, inputs: Any, grad_outputs: Any, *, again: bool) -> list[Any]:
+    """chainer.grad among Variables, each of which may be None; None, too, where an input has no influence."""
+    pairs = [(y, gy) for y, gy in zip(outputs, grad_outputs, strict=True) if y is not None and gy is not None]
+    there = [x for x in inputs if x is not None]
+    gradients = iter([None] * len(there))
+    if pairs:
+        ys, gys = zip(*pairs, strict=True)
+        gradients = iter(chainer.grad(ys, there, gys, enable_double_backprop=again))
+    return [None if x is None else next(gradients) for x in inputs]
+
+
+def _composed(x: Any, gamma: Any, beta: Any, fixed: Saved | None, eps: float) -> Any:
+    """y, in Chainer's functions: with the statistics of `fixed`, or x's own."""
+    axes = tuple(range(2, x.ndim))
+    dtype = x.dtype
+    wide = math_dtype(dtype)
+
+    def per_plane(values: Any) -> Any:
+        values = F.cast(values, wide) if isinstance(values, chainer.Variable) else values
+        return F.reshape(values, (-1, x.shape[1], *(1,) * len(axes)))
+
+    z = F.cast(x, wide)
+    if fixed is None:
+        count = math.prod(x.shape[2:])
+        z = z - F.sum(z, axes, keepdims=True) / count
+        z = z * (F.sum(z * z, axes, keepdims=True) / count + eps) ** -0.5
+    else:
+        z = (z - per_plane(fixed.mean)) * per_plane(fixed.rstd)
+    if gamma is not None:
+        z = z * per_plane(gamma)
+    if beta is not None:
+        z = z + per_plane(beta)
+    return F.cast(z, dtype)
+
+
+def _apply(x: Given, gamma: Given | None, beta: Given | None, **options: Any) -> Any:
+    inputs = [x, *(v for v in (gamma, beta) if v is not None)]
+    return _Forward((gamma is not None, beta is not None), **options).apply(inputs)[0]
+
+
+def instance_normalization(
+    x: Given,
+    gamma: Given | None,
+    beta: Given | None,
+    *,
+    eps: float = 2e-5,
+    running_mean: Any | None = None,
+    running_var: Any | None = None,
+    decay: float = 0.9,
+) -> Any:
+    """Normalise every plane of x with its own statistics: y = (x - mean) / sqrt(var + eps) * gamma + beta.
+
+    mean and the biased var are taken over the spatial positions of each sample and channel (Ulyanov, Vedaldi, Lempitsky
+    2016). Differentiable with respect to x, gamma and beta, to any order.
+
+    Args:
+        x: Variable or array (N, C, *spatial) of rank 3 or more: float16, float32 or float64, on a CPU or a GPU.
+        gamma, beta: Variables or arrays (C,), or (N, C) for a scale and shift of each sample; None stands for 1 and 0.
+            In x's dtype, or float32 for float16 x, as are the running statistics.
+        eps: added to the variance, not negative.
+        running_mean, running_var: arrays (C,), both or neither, updated in place: running <- decay * running
+            + (1 - decay) * (mean over N of the planes' means and unbiased variances). Not where `chainer.functions.
+            forget` runs a forward once more.
+        decay: weight of what the running statistics were: 1 - momentum. At 1 they stay.
+
+    Returns:
+        A Variable of x's shape and dtype.
+
+    Raises:
+        TypeError: an argument of another type or dtype.
+        ValueError: shapes that do not fit, arrays on several devices, one running statistic without the other, one
+            spatial element. Nothing has been written then.
+    """
+    if chainer.config.in_recomputing:
+        running_mean = running_var = None
+    return _apply(
+        x, gamma, beta, eps=check_eps(eps), running_mean=chainer.as_array(running_mean),
+        running_var=chainer.as_array(running_var), momentum=1 - check_number(decay, "decay"),
+    )  # fmt: skip
+
+
+def fixed_instance_normalization(
+    x: Given, gamma: Given | None, beta: Given | None, mean: Given, var: Given, eps: float = 2e-5
+) -> Any:
+    """Normalise every plane of x with given statistics: y = (x - mean) / sqrt(var + eps) * gamma + beta.
+
+    Differentiable with respect to every argument, mean and var included where they are Variables, to any order.
+
+    Args:
+        x, gamma, beta, eps: see `instance_normalization`.
+        mean, var: Variables or arrays (C,), in the dtypes of gamma and beta.
+
+    Returns:
+        A Variable of x's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: see `instance_normalization`. One spatial element is allowed.
+    """
+    eps = check_eps(eps)
+    if mean is None or var is None:
+        raise ValueError("mean and var are both needed, but one of them is None")
+    fixed_mean, fixed_var = chainer.as_array(mean), chainer.as_array(var)
+    if any(isinstance(v, chainer.Variable) and v.requires_grad for v in (mean, var)) and chainer.config.enable_backprop:
+        # The same numbers, since the ratio is 1 and the difference 0, and every derivative with them.
+        array = chainer.as_array(x)
+        check_input(array, "x")
+        for name, value in (("mean", fixed_mean), ("var", fixed_var)):
+            _check_per_channel(value, name, array)
+        wide = math_dtype(array.dtype)
+        mean, var = (F.cast(chainer.as_variable(v), wide) for v in (mean, var))
+        scale = (var + eps) ** -0.5
+        if gamma is not None:
+            scale = scale * F.cast(chainer.as_variable(gamma), wide)
+        shift = scale * (mean.array - mean)
+        gamma = scale * (var.array + eps) ** 0.5
+        beta = shift if beta is None else F.cast(chainer.as_variable(beta), wide) + shift
+    return _apply(x, gamma, beta, eps=eps, running_mean=fixed_mean, running_var=fixed_var, use_input_stats=False)
+
+
+def _initializer(given: Any, default: float, dtype: numpy.dtype) -> Any:
+    """Chainer's initializer for what a user may give, with a dtype; his own object is left as it is."""
+    initializer = copy.copy(chainer.initializers._get_initializer(default if given is None else given))
+    initializer.dtype = dtype
+    return initializer
+
+
+class InstanceNormalization(chainer.Link):
+    """Instance normalisation of (N, C, *spatial) input of any rank from 3 on.
+
+    In training (`chainer.config.train`) with the input's own statistics. In test mode with the averages where they are
+    tracked, as `torch.nn.InstanceNorm2d` does with track_running_stats, else also with the input's own.
+
+    Args:
+        size: C; None: taken from the first input, or from what is loaded.
+        decay: weight of what the averages were, 1 - momentum.
+        eps: added to the biased variance.
+        dtype: of parameters and averages: float16, float32 or float64; None: `chainer.config.dtype`, with float32 for
+            mixed16. Input has that dtype, or float16 for float32.
+        use_gamma, use_beta: a trained scale, and a trained shift, of each channel.
+        initial_gamma, initial_beta: initializer, array or number; None: 1 and 0.
+        track_avg_stats: keep averages of means and unbiased variances for test mode.
+        initial_avg_mean, initial_avg_var: initializer, array or number; None: 0 and 1.
+
+    Attributes:
+        gamma, beta: `chainer.Parameter` (C,), or None.
+        avg_mean, avg_var: arrays (C,), updated in place; persistent. None without track_avg_stats, and before the
+            first input where the size is not known.
+        N: how many batches finetuning has seen; persistent. 0 without track_avg_stats.
+        decay, eps: as given; may be changed.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or value.
+    """
+
+    gamma: Any = None
+    beta: Any = None
+    _rank: int | None = None
+
+    def __init__(
+        self,
+        size: int | None = None,
+        decay: float = 0.9,
+        eps: float = 2e-5,
+        dtype: Any = None,
+        use_gamma: bool = True,
+        use_beta: bool = True,
+        initial_gamma: Any = None,
+        initial_beta: Any = None,
+        track_avg_stats: bool = False,
+        initial_avg_mean: Any = None,
+        initial_avg_var: Any = None,
+    ):
+        super().__init__()
+        self._size = None if size is None else check_count(size, "size", 0)
+        self.decay = check_number(decay, "decay")
+        self.eps = check_eps(eps)
+        self._dtype = numpy.dtype(chainer.get_dtype(dtype, map_mixed16=numpy.float32))
+        check_dtype(self._dtype, "dtype")
+        self.track_avg_stats = bool(track_avg_stats)
+        self._initial_averages = {
+            "avg_mean": _initializer(initial_avg_mean, 0, self._dtype),
+            "avg_var": _initializer(initial_avg_var, 1, self._dtype),
+        }
+        self.N = 0
+        self.avg_mean: Any = None
+        self.avg_var: Any = None
+        with self.init_scope():
+            if use_gamma:
+                self.gamma = chainer.Parameter(_initializer(initial_gamma, 1, self._dtype))
+            if use_beta:
+                self.beta = chainer.Parameter(_initializer(initial_beta, 0, self._dtype))
+        if self.track_avg_stats:
+            for name in ("N", *self._initial_averages):
+                self.register_persistent(name)
+        if self._size is not None:
+            self._initialize(self._size)
+
+    def _initialize(self, size: int) -> None:
+        """Make what is not there yet."""
+        for parameter in (self.gamma, self.beta):
+            if parameter is not None and not parameter.is_initialized:
+                parameter.initialize((size,))
+        for name, initializer in self._initial_averages.items():
+            if self.track_avg_stats and getattr(self, name) is None:
+                array = chainer.initializers.generate_array(
+                    initializer, (size,), self.xp, dtype=self._dtype, device=self.device
+                )
+                setattr(self, name, array)
+
+    def _check(self, x: Any, use_input_stats: bool) -> None:
+        """Whether x can be normalised, before anything is made for it or counted."""
+        check_input(x, "x")
+        if self._rank is not None and x.ndim != self._rank + 2:
+            raise ValueError(f"expected {self._rank + 2}D input (got {x.ndim}D input)")
+        if self._size is not None and x.shape[1] != self._size:
+            raise ValueError(f"x has shape {x.shape}, with {x.shape[1]} channels; the link's size is {self._size}")
+        if use_input_stats and math.prod(x.shape[2:]) == 1:
+            raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+        if self.gamma is None and self.beta is None and not self.track_avg_stats:
+            return
+        if self._dtype not in (x.dtype, math_dtype(x.dtype)):
+            raise TypeError(
+                f"x has dtype {x.dtype} and the link {self._dtype}; x must be {self._dtype}"
+                f"{' or float16' if self._dtype == numpy.float32 else ''}"
+            )
+        device = chainer.backend.get_device_from_array(x)
+        if device != self.device:
+            raise ValueError(
+                f"x is on {device} and the link on {self.device}; move one of them "
+                f"(link.to_device({str(device)!r}), or chainer.get_device({str(self.device)!r}).send(x))"
+            )
+
+    def forward(self, x: Given, finetune: bool = False) -> Any:
+        """Normalise x.
+
+        Args:
+            x: Variable or array (N, C, *spatial) on the link's device.
+            finetune: in training, count the averages anew over all batches since `start_finetuning` (or since the link
+                was made), each with the same weight: decay is 1 - 1 / N. Without track_avg_stats there are no averages
+                and it changes nothing.
+
+        Returns:
+            A Variable of x's shape and dtype.
+
+        Raises:
+            TypeError, ValueError: see `instance_normalization`; x on another device, or of another rank or size.
+                Nothing has been made, counted or written then.
+        """
+        training = bool(chainer.config.train)
+        self._check(chainer.as_array(x), training or not self.track_avg_stats)
+        self._initialize(x.shape[1])
+        if self.track_avg_stats and not training:
+            return fixed_instance_normalization(x, self.gamma, self.beta, self.avg_mean, self.avg_var, self.eps)
+        finetune = finetune and self.track_avg_stats and not chainer.config.in_recomputing
+        y = instance_normalization(
+            x, self.gamma, self.beta, eps=self.eps, running_mean=self.avg_mean, running_var=self.avg_var,
+            decay=self.N / (self.N + 1) if finetune else self.decay,
+        )  # fmt: skip
+        self.N += bool(finetune)
+        return y
+
+    def start_finetuning(self) -> None:
+        """Begin to count the batches anew: before finetuning a second time."""
+        self.N = 0
+
+    def serialize(self, serializer: Any) -> None:
+        """Save, or load in place. Averages come to a link that has none, in its dtype and on its device; a file that
+        was saved before the size was known leaves them as they are."""
+        before = {name: getattr(self, name) for name in self._initial_averages}
+        super().serialize(serializer)
+        for name, old in before.items():
+            loaded = getattr(self, name)
+            if loaded is None:
+                setattr(self, name, old)
+            elif old is None:
+                setattr(self, name, self.device.send(numpy.asarray(loaded, self._dtype)))
+
+    @property
+    def printable_specs(self) -> Iterator[tuple[str, Any]]:
+        yield "size", self._size
+        yield "decay", self.decay
+        yield "eps", self.eps
+        yield "dtype", self._dtype.name
+        yield "use_gamma", self.gamma is not None
+        yield "use_beta", self.beta is not None
+        yield "track_avg_stats", self.track_avg_stats
+
+
+class InstanceNormalization1D(InstanceNormalization):
+    """`InstanceNormalization` of (N, C, L) input alone."""
+
+    _rank = 1
+
+
+class InstanceNormalization2D(InstanceNormalization):
+    """`InstanceNormalization` of (N, C, H, W) input alone."""
+
+    _rank = 2
+
+
+class InstanceNormalization3D(InstanceNormalization):
+    """`InstanceNormalization` of (N, C, D, H, W) input alone."""
+
+    _rank = 3

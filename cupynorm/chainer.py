@@ -9,10 +9,12 @@ stands in for `import chainer` first:
 The names, defaults and conventions are those of Chainer's own `BatchNormalization`. Forward, backward and double
 backward are cupynorm's; from the third derivative on they are composed of Chainer's functions.
 
-Where Chainer itself is wrong: in 7.8.1 the gradient of a deconvolution with respect to its W alone passes arrays where
-shapes are needed (`_set_cover_all(x, W)` in `Deconvolution2DFunction.backward`, and the same in N dimensions) and
-fails. A gradient penalty (WGAN-GP) meets it where the critic's last convolution is given a gradient that depends on no
-parameter: end the critic with a linear layer, not with a convolution and a mean.
+Where Chainer itself is wrong: in 7.8.1 the gradient of `deconvolution_2d` with respect to its W alone passes x and W
+where their shapes are needed (`self._set_cover_all(x, W)` in Deconvolution2DFunction.backward) and fails with "not
+enough values to unpack". The gradient of a `convolution_2d` is such a deconvolution, so a gradient penalty (WGAN-GP)
+meets it in a critic that ends with one, as the gradient it is given then depends on no parameter; so does a
+`Deconvolution2D` of data. End the critic with a linear layer, or use ConvolutionND and
+DeconvolutionND, which are right.
 """
 
 from __future__ import annotations
@@ -258,15 +260,17 @@ def fixed_instance_normalization(
         # The same numbers, since the ratio is 1 and the difference 0, and every derivative with them.
         array = chainer.as_array(x)
         check_input(array, "x")
-        for name, value in (("mean", fixed_mean), ("var", fixed_var)):
-            _check_per_channel(value, name, array)
+        for name, value in (("mean", fixed_mean), ("var", fixed_var), ("gamma", gamma), ("beta", beta)):
+            if value is not None:
+                _check_per_channel(chainer.as_array(value), name, array, per_sample=name in ("gamma", "beta"))
         wide = math_dtype(array.dtype)
         mean, var = (F.cast(chainer.as_variable(v), wide) for v in (mean, var))
-        scale = (var + eps) ** -0.5
+        scale = ((var.array + eps) / (var + eps)) ** 0.5
+        shift = (mean.array - mean) * (var + eps) ** -0.5
         if gamma is not None:
-            scale = scale * F.cast(chainer.as_variable(gamma), wide)
-        shift = scale * (mean.array - mean)
-        gamma = scale * (var.array + eps) ** 0.5
+            gamma = F.cast(chainer.as_variable(gamma), wide)
+            scale, shift = gamma * scale, gamma * shift
+        gamma = scale
         beta = shift if beta is None else F.cast(chainer.as_variable(beta), wide) + shift
     return _apply(x, gamma, beta, eps=eps, running_mean=fixed_mean, running_var=fixed_var, use_input_stats=False)
 

@@ -31,7 +31,7 @@ with warnings.catch_warnings():
     from chainer import gradient_check, training
     from chainer.training import extensions
 
-pytestmark = [pytest.mark.chainer, pytest.mark.filterwarnings("ignore:cuDNN is not enabled:UserWarning")]
+pytestmark = pytest.mark.chainer
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = ("float16", "float32", "float64")

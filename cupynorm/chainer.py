@@ -223,9 +223,9 @@ def instance_normalization(
         A Variable of x's shape and dtype.
 
     Raises:
-        TypeError: an argument of another type or dtype.
-        ValueError: shapes that do not fit, arrays on several devices, one running statistic without the other, one
-            spatial element. Nothing has been written then.
+        TypeError: an argument of another type or dtype, or inputs partly on a CPU and partly on a GPU.
+        ValueError: shapes that do not fit, one running statistic without the other or on another device, one spatial
+            element. Nothing has been written then.
     """
     if chainer.config.in_recomputing:
         running_mean = running_var = None
@@ -255,14 +255,14 @@ def fixed_instance_normalization(
     eps = check_eps(eps)
     if mean is None or var is None:
         raise ValueError("mean and var are both needed, but one of them is None")
+    array = chainer.as_array(x)
+    check_input(array, "x")
+    for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
+        if value is not None:
+            _check_per_channel(chainer.as_array(value), name, array, per_sample=name in ("gamma", "beta"))
     fixed_mean, fixed_var = chainer.as_array(mean), chainer.as_array(var)
     if any(isinstance(v, chainer.Variable) and v.requires_grad for v in (mean, var)) and chainer.config.enable_backprop:
         # The same numbers, since the ratio is 1 and the difference 0, and every derivative with them.
-        array = chainer.as_array(x)
-        check_input(array, "x")
-        for name, value in (("mean", fixed_mean), ("var", fixed_var), ("gamma", gamma), ("beta", beta)):
-            if value is not None:
-                _check_per_channel(chainer.as_array(value), name, array, per_sample=name in ("gamma", "beta"))
         wide = math_dtype(array.dtype)
         mean, var = (F.cast(chainer.as_variable(v), wide) for v in (mean, var))
         scale = ((var.array + eps) / (var + eps)) ** 0.5

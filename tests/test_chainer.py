@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -373,6 +374,12 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[np.ndarray, np.ndarray]
     "decay": (TypeError, "decay must be", lambda x, c: cnc.instance_normalization(x, c, c, decay="0.9")),
     "eps": (ValueError, "eps must not", lambda x, c: cnc.instance_normalization(x, c, c, eps=-1)),
     "no var": (ValueError, "mean and var", lambda x, c: cnc.fixed_instance_normalization(x, c, c, c, None)),
+    "mean's shape": (ValueError, "mean has shape", lambda x, c: cnc.fixed_instance_normalization(x, c, c, c[1:], c)),
+    "var's dtype": (
+        TypeError,
+        "var has dtype",
+        lambda x, c: cnc.fixed_instance_normalization(x, c, c, c, c.astype(np.float64)),
+    ),
     "trained mean's shape": (
         ValueError,
         "mean has shape",
@@ -597,6 +604,17 @@ def test_copies(send: Send, rng: np.random.Generator, mode: str, lazy: bool) -> 
         else:
             np.testing.assert_array_equal(host(link.avg_mean), before)
         np.testing.assert_array_equal(host(other.gamma), [5, 5, 5] if mode == "copy" and not lazy else [1, 1, 1])
+
+
+def test_pickle(send: Send, rng: np.random.Generator) -> None:
+    x = send(normal(rng, 2, 3, 4, 4))
+    for size in (3, None):
+        link = send(cnc.InstanceNormalization2D(size, track_avg_stats=True))
+        if size:
+            link(x)
+        again = pickle.loads(pickle.dumps(link))
+        np.testing.assert_array_equal(host(again(x)), host(link(x)))
+        np.testing.assert_array_equal(host(again.avg_mean), host(link.avg_mean))
 
 
 @pytest.mark.parametrize("mode", ["share", "copy", "init"])

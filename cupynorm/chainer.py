@@ -56,17 +56,13 @@ Given = Any
 F = chainer.functions
 
 
-class _Forward(chainer.FunctionNode):
-    """x, and gamma and beta where they are given, to y."""
+class InstanceNormalizationFunction(chainer.FunctionNode):
+    """x, and gamma and beta where they are given, to y. Chainer's hooks and graphs show these classes' names."""
 
     def __init__(self, affine: tuple[bool, bool], **options: Any):
         self._affine = affine
         self._options = options
         self._saved: Saved | None = None
-
-    @property
-    def label(self) -> str:
-        return "InstanceNormalization"
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any]:
         x, *parameters = inputs
@@ -81,22 +77,18 @@ class _Forward(chainer.FunctionNode):
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any]) -> tuple[Any, ...]:
         assert self._saved is not None
-        backward = _Backward(self._affine, self._saved, self._options["eps"])
+        backward = InstanceNormalizationGrad(self._affine, self._saved, self._options["eps"])
         gradients: tuple[Any, ...] = backward.apply((*self.get_retained_inputs(), *grad_outputs))
         return gradients
 
 
-class _Backward(chainer.FunctionNode):
+class InstanceNormalizationGrad(chainer.FunctionNode):
     """x, gamma where it is given, and gy to gx, and to ggamma and gbeta where those are given."""
 
     def __init__(self, affine: tuple[bool, bool], saved: Saved, eps: float):
         self._affine = affine
         self._saved = saved
         self._eps = eps
-
-    @property
-    def label(self) -> str:
-        return "InstanceNormalizationGrad"
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         self.retain_inputs(tuple(range(len(inputs))))
@@ -105,12 +97,14 @@ class _Backward(chainer.FunctionNode):
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         given = iter(grad_outputs)
         gradients = [next(given) if there else None for there in (True, *self._affine)]
-        node = _DoubleBackward(self._affine, self._saved, self._eps, tuple(g is not None for g in gradients))
+        node = InstanceNormalizationDoubleGrad(
+            self._affine, self._saved, self._eps, tuple(g is not None for g in gradients)
+        )
         results: tuple[Any, ...] = node.apply((*self.get_retained_inputs(), *(g for g in gradients if g is not None)))
         return results
 
 
-class _DoubleBackward(chainer.FunctionNode):
+class InstanceNormalizationDoubleGrad(chainer.FunctionNode):
     """x, gamma where it is given, gy, and those of ggx, gggamma and ggbeta that are not 0 (`present`), to gradients of
     the loss with respect to x, gamma and gy."""
 
@@ -119,10 +113,6 @@ class _DoubleBackward(chainer.FunctionNode):
         self._saved = saved
         self._eps = eps
         self._present = present
-
-    @property
-    def label(self) -> str:
-        return "InstanceNormalizationGradGrad"
 
     def _named(self, inputs: tuple[Any, ...]) -> tuple[Any, Any, Any, list[Any]]:
         """x, gamma or None, gy, and [ggx, gggamma, ggbeta], each of them or None."""
@@ -191,7 +181,7 @@ def _composed(x: Any, gamma: Any, beta: Any, fixed: Saved | None, eps: float) ->
 
 def _apply(x: Given, gamma: Given | None, beta: Given | None, **options: Any) -> Any:
     inputs = [x, *(v for v in (gamma, beta) if v is not None)]
-    return _Forward((gamma is not None, beta is not None), **options).apply(inputs)[0]
+    return InstanceNormalizationFunction((gamma is not None, beta is not None), **options).apply(inputs)[0]
 
 
 def instance_normalization(

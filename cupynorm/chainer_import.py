@@ -8,6 +8,7 @@ gone since setuptools 82, to warn of any CuPy later than 7. What is done about i
 - The check is left out: `chainer._environment_check` is an empty module with a `check()`.
 - Without `pkg_resources`, Chainer's `gradient_check` and `testing` are imported at once with an empty module in its
   place, which is then gone again; `chainer.testing.with_requires` and `without_requires` do not work.
+- The import's warnings are left out: of deprecation, of cuDNN, which CuPy 14 no longer has, of NCCL where it is not.
 
 Nothing of NumPy, CuPy or setuptools is different afterwards. Where Chainer has been imported before, by whatever means,
 nothing is touched at all.

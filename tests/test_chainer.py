@@ -420,6 +420,26 @@ def test_link_names_defaults_and_conventions_are_chainers(send: Send, rng: np.ra
     assert "size=3" in str(link)
 
 
+@pytest.mark.parametrize("mode", ["train", "test", "test with averages"])
+def test_gradients_of_links(send: Send, rng: np.random.Generator, mode: str) -> None:
+    gamma, beta, mean, var = normal(rng, 4, 3, dtype=np.float64)
+    link = send(
+        cnc.InstanceNormalization2D(
+            None, dtype=np.float64, track_avg_stats=mode != "test", initial_gamma=gamma, initial_beta=beta,
+            initial_avg_mean=mean, initial_avg_var=var**2,
+        )
+    )  # fmt: skip
+    x, gy, ggx = (send(normal(rng, 4, 3, 4, 5, dtype=np.float64)) for _ in range(3))
+    with chainer.using_config("train", mode == "train"):
+        link(x)
+        parameters = tuple(link.params())
+        gradient_check.check_backward(link, x, gy, parameters, eps=1e-4, atol=1e-6, rtol=1e-6)
+        gg_parameters = tuple(send(normal(rng, 3, dtype=np.float64)) for _ in parameters)
+        gradient_check.check_double_backward(
+            link, x, gy, ggx, parameters, gg_parameters, eps=1e-4, atol=1e-6, rtol=1e-6
+        )
+
+
 def test_without_averages_test_mode_is_the_same(send: Send, rng: np.random.Generator) -> None:
     link = send(cnc.InstanceNormalization(3))
     x = send(normal(rng, 2, 3, 5, 6))

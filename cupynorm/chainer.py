@@ -1,7 +1,7 @@
 """Instance normalisation for Chainer: functions and links, differentiable to any order, on NumPy and CuPy arrays.
 
 Importing this module brings Chainer 7.8.1 up on today's NumPy and CuPy (`cupynorm.chainer_import` says how), so it
-stands in for `import chainer` first:
+comes first:
 
     import cupynorm.chainer
     import chainer
@@ -13,8 +13,8 @@ Where Chainer itself is wrong: in 7.8.1 the gradient of `deconvolution_2d` with 
 where their shapes are needed (`self._set_cover_all(x, W)` in Deconvolution2DFunction.backward) and fails with "not
 enough values to unpack". The gradient of a `convolution_2d` is such a deconvolution, so a gradient penalty (WGAN-GP)
 meets it in a critic that ends with one, as the gradient it is given then depends on no parameter; so does a
-`Deconvolution2D` of data. End the critic with a linear layer, or use ConvolutionND and
-DeconvolutionND, which are right.
+`Deconvolution2D` of data. End the critic with a linear layer, or use ConvolutionND and DeconvolutionND, which are
+right.
 """
 
 from __future__ import annotations

@@ -37,24 +37,48 @@ template <int REST, int THREADS, int CHUNKS> struct Rests {
     }
 };
 
-// A thread's planes: statistics, weight and ddbias (as `affine`), ddweight.
-struct Known : Statistics {
-    Math ddweight[P];
+// The statistics of a thread's planes.
+struct Standard {
+    Math mean[P], rstd[P];
 
-    // gradient: its bias is ddweight, which like a bias is 0 where there is none.
     template <class Share>
-    __device__ Known(const Share& share, const Math* mean, const Math* rstd, const Affine& affine, const Affine& gradient,
-                     long long channels) : Statistics(share, mean, 0, rstd, affine, channels) {
-        const AffineOfThread other(share, gradient, channels);
+    __device__ Standard(const Share& share, const Math* mean_, const Math* rstd_, long long channels) {
         #pragma unroll
-        for (int p = 0; p < P; p++) ddweight[p] = other.bias[p];
+        for (int p = 0; p < P; p++) {
+            const long long i = share.n * channels + share.c + p;
+            const bool exists = share.c + p < channels;
+            mean[p] = exists ? load(mean_ + i) : 0;
+            rstd[p] = exists ? load(rstd_ + i) : 0;
+        }
+    }
+
+    __device__ Math xhat(int p, Math x) const { return (x - mean[p]) * rstd[p]; }
+};
+
+// What else is known of them: read when the sums are there, as it would take registers until then.
+struct Parameters {
+    Affine affine, gradient;        // weight and ddbias; ddweight, as a bias: where there is none it is 0
+};
+
+struct ParametersOfThread {
+    Math weight[P], ddbias[P], ddweight[P];
+
+    template <class Share>
+    __device__ ParametersOfThread(const Share& share, const Parameters& parameters, long long channels) {
+        const AffineOfThread affine(share, parameters.affine, channels), gradient(share, parameters.gradient, channels);
+        #pragma unroll
+        for (int p = 0; p < P; p++) {
+            weight[p] = affine.weight[p];
+            ddbias[p] = affine.bias[p];
+            ddweight[p] = gradient.bias[p];
+        }
     }
 };
 
 // scratch, other: of 2 P and of QUANTITIES * P sums (scratch_size).
 template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
 __device__ inline Products products_of_tile(const Share& share, const Given& given, Rests<REST, THREADS, CHUNKS>& rest,
-                                            int chunks, const Known& known, Math* scratch, Math* other) {
+                                            int chunks, const Standard& stat, Math* scratch, Math* other) {
     const bool more = given.ddx.data;
     Products m;
     {
@@ -85,11 +109,11 @@ __device__ inline Products products_of_tile(const Share& share, const Given& giv
     Math s[QUANTITIES][LINES] = {};
     const auto add = [&](int v, Math x, Math g_, Math u) {
         const int p = plane_of(v), line = line_of(v);
-        const Math xhat = known.centred(p, x) * known.rstd[p], g = g_ - m.pivot_g[p];
+        const Math xhat = stat.xhat(p, x), g = g_ - m.pivot_g[p];
         s[OF_X][line] += xhat;
         s[OF_G][line] += g;
         s[OF_GX][line] += g * xhat;
-        const Math v_ = (u - m.pivot_u[p]) * known.rstd[p];
+        const Math v_ = (u - m.pivot_u[p]) * stat.rstd[p];
         s[OF_V][line] += v_;
         s[OF_VX][line] += v_ * xhat;
         s[OF_VG][line] += v_ * g;
@@ -141,31 +165,31 @@ __device__ inline void add_products(Accum n, Accum far_g, Accum far_v, F number,
 
 // Both results of a thread's planes.
 struct DoubleGradient {
-    Math pivot_g[P], pivot_u[P], q[P], of_v[P], of_x[P], rest_dy[P], rest_dx[P];
+    Math pivot_g[P], pivot_u[P], weight[P], q[P], of_v[P], of_x[P], rest_dy[P], rest_dx[P];
 
-    __device__ void set(int p, const Means& m, const Known& known) {
-        const Math w = known.affine.weight[p];
+    __device__ void set(int p, const Means& m, const ParametersOfThread& of) {
+        const Math w = weight[p] = of.weight[p];
         pivot_g[p] = m.pivot_g;
         pivot_u[p] = m.pivot_u;
-        q[p] = known.ddweight[p] - w * m.a;
+        q[p] = of.ddweight[p] - w * m.a;
         of_v[p] = w * m.c;
         of_x[p] = w * (m.a * m.c - m.s) - q[p] * m.c;
-        rest_dy[p] = known.affine.bias[p] - w * m.v - q[p] * m.x;
+        rest_dy[p] = of.ddbias[p] - w * m.v - q[p] * m.x;
         rest_dx[p] = of_v[p] * m.v - q[p] * m.g - of_x[p] * m.x;
     }
 };
 
 template <int REST, int THREADS, int CHUNKS, class Share>
 __device__ inline void write_both(const Share& share, const Tensor& ddy, const Tensor& dx,
-                                  const Rests<REST, THREADS, CHUNKS>& rest, int chunks, bool more, const Known& known,
+                                  const Rests<REST, THREADS, CHUNKS>& rest, int chunks, bool more, const Standard& stat,
                                   const DoubleGradient& d) {
     Storage *to_ddy = share.origin(ddy), *to_dx = share.origin(dx);
     Storage first, second;
     const auto both = [&](int v, Math x, Math g, Math u) {
         const int p = plane_of(v);
-        const Math xhat = known.centred(p, x) * known.rstd[p], v_ = (u - d.pivot_u[p]) * known.rstd[p];
-        first = narrow(known.affine.weight[p] * v_ + (d.q[p] * xhat + d.rest_dy[p]));
-        second = narrow((d.q[p] * (g - d.pivot_g[p]) + (d.of_x[p] * xhat - d.of_v[p] * v_) + d.rest_dx[p]) * known.rstd[p]);
+        const Math xhat = stat.xhat(p, x), v_ = (u - d.pivot_u[p]) * stat.rstd[p];
+        first = narrow(d.weight[p] * v_ + (d.q[p] * xhat + d.rest_dy[p]));
+        second = narrow((d.q[p] * (g - d.pivot_g[p]) + (d.of_x[p] * xhat - d.of_v[p] * v_) + d.rest_dx[p]) * stat.rstd[p]);
     };
     rest.x.each(chunks, [&](int k) {
         if (!share.holds(k)) return;
@@ -191,4 +215,4 @@ __device__ inline void write_both(const Share& share, const Tensor& ddy, const T
 #define KNOWN_PARAMETERS                                                                                              \
     const Math *mean, const Math *rstd, const void *weight, const void *ddbias, int flags, const void *ddweight,      \
     int gradient_flags
-#define KNOWN(share) Known(share, mean, rstd, Affine{weight, ddbias, flags}, Affine{0, ddweight, gradient_flags}, channels)
+#define PARAMETERS Parameters{Affine{weight, ddbias, flags}, Affine{0, ddweight, gradient_flags}}

@@ -20,7 +20,7 @@ struct Call {
     Given given;
     Tensor dx, ddy;
     const Math *mean, *rstd;
-    Affine affine, gradient;
+    Parameters parameters;
     Sums sums;
     long long channels, spatial, stripes;
     int lanes, chunks;
@@ -34,7 +34,7 @@ constexpr int PUBLISHED = 3 + QUANTITIES;
 // f(p, means) for each plane p of a thread, from the sums of all tiles.
 template <int THREADS, class Share, class Exchange, class F>
 __device__ inline void merge_products_of_tiles(const Share& share, const Products& mine, int tiles, Accum count,
-                                               const Known& known, Exchange& exchange, Accum* scratch, F f) {
+                                               const Standard& stat, Exchange& exchange, Accum* scratch, F f) {
     if (share.rank < share.lanes) {
         #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -59,13 +59,13 @@ __device__ inline void merge_products_of_tiles(const Share& share, const Product
             if (n == 0) continue;
             const Accum far_g = (Accum)exchange.read(tile, at + 1) - base_g;
             const Accum far_u = (Accum)exchange.read(tile, at + 2) - base_u;
-            add_products(n, far_g, far_u * known.rstd[p], [&](int i) { return (Accum)exchange.read(tile, at + 3 + i); },
+            add_products(n, far_g, far_u * stat.rstd[p], [&](int i) { return (Accum)exchange.read(tile, at + 3 + i); },
                          [&](int i) -> Accum& { return s[i]; });
         }
         if (p == P - 1) exchange.leave();
         sum_over_owner<BLOCK, THREADS>(s, share.size, share.lanes,
                                        scratch + p * scratch_size<THREADS>(share.lanes, QUANTITIES));
-        f(p, means_of<Accum>(count, base_g, base_u, known.rstd[p], s[OF_X], s[OF_G], s[OF_V], s[OF_GX], s[OF_VX],
+        f(p, means_of<Accum>(count, base_g, base_u, stat.rstd[p], s[OF_X], s[OF_G], s[OF_V], s[OF_GX], s[OF_VX],
                              s[OF_VG]));
     }
 }
@@ -81,11 +81,12 @@ __device__ inline void double_backward_owner(const Call& call, long long owner, 
     Math* scratch = (Math*)(shared + 3 * tile * sizeof(Pack));
     Math* other = scratch + scratch_size<THREADS>(share.lanes, 2 * P);
     Rests<REST, THREADS, CHUNKS> rest((Pack*)shared, tile);
-    const Known known(share, call.mean, call.rstd, call.affine, call.gradient, call.channels);
-    const Products m = products_of_tile<OWNER>(share, call.given, rest, call.chunks, known, scratch, other);
+    const Standard stat(share, call.mean, call.rstd, call.channels);
+    const Products m = products_of_tile<OWNER>(share, call.given, rest, call.chunks, stat, scratch, other);
+    const ParametersOfThread parameters(share, call.parameters, call.channels);
     DoubleGradient d;
     const auto found = [&](int p, const Means& means) {
-        d.set(p, means, known);
+        d.set(p, means, parameters);
         // One thread a plane.
         if (share.tile == 0 && share.rank < share.lanes && share.c + p < call.channels) {
             call.sums.set(share.n * call.channels + share.c + p, 0, means.s * (Math)spatial);
@@ -95,16 +96,16 @@ __device__ inline void double_backward_owner(const Call& call, long long owner, 
     Accum* third = (Accum*)(scratch + scratch_size<THREADS>(share.lanes, (2 + QUANTITIES) * P));
     Exchange<OWNER> exchange(call.group, owner, share.lanes * PUBLISHED * P,
                              (Math*)(third + scratch_size<THREADS>(share.lanes, QUANTITIES * P)));
-    merge_products_of_tiles<THREADS>(share, m, call.group.tiles, spatial, known, exchange, third, found);
+    merge_products_of_tiles<THREADS>(share, m, call.group.tiles, spatial, stat, exchange, third, found);
 #else
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        found(p, means_of<Math>(share.count(), m.pivot_g[p], m.pivot_u[p], known.rstd[p], m.sums[OF_X * P + p],
+        found(p, means_of<Math>(share.count(), m.pivot_g[p], m.pivot_u[p], stat.rstd[p], m.sums[OF_X * P + p],
                                 m.sums[OF_G * P + p], m.sums[OF_V * P + p], m.sums[OF_GX * P + p], m.sums[OF_VX * P + p],
                                 m.sums[OF_VG * P + p]));
     }
 #endif
-    write_both(share, call.ddy, call.dx, rest, call.chunks, call.given.ddx.data, known, d);
+    write_both(share, call.ddy, call.dx, rest, call.chunks, call.given.ddx.data, stat, d);
 #if GROUPED
     exchange.end();
 #endif
@@ -143,7 +144,7 @@ template <int OWNER, int REST, int THREADS, int CHUNKS> __device__ inline void d
         GIVEN_PARAMETERS, TENSOR(dx), TENSOR(ddy), KNOWN_PARAMETERS, void* sums, long long channels,                  \
         long long spatial, long long stripes, int lanes, int chunks GROUP_PARAMETERS) {                               \
         double_backward<OWNER, REST, THREADS, CHUNKS>(Call{                                                           \
-            GIVEN, OF(dx), OF(ddy), mean, rstd, Affine{weight, ddbias, flags}, Affine{0, ddweight, gradient_flags},   \
-            Sums{0, sums, flags}, channels, spatial, stripes, lanes, chunks, GROUP_OF});                              \
+            GIVEN, OF(dx), OF(ddy), mean, rstd, PARAMETERS, Sums{0, sums, flags}, channels, spatial, stripes,        \
+            lanes, chunks, GROUP_OF});                                                                                \
     }
 LADDER

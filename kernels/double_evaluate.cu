@@ -16,31 +16,32 @@
 #include "double.cuh"
 
 // What has no part in a result is not read: x and dy without ddweight; but dy is for sums, if there is ddx.
-template <int OWNER, int THREADS, int CHUNKS, class Knows>
-__device__ inline void eval_double(const Given& given, const Tensor& dx, const Tensor& ddy, Knows knows, bool moves,
-                                   const Sums& sums, long long channels, long long spatial, long long owners,
-                                   long long tiles, int lanes) {
+template <int OWNER, int THREADS, int CHUNKS>
+__device__ inline void eval_double(const Given& given, const Tensor& dx, const Tensor& ddy, const Math* mean,
+                                   const Math* rstd, const Parameters& parameters, const Sums& sums, long long channels,
+                                   long long spatial, long long owners, long long tiles, int lanes) {
     unsigned char* shared = shared_memory();
     typedef Share<OWNER, THREADS> Owner;
     const long long owner = Owner::owner_in_grid();
     if (owner >= owners) return;
     const Owner share(owner, tiles, CHUNKS, lanes, dx, channels, spatial);
-    const Known known = knows(share);
-    const bool more = given.ddx.data, summed = more && sums.dy_xhat;
+    const Standard stat(share, mean, rstd, channels);
+    const ParametersOfThread of(share, parameters, channels);
+    const bool more = given.ddx.data, moves = parameters.gradient.bias, summed = more && sums.dy_xhat;
     Rest<REGISTERS, THREADS, CHUNKS> x, dy, ddx;
     if (moves) x.read(share, given.x, 0);
     if (moves || summed) dy.read(share, given.dy, 0);
     if (more) ddx.read(share, given.ddx, 0);
     write_tile(share, ddy, x, ddx, CHUNKS, [&](int p, Math x_, Math u) {
-        const Math moved = moves ? known.centred(p, x_) * known.rstd[p] * known.ddweight[p] : 0;
-        return (more ? u * known.rstd[p] * known.affine.weight[p] : 0) + (moved + known.affine.bias[p]);
+        const Math moved = moves ? stat.xhat(p, x_) * of.ddweight[p] : 0;
+        return (more ? u * stat.rstd[p] * of.weight[p] : 0) + (moved + of.ddbias[p]);
     });
     write_tile(share, dx, dy, CHUNKS, Tensor{}, [&](int p, Math g, Math) {
-        return moves ? g * known.rstd[p] * known.ddweight[p] : 0;
+        return moves ? g * stat.rstd[p] * of.ddweight[p] : 0;
     });
     if (!summed) return;
     Math s[LINES] = {}, total[P];
-    const auto add = [&](int v, Storage u, Storage g) { s[line_of(v)] += widen(u) * known.rstd[plane_of(v)] * widen(g); };
+    const auto add = [&](int v, Storage u, Storage g) { s[line_of(v)] += widen(u) * stat.rstd[plane_of(v)] * widen(g); };
     dy.each(CHUNKS, [&](int k) {
         if (!share.holds(k)) return;
         const Pack a = ddx.get(k), b = dy.get(k);
@@ -57,9 +58,8 @@ __device__ inline void eval_double(const Given& given, const Tensor& dx, const T
     KERNEL(THREADS, BLOCKS) eval_double_##NAME(                                                                       \
         GIVEN_PARAMETERS, TENSOR(dx), TENSOR(ddy), KNOWN_PARAMETERS, void* sums, long long channels,                  \
         long long spatial, long long owners, long long tiles, int lanes) {                                            \
-        eval_double<OWNER, THREADS, CHUNKS>(GIVEN, OF(dx), OF(ddy), [&](const Share<OWNER, THREADS>& share) {         \
-            return KNOWN(share);                                                                                      \
-        }, ddweight, Sums{0, sums, flags}, channels, spatial, owners, tiles, lanes);                                  \
+        eval_double<OWNER, THREADS, CHUNKS>(GIVEN, OF(dx), OF(ddy), mean, rstd, PARAMETERS, Sums{0, sums, flags},     \
+                                            channels, spatial, owners, tiles, lanes);                                 \
     }
 LADDER
 

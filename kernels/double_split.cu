@@ -17,14 +17,15 @@
 constexpr int PARTIAL = 3 + QUANTITIES;     // numbers of a tile: its elements, the pivots, the sums
 constexpr int MEANS = sizeof(Means) / sizeof(Math);
 
-template <int OWNER, int THREADS, int CHUNKS, class Knows>
-__device__ inline void products(const Given& given, const Tensor& dx, Knows knows, Math* partial, long long planes,
-                                const Tiles& tiles) {
+template <int OWNER, int THREADS, int CHUNKS>
+__device__ inline void products(const Given& given, const Tensor& dx, const Math* mean, const Math* rstd, Math* partial,
+                                long long planes, const Tiles& tiles) {
     unsigned char* shared = shared_memory();
     each_tile<OWNER, THREADS, CHUNKS>(tiles, dx, false, [&](const Share<OWNER, THREADS>& share) {
         Math* scratch = (Math*)shared;
         Rests<REGISTERS, THREADS, CHUNKS> rest;
-        const Products m = products_of_tile<OWNER>(share, given, rest, CHUNKS, knows(share), scratch,
+        const Standard stat(share, mean, rstd, tiles.channels);
+        const Products m = products_of_tile<OWNER>(share, given, rest, CHUNKS, stat, scratch,
                                                    scratch + scratch_size<THREADS>(share.lanes, 2 * P));
         share.each_plane(tiles.channels, [&](int p, long long i) {
             Math* to = partial + i * tiles.tiles + share.tile;
@@ -38,16 +39,18 @@ __device__ inline void products(const Given& given, const Tensor& dx, Knows know
     });
 }
 
-template <int OWNER, int THREADS, int CHUNKS, class Knows>
-__device__ inline void apply_products(const Given& given, const Tensor& dx, const Tensor& ddy, Knows knows,
-                                      const Math* means, long long planes, const Tiles& tiles) {
+template <int OWNER, int THREADS, int CHUNKS>
+__device__ inline void apply_products(const Given& given, const Tensor& dx, const Tensor& ddy, const Math* mean,
+                                      const Math* rstd, const Parameters& given_parameters, const Math* means,
+                                      long long planes, const Tiles& tiles) {
     each_tile<OWNER, THREADS, CHUNKS>(tiles, dx, true, [&](const Share<OWNER, THREADS>& share) {
         const bool more = given.ddx.data;
         Rests<REGISTERS, THREADS, CHUNKS> rest;
         rest.x.read(share, given.x, 0);
         rest.dy.read(share, given.dy, 0);
         if (more) rest.ddx.read(share, given.ddx, 0);
-        const Known known = knows(share);
+        const Standard stat(share, mean, rstd, tiles.channels);
+        const ParametersOfThread parameters(share, given_parameters, tiles.channels);
         DoubleGradient d;
         #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -56,24 +59,20 @@ __device__ inline void apply_products(const Given& given, const Tensor& dx, cons
             const Math* from = means + share.n * tiles.channels + share.c + p;
             #pragma unroll
             for (int q = 0; q < MEANS; q++) m[q] = exists ? load(from + q * planes) : 0;
-            d.set(p, Means{m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]}, known);
+            d.set(p, Means{m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]}, parameters);
         }
-        write_both(share, ddy, dx, rest, CHUNKS, more, known, d);
+        write_both(share, ddy, dx, rest, CHUNKS, more, stat, d);
     });
 }
 
 #define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS, CLUSTER_SIZE)                                                \
-    KERNEL(THREADS, BLOCKS) products_##NAME(GIVEN_PARAMETERS, TENSOR(dx), KNOWN_PARAMETERS, Math* partial,            \
-                                            long long planes, TILES_PARAMETERS) {                                     \
-        products<OWNER, THREADS, CHUNKS>(GIVEN, OF(dx), [&](const Share<OWNER, THREADS>& share) {                     \
-            return KNOWN(share);                                                                                      \
-        }, partial, planes, TILES_OF);                                                                                \
+    KERNEL(THREADS, BLOCKS) products_##NAME(GIVEN_PARAMETERS, TENSOR(dx), const Math* mean, const Math* rstd,         \
+                                            Math* partial, long long planes, TILES_PARAMETERS) {                      \
+        products<OWNER, THREADS, CHUNKS>(GIVEN, OF(dx), mean, rstd, partial, planes, TILES_OF);                       \
     }                                                                                                                 \
     KERNEL(THREADS, BLOCKS) apply_products_##NAME(GIVEN_PARAMETERS, TENSOR(dx), TENSOR(ddy), KNOWN_PARAMETERS,        \
                                                   const Math* means, long long planes, TILES_PARAMETERS) {            \
-        apply_products<OWNER, THREADS, CHUNKS>(GIVEN, OF(dx), OF(ddy), [&](const Share<OWNER, THREADS>& share) {      \
-            return KNOWN(share);                                                                                      \
-        }, means, planes, TILES_OF);                                                                                  \
+        apply_products<OWNER, THREADS, CHUNKS>(GIVEN, OF(dx), OF(ddy), mean, rstd, PARAMETERS, means, planes, TILES_OF);\
     }
 LADDER
 

@@ -234,9 +234,9 @@ LADDER_BORDERS = {
         "part": 256, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
         "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 7_569_408,
     },
-    # Three arrays on chip; registers hold three packs of each.
+    # Three arrays on chip; registers hold three packs of each in a warp, two in a block.
     ("H100", "float32", "double_backward"): {
-        "part": 128, "warp": 384, "block": 6144, "block-shared": 8192, "2-shared": 16_384, "4-shared": 32_768,
+        "part": 128, "warp": 384, "block": 4096, "block-shared": 8192, "2-shared": 16_384, "4-shared": 32_768,
         "8-shared": 65_536, "16-shared": 294_912, "grid-shared": 2_433_024,
     },
     # No clusters: a block may have all 163 KB.

@@ -254,9 +254,10 @@ class Launcher:
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
                 partial, means = call.empty((9, *call.nc, step.tiles), call.math), call.empty((8, *call.nc), call.math)
+                statistics = call.pointers(saved.mean, saved.rstd)
                 results = (rstd, *call.pointers(means, sums), np.int32(flags))
                 for some in call.rounds():
-                    call.tiles(step, *given, *to_dx, *known(flags), call.pointer(partial), call.all_planes, some=some)
+                    call.tiles(step, *given, *to_dx, *statistics, call.pointer(partial), call.all_planes, some=some)
                     sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(some), call.spatial)
                     call.run(merge, call.pointer(partial), *sizes, *results)
                     more = call.pointer(means), call.all_planes

@@ -127,7 +127,7 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
     "split": _block((256, 4)),
     "evaluate": (*_warp(1, 4), *_block((256, 4))),
     # x, dy and ddx.
-    "double_backward": (_PART, *_warp(1, 3), *_block((256, 1), (256, 3), (512, 3)), *_SHARED),
+    "double_backward": (_PART, *_warp(1, 3), *_block((256, 1), (256, 2), (512, 2)), *_SHARED),
     "double_split": _block((256, 3)),
     "double_evaluate": (*_warp(1, 3), *_block((256, 3))),
     "channels": (),

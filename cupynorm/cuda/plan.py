@@ -36,6 +36,8 @@ def resident_threads(
     file: str, dtype: str, kind: Kind, group: str = "", epilogue: int = 0, skewed: bool = False
 ) -> int:
     """Threads that must fit on a multiprocessor: a limit of 65536 / this registers for a kernel's threads."""
+    if (file, dtype, group) == ("double_backward", "float64", "part"):
+        return 256  # 24 elements a thread, of two registers each
     light = file == "forward" and dtype != "float64" and kind == "channels_first" and epilogue < 2 and not skewed
     return 1024 if light and group != "grid" else 512
 

@@ -485,7 +485,7 @@ def instance_norm_double_backward(
     activation: of that, the backward's dresidual is dy itself, so the caller adds its gradient to ddy.
 
     float16 and bfloat16 compute in float32. Accesses an element where the planes rest on chip: 5 (x, dy, ddx, and both
-    results). The CUDA kernels are compiled when the first such call is met.
+    results). The CUDA kernels are compiled when the first such call is met: make one before a CUDA graph is captured.
 
     Args:
         ddx: gradient of the loss with respect to dx: shape, dtype and device of x; any strides. None stands for 0, as

@@ -332,6 +332,23 @@ def test_bytes_of_a_double_backward(
         assert accesses(saved, *given) == expected
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_double_backward_of_more_tiles_than_merge_threads(
+    on: Callable[..., Emulator], rng: np.random.Generator, training: bool
+) -> None:
+    runtime = on(Emulator(DEVICE))
+    x, dy, ddx = (rng.normal(size=(1, 1, 800_000)).astype(np.float32) for _ in range(3))
+    w, mean, var = (rng.random(1).astype(np.float32) + 0.5 for _ in range(3))
+    running = None if training else (mean, var)
+    _, saved = cn.instance_norm_forward(x, w, running_mean=mean, running_var=var, momentum=0, use_input_stats=training)
+    runtime.counts.clear()
+    results = cn.instance_norm_double_backward(ddx, w, None, dy, saved)
+    merge = next(count for count in runtime.counts if count.kernel.startswith("merge"))
+    assert max(merge.read.values()) > 256 * 4
+    for actual, exact in zip(results, reference.double_backward(ddx, w, None, dy, x, w, running=running), strict=True):
+        assert np.abs(actual - exact).max() <= 5e-6 * max(1, np.abs(exact).max())
+
+
 def _everything_double(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> list[np.ndarray]:
     """As `_everything`, of the double backward, in the regimes given by their places in DOUBLE_REGIMES."""
     rng = np.random.default_rng(seed)

@@ -65,10 +65,14 @@ def resolve(device: str | None) -> str:
 
 
 def to_host(array: Any) -> np.ndarray:
-    """A NumPy array of the same contents."""
+    """A NumPy array of the same contents; a PyTorch tensor's bfloat16 as float32, which holds every value of it."""
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy.asnumpy(array)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
     return np.asarray(array)
 
 

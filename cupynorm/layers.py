@@ -58,7 +58,14 @@ class Parameter:
         return self._data.dtype
 
     def cleargrad(self) -> None:
+        """Forget the gradient: the next backward puts an array of its own here."""
         self.grad = None
+
+    def zerograd(self) -> None:
+        """Set the gradient to zeros, in the array that is there, so that references to it stay valid, or a new one."""
+        if self.grad is None:
+            self.grad = self._data.copy()
+        self.grad[...] = 0
 
     def __repr__(self) -> str:
         return f"Parameter({self._data!r})"
@@ -107,6 +114,7 @@ class _InstanceNorm:
         running_mean, running_var, num_batches_tracked: arrays, updated in place, or None. num_batches_tracked is
             always 0, as PyTorch's is.
         training: True at first.
+        saved: what the last forward kept for its backward; None before it. See `backward`.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
@@ -155,7 +163,7 @@ class _InstanceNorm:
         self.running_mean: Array | None = None
         self.running_var: Array | None = None
         self.num_batches_tracked: Array | None = None
-        self._saved: tuple[Saved, bool] | None = None
+        self.saved: tuple[Saved, bool] | None = None
         # A layer without arrays of its own follows its input, unless it was told where to be.
         self._anywhere = device is None and not (self.affine or self.track_running_stats)
         shape = (self.num_features,)
@@ -249,7 +257,7 @@ class _InstanceNorm:
             residual=residual[None] if unbatched and residual is not None else residual,
             out=out[None] if unbatched and out is not None else out,
         )
-        self._saved = saved, unbatched
+        self.saved = saved, unbatched
         if out is not None:
             return out
         return y[0] if unbatched else y
@@ -258,11 +266,15 @@ class _InstanceNorm:
         """The same as forward."""
         return self.forward(x, **given)
 
-    def backward(self, dy: Array, *, out: Array | None = None) -> Array | tuple[Array, ...]:
-        """The gradient of the last forward's input; adds into weight.grad and bias.grad.
+    def backward(
+        self, dy: Array, *, saved: tuple[Saved, bool] | None = None, out: Array | None = None
+    ) -> Array | tuple[Array, ...]:
+        """The gradient of a forward's input; adds into weight.grad and bias.grad.
 
         Args:
-            dy: gradient of the last forward's output: its shape and dtype.
+            dy: gradient of the forward's output: its shape and dtype.
+            saved: which forward, where the layer is used several times before a backward (shared weights, pipelines,
+                recurrence): its `saved`, taken after that forward. None: the last forward. "Last" below means it.
             out: where to write dx; dy itself is allowed.
 
         Returns:
@@ -272,21 +284,25 @@ class _InstanceNorm:
 
         Raises:
             RuntimeError: there was no forward.
-            TypeError, ValueError: see `cupynorm.instance_norm_backward`. Nothing has been written then.
+            TypeError, ValueError: saved is something else; see also `cupynorm.instance_norm_backward`. Nothing has been
+                written then.
         """
-        if self._saved is None:
+        kept = self.saved if saved is None else saved
+        if kept is None:
             raise RuntimeError("backward needs a forward before it")
-        saved, unbatched = self._saved
+        if not (isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[0], Saved)):
+            raise TypeError(f"saved must be the layer's .saved after a forward, got {type(kept).__qualname__}")
+        call, unbatched = kept
         kind_of(dy, "dy")
         if out is not None:
             kind_of(out, "out")
         for name, trained in self.namedparams():
             _check_gradient(name.lstrip("/"), trained)
-        shape = saved.x.shape[1:] if unbatched else saved.x.shape
+        shape = call.x.shape[1:] if unbatched else call.x.shape
         if dy.shape != shape:
             raise ValueError(f"dy has shape {dy.shape}; needed is the last input's, {shape}")
         dx, dweight, dbias, *dresidual = instance_norm_backward(
-            dy[None] if unbatched else dy, saved, out=out[None] if unbatched and out is not None else out
+            dy[None] if unbatched else dy, call, out=out[None] if unbatched and out is not None else out
         )
         gradients = [out if out is not None else dx[0] if unbatched else dx]
         for parameter, gradient in ((self.weight, dweight), (self.bias, dbias)):
@@ -328,6 +344,11 @@ class _InstanceNorm:
         for parameter in self.params():
             parameter.cleargrad()
 
+    def zerograds(self) -> None:
+        """Set the gradients to zeros, in place where there are arrays: for loops that hold on to those arrays."""
+        for parameter in self.params():
+            parameter.zerograd()
+
     # State
 
     def _state(self) -> dict[str, Array]:
@@ -336,28 +357,34 @@ class _InstanceNorm:
         state |= {name: getattr(self, name) for name in self._buffers if getattr(self, name) is not None}
         return state
 
-    def state_dict(self) -> dict[str, Array]:
+    def state_dict(self, prefix: str = "") -> dict[str, Array]:
         """Copies of weight, bias, running_mean, running_var and num_batches_tracked, as far as they exist.
 
         Keys and order are PyTorch's; the copies are on the layer's device.
-        """
-        return {name: array.copy() for name, array in self._state().items()}
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        Args:
+            prefix: put before every key: "down.1." for what a PyTorch model with the layer at model.down[1] calls it.
+        """
+        return {prefix + name: array.copy() for name, array in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, *, prefix: str = "") -> None:
         """Copy arrays into the layer's own, from either device, cast to the layer's dtype.
 
         Args:
-            state: by the keys of `state_dict`; arrays, or what numpy.asarray takes.
+            state: by the keys of `state_dict`; arrays, PyTorch tensors (of any device and dtype, bfloat16 included), or
+                what numpy.asarray takes.
             strict: whether missing and unexpected keys are errors.
+            prefix: where in the checkpoint of a whole model the layer is: entries of other prefixes are others' and
+                not looked at. "" is a state of this layer alone.
 
         Raises:
             KeyError: missing or unexpected keys, named. Nothing has been loaded then.
             ValueError: entries of another shape, named. Nothing has been loaded then.
         """
-        own = self._state()
+        own = {prefix + name: array for name, array in self._state().items()}
         if strict:
             missing = [name for name in own if name not in state]
-            unexpected = [name for name in state if name not in own]
+            unexpected = [name for name in state if name.startswith(prefix) and name not in own]
             if missing or unexpected:
                 raise KeyError(
                     f"state_dict does not fit {self!r}: missing {missing or 'nothing'}, "
@@ -405,12 +432,12 @@ class _InstanceNorm:
             if array is not None:
                 setattr(self, name, devices.to_device(devices.to_host(array), device))
         self.device = device
-        self._saved = None
+        self.saved = None
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last forward kept belongs to that call, not to a copy of the layer.
-        return self.__dict__ | {"_saved": None}
+        return self.__dict__ | {"saved": None}
 
     def __repr__(self) -> str:
         epilogue = "" if self.activation is None else f", activation={self.activation!r}"

@@ -1,0 +1,150 @@
+"""The layer for thinc, which is what spaCy is built on: `pip install 'cupynorm[thinc]'`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from thinc.api import Model
+
+from .functional import (
+    Array,
+    check_activation,
+    check_count,
+    check_eps,
+    check_number,
+    instance_norm_backward,
+    instance_norm_forward,
+    kind_of,
+)
+
+# thinc's threads share a model. Held for a few additions of (nI,) arrays at a time, never while planes are computed.
+_lock = threading.Lock()
+
+
+def InstanceNorm(  # noqa: N802  # layers of thinc are functions with the names of classes
+    nd: int,
+    nI: int | None = None,  # noqa: N803  # thinc's name
+    *,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    affine: bool = True,
+    track_running_stats: bool = False,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Model[Array, Array]:
+    """Instance normalisation as a layer of thinc.
+
+    Input and output are arrays (N, nI, *spatial) of float32 or float16 on the model's device; a layer without
+    parameters and statistics takes whatever `cupynorm.instance_norm` takes. `backprop` has its forward's statistics and
+    weights to itself, so calls of several threads do not mix, and it may be called after the weights have moved. The
+    input must be unchanged until then.
+
+    In config files it is `@layers = "cupynorm.InstanceNorm.v1"`, without an import.
+
+    Args:
+        nd: number of spatial axes, at least 1.
+        nI: number of channels; None takes it from the data that `initialize` is shown.
+        eps: added to the variance, not negative.
+        momentum: weight of a new batch in the running statistics.
+        affine: whether there are parameters "G" (ones at first) and "b" (zeros), both (nI,), as thinc's LayerNorm has.
+        track_running_stats: whether "running_mean" (zeros at first) and "running_var" (ones; unbiased) are kept, both
+            (nI,), and used in place of the input's own where is_train is False. thinc keeps them as parameters that
+            have no gradient: they are saved, copied and moved with the model, and no optimiser touches them. A forward
+            with is_train puts new arrays in their place, both at once, and after everything else has gone well.
+        activation, negative_slope: what follows, fused, as in `cupynorm.instance_norm`.
+
+    Raises (here, at `initialize` and at calls):
+        TypeError, ValueError: an argument is not what it must be; X has another number of axes or channels, or the
+            model has not been initialized; see also `cupynorm.instance_norm`. Nothing has been changed then.
+    """
+    check_activation(activation)
+    nI = None if nI is None else check_count(nI, "nI", 0)  # noqa: N806
+    attrs = {
+        "nd": check_count(nd, "nd", 1),
+        "eps": check_eps(eps),
+        "momentum": check_number(momentum, "momentum"),
+        "activation": activation,
+        "negative_slope": check_number(negative_slope, "negative_slope"),
+    }
+    names = ("G", "b") * bool(affine) + ("running_mean", "running_var") * bool(track_running_stats)
+    return Model(
+        "instancenorm",
+        forward,
+        init=init,
+        dims={"nI": nI, "nO": nI},
+        params=dict.fromkeys(names),
+        attrs=attrs,
+    )
+
+
+def init(model: Model[Array, Array], X: Any = None, Y: Any = None) -> None:  # noqa: N803
+    """Find the number of channels and allocate the parameters, anew if they were there."""
+    sample = X if X is not None else Y
+    if sample is not None:
+        _check(model, sample)
+        model.set_dim("nI", sample.shape[1])
+        model.set_dim("nO", sample.shape[1])
+    if not model.param_names:
+        return
+    size = model.get_dim("nI")
+    for name in model.param_names:
+        value = model.ops.alloc1f(size)
+        value += name in ("G", "running_var")
+        model.set_param(name, value)
+
+
+def _check(model: Model[Array, Array], X: Any) -> None:  # noqa: N803
+    kind_of(X, "X")
+    rank, size = model.attrs["nd"], model.maybe_get_dim("nI")
+    if X.ndim != rank + 2 or (size is not None and X.shape[1] != size):
+        axes = ", ".join(f"d{i}" for i in range(rank))
+        raise ValueError(f"X must be (N, {'nI' if size is None else size}, {axes}), got shape {X.shape}")
+
+
+def forward(model: Model[Array, Array], X: Any, is_train: bool) -> tuple[Any, Callable[[Any], Any]]:  # noqa: N803
+    _check(model, X)
+    unset = [name for name in model.param_names if not model.has_param(name)]
+    if unset:
+        raise ValueError(f"the model has no {', '.join(unset)} yet: call initialize, with X or with nI given")
+    attrs = model.attrs
+    with _lock:
+        own = {name: model.get_param(name) for name in model.param_names}
+    if is_train:  # optimisers write into the arrays themselves
+        own |= {name: own[name].copy() for name in ("G", "b") if name in own}
+    use_input_stats = is_train or "running_mean" not in own
+    mean, var = own.get("running_mean"), own.get("running_var")
+    updated = is_train and mean is not None and attrs["momentum"] != 0
+    if updated:  # other threads may be at it, too: what this batch adds is found first, in arrays of its own
+        mean, var = model.ops.xp.zeros_like(mean), model.ops.xp.zeros_like(var)
+    Y, saved = instance_norm_forward(  # noqa: N806
+        X,
+        own.get("G"),
+        own.get("b"),
+        eps=attrs["eps"],
+        running_mean=mean,
+        running_var=var,
+        use_input_stats=use_input_stats,
+        momentum=1.0 if updated else 0.0,
+        activation=attrs["activation"],
+        negative_slope=attrs["negative_slope"],
+    )
+    if updated and X.shape[0]:
+        with _lock:
+            moved = {
+                name: (1 - attrs["momentum"]) * model.get_param(name) + attrs["momentum"] * new
+                for name, new in (("running_mean", mean), ("running_var", var))
+            }
+            for name, value in moved.items():
+                model.set_param(name, value)
+
+    def backprop(dY: Any) -> Any:  # noqa: N803
+        dX, *gradients = instance_norm_backward(dY, saved)  # noqa: N806
+        with _lock:
+            for name, gradient in zip(("G", "b"), gradients, strict=True):
+                if gradient is not None:
+                    model.inc_grad(name, gradient)
+        return dX
+
+    return Y, backprop

@@ -1,0 +1,159 @@
+"""Checkpoints of whole PyTorch models in and out, as state_dicts and as safetensors files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from reference import BFLOAT16, assert_close
+
+import cupynorm as cn
+
+torch = pytest.importorskip("torch")
+
+LAYERS = {"stem.1": (2, 3), "body.blocks.0.norm": (1, 4), "body.blocks.1.norm": (3, 5), "body.blocks.10.norm": (2, 6)}
+PLAIN = "body.plain"
+
+
+def torch_model(rng: np.random.Generator, dtype: Any = None) -> Any:
+    """A module with instance normalisation at several depths, a plain one, and layers that are not ours."""
+    norms = {
+        name: getattr(torch.nn, f"InstanceNorm{rank}d")(size, affine=True, track_running_stats=True)
+        for name, (rank, size) in LAYERS.items()
+    }
+    model = torch.nn.Module()
+    model.stem = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), norms["stem.1"])
+    model.body = torch.nn.Module()
+    model.body.blocks = torch.nn.ModuleList(torch.nn.Module() for _ in range(11))
+    model.body.plain = torch.nn.InstanceNorm2d(3)
+    for name, norm in norms.items():
+        if name.startswith("body"):
+            model.body.blocks[int(name.split(".")[2])].norm = norm
+    for values in model.state_dict().values():
+        if values.ndim:
+            values.copy_(torch.from_numpy(rng.uniform(0.5, 2, values.shape)))
+    return model if dtype is None else model.to(dtype)
+
+
+def our_layers(dtype: Any = None) -> dict[str, Any]:
+    made = {1: cn.InstanceNorm1d, 2: cn.InstanceNorm2d, 3: cn.InstanceNorm3d}
+    layers = {
+        name: made[rank](size, affine=True, track_running_stats=True, device="cpu", dtype=dtype)
+        for name, (rank, size) in LAYERS.items()
+    }
+    return layers | {PLAIN: cn.InstanceNorm2d(3, device="cpu", dtype=dtype)}
+
+
+def load(layers: dict[str, Any], state: Any) -> None:
+    for name, norm in layers.items():
+        norm.load_state_dict(state, prefix=f"{name}.")
+
+
+def state_of(layers: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {key: array for name, norm in layers.items() for key, array in norm.state_dict(f"{name}.").items()}
+
+
+def bits(state: dict[str, Any]) -> dict[str, Any]:
+    """dtype, shape and bytes of every entry of a model's or our state, without the convolution's."""
+    found = {}
+    for key, value in state.items():
+        if key.startswith("stem.0"):
+            continue
+        if isinstance(value, np.ndarray):
+            found[key] = value.dtype.name, value.shape, value.tobytes()
+        else:
+            raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            found[key] = str(value.dtype).removeprefix("torch."), tuple(value.shape), raw
+    return found
+
+
+DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+
+
+@DTYPES
+@pytest.mark.parametrize("how", ["state_dict", "named_parameters and buffers", "safetensors"])
+def test_in_and_out_bit_for_bit(rng: np.random.Generator, tmp_path: Path, dtype: str, how: str) -> None:
+    theirs, back = torch_model(rng, getattr(torch, dtype)), torch_model(rng, getattr(torch, dtype))
+    assert theirs.stem[1].num_batches_tracked.dtype == torch.int64
+    theirs.stem[1].num_batches_tracked.fill_(7)
+    layers = our_layers(dtype)
+    if how == "safetensors":
+        files = pytest.importorskip("safetensors.numpy")
+        from safetensors.torch import load_file, save_file
+
+        save_file(theirs.state_dict(), tmp_path / "theirs.safetensors")
+        load(layers, files.load_file(tmp_path / "theirs.safetensors"))
+        files.save_file(state_of(layers), tmp_path / "ours.safetensors")
+        state = load_file(tmp_path / "ours.safetensors")
+    else:
+        # Parameters require gradients, which NumPy's own conversion refuses.
+        given = (
+            theirs.state_dict()
+            if how == "state_dict"
+            else dict(theirs.named_parameters()) | dict(theirs.named_buffers())
+        )
+        load(layers, given)
+        state = {
+            key: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) if a.dtype == BFLOAT16 else torch.from_numpy(a)
+            for key, a in state_of(layers).items()
+        }
+    assert bits(state_of(layers)) == bits(theirs.state_dict())
+    result = back.load_state_dict(state, strict=False)
+    assert all(key.startswith("stem.0") for key in result.missing_keys)
+    assert result.unexpected_keys == []
+    assert bits(back.state_dict()) == bits(theirs.state_dict())
+    assert layers["stem.1"].num_batches_tracked.tolist() == 7
+
+
+def test_the_layers_compute_what_the_model_does(rng: np.random.Generator) -> None:
+    theirs, layers = torch_model(rng), our_layers()
+    load(layers, theirs.state_dict())
+    modules = dict(theirs.named_modules())
+    for name, (rank, size) in (LAYERS | {PLAIN: (2, 3)}).items():
+        x = rng.standard_normal((2, size, 7, 5, 3)[: rank + 2]).astype(np.float32)
+        for training in (False, True, False):
+            expected = modules[name].train(training)(torch.from_numpy(x)).detach().numpy()
+            assert_close(layers[name].train(training)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_checkpoints_into_float32_layers(rng: np.random.Generator, tmp_path: Path, dtype: str) -> None:
+    """Mixed precision: 16-bit checkpoints are widened exactly."""
+    theirs, direct, through_file = torch_model(rng, getattr(torch, dtype)), our_layers(), our_layers()
+    load(direct, theirs.state_dict())
+    assert bits(state_of(direct)) == bits(theirs.float().state_dict())
+    files = pytest.importorskip("safetensors.numpy")
+    from safetensors.torch import save_file
+
+    save_file(theirs.to(getattr(torch, dtype)).state_dict(), tmp_path / "model.safetensors")
+    load(through_file, files.load_file(tmp_path / "model.safetensors"))
+    assert bits(state_of(through_file)) == bits(state_of(direct))
+
+
+def test_strict_within_the_prefix(rng: np.random.Generator) -> None:
+    """Errors name the checkpoint's own keys; a layer is not confused by one whose name begins like its own."""
+    state = torch_model(rng).state_dict()
+    norm = our_layers()["body.blocks.1.norm"]
+    before = bits(norm.state_dict())
+    for broken, word in (
+        (
+            {k: v for k, v in state.items() if k != "body.blocks.1.norm.running_var"},
+            r"missing.*blocks\.1\.norm\.running_var",
+        ),
+        (state | {"body.blocks.1.norm.scale": torch.ones(5)}, r"unexpected.*blocks\.1\.norm\.scale"),
+        ({}, r"missing.*body\.blocks\.1\.norm\.weight"),
+    ):
+        with pytest.raises(KeyError, match=word):
+            norm.load_state_dict(broken, prefix="body.blocks.1.norm.")
+        assert bits(norm.state_dict()) == before
+    with pytest.raises(ValueError, match=r"body\.blocks\.1\.norm\.bias \(6,\), not \(5,\)"):
+        norm.load_state_dict(state | {"body.blocks.1.norm.bias": torch.ones(6)}, prefix="body.blocks.1.norm.")
+    assert bits(norm.state_dict()) == before
+    with pytest.raises(KeyError, match="unexpected"):
+        norm.load_state_dict(state)  # a whole model's, without saying where in it
+    norm.load_state_dict(state, prefix="body.blocks.1.norm.")
+    norm.load_state_dict({"body.blocks.1.norm.weight": 3 * torch.ones(5)}, strict=False, prefix="body.blocks.1.norm.")
+    assert norm.weight.data.tolist() == [3] * 5
+    assert norm.bias.data.tolist() == state["body.blocks.1.norm.bias"].tolist()

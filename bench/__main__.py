@@ -16,7 +16,7 @@ import numpy as np
 
 from cupynorm import devices
 
-from . import peers, report
+from . import accuracy, peers, report
 from .cases import (
     ACCESSES,
     DTYPES,
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time instance normalisation: cupynorm, its peers, and a copy of the same bytes. "
-        "Each answer is checked against float64 before it is timed.",
+        "Each answer is checked against float64 before it is timed. `python -m bench accuracy` asks for digits alone.",
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
     parser.add_argument(
@@ -251,6 +251,9 @@ class Bench:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["accuracy"]:
+        return accuracy.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     _needed("rich", *(("matplotlib",) if options.plot else ()))

@@ -175,6 +175,8 @@ class Arrays:
     whichever side rounding took it to.
     """
 
+    eps = EPS
+
     def __init__(
         self,
         xp: Any,
@@ -259,7 +261,7 @@ class Arrays:
         x = float64_of(self.x[0][block], xp)
         x -= x.mean(spatial, keepdims=True)
         x -= x.mean(spatial, keepdims=True)  # what rounding left in the mean
-        rstd = 1 / xp.sqrt((x * x).mean(spatial, keepdims=True) + EPS)
+        rstd = 1 / xp.sqrt((x * x).mean(spatial, keepdims=True) + self.eps)
         x *= rstd
         if not self.affine:
             return x, rstd, x

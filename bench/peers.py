@@ -21,7 +21,7 @@ import numpy as np
 import cupynorm
 from cupynorm.functional import math_dtype
 
-from .cases import EPS, PER_SAMPLE, Array, Arrays
+from .cases import PER_SAMPLE, Array, Arrays
 from .timing import Contestant
 
 
@@ -38,7 +38,7 @@ def _import(module: str) -> Any:
 
 def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:
     x, dy, weight, bias = arrays.x, arrays.dy, arrays.weight, arrays.bias
-    options: dict[str, Any] = {"eps": EPS}
+    options: dict[str, Any] = {"eps": arrays.eps}
     if arrays.activation is not None:
         options |= {"activation": arrays.activation, "negative_slope": arrays.negative_slope}
 
@@ -115,7 +115,7 @@ def textbook(op: str, arrays: Arrays) -> Contestant:
     summed = spatial if arrays.affine == PER_SAMPLE else (0, *spatial)
 
     def statistics(a: Array) -> tuple[Array, Array]:
-        return a.mean(spatial, keepdims=True), 1 / xp.sqrt(a.var(spatial, keepdims=True) + EPS)
+        return a.mean(spatial, keepdims=True), 1 / xp.sqrt(a.var(spatial, keepdims=True) + arrays.eps)
 
     def forward(a: Array, mean: Array, rstd: Array) -> Array:
         y = (a - mean) * rstd
@@ -184,7 +184,7 @@ def _torch(op: str, arrays: Arrays, name: str, wrap: Callable[[Any, Any], Any]) 
         return xp.from_dlpack(value.float() if value.dtype == torch.bfloat16 else value)
 
     def forward(x: Any) -> Any:
-        return norm(x, weight=weight, bias=bias, eps=EPS)
+        return norm(x, weight=weight, bias=bias, eps=arrays.eps)
 
     xs = [tensor(x) for x in arrays.x]
     weight, bias = (None if p is None else tensor(p) for p in (arrays.weight, arrays.bias))
@@ -254,7 +254,7 @@ def jax_jit(op: str, arrays: Arrays) -> Contestant:
     def norm(x: Any, weight: Any, bias: Any) -> Any:
         a = x.astype(compute)
         mean, variance = a.mean(spatial, keepdims=True), a.var(spatial, keepdims=True)
-        y = (a - mean) * jax.lax.rsqrt(variance + EPS)
+        y = (a - mean) * jax.lax.rsqrt(variance + arrays.eps)
         if weight is not None:
             y = y * weight.reshape(per_plane) + bias.reshape(per_plane)
         if arrays.slope != 1:
@@ -313,7 +313,7 @@ def onnx_runtime(op: str, arrays: Arrays) -> Contestant:
     if arrays.affine:
         constants |= {"weight": arrays.weight.astype(dtype), "bias": arrays.bias.astype(dtype)}
     affine = ["weight", "bias"] if arrays.affine is True else ["one", "zero"]
-    chain: list[tuple[str, list[str], dict[str, float]]] = [("InstanceNormalization", affine, {"epsilon": EPS})]
+    chain: list[tuple[str, list[str], dict[str, float]]] = [("InstanceNormalization", affine, {"epsilon": arrays.eps})]
     if arrays.affine == PER_SAMPLE:
         ones = (1,) * (len(arrays.shape) - 2)
         constants |= {name: constants[name].reshape(*arrays.shape[:2], *ones) for name in ("weight", "bias")}

@@ -443,7 +443,20 @@ class _Interpreted(_Work):
         if pivot is None:
             pivot = np.zeros((), self.dtype)
         nearest = (pivot + mean).astype(self.dtype, copy=False)
-        return nearest, (pivot - nearest) + mean, variance
+        rest = (pivot - nearest) + mean
+        least = size * _least(self.eps)
+        if not squares.max() < math.inf or (least and squares.min() < least):
+            odd = ~((squares >= least) & (squares < math.inf))
+            exact = x[odd].astype(np.float64)
+            mean = exact.mean(1)
+            exact -= mean[:, None]
+            more = exact.mean(1)
+            exact *= exact
+            nearest[odd] = mean
+            rest[odd] = (mean - nearest[odd]) + more
+            variance = variance.astype(np.float64)
+            variance[odd] = exact.mean(1) - more * more
+        return nearest, rest, variance
 
     def _add_up(self, index: Index, planes: Index, x: np.ndarray, out: np.ndarray, buffer: np.ndarray) -> None:
         """z = (x - pivot) * scale + shift + residual, into out, which may be x: the same bits in both passes."""
@@ -501,7 +514,10 @@ class _Interpreted(_Work):
     def _keep(self, planes: Index, mean: np.ndarray, delta: np.ndarray, variance: np.ndarray) -> None:
         call = self.call
         call.mean[planes], call.delta[planes] = mean, delta  # type: ignore[index]
-        call.rstd[planes] = 1 / np.sqrt(variance + self.eps)
+        call.rstd[planes] = 1 / np.sqrt(variance.astype(self.wide, copy=False) + self.eps)
+        if variance.dtype != self.wide:  # some of it may not be a number of self.wide
+            odd = ~((variance >= _least(self.eps)) & (variance < np.finfo(self.wide).max))
+            call.rstd[planes] = np.where(odd, 1 / np.sqrt(variance + np.float64(self.eps)), call.rstd[planes])
         if self.variance is not None:
             self.variance[planes] = variance
 
@@ -788,6 +804,11 @@ class _DoubleBackward(_Interpreted):
         self._write(array, index, out)
 
 
+def _least(eps: float) -> float:
+    """The mean square from which on squares in float32 have all their digits; 0 where eps is what counts anyway."""
+    return 0.0 if eps >= 1e-30 else 2.0**-100
+
+
 @cache
 def _ones(dtype: np.dtype) -> np.ndarray:
     return np.ones(ROW, dtype)
@@ -937,6 +958,10 @@ def _loop(function: Any) -> Any:
     return function if numba is None else numba.njit(function, error_model="numpy", forceinline=True)
 
 
+def _rare(function: Any) -> Any:
+    return function if numba is None else numba.njit(function, error_model="numpy", inline="never")
+
+
 def _kernel(function: Any) -> Any:
     return function if numba is None else kept(function, nogil=True)
 
@@ -1062,8 +1087,24 @@ def _guess(x, o, k, run, shape, tile, step):
     return total / (size * PIECES)
 
 
+@_rare
+def _wide_moments(x, o, k, run, shape, tile):
+    """A tile's mean, what is lacking, and its squares about both, all in float64: for squares that float32 has not."""
+    r0, r1, l0, l1, count = _borders(tile, shape)
+    mean = total = square = 0.0
+    for _ in range(2):
+        mean += total / count
+        total = square = 0.0
+        for r in range(r0, r1):
+            for i in range(np.uint64(l0), np.uint64(l1)):
+                c = np.float64(widen(x[np.uint64(o + run[r]) + i * k])) - mean
+                total += c
+                square += c * c
+    return mean, total / count, square - total * (total / count)
+
+
 @_loop
-def _moments(x, o, k, run, shape, tile, step, mean, zero, count):
+def _moments(x, o, k, run, shape, tile, step, mean, zero, count, least):
     """A tile's mean as a number in computing precision and what is lacking, and its squares about both, from a guess.
 
     sum c**2 - count * delta**2 loses a bit at most where delta is within the deviation. Else the guess was bad, or the
@@ -1081,11 +1122,15 @@ def _moments(x, o, k, run, shape, tile, step, mean, zero, count):
             mean = typed(mean + excess, zero)
         elif turn == 1:
             delta = typed(excess, zero)
+    if not least * count <= square < math.inf:
+        exact, rest, square = _wide_moments(x, o, k, run, shape, tile)
+        mean = typed(exact, zero)
+        return mean, (exact - mean) + rest, square
     return mean, delta + excess, square - total * excess
 
 
 @_loop
-def _reduce_forward_rows(x, place, run, shape, step, first, last, zero, means, deltas, squares):
+def _reduce_forward_rows(x, place, run, shape, step, first, last, zero, least, means, deltas, squares):
     k = np.uint64(place[2])
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
@@ -1093,13 +1138,13 @@ def _reduce_forward_rows(x, place, run, shape, step, first, last, zero, means, d
         guess = typed(_guess(x, o, k, run, shape, tile, step), zero)
         count = _borders(tile, shape)[4]
         means[unit], deltas[unit], squares[unit] = _moments(
-            x, o, k, run, shape, tile, step, guess, zero, count
+            x, o, k, run, shape, tile, step, guess, zero, count, least
         )  # fmt: skip
         n, c, tile = _next(n, c, tile, shape)
 
 
 @_loop
-def _reduce_forward_lanes(x, place, run, shape, first, last, zero, means, deltas, squares):
+def _reduce_forward_lanes(x, place, run, shape, first, last, zero, least, means, deltas, squares):
     """_guess and _moments of channels side by side."""
     channels, group = shape[:2]
     k = np.uint64(place[2])
@@ -1150,6 +1195,9 @@ def _reduce_forward_lanes(x, place, run, shape, first, last, zero, means, deltas
             means[unit * group + j] = mean[j]
             deltas[unit * group + j] = delta[j] + excess
             squares[unit * group + j] = square[j] - total[j] * excess
+            if not least * count <= square[j] < math.inf:
+                at = unit * group + j
+                means[at], deltas[at], squares[at] = _wide_moments(x, o + j, k, run, shape, tile)
         n, c, tile = _next(n, c, tile, shape)
 
 
@@ -1287,7 +1335,7 @@ def _short_planes(first, planes, shape, places, offsets, over, weight, bias, sca
 @_loop
 def _forward_short_rows(
     like, x, y, res, places, run, shape, step, inplace, residual, act, first, last,
-    eps, weight, bias, over, mean, delta, rstd, variance,
+    eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     """All of the forward for planes so short that what is done once for each counts: it is done for 64 at a time."""
     size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
@@ -1296,6 +1344,8 @@ def _forward_short_rows(
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     m, d, q, r, scale, shift = np.zeros((6, 64), mean.dtype)
     offsets = np.empty((3, 64), np.uint64)
+    exact, unscaled = np.empty((2, 64))
+    lowest, highest = typed(least * shape[4], zero), typed(math.inf, zero)
     some = min(size, np.uint64(64))  # from the middle: borders are often 0
     lo = (size - some) // np.uint64(2)
     share_of_some = typed(1 / some, zero)
@@ -1317,12 +1367,19 @@ def _forward_short_rows(
             share = d[j] / count
             r[j] = typed(0.5, zero) * q[j] - d[j] * share
             q[j] -= d[j] * share
+            r[j] = r[j] if lowest <= q[j] < highest else typed(-1, zero)
             d[j] = share
+        again = False
         for j in range(planes):
             if r[j] < zero:
-                m[j], d[j], q[j] = _moments(
-                    x, np.int64(offsets[0, j]), k0, run, shape, 0, step, m[j], zero, shape[4]
+                if not again:
+                    again = True
+                    exact[:] = -1
+                    unscaled[:] = scale
+                m[j], d[j], exact[j] = _moments(
+                    x, np.int64(offsets[0, j]), k0, run, shape, 0, step, m[j], zero, shape[4], least
                 )  # fmt: skip
+                q[j] = exact[j]
         for j in range(64):  # the mean is moved to the number next to it, by Knuth's exact sum
             total = m[j] + d[j]
             part = total - m[j]
@@ -1331,6 +1388,11 @@ def _forward_short_rows(
             q[j] = (zero if q[j] <= zero else q[j]) / count
             r[j] = typed(1, zero) / typed(math.sqrt(q[j] + typed(eps, zero)), zero)
             scale[j] *= r[j]
+        if again:
+            for j in range(planes):
+                if exact[j] >= 0:  # which may be more than q can hold
+                    r[j] = 1 / math.sqrt(exact[j] / shape[4] + eps)
+                    scale[j] = unscaled[j] * r[j]
         for j in range(planes):
             mean[start + j], delta[start + j], rstd[start + j] = m[j], d[j], r[j]
         if variance.size:
@@ -1348,16 +1410,16 @@ def _forward_short_rows(
 
 
 @_kernel
-def _forward_tiles(turns, parts, count, like, at, places, runs, shape, step, lanes, means, deltas, squares):
+def _forward_tiles(turns, parts, count, like, at, places, runs, shape, step, lanes, least, means, deltas, squares):
     x, group = memory(at[0], like), shape[1]
     part = begin(turns)
     while part < parts:
         first, last = count * part // parts, count * (part + 1) // parts
         sums = means[first * group : last * group], deltas[first * group :], squares[first * group :]
         if lanes is None:
-            _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), *sums)
+            _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), least, *sums)
         else:
-            _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), *sums)
+            _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), least, *sums)
         part = end(turns)
 
 
@@ -1393,7 +1455,7 @@ def _forward_results(
 @_kernel
 def _forward_planes(
     turns, parts, count, like, at, places, runs, shape, step, lanes, inplace, residual, act, block,
-    eps, weight, bias, over, mean, delta, rstd, variance,
+    eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
@@ -1406,7 +1468,7 @@ def _forward_planes(
         if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
             _forward_short_rows(
                 like, x, y, res, places, runs[0], shape, step, inplace, residual, act, first, last,
-                eps, weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), variance.ravel(),
+                eps, least, weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), variance.ravel(),
             )  # fmt: skip
             last = first
         for owner in range(first, last, block):
@@ -1414,9 +1476,13 @@ def _forward_planes(
             u0, u1 = owner * tiles, upto * tiles
             ahead = block if upto < last and block * shape[3] * shape[4] <= NEAR else 0
             if lanes is None:
-                _reduce_forward_rows(x, places[0], runs[0], shape, step, u0, u1, zero_of(like), means, deltas, squares)
+                _reduce_forward_rows(
+                    x, places[0], runs[0], shape, step, u0, u1, zero_of(like), least, means, deltas, squares
+                )
             else:
-                _reduce_forward_lanes(x, places[0], runs[0], shape, u0, u1, zeros_of(like), means, deltas, squares)
+                _reduce_forward_lanes(
+                    x, places[0], runs[0], shape, u0, u1, zeros_of(like), least, means, deltas, squares
+                )
             _join_forward(shape, owner, upto, means, deltas, squares, eps, mean, delta, rstd, variance)
             if lanes is None:
                 _apply_forward_rows(
@@ -1535,10 +1601,10 @@ def _join_backward(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat):
 
 
 @_loop
-def _slope_and_constant(shape, scale, rstd, sum_g, sum_g_xhat):
-    """dx = g * scale + (centred * slope + constant)"""
-    count = typed(shape[3] * shape[4], scale)
-    return -(sum_g_xhat / count * rstd) * scale, -(sum_g / count) * scale
+def _slope_and_constant(shape, rstd, sum_g, sum_g_xhat):
+    """dx = (g + (centred * slope + constant)) * scale"""
+    count = typed(shape[3] * shape[4], rstd)
+    return -(sum_g_xhat / count * rstd), -(sum_g / count)
 
 
 @_loop
@@ -1556,10 +1622,9 @@ def _gradient_run(
         )  # fmt: skip
         if residual is not None:
             dres[_at(o4, i, k4, step)] = narrow(g, like)
-        g = g * scale
         if training is not None:
             g = g + (centred * slope + constant)
-        dx[_at(o1, i, k1, step)] = narrow(g, like)
+        dx[_at(o1, i, k1, step)] = narrow(g * scale, like)
 
 
 @_loop
@@ -1575,7 +1640,7 @@ def _apply_backward_rows(
         r0, r1, l0, l1, _ = _borders(tile, shape)
         m, d = mean[n, c], delta[n, c]
         scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
-        slope, constant = _slope_and_constant(shape, scale, rstd[n, c], sum_g[n, c], sum_g_xhat[n, c])
+        slope, constant = _slope_and_constant(shape, rstd[n, c], sum_g[n, c], sum_g_xhat[n, c])
         for r in range(r0, r1):
             o0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
             o1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
@@ -1609,9 +1674,7 @@ def _apply_backward_lanes(
         width = min(shape[1], shape[0] - c)
         _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
         for j in range(width):
-            slope[j], constant[j] = _slope_and_constant(
-                shape, scale[j], rstd[n, c + j], sum_g[n, c + j], sum_g_xhat[n, c + j]
-            )
+            slope[j], constant[j] = _slope_and_constant(shape, rstd[n, c + j], sum_g[n, c + j], sum_g_xhat[n, c + j])
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
             b0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
@@ -1627,10 +1690,9 @@ def _apply_backward_lanes(
                     )
                     if residual is not None:
                         dres[o4 + j] = narrow(g, like)
-                    g = g * scale[j]
                     if training is not None:
                         g = g + (centred * slope[j] + constant[j])
-                    dx[o1 + j] = narrow(g, like)
+                    dx[o1 + j] = narrow(g * scale[j], like)
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -1670,7 +1732,7 @@ def _backward_short_rows(
         for j in range(planes):
             sum_g[start + j], sum_g_xhat[start + j] = total[j], dot[j]
         for j in range(64):
-            dot[j], total[j] = _slope_and_constant(shape, scale[j], r[j], total[j], dot[j])
+            dot[j], total[j] = _slope_and_constant(shape, r[j], total[j], dot[j])
         for j in range(planes):
             o0, o1, o2, o3, o4 = offsets[0, j], offsets[1, j], offsets[2, j], offsets[3, j], offsets[4, j]
             _gradient_run(
@@ -1894,7 +1956,7 @@ class _Compiled(_Work):
         self.share(self.apply_forward, self.blocks * self.tiles)
 
     def reduce_forward(self, *parts: Any) -> None:
-        _forward_tiles(*parts, *self.where, *self.partial)
+        _forward_tiles(*parts, *self.where, _least(self.eps), *self.partial)
 
     def join_forward(self, first: int, last: int) -> None:
         _forward_join(self.layout.shape, first, last, *self.partial, self.eps, *self.planes[3:], self.variance)
@@ -1904,7 +1966,8 @@ class _Compiled(_Work):
 
     def whole_forward(self, *parts: Any) -> None:
         _forward_planes(
-            *parts, *self.where, *self.options, self.layout.at_a_time, self.eps, *self.planes, self.variance
+            *parts, *self.where, *self.options, self.layout.at_a_time, self.eps, _least(self.eps), *self.planes,
+            self.variance,
         )  # fmt: skip
 
     # Backward

@@ -1,0 +1,340 @@
+"""Digits: cupynorm and its peers beside the exact answer, on data that is hard: python -m bench accuracy --help.
+
+The exact answer is the formula in extended precision (NumPy's longdouble) from the values as stored. An error is
+counted in **roundings**: 1 is the most that rounding the exact answer to the dtype costs, half a unit in its last
+place. It is taken relative to the element and the root mean square of its plane together, since x - mean cancels; for
+dx also to rstd * |dy|, from which it is subtracted; of dweight and dbias to their own size and the root of the sum of
+the squared terms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupynorm import cpu, devices, functional
+
+from . import peers, report
+from .cases import EPS, Arrays
+
+#: Roundings that are "a few": what every answer of cupynorm's is allowed.
+ALLOWED = 4.0
+
+DEFAULT = 4, 8, 64, 64
+LARGE = 1 << 22  # elements from which on a plane is too large for the emulator
+
+
+class Hard(NamedTuple):
+    """A row of the table: x = make(random numbers, shape), rounded to the dtype."""
+
+    name: str
+    make: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+    dtype: str = "float32"
+    shape: tuple[int, ...] = DEFAULT
+    eps: float = EPS
+
+    def __str__(self) -> str:
+        eps = "" if self.eps == EPS else f", eps = {self.eps:g}"
+        shape = "" if self.shape == DEFAULT else f", {report.shape_text(self.shape)}"
+        return f"{self.name}, {self.dtype}{shape}{eps}"
+
+
+def _normal(mean: float, deviation: float = 1) -> Callable[..., np.ndarray]:
+    return lambda rng, shape: mean + deviation * rng.standard_normal(shape)
+
+
+def _constant(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Every plane another number; the first is 0."""
+    values = rng.standard_normal(shape[:2]) * 10.0 ** rng.integers(-2, 4, shape[:2])
+    values[0, 0] = 0
+    return np.broadcast_to(values.reshape(*shape[:2], *(1,) * (len(shape) - 2)), shape)
+
+
+def _outlier(size: float) -> Callable[..., np.ndarray]:
+    def make(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        x = rng.standard_normal(shape)
+        x.reshape(*shape[:2], -1)[..., int(rng.integers(np.prod(shape[2:])))] = size
+        return x
+
+    return make
+
+
+def _checkerboard(size: float) -> Callable[..., np.ndarray]:
+    return lambda rng, shape: size * (1 - 2.0 * (np.indices(shape).sum(0) % 2))
+
+
+def rows(quick: bool = False) -> list[Hard]:
+    """All of them; quick: small planes, without those of 2**24 elements."""
+    signed = [sign * offset for offset in (1, 1e2, 1e4, 1e6) for sign in (1, -1)]
+    found = [Hard(f"N({offset:g}, 1)", _normal(offset)) for offset in (0, *signed)]
+    found += [Hard(f"N({offset:g}, 1)", _normal(offset), "float64") for offset in (0, 1e6)]
+    found += [
+        Hard(f"N({offset:g}, 1)", _normal(offset), dtype) for dtype in ("float16", "bfloat16") for offset in (0, 100)
+    ]
+    found += [Hard("constant planes", _constant, dtype) for dtype in ("float32", "float16")]
+    found += [Hard(f"N(0, 1), one {size:g} in each plane", _outlier(size)) for size in (1e6, 1e25)]
+    found += [Hard("N(0, 1), one 60000 in each plane", _outlier(60000), "float16")]
+    found += [
+        Hard("N(0, 1e-20)", _normal(0, 1e-20)), Hard("N(0, 1e-20)", _normal(0, 1e-20), eps=0.0),
+        Hard("N(1e-20, 1e-22)", _normal(1e-20, 1e-22), eps=0.0), Hard("N(0, 1e-30)", _normal(0, 1e-30), eps=0.0),
+        Hard("N(0, 1e25)", _normal(0, 1e25)), Hard("N(1e25, 1e22)", _normal(1e25, 1e22)),
+        Hard("N(0, 1e25)", _normal(0, 1e25), shape=(16, 32, 5, 5)),
+        Hard("N(0, 1e-20)", _normal(0, 1e-20), shape=(16, 32, 5, 5), eps=0.0),
+        Hard("N(0, 1e25)", _normal(0, 1e25), "bfloat16"), Hard("N(0, 1e-20)", _normal(0, 1e-20), "bfloat16", eps=0.0),
+        Hard("±512 checkerboard", _checkerboard(512), "float16"),
+        Hard("±65504 checkerboard", _checkerboard(65504), "float16"),
+        Hard("64000 to 65504", lambda rng, shape: rng.uniform(64000, 65504, shape), "float16"),
+        Hard("mostly denormal, N(0, 1e-38)", _normal(0, 1e-38)),
+        Hard("mostly denormal, N(0, 1e-38)", _normal(0, 1e-38), "bfloat16"),
+        Hard("denormal, N(0, 1e-6)", _normal(0, 1e-6), "float16"),
+    ]  # fmt: skip
+    if quick:
+        return [row._replace(shape=(2, 3, 16, 16)) if row.shape == DEFAULT else row for row in found]
+    large = [(1, 1, 4096, 4096), (1, 1, 4096, 8192)]
+    return found + [Hard(f"N({offset:g}, 1)", _normal(offset), shape=shape) for shape in large for offset in (0, 100)]
+
+
+class Given(Arrays):
+    """The arrays of a row, for the peers; weight is 1 and bias 0, so that they have gradients and change nothing."""
+
+    def __init__(self, xp: Any, row: Hard):
+        rng = np.random.default_rng(22)
+        storage = devices.dtype_of(row.dtype)
+        self.xp, self.shape, self.dtype, self.eps = xp, row.shape, row.dtype, row.eps
+        self.layout, self.affine, self.sets, self.activation, self.slope = "channels_first", True, 1, None, 1.0
+        self.negative_slope = 0.01
+        self.host_x = np.ascontiguousarray(row.make(rng, row.shape)).astype(storage)
+        self.host_dy = rng.standard_normal(row.shape, np.float32).astype(storage)
+        compute = functional.math_dtype(storage)
+        self.host_weight, self.host_bias = np.ones(row.shape[1], compute), np.zeros(row.shape[1], compute)
+        self.weight, self.bias = xp.asarray(self.host_weight), xp.asarray(self.host_bias)
+        self.x, self.dy = [xp.asarray(self.host_x)], [xp.asarray(self.host_dy)]
+
+
+class Answer(NamedTuple):
+    """The exact answer, and what an error of one rounding is for each of its elements, before the dtype's share."""
+
+    exact: np.ndarray
+    scale: np.ndarray
+
+
+def answers(arrays: Given) -> dict[str, Answer]:
+    """y, dx, dweight and dbias, plane by plane, as (planes, positions) and (channels,)."""
+    n, c = arrays.shape[:2]
+    planes = n * c
+    found: dict[str, list[Any]] = {name: [] for name in ("y", "dx")}
+    terms = {name: np.zeros((2, c), np.longdouble) for name in ("dweight", "dbias")}
+    x, dy = (a.reshape(planes, -1) for a in (arrays.host_x, arrays.host_dy))
+    for plane in range(planes):
+        a, g = (v[plane].astype(np.float64).astype(np.longdouble) for v in (x, dy))
+        a = a - a.mean()
+        a -= a.mean()
+        variance = (a * a).mean() + np.longdouble(arrays.eps)
+        rstd = 1 / np.sqrt(variance)
+        xhat = a * rstd
+        dx = rstd * (g - g.mean() - xhat * (g * xhat).mean())
+        for name, value, more in (("y", xhat, 0), ("dx", dx, rstd * np.abs(g))):
+            found[name].append(Answer(value, np.abs(value) + np.sqrt((value * value).mean()) + more))
+        for name, value in (("dweight", g * xhat), ("dbias", g)):
+            terms[name][:, plane % c] += value.sum(), (value * value).sum()
+    exact = {name: Answer(*(np.stack(each) for each in zip(*found[name], strict=True))) for name in found}
+    return exact | {name: Answer(total, np.abs(total) + np.sqrt(squares)) for name, (total, squares) in terms.items()}
+
+
+def roundings(got: np.ndarray, answer: Answer, dtype: np.dtype) -> float:
+    """The largest error; infinite where the answer is not finite, and the exact one, in the dtype, is."""
+    import ml_dtypes
+
+    limits = ml_dtypes.finfo(dtype)
+    exact, scale = (a.ravel() for a in answer)
+    values = got.astype(np.float64).astype(np.longdouble).reshape(exact.shape)
+    judged = np.abs(exact) <= np.longdouble(float(limits.max))
+    exact, scale, values = exact[judged], scale[judged], values[judged]
+    one = np.longdouble(float(limits.eps)) / 2 * scale + np.longdouble(float(limits.smallest_subnormal)) / 2
+    with np.errstate(all="ignore"):
+        errors = np.abs(values - exact) / one
+    if not errors.size:
+        return 0.0
+    return float(errors.max()) if np.isfinite(errors).all() else float("inf")
+
+
+# Who takes part
+
+
+@contextlib.contextmanager
+def _set(place: Any, name: str, value: Any) -> Iterator[None]:
+    before = place[name]
+    place[name] = value
+    try:
+        yield
+    finally:
+        place[name] = before
+
+
+def _ours(arrays: Given, compiled: bool) -> dict[str, Any]:
+    if compiled and cpu.numba is None:
+        raise peers.UnavailableError(str(cpu.without_numba))
+    with _set(vars(cpu), "compiled", compiled):
+        return _asked(peers.cupynorm_itself, arrays)
+
+
+def _emulated(arrays: Given) -> dict[str, Any]:
+    """The CUDA kernels on the tests' emulator, which flushes no denormals."""
+    if np.prod(arrays.shape[2:]) >= LARGE:
+        raise peers.UnavailableError("too slow for planes as large")
+    if shutil.which("g++") is None:
+        raise peers.UnavailableError("needs g++")
+    tests = str(report.ROOT / "tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    try:
+        importlib.import_module("simt.backend")
+    except ImportError as error:
+        raise peers.UnavailableError(f"needs a checkout's tests ({error})") from None
+    with _set(functional.BACKENDS, "numpy", "simt.backend"):
+        return _asked(peers.cupynorm_itself, arrays)
+
+
+def _asked(peer: Any, arrays: Given) -> dict[str, Any]:
+    op = "forward" if peer is peers.onnx_runtime else "both"
+    contestant = peer(op, arrays)
+    result: dict[str, Any] = contestant.answers(contestant.run(0))
+    return result
+
+
+def contestants(gpu: bool) -> dict[str, tuple[Callable[[Given], dict[str, Any]], bool]]:
+    """Name: how to ask, and whether on the GPU."""
+    found: dict[str, Any] = {
+        "NumPy": (lambda a: _ours(a, False), False),
+        "compiled": (lambda a: _ours(a, True), False),
+        "emulated": (_emulated, False),
+    }
+    if gpu:
+        found["CUDA"] = (lambda a: _asked(peers.cupynorm_itself, a), True)
+    for name in ("torch", "jax", "onnxruntime", "textbook"):
+        peer = peers.PEERS[name]
+        found[name] = (lambda a, peer=peer: _asked(peer, a), False)
+        if gpu and name == "torch":
+            found["torch, GPU"] = (lambda a, peer=peer: _asked(peer, a), True)
+    return found
+
+
+OURS = "NumPy", "compiled", "emulated", "CUDA"
+
+
+def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """One row of the result: roundings by contestant and by what was computed."""
+    host = Given(np, row)
+    exact, dtype = answers(host), devices.dtype_of(row.dtype)
+    places = {False: host}
+    errors: dict[str, Any] = {}
+    for name, (ask, gpu) in asked.items():
+        try:
+            if gpu and gpu not in places:
+                places[True] = Given(importlib.import_module("cupy"), row)
+            with warnings.catch_warnings(), np.errstate(all="ignore"):
+                warnings.simplefilter("ignore")  # of overflow, say: the error says it
+                got = ask(places[gpu])
+            found = {}
+            for part, value in got.items():
+                # dweight and dbias are in the parameters' dtype, which is as wide or wider.
+                kind = dtype if part in ("y", "dx") else host.host_weight.dtype
+                found[part] = roundings(devices.to_host(value), exact[part], kind)
+            errors[name] = found
+        except peers.UnavailableError as reason:
+            say(f"{name} left out: {reason}")
+        except Exception as failure:  # a peer's failure is a line, whatever it is
+            say(f"{name} failed at {row}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:150]}")
+            if name in OURS:
+                errors[name] = {"y": float("inf")}
+    return {
+        "row": row.name, "dtype": row.dtype, "shape": list(row.shape), "eps": row.eps, "roundings": errors,
+    }  # fmt: skip
+
+
+def _cell(errors: dict[str, float] | None) -> str:
+    """Forward / backward, the worst of each."""
+    if errors is None:
+        return "–"
+    forward, backward = errors["y"], [v for name, v in errors.items() if name != "y"]
+    return " / ".join(_count(v) for v in (forward, *([max(backward)] if backward else [])))
+
+
+def _count(value: float) -> str:
+    if value == float("inf"):
+        return "not finite"
+    return f"{value:.1f}" if value < 100 else f"{value:.0e}".replace("e+0", "e")
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """Header and rows, as text."""
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["roundings"]))
+    lines = [["x", *names]]
+    for row in result["rows"]:
+        title = str(Hard(row["row"], _constant, row["dtype"], tuple(row["shape"]), row["eps"]))
+        lines.append([title, *(_cell(row["roundings"].get(name)) for name in names)])
+    return lines
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The table for README."""
+    head, *lines = ["| " + " | ".join(line) + " |" for line in table(result)]
+    return "\n".join([head, "|---" * len(table(result)[0]) + "|", *lines])
+
+
+def missed(result: dict[str, Any]) -> list[str]:
+    """Where an answer of cupynorm's is more than ALLOWED roundings from the exact one."""
+    return [
+        f"{line[0]}: {name} {_cell(errors)}"
+        for line, row in zip(table(result)[1:], result["rows"], strict=True)
+        for name, errors in row["roundings"].items()
+        if name in OURS and not max(errors.values()) <= ALLOWED
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench accuracy", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small planes, and none of 2**24 elements: seconds")
+    parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join((*OURS, 'torch', 'jax', 'onnxruntime'))} …")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table")
+    options = parser.parse_args(arguments)
+    gpu = devices.gpu_status()[0]
+    asked = contestants(gpu)
+    if options.only:
+        unknown = [name for name in options.only.split(",") if name not in asked]
+        if unknown:
+            parser.error(f"--only: {', '.join(asked)}; got {', '.join(unknown)}")
+        asked = {name: asked[name] for name in options.only.split(",")}
+    said: set[str] = set()
+
+    def say(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            print(line, flush=True)
+
+    found = []
+    for row in rows(options.quick):
+        found.append(measure(row, asked, say))
+        print(f"{row}: " + "; ".join(f"{n} {_cell(e)}" for n, e in found[-1]["roundings"].items()), flush=True)
+    result = {
+        "schema": report.SCHEMA, "device": report.device_facts(importlib.import_module("cupy") if gpu else np),
+        "versions": report.versions(), "commit": report.commit(), "allowed": ALLOWED, "rows": found,
+    }  # fmt: skip
+    if options.json:
+        report.write_json(result, options.json)
+    if options.markdown:
+        options.markdown.write_text(markdown(result) + "\n", encoding="utf-8")
+    bad = missed(result)
+    print(f"forward / backward in roundings; of cupynorm at most {ALLOWED:g} everywhere: {'MISSED' if bad else 'held'}")
+    print(*bad, sep="\n", end="\n" if bad else "")
+    return 1 if bad else 0

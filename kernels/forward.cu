@@ -52,13 +52,13 @@ __device__ inline void forward_owner(const Call& call, long long owner, long lon
         const Math mean = m.mean[p] + m.delta[p];
         m.delta[p] = (m.mean[p] - mean) + m.delta[p];
         m.mean[p] = mean;
-        inverse[p] = reciprocal_sqrt(m.squares[p] / count + (Math)call.eps);
+        inverse[p] = rstd_of(m.squares[p], count, (Math)call.eps);
     }
     if (!GROUPED || share.tile == 0) share.each_plane(call.channels, [&](int p, long long i) {
         if (call.mean) store(call.mean + i, m.mean[p]);
         if (call.rstd) store(call.rstd + i, inverse[p]);
         if (call.delta) store(call.delta + i, m.delta[p]);
-        if (call.variance) store(call.variance + i, m.squares[p] / (count - 1));
+        if (call.variance) store(call.variance + i, variance_of(m.squares[p], count - 1));
     });
     // Not sooner: the widest register variant has none to spare.
     const AffineOfThread affine(share, call.affine, call.channels);

@@ -104,7 +104,7 @@ __device__ inline Moments merge_moments_of_tiles(const Share& share, const Momen
             if (n == 0) continue;
             const Accum distance = (exchange.read(tile, at) - base[p]) + exchange.read(tile, at + 1);
             s[p] += n * distance;
-            s[P + p] += exchange.read(tile, at + 2) + n * distance * distance;
+            s[P + p] += wide_squares(exchange.read(tile, at + 2)) + n * distance * distance;
         }
     }
     exchange.leave();
@@ -115,7 +115,7 @@ __device__ inline Moments merge_moments_of_tiles(const Share& share, const Momen
         const Accum distance = s[p] / count, squares = s[P + p] - s[p] * distance;
         m.mean[p] = (Math)(base[p] + distance);
         m.delta[p] = (Math)((base[p] - m.mean[p]) + distance);
-        m.squares[p] = squares < 0 ? 0 : (Math)squares;
+        m.squares[p] = squares < 0 ? 0 : kept_squares(squares);
     }
     return m;
 }

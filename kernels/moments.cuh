@@ -4,8 +4,36 @@
 // the values lie close to their mean, so (x - mean) - delta keeps its digits however large the offset is.
 
 struct Moments {
-    Math mean[P], delta[P], squares[P];     // squares: the sum of ((x - mean) - delta)^2
+    Math mean[P], delta[P], squares[P];     // squares: the sum of ((x - mean) - delta)^2, as below
 };
+
+// Squares of values around 1e25 or 1e-25 are no numbers of float. Where their sum is not, or is so small that it has
+// lost digits, it is kept as minus its root, taken in a unit that has room.
+#if !defined(STORAGE_FLOAT64)
+constexpr Math LEAST_SQUARES = 7.8886091e-31f, MOST_SQUARES = 3.4028235e38f;    // 2^-100, and float's last
+__device__ inline bool has_room(Math squares, Math count) {
+    return squares >= LEAST_SQUARES * count && squares <= MOST_SQUARES;
+}
+__device__ inline Math unit_of(Math squares) { return squares <= 1 ? 1.2089258e24f : 8.2718061e-25f; }  // 2^80, 2^-80
+__device__ inline Accum wide_squares(Math kept) { return kept < 0 ? (Accum)kept * kept : kept; }
+__device__ inline Math kept_squares(Accum squares) {
+    return squares >= LEAST_SQUARES && squares <= MOST_SQUARES ? (Math)squares : -(Math)sqrt(squares);
+}
+__device__ inline Math rstd_of(Math kept, Math count, Math eps) {
+    if (!(kept < 0)) return reciprocal_sqrt(kept / count + eps);
+    if (kept > -1 && eps > 1) return reciprocal_sqrt(eps);
+    const Math unit = kept > -1 ? 1.1529215e18f : 8.2718061e-25f, root = kept * unit;       // 2^60, 2^-80
+    return reciprocal_sqrt(root * root / count + eps * unit * unit) * unit;
+}
+__device__ inline Math variance_of(Math kept, Math count) {
+    return kept < 0 ? kept / count * kept : kept / count;
+}
+#else
+__device__ inline Accum wide_squares(Math kept) { return kept; }
+__device__ inline Math kept_squares(Accum squares) { return squares; }
+__device__ inline Math rstd_of(Math kept, Math count, Math eps) { return reciprocal_sqrt(kept / count + eps); }
+__device__ inline Math variance_of(Math kept, Math count) { return kept / count; }
+#endif
 
 // The sum of f(p, value) over the owner's tile, for each plane p: packs are read first where READ is set.
 template <bool READ, int OWNER, int REST, int THREADS, int CHUNKS, class Share, class F>
@@ -51,5 +79,21 @@ __device__ inline Moments moments_of_tile(const Share& share, const Tensor& x, R
         const Math d = (value - m.mean[p]) - m.delta[p];
         return d * d;
     });
+#if !defined(STORAGE_FLOAT64)
+    bool odd = false;
+    #pragma unroll
+    for (int p = 0; p < P; p++) odd |= !has_room(m.squares[p], count);
+    if (any_of_owner<OWNER, THREADS>(odd, share.lanes)) {
+        Math again[P];
+        sum_tile<false, OWNER>(share, x, rest, chunks, other, again, [&](int p, Math value) {
+            const Math d = ((value - m.mean[p]) - m.delta[p]) * unit_of(m.squares[p]);
+            return d * d;
+        });
+        #pragma unroll
+        for (int p = 0; p < P; p++) {
+            if (!has_room(m.squares[p], count)) m.squares[p] = -sqrtf(again[p]) / unit_of(m.squares[p]);
+        }
+    }
+#endif
     return m;
 }

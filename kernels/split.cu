@@ -43,7 +43,7 @@ __device__ inline void moments(const Tensor& x, long long* counts, Accum* means,
             const long long at = i * tiles.tiles + share.tile;
             store(counts + at, (long long)share.count());
             store(means + at, (Accum)m.mean[p] + (Accum)m.delta[p]);
-            store(squares + at, (Accum)m.squares[p]);
+            store(squares + at, wide_squares(m.squares[p]));
         });
     });
 }

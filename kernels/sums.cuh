@@ -18,6 +18,12 @@ __device__ inline void fold(const Math (&s)[LINES], Math* out) {
     }
 }
 
+// Whether it is so for any plane of the threads that add up together: all of them must go the same way afterwards.
+template <int OWNER, int THREADS> __device__ inline bool any_of_owner(bool so, int lanes) {
+    if (OWNER == PART || OWNER == WARP || THREADS == 32) return __any_sync(0xffffffff, so);
+    return CHANNELS_LAST && lanes > 1 ? __syncthreads_or(so) : so;
+}
+
 // Scratch of one exchange of K sums over a block of THREADS, in elements of the sums.
 template <int THREADS> __device__ constexpr int scratch_size(int lanes, int K) { return THREADS / 32 * lanes * K; }
 

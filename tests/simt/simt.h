@@ -64,6 +64,7 @@ struct Fiber {
     unsigned round;
     const unsigned* counter;        // AT_COUNTER: waits until it is at least `target`
     unsigned target;
+    bool votes[2];                  // of __syncthreads_or, in even and odd meetings of the block
 };
 
 // The barrier of a cluster: a round is over when all threads have arrived.
@@ -79,6 +80,7 @@ struct Block {
     std::unique_ptr<unsigned char[]> shared;
     std::vector<uint64_t> slots;    // what lanes show each other: two generations a warp
     std::vector<unsigned> generation;
+    unsigned meetings = 0;          // how often all threads have met
 };
 
 constexpr size_t STACK = 128 * 1024, KEPT = 1024;
@@ -275,6 +277,7 @@ static bool run_block(Block& block, int steps) {
             }
         }
         for (unsigned i = 0; i < threads; i++) block.fibers[i].state = READY;
+        block.meetings++;
         progress = true;
     }
     return progress;
@@ -508,3 +511,24 @@ template <class T> inline T simt_shuffle_xor(T value, int distance, int line) {
     return other;
 }
 #define __shfl_xor_sync(mask, value, distance) simt_shuffle_xor(value, distance, __LINE__)
+
+inline int simt_any(bool vote, int line) {
+    const unsigned i = threadIdx.x, warp = i / 32;
+    uint64_t* slots = &simt::m.block->slots[warp * 64 + simt::m.block->generation[warp] % 2 * 32];
+    slots[i % 32] = vote;
+    simt::wait(simt::AT_WARP, line);
+    for (int lane = 0; lane < 32; lane++) if (slots[lane]) return 1;
+    return 0;
+}
+#define __any_sync(mask, vote) simt_any(vote, __LINE__)
+
+// A thread can be one meeting ahead, not two.
+inline int simt_any_of_block(bool vote, int line) {
+    simt::Block& block = *simt::m.block;
+    const unsigned turn = block.meetings % 2;
+    block.fibers[threadIdx.x].votes[turn] = vote;
+    simt::wait(simt::AT_BLOCK, line);
+    for (unsigned i = 0; i < simt::m.launch->threads; i++) if (block.fibers[i].votes[turn]) return 1;
+    return 0;
+}
+#define __syncthreads_or(vote) simt_any_of_block(vote, __LINE__)

@@ -198,7 +198,7 @@ template <int THREADS, int CHUNKS> struct Packs<SHARED, THREADS, CHUNKS> {
     __device__ Pack get(int k) const { return slot[k * THREADS]; }
     __device__ void set(int k, const Pack& p) { slot[k * THREADS] = p; }
     template <class F> static __device__ void each(int chunks, F f) {
-        #pragma unroll 2
+        #pragma unroll READ_AHEAD < 2 && sizeof(Math) == 8 ? 1 : 2
         for (int k = 0; k < chunks; k++) f(k);
     }
 };

@@ -263,10 +263,11 @@ def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dic
     }  # fmt: skip
 
 
-def _cell(errors: dict[str, float] | None) -> str:
-    """Forward / backward, the worst of each."""
+def _cell(errors: dict[str, float | None] | None) -> str:
+    """Forward / backward, the worst of each; None, as in a file, is infinite."""
     if errors is None:
         return "–"
+    errors = {name: float("inf") if value is None else value for name, value in errors.items()}
     forward, backward = errors["y"], [v for name, v in errors.items() if name != "y"]
     return " / ".join(_count(v) for v in (forward, *([max(backward)] if backward else [])))
 
@@ -335,7 +336,12 @@ def main(arguments: list[str]) -> int:
         "versions": report.versions(), "commit": report.commit(), "allowed": ALLOWED, "rows": found,
     }  # fmt: skip
     if options.json:
-        report.write_json(result, options.json)
+        plain = [
+            row | {"roundings": {name: {part: v if v < float("inf") else None for part, v in errors.items()}
+                                 for name, errors in row["roundings"].items()}}
+            for row in found
+        ]  # fmt: skip
+        report.write_json(result | {"rows": plain}, options.json)
     if options.markdown:
         options.markdown.write_text(markdown(result) + "\n", encoding="utf-8")
     bad = missed(result)

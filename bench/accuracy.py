@@ -313,6 +313,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
     parser.add_argument("--markdown", type=Path, metavar="FILE.md", help="write the table")
     options = parser.parse_args(arguments)
+    try:
+        importlib.import_module("ml_dtypes")
+    except ImportError:
+        sys.exit("python -m bench accuracy needs ml_dtypes, for bfloat16: pip install 'cupynorm[bf16]'")
     gpu = devices.gpu_status()[0]
     asked = contestants(gpu)
     if options.only:

@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
+import threading
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import numpy as np
 
-from .functional import Array, Saved, empty_like, math_dtype, overlap
+from .functional import Array, Keep, Saved, at_once, empty_like, math_dtype, overlap
 from .memory import empty
 from .threads import get_num_threads, share
 
@@ -72,12 +74,15 @@ def forward(
     momentum: float,
     eps: float,
     out: Array | None,
-    keep: bool,
+    keep: Keep | None,
     activation: str | None,
     negative_slope: float,
     residual: Array | None,
 ) -> tuple[Array, Saved | None]:
-    """The backends' contract, with all arguments checked: see cupynorm.functional."""
+    """The backends' contract, with all arguments checked: see cupynorm.functional.
+
+    What lasts (running statistics, and what keep tells) is written at the very end, and at once.
+    """
     y = empty_like(x, empty) if out is None else out
     planes, dtype = x.shape[:2], math_dtype(x.dtype)
     mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
@@ -85,18 +90,11 @@ def forward(
     call = Saved(
         x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope, residual, residual is not None
     )
+    variance = None
     if use_input_stats:
-        moves = running_mean is not None and bool(momentum)
         if x.size:
-            variance = np.empty(planes, dtype) if moves else None
+            variance = np.empty(planes, dtype) if running_mean is not None and momentum else None
             _choose(call, [x, y] if residual is None else [x, y, residual]).forward(eps, variance)
-            if variance is not None:
-                count = math.prod(x.shape[2:])
-                with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
-                    exact = np.add(mean, delta, dtype=np.float64)  # type: ignore[arg-type]
-                    unbiased = variance * dtype.type(count / (count - 1))
-                _move(running_mean, exact, momentum)
-                _move(running_var, unbiased, momentum)
     else:
         assert running_mean is not None and running_var is not None
         mean[...] = running_mean
@@ -104,11 +102,20 @@ def forward(
             rstd[...] = 1 / np.sqrt(running_var.astype(dtype) + dtype.type(eps))
         if x.size:
             _choose(call, [x, y] if residual is None else [x, y, residual]).evaluate()
-    if not keep:
-        return y, None
     if activation is None:
         call.residual = None
-    return y, call
+    writes = () if keep is None else keep(call)
+    if variance is None:
+        at_once(*writes)
+    else:
+        count = math.prod(x.shape[2:])
+        with _statistics.lock:  # no batch is lost where several threads call
+            with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
+                exact = np.add(mean, delta, dtype=np.float64)  # type: ignore[arg-type]
+                unbiased = variance * dtype.type(count / (count - 1))
+                moves = _moved(running_mean, exact, momentum), _moved(running_var, unbiased, momentum)
+            at_once(*moves, *writes)
+    return y, None if keep is None else call
 
 
 def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Array | None, Array | None, Array | None]:
@@ -152,11 +159,25 @@ def _gradient(sums: np.ndarray, parameter: Array | None) -> Array | None:
         return sums.astype(parameter.dtype)
 
 
-def _move(running: Array, values: np.ndarray, momentum: float) -> None:
-    """running <- (1 - momentum) * running + momentum * mean over the batch, in float64, in place."""
-    with np.errstate(all="ignore"):
-        mean = values.mean(0, dtype=np.float64)
-        running[...] = (1 - momentum) * running.astype(np.float64) + momentum * mean
+def _moved(running: Array, values: np.ndarray, momentum: float) -> partial[None]:
+    """running <- (1 - momentum) * running + momentum * mean over the batch, in float64: all but the writing."""
+    moved = (1 - momentum) * running.astype(np.float64) + momentum * values.mean(0, dtype=np.float64)
+    return partial(operator.setitem, running, ..., moved.astype(running.dtype))
+
+
+class _Statistics:
+    lock = threading.Lock()  # of everybody's running statistics
+
+
+_statistics = _Statistics()
+
+
+def _after_fork() -> None:
+    _statistics.lock = threading.Lock()  # another thread of the parent may hold it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 # Blocks, and how threads share them
@@ -814,7 +835,7 @@ def _ones(dtype: np.dtype) -> np.ndarray:
     return np.ones(ROW, dtype)
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _rows(size: int) -> tuple[int, int]:
     """The length and number of the rows that a plane is cut into; a rest is left where no such length divides size."""
     length = next((length for length in range(ROW, ROW // 4, -1) if size % length == 0), ROW)

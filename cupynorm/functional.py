@@ -11,9 +11,10 @@ import math
 import numbers
 import operator
 import sys
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,18 @@ class Saved:
     residual: Array | None = None
     with_residual: bool = False
     overwritten: bool = False  # x or residual was given as out, of the forward or of a backward
+
+
+#: What is to be done once a forward has succeeded, told from what it saved: partials of functions in C.
+Keep = Callable[[Saved], tuple[partial[Any], ...]]
+
+
+def at_once(*writes: partial[Any]) -> None:
+    """Do what has been prepared, in order. Where writes are partials of functions in C, an interrupt cannot part them.
+
+    Python raises KeyboardInterrupt between steps of its own code only, and here there are none.
+    """
+    deque(map(partial.__call__, writes), maxlen=0)
 
 
 def empty_like(x: Array, empty: Any) -> Array:
@@ -322,9 +335,9 @@ def instance_norm(
             one spatial element with use_input_stats, an activation of another name, or an out that overlaps an array
             without being it. Nothing has been written then.
     """
-    y, _ = _forward(
+    y, _ = checked_forward(
         input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps,
-        activation, negative_slope, residual, out, keep=False,
+        activation, negative_slope, residual, out, keep=None,
     )  # fmt: skip
     return y
 
@@ -354,15 +367,15 @@ def instance_norm_forward(
     Returns:
         (y, saved)
     """
-    y, saved = _forward(
+    y, saved = checked_forward(
         x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps,
-        activation, negative_slope, residual, out, keep=True,
+        activation, negative_slope, residual, out, keep=lambda _: (),
     )  # fmt: skip
     assert saved is not None
     return y, saved
 
 
-def _forward(
+def checked_forward(
     x: Array,
     weight: Array | None,
     bias: Array | None,
@@ -376,8 +389,9 @@ def _forward(
     residual: Array | None,
     out: Array | None,
     *,
-    keep: bool,
+    keep: Keep | None,
 ) -> tuple[Array, Saved | None]:
+    """`instance_norm`, and Saved with it if keep is given: what keep(saved) tells is done with the last writes."""
     check_input(x)
     momentum, eps = check_number(momentum, "momentum"), check_eps(eps)
     negative_slope = check_number(negative_slope, "negative_slope")
@@ -403,7 +417,12 @@ def _forward(
     if out is not None:
         inputs = ("input", x), ("residual", residual), ("weight", weight), ("bias", bias)
         _check_out(out, x, (*inputs, ("running_mean", running_mean), ("running_var", running_var)))
-    y, saved = backend_of(x).forward(
+
+    def told(saved: Saved) -> tuple[partial[Any], ...]:
+        _spoil(saved, out)
+        return keep(saved) if keep is not None else ()
+
+    result: tuple[Array, Saved | None] = backend_of(x).forward(
         x,
         weight,
         bias,
@@ -413,14 +432,12 @@ def _forward(
         momentum=momentum,
         eps=eps,
         out=out,
-        keep=keep,
+        keep=None if keep is None else told,
         activation=activation,
         negative_slope=negative_slope,
         residual=residual,
     )
-    if saved is not None:
-        _spoil(saved, out)
-    return y, saved
+    return result
 
 
 def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> tuple[Array, ...]:
@@ -454,8 +471,8 @@ def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None)
     if out is not None:
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
         _check_out(out, x, (*inputs, ("mean", saved.mean), ("rstd", saved.rstd), ("delta", saved.delta)))
+    _spoil(saved, out)  # before anything is written: a call that is broken off may have begun to
     gradients: tuple[Array, ...] = backend_of(x).backward(dy, saved, out=out)
-    _spoil(saved, out)
     return gradients if saved.with_residual else gradients[:3]
 
 

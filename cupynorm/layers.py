@@ -6,20 +6,23 @@ import operator
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import devices
 from .functional import (
+    DTYPES,
     Array,
     Saved,
+    at_once,
     check_activation,
     check_dtype,
     check_eps,
     check_number,
+    checked_forward,
     instance_norm_backward,
-    instance_norm_forward,
     kind_of,
     place_of,
 )
@@ -44,10 +47,13 @@ class Parameter:
 
     @data.setter
     def data(self, value: Any) -> None:
-        if np.shape(value) != self._data.shape:
-            raise ValueError(f"data has shape {self._data.shape}, got {np.shape(value)}")
-        if value is not self._data:
-            self._data[...] = value
+        if value is self._data:
+            return
+        if isinstance(self._data, np.ndarray) or type(value) is not type(self._data):
+            value = devices.to_device(_numbers(value, "data"), place_of(self._data, "data"))
+        if value.shape != self._data.shape:
+            raise ValueError(f"data has shape {self._data.shape}, got {value.shape}")
+        self._data[...] = value.astype(self._data.dtype, copy=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,12 +69,30 @@ class Parameter:
 
     def zerograd(self) -> None:
         """Set the gradient to zeros, in the array that is there, so that references to it stay valid, or a new one."""
-        if self.grad is None:
-            self.grad = self._data.copy()
-        self.grad[...] = 0
+        grad = self._data.copy() if self.grad is None else self.grad
+        grad[...] = 0
+        self.grad = grad
 
     def __repr__(self) -> str:
         return f"Parameter({self._data!r})"
+
+
+def _numbers(value: Any, name: str) -> np.ndarray:
+    """What is to be loaded, as a NumPy array, without any code of its own: objects are refused as they are."""
+    torch = sys.modules.get("torch")
+    if not (_plain(value) or (torch is not None and isinstance(value, torch.Tensor))):
+        kind_of(value, name)
+    host = devices.to_host(value)
+    if host.dtype.kind not in "biuf" and host.dtype.name not in DTYPES:
+        raise TypeError(f"{name} has dtype {host.dtype}; needed are real numbers")
+    return host
+
+
+def _plain(value: Any) -> bool:
+    """A number, or numbers in lists."""
+    if type(value) in (list, tuple):
+        return all(map(_plain, value))
+    return type(value) in (bool, int, float) or isinstance(value, np.number)
 
 
 def _check_gradient(name: str, parameter: Parameter) -> None:
@@ -243,21 +267,21 @@ class _InstanceNorm:
                     stacklevel=_level_of_caller(),
                 )
         use_input_stats = self.training or not self.track_running_stats
-        y, saved = instance_norm_forward(
+        y, _ = checked_forward(
             x[None] if unbatched else x,
             weight if self.weight is None else self.weight.data,
             bias if self.bias is None else self.bias.data,
-            eps=self.eps,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            use_input_stats=use_input_stats,
-            momentum=self.momentum or 0.0,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
-            residual=residual[None] if unbatched and residual is not None else residual,
-            out=out[None] if unbatched and out is not None else out,
+            self.running_mean,
+            self.running_var,
+            use_input_stats,
+            self.momentum or 0.0,
+            self.eps,
+            self.activation,
+            self.negative_slope,
+            residual[None] if unbatched and residual is not None else residual,
+            out[None] if unbatched and out is not None else out,
+            keep=lambda saved: (partial(setattr, self, "saved", (saved, unbatched)),),
         )
-        self.saved = saved, unbatched
         if out is not None:
             return out
         return y[0] if unbatched else y
@@ -305,16 +329,19 @@ class _InstanceNorm:
             dy[None] if unbatched else dy, call, out=out[None] if unbatched and out is not None else out
         )
         gradients = [out if out is not None else dx[0] if unbatched else dx]
+        writes = []
         for parameter, gradient in ((self.weight, dweight), (self.bias, dbias)):
             if parameter is None:
                 if gradient is not None:  # of what the forward was given
                     gradients.append(gradient)
             elif parameter.grad is None:
-                parameter.grad = gradient
+                writes.append(partial(setattr, parameter, "grad", gradient))
             else:
-                parameter.grad += gradient
+                writes.append(partial(operator.setitem, parameter.grad, ..., parameter.grad + gradient))
         gradients += [g[0] if unbatched else g for g in dresidual]
-        return gradients[0] if len(gradients) == 1 else tuple(gradients)
+        result = gradients[0] if len(gradients) == 1 else tuple(gradients)
+        at_once(*writes)
+        return result
 
     # Modes and parameters
 
@@ -371,15 +398,17 @@ class _InstanceNorm:
         """Copy arrays into the layer's own, from either device, cast to the layer's dtype.
 
         Args:
-            state: by the keys of `state_dict`; arrays, PyTorch tensors (of any device and dtype, bfloat16 included), or
-                what numpy.asarray takes.
+            state: by the keys of `state_dict`; NumPy or CuPy arrays, PyTorch tensors (of any device and dtype, bfloat16
+                included), or numbers in lists. Nothing is unpickled, and no method of any other object is called.
             strict: whether missing and unexpected keys are errors.
             prefix: where in the checkpoint of a whole model the layer is: entries of other prefixes are others' and
                 not looked at. "" is a state of this layer alone.
 
         Raises:
-            KeyError: missing or unexpected keys, named. Nothing has been loaded then.
-            ValueError: entries of another shape, named. Nothing has been loaded then.
+            KeyError: missing or unexpected keys, named.
+            TypeError: entries that are no arrays of numbers, named.
+            ValueError: entries of another shape, or arrays of the layer that are read-only, named. Nothing has been
+                loaded then.
         """
         own = {prefix + name: array for name, array in self._state().items()}
         if strict:
@@ -390,7 +419,7 @@ class _InstanceNorm:
                     f"state_dict does not fit {self!r}: missing {missing or 'nothing'}, "
                     f"unexpected {unexpected or 'nothing'}"
                 )
-        given = {name: devices.to_host(state[name]) for name in own if name in state}
+        given = {name: _numbers(state[name], name) for name in own if name in state}
         wrong = [
             f"{name} {value.shape}, not {own[name].shape}"
             for name, value in given.items()
@@ -398,9 +427,11 @@ class _InstanceNorm:
         ]
         if wrong:
             raise ValueError(f"state_dict does not fit {self!r}: the shape of {'; of '.join(wrong)}")
+        for name in given:
+            if isinstance(own[name], np.ndarray) and not own[name].flags.writeable:
+                raise ValueError(f"{name} of {self!r} is read-only, and is to be loaded")
         loaded = {name: devices.to_device(v.astype(own[name].dtype), self.device) for name, v in given.items()}
-        for name, value in loaded.items():
-            own[name][...] = value
+        at_once(*(partial(operator.setitem, own[name], ..., value) for name, value in loaded.items()))
 
     def to_gpu(self, device: Any = None) -> _InstanceNorm:
         """Move parameters, gradients and statistics to a GPU: a number, "cuda:<number>", or None for the current one.
@@ -420,19 +451,15 @@ class _InstanceNorm:
         return self._move("cpu")
 
     def _move(self, device: str) -> _InstanceNorm:
-        self._anywhere = False
         if device == self.device:
+            self._anywhere = False
             return self
-        for parameter in self.params():
-            parameter._data = devices.to_device(devices.to_host(parameter.data), device)
-            if parameter.grad is not None:
-                parameter.grad = devices.to_device(devices.to_host(parameter.grad), device)
-        for name in self._buffers:
-            array = getattr(self, name)
-            if array is not None:
-                setattr(self, name, devices.to_device(devices.to_host(array), device))
-        self.device = device
-        self.saved = None
+        arrays: list[tuple[Any, str, Array | None]]
+        arrays = [(p, name, getattr(p, name)) for p in self.params() for name in ("_data", "grad")]
+        arrays += [(self, name, getattr(self, name)) for name in self._buffers]
+        moved = [(o, n, devices.to_device(devices.to_host(a), device)) for o, n, a in arrays if a is not None]
+        facts = (("device", device), ("saved", None), ("_anywhere", False))
+        at_once(*(partial(setattr, *each) for each in (*moved, *((self, *fact) for fact in facts))))
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import weakref
 from typing import Any
 
@@ -39,24 +38,22 @@ class _Loan(weakref.ref[_Piece]):
 
 
 class _Memory:
-    """Pieces that nobody uses, in the order in which they came back, and those that are lent out."""
+    """Pieces that nobody uses, in the order in which they came back, and those that are lent out.
+
+    There is no lock: an array may end anywhere, in a thread that would hold it, or between an interrupt and its
+    release. Each look is at a list of its own, and each change a single step.
+    """
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit  # bytes of free pieces; None: not asked yet
-        self.free: list[_Piece] = []
+        self.free: dict[int, _Piece] = {}  # by id
         self.lent: set[_Loan] = set()
-        # Never waited for: an array may end anywhere, also in a thread that holds it.
-        self.lock = threading.Lock()
 
     def take(self, size: int) -> _Piece:
         """A piece of `size` bytes or some more: the one that came back last, since the caches may have it, or new."""
-        if self.lock.acquire(blocking=False):
-            try:
-                for i in range(len(self.free) - 1, -1, -1):
-                    if size <= self.free[i].nbytes <= size + size // 8:
-                        return self.free.pop(i)
-            finally:
-                self.lock.release()
+        for piece in reversed(list(self.free.values())):
+            if size <= piece.nbytes <= size + size // 8 and self.free.pop(id(piece), None) is not None:
+                return piece
         piece = _Piece(size, np.uint8)
         piece.start = -piece.__array_interface__["data"][0] % ALIGNMENT
         return piece
@@ -72,18 +69,18 @@ class _Memory:
 
     def _back(self, loan: _Loan) -> None:
         self.lent.discard(loan)
-        if not self.lock.acquire(blocking=False):
-            return
-        try:
-            self.free.append(loan.piece)
-            self._let_go(get_memory_limit())
-        finally:
-            self.lock.release()
+        self.free[id(loan.piece)] = loan.piece
+        self.let_go(get_memory_limit())
 
-    def _let_go(self, limit: int) -> None:
-        kept = sum(piece.nbytes for piece in self.free)
-        while kept > limit:
-            kept -= self.free.pop(0).nbytes
+    def let_go(self, limit: int) -> None:
+        """Free pieces over the limit, the oldest first."""
+        pieces = list(self.free.values())
+        over = sum(piece.nbytes for piece in pieces) - limit
+        for piece in pieces:
+            if over <= 0:
+                break
+            over -= piece.nbytes
+            self.free.pop(id(piece), None)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -118,17 +115,15 @@ def set_memory_limit(limit: int) -> None:
         TypeError: not an integer. ValueError: less than 0. The limit stays as it was then.
     """
     _memory.limit = check_count(limit, "memory limit", 0)
-    with _memory.lock:
-        _memory._let_go(_memory.limit)
+    _memory.let_go(_memory.limit)
 
 
 _memory = _Memory(None)
 
 
 def _after_fork() -> None:
-    """In a child the pieces are the parent's, page by page until written, and its lock may be held."""
-    _memory.free = []
-    _memory.lock = threading.Lock()
+    """In a child the pieces are the parent's, page by page until written."""
+    _memory.free = {}
 
 
 if hasattr(os, "register_at_fork"):

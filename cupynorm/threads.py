@@ -83,7 +83,8 @@ class _Job:
         self.tasks = iter(range(tasks))
         self.lock = threading.Lock()
         self.active = 0  # helpers at work
-        self.closed = False
+        self.closed = False  # nobody begins any more
+        self.over = False  # and nobody is at work
         self.finished = threading.Lock()  # held until the last helper has ended after closing
         self.finished.acquire()
         self.failure: BaseException | None = None
@@ -112,27 +113,31 @@ class _Job:
                 if self.closed and not self.active:
                     self.finished.release()
 
-    def lead(self) -> None:
+    def lead(self, offer: Callable[[], None]) -> None:
+        """offer the job to helpers, and take part."""
         try:
-            self.work(self._next())
+            try:
+                offer()
+                self.work(self._next())
+            finally:
+                self._close()
         finally:
-            self._close()
+            self._close()  # again: an interrupt may come at the door of the first
         if self.failure is not None:
             raise self.failure
 
     def _close(self) -> None:
         """Wait for the helpers, whatever interrupts: nobody may be writing into the call's arrays when it ends."""
         interrupt: BaseException | None = None
-        while True:
+        while not self.over:
             try:
-                self.closed = True  # nobody begins from here on
-                if self.settled is not None and self.settled():
-                    break
-                with self.lock:
-                    idle = not self.active
-                if not idle:
-                    self.finished.acquire()
-                break
+                self.closed = True
+                if self.settled is None or not self.settled():
+                    with self.lock:
+                        idle = not self.active
+                    if not idle:
+                        self.finished.acquire()
+                self.over = True
             except KeyboardInterrupt as pressed:
                 interrupt = pressed
         if interrupt is not None:
@@ -156,9 +161,12 @@ class _Pool:
     def run(self, job: _Job, helpers: int) -> None:
         if len(self.helpers) < helpers:
             self._start(helpers)
-        for _ in range(min(helpers, len(self.helpers))):
-            self.jobs.put(job)
-        job.lead()
+
+        def offer() -> None:
+            for _ in range(min(helpers, len(self.helpers))):
+                self.jobs.put(job)
+
+        job.lead(offer)
 
     def _start(self, number: int) -> None:
         with self.lock:

@@ -34,7 +34,7 @@ def address(array: np.ndarray) -> int:
 
 
 def kept() -> list[int]:
-    return [piece.nbytes // MIB for piece in memory._memory.free]
+    return [piece.nbytes // MIB for piece in memory._memory.free.values()]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -153,13 +153,35 @@ def test_many_threads_at_once(rng: np.random.Generator):
     assert not memory._memory.lent
 
 
-def test_an_array_that_ends_while_the_pieces_are_in_use():
-    """As in a collection of garbage within an allocation: its memory goes back to the system."""
-    result = memory.empty((MIB,), np.float32)
-    with memory._memory.lock:
-        del result
-        assert memory.empty((MIB,), np.float32).shape == (MIB,)
-    assert kept() == []
+@pytest.mark.parametrize("ends_in", ["take", "let_go"])
+def test_arrays_that_end_while_the_pieces_are_in_use(ends_in: str):
+    """As in a collection of garbage within an allocation, or when pieces are let go."""
+    results = [memory.empty((MIB,), np.float32) for _ in range(4)]
+    del results[0]
+    looked = []
+
+    class Watched(dict[int, Any]):
+        def values(self) -> Any:
+            found = list(super().values())
+            if not looked:
+                looked.append(True)
+                del results[0]
+            return found
+
+    memory._memory.free = Watched(memory._memory.free)
+    if ends_in == "take":
+        results.append(memory.empty((MIB,), np.float32))
+    else:
+        cn.set_memory_limit(5 * MIB)
+        cn.set_memory_limit(2**30)
+    assert looked
+    assert kept() == [4]
+    results.append(memory.empty((MIB,), np.float32))
+    results.append(memory.empty((MIB,), np.float32))
+    assert len({address(r) for r in results}) == len(results)
+    for number, result in enumerate(results):
+        result[:] = number
+    assert [float(r.max()) for r in results] == list(range(len(results)))
 
 
 CODE = """
@@ -176,9 +198,10 @@ cn.instance_norm(x)
     "import atexit; atexit.register(lambda: cn.instance_norm(x)); keep = [y]; keep.append(keep)",
     "child = os.fork()\nif child == 0:\n    z = cn.instance_norm(x)\n    os._exit(0 if (z == y).all() else 3)\n"
     "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0",
-    "from cupynorm import memory\n"  # a fork in the middle of an allocation of another thread's
-    "with memory._memory.lock:\n    child = os.fork()\n"
-    "    if child == 0:\n        del y\n        os._exit(0 if len(memory._memory.free) == 1 else 3)\n"
+    "from cupynorm import memory\nassert memory._memory.free\n"  # what the parent keeps is not used in the child
+    "child = os.fork()\n"
+    "if child == 0:\n    assert not memory._memory.free\n    del y\n"
+    "    os._exit(0 if len(memory._memory.free) == 1 else 3)\n"
     "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0",
 ])  # fmt: skip
 def test_ends_and_forks(end: str):

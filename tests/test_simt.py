@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import cases
@@ -66,8 +67,8 @@ class Recorder:
     def address(self, array: np.ndarray) -> int:
         return array.ctypes.data
 
-    def launch(self, module: Module, step: Step, args: tuple[Any, ...]) -> None:
-        self.launched.add((module, step.name))
+    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[None]:
+        return partial(self.launched.add, (module, step.name))
 
 
 def _launched(on: Callable[..., Any], rng: np.random.Generator, table: list[cases.Case]) -> set[tuple[Module, str]]:
@@ -118,8 +119,9 @@ class Counter(Recorder):
         self.arrays += 1
         return np.zeros(shape, dtype)
 
-    def launch(self, module: Module, step: Step, args: tuple[Any, ...]) -> None:
+    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[None]:
         self.launches += 1
+        return partial(int)
 
     def since(self) -> tuple[int, int]:
         """(launches, arrays) since the last call."""

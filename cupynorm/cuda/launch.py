@@ -7,13 +7,14 @@ the tests have one that runs the same kernels on an emulator, over NumPy arrays.
 from __future__ import annotations
 
 import math
+import operator
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..functional import Array, Saved, math_dtype, overlap
+from ..functional import Array, Keep, Saved, at_once, math_dtype, overlap
 from .plan import EPILOGUES, Device, Kind, Memory, Op, Plan, Step, arrange, fresh, plan
 from .source import Module
 
@@ -49,12 +50,19 @@ class Runtime(Protocol):
     def address(self, array: Array) -> int:
         """Where the array's first element is."""
 
-    def launch(self, module: Module, step: Step, args: tuple[Any, ...]) -> None:
-        """Enqueue a kernel on the current stream. args are NumPy scalars of the kernel's parameter types."""
+    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+        """A partial that enqueues a kernel on the current stream, compiled by now; of a function in C where it can be.
+
+        args are NumPy scalars of the kernel's parameter types.
+        """
 
 
 class Launcher:
-    """The backend's contract (see cupynorm.cpu) on a runtime."""
+    """The backend's contract (see cupynorm.cpu) on a runtime.
+
+    A call allocates and compiles all that it needs before its first launch, so that a failure until then has written
+    nothing; running statistics, and what keep tells, come after everything else, and at once.
+    """
 
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
@@ -71,7 +79,7 @@ class Launcher:
         momentum: float,
         eps: float,
         out: Array | None,
-        keep: bool,
+        keep: Keep | None,
         activation: str | None,
         negative_slope: float,
         residual: Array | None,
@@ -81,19 +89,21 @@ class Launcher:
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
             op: Op = "forward" if use_input_stats else "evaluate"
             call = _Call(self.runtime, op, x, residual, (x,), out, 1, update, update, epilogue)
-            mean, rstd, variance = call.planes(keep or update), call.planes(keep), call.planes(update)
-            delta = call.planes(keep and use_input_stats and activation is not None)
-            saved = None
-            if keep:
-                kept = residual if activation is not None else None
+            kept = keep is not None
+            mean, rstd, variance = call.planes(kept or update), call.planes(kept), call.planes(update)
+            delta = call.planes(kept and use_input_stats and activation is not None)
+            saved: Saved | None = None
+            writes: tuple[partial[Any], ...] = ()
+            if keep is not None:
                 saved = Saved(
-                    x, mean, rstd, weight, bias, use_input_stats,
-                    delta, activation, negative_slope, kept, residual is not None,
+                    x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope,
+                    residual if activation is not None else None, residual is not None,
                 )  # fmt: skip
+                writes = keep(saved)
             if x.size == 0:
                 if delta is not None:
                     delta.fill(0)
-                return call.result(), saved
+                return call.result(*writes), saved
             weight, bias, mean_, var_ = (call.dense(array) for array in (weight, bias, running_mean, running_var))
             flags = call.flags(weight, bias)
             if running_mean is not None and running_var is not None:
@@ -120,11 +130,10 @@ class Launcher:
                 call.owner(step, *call.tensors, *affine, *results, after=(np.float64(eps),), numbers=4)
             if update:
                 batch = (np.int64(x.shape[0]), call.channels, np.float64(momentum))
-                call.run(rest[0], *call.pointers(mean, variance), *batch, *running, np.int32(flags))
-                for array, dense in ((running_mean, mean_), (running_var, var_)):
-                    if array is not None and array is not dense:
-                        _assign(array, dense)
-            return call.result(), saved
+                move = call.ready(rest[0], *call.pointers(mean, variance), *batch, *running, np.int32(flags))
+                pairs = ((running_mean, mean_), (running_var, var_))
+                writes = (move, *(_assignment(a, b) for a, b in pairs if a is not None and a is not b), *writes)
+            return call.result(*writes), saved
 
     def backward(
         self, dy: Array, saved: Saved, *, out: Array | None
@@ -267,14 +276,14 @@ class Launcher:
             if summed and not direct:
                 batch = (np.int64(x.shape[0]), call.channels)
                 call.run(rest[0], NULL, call.pointer(sums), *batch, call.pointer(dweight), NULL, np.int32(flags))
-            return ddy, dx, dweight
+            return ddy, call.result(), dweight
 
 
-def _assign(target: Array, source: Array) -> None:
-    """Copy between arrays of the same dtype; 16-bit ones as bits, whatever the library knows of bfloat16."""
+def _assignment(target: Array, source: Array) -> partial[None]:
+    """A copy between arrays of the same dtype; 16-bit ones as bits, whatever the library knows of bfloat16."""
     if target.itemsize == 2:
         target, source = target.view(np.uint16), source.view(np.uint16)
-    target[...] = source
+    return partial(operator.setitem, target, ..., source)
 
 
 class _Prepared(NamedTuple):
@@ -343,6 +352,8 @@ class _Call:
     ):
         self.runtime = runtime
         self.empty = runtime.empty
+        self.launches: list[partial[Any]] = []
+        self.held: list[Array] = []  # the kernels get addresses alone
         self.nc = x.shape[:2]
         self.dtype, self.math = x.dtype, math_dtype(x.dtype)
         self.out = out
@@ -360,8 +371,7 @@ class _Call:
             op, memories, len(given), targets, x.dtype, runtime.device(), sums, reduced, epilogue, residual is not None
         )  # fmt: skip
         self.channels, self.spatial, self._stripes = sizes
-        # Kept with the call, since the kernels get addresses alone.
-        arrays = self._arrays = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
+        arrays = self.held = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
         self._make_targets(targets, copied)
         args = [
             (np.uintp(runtime.address(a)), *steps) for a, steps in zip((*arrays, *self.targets), strides, strict=True)
@@ -384,7 +394,7 @@ class _Call:
 
     def copy(self, array: Array) -> Array:
         copy = self._new()
-        _assign(copy, array)
+        _assignment(copy, array)()
         return copy
 
     def planes(self, wanted: bool = True) -> Array | None:
@@ -392,7 +402,10 @@ class _Call:
         return self.empty(self.nc, self.math) if wanted else None
 
     def pointer(self, array: Array | None) -> np.uintp:
-        return NULL if array is None else np.uintp(self.runtime.address(array))
+        if array is None:
+            return NULL
+        self.held.append(array)
+        return np.uintp(self.runtime.address(array))
 
     def pointers(self, *arrays: Array | None) -> tuple[np.uintp, ...]:
         return tuple(map(self.pointer, arrays))
@@ -409,7 +422,7 @@ class _Call:
         if array is None or (array.flags.c_contiguous and not self.runtime.address(array) % array.itemsize):
             return array
         copy = self.empty(array.shape, array.dtype)
-        _assign(copy, array)
+        _assignment(copy, array)()
         return copy
 
     @property
@@ -433,8 +446,12 @@ class _Call:
         first, end = plane(some[0]), plane(sum(some))
         return np.int64(first), np.int64(end - first)
 
+    def ready(self, step: Step, *args: Any) -> partial[Any]:
+        return self.runtime.ready(self._modules[self.plan.steps.index(step)], step, args)
+
     def run(self, step: Step, *args: Any) -> None:
-        self.runtime.launch(self._modules[self.plan.steps.index(step)], step, args)
+        """Launch a step in its turn, when `result` is asked for."""
+        self.launches.append(self.ready(step, *args))
 
     def owner(self, step: Step, *args: Any, numbers: int, after: tuple[Any, ...] = ()) -> None:
         """A launch whose owners serve whole stripes. numbers: how many a plane a group of blocks exchanges."""
@@ -456,8 +473,9 @@ class _Call:
         sizes = (self.channels, self.spatial, *stripes, np.int64(step.tiles))
         self.run(step, *args, *sizes, np.int32(step.lanes))
 
-    def result(self) -> Array:
+    def result(self, *writes: partial[Any]) -> Array:
+        """The first array that is written, after all launches, and after some last writes that belong together."""
         target = self.targets[0]
-        if self.out is not None and target is not self.out:
-            _assign(self.out, target)
+        copies = [] if self.out is None or target is self.out else [_assignment(self.out, target)]
+        at_once(*self.launches, *copies, *writes)
         return target if self.out is None else self.out

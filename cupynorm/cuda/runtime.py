@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import cupy
@@ -61,16 +62,15 @@ class CupyRuntime:
     def address(self, array: Array) -> int:
         return array.data.ptr
 
-    def launch(self, module: Module, step: Step, args: tuple[Any, ...]) -> None:
+    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
         key = (cupy.cuda.runtime.getDevice(), module, step.name)
         kernel = self._kernels.get(key)
         if kernel is None:
             self.load(module)
             kernel = self._kernels[key]
         if step.cooperative:
-            _launch_cooperative(kernel, step, args)
-        else:
-            kernel(step.grid, (step.threads,), args, shared_mem=step.shared)
+            return partial(_launch_cooperative, kernel, step, args)
+        return partial(kernel, step.grid, (step.threads,), args, shared_mem=step.shared)
 
     def load(self, module: Module) -> None:
         """Compile a module for the current device, or load it from CuPy's disk cache: once, whoever else asks."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,10 @@ class Emulator:
             high = max(high, address + sum(max(r, 0) for r in reach) + array.itemsize)
         self._bounds[address] = (low, high)
         return address
+
+    def ready(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> partial[None]:
+        build(module, self.transform)
+        return partial(self.launch, module, step, args)
 
     def launch(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> None:
         assert step.threads <= 1024

@@ -1,0 +1,111 @@
+"""Faults at every point of a call: memory that cannot be had, launches that fail, and interrupts."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from conftest import Backend
+
+import cupynorm as cn
+
+PACKAGE = str(Path(cn.__file__).parent)
+WITH = ("__enter__", "__exit__")  # of a lock: they cannot fail, and Python looks for no interrupt beside them
+NUMPY = str(Path(np.__file__).parent)
+
+
+class LaunchError(RuntimeError):
+    """What stands for a kernel that could not be launched."""
+
+
+class Faults:
+    """Counts what may fail in a call, and has number `fail` of it fail: from 1 on; 0 is none."""
+
+    def __init__(self, fail: int) -> None:
+        self.fail, self.count, self.launched = fail, 0, 0
+
+    def due(self) -> bool:
+        """Whether it is this one's turn to fail."""
+        self.count += 1
+        return self.count == self.fail
+
+
+@contextmanager
+def _watching(look: Callable[[FrameType, str, Any], None]) -> Iterator[None]:
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _of_package(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
+
+
+@contextmanager
+def failures(backend: Backend, faults: Faults) -> Iterator[None]:
+    """MemoryError from functions in C that the package calls, or NumPy's own Python code for it; and failing launches.
+
+    These are all that allocate, but for operators between arrays: whatever is between two of them is in C as well.
+    """
+
+    def look(frame: FrameType, event: str, function: Any) -> None:
+        if event != "c_call" or function.__name__ in WITH:
+            return
+        inside = frame.f_code.co_filename.startswith(NUMPY) and _of_package(frame.f_back)
+        if (_of_package(frame) or inside) and faults.due():
+            raise MemoryError("as where there is none left")
+
+    def failing(function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+        def called(*given: Any, **named: Any) -> Any:
+            if faults.due():
+                raise error
+            return function(*given, **named)
+
+        return called
+
+    with ExitStack() as stack:
+        patch = stack.enter_context(backend._patch.context())
+        runtime: Any = None
+        if backend.name == "simt":
+            from simt.backend import runtime
+        elif backend.name == "cupy":
+            from cupynorm.cuda.backend import runtime
+        if runtime is not None:
+            ready = runtime.ready
+
+            def launched(prepared: Callable[[], Any]) -> None:
+                faults.launched += 1
+                prepared()
+
+            for name in ("empty", "zeros"):
+                patch.setattr(runtime, name, failing(getattr(runtime, name), MemoryError("of the device")))
+            error = LaunchError("as a driver that reports an error")
+            patch.setattr(runtime, "ready", lambda *given: partial(failing(launched, error), ready(*given)))
+        stack.enter_context(_watching(look))
+        yield
+
+
+@contextmanager
+def interrupts(faults: Faults) -> Iterator[None]:
+    """KeyboardInterrupt where Python looks for it in the package: as a function begins, and as one in C has ended."""
+
+    def look(frame: FrameType, event: str, function: Any) -> None:
+        if event == "c_return" and function.__name__ in WITH:
+            return
+        if event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR:
+            return  # perhaps as it is closed, when nobody hears of an error
+        if event in ("call", "c_return") and _of_package(frame) and faults.due():
+            raise KeyboardInterrupt
+
+    with _watching(look):
+        yield

@@ -1,0 +1,523 @@
+"""Calls that fail, at every point where they can, change nothing that lasts; interrupted ones all or nothing of it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cases
+import faults
+import numpy as np
+import pytest
+from conftest import Backend, use_compiled
+from faults import Faults, LaunchError
+
+import cupynorm as cn
+from cupynorm import cpu, devices, functional, memory, threads
+from cupynorm.cuda.plan import Device
+
+SHAPE = (3, 4, 6, 7)
+#: A device whose plans split planes of SHAPE or of LARGE: several launches a call.
+TINY = Device("tiny", (7, 5), 1, 1024, 2**14)
+LARGE = (1, 2, 60, 70)
+
+
+class Held:
+    """A layer, the arrays of a call of its, and a picture of all that a call must not break."""
+
+    def __init__(self, backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float32"):
+        self.backend = backend
+        c, kind = shape[1], devices.dtype_of(dtype)
+
+        def made(shape: Any, dtype: Any = kind) -> Any:
+            return backend.array(rng.normal(size=shape).astype(dtype))
+
+        self.layer = cn.InstanceNorm2d(
+            c, affine=True, track_running_stats=True, activation="relu", device=backend.device
+        )
+        single = np.float32
+        for parameter in self.layer.params():
+            parameter.data = made(c, single)
+        self.layer.running_mean[...] = made(c, single)
+        self.layer.running_var[...] = backend.array(rng.uniform(1, 2, c).astype(single))
+        self.x, self.residual, self.dy, self.out = (made(shape) for _ in range(4))
+        self.other = made(shape)
+        self.state: dict[str, np.ndarray] = {}
+        self.strided = False
+
+    def picture(self) -> dict[str, Any]:
+        """Identity and bits of what lasts."""
+        layer = self.layer
+        arrays = {name: getattr(layer, name) for name in layer._buffers}
+        for name, parameter in layer.namedparams():
+            arrays |= {name: parameter.data, f"{name}.grad": parameter.grad}
+        seen: dict[str, Any] = {
+            name: None if a is None else (id(a), self.backend.host(a).tobytes()) for name, a in arrays.items()
+        }
+        saved = layer.saved
+        seen["saved"] = None if saved is None else (id(saved), id(saved[0]), saved[0].overwritten)
+        seen["settings"] = (layer.device, layer.training, layer.eps, layer.momentum, layer._anywhere)
+        for name in ("x", "residual", "dy", "other"):
+            seen[name] = self.bits(name)
+        return seen
+
+    def bits(self, name: str) -> bytes:
+        return self.backend.host(getattr(self, name)).tobytes()
+
+
+def _forward(held: Held) -> None:
+    held.layer.forward(held.x, residual=held.residual, out=held.out)
+
+
+def _eval_forward(held: Held) -> None:
+    held.layer.forward(held.other, out=held.out)
+
+
+def _backward(held: Held) -> None:
+    held.layer.backward(held.dy, out=held.out)
+
+
+def _strided_statistics(held: Held) -> None:
+    layer = held.layer
+    cn.instance_norm(held.x, layer.running_mean, layer.running_var, layer.weight.data, out=held.out)
+
+
+def _load(held: Held) -> None:
+    held.layer.load_state_dict(held.state)
+
+
+def _assign(held: Held) -> None:
+    held.layer.weight.data = held.state["weight"]
+
+
+def _prepare_load(held: Held) -> None:
+    state = held.layer.state_dict()
+    held.state = {name: (held.backend.host(a) + 1).astype(np.float64) for name, a in state.items()}
+
+
+def _strided(held: Held) -> None:
+    for name in ("running_mean", "running_var"):
+        array = getattr(held.layer, name)
+        twice = held.backend.array(np.repeat(held.backend.host(array), 2))
+        setattr(held.layer, name, twice[::-2])
+    held.strided = True
+
+
+def _eval(held: Held) -> None:
+    held.layer.eval()
+    _forward(held)
+
+
+#: A call, and what comes before it.
+CALLS: dict[str, tuple[Callable[[Held], None], list[Callable[[Held], None]]]] = {
+    "forward": (_forward, [_eval]),  # what was saved before is of another forward
+    "first forward": (_forward, []),
+    "forward in eval": (_eval_forward, [_eval]),
+    "statistics with strides": (_strided_statistics, [_strided]),
+    "first backward": (_backward, [_forward]),
+    "second backward": (_backward, [_forward, _backward]),
+    "backward in eval": (_backward, [_eval, _backward]),
+    "load_state_dict": (_load, [_forward, _prepare_load]),
+    "data": (_assign, [_prepare_load]),
+}
+
+
+def ready(backend: Backend, rng: np.random.Generator, name: str, where: str) -> tuple[Held, Callable[[Held], None]]:
+    backend.pretend(TINY if where == "split" else cases.SMALL_DEVICE)
+    backend._patch.setattr(cpu, "BLOCK_BYTES", 8192)
+    call, before = CALLS[name]
+    held = Held(backend, rng, LARGE if where == "split" else SHAPE)
+    for step in before:
+        step(held)
+    if call is _forward:
+        held.layer.train()
+    return held, call
+
+
+@pytest.mark.parametrize("where", ["small", "split"])
+@pytest.mark.parametrize("name", CALLS)
+def test_whatever_fails(backend: Backend, rng: np.random.Generator, name: str, where: str) -> None:
+    """Every allocation of a call, and every launch, fails in turn."""
+    held, call = ready(backend, rng, name, where)
+    spare = copy_of(held)
+    call(spare)  # compiled by now, and known by the caches
+    before, out = held.picture(), held.bits("out")
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        fault = Faults(number)
+        try:
+            with faults.failures(backend, fault):
+                call(held)
+        except (MemoryError, LaunchError):
+            assert held.picture() == before, f"after failure {number}"
+            if backend.name in ("simt", "cupy") and not fault.launched:
+                assert held.bits("out") == out, f"out after failure {number}"
+        else:
+            finished = True
+        if not finished:
+            held.out[...] = held.backend.array(np.frombuffer(out, np.float32).reshape(held.out.shape))
+    assert number > (0 if name == "data" else 4)  # what can fail was met at all
+    assert without_identities(held) == without_identities(spare)
+
+
+def copy_of(held: Held) -> Held:
+    twin = copy.copy(held)
+    twin.layer = copy.deepcopy(held.layer)
+    if held.strided:  # deepcopy has made them dense
+        _strided(twin)
+        for name in ("running_mean", "running_var"):
+            getattr(twin.layer, name)[...] = getattr(held.layer, name)
+    twin.layer.saved = held.layer.saved
+    twin.out = held.out.copy()
+    return twin
+
+
+def without_identities(held: Held) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: value[1] if isinstance(value, tuple) else value for name, value in held.picture().items()
+    }
+    saved = held.layer.saved
+    found["saved"] = None if saved is None else [
+        None if a is None else held.backend.host(a).tobytes() for a in (saved[0].mean, saved[0].rstd, saved[0].delta)
+    ]  # fmt: skip
+    found["out"] = held.bits("out")
+    return found
+
+
+@pytest.mark.parametrize("where", ["small", "split"])
+@pytest.mark.parametrize("name", CALLS)
+def test_interrupts(backend: Backend, rng: np.random.Generator, name: str, where: str) -> None:
+    """KeyboardInterrupt wherever Python can raise it within the package: all that lasts is as before, or as after."""
+    original, call = ready(backend, rng, name, where)
+    done = copy_of(original)
+    call(done)
+    after = without_identities(done)
+    seen = set()
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        held = copy_of(original)
+        before = held.picture()
+        fault = Faults(number)
+        try:
+            with faults.interrupts(fault):
+                call(held)
+        except KeyboardInterrupt:
+            pass
+        else:
+            finished = True
+            assert fault.count < number
+        now = without_identities(held)
+        if held.picture() == before:
+            seen.add("before")
+        else:
+            assert {**now, "out": 0} == {**after, "out": 0}, f"interrupt {number}"
+            assert held.layer.saved is not original.layer.saved or call is not _forward
+            if call in (_forward, _backward, _strided_statistics):  # then the result is whole as well
+                assert now["out"] == after["out"]
+            seen.add("after")
+        assert not finished or now == after
+    assert number > 5
+    assert seen == {"before", "after"}
+
+
+# Writes that belong together
+
+
+class BrokenError(Exception):
+    pass
+
+
+def test_writes_end_where_one_fails() -> None:
+    done: list[int] = []
+
+    def fail() -> None:
+        raise BrokenError
+
+    with pytest.raises(BrokenError):
+        functional.at_once(partial(done.append, 1), partial(fail), partial(done.append, 2))
+    assert done == [1]
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_backward_that_is_broken_off_over_its_input(
+    backend: Backend, rng: np.random.Generator, activation: str | None
+) -> None:
+    """The input may be half-written: it is no longer taken for the forward's, where that would be wrong silently."""
+    given, dy = (backend.array(rng.normal(size=SHAPE).astype(np.float32)) for _ in range(2))
+    refused, number, finished = 0, 0, False
+    while not finished:
+        number += 1
+        x = given.copy()
+        _, saved = cn.instance_norm_forward(x, activation=activation)
+        try:
+            with faults.interrupts(Faults(number)):
+                cn.instance_norm_backward(dy, saved, out=x)
+        except KeyboardInterrupt:
+            pass
+        else:
+            finished = True
+        untouched = backend.host(x).tobytes() == backend.host(given).tobytes()
+        try:
+            cn.instance_norm_backward(dy, saved)
+        except ValueError:
+            refused += 1
+            with pytest.raises(ValueError, match="written over"):
+                cn.instance_norm_backward(dy, saved)
+        else:
+            assert untouched, f"interrupt {number}"
+    assert 1 < refused < number
+
+
+@pytest.mark.parametrize("fails", range(7))
+def test_a_move_that_fails_moves_nothing(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
+    x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+    layer.backward(layer.forward(x))
+    before = {name: getattr(layer, name) for name in (*layer._buffers, "saved", "device", "_anywhere")}
+    parameters = [(p.data, p.grad) for p in layer.params()]
+    asked: list[str] = []
+
+    def to_device(array: np.ndarray, device: str) -> np.ndarray:
+        asked.append(device)
+        if len(asked) == fails + 1:
+            raise MemoryError
+        return array.copy()
+
+    monkeypatch.setattr(devices, "resolve", str)
+    monkeypatch.setattr(devices, "to_device", to_device)
+    with pytest.raises(MemoryError):
+        layer.to_gpu("cuda:1")
+    assert {name: getattr(layer, name) for name in before} == before
+    assert all(a is b for pair, p in zip(parameters, layer.params(), strict=True)
+               for a, b in zip(pair, (p.data, p.grad), strict=True))  # fmt: skip
+    asked[:] = [""] * 7
+    assert layer.to_gpu("cuda:1").device == "cuda:1"
+    assert len(asked) == 14
+    assert layer.weight.data is not parameters[0][0]
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"])
+def test_loading_into_a_read_only_array_loads_nothing(name: str) -> None:
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
+    state = {key: array + 1 for key, array in layer.state_dict().items()}
+    before = layer.state_dict()
+    layer._state()[name].flags.writeable = False
+    with pytest.raises(ValueError, match=f"{name} of InstanceNorm2d.* is read-only"):
+        layer.load_state_dict(state)
+    for key, array in layer.state_dict().items():
+        np.testing.assert_array_equal(array, before[key])
+
+
+def test_errors_of_numpy_leave_gradients_alone(rng: np.random.Generator) -> None:
+    """Whoever has NumPy raise at an overflow gets the error before any gradient has been added to."""
+    layer = cn.InstanceNorm2d(2, affine=True, device="cpu", dtype="float16")
+    x = rng.normal(size=(1, 2, 4, 4)).astype(np.float16)
+    layer.backward(layer.forward(x))
+    layer.weight.grad[...] = 1
+    layer.bias.grad[...] = 65504
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError):
+        layer.backward(np.full_like(x, 3000))
+    assert (layer.weight.grad.tolist(), layer.bias.grad.tolist()) == ([1, 1], [65504, 65504])
+
+
+# State that is no numbers
+
+
+class Evil:
+    """Whatever of it is called leaves a trace."""
+
+    traces: list[str] = []  # noqa: RUF012
+
+    def __reduce__(self) -> Any:
+        return (Evil.traces.append, ("unpickled",))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__array") or name in ("__buffer__", "__dlpack__", "shape", "dtype", "detach"):
+            Evil.traces.append(name)
+        raise AttributeError(name)
+
+    def _trace(name: str) -> Any:  # noqa: N805
+        def method(self: Any, *_: Any, **__: Any) -> Any:
+            Evil.traces.append(name)
+            return 1
+
+        return method
+
+    for _name in ("__float__", "__int__", "__index__", "__len__", "__getitem__", "__iter__", "__array__", "__complex__",
+                  "__bool__", "__eq__", "astype", "copy"):  # fmt: skip
+        locals()[_name] = _trace(_name)
+    __hash__ = object.__hash__
+
+
+def _objects() -> np.ndarray:
+    array = np.ones(3, object)
+    array[1] = Evil()
+    return array
+
+
+def _records() -> np.ndarray:
+    return np.zeros(3, [("a", np.float32)])
+
+
+@pytest.mark.parametrize("make", [
+    Evil,
+    lambda: [1.0, Evil(), 2.0],
+    _objects,
+    lambda: pickle.dumps(Evil()),
+    lambda: bytearray(pickle.dumps(Evil())),
+    lambda: np.frombuffer(pickle.dumps([Evil()] * 3)[:3], "S1"),
+    lambda: np.array(["1", "2", "3"]),
+    lambda: ["1", "2", "3"],
+    lambda: np.array([1, 2, 3], complex),
+    lambda: np.array([1, 2, 3], "m8[s]"),
+    lambda: np.ma.masked_array([1.0, 2.0, 3.0], [0, 1, 0]),
+    _records,
+    lambda: {0: 1.0, 1: 1.0, 2: 1.0},
+    lambda: memoryview(np.ones(3)),
+    lambda: None,
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_what_is_no_array_of_numbers_is_refused_unopened(make: Callable[[], Any], name: str, strict: bool) -> None:
+    """A state with an object in it, or with a pickle, is refused, and no method of the object has been called."""
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
+    before = layer.state_dict()
+    state = {key: array + 1 for key, array in before.items()}
+    value = make()
+    Evil.traces.clear()
+    with pytest.raises(TypeError, match=name):
+        layer.load_state_dict({**state, name: value}, strict=strict)
+    with pytest.raises(TypeError, match="data"):
+        layer.weight.data = value
+    assert not Evil.traces
+    for key, array in layer.state_dict().items():
+        np.testing.assert_array_equal(array, before[key])
+
+
+def test_a_pickle_in_a_file_is_not_opened(tmp_path: Path) -> None:
+    """As README says to load files: numpy refuses what would have to be unpickled, and so nothing of it runs."""
+    path = tmp_path / "state.npz"
+    np.savez(path, weight=_objects(), bias=np.zeros(3))
+    Evil.traces.clear()
+    layer = cn.InstanceNorm2d(3, affine=True, device="cpu")
+    with np.load(path) as state, pytest.raises(ValueError, match="allow_pickle=False"):
+        layer.load_state_dict(state)
+    assert not Evil.traces
+    np.savez(path, **{key: array + 1 for key, array in layer.state_dict().items()})
+    with np.load(path) as state:
+        layer.load_state_dict(state)
+    assert layer.weight.data.tolist() == [2, 2, 2]
+
+
+def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
+    """No source imports what would, or calls it."""
+    modules = {"pickle", "marshal", "shelve", "dill", "joblib", "code", "runpy"}
+    for path in Path(cn.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not modules & {alias.name.split(".")[0] for alias in node.names}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in modules, path
+            elif isinstance(node, ast.Call):
+                named = isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "compile", "__import__")
+                loads = isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "loads", "fromfile")
+                assert not named and (not loads or node.func.value.id == "self"), f"{path}, line {node.lineno}"
+
+
+# Interrupts where other threads are at work
+
+
+@pytest.mark.parametrize("kind", ["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
+def test_helpers_are_done_when_an_interrupt_is_raised(
+    kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a call has ended, however it did, nobody writes into its arrays any more."""
+    use_compiled(monkeypatch, kind == "compiled")
+    monkeypatch.setattr(cpu._Interpreted, "pays", 1)
+    monkeypatch.setattr(cpu, "PAYS", 1)
+    cpu._layout.cache_clear()
+    jobs: list[Any] = []
+    lead = threads._Job.lead
+
+    def noted(job: Any, offer: Any) -> None:
+        jobs.append(job)
+        work = job.work
+
+        def slow(tasks: Any) -> None:
+            work(tasks)
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.002)
+
+        job.work = slow
+        lead(job, offer)
+
+    late: list[Any] = []
+    take_part = threads._Job.help
+
+    def watched(job: Any) -> None:
+        if job not in jobs and not job.closed:
+            late.append(job)
+        take_part(job)
+
+    before = cn.get_num_threads()
+    cn.set_num_threads(3)
+    x, out = rng.normal(size=(16, 8, 30, 30)).astype(np.float32), np.empty((16, 8, 30, 30), np.float32)
+    try:
+        expected = cn.instance_norm(x).tobytes()
+        monkeypatch.setattr(threads._Job, "lead", noted)
+        monkeypatch.setattr(threads._Job, "help", watched)
+        number, finished = 0, False
+        while not finished:
+            number += 1
+            jobs.clear()
+            try:
+                with faults.interrupts(Faults(number)):
+                    cn.instance_norm(x, out=out)
+            except KeyboardInterrupt:
+                pass
+            else:
+                finished = True
+            assert not any(job.active for job in jobs), f"interrupt {number}"
+        assert jobs
+        assert not late
+        assert out.tobytes() == expected
+    finally:
+        cn.set_num_threads(before)
+        cpu._layout.cache_clear()
+
+
+def test_interrupts_cost_no_kept_memory(rng: np.random.Generator) -> None:
+    """Memory of results goes round as before after interrupts at every point of taking and of giving back."""
+    limit = cn.get_memory_limit()
+    cn.set_memory_limit(0)
+    cn.set_memory_limit(2**30)
+    number, finished = 0, False
+    try:
+        while not finished:
+            number += 1
+            try:
+                with faults.interrupts(Faults(number)):
+                    a = memory.empty((memory.LEAST,), np.uint8)
+                    a[:] = 1
+            except KeyboardInterrupt:
+                pass
+            else:
+                finished = True
+            a = None
+        a = memory.empty((memory.LEAST,), np.uint8)
+        where = a.__array_interface__["data"][0]
+        del a
+        assert memory.empty((memory.LEAST,), np.uint8).__array_interface__["data"][0] == where
+        assert number > 3
+    finally:
+        cn.set_memory_limit(0)
+        cn.set_memory_limit(limit)

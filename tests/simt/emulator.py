@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -80,9 +82,19 @@ def source_of(module: Module | Text, transform: Transform | None = None) -> str:
     return source + "\n" + "\n".join(f"SIMT_EXPORT({name})" for name in module.kernels) + "\n"
 
 
-@lru_cache(maxsize=None)
+#: Of whoever builds, by module; and of the one launch that the machine in simt.h can do at a time.
+_building: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
+_running = threading.Lock()
+
+
 def build(module: Module | Text, transform: Transform | None = None) -> ctypes.CDLL:
-    """The module as a loaded shared library, built once for each text it ever had."""
+    """The module as a loaded shared library, built once for each text it ever had, whoever else asks for it."""
+    with _building[module, transform]:
+        return _build(module, transform)
+
+
+@lru_cache(maxsize=None)
+def _build(module: Module | Text, transform: Transform | None) -> ctypes.CDLL:
     sanitize = SANITIZE if os.environ.get("CUPYNORM_SIMT_ASAN") else ()
     options = (*OPTIONS, *FLAGS, *sanitize)
     source = source_of(module, transform)
@@ -127,7 +139,13 @@ class Emulator:
         self.seed = 0
         self.transform = transform
         self.counts: list[Count] = []
-        self._bounds: dict[int, tuple[int, int]] = {}
+        self._local = threading.local()
+
+    @property
+    def _bounds(self) -> dict[int, tuple[int, int]]:
+        """First byte and end of what lies at each address of this thread's call."""
+        bounds: dict[int, tuple[int, int]] = self._local.__dict__.setdefault("bounds", {})
+        return bounds
 
     def on(self, array: Any) -> AbstractContextManager[Any]:
         self._bounds.clear()
@@ -168,6 +186,10 @@ class Emulator:
         values = [np.asarray(a) for a in args]
         addresses = list(dict.fromkeys(int(a) for a in args if isinstance(a, np.uintp) and int(a)))
         ranges = (_Range * len(addresses))(*(_Range(*self._bounds[a], 0, 0) for a in addresses))
+        with _running:
+            self._launch(run, module, step, values, addresses, ranges)
+
+    def _launch(self, run: Any, module: Any, step: Step, values: Any, addresses: list[int], ranges: Any) -> None:
         self.seed += 1
         launch = _Launch(
             *step.grid, step.threads, step.shared, step.cluster, step.cooperative, ORDERS[self.order], self.seed,

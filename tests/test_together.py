@@ -1,0 +1,354 @@
+"""Calls side by side and one after another: threads, processes, ends, and thousands of calls."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from conftest import Backend, use_compiled
+
+import cupynorm as cn
+from cupynorm import cpu
+from cupynorm.cuda import launch, plan
+
+ROOT = Path(__file__).parents[1]
+SHAPE = (3, 4, 6, 7)
+
+
+def normal(backend: Backend, rng: np.random.Generator, shape: tuple[int, ...] = SHAPE) -> Any:
+    return backend.array(rng.normal(size=shape).astype(np.float32))
+
+
+def side_by_side(calls: list[Callable[[], Any]]) -> list[Any]:
+    """What the calls return, begun at the same moment in threads of their own."""
+    barrier = threading.Barrier(len(calls))
+
+    def called(call: Callable[[], Any]) -> Any:
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(called, calls))
+
+
+# Threads
+
+
+def test_many_threads_on_one_layer_in_eval(backend: Backend, rng: np.random.Generator) -> None:
+    """Nothing of a layer is written in eval but what the last forward kept: every result is right."""
+    layer = cn.InstanceNorm2d(4, affine=True, track_running_stats=True, device=backend.device)
+    layer.forward(normal(backend, rng))
+    layer.eval()
+    inputs = [normal(backend, rng) for _ in range(4)]
+    expected = [backend.host(layer.forward(x)).tobytes() for x in inputs]
+
+    def work(number: int) -> bool:
+        return all(backend.host(layer.forward(inputs[number])).tobytes() == expected[number] for _ in range(20))
+
+    assert all(side_by_side([lambda number=number: work(number) for number in range(4)]))
+
+
+def test_no_batch_is_lost_from_the_running_statistics(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards in training of several threads: each batch moves the statistics once, in some order."""
+    layer = cn.InstanceNorm2d(4, momentum=0.5, track_running_stats=True, device=backend.device)
+    x = normal(backend, rng)
+    once = cn.InstanceNorm2d(4, momentum=0.5, track_running_stats=True, device=backend.device)
+    times, threads = 5, 4
+    for _ in range(times * threads):  # of one batch, the order does not matter
+        once.forward(x)
+    expected = [backend.host(a).tobytes() for a in once.state_dict().values()]
+    y = backend.host(once.forward(x)).tobytes()
+
+    def work() -> list[bytes]:
+        return [backend.host(layer.forward(x)).tobytes() for _ in range(times)]
+
+    moved = cpu._moved
+
+    def slowly(*given: Any) -> Any:
+        """Others have time to read what is about to be moved."""
+        result = moved(*given)
+        time.sleep(1e-3)
+        return result
+
+    monkeypatch.setattr(cpu, "_moved", slowly)
+    results = side_by_side([work] * threads)
+    assert {r for some in results for r in some} == {y}
+    assert [backend.host(a).tobytes() for a in layer.state_dict().values()] == expected
+
+
+def test_many_layers_in_many_threads(backend: Backend, rng: np.random.Generator) -> None:
+    """A layer for each thread, forward and backward: the same bits as one after the other."""
+    shapes = [SHAPE, (2, 4, 9, 9), (1, 4, 30, 31), (5, 4, 2, 3)]
+    data = [(normal(backend, rng, shape), normal(backend, rng, shape)) for shape in shapes]
+
+    def train(x: Any, dy: Any) -> list[bytes]:
+        layer = cn.InstanceNorm2d(4, affine=True, track_running_stats=True, device=backend.device)
+        results: list[Any] = []
+        for _ in range(5):
+            results += [layer.forward(x), layer.backward(dy)]
+        results += [layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+        return [backend.host(a).tobytes() for a in results]
+
+    expected = [train(*pair) for pair in data]
+    assert side_by_side([lambda pair=pair: train(*pair) for pair in data]) == expected
+
+
+@pytest.mark.compiled
+def test_first_calls_at_the_same_moment_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba compiles one function for one kind of call once, whoever asks."""
+    use_compiled(monkeypatch, True)
+    code = """
+import threading, numpy as np, cupynorm as cn
+from cupynorm import cpu
+from numba.core import event
+compiled = []
+class Listener(event.Listener):
+    def on_start(self, e): compiled.append((e.data["dispatcher"].py_func.__name__, str(e.data["args"])))
+    def on_end(self, e): pass
+event.register("numba:compile", Listener())
+cpu._forward_planes.disable_cache() if hasattr(cpu._forward_planes, "disable_cache") else None
+x = np.random.default_rng(1).normal(size=(2, 3, 9, 9)).astype(np.float32)
+barrier, results = threading.Barrier(4), []
+def go():
+    barrier.wait()
+    results.append(cn.instance_norm(x).tobytes())
+threads = [threading.Thread(target=go) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+mine = [c for c in compiled if c[0] == "_forward_planes"]
+print(len(results), len(set(results)), len(mine), len(set(mine)))
+"""
+    ran = run(code, NUMBA_CACHE_DIR="")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout in ("4 1 1 1\n", "4 1 0 0\n")  # 0: found on disk
+
+
+def test_first_calls_at_the_same_moment_on_the_emulator(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Each module is asked for by whoever comes first, and built once; all get the same bits."""
+    from simt import emulator
+
+    emulator.require()
+    from cupynorm import functional
+
+    monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
+    monkeypatch.setattr(emulator, "CACHE", tmp_path)
+    emulator._build.cache_clear()
+    compiled: list[Any] = []
+    ran = subprocess.run
+
+    def noted(command: Any, **options: Any) -> Any:
+        compiled.append(command)
+        return ran(command, **options)
+
+    monkeypatch.setattr(emulator.subprocess, "run", noted)
+    x = rng.normal(size=SHAPE).astype(np.float32)
+    try:
+        results = side_by_side([lambda: cn.instance_norm(x).tobytes()] * 4)
+    finally:
+        emulator._build.cache_clear()
+    assert len(set(results)) == 1
+    assert len(compiled) == len(list(tmp_path.glob("*.so"))) == 1
+
+
+# Processes
+
+
+def _work(number: int) -> tuple[bytes, bytes]:
+    """In a worker: what a call gives, and a layer that went through a pickle."""
+    x = np.random.default_rng(number).normal(size=(2, 3, 40, 41)).astype(np.float32)
+    layer = pickle.loads(_layer)
+    y = layer.forward(x)
+    return y.tobytes(), layer.backward(y).tobytes() + layer.weight.grad.tobytes() + layer.running_var.tobytes()
+
+
+def _begin(layer: bytes, way: bool, backend: str) -> None:
+    global _layer  # noqa: PLW0603
+    _layer = layer
+    cpu.compiled = way
+    if backend == "simt":
+        from cupynorm import functional
+
+        functional.BACKENDS["numpy"] = "simt.backend"
+
+
+_layer = b""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers(backend: Backend, rng: np.random.Generator, method: str) -> None:
+    """Processes of every kind, with a layer that was pickled into them: the same bits as here."""
+    if backend.name == "cupy" and method == "fork":
+        pytest.skip("CUDA cannot be used in a forked child")
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip("not on this system")
+    if backend.name == "cupy":
+        pytest.skip("test_pickles_between_devices has it")
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
+    layer.weight.data = [1.5, -2, 0.5]
+    layer.forward(rng.normal(size=(2, 3, 5, 5)).astype(np.float32))
+    given = pickle.dumps(layer), cpu.compiled, backend.name
+    here = Path(__file__).parent
+    was = _layer
+    _begin(*given[:2], "")
+    try:
+        expected = [_work(number) for number in range(3)]
+        patch = pytest.MonkeyPatch()
+        with patch.context() as inner:
+            paths = os.pathsep.join([str(ROOT), str(here), os.environ.get("PYTHONPATH", "")])
+            inner.setenv("PYTHONPATH", paths)
+            inner.setattr("sys.stdin", None)
+            with multiprocessing.get_context(method).Pool(2, _begin, given) as pool:
+                assert pool.map(_work, range(3)) == expected
+    finally:
+        _begin(was, given[1], "")
+
+
+@pytest.mark.gpu
+def test_pickles_between_devices(rng: np.random.Generator) -> None:
+    """A layer on a GPU comes back on the GPU; one that was moved to the CPU first has NumPy arrays."""
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cuda")
+    import cupy
+
+    x = cupy.asarray(rng.normal(size=(2, 3, 5, 5)), cupy.float32)
+    layer.backward(layer.forward(x))
+    twin = pickle.loads(pickle.dumps(layer))
+    assert twin.device == layer.device
+    assert twin.forward(x).tobytes() == layer.forward(x).tobytes()
+    host = pickle.loads(pickle.dumps(layer.to_cpu()))
+    assert type(host.weight.data) is np.ndarray
+    reference.assert_close(host.eval().forward(x.get()), layer.eval().forward(x.get()))
+
+
+# Ends
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+BUSY = """
+import numpy as np, cupynorm as cn, threading, time, sys, os
+from cupynorm import cpu
+cpu.compiled = cpu.compiled and {way!r} == "compiled"
+cn.set_num_threads(3)
+x = np.random.default_rng(1).standard_normal((8, 64, 64, 65), dtype=np.float32)
+layer = cn.InstanceNorm2d(64, affine=True, track_running_stats=True, device="cpu")
+layer.backward(layer.forward(x))
+begun = threading.Event()
+def busy():
+    while True:
+        layer.forward(x)
+        begun.set()
+        layer.backward(x)
+for _ in range(2):
+    threading.Thread(target=busy, daemon=True).start()
+begun.wait()
+{end}
+"""
+
+ENDS = {
+    "the end of the program": ("", 0),
+    "sys.exit": ("sys.exit(3)", 3),
+    "an error": ("raise SystemExit(4)", 4),
+    "os._exit": ("os._exit(5)", 5),
+    "a terminating signal": ("import signal; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -15),
+}
+
+
+@pytest.mark.parametrize("way", ["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
+@pytest.mark.parametrize("end", ENDS)
+def test_the_interpreter_ends_in_the_middle_of_calls(way: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daemon threads are within calls, helpers at work for them: the process ends with its own code, and silently."""
+    use_compiled(monkeypatch, way == "compiled")
+    code, status = ENDS[end]
+    ran = run(BUSY.format(way=way, end=code))
+    assert (ran.returncode, ran.stdout, ran.stderr) == (status, "", "")
+
+
+# Thousands
+
+
+def test_ten_thousand_calls(backend: Backend, rng: np.random.Generator) -> None:
+    """Nothing grows in 5,000 forwards and as many backwards: what Python and NumPy hold, caches among it."""
+    times = {"numpy": 5_000, "compiled": 5_000, "simt": 200, "cupy": 5_000}[backend.name]
+    x, dy = normal(backend, rng, (1, 2, 3, 3)), normal(backend, rng, (1, 2, 3, 3))
+    layer = cn.InstanceNorm2d(2, affine=True, track_running_stats=True, device=backend.device)
+
+    def train(count: int) -> None:
+        for _ in range(count):
+            layer.cleargrads()
+            layer.forward(x)
+            layer.backward(dy)
+
+    if backend.name == "simt":
+        from simt.backend import runtime
+
+        runtime.counts.clear()
+    train(20)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        train(20)
+        before = tracemalloc.get_traced_memory()[0]
+        if backend.name == "cupy":
+            import cupy
+
+            pool = cupy.get_default_memory_pool()
+            held = pool.total_bytes()
+        train(times)
+        if backend.name == "simt":
+            runtime.counts.clear()
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 20_000, f"{grown} bytes in {times} calls"
+    if backend.name == "cupy":
+        assert pool.total_bytes() == held
+    assert layer._saved[0].x is x
+
+
+def test_many_shapes_in_turn(backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache of what follows from a shape has an end, and results do not depend on what it has forgotten."""
+    from functools import _lru_cache_wrapper, lru_cache
+
+    caches = {f"{m.__name__}.{name}": value for m in (cpu, launch, plan, cn.functional) for name, value in
+              vars(m).items() if isinstance(value, _lru_cache_wrapper)}  # fmt: skip
+    by_shape = {
+        name: cache for name, cache in caches.items()
+        if name.rsplit(".", 1)[1] in ("_layout", "_rows", "_prepare", "arrange", "layout", "plan", "_accepted", "fresh")
+    }  # fmt: skip
+    for name, cache in by_shape.items():
+        assert cache.cache_parameters()["maxsize"] is not None, f"{name} may grow without end"
+    # The rest is of few things: dtypes, activations.
+    rest = {name.rsplit(".", 1)[1] for name in caches} - {name.rsplit(".", 1)[1] for name in by_shape}
+    assert rest <= {"_ones", "half_erfcx", "_no_parameters", "_nothing", "inlined", "resident_threads", "widest"}, rest
+    for name, cache in by_shape.items():  # so small that all of it is forgotten again and again
+        module, attribute = name.rsplit(".", 1)
+        monkeypatch.setattr(sys.modules[module], attribute, lru_cache(maxsize=2)(cache.__wrapped__))
+    shapes = [(1 + i % 3, 1 + i % 4, 2 + i % 5, 1 + i % 7) for i in range(30 if backend.name == "simt" else 120)]
+    for shape in shapes * 2:
+        x = rng.normal(size=shape).astype(np.float32)
+        y, saved = cn.instance_norm_forward(backend.array(x), eps=1.0)
+        reference.assert_close(backend.host(y), reference.forward(x, eps=1.0))
+        cn.instance_norm_backward(y, saved)

@@ -109,8 +109,11 @@ def place_of(array: Array, name: str) -> str:
 def backend_of(array: Array) -> Any:
     """The backend module for an array."""
     name = BACKENDS[kind_of(array, "input")]
-    return sys.modules.get(name) or importlib.import_module(name)
+    # Not sys.modules: there a module is found while another thread has only begun to import it.
+    return _loaded.get(name) or _loaded.setdefault(name, importlib.import_module(name))
 
+
+_loaded: dict[str, Any] = {}
 
 #: Backend modules by kind of array, imported at first use.
 BACKENDS = {"numpy": "cupynorm.cpu", "cupy": "cupynorm.cuda.backend"}

@@ -167,6 +167,32 @@ def test_first_calls_at_the_same_moment_on_the_emulator(
     assert len(compiled) == len(list(tmp_path.glob("*.so"))) == 1
 
 
+@pytest.mark.parametrize("way", ["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
+def test_first_calls_at_the_same_moment_import_the_backend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is imported at first use: whoever comes while another thread does that waits for it."""
+    use_compiled(monkeypatch, way == "compiled")
+    code = """
+import builtins, sys, threading, time, numpy as np, cupynorm as cn
+assert "cupynorm.cpu" not in sys.modules
+usual = builtins.__import__
+def slowly(name, scope=None, *rest):
+    if scope and scope.get("__name__") == "cupynorm.cpu":
+        time.sleep(0.01)
+    return usual(name, scope, *rest)
+builtins.__import__ = slowly
+x = np.random.default_rng(1).normal(size=(2, 3, 9, 9)).astype(np.float32)
+results = []
+def go(number):
+    time.sleep(0.005 * number)
+    results.append(cn.instance_norm(x).tobytes())
+threads = [threading.Thread(target=go, args=(i,)) for i in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print(len(results), len(set(results)))
+"""
+    ran = run(code, CUPYNORM_COMPILED=str(int(way == "compiled")))
+    assert (ran.stdout, ran.stderr) == ("8 1\n", "")
+
+
 # Processes
 
 
@@ -325,7 +351,7 @@ def test_ten_thousand_calls(backend: Backend, rng: np.random.Generator) -> None:
     assert grown < 20_000, f"{grown} bytes in {times} calls"
     if backend.name == "cupy":
         assert pool.total_bytes() == held
-    assert layer._saved[0].x is x
+    assert layer.saved[0].x is x
 
 
 def test_many_shapes_in_turn(backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,12 +29,12 @@ import numpy
 from .chainer_import import chainer
 from .functional import (
     Saved,
-    _check_per_channel,
     check_count,
     check_dtype,
     check_eps,
     check_input,
     check_number,
+    check_per_channel,
     instance_norm_backward,
     instance_norm_double_backward,
     instance_norm_forward,
@@ -70,7 +70,7 @@ class InstanceNormalizationFunction(chainer.FunctionNode):
         names = [name for name, given in zip(("gamma", "beta"), self._affine, strict=True) if given]
         given = dict(zip(names, parameters, strict=True))
         for name, array in given.items():
-            _check_per_channel(array, name, x, per_sample=True)
+            check_per_channel(array, name, x, per_sample=True)
         y, self._saved = instance_norm_forward(x, given.get("gamma"), given.get("beta"), **self._options)
         self.retain_inputs((0, 1) if self._affine[0] else (0,))
         return (y,)
@@ -249,7 +249,7 @@ def fixed_instance_normalization(
     check_input(array, "x")
     for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
         if value is not None:
-            _check_per_channel(chainer.as_array(value), name, array, per_sample=name in ("gamma", "beta"))
+            check_per_channel(chainer.as_array(value), name, array, per_sample=name in ("gamma", "beta"))
     fixed_mean, fixed_var = chainer.as_array(mean), chainer.as_array(var)
     if any(isinstance(v, chainer.Variable) and v.requires_grad for v in (mean, var)) and chainer.config.enable_backprop:
         # The same numbers, since the ratio is 1 and the difference 0, and every derivative with them.

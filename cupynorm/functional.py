@@ -175,7 +175,7 @@ def check_input(x: Array, name: str = "input") -> None:
         raise ValueError(f"{name} must have at least 3 dimensions (N, C, *spatial), got shape {x.shape}")
 
 
-def _check_per_channel(array: Array, name: str, x: Array, *, per_sample: bool = False, written: bool = False) -> None:
+def check_per_channel(array: Array, name: str, x: Array, *, per_sample: bool = False, written: bool = False) -> None:
     """weight, bias and running statistics: on x's device, in x's dtype or in float32 for 16-bit x.
 
     Their shape is (C,); per_sample: or (N, C).
@@ -407,12 +407,12 @@ def checked_forward(
         raise ValueError("use_input_stats=False needs running_mean and running_var")
     if running_mean is not None:
         updated = use_input_stats and momentum != 0
-        _check_per_channel(running_mean, "running_mean", x, written=updated)
-        _check_per_channel(running_var, "running_var", x, written=updated)
+        check_per_channel(running_mean, "running_mean", x, written=updated)
+        check_per_channel(running_var, "running_var", x, written=updated)
     if weight is not None:
-        _check_per_channel(weight, "weight", x, per_sample=True)
+        check_per_channel(weight, "weight", x, per_sample=True)
     if bias is not None:
-        _check_per_channel(bias, "bias", x, per_sample=True)
+        check_per_channel(bias, "bias", x, per_sample=True)
     if residual is not None:
         _check_like(residual, "residual", x)
     if use_input_stats and math.prod(x.shape[2:]) == 1:
@@ -540,7 +540,7 @@ def instance_norm_double_backward(
         kind_of(gradient, f"dd{name}")
         if parameter is None:
             raise ValueError(f"dd{name} is given, but the forward had no {name}; needed is None")
-        _check_per_channel(gradient, f"dd{name}", x, per_sample=True)
+        check_per_channel(gradient, f"dd{name}", x, per_sample=True)
         if gradient.shape != parameter.shape:
             raise ValueError(f"dd{name} has shape {gradient.shape}; needed is that of {name}, {parameter.shape}")
     results: tuple[Array, Array, Array | None] = backend_of(x).double_backward(ddx, ddweight, ddbias, dy, saved)

@@ -208,6 +208,22 @@ def test_first_calls_from_several_threads(cp: Any) -> None:
     assert sorted(loaded) == sorted(module.kernels)
 
 
+@pytest.mark.parametrize("role", ["x", "out", "dy", "weight"])
+def test_elements_that_are_not_aligned_are_refused(cp: Any, role: str) -> None:
+    """A GPU cannot access them: an error before anything is launched, which such an access would end for good."""
+    memory = cp.zeros(5 * 4 * 3 * 4 * 4 + 1, cp.uint8)
+    odd = cp.ndarray((2, 3, 4, 4), cp.float32, memory.data + 1)
+    given = {name: cp.ones((2, 3, 4, 4), cp.float32) for name in ("x", "out", "dy")}
+    given["weight"] = cp.ones(3, cp.float32)
+    _, saved = cn.instance_norm_forward(given["x"])
+    given[role] = odd if role != "weight" else odd[0, :, 0, 0]
+    dy = given.pop("dy")
+    with pytest.raises(ValueError, match="not aligned"):
+        _ = cn.instance_norm_backward(dy, saved) if role == "dy" else cn.instance_norm_forward(**given)
+    assert not memory.any()
+    cp.cuda.get_current_stream().synchronize()
+
+
 def test_two_devices(cp: Any, rng: np.random.Generator) -> None:
     if cp.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("one GPU")

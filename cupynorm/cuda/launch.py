@@ -281,6 +281,12 @@ class Launcher:
 
 def _assignment(target: Array, source: Array) -> partial[None]:
     """A copy between arrays of the same dtype; 16-bit ones as bits, whatever the library knows of bfloat16."""
+    for array in (target, source):
+        if not isinstance(array, np.ndarray) and any(n % array.itemsize for n in (array.data.ptr, *array.strides)):
+            raise ValueError(
+                f"an array of dtype {array.dtype} and strides {array.strides} has elements that are not aligned to "
+                "their size, which a GPU cannot access: pass a copy of its bytes in an array of their own"
+            )
     if target.itemsize == 2:
         target, source = target.view(np.uint16), source.view(np.uint16)
     return partial(operator.setitem, target, ..., source)

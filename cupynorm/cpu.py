@@ -286,8 +286,8 @@ class _Interpreted(_Work):
         strides, itemsize = self.y.strides, self.y.itemsize
         self.lanes = c > 1 and strides[1] == itemsize and strides[-1] != itemsize
         plane = self.spatial = math.prod(spatial)
-        self.far = FAR if self.dtype == np.float32 else FAR / 2  # in float64 no sum is made in higher precision
         self.wide = np.dtype(np.float64) if plane > SHORT_ROW else self.dtype  # of what is computed once for a plane
+        self.far = FAR if self.wide != self.dtype else FAR / 2  # where no sum is made in higher precision
         most = self.limit if self.threads == 1 else 2 * self.limit  # threads wait for each other between calls
         whole: Index = (slice(None),) * len(spatial)
         self.tile: list[Index] = [whole]

@@ -230,8 +230,11 @@ def test_constant_planes(backend: Backend, rng: np.random.Generator) -> None:
         call.x[0, 1] = 3.7
         ddy, dx, dweight = call.on(backend)
         if eps:
-            for actual, exact in zip((ddy, dx, dweight), call.exact, strict=True):
-                assert np.abs(actual - exact).max() <= 5e-6 * np.abs(exact).max()
+            # Rounding acts on the products that a plane's part of dweight is the sum of, and they cancel.
+            products = np.abs(call.given[0][0, 1] * call.dy[0, 1]).sum() / np.sqrt(eps)
+            scales = (np.abs(call.exact[0]).max(), np.abs(call.exact[1]).max(), products)
+            for actual, exact, scale in zip((ddy, dx, dweight), call.exact, scales, strict=True):
+                assert np.abs(actual - exact).max() <= 5e-6 * scale
         else:
             assert np.isnan(ddy[0, 1]).all() and np.isnan(dx[0, 1]).all() and np.isnan(dweight[1])
             assert np.isfinite(np.delete(ddy.reshape(6, -1), 1, 0)).all() and np.isfinite(dweight[[0, 2]]).all()

@@ -486,7 +486,9 @@ def test_helpers_are_done_when_an_interrupt_is_raised(
                 pass
             else:
                 finished = True
-            assert not any(job.active for job in jobs), f"interrupt {number}"
+            # Compiled helpers on their way back, with every part done, write no more.
+            at_work = [job for job in jobs if job.active and not (job.settled is not None and job.settled())]
+            assert not at_work, f"interrupt {number}"
         assert jobs
         assert not late
         assert out.tobytes() == expected

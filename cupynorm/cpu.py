@@ -438,10 +438,11 @@ class _Interpreted(_Work):
         for turn in range(4):
             mean = np.divide(total, size, dtype=self.wide)
             lost = mean * total
+            largest = squares.max()
             if turn == 3:
                 break
             far = lost > most * squares
-            if squares.max() == math.inf:
+            if largest == math.inf:
                 far |= squares == math.inf
             if not far.any():
                 break
@@ -466,7 +467,7 @@ class _Interpreted(_Work):
         nearest = (pivot + mean).astype(self.dtype, copy=False)
         rest = (pivot - nearest) + mean
         least = size * _least(self.eps)
-        if not squares.max() < math.inf or (least and squares.min() < least):
+        if not largest < math.inf or (least and squares.min() < least):
             odd = ~((squares >= least) & (squares < math.inf))
             exact = x[odd].astype(np.float64)
             mean = exact.mean(1)
@@ -693,24 +694,28 @@ class _DoubleBackward(_Interpreted):
             self._each(np.multiply, block, scale, block)
         return block
 
-    def _blocks(self, index: Index, planes: Index, scratch: np.ndarray, pivots: tuple[Any, ...]) -> tuple[Any, ...]:
-        """xhat, g and v of a block, the last two about these pivots; v is None where there is no ddx."""
+    def _xhat(self, index: Index, planes: Index, room: np.ndarray) -> np.ndarray:
         call = self.call
         centres = (call.mean[planes],) if call.delta is None else (call.mean[planes], call.delta[planes])
+        block: np.ndarray = self._standard(self.x, index, room, centres, call.rstd[planes])
+        return block
+
+    def _blocks(self, index: Index, planes: Index, scratch: np.ndarray, pivots: tuple[Any, ...]) -> tuple[Any, ...]:
+        """xhat, g and v of a block, the last two about these pivots; v is None where there is no ddx."""
         return (
-            self._standard(self.x, index, scratch[0], centres, call.rstd[planes]),
+            self._xhat(index, planes, scratch[0]),
             self._standard(self.g, index, scratch[1], pivots[:1]),
-            self._standard(self.u, index, scratch[2], pivots[1:], call.rstd[planes]),
+            self._standard(self.u, index, scratch[2], pivots[1:], self.call.rstd[planes]),
         )
 
-    def _pivot_of(self, array: Array, index: Index, room: np.ndarray) -> tuple[Any, Any]:
-        """The means of a block's planes as rounded, and the sums of what is left without them."""
+    def _about_mean(self, array: Array, index: Index, room: np.ndarray) -> tuple[Any, Any, Any]:
+        """A block less the means of its planes as rounded, the pivots; these, and the sums of what is left."""
         if array is None:
-            return 0.0, 0.0
+            return None, 0.0, 0.0
         block = self._read(array, index, room, copy=True)
         pivot = (self._sums(block) / block.shape[2]).astype(self.dtype, copy=False)
         self._each(np.subtract, block, pivot, block)
-        return pivot, self._sums(block)
+        return block, pivot, self._sums(block)
 
     def _reduced(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """xhat, g and v of a tile about its own pivots; and what `_joined` takes of it."""
@@ -718,12 +723,14 @@ class _DoubleBackward(_Interpreted):
         if not self.call.training:
             blocks = self._blocks(index, planes, scratch, ())
             return blocks, (size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, self._dots(blocks[2], blocks[1], scratch[3]))
-        (pivot_g, sum_g), (pivot_u, sum_u) = (self._pivot_of(a, index, scratch[1]) for a in (self.g, self.u))
-        blocks = xhat, g, v = self._blocks(index, planes, scratch, (pivot_g, pivot_u))
+        g, pivot_g, sum_g = self._about_mean(self.g, index, scratch[1])
+        v, pivot_u, sum_u = self._about_mean(self.u, index, scratch[2])
+        xhat = self._xhat(index, planes, scratch[0])
         dots: tuple[Any, ...] = (self._dots(g, xhat, scratch[3]), 0.0, 0.0)
         if v is not None:
+            self._each(np.multiply, v, self.call.rstd[planes], v)
             dots = (dots[0], self._dots(v, xhat, scratch[3]), self._dots(v, g, scratch[3]))
-        return blocks, (size, self._sums(xhat), pivot_g, sum_g, pivot_u, sum_u, *dots)
+        return (xhat, g, v), (size, self._sums(xhat), pivot_g, sum_g, pivot_u, sum_u, *dots)
 
     def _joined(self, planes: Index, parts: np.ndarray) -> tuple[Any, ...]:
         """Pivots of g and u, their rests, that of xhat, and a, c and s: from what there is of each tile, in float64.

@@ -118,12 +118,12 @@ class Launcher:
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
                 mean, rstd, delta = (call.planes() if array is None else array for array in (mean, rstd, delta))
-                partial = [call.empty((*call.nc, step.tiles), t) for t in (np.int64, np.float64, np.float64)]
+                of_tiles = [call.empty((*call.nc, step.tiles), t) for t in (np.int64, np.float64, np.float64)]
                 results = call.pointers(mean, rstd, delta, variance)
                 for some in call.rounds():
-                    call.tiles(step, *call.tensors[:4], *call.pointers(*partial), some=some)
+                    call.tiles(step, *call.tensors[:4], *call.pointers(*of_tiles), some=some)
                     sizes = (np.int64(step.tiles), *call.planes_of(some), np.float64(eps))
-                    call.run(merge, *call.pointers(*partial), *sizes, *results)
+                    call.run(merge, *call.pointers(*of_tiles), *sizes, *results)
                     call.tiles(apply, *call.tensors, *results[:3], *affine, some=some)
             else:
                 results = call.pointers(mean, rstd, delta, variance)
@@ -181,30 +181,30 @@ class Launcher:
             )
             merged = call.pointers(sum_dy, sum_dy_xhat)
 
-            def merge_gradient(merge: Step, partial: Array, some: tuple[int, int], *sums: np.uintp) -> None:
+            def merge_gradient(merge: Step, of_tiles: Array, some: tuple[int, int], *sums: np.uintp) -> None:
                 sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(some), call.spatial)
-                call.run(merge, call.pointer(partial), *sizes, statistics[1], *sums, *merged, flags_)
+                call.run(merge, call.pointer(of_tiles), *sizes, statistics[1], *sums, *merged, flags_)
 
             if op == "eval_gradient":
                 if step.tiles == 1:
                     call.tiles(step, *arrays, *affine, *merged)
                 else:
-                    partial = call.empty((2, *call.nc, step.tiles), call.math) if any(wanted) else (None, None)
+                    of_tiles = call.empty((2, *call.nc, step.tiles), call.math) if any(wanted) else (None, None)
                     unflagged = (*affine[:3], np.int32(flags & ~(NARROW_SUM_DY | NARROW_SUM_DY_XHAT)), *affine[4:])
-                    call.tiles(step, *arrays, *unflagged, call.pointer(partial[0]), call.pointer(partial[1]))
+                    call.tiles(step, *arrays, *unflagged, call.pointer(of_tiles[0]), call.pointer(of_tiles[1]))
                     if any(wanted):
                         merge, *rest = rest
-                        merge_gradient(merge, partial, (0, call.plan.stripes), NULL, NULL, NULL)
+                        merge_gradient(merge, of_tiles, (0, call.plan.stripes), NULL, NULL, NULL)
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
-                partial = call.empty((3, *call.nc, step.tiles), call.math)
+                of_tiles = call.empty((3, *call.nc, step.tiles), call.math)
                 kept_sums = call.planes(), call.planes(), call.planes()
                 *sums, more = call.pointers(*kept_sums)
                 for some in call.rounds():
                     call.tiles(
-                        step, *arrays[:8], *affine, call.pointer(partial), call.all_planes, some=some
+                        step, *arrays[:8], *affine, call.pointer(of_tiles), call.all_planes, some=some
                     )  # fmt: skip
-                    merge_gradient(merge, partial, some, *sums, more)
+                    merge_gradient(merge, of_tiles, some, *sums, more)
                     if apply.plain and epilogue:  # dresidual is what the epilogue made of dy
                         inputs, affine_ = (*arrays[:4], *call.extra, *arrays[8:]), affine[:4]
                     else:
@@ -254,21 +254,21 @@ class Launcher:
                 if step.tiles == 1 or not summed:
                     call.tiles(step, *given, *to_dx, *to_ddy, *known(flags), call.pointer(sums))
                 else:
-                    partial = call.empty((*call.nc, step.tiles), call.math)
+                    of_tiles = call.empty((*call.nc, step.tiles), call.math)
                     partial_flags = known(flags & ~NARROW_SUM_DY_XHAT)
-                    call.tiles(step, *given, *to_dx, *to_ddy, *partial_flags, call.pointer(partial))
+                    call.tiles(step, *given, *to_dx, *to_ddy, *partial_flags, call.pointer(of_tiles))
                     merge, *rest = rest
                     counts = np.int64(step.tiles), call.all_planes
-                    call.run(merge, call.pointer(partial), *counts, call.pointer(sums), np.int32(flags))
+                    call.run(merge, call.pointer(of_tiles), *counts, call.pointer(sums), np.int32(flags))
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
-                partial, means = call.empty((9, *call.nc, step.tiles), call.math), call.empty((8, *call.nc), call.math)
+                of_tiles, means = call.empty((9, *call.nc, step.tiles), call.math), call.empty((8, *call.nc), call.math)
                 statistics = call.pointers(saved.mean, saved.rstd)
                 results = (rstd, *call.pointers(means, sums), np.int32(flags))
                 for some in call.rounds():
-                    call.tiles(step, *given, *to_dx, *statistics, call.pointer(partial), call.all_planes, some=some)
+                    call.tiles(step, *given, *to_dx, *statistics, call.pointer(of_tiles), call.all_planes, some=some)
                     sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(some), call.spatial)
-                    call.run(merge, call.pointer(partial), *sizes, *results)
+                    call.run(merge, call.pointer(of_tiles), *sizes, *results)
                     more = call.pointer(means), call.all_planes
                     call.tiles(apply, *given, *to_dx, *to_ddy, *known(flags), *more, some=some)
             else:
@@ -464,13 +464,13 @@ class _Call:
         sizes = (self.channels, self.spatial, self._stripes, np.int32(step.lanes), np.int32(step.chunks))
         group: tuple[Any, ...] = ()
         if step.group in ("cluster", "grid"):
-            partial = arrived = None
+            of_tiles = arrived = None
             if step.group == "grid":
                 groups = step.grid[0] // step.tiles
                 width = 1 if self.kind == "channels_first" else self.plan.vector
-                partial = self.empty((groups, 2, step.tiles, step.lanes * width * numbers), self.math)
+                of_tiles = self.empty((groups, 2, step.tiles, step.lanes * width * numbers), self.math)
                 arrived = self.runtime.zeros((groups,), np.uint32)
-            group = (np.int32(step.tiles), *self.pointers(partial, arrived))
+            group = (np.int32(step.tiles), *self.pointers(of_tiles, arrived))
         self.run(step, *args, *sizes, *after, *group)
 
     def tiles(self, step: Step, *args: Any, some: tuple[int, int] | None = None) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -352,17 +352,26 @@ def test_double_backward_of_more_tiles_than_merge_threads(
         assert np.abs(actual - exact).max() <= 5e-6 * max(1, np.abs(exact).max())
 
 
-def _everything_double(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> list[np.ndarray]:
-    """As `_everything`, of the double backward, in the regimes given by their places in DOUBLE_REGIMES."""
+def _inputs(
+    table: Sequence[Any], runtime: Any, seed: int, regimes: Sequence[int]
+) -> Iterator[tuple[int, str, list[np.ndarray], list[np.ndarray]]]:
+    """Place, regime, three arrays and four parameters of each regime of a table, or of those given by their places; the
+    runtime has its device then."""
     rng = np.random.default_rng(seed)
-    results: list[np.ndarray] = []
-    for number, (_, shape, layout, device) in enumerate(DOUBLE_REGIMES):
-        x, dy, ddx = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(np.float32)) for _ in range(3))
-        weight, bias, mean, var = (rng.random(shape[1]).astype(np.float32) + 0.5 for _ in range(4))
+    for number, (regime, shape, layout, device) in enumerate(table):
+        arrays = [reference.LAYOUTS[layout](rng.normal(size=shape).astype(np.float32)) for _ in range(3)]
+        parameters = [rng.random(shape[1]).astype(np.float32) + 0.5 for _ in range(4)]
         if regimes and number not in regimes:
             continue
         if runtime is not None:
             runtime._device = device
+        yield number, regime, arrays, parameters
+
+
+def _everything_double(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> list[np.ndarray]:
+    """As `_everything`, of the double backward, in the regimes given by their places in DOUBLE_REGIMES."""
+    results: list[np.ndarray] = []
+    for _, _, (x, dy, ddx), (weight, bias, mean, var) in _inputs(DOUBLE_REGIMES, runtime, seed, regimes):
         for use_input_stats in (True,) if regimes else (True, False):
             _, saved = cn.instance_norm_forward(
                 x, weight, bias, running_mean=mean.copy(), running_var=var, use_input_stats=use_input_stats
@@ -374,15 +383,8 @@ def _everything_double(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> 
 def _everything(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> list[np.ndarray]:
     """Results of forward and backward in every regime, in training and eval; or, in training alone, in those given by
     their places in REGIMES. A net for broken kernels."""
-    rng = np.random.default_rng(seed)
     results: list[np.ndarray] = []
-    for number, (regime, shape, layout, device) in enumerate(REGIMES):
-        x, dy, residual = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(np.float32)) for _ in range(3))
-        weight, bias, mean, var = (rng.random(shape[1]).astype(np.float32) + 0.5 for _ in range(4))
-        if regimes and number not in regimes:
-            continue
-        if runtime is not None:
-            runtime._device = device
+    for number, regime, (x, dy, residual), (weight, bias, mean, var) in _inputs(REGIMES, runtime, seed, regimes):
         options: dict[str, Any] = {"activation": "silu", "residual": residual} if number % 2 and not regimes else {}
         for use_input_stats in (True,) if regimes else (True, False):
             # Of parts, a result at another place between 16-byte borders than what it is made of.

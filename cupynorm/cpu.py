@@ -37,7 +37,6 @@ try:
 
     from .scalars import (
         SAMPLES,
-        TURNS,
         activate,
         add,
         begin,
@@ -49,6 +48,7 @@ try:
         prefetch,
         settled,
         times_slope,
+        turns_of,
         typed,
         widen,
         zero_of,
@@ -325,7 +325,7 @@ class _Interpreted(_Work):
     def share(self, step: Callable[..., None], count: int) -> None:
         parts = 1 if self.threads == 1 else min(count, self.threads * (1 if self.x.size < 8 * self.pays else 4))
         borders = [count * i // parts for i in range(parts + 1)]
-        share(lambda tasks: self.work(step, ((borders[i], borders[i + 1]) for i in tasks)), parts, self.threads)
+        share(lambda tasks, _: self.work(step, ((borders[i], borders[i + 1]) for i in tasks)), parts, self.threads)
 
     def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
         """One thread's share: step of each block or tile in the ranges."""
@@ -1956,12 +1956,11 @@ class _Compiled(_Work):
 
     def share(self, step: Callable[..., None], count: int) -> None:
         """The loops take the parts themselves: a helper that comes late, or a thread that is slow, takes fewer."""
-        turns = np.zeros(TURNS, np.int64)
-        parts = min(count, 8 * self.threads)
-        if self.threads == 1:
-            step(turns, 1, count)
-        else:
-            share(lambda _: step(turns, parts, count), parts, self.threads, lambda: bool(settled(turns, parts)))
+        parts = 1 if self.threads == 1 else min(count, 8 * self.threads)
+        turns = turns_of(parts, self.threads)
+        share(
+            lambda _, who: step((turns, who), parts, count), parts, self.threads, lambda: bool(settled(turns, parts))
+        )  # fmt: skip
 
     def __str__(self) -> str:
         if self.layout.lanes:

@@ -91,10 +91,12 @@ def _bits(typingctx, value):
     return other(value), generate
 
 
-# Parts of a call, and who does them. turns[BEGUN] counts the parts that were taken, turns[ENDED] those that are done,
-# in cache lines of their own, since threads write them at the same time.
+# Parts of a call, and who does them. numbers[BEGUN] counts the parts that were taken, numbers[ENDED] those that are
+# done, in cache lines of their own, since threads write them at the same time. Each thread begins with a range of its
+# own, counted in a line of its own too, and goes on to those of others: what a core's caches have from the last call it
+# then need not fetch from another core's. A thread's turns are these numbers and its own number.
 
-BEGUN, ENDED, TURNS = 0, 8, 16  # TURNS: how many numbers that makes
+BEGUN, PARTS, ENDED, RANGES = 0, 1, 8, 16
 PATIENCE = 20_000  # looks at a counter, some 20 microseconds
 
 
@@ -115,25 +117,41 @@ def _atomic(operation):
 _add_to, _exchange = _atomic("add"), _atomic("xchg")
 
 
+def turns_of(parts, threads):
+    """The numbers for a call of so many parts and threads."""
+    numbers = np.zeros(RANGES + 8 * threads, np.int64)
+    numbers[PARTS] = parts
+    return numbers
+
+
 @numba.njit
 def begin(turns):
     """Take a part: its number, or one that is too large."""
-    return _add_to(turns, BEGUN, 1)
+    numbers, who = turns
+    parts, ranges = numbers[PARTS], (len(numbers) - RANGES) // 8
+    if _add_to(numbers, BEGUN, 1) >= parts:
+        return parts
+    while True:  # one is left for everybody who was counted in
+        who %= ranges
+        part = parts * who // ranges + _add_to(numbers, RANGES + 8 * who, 1)
+        who += 1
+        if part < parts * who // ranges:
+            return part
 
 
 @numba.njit
 def end(turns):
     """A part is done; take another."""
-    _add_to(turns, ENDED, 1)
-    return _add_to(turns, BEGUN, 1)
+    _add_to(turns[0], ENDED, 1)
+    return begin(turns)
 
 
 @kept
-def settled(turns, parts):
+def settled(numbers, parts):
     """Let nobody begin any more; whether all that was begun is done, or so after a little patience."""
-    begun = min(_exchange(turns, BEGUN, parts), parts)
+    begun = min(_exchange(numbers, BEGUN, parts), parts)
     looks = 0
-    while _add_to(turns, ENDED, 0) < begun and looks < PATIENCE:
+    while _add_to(numbers, ENDED, 0) < begun and looks < PATIENCE:
         looks += 1
     return looks < PATIENCE
 

@@ -11,6 +11,7 @@ import math
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,12 +76,12 @@ def set_num_threads(number: int) -> None:
 
 
 class _Job:
-    """One call's tasks. Whoever takes part calls work with an iterator that hands each task to one of them."""
+    """One call's tasks. Whoever takes part calls work with an iterator that hands each task to one, and who it is."""
 
-    def __init__(self, work: Callable[[Iterator[int]], None], tasks: int, settled: Callable[[], bool] | None):
+    def __init__(self, work: Callable[[Iterator[int], int], None], tasks: int, settled: Callable[[], bool] | None):
         self.work = work
         self.settled = settled
-        self.tasks = iter(range(tasks))
+        self.tasks = deque(range(tasks))
         self.lock = threading.Lock()
         self.active = 0  # helpers at work
         self.closed = False  # nobody begins any more
@@ -89,21 +90,23 @@ class _Job:
         self.finished.acquire()
         self.failure: BaseException | None = None
 
-    def _next(self) -> Iterator[int]:
+    def _next(self, who: int) -> Iterator[int]:
+        # The caller's from one end, helpers' from the other: a core's caches have what it worked on in the last call.
+        take = self.tasks.pop if who else self.tasks.popleft
         while True:
             with self.lock:
-                task = None if self.closed else next(self.tasks, None)
+                task = None if self.closed or not self.tasks else take()
             if task is None:
                 return
             yield task
 
-    def help(self) -> None:
+    def help(self, who: int) -> None:
         with self.lock:
             if self.closed:
                 return
             self.active += 1
         try:
-            self.work(self._next())
+            self.work(self._next(who), who)
         except BaseException as failure:
             self.failure = failure
             self.closed = True
@@ -118,7 +121,7 @@ class _Job:
         try:
             try:
                 offer()
-                self.work(self._next())
+                self.work(self._next(0), 0)
             finally:
                 self._close()
         finally:
@@ -153,9 +156,9 @@ class _Pool:
         self.lock = threading.Lock()
         self.ended = False
 
-    def _serve(self) -> None:
+    def _serve(self, who: int) -> None:
         while (job := self.jobs.get()) is not None:
-            job.help()
+            job.help(who)
             del job  # it refers to the arrays of a call
 
     def run(self, job: _Job, helpers: int) -> None:
@@ -171,7 +174,8 @@ class _Pool:
     def _start(self, number: int) -> None:
         with self.lock:
             while len(self.helpers) < number and not self.ended:
-                thread = threading.Thread(target=self._serve, name="cupynorm", daemon=True)
+                who = len(self.helpers) + 1
+                thread = threading.Thread(target=self._serve, args=(who,), name="cupynorm", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:  # no more threads, or the interpreter is ending: the caller does it all
@@ -197,11 +201,12 @@ _state = _State()
 
 
 def share(
-    work: Callable[[Iterator[int]], None], tasks: int, threads: int, settled: Callable[[], bool] | None = None
+    work: Callable[[Iterator[int], int], None], tasks: int, threads: int, settled: Callable[[], bool] | None = None
 ) -> None:
-    """Have work(iterator) called by up to `threads` threads until its iterator has handed out all tasks 0, 1, ….
+    """Have work(iterator, who) called by up to `threads` threads until its iterator has handed out all tasks 0, 1, ….
 
-    Each call of work has an iterator of its own and gets what the others leave. An exception in any of them ends the
+    Each call of work has an iterator of its own and gets what the others leave; who is 0 for the caller, and the number
+    of a helper, which it keeps from call to call. An exception in any of them ends the
     handing out and is raised here, once none of them is at work any more. Where work shares out its tasks by itself,
     settled() sees to it that no further one is begun and says whether all that were begun are done: True saves waiting
     for helpers that are on their way back.
@@ -209,7 +214,7 @@ def share(
     if threads > 1 and tasks > 1:
         _state.pool.run(_Job(work, tasks, settled), min(threads, tasks) - 1)
     else:
-        work(iter(range(tasks)))
+        work(iter(range(tasks)), 0)
 
 
 def _after_fork() -> None:

@@ -233,7 +233,7 @@ def test_many_python_threads_at_once(way: str, rng: np.random.Generator):
 def taken(tasks: int, number: int) -> list[int]:
     done: list[int] = []
 
-    def work(mine: Any) -> None:
+    def work(mine: Any, who: int) -> None:
         for task in mine:
             done.append(task)
 
@@ -245,7 +245,7 @@ def test_an_error_in_a_helper_is_raised_once_all_have_ended():
     running, most = [0], [0]
     both = threading.Barrier(2)
 
-    def work(tasks: Any) -> None:
+    def work(tasks: Any, who: int) -> None:
         running[0] += 1
         both.wait(10)
         try:

@@ -452,8 +452,8 @@ def test_helpers_are_done_when_an_interrupt_is_raised(
         jobs.append(job)
         work = job.work
 
-        def slow(tasks: Any) -> None:
-            work(tasks)
+        def slow(tasks: Any, who: int) -> None:
+            work(tasks, who)
             if threading.current_thread() is not threading.main_thread():
                 time.sleep(0.002)
 
@@ -463,10 +463,10 @@ def test_helpers_are_done_when_an_interrupt_is_raised(
     late: list[Any] = []
     take_part = threads._Job.help
 
-    def watched(job: Any) -> None:
+    def watched(job: Any, who: int) -> None:
         if job not in jobs and not job.closed:
             late.append(job)
-        take_part(job)
+        take_part(job, who)
 
     before = cn.get_num_threads()
     cn.set_num_threads(3)

@@ -320,8 +320,8 @@ atexit.register(lambda: print(cn.instance_norm(x).tobytes() == y.tobytes()))
 import signal, _thread
 for _ in range(20):
     timer = threading.Timer(0.003, _thread.interrupt_main)
-    timer.start()
     try:
+        timer.start()
         for _ in range(200):
             cn.instance_norm(x)
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 import os
 
 from . import devices
+from .cuda.launch import get_batch_invariant, set_batch_invariant
 from .explain import explain
 from .functional import (
     Saved,
@@ -25,12 +26,14 @@ __all__ = [
     "Parameter",
     "Saved",
     "explain",
+    "get_batch_invariant",
     "get_memory_limit",
     "get_num_threads",
     "instance_norm",
     "instance_norm_backward",
     "instance_norm_double_backward",
     "instance_norm_forward",
+    "set_batch_invariant",
     "set_memory_limit",
     "set_num_threads",
     "warmup",

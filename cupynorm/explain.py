@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import Any
 
+from .cuda.launch import get_batch_invariant
 from .cuda.plan import DEVICES, EPILOGUES, ITEMSIZE, Device, Memory, Plan, Step, arrange, fresh, plan
 from .functional import Array, check_activation, check_input, kind_of
 
@@ -23,7 +25,7 @@ def explain(x: Array, *, activation: str | None = None, residual: bool = False, 
 
     Returns:
         Text of a few lines: for CUDA the regime, the reason, whether arrays are read in place, the traffic in accesses
-        of an element's size per element, and the launches.
+        of an element's size per element, the launches, and what the bits of a sample's results depend on.
 
     Raises:
         TypeError, ValueError: x cannot be normalised, the activation or the device is not known.
@@ -55,10 +57,16 @@ def explain(x: Array, *, activation: str | None = None, residual: bool = False, 
 
 
 def plan_for(
-    op: Any, memory: Memory, dtype: str, device: Device, activation: str | None = None, residual: bool = False
+    op: Any,
+    memory: Memory,
+    dtype: str,
+    device: Device,
+    activation: str | None = None,
+    residual: bool = False,
+    invariant: bool = False,
 ) -> tuple[Plan, int]:
     """The plan of a call whose other arrays are new ones in the layout of the first; and how many must be copied."""
-    kind, _, copied = arrange((memory,))
+    kind, _, copied = arrange((memory,), invariant)
     new = fresh(memory.shape, memory.itemsize, kind)
     first = new if copied[0] else memory
     if op in ("forward", "evaluate"):
@@ -70,7 +78,8 @@ def plan_for(
         arrays = 5 if op in ("double_backward", "eval_double") else 3 + 2 * residual
     kind, layouts, _ = arrange((first, *[new] * (arrays - 1)))
     shape = (memory.shape[0], memory.shape[1], math.prod(memory.shape[2:]))
-    return plan(op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual), int(copied[0])
+    made = plan(op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, invariant=invariant)
+    return made, int(copied[0])
 
 
 def _described(
@@ -79,15 +88,25 @@ def _described(
     if math.prod(memory.shape[2:]) == 1:
         yield f"  {op}: refused, one spatial element has no statistics (with running statistics it is allowed)"
         return
-    made, copies = plan_for(op, memory, dtype, device, activation, residual)
+
+    def planned(n: int, invariant: bool) -> tuple[Plan, int]:
+        shape = (n, *memory.shape[1:])
+        return plan_for(op, memory._replace(shape=shape), dtype, device, activation, residual, invariant)
+
+    made, copies = planned(memory.shape[0], get_batch_invariant())
     first, *rest = made.steps
     # A warp moves the planes of its parts together, 16 bytes a thread, whatever their size and alignment.
     access = 16 if first.group == "part" else made.vector * ITEMSIZE[dtype]
-    layout = (
-        "x is copied first: its strides are neither channels-first nor channels-last" if copies else "read in place"
-    )
+    layout = "read in place"
+    if copies:
+        usual = copies > planned(memory.shape[0], False)[1]
+        layout = "x is copied first: " + (
+            "for the same bits as a new array" if usual else "its strides are neither channels-first nor channels-last"
+        )
     if made.skewed and first.group != "part":
-        layout += ", each pack put together from two, since x lies otherwise between 16-byte borders than the result"
+        layout += ", each pack put together from two, since " + (
+            "x lies otherwise between 16-byte borders than the result" if first.lanes else "packs begin where planes do"
+        )
     yield f"  {op}: {made.regime}, {made.kind.replace('_', '-')}, {layout}"
     yield f"    {made.reason}"
     yield f"    {made.accesses + 2 * copies} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time"
@@ -97,6 +116,37 @@ def _described(
         yield f"    {rounds} rounds of the first three launches, {made.at_a_time} of {made.stripes} {share}s each"
     for step in (first, *rest):
         yield f"    {_launched(step, share)}"
+    yield f"    bits of a sample's results: {_bits(planned, memory.shape[0], device)}"
+
+
+def _bits(planned: Callable[[int, bool], tuple[Plan, int]], n: int, device: Device) -> str:
+    """What they depend on, besides the sample. planned: the plan for a number of samples, batch-invariant or not."""
+    if get_batch_invariant():
+        return "the same in every batch, as set"
+
+    def order(n: int) -> tuple[Any, ...]:
+        step = planned(n, False)[0].steps[0]
+        return step.name, step.tiles, step.chunks
+
+    # From so many stripes on nothing changes: all multiprocessors have work, and groups of a grid share evenly.
+    most = 2 * device.sm_count
+    if "_grid_" in order(1)[0] or "_grid_" in order(most)[0]:
+        most = max(most, (device.sm_count // 2) ** 2)
+    most = -(-most // planned(1, False)[0].stripes)
+    mine, reasons, alike = order(n), [], []
+    for same, run in groupby(range(1, most + 1), lambda i: order(i) == mine):
+        first, *more = run
+        last = more[-1] if more else first
+        if same:
+            alike.append(f"{first} or more" if last == most else f"{first} to {last}" if more else str(first))
+    if alike != ["1 or more"]:
+        several = [*alike[:3], "..."] if len(alike) > 3 else alike
+        reasons.append(f"N (these are those of N = {', '.join(several)})")
+    if planned(n, True)[0].steps[0].lanes == 0:
+        reasons.append("the place of its planes between 16-byte borders")
+    if not reasons:
+        return "the same in every batch"
+    return f"depend on {' and on '.join(reversed(reasons))} (cupynorm.set_batch_invariant)"
 
 
 def _launched(step: Step, share: str) -> str:

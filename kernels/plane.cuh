@@ -14,7 +14,8 @@
 //           . . p p   p p p p   p p p p   p . . .        lo = 2, hi = 13: two edge elements before, one behind
 //
 //   That is the alignment of what is written. Arrays that are read may lie otherwise, if the module is SKEWED: a pack of
-//   theirs is put together from the two that it lies in.
+//   theirs is put together from the two that it lies in. With 0 lanes packs begin where planes do, wherever these are:
+//   the order of additions is then the same for every plane, and results are stored one by one where they must be.
 //
 //   channels-last: a stripe is `lanes` packs of V neighbouring channels. Row s of the tile is one spatial position:
 //   thread r holds lane r % lanes of rows r / lanes, r / lanes + G / lanes, ...: each thread sees V planes. No edges.
@@ -91,7 +92,7 @@ struct Share {
         } else {
             c = OWNER == PART && spatial == 0 ? channels : group;   // a plane that does not exist
             const unsigned long long address = (unsigned long long)(x.data + n * x.n + c * x.c);
-            const int shift = (int)(address / sizeof(Storage) % V);
+            const int shift = SKEWED && lanes == 0 ? 0 : (int)(address / sizeof(Storage) % V);
             const int elements = chunks * size * V;
             start = tile * elements - shift;
             lo = tile == 0 ? shift : 0;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,49 @@ NARROW_SUM_DY, NARROW_SUM_DY_XHAT = 64, 128  # which sums are stored in the inpu
 
 NULL = np.uintp(0)
 NO_TENSOR = (NULL, np.int64(0), np.int64(0), np.int64(0))
+
+
+class _State:
+    batch_invariant: bool | None = None  # None: not asked yet
+
+
+_state = _State()
+
+
+def get_batch_invariant() -> bool:
+    """Whether on a GPU the bits of a sample's results are the same in every batch."""
+    if _state.batch_invariant is None:
+        text = os.environ.get("CUPYNORM_BATCH_INVARIANT", "").strip()
+        if text not in ("", "0", "1"):
+            raise ValueError(f"CUPYNORM_BATCH_INVARIANT must be 0 or 1, got {text!r}")
+        _state.batch_invariant = text == "1"
+    return _state.batch_invariant
+
+
+def set_batch_invariant(wanted: bool) -> None:
+    """Set whether on a GPU the bits of a sample's results are to be the same in every batch.
+
+    Without it kernels are chosen by the size of the whole call, and elements are dealt out to threads by their
+    addresses: which values are added up first depends on N, and in planes that are not whole multiples of 16 bytes on
+    their place in memory. With it y, dx, means and deviations of a sample, and what a double backward gives for it, do
+    not depend on the number of samples, on the others or on its place among them, nor on whether arrays are views or
+    new ones: only on whether they are channels-first or channels-last. Some calls are slower then: of few channels and
+    many samples a plane may be shared among more threads than it must, unaligned planes are stored an element at a
+    time, and views are copied first if there are gaps between planes of at most 512 bytes, or if groups of 4 channels
+    side by side (2 in float64) are not aligned to their size. Gradients of parameters and running statistics are sums
+    over the batch and depend on it. On a CPU all of this holds always.
+
+    The default is CUPYNORM_BATCH_INVARIANT from the environment (0 or 1), or off.
+
+    Args:
+        wanted: on or off.
+
+    Raises:
+        TypeError: not a bool. The setting stays as it was then.
+    """
+    if type(wanted) is not bool:
+        raise TypeError(f"batch_invariant must be True or False, got {wanted!r}")
+    _state.batch_invariant = wanted
 
 
 def _rectifier_slope(activation: str | None, negative_slope: float) -> float:
@@ -315,17 +359,18 @@ def _prepare(
     reduced: bool,
     epilogue: int,
     residual: bool,
+    invariant: bool,
 ) -> _Prepared:
     """memories: of the inputs, then of out if it is given; targets: how many arrays are written."""
     shape, itemsize = memories[0].shape, memories[0].itemsize
-    kind, _, copied = arrange(memories)
+    kind, _, copied = arrange(memories, invariant)
     new = fresh(shape, itemsize, kind)
     # Arrays made here are aligned, and of the kind.
     final = [new if copy else memory for memory, copy in zip(memories, copied, strict=True)]
     final += [new] * (inputs + targets - len(final))
     kind, layouts, _ = arrange(tuple(final))
     sizes = (shape[0], shape[1], math.prod(shape[2:]))
-    made = plan(op, sizes, dtype.name, kind, layouts, device, sums, reduced, epilogue, residual)
+    made = plan(op, sizes, dtype.name, kind, layouts, device, sums, reduced, epilogue, residual, invariant)
     return _Prepared(
         kind,
         copied,
@@ -374,7 +419,8 @@ class _Call:
             self._make_targets(targets, copied)
             return
         self.kind, copied, strides, self.plan, self._modules, sizes = _prepare(
-            op, memories, len(given), targets, x.dtype, runtime.device(), sums, reduced, epilogue, residual is not None
+            op, memories, len(given), targets, x.dtype, runtime.device(), sums, reduced, epilogue,
+            residual is not None, get_batch_invariant(),
         )  # fmt: skip
         self.channels, self.spatial, self._stripes = sizes
         arrays = self.held = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
@@ -467,8 +513,8 @@ class _Call:
             of_tiles = arrived = None
             if step.group == "grid":
                 groups = step.grid[0] // step.tiles
-                width = 1 if self.kind == "channels_first" else self.plan.vector
-                of_tiles = self.empty((groups, 2, step.tiles, step.lanes * width * numbers), self.math)
+                width = 1 if self.kind == "channels_first" else step.lanes * self.plan.vector
+                of_tiles = self.empty((groups, 2, step.tiles, width * numbers), self.math)
                 arrived = self.runtime.zeros((groups,), np.uint32)
             group = (np.int32(step.tiles), *self.pointers(of_tiles, arrived))
         self.run(step, *args, *sizes, *after, *group)

@@ -17,6 +17,8 @@ from typing import Literal, NamedTuple
 Kind = Literal["channels_first", "channels_last"]
 Op = Literal["forward", "backward", "evaluate", "eval_gradient", "double_backward", "eval_double"]
 
+PART_BYTES = 512  # the largest plane of a part of a warp
+TILE_BYTES = 8192  # the smallest tile worth a block of a grid
 STRIPE_BYTES = 64  # channels-last: neighbouring channels that one owner serves
 MAX_GRID = 2**31 - 16  # the most there may be that is whole clusters, of any size
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -202,11 +204,26 @@ def fresh(shape: tuple[int, ...], itemsize: int, kind: Kind) -> Memory:
     return Memory(shape, tuple(strides), itemsize, 0)
 
 
+def _dense(x: Layout, n: int, c: int, s: int) -> bool:
+    """Whether planes lie one behind the other."""
+    return (c == 1 or x.c == s) and (n == 1 or x.n == c * s)
+
+
+def _usual(x: Layout, shape: tuple[int, ...], itemsize: int, kind: Kind) -> bool:
+    """Whether an array is dealt out to threads as a new one of its kind is: else bits would depend on its strides."""
+    n, c, s = *shape[:2], prod(shape[2:])
+    if kind == "channels_first":
+        return s * itemsize > PART_BYTES or _dense(x, n, c, s)
+    v = min(16 // itemsize, 4)
+    return c % v > 0 or not (x.phase % v or (n > 1 and x.n % v) or (s > 1 and x.s % v))
+
+
 @lru_cache(maxsize=4096)
-def arrange(memories: tuple[Memory, ...]) -> tuple[Kind, tuple[Layout, ...], tuple[bool, ...]]:
+def arrange(memories: tuple[Memory, ...], invariant: bool = False) -> tuple[Kind, tuple[Layout, ...], tuple[bool, ...]]:
     """The kind of kernels for the arrays of a call, their layouts, and which of them must be copied for that.
 
     The first array decides, if it can be read in place at all; of two kinds it could be, the one more others are.
+    invariant: whether the order of additions may depend on the kind alone.
     """
     shape, itemsize = memories[0].shape, memories[0].itemsize
     # A plane of one element is no plane: its channels are what lies together.
@@ -217,7 +234,8 @@ def arrange(memories: tuple[Memory, ...]) -> tuple[Kind, tuple[Layout, ...], tup
     kind = max(possible, key=lambda k: sum(x is not None for x in fitting[k])) if possible else "channels_first"
     copy = layout(fresh(shape, itemsize, kind), kind)
     assert copy is not None
-    return kind, tuple(x or copy for x in fitting[kind]), tuple(x is None for x in fitting[kind])
+    layouts = [x if x and not (invariant and not _usual(x, shape, itemsize, kind)) else None for x in fitting[kind]]
+    return kind, tuple(x or copy for x in layouts), tuple(x is None for x in layouts)
 
 
 @dataclass(frozen=True)
@@ -232,7 +250,7 @@ class Step:
     owners: int = 0
     tiles: int = 1
     chunks: int = 0
-    lanes: int = 1
+    lanes: int = 1  # 0: channels-first, packs that begin where planes do (kernels/plane.cuh)
     group: str = ""  # of the rung
     cluster: int = 1
     cooperative: bool = False  # all blocks resident at once
@@ -275,11 +293,6 @@ def grid_of(blocks: int) -> tuple[int, int]:
     return x, _ceil(blocks, x)
 
 
-#: Largest plane of a part of a warp, and smallest tile worth a block of a grid, in bytes.
-PART_BYTES = 512
-TILE_BYTES = 8192
-
-
 class _Job:
     """The quantities every rung is judged by."""
 
@@ -291,6 +304,7 @@ class _Job:
         kind: Kind,
         layouts: tuple[Layout, ...],
         device: Device,
+        invariant: bool = False,
     ):
         self.op, self.device = op, device
         self.n, self.c, self.s = shape
@@ -308,8 +322,8 @@ class _Job:
             self.arrays, self.quantities = 3, 2 + 6
             self.accums, self.published = 6, 9
         v = widest(dtype, kind)
-        # Strides of axes that are never stepped along do not matter.
-        n_steps = {x.n % v for x in layouts} if self.n > 1 else {0}
+        # Strides of axes that are never stepped along do not matter; but one sample may have to be treated like more.
+        n_steps = {x.n % v for x in layouts} if self.n > 1 or (invariant and kind == "channels_first") else {0}
         if kind == "channels_first":
             c_steps = {x.c % v for x in layouts} if self.c > 1 else {0}
             phases = {x.phase % v for x in layouts}
@@ -317,12 +331,15 @@ class _Job:
             self.vector = v
             self.skewed = not len(n_steps) == len(c_steps) == len(phases) == 1
             self.shift = 0 if phases | n_steps | c_steps == {0} else v - 1
+            self.at_planes = invariant and self.shift > 0
+            if self.at_planes:
+                self.skewed, self.shift = True, 0
             self.lanes = 1
             self.stripes = self.n * self.c
             self.packs = _ceil(self.s + self.shift, self.vector)
         else:
             s_steps = {x.s % v for x in layouts} if self.s > 1 else {0}
-            self.skewed = False
+            self.skewed = self.at_planes = False
             whole = self.c % v == 0 and {x.phase % v for x in layouts} | n_steps | s_steps == {0}
             self.vector = v if whole else 1
             self.shift = 0
@@ -330,6 +347,7 @@ class _Job:
             self.lanes = min(most, _pow2(_ceil(self.c, self.vector)))
             self.stripes = self.n * _ceil(self.c, self.lanes * self.vector)
             self.packs = self.s * self.lanes
+        self.company = self.stripes // self.n if invariant else self.stripes  # that choose an owner together
         self.planes_per_thread = 1 if kind == "channels_first" else self.vector
         self.pack_bytes = self.vector * self.itemsize
         self.bytes = self.packs * self.pack_bytes * self.arrays
@@ -368,9 +386,7 @@ class _Job:
 
     def dense(self) -> bool:
         """Whether the planes of every array lie one behind the other."""
-        return self.kind == "channels_first" and all(
-            (self.c == 1 or x.c == self.s) and (self.n == 1 or x.n == self.c * self.s) for x in self.layouts
-        )
+        return self.kind == "channels_first" and all(_dense(x, self.n, self.c, self.s) for x in self.layouts)
 
     def step(
         self,
@@ -387,7 +403,7 @@ class _Job:
         """A launch of owners, for all stripes or as many as are given."""
         owners = (stripes or self.stripes) * tiles
         blocks = _ceil(owners * rung.size, rung.threads)
-        lanes = self.lanes
+        lanes = 0 if self.at_planes else self.lanes
         if rung.owner == "part":
             lanes = self.parts()
             blocks = _ceil(owners * lanes, rung.threads)
@@ -427,8 +443,8 @@ class _Job:
             return self.step(op, op, rung, shared, chunks=rung.chunks), why
         if rung.rest == "registers":
             # A warp that holds its plane in one pack a thread gains nothing from company.
-            if rung.owner == "warp" and self.packs > 32 and self.stripes < 2 * busy:
-                return None, f"{self.stripes} owners would leave multiprocessors idle"
+            if rung.owner == "warp" and self.packs > 32 and self.company < 2 * busy:
+                return None, f"{self.company} owners would leave multiprocessors idle"
             if self.chunks(rung) > rung.chunks:
                 return None, f"{self.held} are too many for the registers"
             shared = self.exchange(rung)
@@ -442,8 +458,8 @@ class _Job:
             if busy < 2 or self.shared(rung, busy) > whole:
                 return None, f"{self.held} exceed the shared memory of all multiprocessors"
             tiles = next(t for t in range(2, busy + 1) if self.shared(rung, t) <= whole)
-            groups = min(self.stripes, busy // tiles)
-            groups = _ceil(self.stripes, _ceil(self.stripes, groups))  # as many rounds, the last one no emptier
+            groups = min(self.company, busy // tiles)
+            groups = _ceil(self.company, _ceil(self.company, groups))  # as many rounds, the last one no emptier
             tiles = max(tiles, min(busy // groups, _ceil(self.bytes, TILE_BYTES)))
             tiles = _ceil(self.packs, self.chunks(rung, tiles) * rung.threads)
             why = (
@@ -456,8 +472,8 @@ class _Job:
         last = tiles == self.device.cluster
         if shared > (whole if last else half):
             return None, f"{self.held} exceed the {whole if last else half} B of shared memory of {tiles} block(s)"
-        if 2 * self.stripes * tiles <= busy:
-            return None, f"{self.stripes} x {tiles} blocks would leave most of {busy} multiprocessors idle"
+        if 2 * self.company * tiles <= busy:
+            return None, f"{self.company} x {tiles} blocks would leave most of {busy} multiprocessors idle"
         why = f"{self.held} rest in {shared} B of shared memory" + (f" of each of {tiles} blocks" if tiles > 1 else "")
         return self.step(op, op, rung, shared, tiles, chunks=self.chunks(rung, tiles)), why
 
@@ -474,6 +490,7 @@ def plan(
     reduced: bool = True,
     epilogue: int = 0,
     residual: bool = False,
+    invariant: bool = False,
 ) -> Plan:
     """Plan a call on arrays of (N, C, S), none of them 0, in the layouts given (one for each array, x first).
 
@@ -481,9 +498,10 @@ def plan(
     given (tracked eval). Of a double backward, layouts are those of x, dy, ddx if it is there, dx and ddy.
     sums: whether a backward call needs the affine gradients' sums, a forward call the update of running statistics;
     reduced: whether one of them is to be added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward
-    without activation has none). residual: whether there is one, with an epilogue.
+    without activation has none). residual: whether there is one, with an epilogue. invariant: whether the order of
+    additions in a plane must depend neither on N nor on where the plane is.
     """
-    job = _Job(op, shape, dtype, kind, layouts, device)
+    job = _Job(op, shape, dtype, kind, layouts, device, invariant)
     # The residual is read; backward reads it again for z, and writes its gradient.
     more = residual * (1 if op in ("forward", "evaluate") else 2)
 

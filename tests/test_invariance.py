@@ -1,0 +1,190 @@
+"""The bits of a sample's results in any batch: always on a CPU, and on a GPU where that is set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+from conftest import Backend
+
+import cupynorm as cn
+from cupynorm import devices
+from cupynorm.cuda.launch import _state
+from cupynorm.cuda.plan import DEVICES, ITEMSIZE, LADDERS, Device, Kind, Layout, Op, Plan, plan
+from cupynorm.explain import plan_for
+
+EIGHT = Device("eight", (9, 0), 8, 99 * 1024, 4 * 2**20, 4)
+THREE = Device("three", (9, 0), 3, 227 * 1024, 2**20)
+LITTLE = Device("little", (7, 5), 3, 12 * 1024, 2**18)
+
+#: Channels, positions, device: planes of every regime, whose number decides about some.
+SHAPES = [
+    (5, 21, EIGHT), (4, 129, EIGHT), (4, 997, EIGHT), (17, 997, EIGHT), (3, 4725, EIGHT), (3, 1000, EIGHT),
+    (3, 20_001, THREE), (3, 30_011, EIGHT), (1, 30_011, EIGHT), (2, 20_003, LITTLE),
+]  # fmt: skip
+SAMPLES = 5
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    before = _state.batch_invariant
+    yield
+    _state.batch_invariant = before
+
+
+def results(backend: Backend, x: Any, dy: Any, weight: Any, double: bool) -> list[np.ndarray]:
+    """All that a call gives for its samples, forward, backward and double backward."""
+    y, saved = cn.instance_norm_forward(x, weight)
+    found = [y, saved.mean, saved.rstd, cn.instance_norm_backward(dy, saved)[0]]
+    if double:
+        found += cn.instance_norm_double_backward(x, None, None, dy, saved)[:2]
+    return [backend.host(a) for a in found]
+
+
+def unlike(
+    backend: Backend, rng: np.random.Generator, dtype: str, layout: str, c: int, s: int, device: Device
+) -> set[str]:
+    """Which samples, by themselves, have other results than as a part of a batch."""
+    backend.pretend(device)
+    x, dy = (
+        backend.array(reference.LAYOUTS[layout](rng.normal(size=(SAMPLES, c, s, 1)).astype(devices.dtype_of(dtype))))
+        for _ in range(2)
+    )
+    weight = backend.array(rng.normal(size=c).astype(np.float32))
+    # The modules that the emulator builds for other tests.
+    double = backend.name != "simt" or ((dtype, layout) == ("float16", "contiguous") and s > 256 and s % 8 > 0)
+    whole = results(backend, x, dy, weight, double)
+    found = set()
+    for some in ("0:1", "1:2", "2:5", "4:5", "0:5:2"):
+        part = slice(*map(int, some.split(":")))
+        for a, b in zip(whole, results(backend, x[part], dy[part], weight, double), strict=True):
+            if a[part].tobytes() != b.tobytes():
+                found.add(some)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_sample_has_the_same_bits_in_any_batch(
+    backend: Backend, rng: np.random.Generator, dtype: str, layout: str
+) -> None:
+    cn.set_batch_invariant(True)
+    for shape in SHAPES:
+        assert not unlike(backend, rng, dtype, layout, *shape), shape
+
+
+@pytest.mark.simt
+def test_it_is_not_so_by_itself(backend: Backend, rng: np.random.Generator) -> None:
+    """Of what these shapes show: the size of the batch, and the place in it."""
+    if backend.name != "simt":
+        pytest.skip("CPUs do so always, and a GPU may have too few multiprocessors")
+    cn.set_batch_invariant(False)
+    assert unlike(backend, rng, "float32", "contiguous", 1, 30_000, EIGHT)
+    assert not unlike(backend, rng, "float32", "contiguous", 32, 1000, EIGHT)
+    assert "1:2" in unlike(backend, rng, "float32", "contiguous", 33, 1001, EIGHT)
+
+
+def planned(op: Op, n: int, c: int, s: int, dtype: str, kind: Kind, device: Device, invariant: bool) -> Plan:
+    layout = Layout(*((c * s, s, 1) if kind == "channels_first" else (c * s, 1, c)), 0)
+    arrays = {"forward": 2, "backward": 3, "double_backward": 5}[op]
+    return plan(op, (n, c, s), dtype, kind, (layout,) * arrays, device, invariant=invariant)
+
+
+def order(made: Plan) -> tuple[Any, ...]:
+    """What decides which values are added up first."""
+    step = made.steps[0]
+    return made.regime, made.vector, step.name, step.tiles, step.chunks, step.lanes
+
+
+def test_the_shapes_reach_every_regime() -> None:
+    regimes = {planned("forward", 5, c, s, "float32", "channels_first", d, True).regime for c, s, d in SHAPES}
+    assert regimes == {f"{rung.owner}-{rung.rest}" for rung in LADDERS["forward"]} | {"split"}
+    alone, many = (
+        {(c, s): planned("forward", n, c, s, "float32", "channels_first", d, False).regime for c, s, d in SHAPES}
+        for n in (1, 5)
+    )
+    assert (alone[4, 997], many[4, 997]) == ("block-registers", "warp-registers")
+    assert (alone[1, 30_011], many[1, 30_011]) == ("grid-shared", "cluster-shared")
+
+
+@pytest.mark.parametrize("op", ["forward", "backward", "double_backward"])
+def test_plans_do_not_depend_on_n(rng: np.random.Generator, op: Op) -> None:
+    for _ in range(60):
+        device = list(DEVICES.values())[rng.integers(len(DEVICES))]
+        kind: Kind = "channels_first" if rng.integers(2) else "channels_last"
+        dtype = list(ITEMSIZE)[rng.integers(len(ITEMSIZE))]
+        c, s = int(rng.integers(1, 70)), int(10 ** rng.uniform(0.4, 6.5))
+        of_one = order(planned(op, 1, c, s, dtype, kind, device, True))
+        for n in (2, 3, 17, 200, 5_000):
+            made = planned(op, n, c, s, dtype, kind, device, True)
+            assert order(made) == of_one, (device.name, kind, dtype, n, c, s)
+
+
+def test_aligned_planes_cost_nothing_more() -> None:
+    """Where the size of the call decides nothing, the very same plan."""
+    for shape in ((64, 128, 64 * 64), (20, 300, 16), (2, 64, 2**22)):
+        for op in ("forward", "backward"):
+            plans = [planned(op, *shape, "float32", "channels_first", DEVICES["H100"], i) for i in (False, True)]
+            assert plans[0] == plans[1]
+
+
+def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
+    def told(shape: tuple[int, ...], dtype: str = "float32") -> str:
+        lines = cn.explain(np.empty(shape, dtype), device="H100").splitlines()
+        return next(line for line in lines if "bits" in line).split(": ", 1)[1]
+
+    assert told((4, 64, 64, 64)) == "the same in every batch"
+    assert told((8, 256, 7, 7)) == "the same in every batch"
+    where = "the place of its planes between 16-byte borders"
+    assert told((4, 300, 35, 45)) == f"depend on {where} (cupynorm.set_batch_invariant)"
+    assert told((4, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 1 to 87)")
+    for n in (1, 2, 40, 88, 1000):
+        shape = (n, int(rng.integers(1, 4)), 2 * int(rng.integers(500, 500_000)))
+        text = told(shape)
+        mine, *others = (
+            order(plan_for("forward", memory(m, *shape[1:]), "float32", DEVICES["H100"])[0]) for m in (n, *range(1, 99))
+        )
+        alike = [m for m, other in enumerate(others, 1) if other == mine]
+        if "N = " not in text:
+            assert len(alike) == 98, (shape, text)
+            continue
+        parts = text.split("N = ")[1].split(")")[0].split(", ")
+        said: set[int] = set()
+        for part in parts:
+            first, _, last = part.replace(" or more", " to 100000").partition(" to ")
+            if first != "...":
+                said |= set(range(int(first), int(last or first) + 1))
+        assert n in said or "..." in parts
+        assert [m for m in range(1, 99) if m in said] == (alike if "..." not in parts else sorted(said & set(alike)))
+    cn.set_batch_invariant(True)
+    assert told((4, 3, 27, 27)) == "the same in every batch, as set"
+
+
+def memory(*shape: int) -> Any:
+    from cupynorm.cuda.plan import fresh
+
+    return fresh(shape, 4, "channels_first")
+
+
+def test_setting() -> None:
+    cn.set_batch_invariant(True)
+    for bad in (1, 0, None, "1", np.True_):
+        with pytest.raises(TypeError, match="must be True or False"):
+            cn.set_batch_invariant(bad)
+    assert cn.get_batch_invariant() is True
+    cn.set_batch_invariant(False)
+    assert cn.get_batch_invariant() is False
+
+
+@pytest.mark.parametrize(("text", "answer"), [("", "False"), ("0", "False"), ("1", "True"), ("yes", "must be 0 or 1")])
+def test_environment(text: str, answer: str) -> None:
+    code = "import cupynorm as cn; print(cn.get_batch_invariant())"
+    environment = os.environ | {"CUPYNORM_BATCH_INVARIANT": text, "CUPYNORM_EAGER": "0"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert answer in ran.stdout + ran.stderr

@@ -25,6 +25,7 @@ import argparse
 import ast
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -210,16 +211,14 @@ class _OfPython(ast.NodeVisitor):
 
     def __init__(self, text: str):
         self.text = text
-        self.data = text.encode()
-        self.lines = [0]
-        for line in self.data.splitlines(keepends=True):
-            self.lines.append(self.lines[-1] + len(line))
+        self.rows = text.splitlines(keepends=True)
+        self.begins = [0, *itertools.accumulate(map(len, self.rows))]
         self.compiled = False
         self.found: list[tuple[int, int, str, str, bool]] = []
         self.visit(ast.parse(text))
 
     def at(self, line: int, column: int) -> int:
-        return len(self.data[: self.lines[line - 1] + column].decode())
+        return self.begins[line - 1] + len(self.rows[line - 1].encode()[:column].decode())  # ast counts bytes
 
     def span(self, node: Any) -> tuple[int, int]:
         return self.at(node.lineno, node.col_offset), self.at(node.end_lineno, node.end_col_offset)
@@ -333,10 +332,11 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
     python = file.endswith(".py")
     changes = _OfPython(text).found if python else [(*change, False) for change in of_kernel(text)]
     known: Counter[str] = Counter()
+    rows = text.splitlines()
     mutants = []
     for start, end, new, operator, compiled in sorted(set(changes)):
         line = text.count("\n", 0, start) + 1
-        where = text.splitlines()[line - 1].strip()
+        where = rows[line - 1].strip()
         old = " ".join(text[start:end].split())
         long = " ".join(new.split())
         name = f"{file}: {where}: {_short(old)} -> {_short(long) or 'nothing'}"

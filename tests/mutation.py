@@ -7,6 +7,7 @@
 
     --jobs N     copies of the checkout that work side by side (2); the checkout itself is never touched
     --json OUT   the result; written after each mutant, and with the same OUT what was killed is not tested again
+    --quick      the first two stages alone: what survives them counts as a survivor until it is tested further
     --recheck    test the survivors recorded in mutation_survivors.toml as well, which else count as they are
 
 The parts: `kernels`, `backends` (the CPU backend; plans, sources and launches of the CUDA backend), `rest`.
@@ -72,7 +73,7 @@ class Mutant:
     new: str
     operator: str
     name: str
-    compiled: bool = False  # by numba
+    compiled: str = ""  # the function or class of the compiled loops that it is in
 
 
 # The mutants of a text
@@ -213,8 +214,8 @@ class _OfPython(ast.NodeVisitor):
         self.text = text
         self.rows = text.splitlines(keepends=True)
         self.begins = [0, *itertools.accumulate(map(len, self.rows))]
-        self.compiled = False
-        self.found: list[tuple[int, int, str, str, bool]] = []
+        self.compiled = ""
+        self.found: list[tuple[int, int, str, str, str]] = []
         self.visit(ast.parse(text))
 
     def at(self, line: int, column: int) -> int:
@@ -241,7 +242,8 @@ class _OfPython(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         before = self.compiled
-        self.compiled |= any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list)
+        if any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list):
+            self.compiled = node.name
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
@@ -251,7 +253,8 @@ class _OfPython(ast.NodeVisitor):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         before = self.compiled
-        self.compiled |= node.name in ("_Layout", "_Compiled")
+        if node.name in ("_Layout", "_Compiled"):
+            self.compiled = node.name
         for statement in node.body:
             self.visit(statement)
         self.compiled = before
@@ -330,7 +333,7 @@ NUMBA = {"_loop", "_rare", "_kernel", "numba.njit", "overload", "register_jitabl
 def mutants_of(file: str, text: str) -> list[Mutant]:
     """All of a file's, in the order of their places."""
     python = file.endswith(".py")
-    changes = _OfPython(text).found if python else [(*change, False) for change in of_kernel(text)]
+    changes = _OfPython(text).found if python else [(*change, "") for change in of_kernel(text)]
     known: Counter[str] = Counter()
     rows = text.splitlines()
     mutants = []
@@ -369,9 +372,13 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         return _kernel_stages(name)
     without = ("-m", "not simt and not compiled and not nvrtc")
     if mutant.compiled or name == "scalars":
+        small = "test_small and compiled and float32"
+        kind = re.search("lanes|short", mutant.compiled)
+        case = {"lanes": "2x8x5x6", "short": "2x3x5x7"}[kind[0]] if kind else "2x3x35x45"
         return [
-            (*k("cases", "test_small and compiled and float32"),),
-            (*k("cases", "test_table and compiled"),),
+            ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}")),
+            k("cases", small),
+            k("cases", "test_table and compiled"),
             ("tests/test_cpu.py", "-m", "compiled"),
             ("tests/test_accuracy.py", "tests/test_semantics.py", "tests/test_epilogue.py", "tests/test_properties.py",
              "-m", "compiled"),
@@ -413,12 +420,9 @@ def _kernel_stages(name: str) -> list[tuple[str, ...]]:
         "epilogue": "simt and (relu or silu or gelu) and float32 and test_table",
         "group": "simt and float32 and (cluster4 or grid2) and not double and not epilogue_variant",
     }.get(name, f"simt and float32 and {'test_double_small' if double else 'test_small'}")
-    own = "double" if double else "not double"
     return [
         k("cases", first),
-        k("cases", f"simt and float32 {plain}"),
-k("simt", f"same_bits or sixteen{' or more_tiles' if double else ''}"),
-        k("simt", f"bytes and float32 and {own}"),
+        ("tests/test_simt.py", *k("cases", f"simt and float32 {plain} or same_bits or sixteen or more_tiles")),
         k("cases", f"simt and float16 {plain}"),
         k("cases", f"simt and float64 {plain}"),
         k("cases", f"simt and bfloat16 {plain}"),
@@ -449,10 +453,12 @@ class Copy:
 
     def run(self, stage: tuple[str, ...], limit: float | None = None) -> tuple[str, str]:
         """ "passed", "failed" or "timeout", and what pytest said."""
+        settings = dict(word.split("=") for word in stage if re.match(r"[A-Z_]+=", word))
+        stage = tuple(word for word in stage if not re.match(r"[A-Z_]+=", word))
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *stage]
         with subprocess.Popen(
-            command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", start_new_session=True,
+            command, cwd=self.root, env=self.environment | settings, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, errors="replace", start_new_session=True,
         ) as process:  # fmt: skip
             try:
                 said, _ = process.communicate(timeout=limit)
@@ -470,12 +476,12 @@ class Copy:
         limits[stage] = 40 + 2 * (time.monotonic() - began)
         print(f"clean: {time.monotonic() - began:4.0f} s  {' '.join(stage)}", flush=True)
 
-    def test(self, mutant: Mutant, limits: dict[tuple[str, ...], float]) -> str:
+    def test(self, mutant: Mutant, limits: dict[tuple[str, ...], float], quick: bool = False) -> str:
         """How it ended: "survived", "invalid", or "killed by …"."""
         path = self.root / mutant.file
         times, text = path.stat(), path.read_text(encoding="utf-8")
         broken = text[: mutant.start] + mutant.new + text[mutant.end :]
-        for stage in stages(mutant):
+        for stage in stages(mutant)[: 2 if quick else None]:
             with _clean[stage]:
                 if stage not in limits:
                     self.clean(stage, limits)
@@ -538,6 +544,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="FILE[:LINE]")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--recheck", action="store_true")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
@@ -610,7 +617,7 @@ def main() -> int:
         def test(mutant: Mutant) -> None:
             copy = copies.get()
             began = time.monotonic()
-            how = copy.test(mutant, limits)
+            how = copy.test(mutant, limits, options.quick)
             copies.put(copy)
             with lock:
                 outcomes[mutant.name] = how

@@ -8,6 +8,7 @@
     --jobs N     copies of the checkout that work side by side (2); the checkout itself is never touched
     --json OUT   the result; written after each mutant, and with the same OUT what was killed is not tested again
     --quick      the first two stages alone: what survives them counts as a survivor until it is tested further
+    --report     what OUT knows, nothing tested
     --recheck    test the survivors recorded in mutation_survivors.toml as well, which else count as they are
 
 The parts: `kernels`, `backends` (the CPU backend; plans, sources and launches of the CUDA backend), `rest`.
@@ -46,7 +47,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -456,7 +456,9 @@ class Copy:
         }  # fmt: skip
 
     def run(self, stage: tuple[str, ...], limit: float | None = None) -> tuple[str, str]:
-        """ "passed", "failed" or "timeout", and what pytest said."""
+        """How it ended ("passed", "failed" or "timeout"), and what pytest said. The limit is of processor time, which does
+        not depend on what else a machine does; of waiting for nothing, five times that.
+        """
         settings = {} if any("compiled" in word and "not compiled" not in word for word in stage) else NUMPY_ALONE
         settings = settings | dict(word.split("=") for word in stage if re.match(r"[A-Z_]+=", word))
         stage = tuple(word for word in stage if not re.match(r"[A-Z_]+=", word))
@@ -465,8 +467,8 @@ class Copy:
         with subprocess.Popen(
             command, cwd=self.root, env=self.environment | settings, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, errors="replace", start_new_session=True,
-            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_CPU, (seconds, seconds)),
         ) as process:  # fmt: skip
+            resource.prlimit(process.pid, resource.RLIMIT_CPU, (seconds, seconds))
             try:
                 said, _ = process.communicate(timeout=limit and 5 * limit)
             except subprocess.TimeoutExpired:
@@ -494,6 +496,8 @@ class Copy:
             with _clean[stage]:
                 if stage not in limits:
                     self.clean(stage, limits)
+            if path.stem == "scalars":  # numba keeps what it compiled by the time of the caller's file alone
+                shutil.rmtree(self.environment["NUMBA_CACHE_DIR"], ignore_errors=True)
             path.write_text(broken, encoding="utf-8")
             how, said = self.run(stage, limits[stage])
             path.write_text(text, encoding="utf-8")
@@ -554,6 +558,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--report", action="store_true")
     parser.add_argument("--recheck", action="store_true")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
@@ -587,7 +592,7 @@ def main() -> int:
     if options.json and options.json.exists():
         before = json.loads(options.json.read_text(encoding="utf-8"))
         if before["sources"] == sources:  # survivors are tested again: there may be new tests
-            outcomes = {name: how for name, how in before["outcomes"].items() if how != "survived"}
+            outcomes = {n: how for n, how in before["outcomes"].items() if how != "survived" or options.report}
     if not options.recheck:
         outcomes |= dict.fromkeys(reasons, "survived")
 
@@ -615,7 +620,7 @@ def main() -> int:
             "outcomes": {name: outcomes[name] for name in names},
         }  # fmt: skip
 
-    work = [m for mutants in chosen.values() for m in mutants if m.name not in outcomes]
+    work = [m for mutants in chosen.values() for m in mutants if m.name not in outcomes and not options.report]
     with tempfile.TemporaryDirectory(prefix="cupynorm-mutation-") as folder:
         copies: queue.Queue[Copy] = queue.Queue()
         for number in range(options.jobs):
@@ -638,6 +643,8 @@ def main() -> int:
             list(pool.map(test, work))
 
     end = result()
+    if options.json:
+        options.json.write_text(json.dumps(end, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     bad = False
     for part, counts in end["parts"].items():
         if not counts["tested"]:

@@ -612,7 +612,7 @@ def main() -> int:
             "date": datetime.date.today().isoformat(),
             "commit": said("git", "rev-parse", "HEAD"), "sources": sources,
             "python": platform.python_version(), "g++": said("g++", "--version"),
-            "seed": options.seed, "sample": {part: len(mutants) for part, mutants in chosen.items()},
+            "quick": options.quick, "seed": options.seed, "sample": {part: len(mutants) for part, mutants in chosen.items()},
             "mutants": totals, "lines_out_of_the_emulators_reach": unseen,
             "parts": {part: summary(mutants, outcomes, reasons) for part, mutants in done.items()},
             "by_operator": by_operator,

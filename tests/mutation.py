@@ -456,8 +456,8 @@ class Copy:
         }  # fmt: skip
 
     def run(self, stage: tuple[str, ...], limit: float | None = None) -> tuple[str, str]:
-        """How it ended ("passed", "failed" or "timeout"), and what pytest said. The limit is of processor time, which does
-        not depend on what else a machine does; of waiting for nothing, five times that.
+        """How it ended ("passed", "failed" or "timeout"), and what pytest said. The limit is of processor time, which
+        does not depend on what else a machine does; of waiting for nothing, five times that.
         """
         settings = {} if any("compiled" in word and "not compiled" not in word for word in stage) else NUMPY_ALONE
         settings = settings | dict(word.split("=") for word in stage if re.match(r"[A-Z_]+=", word))
@@ -612,7 +612,8 @@ def main() -> int:
             "date": datetime.date.today().isoformat(),
             "commit": said("git", "rev-parse", "HEAD"), "sources": sources,
             "python": platform.python_version(), "g++": said("g++", "--version"),
-            "quick": options.quick, "seed": options.seed, "sample": {part: len(mutants) for part, mutants in chosen.items()},
+            "quick": options.quick, "seed": options.seed,
+            "sample": {part: len(mutants) for part, mutants in chosen.items()},
             "mutants": totals, "lines_out_of_the_emulators_reach": unseen,
             "parts": {part: summary(mutants, outcomes, reasons) for part, mutants in done.items()},
             "by_operator": by_operator,

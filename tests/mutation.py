@@ -1,0 +1,668 @@
+"""Mutation testing: break the code in one small place, and see whether the tests notice.
+
+    python tests/mutation.py                                all parts, each mutant (hours)
+    python tests/mutation.py kernels --sample 200 --seed 1  a random sample, the same for the same seed
+    python tests/mutation.py --only kernels/sums.cuh:52     the mutants of a file, or of one line
+    python tests/mutation.py --list                         name them, test nothing
+
+    --jobs N     copies of the checkout that work side by side (2); the checkout itself is never touched
+    --json OUT   the result; written after each mutant, and with the same OUT what was killed is not tested again
+    --quick      the first two stages alone: what survives them counts as a survivor until it is tested further
+    --report     what OUT knows, nothing tested
+    --recheck    test the survivors recorded in mutation_survivors.toml as well, which else count as they are
+
+The parts: `kernels`, `backends` (the CPU backend; plans, sources and launches of the CUDA backend), `rest`.
+Needs Python 3.11, g++, and the extras test and cpu; with torch the tests that compare with it have a part in it.
+
+A mutant goes through stages of tests, each of which passes on the code as it is, and is killed by the first that fails
+or takes far too long. One that does not compile, or cannot be imported, is no mutant and counts nowhere. What survives
+counts as not killed, whether or not mutation_survivors.toml gives a reason; the exit status is 1 where less than 95 %
+of a part is killed or a survivor has no reason. Not mutated: texts and annotations, preprocessor lines, and what stands
+where only a GPU's compiler sees it, which is counted in lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import queue
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SURVIVORS = Path(__file__).with_name("mutation_survivors.toml")
+GOAL = 0.95
+
+BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
+#: Of "the rest", what needs a GPU or Chainer, or is a command of its own, is left out.
+REST = ("devices", "explain", "functional", "layers", "memory", "scalars", "thinc", "threads")
+PARTS = {
+    "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
+    "backends": BACKENDS,
+    "rest": tuple(f"cupynorm/{name}.py" for name in REST),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """text[start:end] of a file becomes `new`. Its name has no line number, so that it lasts while others change."""
+
+    file: str
+    line: int
+    start: int
+    end: int
+    new: str
+    operator: str
+    name: str
+    compiled: str = ""  # the function or class of the compiled loops that it is in
+
+
+# The mutants of a text
+
+
+SWAPPED = {
+    "+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "%": "/", "<": "<=", "<=": "<", ">": ">=", ">=": ">",
+    "==": "!=", "!=": "==", "&&": "||", "||": "&&", "and": "or", "or": "and", "<<": ">>", ">>": "<<",
+    "&": "|", "|": "&", "is": "is not", "is not": "is", "in": "not in", "not in": "in",
+}  # fmt: skip
+#: How tightly the binary operators of C bind.
+BINDS = {op: level for level, ops in enumerate(
+    [("||",), ("&&",), ("|",), ("&",), ("==", "!="), ("<", "<=", ">", ">="), ("<<", ">>"), ("+", "-"), ("*", "/", "%")]
+) for op in ops}  # fmt: skip
+OPERATOR_NAMES = {1: "logic", 4: "comparison", 5: "comparison", 7: "arithmetic", 8: "arithmetic"}
+
+Change = tuple[int, int, str, str]  # start, end, what is there then, operator
+
+
+def reached(text: str) -> tuple[str, int]:
+    """A C text of the same length without comments, preprocessor lines and what the emulator does not see; and how many
+    lines of code those last are."""
+
+    def blank(match: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", match[0])
+
+    text = re.sub(r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"", blank, text, flags=re.S)
+    lines, out, unseen = text.splitlines(keepends=True), [], 0
+    chains: list[tuple[bool, bool]] = []  # of each #if: whether this branch is seen, whether the later ones may be
+    continued = False
+    for line in lines:
+        directive = re.match(r"\s*#\s*(if|elif|else|endif)\b(.*)", line)
+        if directive:
+            word, condition = directive[1], directive[2]
+            seen, later = (True, True) if word == "if" else chains.pop()
+            if word != "endif":
+                gpu = "!defined(SIMT)" in condition or ("__CUDA_ARCH__" in condition and "SIMT" not in condition)
+                seen = later and not gpu
+                later = later and not re.search(r"(?<!!)defined\(SIMT\)", condition)
+                chains.append((seen, later))
+        hidden = not all(seen for seen, _ in chains)
+        preprocessor = continued or line.lstrip().startswith("#")
+        continued = preprocessor and line.rstrip().endswith("\\")
+        unseen += hidden and bool(line.strip()) and not directive
+        out.append(re.sub(r"[^\n]", " ", line) if hidden or preprocessor else line)
+    return "".join(out), unseen
+
+
+TOKEN = re.compile(
+    r"0x[\da-fA-F]+|\d[\w.]*(?:[eE][-+]\d+f?)?|[A-Za-z_]\w*"
+    r"|<<=|>>=|->|\+\+|--|<<|>>|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|[^\s\w]"
+)
+OPEN, CLOSE = "([{", ")]}"
+
+
+def of_kernel(text: str) -> Iterator[Change]:
+    """The mutants of a CUDA source. Binary operators have spaces around them here, and template brackets have not."""
+    code, _ = reached(text)
+    tokens = [(m.start(), m.end(), m[0]) for m in TOKEN.finditer(code)]
+    depths, inside, opened = [], [], [""]  # of each token how deep in brackets it is, and in which
+    for *_, token in tokens:
+        if token in CLOSE:
+            opened.pop()
+        depths.append(len(opened))
+        inside.append(opened[-1])
+        if token in OPEN:
+            opened.append(token)
+
+    def binary(i: int) -> bool:
+        start, end, token = tokens[i]
+        return token in BINDS and code[start - 1] in " \n" and code[end] in " \n"
+
+    def operand(i: int, step: int, level: int) -> int:
+        """The last token of an operand of the operator at i: as far as what is there binds more tightly."""
+        j = i + step
+        while True:
+            token = tokens[j][2]
+            if depths[j] < depths[i] or (depths[j] == depths[i] and (
+                token in (";", ",", "?", ":", "=", "return", "{", "}") or (len(token) > 1 and token[-1] == "=" and
+                token not in BINDS) or (binary(j) and BINDS[token] + (step > 0) <= level)
+            )):  # fmt: skip
+                return j - step
+            j += step
+
+    def closing(i: int) -> int:
+        return next(j for j in range(i + 1, len(tokens)) if depths[j] == depths[i] and tokens[j][2] in CLOSE)
+
+    def begins_statement(i: int) -> bool:
+        before = tokens[i - 1][2] if i else ";"
+        if inside[i] not in ("", "{"):  # the parts of a for
+            return False
+        if before == ")":
+            j = next(j for j in range(i - 2, -1, -1) if depths[j] == depths[i - 1])
+            return tokens[j - 1][2] in ("if", "for", "while")
+        return before in (";", "{", "}", "else")
+
+    for i, (start, end, token) in enumerate(tokens):
+        before = tokens[i - 1][2] if i else ";"
+        if binary(i):
+            level = BINDS[token]
+            yield start, end, SWAPPED[token], OPERATOR_NAMES.get(level, "bits")
+            if level in (0, 1, 7, 8) and token != "%":
+                yield tokens[i - 1][1], tokens[operand(i, 1, level)][1], "", "drop a term"
+                if token in "+*":
+                    yield tokens[operand(i, -1, level)][0], tokens[i + 1][0], "", "drop a term"
+        elif re.fullmatch(r"[-+*/]=|\|=", token):
+            yield start, end, "=", "accumulate"
+        elif re.fullmatch(r"\d+", token) and before != "unroll":
+            yield start, end, str(int(token) + 1), "off by one"
+        elif token in ("if", "while") and tokens[i + 1][2] == "(":
+            last = closing(i + 1)
+            inner = text[tokens[i + 1][1] : tokens[last][0]]
+            yield tokens[i + 1][1], tokens[last][0], f"!({inner})", "negate"
+        elif token == "?":
+            colon = next(j for j in range(i + 1, len(tokens)) if depths[j] == depths[i] and tokens[j][2] == ":")
+            last = operand(colon, 1, -1)
+            yes, no = text[tokens[i + 1][0] : tokens[colon - 1][1]], text[tokens[colon + 1][0] : tokens[last][1]]
+            yield tokens[i + 1][0], tokens[last][1], f"{no} : {yes}", "negate"
+        elif re.match(r"[a-z_*]", token) and begins_statement(i):
+            last = next((j for j in range(i, len(tokens)) if tokens[j][2] == ";" and depths[j] == depths[i]), None)
+            if last is not None and _is_statement([t for *_, t in tokens[i:last]], code[start:]):
+                yield start, tokens[last][0], "", "drop a statement"
+
+
+def _is_statement(tokens: list[str], text: str) -> bool:
+    """Neither a declaration nor what others need to compile: an assignment, a call, return, continue."""
+    if tokens in (["return"], ["continue"]):
+        return True
+    assigned = re.match(r"\*?[a-z_][\w.]*(->\w+)?(\[[^;=]*?\])?(\.\w+(\[[^;=]*?\])?)? ([-+*/|]?=) ", text)
+    called = re.match(r"[a-z_]\w*(\.\w+)?(<[\w, ]+>)?\(", text)
+    return bool(assigned or called) and tokens[0] not in ("if", "for", "while", "return", "constexpr", "static_assert")
+
+
+class _OfPython(ast.NodeVisitor):
+    """Collects the mutants of a Python source, as (start, end, new text, operator, compiled)."""
+
+    def __init__(self, text: str):
+        self.text = text
+        self.rows = text.splitlines(keepends=True)
+        self.begins = [0, *itertools.accumulate(map(len, self.rows))]
+        self.compiled = ""
+        self.found: list[tuple[int, int, str, str, str]] = []
+        self.visit(ast.parse(text))
+
+    def at(self, line: int, column: int) -> int:
+        return self.begins[line - 1] + len(self.rows[line - 1].encode()[:column].decode())  # ast counts bytes
+
+    def span(self, node: Any) -> tuple[int, int]:
+        return self.at(node.lineno, node.col_offset), self.at(node.end_lineno, node.end_col_offset)
+
+    def source(self, node: Any) -> str:
+        start, end = self.span(node)
+        text = self.text[start:end]
+        return f"({text})" if isinstance(node, (ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp)) else text
+
+    def put(self, node: Any, new: str, operator: str) -> None:
+        self.found.append((*self.span(node), new, operator, self.compiled))
+
+    def swap(self, left: Any, right: Any, operator: str) -> None:
+        """The operator between two expressions, brackets and comments left out."""
+        first, last = self.span(left)[1], self.span(right)[0]
+        match = re.search(r"//|<=|>=|==|!=|not in|is not|[-+*/%<>]|\b(?:is|in|and|or)\b", self.text[first:last])
+        if match and match[0] in SWAPPED:
+            new = SWAPPED[match[0]]
+            self.found.append((first + match.start(), first + match.end(), new, operator, self.compiled))
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        before = self.compiled
+        if any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list):
+            self.compiled = node.name
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if default is not None:
+                self.visit(default)
+        for statement in node.body:
+            self.visit(statement)
+        self.compiled = before
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        before = self.compiled
+        if node.name in ("_Layout", "_Compiled"):
+            self.compiled = node.name
+        for statement in node.body:
+            self.visit(statement)
+        self.compiled = before
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        pass  # texts are left as they are
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        self.put(node, "pass", "drop a statement")
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        if isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("__all__", "Index"):
+            return
+        targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
+        if not all(isinstance(target, ast.Name) for target in targets):  # else a name is missing
+            self.put(node, "pass", "drop a statement")
+        self.generic_visit(node)
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        if isinstance(node.value, ast.Call):
+            self.put(node, "pass", "drop a statement")
+            self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> None:
+        self.put(node, f"{self.source(node.target)} = {self.source(node.value)}", "accumulate")
+        self.put(node, "pass", "drop a statement")
+        self.generic_visit(node)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        if any(isinstance(n, ast.JoinedStr) or (isinstance(n, ast.Constant) and isinstance(n.value, str))
+               for n in ast.walk(node)):  # fmt: skip
+            return
+        if isinstance(node.op, (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)):
+            self.swap(node.left, node.right, "arithmetic")
+            self.put(node, self.source(node.left), "drop a term")
+            if isinstance(node.op, (ast.Add, ast.Mult)):
+                self.put(node, self.source(node.right), "drop a term")
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> None:
+        for i, (left, right) in enumerate(zip(node.values, node.values[1:], strict=False)):
+            if len(node.values) == 2:
+                self.swap(left, right, "logic")
+            others = [self.source(value) for j, value in enumerate(node.values) if j != i + 1]
+            self.put(node, (" and " if isinstance(node.op, ast.And) else " or ").join(others), "drop a term")
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        for left, right in zip([node.left, *node.comparators], node.comparators, strict=False):
+            self.swap(left, right, "comparison")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> None:
+        if type(node.value) is int:
+            self.put(node, str(node.value + 1), "off by one")
+
+    def visit_If(self, node: ast.If | ast.IfExp | ast.While) -> None:
+        self.put(node.test, f"(not {self.source(node.test)})", "negate")
+        self.generic_visit(node)
+
+    def visit_IfExp(self, node: ast.IfExp) -> None:
+        self.visit_If(node)
+
+    def visit_While(self, node: ast.While) -> None:
+        self.visit_If(node)
+
+
+#: What makes a function one of numba's.
+NUMBA = {"_loop", "_rare", "_kernel", "numba.njit", "overload", "register_jitable", "intrinsic"}
+
+
+def mutants_of(file: str, text: str) -> list[Mutant]:
+    """All of a file's, in the order of their places."""
+    python = file.endswith(".py")
+    changes = _OfPython(text).found if python else [(*change, "") for change in of_kernel(text)]
+    known: Counter[str] = Counter()
+    rows = text.splitlines()
+    mutants = []
+    for start, end, new, operator, compiled in sorted(set(changes)):
+        line = text.count("\n", 0, start) + 1
+        where = rows[line - 1].strip()
+        old = " ".join(text[start:end].split())
+        long = " ".join(new.split())
+        name = f"{file}: {where}: {_short(old)} -> {_short(long) or 'nothing'}"
+        known[name] += 1
+        name += f" ({known[name]})" if known[name] > 1 else ""
+        mutants.append(Mutant(file, line, start, end, new, operator, name, compiled))
+    return mutants
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:40]} … {text[-19:]}"
+
+
+def sample(mutants: list[Mutant], count: int | None, seed: int) -> list[Mutant]:
+    """So many at random; a larger sample of the same seed has those of a smaller one."""
+    return mutants if count is None else random.Random(seed).sample(mutants, len(mutants))[:count]
+
+
+# The tests of a mutant
+
+
+def k(file: str, expression: str) -> tuple[str, ...]:
+    return (f"tests/test_{file}.py", "-k", expression)
+
+
+def stages(mutant: Mutant) -> list[tuple[str, ...]]:
+    """Arguments of pytest, the quick ones first: to compile a module or a loop takes seconds."""
+    name = Path(mutant.file).stem
+    if mutant.file.startswith("kernels/"):
+        return _kernel_stages(name)
+    without = ("-m", "not simt and not compiled and not nvrtc")
+    if mutant.compiled or name == "scalars":
+        small = "test_small and compiled and float32"
+        kind = re.search("lanes|short", mutant.compiled)
+        case = {"lanes": "2x8x5x6", "short": "2x3x5x7"}[kind[0]] if kind else "2x3x35x45"
+        return [
+            ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}")),
+            k("cases", small),
+            k("cases", "test_table and compiled"),
+            ("tests/test_cpu.py", "-m", "compiled"),
+            ("tests/test_accuracy.py", "tests/test_semantics.py", "tests/test_epilogue.py", "tests/test_properties.py",
+             "-m", "compiled"),
+        ]  # fmt: skip
+    files = {
+        "cpu": "cpu double_backward epilogue semantics functional accuracy layers together",
+        "launch": "semantics functional refusals together",
+        "plan": "plan functional info",
+        "source": "plan compile package",
+        "devices": "functional layers refusals info package",
+        "explain": "functional info plan semantics",
+        "functional": "functional refusals semantics properties double_backward epilogue layers",
+        "layers": "layers loops checkpoints refusals together functional",
+        "memory": "memory cpu together",
+        "thinc": "thinc",
+        "threads": "cpu together info memory",
+    }[name]
+    own = tuple((f"tests/test_{file}.py", *without) for file in files.split())
+    if name == "cpu":
+        return [k("cases", "numpy and not double and float32"), k("cases", "numpy"), *own]
+    if name in ("launch", "plan", "source"):
+        emulated = [
+            k("cases", "simt and float32 and (table or small)"), k("simt", "launches or reach"),
+            k("cases", "simt and float32"), k("simt", "not barrier and not bites"), k("cases", "simt"),
+            *((f"tests/test_{file}.py", "-m", "simt") for file in ("semantics", "epilogue", "double_backward")),
+        ]  # fmt: skip
+        return [*own[:1], *emulated, *own[1:]]
+    return [*own, ("tests/test_cases.py", "-k", "numpy and float32")]
+
+
+#: Headers that the double backward has as well.
+SHARED = ("affine", "channels", "chunk", "group", "plane", "sums", "tiles", "types")
+
+
+def _kernel_stages(name: str) -> list[tuple[str, ...]]:
+    double = name.startswith("double")
+    plain = "and double" if double else "and not double and not epilogue_variant"
+    first = {
+        "epilogue": "simt and (relu or silu or gelu) and float32 and test_table",
+        "group": "simt and float32 and (cluster4 or grid2) and not double and not epilogue_variant",
+    }.get(name, f"simt and float32 and {'test_double_small' if double else 'test_small'}")
+    return [
+        k("cases", first),
+        ("tests/test_simt.py", *k("cases", f"simt and float32 {plain} or same_bits or sixteen or more_tiles")),
+        k("cases", f"simt and float16 {plain}"),
+        k("cases", f"simt and float64 {plain}"),
+        k("cases", f"simt and bfloat16 {plain}"),
+        *([] if double else [("tests/test_epilogue.py", "-m", "simt", "-k", "float32")]),
+        *([k("cases", "simt and double")] if name in SHARED else []),
+        ("tests/test_accuracy.py", "-m", "simt"),
+        ("-m", "simt", "tests/test_semantics.py", "tests/test_properties.py", "tests/test_double_backward.py"),
+    ]  # fmt: skip
+
+
+#: What is said of a kernel, and of a Python module, that does not compile or cannot be imported.
+NO_MUTANT = (r"SimtError: .* does not compile:", r"while loading conftest|TypingError|LoweringError|SyntaxError")
+#: Without numba's seconds where no compiled loop is mutated.
+NUMPY_ALONE = {"CUPYNORM_COMPILED": "0"}
+_clean: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
+
+
+class Copy:
+    """A copy of the checkout, in which one mutant at a time is tested."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.root = folder / "checkout"
+        shutil.copytree(
+            ROOT, self.root, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv", "venv")
+        )
+        self.environment = os.environ | {
+            "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": str(folder / "numba"),
+            "CUPYNORM_TEST_SEED": str(seed),
+        }  # fmt: skip
+
+    def run(self, stage: tuple[str, ...], limit: float | None = None) -> tuple[str, str]:
+        """How it ended ("passed", "failed" or "timeout"), and what pytest said. The limit is of processor time, which
+        does not depend on what else a machine does; of waiting for nothing, five times that.
+        """
+        settings = {} if any("compiled" in word and "not compiled" not in word for word in stage) else NUMPY_ALONE
+        settings = settings | dict(word.split("=") for word in stage if re.match(r"[A-Z_]+=", word))
+        stage = tuple(word for word in stage if not re.match(r"[A-Z_]+=", word))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *stage]
+        seconds = resource.RLIM_INFINITY if limit is None else math.ceil(limit)
+        with subprocess.Popen(
+            command, cwd=self.root, env=self.environment | settings, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, errors="replace", start_new_session=True,
+        ) as process:  # fmt: skip
+            resource.prlimit(process.pid, resource.RLIMIT_CPU, (seconds, seconds))
+            try:
+                said, _ = process.communicate(timeout=limit and 5 * limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return "timeout", process.communicate()[0]
+        if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return "timeout", said
+        return ("passed" if process.returncode in (0, 5) else "failed"), said
+
+    def clean(self, stage: tuple[str, ...], limits: dict[tuple[str, ...], float]) -> None:
+        """The stage passes on the code as it is. A mutant may take twice as long, and 30 s; see run."""
+        began = time.monotonic()
+        how, said = self.run(stage)
+        if how != "passed":
+            raise RuntimeError(f"{' '.join(stage)} fails on the code as it is:\n{said[-3000:]}")
+        limits[stage] = 30 + 2 * (time.monotonic() - began)
+        print(f"clean: {time.monotonic() - began:4.0f} s  {' '.join(stage)}", flush=True)
+
+    def test(self, mutant: Mutant, limits: dict[tuple[str, ...], float], quick: bool = False) -> str:
+        """How it ended: "survived", "invalid", or "killed by …"."""
+        path = self.root / mutant.file
+        times, text = path.stat(), path.read_text(encoding="utf-8")
+        broken = text[: mutant.start] + mutant.new + text[mutant.end :]
+        for stage in stages(mutant)[: 2 if quick else None]:
+            with _clean[stage]:
+                if stage not in limits:
+                    self.clean(stage, limits)
+            if path.stem == "scalars":  # numba keeps what it compiled by the time of the caller's file alone
+                shutil.rmtree(self.environment["NUMBA_CACHE_DIR"], ignore_errors=True)
+            path.write_text(broken, encoding="utf-8")
+            how, said = self.run(stage, limits[stage])
+            path.write_text(text, encoding="utf-8")
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # numba keeps what it compiled by a file's time
+            if how == "failed" and re.search(NO_MUTANT[path.suffix == ".py"], said):
+                return "invalid"
+            if how != "passed":
+                by = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.M)
+                return f"killed by {by[1] if by and how == 'failed' else f'{how} of {stage[0]}'}"
+        return "survived"
+
+
+# The result
+
+
+def interval(killed: int, tested: int) -> tuple[float, float]:
+    """Wilson's, of 95 %, for a share found in a sample."""
+    z, p = 1.96, killed / tested
+    middle, half = p + z * z / (2 * tested), z * math.sqrt(p * (1 - p) / tested + z * z / (4 * tested**2))
+    return (middle - half) / (1 + z * z / tested), (middle + half) / (1 + z * z / tested)
+
+
+def summary(mutants: list[Mutant], outcomes: dict[str, str], reasons: dict[str, str]) -> dict[str, Any]:
+    """Counts of the mutants that have been tested."""
+    ended: Counter[str] = Counter(outcomes[m.name].split()[0] for m in mutants if m.name in outcomes)
+    survived = [m.name for m in mutants if outcomes.get(m.name) == "survived"]
+    equivalent = sum(reasons.get(name, "").startswith("equivalent") for name in survived)
+    tested = ended["killed"] + ended["survived"]
+    return {
+        "killed": ended["killed"], "tested": tested, "invalid": ended["invalid"],
+        "share": ended["killed"] / tested if tested else None,
+        "interval": interval(ended["killed"], tested) if tested else None,
+        "share_without_equivalent": ended["killed"] / (tested - equivalent) if tested > equivalent else None,
+        "recorded": sum(name in reasons for name in survived),
+        "unexplained": sum(name not in reasons for name in survived),
+    }  # fmt: skip
+
+
+def recorded() -> dict[str, str]:
+    """The survivors with a reason."""
+    import tomllib
+
+    with SURVIVORS.open("rb") as file:
+        return {entry["mutant"]: entry["reason"] for entry in tomllib.load(file).get("survivor", [])}
+
+
+def said(*command: str) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip().split("\n")[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    parser.add_argument("--sample", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", metavar="FILE[:LINE]")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--report", action="store_true")
+    parser.add_argument("--recheck", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(unknown)}")
+
+    chosen: dict[str, list[Mutant]] = {}
+    totals: dict[str, int] = {}
+    unseen = 0
+    for part in options.parts or PARTS:
+        every: list[Mutant] = []
+        for file in PARTS[part]:
+            text = (ROOT / file).read_text(encoding="utf-8")
+            every += mutants_of(file, text)
+            unseen += 0 if file.endswith(".py") else reached(text)[1]
+        if options.only:
+            file, _, line = options.only.partition(":")
+            every = [m for m in every if m.file == file and (not line or m.line == int(line))]
+        totals[part] = len(every)
+        chosen[part] = sample(every, options.sample, options.seed)
+    if options.list:
+        for mutant in (m for part in chosen.values() for m in part):
+            print(f"{mutant.operator:17}{mutant.line:5} {mutant.name}")
+        print({part: f"{len(chosen[part])} of {totals[part]}" for part in chosen})
+        return 0
+
+    reasons = recorded()
+    everything = b"".join((ROOT / file).read_bytes() for files in PARTS.values() for file in files)
+    sources = hashlib.sha256(everything).hexdigest()[:16]
+    outcomes: dict[str, str] = {}
+    if options.json and options.json.exists():
+        before = json.loads(options.json.read_text(encoding="utf-8"))
+        if before["sources"] == sources:  # survivors are tested again: there may be new tests
+            outcomes = {n: how for n, how in before["outcomes"].items() if how != "survived" or options.report}
+    if not options.recheck:
+        outcomes |= dict.fromkeys(reasons, "survived")
+
+    def result() -> dict[str, Any]:
+        done = {part: [m for m in mutants if m.name in outcomes] for part, mutants in chosen.items()}
+        by_operator: dict[str, dict[str, Any]] = {}
+        for part, mutants in done.items():
+            operators = defaultdict(list)
+            for mutant in mutants:
+                operators[mutant.operator].append(mutant)
+            by_operator[part] = {
+                name: {key: summary(group, outcomes, reasons)[key] for key in ("killed", "tested", "invalid")}
+                for name, group in sorted(operators.items())
+            }
+        names = [m.name for mutants in done.values() for m in mutants]
+        return {
+            "date": datetime.date.today().isoformat(),
+            "commit": said("git", "rev-parse", "HEAD"), "sources": sources,
+            "python": platform.python_version(), "g++": said("g++", "--version"),
+            "quick": options.quick, "seed": options.seed,
+            "sample": {part: len(mutants) for part, mutants in chosen.items()},
+            "mutants": totals, "lines_out_of_the_emulators_reach": unseen,
+            "parts": {part: summary(mutants, outcomes, reasons) for part, mutants in done.items()},
+            "by_operator": by_operator,
+            "survivors": {name: reasons.get(name) for name in names if outcomes[name] == "survived"},
+            "outcomes": {name: outcomes[name] for name in names},
+        }  # fmt: skip
+
+    work = [m for mutants in chosen.values() for m in mutants if m.name not in outcomes and not options.report]
+    with tempfile.TemporaryDirectory(prefix="cupynorm-mutation-") as folder:
+        copies: queue.Queue[Copy] = queue.Queue()
+        for number in range(options.jobs):
+            copies.put(Copy(Path(folder, str(number)), options.seed))
+        limits: dict[tuple[str, ...], float] = {}
+        lock = threading.Lock()
+
+        def test(mutant: Mutant) -> None:
+            copy = copies.get()
+            began = time.monotonic()
+            how = copy.test(mutant, limits, options.quick)
+            copies.put(copy)
+            with lock:
+                outcomes[mutant.name] = how
+                print(f"{time.monotonic() - began:4.0f} s  {how}  {mutant.name}", flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(result(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(test, work))
+
+    end = result()
+    if options.json:
+        options.json.write_text(json.dumps(end, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    bad = False
+    for part, counts in end["parts"].items():
+        if not counts["tested"]:
+            continue
+        low, high = counts["interval"]
+        print(
+            f"{part}: {counts['killed']} of {counts['tested']} killed, {counts['share']:.1%}"
+            f" (of {totals[part]} mutants; 95 % interval {low:.1%} to {high:.1%}); without the proven equivalent"
+            f" {counts['share_without_equivalent']:.1%}; {counts['recorded']} survivors recorded,"
+            f" {counts['unexplained']} unexplained; {counts['invalid']} were no mutants"
+        )
+        bad |= bool(counts["unexplained"]) or (part != "rest" and counts["share"] < GOAL)
+    print(f"out of the emulator's reach: {unseen} lines of the kernels")
+    for name, reason in end["survivors"].items():
+        print(f"  {name}\n      {reason or 'unexplained'}")
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

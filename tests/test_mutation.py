@@ -1,0 +1,100 @@
+"""The tool that breaks the code (mutation.py): what it finds in small sources, and that a sample is the same again."""
+
+from __future__ import annotations
+
+import re
+
+import mutation
+import pytest
+
+KERNEL = """
+// a + b is a comment
+#define SUM(a, b) a + b
+__device__ int f(const int* x, int n) {
+    int sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i] * 2;
+    if (n == 7) __syncthreads();
+    return n > 1 && x ? sum + n : n;
+}
+#if !defined(SIMT)
+__device__ int g(int n) { return n + 1; }
+#endif
+"""
+
+PYTHON = '''
+def f(x: int = 1) -> int:
+    """Text 1 + 1."""
+    if x < 3 and x:
+        x += 2
+    self.put(x)
+    if not x:
+        raise ValueError(f"{x + 1} is too " + "much")
+    return x * (x - 1)
+'''
+
+
+def changes(file: str, text: str) -> set[tuple[str, str, str]]:
+    return {(m.operator, text[m.start : m.end], m.new) for m in mutation.mutants_of(file, text)}
+
+
+def test_mutants_of_a_kernel() -> None:
+    found = changes("kernels/a.cu", KERNEL)
+    assert {
+        ("off by one", "0", "1"), ("comparison", "<", "<="), ("accumulate", "+=", "="), ("arithmetic", "*", "/"),
+        ("drop a term", "x[i] *", ""), ("drop a term", "* 2", ""), ("drop a statement", "sum += x[i] * 2", ""),
+        ("negate", "n == 7", "!(n == 7)"), ("comparison", "==", "!="), ("drop a statement", "__syncthreads()", ""),
+        ("logic", "&&", "||"), ("drop a term", "&& x", ""), ("negate", "sum + n : n", "n : sum + n"),
+        ("drop a term", "sum +", ""), ("drop a term", "+ n", ""),
+    } <= {(operator, old.strip(), new.strip()) for operator, old, new in found}  # fmt: skip
+    assert {m.line for m in mutation.mutants_of("kernels/a.cu", KERNEL)} == {5, 6, 7, 8}  # nothing else is touched
+    assert mutation.reached(KERNEL)[1] == 1
+
+
+def test_mutants_of_a_python_module() -> None:
+    found = changes("cupynorm/a.py", PYTHON)
+    assert found == {
+        ("off by one", "1", "2"), ("off by one", "3", "4"), ("off by one", "2", "3"),
+        ("comparison", "<", "<="), ("logic", "and", "or"), ("drop a term", "x < 3 and x", "(x < 3)"),
+        ("negate", "x < 3 and x", "(not (x < 3 and x))"), ("negate", "not x", "(not not x)"),
+        ("accumulate", "x += 2", "x = 2"), ("drop a statement", "x += 2", "pass"),
+        ("drop a statement", "self.put(x)", "pass"),
+        ("drop a statement", 'raise ValueError(f"{x + 1} is too " + "much")', "pass"),
+        ("arithmetic", "*", "/"), ("drop a term", "x * (x - 1)", "x"), ("drop a term", "x * (x - 1)", "(x - 1)"),
+        ("arithmetic", "-", "+"), ("drop a term", "x - 1", "x"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("part", mutation.PARTS)
+def test_every_python_mutant_can_be_parsed_and_has_a_name_of_its_own(part: str) -> None:
+    names = []
+    for file in mutation.PARTS[part]:
+        text = (mutation.ROOT / file).read_text(encoding="utf-8")
+        mutants = mutation.mutants_of(file, text)
+        names += [m.name for m in mutants]
+        for m in mutation.sample([m for m in mutants if file.endswith(".py")], 5, 0):
+            compile(text[: m.start] + m.new + text[m.end :], file, "exec")
+    assert len(names) == len(set(names)) > 1000
+
+
+def test_a_sample_can_be_repeated_and_made_larger() -> None:
+    mutants = mutation.mutants_of("kernels/a.cu", KERNEL)
+    assert mutation.sample(mutants, 9, 3)[:5] == mutation.sample(mutants, 5, 3) != mutation.sample(mutants, 5, 4)
+    assert mutation.sample(mutants, None, 3) == mutants
+
+
+def test_recorded_survivors_are_mutants_with_a_reason() -> None:
+    pytest.importorskip("tomllib", reason="needs Python 3.11")
+    recorded = mutation.recorded()
+    names = {
+        m.name
+        for file in {name.partition(": ")[0] for name in recorded}
+        for m in mutation.mutants_of(file, (mutation.ROOT / file).read_text(encoding="utf-8"))
+    }
+    for name, reason in recorded.items():
+        assert name in names, f"{name}: the code has changed: run it again, and record it anew if it survives"
+        assert re.match(r"equivalent: |unobservable: |unseen: ", reason), name
+
+
+def test_interval() -> None:
+    low, high = mutation.interval(95, 100)
+    assert 0.88 < low < 0.9 and 0.97 < high < 0.98

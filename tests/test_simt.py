@@ -511,7 +511,7 @@ def _line_in(body: str, file: str, line: int) -> int:
     ("old", "new", "complaint"),
     [
         ("if (share.holds(from + i)) pack[i] = share.get(", "pack[i] = share.get(", "outside of every array"),
-        ("const int shift = (int)(address / sizeof(Storage) % V);", "const int shift = 0;", "not aligned"),
+        ("SKEWED && lanes == 0 ? 0 : (int)(address / sizeof(Storage) % V)", "0", "not aligned"),
         ("if (lane < lanes) {", "if (false) {", "wrong numbers"),  # reads poisoned shared memory
         ("    __syncthreads();\n    #pragma unroll\n    for (int k = 0; k < K; k++) s[k] = 0;",
          "    if (threadIdx.x != 5) __syncthreads();\n    for (int k = 0; k < K; k++) s[k] = 0;", "divergence"),

@@ -1000,9 +1000,10 @@ PARTIAL = 512  # elements whose sums are made in computing precision; those of t
 LANES_PARTIAL = 64
 PAYS = 2**18  # elements from which on a second thread does
 PLANE_COSTS = 25  # what a plane costs in itself, in elements
-SHORT = 512  # elements of a plane that is done together with others
-AHEAD = 2048  # elements by which the reading of a tile is ahead of the sums
-NEAR = 32768  # elements of planes that are fetched while those before them are written: both fit the second cache
+FORWARD_SHORT = 2048  # elements of a plane up to which it is done together with others
+BACKWARD_SHORT = 256
+AHEAD = 4096  # elements by which reading is ahead of the sums, beyond the end of a plane too
+NEAR = 32768  # elements of a plane that is fetched while the one before is written: both fit the second cache
 PIECES, PIECE = 8, 8  # places in a tile, and elements of each, from which its mean is guessed
 
 
@@ -1087,7 +1088,7 @@ def _centred(x, o, k, run, shape, tile, step, mean, delta, zero):
         at = np.uint64(o + run[r])
         for lo in range(l0, l1, PARTIAL):
             hi = min(lo + PARTIAL, l1)
-            _fetch(x, at + np.uint64(AHEAD), lo, min(hi, l1 - AHEAD), step)
+            _fetch(x, at + np.uint64(AHEAD), lo, hi, step)
             s, q = _centred_run(x, at, k, np.uint64(lo), np.uint64(hi), step, mean, delta, zero)
             total += s
             squares += q
@@ -1272,11 +1273,11 @@ def _result_run(like, x, y, res, offsets, strides, lo, hi, step, residual, act, 
 @_loop
 def _apply_forward_rows(
     like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
-    weight, bias, over, mean, delta, rstd, ahead,
+    weight, bias, over, mean, delta, rstd, follows,
 ):  # fmt: skip
-    """Where there is work ahead, that many planes further, x is fetched there: reading would idle while this writes."""
+    """Where a plane follows, x is fetched there: reading would idle while this writes."""
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
-    away = np.uint64(ahead * places[0, 1])
+    away = np.uint64(places[0, 1])
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):  # what was read last is still in the cache
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1290,7 +1291,7 @@ def _apply_forward_rows(
                 o1 = o0
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
-                if ahead:
+                if follows:
                     _fetch(x, o0 + away, lo, hi, step)
                 _result_run(
                     like, x, y, res, (o0, o1, o2), (k0, k1, k2), np.uint64(lo), np.uint64(hi), step, residual, act,
@@ -1339,7 +1340,7 @@ def _apply_forward_lanes(
 @_loop
 def _at_a_time(size):
     """How many short planes are done together: at most 64, and 16 KB or so, which the first cache holds."""
-    return max(8, min(64, 4096 // np.int64(size)))
+    return max(4, min(64, 4096 // np.int64(size)))
 
 
 @_loop
@@ -1390,6 +1391,7 @@ def _forward_short_rows(
             if size == sixteen:
                 d[j], q[j] = _centred_run(x, offsets[0, j], k0, origin, sixteen, step, m[j], zero, zero)
             else:
+                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, size, step)
                 d[j], q[j] = _centred_run(x, offsets[0, j], k0, origin, size, step, m[j], zero, zero)
         for j in range(64):
             share = d[j] / count
@@ -1470,7 +1472,7 @@ def _forward_results(
         if lanes is None:
             _apply_forward_rows(
                 like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd, 0,
+                weight, bias, over, mean, delta, rstd, False,
             )  # fmt: skip
         else:
             _apply_forward_lanes(
@@ -1482,27 +1484,26 @@ def _forward_results(
 
 @_kernel
 def _forward_planes(
-    turns, parts, count, like, at, places, runs, shape, step, lanes, inplace, residual, act, block,
+    turns, parts, count, like, at, places, runs, shape, step, lanes, inplace, residual, act,
     eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
     res = memory(at[-1], like)
     tiles = shape[2]
-    means, deltas, squares = np.empty((3, block * tiles * shape[1]))
+    means, deltas, squares = np.empty((3, tiles * shape[1]))
     part = begin(turns)
     while part < parts:
         first, last = count * part // parts, count * (part + 1) // parts
-        if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
+        if lanes is None and shape[3] == 1 and shape[4] <= FORWARD_SHORT:
             _forward_short_rows(
                 like, x, y, res, places, runs[0], shape, step, inplace, residual, act, first, last,
                 eps, least, weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), variance.ravel(),
             )  # fmt: skip
             last = first
-        for owner in range(first, last, block):
-            upto = min(owner + block, last)
-            u0, u1 = owner * tiles, upto * tiles
-            ahead = block if upto < last and block * shape[3] * shape[4] <= NEAR else 0
+        for owner in range(first, last):
+            u0, u1 = owner * tiles, (owner + 1) * tiles
+            follows = owner + 1 < last and shape[3] * shape[4] <= NEAR
             if lanes is None:
                 _reduce_forward_rows(
                     x, places[0], runs[0], shape, step, u0, u1, zero_of(like), least, means, deltas, squares
@@ -1511,11 +1512,11 @@ def _forward_planes(
                 _reduce_forward_lanes(
                     x, places[0], runs[0], shape, u0, u1, zeros_of(like), least, means, deltas, squares
                 )
-            _join_forward(shape, owner, upto, means, deltas, squares, eps, mean, delta, rstd, variance)
+            _join_forward(shape, owner, owner + 1, means, deltas, squares, eps, mean, delta, rstd, variance)
             if lanes is None:
                 _apply_forward_rows(
                     like, x, y, res, places, runs, shape, step, inplace, residual, act, u0, u1,
-                    weight, bias, over, mean, delta, rstd, ahead,
+                    weight, bias, over, mean, delta, rstd, follows,
                 )  # fmt: skip
             else:
                 _apply_forward_lanes(
@@ -1554,8 +1555,8 @@ def _reduce_backward_rows(
             o3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
-                _fetch(x, o0 + np.uint64(AHEAD), lo, min(hi, l1 - AHEAD), step)
-                _fetch(dy, o2 + np.uint64(AHEAD), lo, min(hi, l1 - AHEAD), step)
+                _fetch(x, o0 + np.uint64(AHEAD), lo, hi, step)
+                _fetch(dy, o2 + np.uint64(AHEAD), lo, hi, step)
                 s = q = zero
                 for i in range(np.uint64(lo), np.uint64(hi)):
                     g, centred = _gradient_at(
@@ -1658,11 +1659,11 @@ def _gradient_run(
 @_loop
 def _apply_backward_rows(
     like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, ahead,
+    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows,
 ):  # fmt: skip
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
     k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
-    away, away2 = np.uint64(ahead * places[0, 1]), np.uint64(ahead * places[2, 1])
+    away, away2 = np.uint64(places[0, 1]), np.uint64(places[2, 1])
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1677,7 +1678,7 @@ def _apply_backward_rows(
             o4 = np.uint64(n * places[4, 0] + c * places[4, 1] + runs[4, r])
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
-                if ahead:
+                if follows:
                     _fetch(x, o0 + away, lo, hi, step)
                     _fetch(dy, o2 + away2, lo, hi, step)
                 _gradient_run(
@@ -1811,7 +1812,7 @@ def _backward_results(
         if lanes is None:
             _apply_backward_rows(
                 like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, 0,
+                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, False,
             )  # fmt: skip
         else:
             _apply_backward_lanes(
@@ -1823,26 +1824,25 @@ def _backward_results(
 
 @_kernel
 def _backward_planes(
-    turns, parts, count, like, at, places, runs, shape, step, lanes, residual, act, training, block,
+    turns, parts, count, like, at, places, runs, shape, step, lanes, residual, act, training,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
     res, dres = memory(at[3], like), memory(at[4], like)
     tiles = shape[2]
-    totals, dots = np.empty((2, block * tiles * shape[1]))
+    totals, dots = np.empty((2, tiles * shape[1]))
     part = begin(turns)
     while part < parts:
         first, last = count * part // parts, count * (part + 1) // parts
-        if lanes is None and shape[3] == 1 and shape[4] <= SHORT:
+        if lanes is None and shape[3] == 1 and shape[4] <= BACKWARD_SHORT:
             _backward_short_rows(
                 like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
                 weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), sum_g.ravel(), sum_g_xhat.ravel(),
             )  # fmt: skip
             last = first
-        for owner in range(first, last, block):
-            upto = min(owner + block, last)
-            u0, u1 = owner * tiles, upto * tiles
-            ahead = block if upto < last and block * shape[3] * shape[4] <= NEAR else 0
+        for owner in range(first, last):
+            u0, u1 = owner * tiles, (owner + 1) * tiles
+            follows = owner + 1 < last and shape[3] * shape[4] <= NEAR
             if lanes is None:
                 _reduce_backward_rows(
                     like, x, dy, res, places, runs, shape, step, residual, act, u0, u1,
@@ -1853,11 +1853,11 @@ def _backward_planes(
                     like, x, dy, res, places, runs, shape, residual, act, u0, u1,
                     weight, bias, over, mean, delta, rstd, totals, dots,
                 )  # fmt: skip
-            _join_backward(shape, owner, upto, totals, dots, rstd, sum_g, sum_g_xhat)
+            _join_backward(shape, owner, owner + 1, totals, dots, rstd, sum_g, sum_g_xhat)
             if lanes is None:
                 _apply_backward_rows(
                     like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, u0, u1,
-                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, ahead,
+                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows,
                 )  # fmt: skip
             else:
                 _apply_backward_lanes(
@@ -1906,7 +1906,6 @@ class _Layout:
         self.group = group
         self.lanes = lanes
         self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length)
-        self.at_a_time = 1 if lanes or self.tiles > 1 else max(1, min(64, 32768 // plane, self.blocks))
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
         self.like = SAMPLES[dtype.name]
         self.where = (places, table, self.shape, None if rows else True, True if lanes else None)
@@ -1993,7 +1992,7 @@ class _Compiled(_Work):
 
     def whole_forward(self, *parts: Any) -> None:
         _forward_planes(
-            *parts, *self.where, *self.options, self.layout.at_a_time, self.eps, _least(self.eps), *self.planes,
+            *parts, *self.where, *self.options, self.eps, _least(self.eps), *self.planes,
             self.variance,
         )  # fmt: skip
 
@@ -2016,5 +2015,5 @@ class _Compiled(_Work):
 
     def whole_backward(self, *parts: Any) -> None:
         _backward_planes(
-            *parts, *self.where, *self.options, self.training, self.layout.at_a_time, *self.planes, *self.sums
+            *parts, *self.where, *self.options, self.training, *self.planes, *self.sums
         )  # fmt: skip

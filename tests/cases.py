@@ -186,7 +186,8 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
         if training:
             m, v = reference.moved(mean_, var_, x_, 0.3)
             xmean, xvar = (np.abs(a).mean(0) for a in reference.statistics(x_))
-            assert _error(backend.host(mean), m, np.abs(mean_) + xmean + 1e-30) <= param + compute
+            # A mean's error is that of its terms, which may cancel.
+            assert _error(backend.host(mean), m, np.abs(mean_) + xmean + np.sqrt(xvar) + 1e-30) <= param + compute
             # The variance of values around a large mean is that of their rounded selves: exact all the same.
             assert _error(backend.host(var), v, np.abs(var_) + 2 * xvar + 1e-30) <= param + compute
             mean, var = backend.array(mean_.copy()), backend.array(var_.copy())
@@ -269,9 +270,11 @@ TABLE = [
     *(Case((2, 4, 6, 8), "float32", layout) for layout in reference.LAYOUTS),
     *(Case((2, 3, 5, 7), "float16", layout) for layout in reference.LAYOUTS),
     *(Case((2, 8, 5, 7), "bfloat16", "channels_last", dy_layout=layout) for layout in reference.LAYOUTS),
-    *(Case((2, 3, 35, 45), dtype, data="offset") for dtype in ("float32", "float64")),
+    *(Case((2, 3, 45, 47), dtype, data="offset") for dtype in ("float32", "float64")),
     *(Case((2, 8, 30, 30), "float32", layout, data) for layout in ("contiguous", "channels_last")
       for data in ("offset", "far", "constant", "outlier", "checkerboard", "tiny")),
+    *(Case((1, 2, 47, 49), "float32", data=data) for data in ("far", "constant", "outlier", "checkerboard", "tiny")),
+    *(Case((1, 2, 47, 49), "float16", data=data) for data in ("near_max", "small_values")),
     *(Case((2, 3, 16, 17), "float16", layout, data) for layout in ("contiguous", "channels_last")
       for data in ("near_max", "constant", "checkerboard", "small_values")),
     *(Case((2, 3, 16, 17), "bfloat16", "contiguous", data) for data in ("offset", "checkerboard", "constant")),
@@ -286,7 +289,7 @@ TABLE = [
       for dtype, layout, residual, per_sample in (
           ("float32", "contiguous", None, ""), ("float16", "channels_last", "channels_last", "wb"),
           ("bfloat16", "contiguous", "channels_last", "w"), ("float64", "unaligned", "contiguous", "b"))),
-    *(Case((2, 3, 35, 45), "float32", data="offset", activation=activation) for activation in ("relu", "silu")),
+    *(Case((2, 3, 45, 47), "float32", data="offset", activation=activation) for activation in ("relu", "silu")),
     *(Case((3, 5, 7, 7), "float16", param_dtype="float16", per_sample=which) for which in ("w", "b", "wb")),
     *(Case((1, 5, 40, 41), dtype, param_dtype=dtype) for dtype in ("float16", "bfloat16")),  # one sample
 ]  # fmt: skip

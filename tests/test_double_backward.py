@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -158,8 +159,9 @@ def test_offsets_and_means_cost_no_digits(
     if backend.name == "simt" and np.prod(shape) > 1e5:
         pytest.skip("the emulator is slow: split planes are among the variants")
     call = Call(rng, shape, "float32", offset=offset, mean=mean)
-    for actual, exact in zip(call.on(backend), call.exact, strict=True):
-        assert np.abs(actual - exact).max() <= 4e-6 * np.abs(exact).max()
+    terms = call.x.size // shape[1]  # of each of dweight, of deviation 1: their sum may be near 0 by chance
+    for actual, exact, least in zip(call.on(backend), call.exact, (0, 0, math.sqrt(terms)), strict=True):
+        assert np.abs(actual - exact).max() <= 4e-6 * max(least, np.abs(exact).max())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

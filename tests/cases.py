@@ -289,7 +289,9 @@ TABLE = [
       for dtype, layout, residual, per_sample in (
           ("float32", "contiguous", None, ""), ("float16", "channels_last", "channels_last", "wb"),
           ("bfloat16", "contiguous", "channels_last", "w"), ("float64", "unaligned", "contiguous", "b"))),
-    *(Case((2, 3, 45, 47), "float32", data="offset", activation=activation) for activation in ("relu", "silu")),
+    *(Case((2, 3, 45, 47), "float32", data="offset", activation=activation, residual="contiguous")
+      for activation in ("relu", "silu")),
+    Case((2, 270, 3, 4), "float32", "channels_last", activation="silu", residual="channels_last", per_sample="w"),
     *(Case((3, 5, 7, 7), "float16", param_dtype="float16", per_sample=which) for which in ("w", "b", "wb")),
     *(Case((1, 5, 40, 41), dtype, param_dtype=dtype) for dtype in ("float16", "bfloat16")),  # one sample
 ]  # fmt: skip
@@ -359,7 +361,7 @@ def _variants(dtype: str, kind: Kind, easy: bool, ops: tuple[Op, ...] = ("forwar
     # 16 bytes of channels-last rows at the least, so that there are several lanes; 3 channels cannot be packed.
     c = 2 if kind == "channels_first" else (16 if easy else 3)
     layout = kind if kind == "channels_last" else ("contiguous" if easy else "unaligned")
-    vector = 1 if kind == "channels_last" and not easy else widest(dtype, kind)
+    vector = 1 if kind == "channels_last" and not easy else widest(ITEMSIZE[dtype], kind)
     base = Case((2, c, 1), dtype, layout)
 
     def job(op: Op, s: int) -> _Job:

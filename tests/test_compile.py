@@ -178,7 +178,7 @@ _FILES = ("forward", "backward")
 
 
 def _width(group: str) -> int:
-    return 1 if group == "part" else widest("bfloat16", "channels_first")
+    return 1 if group == "part" else widest(ITEMSIZE["bfloat16"], "channels_first")
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_sixteen_byte_accesses(module: Module) -> None:
         if rung.rest == "registers":
             packs = rung.chunks
             if rung.owner == "part":  # as many wide packs as a warp's run may touch, dealt to its lanes
-                wide = widest(module.dtype, "channels_first")
+                wide = widest(ITEMSIZE[module.dtype], "channels_first")
                 packs = (32 * rung.chunks // wide + 1 + 31) // 32
             assert loads == inputs * packs, name
             assert stores == outputs * packs, name

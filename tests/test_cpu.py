@@ -119,6 +119,42 @@ def test_planes_do_not_depend_on_what_is_beside_them(
         assert (own.mean.tobytes(), own.rstd.tobytes()) == (saved.mean[n].tobytes(), saved.rstd[n].tobytes())
 
 
+def amid(values: np.ndarray, layout: str, beside: float) -> tuple[np.ndarray, np.ndarray]:
+    """An array with these values, and the memory that it lies in the middle of, else full of `beside`."""
+    memory = np.full(values.size + 20000, beside, values.dtype)
+    array = memory[10000:-10000].reshape(
+        np.moveaxis(values, 1, -1).shape if layout == "channels_last" else values.shape
+    )
+    array = np.moveaxis(array, -1, 1) if layout == "channels_last" else array
+    array[...] = values
+    return array, memory
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one thread", "threads"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(3, 25, 4, 4), (2, 37, 5, 7), (3, 3, 30, 31), (1, 3, 50, 51), (2, 270, 3, 3), (1, 5, 250, 263)], ids=str
+)
+def test_nothing_beside_the_arrays_is_read_or_written(
+    way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, layout: str, several: bool
+):
+    if several:
+        let_threads_pay(monkeypatch)
+        cn.set_num_threads(3)
+    values, gradient, added = (rng.standard_normal(shape, dtype=np.float32) for _ in range(3))
+    options = {"activation": "leaky_relu", "negative_slope": 0.5}
+    y, saved = cn.instance_norm_forward(laid(values, layout), residual=laid(added, layout), **options)
+    dx, *_, dresidual = cn.instance_norm_backward(laid(gradient, layout), saved)
+
+    x, dy, residual = (amid(each, layout, np.nan)[0] for each in (values, gradient, added))
+    out, around = amid(np.zeros(shape, np.float32), layout, 7)
+    again, saved = cn.instance_norm_forward(x, residual=residual, out=out, **options)
+    assert again is out and out.tobytes() == y.tobytes()
+    got, *_, handed = cn.instance_norm_backward(dy, saved, out=out)
+    assert got is out and out.tobytes() == dx.tobytes() and handed.tobytes() == dresidual.tobytes()
+    assert (around[:10000] == 7).all() and (around[-10000:] == 7).all()
+
+
 @pytest.mark.parametrize("data", ["offset", "steps", "half", "outlier"])
 @pytest.mark.parametrize("size", [5, 16, 100, 512, 513, 5000, 70001])
 def test_nearly_constant_planes_keep_their_digits(way: str, rng: np.random.Generator, data: str, size: int):

@@ -24,9 +24,9 @@ MAX_GRID = 2**31 - 16  # the most there may be that is whole clusters, of any si
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
-def widest(dtype: str, kind: Kind) -> int:
+def widest(itemsize: int, kind: Kind) -> int:
     """Elements of a thread's widest access: 16 bytes; channels-last at most 4, since each is another plane's."""
-    v = 16 // ITEMSIZE[dtype]
+    v = 16 // itemsize
     return v if kind == "channels_first" else min(v, 4)
 
 
@@ -209,13 +209,18 @@ def _dense(x: Layout, n: int, c: int, s: int) -> bool:
     return (c == 1 or x.c == s) and (n == 1 or x.n == c * s)
 
 
+def _at_packs(x: Layout, n: int, s: int, v: int) -> bool:
+    """Whether packs of v channels begin at multiples of their size. Strides never stepped along do not matter."""
+    return not (x.phase % v or (n > 1 and x.n % v) or (s > 1 and x.s % v))
+
+
 def _usual(x: Layout, shape: tuple[int, ...], itemsize: int, kind: Kind) -> bool:
     """Whether an array is dealt out to threads as a new one of its kind is: else bits would depend on its strides."""
     n, c, s = *shape[:2], prod(shape[2:])
     if kind == "channels_first":
         return s * itemsize > PART_BYTES or _dense(x, n, c, s)
-    v = min(16 // itemsize, 4)
-    return c % v > 0 or not (x.phase % v or (n > 1 and x.n % v) or (s > 1 and x.s % v))
+    v = widest(itemsize, kind)
+    return c % v > 0 or _at_packs(x, n, s, v)
 
 
 @lru_cache(maxsize=4096)
@@ -321,10 +326,10 @@ class _Job:
         elif op == "double_backward":
             self.arrays, self.quantities = 3, 2 + 6
             self.accums, self.published = 6, 9
-        v = widest(dtype, kind)
-        # Strides of axes that are never stepped along do not matter; but one sample may have to be treated like more.
-        n_steps = {x.n % v for x in layouts} if self.n > 1 or (invariant and kind == "channels_first") else {0}
+        v = widest(self.itemsize, kind)
         if kind == "channels_first":
+            # Strides never stepped along do not matter; but one sample may have to be treated like more.
+            n_steps = {x.n % v for x in layouts} if self.n > 1 or invariant else {0}
             c_steps = {x.c % v for x in layouts} if self.c > 1 else {0}
             phases = {x.phase % v for x in layouts}
             # Whether every array's planes start at the same distance from an aligned address, and whether that is 0.
@@ -338,9 +343,8 @@ class _Job:
             self.stripes = self.n * self.c
             self.packs = _ceil(self.s + self.shift, self.vector)
         else:
-            s_steps = {x.s % v for x in layouts} if self.s > 1 else {0}
             self.skewed = self.at_planes = False
-            whole = self.c % v == 0 and {x.phase % v for x in layouts} | n_steps | s_steps == {0}
+            whole = self.c % v == 0 and all(_at_packs(x, self.n, self.s, v) for x in layouts)
             self.vector = v if whole else 1
             self.shift = 0
             most = min(32, STRIPE_BYTES // (self.vector * self.itemsize))

@@ -112,7 +112,7 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
             if group == "part":
                 modules.append(Module(file, dtype, 1, "channels_first", group, epilogue))
                 continue
-            first, last = widest(dtype, "channels_first"), widest(dtype, "channels_last")
+            first, last = widest(ITEMSIZE[dtype], "channels_first"), widest(ITEMSIZE[dtype], "channels_last")
             modules += [Module(file, dtype, first, "channels_first", group, epilogue, skew) for skew in (False, True)]
             modules += [Module(file, dtype, v, "channels_last", group, epilogue) for v in (last, 1)]
     return modules
@@ -121,7 +121,7 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
 def core_modules() -> list[Module]:
     """What is compiled at import: forward and backward of float32, float16 and bfloat16, channels-first."""
     return [
-        Module(file, dtype, 1 if file == "channels" else widest(dtype, "channels_first"), "channels_first")
+        Module(file, dtype, 1 if file == "channels" else widest(ITEMSIZE[dtype], "channels_first"), "channels_first")
         for file in ("forward", "backward", "channels")
         for dtype in ("float32", "float16", "bfloat16")
     ]

@@ -7,6 +7,7 @@
 // Each array has its own room, and lies in it as it lies between 16-byte borders in global memory.
 
 template <int CHUNKS> struct Chunk {
+    static_assert(CHUNKS % WIDEST == 0, "a run of 32 * CHUNKS elements has CHUNKS / WIDEST packs a thread, wherever it begins");
     long long first, plane;         // the warp's first plane, this thread's plane
     long long dense;                // elements of a plane
     int elements, room;             // elements of the run; of the room of one array
@@ -39,7 +40,7 @@ template <int CHUNKS> struct Chunk {
     template <class F, class G> __device__ void each(int phase, F wide, G one) const {
         const int begin = (phase + WIDEST - 1) / WIDEST, end = (phase + elements) / WIDEST;
         #pragma unroll
-        for (int i = 0; i < (32 * CHUNKS / WIDEST + 32) / 32; i++) {
+        for (int i = 0; i < CHUNKS / WIDEST; i++) {
             const int number = lane + 32 * i;
             if (number >= begin && number < end) wide(i, number);
         }
@@ -52,7 +53,7 @@ template <int CHUNKS> struct Chunk {
     __device__ void fetch(const Tensor& t, Storage* to) const {
         const int at = phase(t);
         Storage* border = run(t) - at;
-        Wide packs[(32 * CHUNKS / WIDEST + 32) / 32];
+        Wide packs[CHUNKS / WIDEST];
         each(at, [&](int i, int number) { packs[i] = load((Wide*)border + number); },
              [&](int position) { to[position] = load(border + position); });
         each(at, [&](int i, int number) { ((Wide*)to)[number] = packs[i]; }, [](int) {});

@@ -284,6 +284,8 @@ TABLE = [
     Case((1, 1, 3, 3)),
     Case((40, 70, 4, 4)),
     Case((9, 33, 2, 3), "float16", "channels_last"),
+    # As many elements to a warp as it has room for, from somewhere between 16-byte borders on.
+    *(Case((3, 7, 16, size), dtype, "unaligned") for size, dtype in ((16, "float16"), (8, "float32"), (4, "float64"))),
     *(Case((3, 4, 6, 7), dtype, layout, activation=activation, residual=residual, per_sample=per_sample)
       for activation in (None, "relu", "leaky_relu", "silu", "gelu")
       for dtype, layout, residual, per_sample in (

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cases
 import numpy as np
 import pytest
 from conftest import Backend
+
+from cupynorm.cuda import plan
 
 
 @pytest.mark.parametrize("case", cases.TABLE, ids=str)
@@ -42,3 +46,23 @@ def test_double_variant(backend: Backend, case: cases.Case, rng: np.random.Gener
 @pytest.mark.parametrize("case", cases.epilogue_variants(), ids=str)
 def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("simt", marks=pytest.mark.simt), pytest.param("cupy", marks=pytest.mark.gpu)],
+    indirect=True,
+)
+@pytest.mark.parametrize(("shape", "layout"), [
+    ((3, 99, 5, 7), "contiguous"), ((3, 9, 35, 45), "contiguous"), ((1, 17, 100, 100), "contiguous"),
+    ((1, 17, 110, 200), "contiguous"), ((1, 17, 250, 260), "contiguous"), ((17, 8, 5, 6), "channels_last"),
+    ((17, 8, 38, 38), "channels_last"), ((1, 40, 100, 101), "channels_last"),
+], ids=str)  # fmt: skip
+def test_grids_of_two_dimensions(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layout: str
+) -> None:
+    """No GPU has memory for more planes than the first dimension of a grid holds blocks: it ends earlier here."""
+    monkeypatch.setattr(plan, "MAX_GRID", 16)
+    case = cases.Case(shape, "float32", layout, device=replace(cases.SMALL_DEVICE, name="narrow"))
+    cases.check(backend, case, rng)
+    cases.check_double(backend, case, rng)

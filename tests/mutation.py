@@ -426,7 +426,10 @@ def _kernel_stages(name: str) -> list[tuple[str, ...]]:
     }.get(name, f"simt and float32 and {'test_double_small' if double else 'test_small'}")
     return [
         k("cases", first),
-        ("tests/test_simt.py", *k("cases", f"simt and float32 {plain} or same_bits or sixteen or more_tiles or two_dim")),
+        (
+            "tests/test_simt.py",
+            *k("cases", f"simt and float32 {plain} or same_bits or sixteen or more_tiles or two_dimensions"),
+        ),
         k("cases", f"simt and float16 {plain}"),
         k("cases", f"simt and float64 {plain}"),
         k("cases", f"simt and bfloat16 {plain}"),

@@ -352,6 +352,26 @@ def test_double_backward_of_more_tiles_than_merge_threads(
         assert np.abs(actual - exact).max() <= 5e-6 * max(1, np.abs(exact).max())
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_more_tiles_than_merge_threads(on: Callable[..., Emulator], rng: np.random.Generator, training: bool) -> None:
+    """Around a mean whose rounding counts."""
+    runtime = on(Emulator(DEVICE))
+    x, dy = ((rng.normal(size=(1, 1, 1_600_000)) + add).astype(np.float32) for add in (10000.3, 2))
+    w = np.full(1, 1.5, np.float32)
+    mean, var = np.full(1, 10000, np.float32), np.full(1, 1.25, np.float32)
+    running = None if training else (mean, var)
+    y, saved = cn.instance_norm_forward(
+        x, w, w, running_mean=mean, running_var=var, momentum=0, use_input_stats=training
+    )
+    runtime.counts.clear()
+    results = (y, *cn.instance_norm_backward(dy, saved))
+    merge = next(count for count in runtime.counts if count.kernel.startswith("merge"))
+    assert max(merge.read.values()) > (3 if training else 2) * 256 * 4
+    expected = (reference.forward(x, w, w, running=running), *reference.backward(dy, x, w, bias=w, running=running))
+    for actual, exact in zip(results, expected[:4], strict=False):
+        assert np.abs(actual - exact).max() <= 5e-6 * max(1, np.abs(exact).max())
+
+
 def _inputs(
     table: Sequence[Any], runtime: Any, seed: int, regimes: Sequence[int]
 ) -> Iterator[tuple[int, str, list[np.ndarray], list[np.ndarray]]]:

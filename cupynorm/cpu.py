@@ -1,9 +1,9 @@
 """The CPU backend: NumPy alone, or compiled by numba where that is installed (extra `cpu`).
 
-A **block** is as many whole planes as a core's caches hold, of every array of a call. A plane larger than a block is
-cut into **tiles**: the sums of each are taken by themselves and put together in a fixed order, so results have the same
-bits for any number of threads. Threads share the blocks of a call, or the tiles where there are few planes; small calls
-have one thread.
+A **block** is as many whole planes as a core's caches hold, of every array of a call; compiled, a plane by itself, or a
+group of them side by side. A plane larger than that is cut into **tiles**: the sums of each are taken by themselves and
+put together in a fixed order, so results have the same bits for any number of threads. Threads share the blocks of a
+call, or the tiles where there are few planes; small calls have one thread.
 
 What there is to do comes in three steps: `reduce` a tile of a block to sums, `join` the sums of all tiles, `apply` what
 follows from them to a tile. The digits are the CUDA kernels', in a pass less: x - pivot and its squares are added up at
@@ -1001,7 +1001,7 @@ LANES_PARTIAL = 64
 PAYS = 2**18  # elements from which on a second thread does
 PLANE_COSTS = 25  # what a plane costs in itself, in elements
 FORWARD_SHORT = 2048  # elements of a plane up to which it is done together with others
-BACKWARD_SHORT = 256
+BACKWARD_SHORT = 256  # longer ones take as long by themselves
 AHEAD = 4096  # elements by which reading is ahead of the sums, beyond the end of a plane too
 NEAR = 32768  # elements of a plane that is fetched while the one before is written: both fit the second cache
 PIECES, PIECE = 8, 8  # places in a tile, and elements of each, from which its mean is guessed
@@ -1339,7 +1339,7 @@ def _apply_forward_lanes(
 
 @_loop
 def _at_a_time(size):
-    """How many short planes are done together: at most 64, and 16 KB or so, which the first cache holds."""
+    """How many short planes are done together: at most 64, and 16 to 32 KB, which the first cache holds."""
     return max(4, min(64, 4096 // np.int64(size)))
 
 
@@ -1440,17 +1440,16 @@ def _forward_short_rows(
 
 
 @_kernel
-def _forward_tiles(turns, parts, count, like, at, places, runs, shape, step, lanes, least, means, deltas, squares):
+def _forward_tiles(turns, like, at, places, runs, shape, step, lanes, least, means, deltas, squares):
     x, group = memory(at[0], like), shape[1]
-    part = begin(turns)
-    while part < parts:
-        first, last = count * part // parts, count * (part + 1) // parts
+    first, last = begin(turns)
+    while first < last:
         sums = means[first * group : last * group], deltas[first * group :], squares[first * group :]
         if lanes is None:
             _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), least, *sums)
         else:
             _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), least, *sums)
-        part = end(turns)
+        first, last = end(turns)
 
 
 @_kernel
@@ -1460,15 +1459,14 @@ def _forward_join(shape, first, last, means, deltas, squares, eps, mean, delta, 
 
 @_kernel
 def _forward_results(
-    turns, parts, count, like, at, places, runs, shape, step, lanes, inplace, residual, act,
+    turns, like, at, places, runs, shape, step, lanes, inplace, residual, act,
     weight, bias, over, mean, delta, rstd,
 ):  # fmt: skip
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
     res = memory(at[-1], like)
-    part = begin(turns)
-    while part < parts:
-        first, last = count * part // parts, count * (part + 1) // parts
+    first, last = begin(turns)
+    while first < last:
         if lanes is None:
             _apply_forward_rows(
                 like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
@@ -1479,12 +1477,12 @@ def _forward_results(
                 like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
                 weight, bias, over, mean, delta, rstd,
             )  # fmt: skip
-        part = end(turns)
+        first, last = end(turns)
 
 
 @_kernel
 def _forward_planes(
-    turns, parts, count, like, at, places, runs, shape, step, lanes, inplace, residual, act,
+    turns, like, at, places, runs, shape, step, lanes, inplace, residual, act,
     eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     x = memory(at[0], like)
@@ -1492,9 +1490,8 @@ def _forward_planes(
     res = memory(at[-1], like)
     tiles = shape[2]
     means, deltas, squares = np.empty((3, tiles * shape[1]))
-    part = begin(turns)
-    while part < parts:
-        first, last = count * part // parts, count * (part + 1) // parts
+    first, last = begin(turns)
+    while first < last:
         if lanes is None and shape[3] == 1 and shape[4] <= FORWARD_SHORT:
             _forward_short_rows(
                 like, x, y, res, places, runs[0], shape, step, inplace, residual, act, first, last,
@@ -1523,7 +1520,7 @@ def _forward_planes(
                     like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
                     weight, bias, over, mean, delta, rstd,
                 )  # fmt: skip
-        part = end(turns)
+        first, last = end(turns)
 
 
 @_loop
@@ -1772,14 +1769,13 @@ def _backward_short_rows(
 
 @_kernel
 def _backward_tiles(
-    turns, parts, count, like, at, places, runs, shape, step, lanes, residual, act,
+    turns, like, at, places, runs, shape, step, lanes, residual, act,
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     x, dy, res = memory(at[0], like), memory(at[2], like), memory(at[3], like)
     group = shape[1]
-    part = begin(turns)
-    while part < parts:
-        first, last = count * part // parts, count * (part + 1) // parts
+    first, last = begin(turns)
+    while first < last:
         sums = totals[first * group : last * group], dots[first * group :]
         if lanes is None:
             _reduce_backward_rows(
@@ -1791,7 +1787,7 @@ def _backward_tiles(
                 like, x, dy, res, places, runs, shape, residual, act, first, last,
                 weight, bias, over, mean, delta, rstd, *sums,
             )  # fmt: skip
-        part = end(turns)
+        first, last = end(turns)
 
 
 @_kernel
@@ -1801,14 +1797,13 @@ def _backward_join(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat):
 
 @_kernel
 def _backward_results(
-    turns, parts, count, like, at, places, runs, shape, step, lanes, residual, act, training,
+    turns, like, at, places, runs, shape, step, lanes, residual, act, training,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
     res, dres = memory(at[3], like), memory(at[4], like)
-    part = begin(turns)
-    while part < parts:
-        first, last = count * part // parts, count * (part + 1) // parts
+    first, last = begin(turns)
+    while first < last:
         if lanes is None:
             _apply_backward_rows(
                 like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
@@ -1819,21 +1814,20 @@ def _backward_results(
                 like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
                 weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
             )  # fmt: skip
-        part = end(turns)
+        first, last = end(turns)
 
 
 @_kernel
 def _backward_planes(
-    turns, parts, count, like, at, places, runs, shape, step, lanes, residual, act, training,
+    turns, like, at, places, runs, shape, step, lanes, residual, act, training,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
     res, dres = memory(at[3], like), memory(at[4], like)
     tiles = shape[2]
     totals, dots = np.empty((2, tiles * shape[1]))
-    part = begin(turns)
-    while part < parts:
-        first, last = count * part // parts, count * (part + 1) // parts
+    first, last = begin(turns)
+    while first < last:
         if lanes is None and shape[3] == 1 and shape[4] <= BACKWARD_SHORT:
             _backward_short_rows(
                 like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
@@ -1864,7 +1858,7 @@ def _backward_planes(
                     like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
                     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
                 )  # fmt: skip
-        part = end(turns)
+        first, last = end(turns)
 
 
 class _Layout:
@@ -1956,10 +1950,8 @@ class _Compiled(_Work):
     def share(self, step: Callable[..., None], count: int) -> None:
         """The loops take the parts themselves: a helper that comes late, or a thread that is slow, takes fewer."""
         parts = 1 if self.threads == 1 else min(count, 8 * self.threads)
-        turns = turns_of(parts, self.threads)
-        share(
-            lambda _, who: step((turns, who), parts, count), parts, self.threads, lambda: bool(settled(turns, parts))
-        )  # fmt: skip
+        turns = turns_of(count, parts, self.threads)
+        share(lambda _, who: step((turns, who)), parts, self.threads, lambda: bool(settled(turns)))
 
     def __str__(self) -> str:
         if self.layout.lanes:
@@ -1981,19 +1973,18 @@ class _Compiled(_Work):
         self._begin()
         self.share(self.apply_forward, self.blocks * self.tiles)
 
-    def reduce_forward(self, *parts: Any) -> None:
-        _forward_tiles(*parts, *self.where, _least(self.eps), *self.partial)
+    def reduce_forward(self, turns: Any) -> None:
+        _forward_tiles(turns, *self.where, _least(self.eps), *self.partial)
 
     def join_forward(self, first: int, last: int) -> None:
         _forward_join(self.layout.shape, first, last, *self.partial, self.eps, *self.planes[3:], self.variance)
 
-    def apply_forward(self, *parts: Any) -> None:
-        _forward_results(*parts, *self.where, *self.options, *self.planes)
+    def apply_forward(self, turns: Any) -> None:
+        _forward_results(turns, *self.where, *self.options, *self.planes)
 
-    def whole_forward(self, *parts: Any) -> None:
+    def whole_forward(self, turns: Any) -> None:
         _forward_planes(
-            *parts, *self.where, *self.options, self.eps, _least(self.eps), *self.planes,
-            self.variance,
+            turns, *self.where, *self.options, self.eps, _least(self.eps), *self.planes, self.variance
         )  # fmt: skip
 
     # Backward
@@ -2004,16 +1995,16 @@ class _Compiled(_Work):
         self.sums = (sum_g, sum_g_xhat)
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
 
-    def reduce_backward(self, *parts: Any) -> None:
-        _backward_tiles(*parts, *self.where, *self.options, *self.planes, *self.partial[:2])
+    def reduce_backward(self, turns: Any) -> None:
+        _backward_tiles(turns, *self.where, *self.options, *self.planes, *self.partial[:2])
 
     def join_backward(self, first: int, last: int) -> None:
         _backward_join(self.layout.shape, first, last, *self.partial[:2], self.call.rstd, *self.sums)
 
-    def apply_backward(self, *parts: Any) -> None:
-        _backward_results(*parts, *self.where, *self.options, self.training, *self.planes, *self.sums)
+    def apply_backward(self, turns: Any) -> None:
+        _backward_results(turns, *self.where, *self.options, self.training, *self.planes, *self.sums)
 
-    def whole_backward(self, *parts: Any) -> None:
+    def whole_backward(self, turns: Any) -> None:
         _backward_planes(
-            *parts, *self.where, *self.options, self.training, *self.planes, *self.sums
+            turns, *self.where, *self.options, self.training, *self.planes, *self.sums
         )  # fmt: skip

@@ -96,7 +96,7 @@ def _bits(typingctx, value):
 # own, counted in a line of its own too, and goes on to those of others: what a core's caches have from the last call it
 # then need not fetch from another core's. A thread's turns are these numbers and its own number.
 
-BEGUN, PARTS, ENDED, RANGES = 0, 1, 8, 16
+BEGUN, PARTS, COUNT, ENDED, RANGES = 0, 1, 2, 8, 16
 PATIENCE = 20_000  # looks at a counter, some 20 microseconds
 
 
@@ -117,26 +117,26 @@ def _atomic(operation):
 _add_to, _exchange = _atomic("add"), _atomic("xchg")
 
 
-def turns_of(parts, threads):
-    """The numbers for a call of so many parts and threads."""
+def turns_of(count, parts, threads):
+    """The numbers for a call of so many things to do, in so many parts, by so many threads."""
     numbers = np.zeros(RANGES + 8 * threads, np.int64)
-    numbers[PARTS] = parts
+    numbers[PARTS], numbers[COUNT] = parts, count
     return numbers
 
 
 @numba.njit
 def begin(turns):
-    """Take a part: its number, or one that is too large."""
+    """Take a part: the first thing to do and the one after the last, which are the same where no part is left."""
     numbers, who = turns
-    parts, ranges = numbers[PARTS], (len(numbers) - RANGES) // 8
+    parts, count, ranges = numbers[PARTS], numbers[COUNT], (len(numbers) - RANGES) // 8
     if _add_to(numbers, BEGUN, 1) >= parts:
-        return parts
+        return count, count
     while True:  # one is left for everybody who was counted in
         who %= ranges
         part = parts * who // ranges + _add_to(numbers, RANGES + 8 * who, 1)
         who += 1
         if part < parts * who // ranges:
-            return part
+            return count * part // parts, count * (part + 1) // parts
 
 
 @numba.njit
@@ -147,9 +147,9 @@ def end(turns):
 
 
 @kept
-def settled(numbers, parts):
+def settled(numbers):
     """Let nobody begin any more; whether all that was begun is done, or so after a little patience."""
-    begun = min(_exchange(numbers, BEGUN, parts), parts)
+    begun = min(_exchange(numbers, BEGUN, numbers[PARTS]), numbers[PARTS])
     looks = 0
     while _add_to(numbers, ENDED, 0) < begun and looks < PATIENCE:
         looks += 1

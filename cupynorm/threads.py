@@ -206,10 +206,10 @@ def share(
     """Have work(iterator, who) called by up to `threads` threads until its iterator has handed out all tasks 0, 1, ….
 
     Each call of work has an iterator of its own and gets what the others leave; who is 0 for the caller, and the number
-    of a helper, which it keeps from call to call. An exception in any of them ends the
-    handing out and is raised here, once none of them is at work any more. Where work shares out its tasks by itself,
-    settled() sees to it that no further one is begun and says whether all that were begun are done: True saves waiting
-    for helpers that are on their way back.
+    of a helper, which it keeps from call to call. An exception in any of them ends the handing out and is raised here,
+    once none of them is at work any more. Where work shares out its tasks by itself, settled() sees to it that no
+    further one is begun and says whether all that were begun are done: True saves waiting for helpers that are on their
+    way back.
     """
     if threads > 1 and tasks > 1:
         _state.pool.run(_Job(work, tasks, settled), min(threads, tasks) - 1)

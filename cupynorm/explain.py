@@ -99,9 +99,11 @@ def _described(
     access = 16 if first.group == "part" else made.vector * ITEMSIZE[dtype]
     layout = "read in place"
     if copies:
-        usual = copies > planned(memory.shape[0], False)[1]
+        for_bits = copies > planned(memory.shape[0], False)[1]
         layout = "x is copied first: " + (
-            "for the same bits as a new array" if usual else "its strides are neither channels-first nor channels-last"
+            "for the same bits as a new array"
+            if for_bits
+            else "its strides are neither channels-first nor channels-last"
         )
     if made.skewed and first.group != "part":
         layout += ", each pack put together from two, since " + (

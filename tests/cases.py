@@ -186,8 +186,9 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
         if training:
             m, v = reference.moved(mean_, var_, x_, 0.3)
             xmean, xvar = (np.abs(a).mean(0) for a in reference.statistics(x_))
-            # A mean's error is that of its terms, which may cancel.
-            assert _error(backend.host(mean), m, np.abs(mean_) + xmean + np.sqrt(xvar) + 1e-30) <= param + compute
+            # And about one rounding of the terms of a mean, which may cancel.
+            terms = np.abs(mean_) + xmean + np.sqrt(xvar) / 16
+            assert _error(backend.host(mean), m, terms + 1e-30) <= param + compute
             # The variance of values around a large mean is that of their rounded selves: exact all the same.
             assert _error(backend.host(var), v, np.abs(var_) + 2 * xvar + 1e-30) <= param + compute
             mean, var = backend.array(mean_.copy()), backend.array(var_.copy())

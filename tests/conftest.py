@@ -106,14 +106,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         runtime.load_all(m for m in modules if clusters or m.group != "cluster")
 
 
-@pytest.fixture(
-    params=[
-        "numpy",
-        pytest.param("compiled", marks=pytest.mark.compiled),
-        pytest.param("simt", marks=pytest.mark.simt),
-        pytest.param("cupy", marks=pytest.mark.gpu),
-    ]
-)
+KERNELS = [pytest.param("simt", marks=pytest.mark.simt), pytest.param("cupy", marks=pytest.mark.gpu)]
+#: For tests of the CUDA kernels alone.
+on_kernels = pytest.mark.parametrize("backend", KERNELS, indirect=True)
+
+
+@pytest.fixture(params=["numpy", pytest.param("compiled", marks=pytest.mark.compiled), *KERNELS])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     if request.param == "cupy":
         return Backend("cupy", "cuda:0", monkeypatch)

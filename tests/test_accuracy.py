@@ -12,7 +12,7 @@ import cases
 import numpy as np
 import pytest
 import reference
-from conftest import Backend
+from conftest import Backend, on_kernels
 
 import cupynorm as cn
 from bench import __main__ as bench
@@ -123,11 +123,7 @@ def test_squares_out_of_range(
 OWNERS = [case for case in cases.variants() if case.dtype == "float32"]
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param("simt", marks=pytest.mark.simt), pytest.param("cupy", marks=pytest.mark.gpu)],
-    indirect=True,
-)
+@on_kernels
 @pytest.mark.parametrize(("case", "scale"), list(zip(OWNERS, itertools.cycle([1e25, 1e-25]), strict=False)), ids=str)
 def test_squares_out_of_range_for_every_owner(
     backend: Backend, rng: np.random.Generator, case: cases.Case, scale: float

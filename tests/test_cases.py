@@ -7,7 +7,7 @@ from dataclasses import replace
 import cases
 import numpy as np
 import pytest
-from conftest import Backend
+from conftest import Backend, on_kernels
 
 from cupynorm.cuda import plan
 
@@ -48,11 +48,7 @@ def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Gen
     cases.check(backend, case, rng)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param("simt", marks=pytest.mark.simt), pytest.param("cupy", marks=pytest.mark.gpu)],
-    indirect=True,
-)
+@on_kernels
 @pytest.mark.parametrize(("shape", "layout"), [
     ((3, 99, 5, 7), "contiguous"), ((3, 9, 35, 45), "contiguous"), ((1, 17, 100, 100), "contiguous"),
     ((1, 17, 110, 200), "contiguous"), ((1, 17, 250, 260), "contiguous"), ((17, 8, 5, 6), "channels_last"),

@@ -199,9 +199,8 @@ def test_sixteen_byte_accesses(module: Module) -> None:
         stores = len(re.findall(r"st\.global\.v4\.b32", entry))
         if rung.rest == "registers":
             packs = rung.chunks
-            if rung.owner == "part":  # as many wide packs as a warp's run may touch, dealt to its lanes
-                wide = widest(ITEMSIZE[module.dtype], "channels_first")
-                packs = (32 * rung.chunks // wide + 1 + 31) // 32
+            if rung.owner == "part":  # as many wide packs as a warp's run may hold whole, dealt to its lanes
+                packs = rung.chunks // widest(ITEMSIZE[module.dtype], "channels_first")
             assert loads == inputs * packs, name
             assert stores == outputs * packs, name
         else:

@@ -303,7 +303,7 @@ class _Interpreted(_Work):
             groups = self._cut(c, plane, most, n)
             self.planes = [(slice(i, i + 1), group) for i in range(n) for group in groups]
         self.blocks, self.tiles = len(self.planes), len(self.tile)
-        self.room = self.limit if self.tiles > 1 else most
+        self.room = most if self.tiles == 1 else max(self.limit, c * self.lanes)
         if self.tiles > 1:
             self.partial = np.empty((4, self.tiles, n, c))
         # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
@@ -315,7 +315,7 @@ class _Interpreted(_Work):
 
     def _cut(self, count: int, size: int, most: int, times: int = 1) -> list[slice]:
         """count things of a size in even parts of at most `most` elements, so many that no thread has fewer of them."""
-        parts = -(-count * size // most)
+        parts = -(-count // (most // size))
         if self.threads > 1:
             fair = self.threads // math.gcd(self.threads, times)
             parts = min(count, -(-parts // fair) * fair)

@@ -176,6 +176,105 @@ def test_nearly_constant_planes_keep_their_digits(way: str, rng: np.random.Gener
     assert np.abs(dx - exact).max() <= 4e-6 * np.abs(exact).max() * max(float(largest.max()), 1)
 
 
+def let_blocks_be_small(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and tiles of as few elements, and as many threads, as chance has it, to the end of the test. The compiled
+    loops take planes up to FORWARD_SHORT for ones of one tile.
+    """
+    let_threads_pay(monkeypatch)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", int(np.exp2(rng.uniform(5, 13))))
+    monkeypatch.setattr(cpu, "TILE", int(cpu.FORWARD_SHORT * np.exp2(rng.uniform(0, 2))))
+    cn.set_num_threads(int(rng.integers(1, 5)))
+
+
+def check_all(results: Any, exact: Any, dtype: Any) -> None:
+    for result, expected in zip(results, exact, strict=True):
+        largest = max(1, float(np.abs(expected).max()))
+        reference.assert_close(np.asarray(result / largest), expected / largest, dtype)
+
+
+LAID = ["contiguous", "channels_last", "crop", "transposed"]
+
+
+@pytest.mark.parametrize("layout", LAID)
+def test_blocks_and_tiles_of_any_size(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Small arrays cut as large ones are: forward, backward and double backward are what the reference says."""
+    if way == "compiled" and layout == "transposed":
+        pytest.skip("each kind of call is compiled for itself: those of other tests are enough")
+    for _ in range(40):
+        let_blocks_be_small(rng, monkeypatch)
+        most = (7, 40, 16, 16) if rng.random() < (0.3 if way == "compiled" else 0.7) else (2, 20, 90, 90)
+        shape = tuple(map(int, rng.integers(1, most)))
+        if np.prod(shape[2:]) < 6:  # the terms of dx cancel in planes of two
+            continue
+        dtype, activation, fused = np.float32, None, layout == "channels_last"
+        if way == "numpy":
+            dtype, fused = rng.choice([np.float32, np.float16]), rng.random() < 0.7
+        if fused:
+            activation = "leaky_relu" if way == "compiled" else rng.choice([None, "relu", "leaky_relu", "silu", "gelu"])
+        print(shape, dtype, activation, cpu.BLOCK_BYTES, cpu.TILE, cn.get_num_threads())  # shown with a failure
+        x, dy, ddx, added = (laid(rng.standard_normal(shape).astype(dtype), layout) for _ in range(4))
+        weight, bias = rng.uniform(0.5, 2, shape[1]).astype(np.float32), rng.random(shape[1], np.float32)
+        options: Any = {"residual": added if fused else None, "activation": activation, "negative_slope": 0.01}
+        z = reference.before_activation(x, weight, bias, residual=options["residual"])
+        dy[np.abs(z) < 0.01] = 0  # rounding may decide on which side of a kink an element is
+
+        y, saved = cn.instance_norm_forward(x, weight, bias, **options)
+        check_all([y], [reference.forward(x, weight, bias, **options)], dtype)
+        gradients = cn.instance_norm_backward(dy, saved)
+        check_all(gradients, reference.backward(dy, x, weight, bias=bias, **options)[: len(gradients)], dtype)
+        if activation is None:
+            again = cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)
+            check_all(again, reference.double_backward(ddx, weight, bias, dy, x, weight), dtype)
+
+
+@pytest.mark.parametrize("layout", LAID)
+def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Blocks hold each element once, as many as there is room for, and no thread has fewer of them than another."""
+    for _ in range(200):
+        let_blocks_be_small(rng, monkeypatch)
+        n, c, h, w = shape = tuple(map(int, rng.integers(1, (9, 40, 16, 16))))
+        x = laid(np.zeros(shape, np.float32), layout)
+        number, limit = cn.get_num_threads(), cpu.BLOCK_BYTES // 4
+        print(shape, cpu.BLOCK_BYTES, number)
+        work = cpu._Interpreted(cn.Saved(x, *np.zeros((2, n, c), np.float32), None, None, False), cpu._merged([x, x]))
+        seen, sizes = np.zeros(work.x.shape, int), []
+        for unit in range(work.blocks * work.tiles):
+            _, index, _ = work._index(unit)
+            seen[index] += 1
+            sizes.append(seen[index].size)
+        assert (seen == 1).all()
+        lanes = work.lanes
+        assert lanes == (layout == "channels_last" and c > 1 and w * h > 1) or 1 in (w, h)  # which may look otherwise
+        together = h * w * c if lanes else h * w  # is not cut where there is room for it
+        assert (work.tiles > 1) == (together > limit)
+        if work.tiles > 1:
+            assert max(sizes) <= max(limit, c if lanes else 1)
+            continue
+        most = limit if number == 1 else 2 * limit
+        assert max(sizes) <= most
+        if lanes or (h * w * c <= most and n >= number):
+            count, times, size = n, 1, h * w * c
+        else:
+            count, times, size = c, n, h * w
+        fewest = -(-count // (most // size))
+        parts = work.blocks // times
+        assert parts * times == work.blocks
+        assert fewest <= parts < fewest + number
+        assert parts == count or work.blocks % number == 0
+        assert max(sizes) - min(sizes) <= size
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 183500), (1, 5, 183500), (7, 1, 275251), (1, 600001, 2)], ids=str)
+@pytest.mark.parametrize("number", [1, 2])
+def test_blocks_that_do_not_come_out_even(rng: np.random.Generator, shape: Any, number: int):
+    """Two thirds of a block a sample: once scratch was a third too small."""
+    cn.set_num_threads(number)
+    for layout in ("contiguous", "channels_last"):
+        x = laid(rng.standard_normal(shape, dtype=np.float32).astype(np.float16), layout)
+        y = cn.instance_norm(x)
+        reference.assert_close(y, reference.forward(x))
+
+
 MIB = 2**20
 MEMORY = {
     "planes": ((2, 32, 256, 256), np.float32, "contiguous"),

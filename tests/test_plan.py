@@ -174,6 +174,22 @@ ACCESSES = {
 }
 
 
+def test_known_devices() -> None:
+    """What cudaGetDeviceProperties says of them: multiprocessors, sharedMemPerBlockOptin, l2CacheSize; and the largest
+    cluster, 8 blocks where it is portable and 16 where more are allowed."""
+    assert set(DEVICES.values()) == {
+        Device("T4", (7, 5), 40, 65536, 4194304),
+        Device("V100", (7, 0), 80, 98304, 6291456),
+        Device("A100", (8, 0), 108, 166912, 41943040),
+        Device("L4", (8, 9), 58, 101376, 50331648),
+        Device("H100", (9, 0), 132, 232448, 52428800, 16),
+        Device("H200", (9, 0), 132, 232448, 62914560, 16),
+        Device("B200", (10, 0), 148, 232448, 132120576, 16),
+        Device("RTX 5090", (12, 0), 170, 101376, 100663296, 8),
+    }
+    assert {name: device.name for name, device in DEVICES.items()} == {name: name for name in DEVICES}
+
+
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)
 @pytest.mark.parametrize("op", [*OPS, *DOUBLE])
 def test_every_shape_gets_a_launchable_plan(op: Op, device: Device) -> None:

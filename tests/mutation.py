@@ -77,7 +77,7 @@ class Mutant:
     new: str
     operator: str
     name: str
-    compiled: str = ""  # the function or class of the compiled loops that it is in
+    compiled: str = ""  # the function or class of the compiled loops, or what chooses them, that it is in
 
 
 # The mutants of a text
@@ -246,7 +246,7 @@ class _OfPython(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         before = self.compiled
-        if any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list):
+        if node.name == "_choose" or any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list):
             self.compiled = node.name
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:

@@ -36,7 +36,9 @@ try:
     import numba
 
     from .scalars import (
+        INLINE,
         SAMPLES,
+        WITHIN,
         activate,
         add,
         begin,
@@ -983,11 +985,11 @@ def half_erfcx(degree: int) -> list[float]:
 
 
 def _loop(function: Any) -> Any:
-    return function if numba is None else numba.njit(function, error_model="numpy", forceinline=True)
+    return function if numba is None else numba.njit(function, error_model="numpy", **INLINE)
 
 
 def _rare(function: Any) -> Any:
-    return function if numba is None else numba.njit(function, error_model="numpy", inline="never")
+    return function if numba is None else numba.njit(function, error_model="numpy", inline="never", **WITHIN)
 
 
 def _kernel(function: Any) -> Any:

@@ -15,7 +15,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload, register_jitable
 
-INLINE: Any = {"forceinline": True}  # a call left in a loop keeps it from becoming vector instructions
+#: Of what compiled code alone calls: to compile a way in for Python takes a sixth more time.
+WITHIN: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+INLINE: Any = {"forceinline": True, **WITHIN}  # a call left in a loop keeps it from becoming vector instructions
 
 #: A sample of what elements are stored as, by name of dtype: it carries the type.
 SAMPLES = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
@@ -42,7 +44,7 @@ def _pointer(typingctx, address, like):
     return types.CPointer(like)(types.int64, like), generate
 
 
-@numba.njit
+@numba.njit(**WITHIN)
 def memory(address, like):
     """All memory from an address on, as an array of like's type; offsets below 0 are unsigned numbers that wrap."""
     return numba.carray(_pointer(address, like), 1 << 40)
@@ -124,7 +126,7 @@ def turns_of(count, parts, threads):
     return numbers
 
 
-@numba.njit
+@numba.njit(**WITHIN)
 def begin(turns):
     """Take a part: the first thing to do and the one after the last, which are the same where no part is left."""
     numbers, who = turns
@@ -139,7 +141,7 @@ def begin(turns):
             return count * part // parts, count * (part + 1) // parts
 
 
-@numba.njit
+@numba.njit(**WITHIN)
 def end(turns):
     """A part is done; take another."""
     _add_to(turns[0], ENDED, 1)
@@ -187,7 +189,7 @@ def _typed(value, like):
     return lambda value, like: kind(value)
 
 
-@numba.njit(fastmath={"reassoc", "nsz"})
+@numba.njit(fastmath={"reassoc", "nsz"}, **WITHIN)
 def add(a, b):
     """a + b, of which sums may be made in any order: the one licence the compiler is given."""
     return a + b

@@ -996,7 +996,7 @@ def _kernel(function: Any) -> Any:
     return function if numba is None else kept(function, nogil=True)
 
 
-TILE = 65536  # positions
+TILE = 65536  # positions; no less than FORWARD_SHORT
 MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
 LANES_PARTIAL = 64

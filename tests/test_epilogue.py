@@ -642,21 +642,20 @@ def test_layer_that_is_given_more(
     backend: Backend, rng: np.random.Generator, given: tuple[str, ...], batched: bool, mode: str
 ) -> None:
     """dx alone, or with the gradients of all that was given, in the order weight, bias, residual."""
-    inputs = Inputs(rng, (2, 3, 4, 5) if batched else (1, 3, 4, 5), affine="none", activation="relu")
+    shape = (2, 3, 4, 5) if batched else (1, 3, 4, 5)
+    shapes = {"weight": (2, 3) if batched else (3,), "bias": (3,), "residual": shape}
+    while True:
+        inputs = Inputs(rng, shape, affine="none", with_residual=False)
+        running = None if mode == "training" else inputs.running
+        values = {name: normal(rng, shapes[name]) for name in given}
+        weight, bias, residual = map(values.get, ("weight", "bias", "residual"))
+        if np.abs(reference.before_activation(inputs.x, weight, bias, running=running, residual=residual)).min() > 1e-3:
+            break
     layer = cn.InstanceNorm2d(3, track_running_stats=True, device=backend.device, activation="relu").train(
         mode == "training"
     )
-    running = None
-    if mode != "training":
-        running = inputs.running
+    if running is not None:
         layer.running_mean[...], layer.running_var[...] = map(backend.array, running)
-    shapes = {"weight": (2, 3) if batched else (3,), "bias": (3,), "residual": inputs.x.shape}
-    while True:
-        values = {name: normal(rng, shapes[name]) for name in given}
-        weight, bias, residual = map(values.get, ("weight", "bias", "residual"))
-        z = reference.before_activation(inputs.x, weight, bias, running=running, residual=residual)
-        if np.abs(z).min() > 1e-3:
-            break
     arrays = {name: backend.array(a if batched or name != "residual" else a[0]) for name, a in values.items()}
     x, dy = (backend.array(a if batched else a[0]) for a in (inputs.x, inputs.dy))
     y = layer(x, **arrays)

@@ -313,7 +313,8 @@ class _Interpreted(_Work):
         self.buffered = 16 if inner >= 512 else 8192
 
     def __str__(self) -> str:
-        return f"NumPy, {self.blocks} block(s) of planes of at most {BLOCK_BYTES} B in {self.dtype}"
+        most = self.room * self.dtype.itemsize
+        return f"NumPy, {self.blocks} block(s) of planes, in {self.dtype} of at most {most} B at a time"
 
     def _cut(self, count: int, size: int, most: int, times: int = 1) -> list[slice]:
         """count things of a size in even parts of at most `most` elements, so many that no thread has fewer of them."""

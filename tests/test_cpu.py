@@ -277,6 +277,33 @@ def test_blocks_that_do_not_come_out_even(rng: np.random.Generator, shape: Any, 
         reference.assert_close(y, reference.forward(x))
 
 
+def test_how_a_call_is_shared_out_is_told(way: str):
+    def told(number: int, *shape: int, layout: str = "contiguous") -> list[str]:
+        cn.set_num_threads(number)
+        return cpu.describe(laid(np.empty(shape, np.float16), layout))
+
+    if way == "compiled":
+        assert told(3, 2, 3, 4, 5) == ["compiled loops over 6 plane(s)", "one thread of 3"]
+        assert told(3, 1, 2, 300, 500) == [
+            "compiled loops over 2 plane(s), each in 3 tiles, put together in a fixed order", "up to 3 threads of 3",
+        ]  # fmt: skip
+        assert told(1, 2, 40, 4, 5, layout="channels_last") == [
+            "compiled loops over 2 group(s) of 40 channels side by side", "one thread of 1",
+        ]  # fmt: skip
+    else:
+        assert told(1, 5, 1, 367, 500) == [
+            "NumPy, 3 block(s) of planes, in float32 of at most 2097152 B at a time", "one thread of 1",
+        ]  # fmt: skip
+        assert told(2, 5, 1, 367, 500) == [
+            "NumPy, 2 block(s) of planes, in float32 of at most 4194304 B at a time", "up to 2 threads of 2",
+        ]  # fmt: skip
+        assert told(2, 1, 2, 1024, 1024) == [
+            "NumPy, 2 block(s) of planes, in float32 of at most 2097152 B at a time, each in 2 tiles, put together in a "
+            "fixed order", "up to 2 threads of 2",
+        ]  # fmt: skip
+    assert told(2, 0, 3, 4, 5) == ["empty, nothing is computed"]
+
+
 MIB = 2**20
 MEMORY = {
     "planes": ((2, 32, 256, 256), np.float32, "contiguous"),

@@ -379,7 +379,9 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         small = "test_small and compiled and float32"
         kind = re.search("lanes|short", mutant.compiled)
         case = {"lanes": "2x8x5x6", "short": "2x3x5x7"}[kind[0]] if kind else "1x2x100x100"
+        layouts = [("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")]  # compiles nothing
         return [
+            *(layouts if mutant.compiled == "_Layout" else []),
             ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}")),
             k("cases", small),
             k("cases", "test_table and compiled"),

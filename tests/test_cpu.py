@@ -298,8 +298,8 @@ def test_how_a_call_is_shared_out_is_told(way: str):
             "NumPy, 2 block(s) of planes, in float32 of at most 4194304 B at a time", "up to 2 threads of 2",
         ]  # fmt: skip
         assert told(2, 1, 2, 1024, 1024) == [
-            "NumPy, 2 block(s) of planes, in float32 of at most 2097152 B at a time, each in 2 tiles, put together in a "
-            "fixed order", "up to 2 threads of 2",
+            "NumPy, 2 block(s) of planes, in float32 of at most 2097152 B at a time, each in 2 tiles, "
+            "put together in a fixed order", "up to 2 threads of 2",
         ]  # fmt: skip
     assert told(2, 0, 3, 4, 5) == ["empty, nothing is computed"]
 
@@ -602,6 +602,52 @@ def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: p
 def work_of(x: np.ndarray, y: np.ndarray) -> Any:
     stats = np.empty((3, *x.shape[:2]), np.float32)
     return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), [x, y])
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("backward", [False, True])
+def test_layouts_reach_every_element_in_its_turn(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, backward: bool
+):
+    """The loops' tables lead to where the strides say, whatever these are; tiles hold each position of a plane once."""
+    use_compiled(monkeypatch, True)
+    for _ in range(300):
+        monkeypatch.setattr(cpu, "TILE", int(np.exp2(rng.uniform(0, 8))))
+        dtype = cn.devices.dtype_of(str(rng.choice(["float16", "bfloat16", "float32", "float64"])))
+        n, c, *spatial = shape = tuple(map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3)))
+        count, fused = (3, 5) if backward else (2, 3), rng.random() < 0.5
+        strides = []
+        for _ in range(count[fused]):
+            steps, order = [dtype.itemsize] * len(shape), rng.permutation(len(shape))
+            if rng.random() < 0.7:  # the usual orders, now and then with gaps
+                order = np.array([*range(len(shape))] if rng.random() < 0.5 else [0, *range(2, len(shape)), 1])
+            for i in reversed(range(len(shape) - 1)):
+                after = order[i + 1]
+                steps[order[i]] = steps[after] * (shape[after] + int(rng.random() < 0.1))
+            strides.append(tuple(-s if rng.random() < 0.05 else s for s in steps))
+        made = cpu._Layout(dtype, shape, tuple(strides), backward)
+        print(shape, strides, cpu.TILE)
+        assert made.usable
+        places, table, numbers, step, lanes = made.where
+        planes_of, group, tiles, runs, length, tile_runs, tile_length = numbers
+        assert planes_of == c and runs * length == np.prod(spatial)
+        stand_ins = [] if fused else strides[:2] if backward else strides[1:]
+        assert made.residual is (True if fused else None) and len(places) == len(table) == count[1]
+        for (of_n, of_c, of_s), begins, each in zip(places, table, [*strides, *stand_ins], strict=True):
+            expected = sum(i * s for i, s in zip(np.indices(shape), each, strict=True)) // dtype.itemsize
+            along = begins[:, None] + np.arange(length) * of_s
+            got = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along.ravel()
+            np.testing.assert_array_equal(got, expected.reshape(got.shape))
+        assert step is (None if length == 1 or (places[:, 2] == 1).all() else True)
+        assert lanes is (True if step and c > 1 and (places[:, 1] == 1).all() else None)
+        assert (group > 1) <= bool(lanes) and made.blocks == n * -(-c // group) and made.group == group
+        assert group in (1, c) or (group % 16 == 0 and group <= 256)
+        assert tiles == -(-runs // tile_runs) * -(-length // tile_length) == made.tiles
+        assert tile_runs == 1 or tile_length == length
+        assert tile_runs * tile_length * group <= max(2 * cpu.TILE, group)
+        together = group * runs * length  # is not cut where there is room for it
+        assert tiles == 1 or together > cpu.TILE
+        assert made.alike == (strides[0] == strides[1])
 
 
 @pytest.mark.compiled

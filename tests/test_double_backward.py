@@ -397,7 +397,7 @@ def test_a_gradient_penalty_falls(backend: Backend, rng: np.random.Generator) ->
         w -= step * dw
         gamma -= step * dgamma
         v -= step * dv
-    assert penalties[-1] < 0.7 * penalties[0]
+    assert penalties[-1] < 0.9 * penalties[0]
 
 
 # On a CPU

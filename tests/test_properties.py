@@ -149,7 +149,7 @@ def within(actual: np.ndarray, expected: np.ndarray, scale: Any, dtype: str, sto
 
 
 def kept_bits(*arrays: np.ndarray | None) -> list[bytes | None]:
-    return [None if a is None else a.tobytes() for a in arrays]
+    return [None if a is None else a.copy("C").tobytes() for a in arrays]  # tobytes alone may take no more than 32 axes
 
 
 def good_planes(*arrays: np.ndarray | None) -> np.ndarray:
@@ -292,7 +292,7 @@ def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[s
                 total = t.sum(axes if p.ndim == 2 else (0, *axes))
                 within(backend.host(gradient), e, total, dtype, params)
     assert kept_bits(x_, weight_, bias_, residual_) == before
-    assert backend.host(x).tobytes() == x_.tobytes()
+    assert kept_bits(backend.host(x)) == kept_bits(x_)
 
 
 @checks(150)

@@ -349,7 +349,8 @@ def test_double_backward_of_more_tiles_than_merge_threads(
     merge = next(count for count in runtime.counts if count.kernel.startswith("merge"))
     assert max(merge.read.values()) > 256 * 4
     for actual, exact in zip(results, reference.double_backward(ddx, w, None, dy, x, w, running=running), strict=True):
-        assert np.abs(actual - exact).max() <= 5e-6 * max(1, np.abs(exact).max())
+        least = 1 if actual.shape == x.shape else x.size**0.5  # a sum's terms may cancel
+        assert np.abs(actual - exact).max() <= 5e-6 * max(least, np.abs(exact).max())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -369,7 +370,8 @@ def test_more_tiles_than_merge_threads(on: Callable[..., Emulator], rng: np.rand
     assert max(merge.read.values()) > (3 if training else 2) * 256 * 4
     expected = (reference.forward(x, w, w, running=running), *reference.backward(dy, x, w, bias=w, running=running))
     for actual, exact in zip(results, expected[:4], strict=False):
-        assert np.abs(actual - exact).max() <= 5e-6 * max(1, np.abs(exact).max())
+        least = 1 if actual.shape == x.shape else x.size**0.5
+        assert np.abs(actual - exact).max() <= 5e-6 * max(least, np.abs(exact).max())
 
 
 def _inputs(

@@ -246,7 +246,7 @@ class _OfPython(ast.NodeVisitor):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         before = self.compiled
-        if node.name == "_choose" or any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list):
+        if node.name in FOR_LOOPS or any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list):
             self.compiled = node.name
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
@@ -257,7 +257,7 @@ class _OfPython(ast.NodeVisitor):
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
         before = self.compiled
-        if node.name in ("_Layout", "_Compiled"):
+        if node.name in FOR_LOOPS:
             self.compiled = node.name
         for statement in node.body:
             self.visit(statement)
@@ -330,6 +330,8 @@ class _OfPython(ast.NodeVisitor):
         self.visit_If(node)
 
 
+#: What only calls of the compiled loops show.
+FOR_LOOPS = {"_choose", "_Layout", "_Compiled"}
 #: What makes a function one of numba's.
 NUMBA = {"_loop", "_rare", "_kernel", "numba.njit", "overload", "register_jitable", "intrinsic"}
 
@@ -379,9 +381,9 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         small = "test_small and compiled and float32"
         kind = re.search("lanes|short", mutant.compiled)
         case = {"lanes": "2x8x5x6", "short": "2x3x5x7"}[kind[0]] if kind else "1x2x100x100"
-        layouts = [("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")]  # compiles nothing
+        layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing
         return [
-            *(layouts if mutant.compiled == "_Layout" else []),
+            *[layouts] * (mutant.compiled == "_Layout"),
             ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}")),
             k("cases", small),
             k("cases", "test_table and compiled"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import ml_dtypes
 import numpy as np
@@ -186,6 +186,16 @@ def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: object = None)
     """Within the tolerance of a dtype, that of `actual` at first."""
     tolerance = TOLERANCE[np.dtype(dtype or actual.dtype).name]  # type: ignore[arg-type]
     np.testing.assert_allclose(wide(actual), wide(expected), rtol=tolerance, atol=tolerance)
+
+
+def assert_all_close(results: Iterable[np.ndarray], exact: Iterable[np.ndarray], x: np.ndarray) -> None:
+    """Each result within the tolerance of x's dtype, relative to its largest element, or to 1; what is no array of x's
+    shape is sums over a channel, whose terms may cancel: relative to what they may be."""
+    for result, expected in zip(results, exact, strict=True):
+        assert result.shape == expected.shape
+        least = 1 if result.shape == x.shape else (x.size / x.shape[1]) ** 0.5
+        largest = max(least, np.abs(expected).max())
+        assert np.abs(wide(result) - wide(expected)).max() <= TOLERANCE[x.dtype.name] * largest
 
 
 def _memory_order(*order: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -386,9 +386,11 @@ def test_gradient_penalty(backend: Backend, rng: np.random.Generator) -> None:
 def test_a_gradient_penalty_falls(backend: Backend, rng: np.random.Generator) -> None:
     """In plain gradient descent, in float32."""
     function = _gradient_penalty()
-    x, w, gamma, beta, v = (backend.array(a.astype(np.float32)) for a in _critic(rng))
+    x, w, gamma, beta, v = _critic(rng)
+    gamma += np.copysign(0.5, gamma)  # where all are near 0, a sample may have no gradient to make longer
+    x, w, gamma, beta, v = (backend.array(a.astype(np.float32)) for a in (x, w, gamma, beta, v))
     while float(function(x, w, gamma, beta, v)[0]) < 1:  # far from its minimum
-        v *= backend.array(np.full(5, 2, np.float32))
+        v *= 2
     penalties = []
     for _ in range(200):
         penalty, dw, dgamma, dv = function(x, w, gamma, beta, v)
@@ -397,7 +399,7 @@ def test_a_gradient_penalty_falls(backend: Backend, rng: np.random.Generator) ->
         w -= step * dw
         gamma -= step * dgamma
         v -= step * dv
-    assert penalties[-1] < 0.9 * penalties[0]
+    assert penalties[-1] < 0.5 * penalties[0]
 
 
 # On a CPU

@@ -175,8 +175,8 @@ ACCESSES = {
 
 
 def test_known_devices() -> None:
-    """What cudaGetDeviceProperties says of them: multiprocessors, sharedMemPerBlockOptin, l2CacheSize; and the largest
-    cluster, 8 blocks where it is portable and 16 where more are allowed."""
+    """Written out once more, in bytes, as a driver tells sizes; no device has been asked. The largest cluster has 8
+    blocks where it is portable, 16 where more are allowed."""
     assert set(DEVICES.values()) == {
         Device("T4", (7, 5), 40, 65536, 4194304),
         Device("V100", (7, 0), 80, 98304, 6291456),
@@ -187,7 +187,7 @@ def test_known_devices() -> None:
         Device("B200", (10, 0), 148, 232448, 132120576, 16),
         Device("RTX 5090", (12, 0), 170, 101376, 100663296, 8),
     }
-    assert {name: device.name for name, device in DEVICES.items()} == {name: name for name in DEVICES}
+    assert all(name == device.name for name, device in DEVICES.items())
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=lambda d: d.name)

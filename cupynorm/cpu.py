@@ -49,6 +49,7 @@ try:
         narrow,
         prefetch,
         settled,
+        stream,
         times_slope,
         turns_of,
         typed,
@@ -1001,7 +1002,8 @@ TILE = 65536  # positions; no less than FORWARD_SHORT
 MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
 LANES_PARTIAL = 64
-PAYS = 2**18  # elements from which on a second thread does
+PAYS = 3 * 2**17  # elements from which on a second thread does
+STREAM = 3 * 2**23  # bytes of a result from which on it goes past the caches, which would not keep it
 PLANE_COSTS = 25  # what a plane costs in itself, in elements
 FORWARD_SHORT = 2048  # elements of a plane up to which it is done together with others
 BACKWARD_SHORT = 256  # longer ones take as long by themselves
@@ -1013,7 +1015,7 @@ PIECES, PIECE = 8, 8  # places in a tile, and elements of each, from which its m
 @_loop
 def _borders(tile, shape):
     """Runs and positions of a tile, and how many elements those are."""
-    _, _, tiles, runs, length, tile_runs, tile_length = shape
+    _, _, tiles, runs, length, tile_runs, tile_length, _ = shape
     if tiles == 1:
         return 0, runs, 0, length, runs * length
     along = (length + tile_length - 1) // tile_length
@@ -1281,6 +1283,8 @@ def _apply_forward_rows(
     """Where a plane follows, x is fetched there: reading would idle while this writes."""
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     away = np.uint64(places[0, 1])
+    streams = shape[7]
+    piece, zero = np.empty(PARTIAL, y.dtype), np.uint64(0)
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):  # what was read last is still in the cache
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1296,10 +1300,18 @@ def _apply_forward_rows(
                 hi = min(lo + PARTIAL, l1)
                 if follows:
                     _fetch(x, o0 + away, lo, hi, step)
-                _result_run(
-                    like, x, y, res, (o0, o1, o2), (k0, k1, k2), np.uint64(lo), np.uint64(hi), step, residual, act,
-                    m, d, scale, shift,
-                )  # fmt: skip
+                if streams:
+                    at, size = np.uint64(lo), np.uint64(hi - lo)
+                    _result_run(
+                        like, x, piece, res, (o0 + at, zero, o2 + at), (k0, k1, k2), zero, size, None, residual, act,
+                        m, d, scale, shift,
+                    )  # fmt: skip
+                    stream(piece, size, y, o1 + at)
+                else:
+                    _result_run(
+                        like, x, y, res, (o0, o1, o2), (k0, k1, k2), np.uint64(lo), np.uint64(hi), step, residual, act,
+                        m, d, scale, shift,
+                    )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -1664,6 +1676,8 @@ def _apply_backward_rows(
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
     k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
     away, away2 = np.uint64(places[0, 1]), np.uint64(places[2, 1])
+    streams = shape[7]
+    piece, zero = np.empty(PARTIAL, dx.dtype), np.uint64(0)
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1681,10 +1695,20 @@ def _apply_backward_rows(
                 if follows:
                     _fetch(x, o0 + away, lo, hi, step)
                     _fetch(dy, o2 + away2, lo, hi, step)
-                _gradient_run(
-                    like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), (k0, k1, k2, k3, k4),
-                    np.uint64(lo), np.uint64(hi), step, residual, act, training, m, d, scale, shift, slope, constant,
-                )  # fmt: skip
+                if streams:
+                    at, size = np.uint64(lo), np.uint64(hi - lo)
+                    _gradient_run(
+                        like, x, piece, dy, res, dres, (o0 + at, zero, o2 + at, o3 + at, o4 + at),
+                        (k0, k1, k2, k3, k4), zero, size, None, residual, act, training,
+                        m, d, scale, shift, slope, constant,
+                    )  # fmt: skip
+                    stream(piece, size, dx, o1 + at)
+                else:
+                    _gradient_run(
+                        like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), (k0, k1, k2, k3, k4),
+                        np.uint64(lo), np.uint64(hi), step, residual, act, training,
+                        m, d, scale, shift, slope, constant,
+                    )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -1902,7 +1926,8 @@ class _Layout:
         self.blocks = n * -(-c // group)
         self.group = group
         self.lanes = lanes
-        self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length)
+        self.streams = rows and n * c * plane * itemsize >= STREAM
+        self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(self.streams))
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
         self.like = SAMPLES[dtype.name]
         self.where = (places, table, self.shape, None if rows else True, True if lanes else None)

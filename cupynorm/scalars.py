@@ -66,6 +66,39 @@ def prefetch(typingctx, array, index):
     return types.none(array, index), generate
 
 
+@intrinsic
+def _put_line(typingctx, array, index, source, at):
+    """Write a line's worth of elements past the caches; array[index] is where a line begins."""
+
+    def generate(context, builder, signature, args):
+        line = ir.VectorType(ir.IntType(8), 64).as_pointer()
+        target, source = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2))
+        target, source = builder.gep(target, [args[1]]), builder.gep(source, [args[3]])
+        value = builder.load(builder.bitcast(source, line), align=1)
+        store = builder.store(value, builder.bitcast(target, line), align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.none(array, index, source, at), generate
+
+
+@numba.njit(**WITHIN)
+def stream(piece, size, array, index):
+    """Copy the first elements of a piece to where index is in an array, whole cache lines past the caches.
+
+    Lines written in the ordinary way are read first. The threads' atomic steps see to it that others find these too.
+    """
+    line = line_of(array[0])
+    first = min(np.uint64(-(array.ctypes.data // np.uint64(array.itemsize) + index) % line), size)
+    last = first + (size - first) // line * line
+    for i in range(first):
+        array[index + i] = piece[i]
+    for i in range(first, last, line):
+        _put_line(array, index + i, piece, i)
+    for i in range(last, size):
+        array[index + i] = piece[i]
+
+
 def line_of(like):
     """How many elements a cache line has."""
     raise NotImplementedError("compiled only")

@@ -153,6 +153,30 @@ def test_nothing_beside_the_arrays_is_read_or_written(
     assert (around[:10000] == 7).all() and (around[-10000:] == 7).all()
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_results_written_past_the_caches(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):
+    """The same bits as in the ordinary way, wherever lines of the cache begin and end, and nothing beside them."""
+    use_compiled(monkeypatch, True)
+    let_threads_pay(monkeypatch)
+    shape = (2, 3, *map(int, rng.integers(47, 60, 2)))  # planes too long for those that are done side by side
+    x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+    y, saved = cn.instance_norm_forward(x)
+    dx = cn.instance_norm_backward(dy, saved)[0]
+
+    written = []
+    monkeypatch.setattr(cpu, "STREAM", 0)
+    monkeypatch.setattr(cpu, "_layout", lru_cache(lambda *given: written.append(cpu._Layout(*given)) or written[-1]))
+    memory = np.full(x.size + 400, 7, dtype)
+    for start in rng.integers(64, 128, 5):
+        out = memory[start : start + x.size].reshape(shape)
+        assert cn.instance_norm(x, out=out).tobytes() == y.tobytes()
+        assert cn.instance_norm_backward(dy, saved, out=out)[0].tobytes() == dx.tobytes()
+        assert (memory[:start] == 7).all() and (memory[start + x.size :] == 7).all()
+        out[...] = 7
+    assert written and all(layout.streams for layout in written)
+
+
 @pytest.mark.parametrize("data", ["offset", "steps", "half", "outlier"])
 @pytest.mark.parametrize("size", [5, 16, 100, 512, 513, 5000, 70001])
 def test_nearly_constant_planes_keep_their_digits(way: str, rng: np.random.Generator, data: str, size: int):
@@ -183,6 +207,7 @@ def let_blocks_be_small(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatc
     let_threads_pay(monkeypatch)
     monkeypatch.setattr(cpu, "BLOCK_BYTES", int(np.exp2(rng.uniform(5, 13))))
     monkeypatch.setattr(cpu, "TILE", int(cpu.FORWARD_SHORT * np.exp2(rng.uniform(0, 2))))
+    monkeypatch.setattr(cpu, "STREAM", int(rng.choice([0, cpu.STREAM])))
     cn.set_num_threads(int(rng.integers(1, 5)))
 
 
@@ -295,8 +320,8 @@ def test_how_a_call_is_shared_out_is_told(way: str):
 
     if way == "compiled":
         assert told(3, 2, 3, 4, 5) == ["compiled loops over 6 plane(s)", "one thread of 3"]
-        assert told(3, 1, 2, 300, 500) == [
-            "compiled loops over 2 plane(s), each in 3 tiles, put together in a fixed order", "up to 3 threads of 3",
+        assert told(3, 1, 2, 400, 500) == [
+            "compiled loops over 2 plane(s), each in 4 tiles, put together in a fixed order", "up to 3 threads of 3",
         ]  # fmt: skip
         assert told(1, 2, 40, 4, 5, layout="channels_last") == [
             "compiled loops over 2 group(s) of 40 channels side by side", "one thread of 1",

@@ -320,8 +320,8 @@ def test_how_a_call_is_shared_out_is_told(way: str):
 
     if way == "compiled":
         assert told(3, 2, 3, 4, 5) == ["compiled loops over 6 plane(s)", "one thread of 3"]
-        assert told(3, 1, 2, 400, 500) == [
-            "compiled loops over 2 plane(s), each in 4 tiles, put together in a fixed order", "up to 3 threads of 3",
+        assert told(3, 1, 2, 300, 500) == [
+            "compiled loops over 2 plane(s), each in 3 tiles, put together in a fixed order", "up to 3 threads of 3",
         ]  # fmt: skip
         assert told(1, 2, 40, 4, 5, layout="channels_last") == [
             "compiled loops over 2 group(s) of 40 channels side by side", "one thread of 1",

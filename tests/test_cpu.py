@@ -649,6 +649,7 @@ def test_layouts_reach_every_element_in_its_turn(
     use_compiled(monkeypatch, True)
     for _ in range(300):
         monkeypatch.setattr(cpu, "TILE", int(np.exp2(rng.uniform(0, 8))))
+        monkeypatch.setattr(cpu, "STREAM", int(np.exp2(rng.uniform(0, 12))))
         dtype = cn.devices.dtype_of(str(rng.choice(["float16", "bfloat16", "float32", "float64"])))
         n, c, *spatial = shape = tuple(map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3)))
         count, fused = (3, 5) if backward else (2, 3), rng.random() < 0.5
@@ -665,7 +666,7 @@ def test_layouts_reach_every_element_in_its_turn(
         print(shape, strides, cpu.TILE)
         assert made.usable
         places, table, numbers, step, lanes = made.where
-        planes_of, group, tiles, runs, length, tile_runs, tile_length = numbers
+        planes_of, group, tiles, runs, length, tile_runs, tile_length, streams = numbers
         assert planes_of == c and runs * length == np.prod(spatial)
         stand_ins = [] if fused else strides[:2] if backward else strides[1:]
         assert made.residual is (True if fused else None) and len(places) == len(table) == count[1]
@@ -675,6 +676,7 @@ def test_layouts_reach_every_element_in_its_turn(
             got = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along.ravel()
             np.testing.assert_array_equal(got, expected.reshape(got.shape))
         assert step is (None if length == 1 or (places[:, 2] == 1).all() else True)
+        assert streams == (step is None and n * c * runs * length * dtype.itemsize >= cpu.STREAM)
         assert lanes is (True if step and c > 1 and (places[:, 1] == 1).all() else None)
         assert (group > 1) <= bool(lanes) and made.blocks == n * -(-c // group) and made.group == group
         assert group in (1, c) or (group % 16 == 0 and group <= 256)

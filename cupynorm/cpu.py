@@ -1004,6 +1004,7 @@ PARTIAL = 512  # elements whose sums are made in computing precision; those of t
 LANES_PARTIAL = 64
 PAYS = 2**18  # elements from which on a second thread does
 STREAM = 3 * 2**23  # bytes of a result from which on it goes past the caches, which would not keep it
+LONG_RUN = 128  # elements of a run from which on: shorter ones have few whole lines
 PLANE_COSTS = 25  # what a plane costs in itself, in elements
 FORWARD_SHORT = 2048  # elements of a plane up to which it is done together with others
 BACKWARD_SHORT = 256  # longer ones take as long by themselves
@@ -1926,7 +1927,7 @@ class _Layout:
         self.blocks = n * -(-c // group)
         self.group = group
         self.lanes = lanes
-        self.streams = rows and n * c * plane * itemsize >= STREAM
+        self.streams = rows and length >= LONG_RUN and n * c * plane * itemsize >= STREAM
         self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(self.streams))
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
         self.like = SAMPLES[dtype.name]

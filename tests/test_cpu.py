@@ -210,6 +210,7 @@ def let_blocks_be_small(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cpu, "BLOCK_BYTES", int(np.exp2(rng.uniform(5, 13))))
     monkeypatch.setattr(cpu, "TILE", int(cpu.FORWARD_SHORT * np.exp2(rng.uniform(0, 2))))
     monkeypatch.setattr(cpu, "STREAM", int(rng.choice([0, 2**60])))
+    monkeypatch.setattr(cpu, "LONG_RUN", 1)
     cn.set_num_threads(int(rng.integers(1, 5)))
 
 
@@ -655,6 +656,7 @@ def test_layouts_reach_every_element_in_its_turn(
         n, c, *spatial = shape = tuple(map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3)))
         bytes_of_one = math.prod(shape) * dtype.itemsize
         monkeypatch.setattr(cpu, "STREAM", bytes_of_one + int(rng.integers(-1, 2)))
+        monkeypatch.setattr(cpu, "LONG_RUN", int(rng.choice([1, 5, 25])))
         count, fused = (3, 5) if backward else (2, 3), rng.random() < 0.5
         strides = []
         for _ in range(count[fused]):
@@ -679,7 +681,7 @@ def test_layouts_reach_every_element_in_its_turn(
             got = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along.ravel()
             np.testing.assert_array_equal(got, expected.reshape(got.shape))
         assert step is (None if length == 1 or (places[:, 2] == 1).all() else True)
-        assert streams == (step is None and bytes_of_one >= cpu.STREAM)
+        assert streams == (step is None and length >= cpu.LONG_RUN and bytes_of_one >= cpu.STREAM)
         assert lanes is (True if step and c > 1 and (places[:, 1] == 1).all() else None)
         assert (group > 1) <= bool(lanes) and made.blocks == n * -(-c // group) and made.group == group
         assert group in (1, c) or (group % 16 == 0 and group <= 256)

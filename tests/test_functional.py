@@ -218,7 +218,7 @@ def test_out_may_be_x_in_the_last_backward(backend: Backend, rng: np.random.Gene
     gradients = cn.instance_norm_backward(g, saved, out=x)
     assert gradients[0] is x
     for ours, exact in zip(gradients, reference.backward(dy, host)[:3], strict=True):
-        assert_close(backend.host(ours), exact)
+        assert_close(backend.host(ours), exact, terms=host.size // ours.size)
     before = bits(backend, x, g)
     with pytest.raises(ValueError, match="out"):  # x is gone: a second answer would be wrong
         cn.instance_norm_backward(g, saved)
@@ -389,7 +389,7 @@ def test_saved_may_be_used_again(backend: Backend, rng: np.random.Generator) -> 
     results = [cn.instance_norm_backward(backend.array(dy), saved)[:2] for dy in (first, second, first)]
     assert bits(backend, *results[0]) == bits(backend, *results[2])
     for ours, exact in zip(results[1], reference.backward(second, host, weight), strict=False):
-        assert_close(backend.host(ours), exact)
+        assert_close(backend.host(ours), exact, terms=host.size // ours.size)
 
 
 def test_saved_is_small(backend: Backend, rng: np.random.Generator) -> None:
@@ -415,7 +415,7 @@ def test_running_statistics_may_move_before_the_backward(backend: Backend, rng: 
     dx, dweight, _ = cn.instance_norm_backward(backend.array(dy), saved)
     exact = reference.backward(dy, host, weight, running=(mean, var))
     assert_close(backend.host(dx), exact[0])
-    assert_close(backend.host(dweight), exact[1])
+    assert_close(backend.host(dweight), exact[1], terms=host.size // 3)
 
 
 @pytest.mark.parametrize("layouts", list(itertools.permutations(["contiguous", "channels_last", "crop"], 2)))

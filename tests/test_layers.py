@@ -320,8 +320,8 @@ def test_backward_twice_adds_twice(backend: Backend, rng: np.random.Generator) -
     first, second = (backend.host(layer.backward(backend.array(dy))) for _ in range(2))
     assert first.tobytes() == second.tobytes()
     _, dweight, dbias, _ = reference.backward(dy, host)
-    assert_close(backend.host(layer.weight.grad), 2 * dweight)
-    assert_close(backend.host(layer.bias.grad), 2 * dbias)
+    assert_close(backend.host(layer.weight.grad), 2 * dweight, terms=2 * host.size // 3)
+    assert_close(backend.host(layer.bias.grad), 2 * dbias, terms=2 * host.size // 3)
 
 
 def test_gradients_that_the_user_put_there(backend: Backend, rng: np.random.Generator) -> None:
@@ -332,7 +332,7 @@ def test_gradients_that_the_user_put_there(backend: Backend, rng: np.random.Gene
     layer.backward(backend.array(dy))
     _, dweight, dbias, _ = reference.backward(dy, host)
     assert_close(backend.host(layer.weight.grad), 100 + dweight)
-    assert_close(backend.host(layer.bias.grad), dbias)
+    assert_close(backend.host(layer.bias.grad), dbias, terms=host.size // 3)
 
 
 @pytest.mark.parametrize("grad", [np.ones(4, np.float32), np.ones((), np.float32), np.ones((2, 3)), [0, 0, 0], 1.0])

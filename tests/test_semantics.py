@@ -267,7 +267,7 @@ def test_row_09_layer_of_one_dtype(backend: Backend, rng: np.random.Generator, d
     assert_close(backend.host(y), reference.forward(x, weight, bias))
     gradients = dx, layer.weight.grad, layer.bias.grad
     for ours, exact in zip(gradients, reference.backward(dy, x, weight)[:3], strict=True):
-        assert_close(backend.host(ours), exact)
+        assert_close(backend.host(ours), exact, terms=x.size // ours.size)
     statistics = layer.running_mean, layer.running_var
     for ours, exact in zip(statistics, reference.moved(*running, x, 0.1), strict=True):
         assert_close(backend.host(ours), exact)
@@ -380,7 +380,7 @@ def test_row_12_bias_without_weight(backend: Backend, rng: np.random.Generator) 
     exact = reference.backward(host, host)
     assert dweight is None
     assert_close(backend.host(dx), exact[0])
-    assert_close(backend.host(dbias), exact[2])
+    assert_close(backend.host(dbias), exact[2], terms=8)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
@@ -624,12 +624,12 @@ def test_row_20_gradients_accumulate_until_cleared(backend: Backend, rng: np.ran
         exact = reference.backward(dy, host)
         total = total + exact[1:3]
         assert_close(backend.host(dx), exact[0])
-        assert_close(backend.host(layer.weight.grad), total[0])
-        assert_close(backend.host(layer.bias.grad), total[1])
+        assert_close(backend.host(layer.weight.grad), total[0], terms=120)
+        assert_close(backend.host(layer.bias.grad), total[1], terms=120)
     layer.cleargrads()
     assert layer.weight.grad is layer.bias.grad is None
     layer.backward(backend.array(dy))
-    assert_close(backend.host(layer.weight.grad), exact[1])
+    assert_close(backend.host(layer.weight.grad), exact[1], terms=40)
 
 
 @pytest.mark.parametrize("kind", ["scalar", "batch", "rows", "channels_last", "crop", "reversed", "transposed"])

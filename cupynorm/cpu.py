@@ -131,11 +131,11 @@ def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Arra
         dresidual = g_out = empty_like(x, empty)
     dx = empty_like(x, empty) if out is None else out
     dtype = math_dtype(x.dtype)
-    sum_g, sum_g_xhat = (np.empty if x.size else np.zeros)((2, *x.shape[:2]), dtype)
+    sums = (np.empty if x.size else np.zeros)((2, *x.shape[:2]), dtype)  # of g times xhat, and of g
     if x.size:
         arrays = [x, dx, dy] if g_out is None else [x, dx, dy, saved.residual, g_out]
-        _choose(saved, arrays, backward=True).backward(sum_g, sum_g_xhat)
-    return dx, _gradient(sum_g_xhat, saved.weight), _gradient(sum_g, saved.bias), dresidual
+        _choose(saved, arrays, backward=True).backward(sums[1], sums[0])
+    return dx, *_gradients(sums, saved.weight, saved.bias), dresidual
 
 
 def double_backward(
@@ -149,17 +149,19 @@ def double_backward(
         # In NumPy alone: a penalty is taken now and then, and the compiled loops would take seconds to compile for it.
         arrays = [x, dx, dy, ddy] if ddx is None else [x, dx, dy, ddy, ddx]
         _DoubleBackward(saved, _merged(arrays), ddweight, ddbias).double_backward(sums)
-    return ddy, dx, _gradient(sums, weight)
+    return ddy, dx, *_gradients(sums[None], weight)
 
 
-def _gradient(sums: np.ndarray, parameter: Array | None) -> Array | None:
-    """A parameter's gradient, in its shape and dtype, from the sums of all planes."""
-    if parameter is None:
-        return None
+def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None]:
+    """Parameters' gradients, in their shapes and dtypes, from all planes' sums for each, shape (parameters, N, C)."""
+    if all(parameter is None for parameter in parameters):
+        return [*parameters]
     with np.errstate(all="ignore"):
-        if parameter.ndim == 1:
-            sums = sums[0] if len(sums) == 1 else sums.astype(np.float64).sum(0)
-        return sums.astype(parameter.dtype)
+        over_batch = sums[:, 0] if sums.shape[1] == 1 else sums.astype(np.float64).sum(1)
+        return [
+            parameter if parameter is None else (over_batch if parameter.ndim == 1 else sums)[i].astype(parameter.dtype)
+            for i, parameter in enumerate(parameters)
+        ]
 
 
 def _moved(running: Array, values: np.ndarray, momentum: float) -> partial[None]:
@@ -1007,7 +1009,7 @@ STREAM = 3 * 2**23  # bytes of a result from which on it goes past the caches, w
 LONG_RUN = 128  # elements of a run from which on: shorter ones have few whole lines
 PLANE_COSTS = 25  # what a plane costs in itself, in elements
 FORWARD_SHORT = 2048  # elements of a plane up to which it is done together with others
-BACKWARD_SHORT = 256  # longer ones take as long by themselves
+BACKWARD_SHORT = 512  # longer ones take as long by themselves
 AHEAD = 4096  # elements by which reading is ahead of the sums, beyond the end of a plane too
 NEAR = 32768  # elements of a plane that is fetched while the one before is written: both fit the second cache
 PIECES, PIECE = 8, 8  # places in a tile, and elements of each, from which its mean is guessed
@@ -1279,13 +1281,13 @@ def _result_run(like, x, y, res, offsets, strides, lo, hi, step, residual, act, 
 @_loop
 def _apply_forward_rows(
     like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
-    weight, bias, over, mean, delta, rstd, follows,
+    weight, bias, over, mean, delta, rstd, follows, piece,
 ):  # fmt: skip
     """Where a plane follows, x is fetched there: reading would idle while this writes."""
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     away = np.uint64(places[0, 1])
     streams = shape[7]
-    piece, zero = np.empty(PARTIAL, y.dtype), np.uint64(0)
+    zero = np.uint64(0)
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):  # what was read last is still in the cache
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1481,12 +1483,13 @@ def _forward_results(
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
     res = memory(at[-1], like)
+    piece = np.empty(PARTIAL, y.dtype)
     first, last = begin(turns)
     while first < last:
         if lanes is None:
             _apply_forward_rows(
                 like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd, False,
+                weight, bias, over, mean, delta, rstd, False, piece,
             )  # fmt: skip
         else:
             _apply_forward_lanes(
@@ -1506,6 +1509,7 @@ def _forward_planes(
     res = memory(at[-1], like)
     tiles = shape[2]
     means, deltas, squares = np.empty((3, tiles * shape[1]))
+    piece = np.empty(PARTIAL, y.dtype)
     first, last = begin(turns)
     while first < last:
         if lanes is None and shape[3] == 1 and shape[4] <= FORWARD_SHORT:
@@ -1529,7 +1533,7 @@ def _forward_planes(
             if lanes is None:
                 _apply_forward_rows(
                     like, x, y, res, places, runs, shape, step, inplace, residual, act, u0, u1,
-                    weight, bias, over, mean, delta, rstd, follows,
+                    weight, bias, over, mean, delta, rstd, follows, piece,
                 )  # fmt: skip
             else:
                 _apply_forward_lanes(
@@ -1547,6 +1551,22 @@ def _gradient_at(x, dy, res, o0, o2, o3, residual, act, m, d, scale, shift):
     if residual is not None:
         z = z + widen(res[o3])
     return times_slope(widen(dy[o2]), z, act), centred
+
+
+@_loop
+def _sums_run(x, dy, res, offsets, strides, lo, hi, step, residual, act, zero, m, d, scale, shift):
+    """Sums of g and of g times what is centred, of a piece of a run of one plane."""
+    o0, o2, o3 = offsets
+    k0, k2, k3 = strides
+    total = dot = zero
+    for i in range(lo, hi):
+        g, centred = _gradient_at(
+            x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+            residual, act, m, d, scale, shift,
+        )  # fmt: skip
+        total = add(total, g)
+        dot = add(dot, g * centred)
+    return total, dot
 
 
 @_loop
@@ -1570,14 +1590,10 @@ def _reduce_backward_rows(
                 hi = min(lo + PARTIAL, l1)
                 _fetch(x, o0 + np.uint64(AHEAD), lo, hi, step)
                 _fetch(dy, o2 + np.uint64(AHEAD), lo, hi, step)
-                s = q = zero
-                for i in range(np.uint64(lo), np.uint64(hi)):
-                    g, centred = _gradient_at(
-                        x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-                        residual, act, m, d, scale, shift,
-                    )  # fmt: skip
-                    s = add(s, g)
-                    q = add(q, g * centred)
+                s, q = _sums_run(
+                    x, dy, res, (o0, o2, o3), (k0, k2, k3), np.uint64(lo), np.uint64(hi), step, residual, act, zero,
+                    m, d, scale, shift,
+                )  # fmt: skip
                 total += s
                 dot += q
         totals[unit] = total
@@ -1672,13 +1688,13 @@ def _gradient_run(
 @_loop
 def _apply_backward_rows(
     like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows,
+    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
 ):  # fmt: skip
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
     k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
     away, away2 = np.uint64(places[0, 1]), np.uint64(places[2, 1])
     streams = shape[7]
-    piece, zero = np.empty(PARTIAL, dx.dtype), np.uint64(0)
+    zero = np.uint64(0)
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1757,6 +1773,7 @@ def _backward_short_rows(
 ):  # fmt: skip
     """All of the backward for short planes, as _forward_short_rows."""
     size, zero = np.uint64(shape[4]), zero_of(like)
+    origin, sixteen = np.uint64(0), np.uint64(16)  # as there
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
     k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
     m, d, r, scale, shift, total, dot = np.zeros((7, 64), mean.dtype)
@@ -1770,17 +1787,12 @@ def _backward_short_rows(
         for j in range(64):
             scale[j] *= r[j]
         for j in range(planes):
-            o0, o2, o3 = offsets[0, j], offsets[2, j], offsets[3, j]
-            m_, d_, scale_, shift_ = m[j], d[j], scale[j], shift[j]
-            s = q = zero
-            for i in range(size):
-                g, centred = _gradient_at(
-                    x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-                    residual, act, m_, d_, scale_, shift_,
-                )  # fmt: skip
-                s = add(s, g)
-                q = add(q, g * centred)
-            total[j], dot[j] = s, q
+            at, k = (offsets[0, j], offsets[2, j], offsets[3, j]), (k0, k2, k3)
+            values = m[j], d[j], scale[j], shift[j]
+            if size == sixteen:
+                total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, sixteen, step, residual, act, zero, *values)
+            else:
+                total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, size, step, residual, act, zero, *values)
         for j in range(64):
             dot[j] *= r[j]
         for j in range(planes):
@@ -1788,11 +1800,13 @@ def _backward_short_rows(
         for j in range(64):
             dot[j], total[j] = _slope_and_constant(shape, r[j], total[j], dot[j])
         for j in range(planes):
-            o0, o1, o2, o3, o4 = offsets[0, j], offsets[1, j], offsets[2, j], offsets[3, j], offsets[4, j]
-            _gradient_run(
-                like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), (k0, k1, k2, k3, k4), np.uint64(0), size,
-                step, residual, act, training, m[j], d[j], scale[j], shift[j], dot[j], total[j],
-            )  # fmt: skip
+            at, k = (offsets[0, j], offsets[1, j], offsets[2, j], offsets[3, j], offsets[4, j]), (k0, k1, k2, k3, k4)
+            values = m[j], d[j], scale[j], shift[j], dot[j], total[j]
+            arrays, kinds = (like, x, dx, dy, res, dres), (step, residual, act, training)
+            if size == sixteen:
+                _gradient_run(*arrays, at, k, origin, sixteen, *kinds, *values)
+            else:
+                _gradient_run(*arrays, at, k, origin, size, *kinds, *values)
 
 
 @_kernel
@@ -1830,12 +1844,13 @@ def _backward_results(
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
     res, dres = memory(at[3], like), memory(at[4], like)
+    piece = np.empty(PARTIAL, dx.dtype)
     first, last = begin(turns)
     while first < last:
         if lanes is None:
             _apply_backward_rows(
                 like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, False,
+                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, False, piece,
             )  # fmt: skip
         else:
             _apply_backward_lanes(
@@ -1854,6 +1869,7 @@ def _backward_planes(
     res, dres = memory(at[3], like), memory(at[4], like)
     tiles = shape[2]
     totals, dots = np.empty((2, tiles * shape[1]))
+    piece = np.empty(PARTIAL, dx.dtype)
     first, last = begin(turns)
     while first < last:
         if lanes is None and shape[3] == 1 and shape[4] <= BACKWARD_SHORT:
@@ -1879,7 +1895,7 @@ def _backward_planes(
             if lanes is None:
                 _apply_backward_rows(
                     like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, u0, u1,
-                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows,
+                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
                 )  # fmt: skip
             else:
                 _apply_backward_lanes(

@@ -694,6 +694,17 @@ def test_layouts_reach_every_element_in_its_turn(
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize(("shape", "streams"), [
+    ((12, 512, 32, 32), True), ((12, 512, 32, 31), False), ((1, 49_152, 128), True), ((1, 50_000, 127), False),
+])  # fmt: skip
+def test_which_results_go_past_the_caches(shape: tuple[int, ...], streams: bool, monkeypatch: pytest.MonkeyPatch):
+    """Of 24 MiB and more, as README says, in rows of 128 elements and more."""
+    use_compiled(monkeypatch, True)
+    strides = np.empty(shape, np.float32).strides
+    assert cpu._Layout(np.dtype(np.float32), shape, (strides,) * 2, False).streams == streams
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_16_bit_number_is_read_and_written_right(dtype: str, monkeypatch: pytest.MonkeyPatch):
     """In tracked eval with mean 0 and variance 1 a call only converts."""

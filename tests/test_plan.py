@@ -417,6 +417,15 @@ def test_fresh_arrays_fit_their_kind(kind: Kind) -> None:
     assert layout(made, kind) is not None
 
 
+@pytest.mark.parametrize(("op", "times"), [("forward", 2), ("backward", 2), ("double_backward", 3)])
+def test_rungs_follow_closely(op: Op, times: int) -> None:
+    """Of the registers that a plane's owner holds it in, no more than half (double backward: two thirds) stay empty."""
+    held = [r.size * r.chunks for r in LADDERS[op] if r.rest == "registers" and r.owner != "part"]
+    assert len(held) >= 5
+    for smaller, larger in itertools.pairwise(held):
+        assert smaller < larger <= times * smaller
+
+
 def test_registers_fit_the_threads() -> None:
     """A rung's launch bounds leave at least 64 registers a thread, and one block at the least."""
     for file, rungs in LADDERS.items():

@@ -983,9 +983,9 @@ def half_erfcx(degree: int) -> list[float]:
 # Compiled by numba. In the loops an array is all memory from its first element on, and an offset in elements, unsigned:
 # with signed ones the compiler would have to mind negative indices, and would not use vector instructions.
 #
-# `like` is a sample of the stored type; of `step` (positions are not next to each other), `lanes`, `inplace` (y is x),
-# `residual` and `training` only whether they are None matters: each combination that is met is compiled for itself,
-# once, and kept on disk.
+# `like` is a sample of the stored type; of `step` (positions are not next to each other), `lanes` (channels are),
+# `inplace` (y is x), `residual` and `training` only whether they are None matters: each combination that is met is
+# compiled for itself, once, and kept on disk.
 
 
 def _loop(function: Any) -> Any:
@@ -1190,7 +1190,7 @@ def _reduce_forward_lanes(x, place, run, shape, first, last, zero, least, means,
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
         width = np.uint64(min(group, channels - c))
-        o = n * place[0] + c * place[1]
+        o = n * place[0] + c
         r0, r1, l0, l1, count = _borders(tile, shape)
         total[:] = 0
         for i in range(PIECES):
@@ -1340,9 +1340,9 @@ def _apply_forward_lanes(
         _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
-            b1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
-            b2 = np.uint64(n * places[-1, 0] + c * places[-1, 1] + runs[-1, r])
+            b0 = np.uint64(n * places[0, 0] + c + runs[0, r])
+            b1 = np.uint64(n * places[1, 0] + c + runs[1, r])
+            b2 = np.uint64(n * places[-1, 0] + c + runs[-1, r])
             for i in range(np.uint64(l0), np.uint64(l1)):
                 o0, o1, o2 = b0 + i * k0, b1 + i * k1, b2 + i * k2
                 if inplace is not None:
@@ -1620,9 +1620,9 @@ def _reduce_backward_lanes(
         totals[at : at + width] = 0
         dots[at : at + width] = 0
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
-            b2 = np.uint64(n * places[2, 0] + c * places[2, 1] + runs[2, r])
-            b3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
+            b0 = np.uint64(n * places[0, 0] + c + runs[0, r])
+            b2 = np.uint64(n * places[2, 0] + c + runs[2, r])
+            b3 = np.uint64(n * places[3, 0] + c + runs[3, r])
             for lo in range(l0, l1, LANES_PARTIAL):
                 a[:] = zeros[0]
                 b[:] = zeros[0]
@@ -1747,11 +1747,11 @@ def _apply_backward_lanes(
             slope[j], constant[j] = _slope_and_constant(shape, rstd[n, c + j], sum_g[n, c + j], sum_g_xhat[n, c + j])
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
-            b1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
-            b2 = np.uint64(n * places[2, 0] + c * places[2, 1] + runs[2, r])
-            b3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
-            b4 = np.uint64(n * places[4, 0] + c * places[4, 1] + runs[4, r])
+            b0 = np.uint64(n * places[0, 0] + c + runs[0, r])
+            b1 = np.uint64(n * places[1, 0] + c + runs[1, r])
+            b2 = np.uint64(n * places[2, 0] + c + runs[2, r])
+            b3 = np.uint64(n * places[3, 0] + c + runs[3, r])
+            b4 = np.uint64(n * places[4, 0] + c + runs[4, r])
             for i in range(np.uint64(l0), np.uint64(l1)):
                 o0, o1, o2, o3, o4 = b0 + i * k0, b1 + i * k1, b2 + i * k2, b3 + i * k3, b4 + i * k4
                 for j in range(np.uint64(width)):

@@ -16,7 +16,7 @@ from conftest import Backend
 import cupynorm as cn
 from cupynorm import devices
 from cupynorm.cuda.launch import _state
-from cupynorm.cuda.plan import DEVICES, ITEMSIZE, LADDERS, Device, Kind, Layout, Op, Plan, plan
+from cupynorm.cuda.plan import DEVICES, ITEMSIZE, LADDERS, Device, Kind, Layout, Memory, Op, Plan, arrange, fresh, plan
 from cupynorm.explain import plan_for
 
 EIGHT = Device("eight", (9, 0), 8, 99 * 1024, 4 * 2**20, 4)
@@ -134,6 +134,26 @@ def test_aligned_planes_cost_nothing_more() -> None:
             assert plans[0] == plans[1]
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_what_is_copied_for_it(invariant: bool) -> None:
+    """Never what lies as a new array does; and only what would be dealt out to threads otherwise."""
+
+    def copied(c: int, channels: int, phase: int = 0) -> bool:
+        """Of an array whose positions have room for more channels than its own."""
+        memory = Memory((2, c, 3, 7), (channels * 84, 4, channels * 28, channels * 4), 4, phase)
+        kind, _, (copy,) = arrange((memory,), invariant)
+        assert kind == "channels_last"
+        return copy
+
+    assert not copied(8, 8)
+    assert not copied(8, 16)
+    assert not copied(6, 6)  # no packs of 16 bytes begin alike: channels one by one
+    assert not copied(6, 9, 4)
+    assert copied(8, 9) == copied(8, 16, 4) == invariant
+    for made in (fresh((2, c, 3, 7), 4, kind) for c in (1, 6, 8) for kind in ("channels_first", "channels_last")):
+        assert arrange((made,), invariant)[2] == (False,)
+
+
 def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
     def told(shape: tuple[int, ...], dtype: str = "float32") -> str:
         lines = cn.explain(np.empty(shape, dtype), device="H100").splitlines()
@@ -167,8 +187,6 @@ def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
 
 
 def memory(*shape: int) -> Any:
-    from cupynorm.cuda.plan import fresh
-
     return fresh(shape, 4, "channels_first")
 
 

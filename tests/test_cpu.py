@@ -250,6 +250,31 @@ def test_blocks_and_tiles_of_any_size(way: str, rng: np.random.Generator, monkey
             reference.assert_all_close(again, reference.double_backward(ddx, weight, bias, dy, x, weight), x)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gaps_that_differ(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Each array of a call is a part of a larger one of another size."""
+
+    def within(a: np.ndarray) -> np.ndarray:
+        before, after = rng.integers(0, 4, (2, 2))
+        larger = laid(np.full((*a.shape[:2], *(a.shape[2:] + before + after)), 7, a.dtype), layout)
+        part = larger[:, :, before[0] : before[0] + a.shape[2], before[1] : before[1] + a.shape[3]]
+        part[...] = a
+        return part
+
+    for _ in range(10):
+        let_blocks_be_small(rng, monkeypatch)
+        shape = (2, 5, *map(int, rng.integers(3, 12, 2)))
+        x, dy, added, y, dx = (within(rng.standard_normal(shape, dtype=np.float32)) for _ in range(5))
+        options: Any = {"residual": added, "activation": "relu"}
+        z = reference.before_activation(x, residual=added)
+        dy[np.abs(z) < 0.01] = 0  # rounding may decide on which side of the kink an element is
+        y, saved = cn.instance_norm_forward(x, out=y, **options)
+        reference.assert_all_close([y], [reference.forward(x, **options)], x)
+        dx, *_, dresidual = cn.instance_norm_backward(dy, saved, out=dx)
+        exact = reference.backward(dy, x, **options)
+        reference.assert_all_close([dx, dresidual], [exact[0], exact[3]], x)
+
+
 def test_a_thread_goes_on_to_the_tiles_of_the_next_plane(
     way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ):

@@ -17,8 +17,9 @@ Needs Python 3.11, g++, and the extras test and cpu; with torch the tests that c
 A mutant goes through stages of tests, each of which passes on the code as it is, and is killed by the first that fails
 or takes far too long. One that does not compile, or cannot be imported, is no mutant and counts nowhere. What survives
 counts as not killed, whether or not mutation_survivors.toml gives a reason; the exit status is 1 where less than 95 %
-of a part is killed or a survivor has no reason. Not mutated: texts and annotations, preprocessor lines, and what stands
-where only a GPU's compiler sees it, which is counted in lines.
+of a part is killed or a survivor has no reason. Not mutated: texts and annotations, preprocessor lines, what has memory
+fetched ahead, which no result shows (AHEAD), and what stands where only a GPU's compiler sees it, which is counted in
+lines.
 """
 
 from __future__ import annotations
@@ -244,6 +245,17 @@ class _OfPython(ast.NodeVisitor):
             new = SWAPPED[match[0]]
             self.found.append((first + match.start(), first + match.end(), new, operator, self.compiled))
 
+    def visit(self, node: ast.AST) -> None:
+        match node:
+            case (
+                ast.FunctionDef(name=name)
+                | ast.Expr(value=ast.Call(func=ast.Name(id=name)))
+                | ast.If(test=ast.Name(id=name))
+                | ast.Assign(targets=[ast.Name(id=name) | ast.Tuple(elts=[ast.Name(id=name), *_])])
+            ) if name in AHEAD:
+                return
+        super().visit(node)
+
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         before = self.compiled
         if node.name in FOR_LOOPS or any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list):
@@ -330,6 +342,8 @@ class _OfPython(ast.NodeVisitor):
         self.visit_If(node)
 
 
+#: What has memory fetched ahead: the function, what it is called with, and when.
+AHEAD = {"_fetch", "AHEAD", "NEAR", "away", "away2", "follows"}
 #: What only calls of the compiled loops show.
 FOR_LOOPS = {"_choose", "_Layout", "_Compiled"}
 #: What makes a function one of numba's.

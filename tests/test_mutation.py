@@ -64,6 +64,27 @@ def test_mutants_of_a_python_module() -> None:
     }  # fmt: skip
 
 
+def test_what_fetches_memory_ahead_is_left_as_it_is() -> None:
+    assert not changes(
+        "cupynorm/a.py",
+        """
+AHEAD = 4096
+def _fetch(x, o, lo, hi):
+    for i in range(lo, hi, 1 + 1):
+        prefetch(x, o + i)
+def f(x, o, lo, hi):
+    away, away2 = x[0, 1], x[2, 1]
+    follows = hi - lo < 2
+    if follows:
+        _fetch(x, o + away, lo, hi)
+    _fetch(x, o + AHEAD, lo, hi)
+""",
+    )
+    assert changes("cupynorm/a.py", "if following:\n    fetch(1)\nahead = 1") == {
+        ("negate", "following", "(not following)"), ("drop a statement", "fetch(1)", "pass"), ("off by one", "1", "2"),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("part", mutation.PARTS)
 def test_every_python_mutant_can_be_parsed_and_has_a_name_of_its_own(part: str) -> None:
     names = []

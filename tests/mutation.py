@@ -407,8 +407,8 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         ]  # fmt: skip
     files = {
         "cpu": "cpu double_backward epilogue semantics functional accuracy layers together",
-        "launch": "semantics functional refusals together",
-        "plan": "plan functional info",
+        "launch": "semantics functional refusals invariance together",
+        "plan": "plan invariance functional info",
         "source": "plan compile package",
         "devices": "functional layers refusals info package",
         "explain": "functional info plan semantics",

@@ -526,6 +526,15 @@ for _ in range(5):
 stop.set()
 [t.join() for t in callers]
 """,
+    "fork while statistics are written": """
+running = np.zeros(64, np.float32), np.ones(64, np.float32)
+cpu._statistics.lock.acquire()  # as another thread does
+child = os.fork()
+if child == 0:
+    cn.instance_norm(x, *running)
+    os._exit(0 if running[0].any() else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+""",
     "workers": """
 import multiprocessing
 with multiprocessing.get_context("fork").Pool(2) as pool:

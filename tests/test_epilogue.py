@@ -464,6 +464,22 @@ def test_expanded_residual_and_dy(backend: Backend, rng: np.random.Generator, ac
         assert_close(backend.host(ours), expected, 2, inputs.x.size // ours.size)
 
 
+def test_parameters_at_odd_addresses(backend: Backend, rng: np.random.Generator) -> None:
+    if backend.name == "cupy":
+        pytest.skip("CuPy itself cannot read such arrays")
+    inputs = Inputs(rng, activation="relu")
+    exact_y, exact = inputs.expected()
+    for name in ("weight", "bias"):
+        given = getattr(inputs, name)
+        odd = np.frombuffer(b"-" + given.tobytes(), np.uint8)[1:].view(given.dtype).reshape(given.shape)
+        assert odd.flags.c_contiguous and not odd.flags.aligned
+        setattr(inputs, name, odd)
+    y, saved = inputs.forward(backend)
+    assert_close(backend.host(y), exact_y)
+    for ours, expected in zip(cn.instance_norm_backward(backend.array(inputs.dy), saved), exact, strict=True):
+        assert_close(backend.host(ours), expected, 2, inputs.x.size // ours.size)
+
+
 def test_strided_parameters_of_samples(backend: Backend, rng: np.random.Generator) -> None:
     inputs = Inputs(rng, affine="samples", activation="relu")
     exact_y, exact = inputs.expected()

@@ -154,14 +154,14 @@ def double_backward(
 
 def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None]:
     """Parameters' gradients, in their shapes and dtypes, from all planes' sums for each, shape (parameters, N, C)."""
-    if all(parameter is None for parameter in parameters):
+    ranks = {parameter.ndim for parameter in parameters if parameter is not None}
+    if not ranks:
         return [*parameters]
     with np.errstate(all="ignore"):
-        over_batch = sums[:, 0] if sums.shape[1] == 1 else sums.astype(np.float64).sum(1)
-        return [
-            parameter if parameter is None else (over_batch if parameter.ndim == 1 else sums)[i].astype(parameter.dtype)
-            for i, parameter in enumerate(parameters)
-        ]
+        by_rank = {2: sums}
+        if 1 in ranks:
+            by_rank[1] = sums[:, 0] if sums.shape[1] == 1 else sums.astype(np.float64).sum(1)
+        return [None if p is None else by_rank[p.ndim][i].astype(p.dtype) for i, p in enumerate(parameters)]
 
 
 def _moved(running: Array, values: np.ndarray, momentum: float) -> partial[None]:

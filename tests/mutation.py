@@ -395,9 +395,11 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         small = "test_small and compiled and float32"
         kind = re.search("lanes|short", mutant.compiled)
         case = {"lanes": "2x8x5x6", "short": "2x3x5x7"}[kind[0]] if kind else "1x2x100x100"
-        layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing
+        layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, as the next
+        choices = k("choices", "compiled or groups_of or done_together")
         return [
             *[layouts] * (mutant.compiled == "_Layout"),
+            *[choices] * (mutant.compiled in ("_at_a_time", "_choose", "_Compiled", "_Layout")),
             ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}")),
             k("cases", small),
             k("cases", "test_table and compiled"),
@@ -406,7 +408,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
              "-m", "compiled"),
         ]  # fmt: skip
     files = {
-        "cpu": "cpu double_backward epilogue semantics functional accuracy layers together",
+        "cpu": "choices cpu double_backward epilogue semantics functional accuracy layers together",
         "launch": "semantics functional refusals invariance together",
         "plan": "plan invariance functional info",
         "source": "plan compile package",

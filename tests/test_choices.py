@@ -1,0 +1,241 @@
+"""What the CPU backend chooses for speed alone. Results have the same bits whatever it is: other tests do not notice.
+
+The numbers were measured (README, and the messages of the changes); here they are held, so that none moves unseen.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import use_compiled
+
+import cupynorm as cn
+from cupynorm import cpu
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_they_were():
+    before = cn.get_num_threads()
+    yield
+    cn.set_num_threads(before)
+
+
+def on_numpy(
+    shape: tuple[int, ...], dtype: Any = np.float32, lanes: bool = False, activation: str | None = None
+) -> Any:
+    """The work of a forward on an array that takes no memory."""
+    n, c, *spatial = shape
+    if lanes:
+        x = np.moveaxis(np.broadcast_to(np.zeros((), np.float32), (n, *spatial, c)), -1, 1)
+        strides = np.moveaxis(np.empty((1, *spatial, c), np.float32), -1, 1).strides
+    else:
+        x, strides = np.broadcast_to(np.zeros((), np.float32), shape), np.empty((1, *shape[1:]), np.float32).strides
+    x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), x.shape, strides)  # never read
+    stats = np.zeros((3, n, c), np.float32)
+    return cpu._Interpreted(cn.Saved(x, *stats[:2], None, None, True, stats[2], activation), cpu._merged([x, x]))
+
+
+def test_from_where_on_threads_pay_on_numpy_alone():
+    cn.set_num_threads(3)
+    assert on_numpy((1, 1, 2**19 - 1)).threads == 1
+    assert on_numpy((1, 1, 2**19)).threads == 3
+
+
+@pytest.mark.compiled
+def test_from_where_on_threads_pay_for_compiled_loops(monkeypatch: pytest.MonkeyPatch):
+    """A plane counts 25 elements more than it has."""
+    use_compiled(monkeypatch, True)
+
+    def pays(*shape: int) -> bool:
+        return cpu._Layout(
+            np.dtype(np.float32), shape, (np.empty((1, *shape[1:]), np.float32).strides,) * 2, False
+        ).pays
+
+    assert [pays(1, 1, 2**18 - 25 - less) for less in (0, 1)] == [True, False]
+    assert [pays(64, 32, 128 - 25 - less) for less in (0, 1)] == [True, False]
+
+
+class Recorded(cpu._Work):
+    def __init__(self, threads: int, blocks: int, tiles: int):
+        self.threads, self.blocks, self.tiles = threads, blocks, tiles
+        self.did: list[Any] = []
+
+    def share(self, step: Any, count: int) -> None:
+        self.did.append((step, count))
+
+
+@pytest.mark.parametrize(("threads", "blocks", "tiles", "whole"), [
+    (1, 2, 5, True), (3, 2, 1, True), (3, 11, 5, False), (3, 12, 5, True), (2, 7, 2, False), (2, 8, 2, True),
+    (2, 1, 2, False), (5, 19, 2, False), (5, 20, 2, True),
+])  # fmt: skip
+def test_tiles_are_shared_where_blocks_are_few(threads: int, blocks: int, tiles: int, whole: bool):
+    """A thread with four blocks or more has as much to do as the others."""
+    work = Recorded(threads, blocks, tiles)
+    work.run("reduce", lambda *given: work.did.append(("join", *given)), "apply", "whole")  # type: ignore[arg-type]
+    units = blocks * tiles
+    assert work.did == ([("whole", blocks)] if whole else [("reduce", units), ("join", 0, blocks), ("apply", units)])
+
+
+@pytest.mark.parametrize(("size", "number", "count", "parts"), [
+    (2**19, 1, 9, 1), (2**19, 2, 9, 2), (2**22 - 1, 2, 9, 2), (2**22, 2, 9, 8), (2**22, 2, 7, 7), (2**22, 3, 100, 12),
+    (2**19, 3, 2, 2), (2**22, 1, 9, 1),
+])  # fmt: skip
+def test_parts_of_a_call_on_numpy_alone(
+    monkeypatch: pytest.MonkeyPatch, size: int, number: int, count: int, parts: int
+):
+    """One for each thread, or four from 2**22 elements on: a thread that is late takes fewer."""
+    given: list[Any] = []
+    monkeypatch.setattr(cpu, "share", lambda work, tasks, threads: given.append((work, tasks, threads)))
+    cn.set_num_threads(number)
+    work = on_numpy((1, 1, size))
+    work.share("step", count)
+    [(each, tasks, threads)] = given
+    assert (tasks, threads) == (parts, number)
+    ranges: list[Any] = []
+    monkeypatch.setattr(work, "work", lambda step, parts: ranges.extend(parts))
+    for task in range(tasks):
+        each([task], None)
+    assert [i for first, last in ranges for i in range(first, last)] == [*range(count)]
+    assert max(last - first for first, last in ranges) - min(last - first for first, last in ranges) <= 1
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("number", "count", "parts"), [(1, 100, 1), (2, 100, 16), (2, 9, 9), (3, 100, 24)])
+def test_parts_of_a_compiled_call(monkeypatch: pytest.MonkeyPatch, number: int, count: int, parts: int):
+    """Eight for each thread."""
+    use_compiled(monkeypatch, True)
+    given: list[Any] = []
+    made = cpu.turns_of
+    monkeypatch.setattr(cpu, "turns_of", lambda *numbers: given.append(numbers) or made(*numbers))
+    monkeypatch.setattr(cpu, "share", lambda work, tasks, threads, settled: given.append((tasks, threads)))
+    cn.set_num_threads(number)
+    x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (1, 1, 2**20), (2**22, 2**22, 4))  # never read
+    stats = np.zeros((3, 1, 1), np.float32)
+    cpu._choose(cn.Saved(x, *stats[:2], None, None, True, stats[2]), [x, x]).share("step", count)
+    assert given == [(count, parts, number), (parts, number)]
+
+
+@pytest.mark.parametrize(("shape", "lanes", "elements"), [
+    ((1, 2, 511), False, 8192), ((1, 2, 512), False, 16), ((2, 511, 700), True, 8192), ((2, 512, 7), True, 16),
+    ((1, 1, 2**22), False, 16),
+])  # fmt: skip
+def test_buffer_and_scratch(shape: tuple[int, ...], lanes: bool, elements: int):
+    """From 512 numbers in a row on a ufunc reads a number for all of them where it is; it would copy it else."""
+    before = np.getbufsize()
+    cn.set_num_threads(1)
+    for activation, rooms in ((None, 3), ("relu", 4), ("leaky_relu", 5), ("silu", 6), ("gelu", 6)):
+        work = on_numpy(shape, lanes=lanes, activation=activation)
+        seen: list[Any] = []
+        work.work(lambda i, scratch: seen.append((i, scratch.shape, np.getbufsize())), iter([(3, 5), (7, 8)]))  # noqa: B023
+        room = min(math.prod(shape), 2**19)
+        assert seen == [(i, (rooms, room), elements) for i in (3, 4, 7)]
+        assert np.getbufsize() == before
+
+
+@pytest.mark.parametrize(("shape", "lanes", "number", "blocks", "tiles", "room"), [
+    ((1, 1, 2**19), False, 1, 1, 1, 2**19),  # 2 MiB of float32
+    ((1, 1, 2**19 + 1), False, 1, 1, 2, 2**19),
+    ((1, 1, 2**19 + 1), False, 2, 1, 2, 2**19),
+    ((4, 4, 2**17), False, 1, 4, 1, 2**19),
+    ((4, 4, 2**17), False, 2, 2, 1, 2**20),  # twice as much for each of several threads
+    ((4, 4, 2**18), False, 2, 4, 1, 2**20),
+    ((1, 4, 2**18), False, 2, 2, 1, 2**20),  # a sample each would leave one without
+    ((3, 4, 2**18), False, 2, 3, 1, 2**20),
+    ((3, 5, 2**18), False, 2, 6, 1, 2**20),
+    ((3, 10, 2**18), False, 2, 12, 1, 2**20),
+    ((2, 9, 2**18), False, 4, 8, 1, 2**20),  # 3 of each sample would leave a thread with fewer
+    ((2, 5, 2**18), False, 4, 4, 1, 2**20),
+    ((4, 8, 2**16), True, 1, 4, 1, 2**19),
+    ((4, 9, 2**16), True, 1, 4, 2, 2**19),
+    ((1, 2**19 + 1, 3), True, 1, 1, 3, 2**19 + 1),  # not fewer than all channels of a position
+])  # fmt: skip
+def test_blocks_of_a_call(shape: tuple[int, ...], lanes: bool, number: int, blocks: int, tiles: int, room: int):
+    cn.set_num_threads(number)
+    work = on_numpy(shape, lanes=lanes)
+    assert (work.lanes, work.blocks, work.tiles, work.room) == (lanes, blocks, tiles, room)
+
+
+@pytest.mark.parametrize(("shape", "steps", "lanes"), [
+    ((2, 3, 4, 5), (60, 20, 5, 1), False),
+    ((2, 3, 4, 5), (60, 1, 15, 3), True),
+    ((2, 2, 4, 5), (40, 1, 10, 2), True),
+    ((2, 3, 4, 5), (99, 1, 20, 4), True),  # with gaps
+    ((2, 1, 4, 5), (40, 1, 10, 2), False),
+    ((2, 3, 4, 5), (120, 40, 10, 2), False),  # every second column
+    ((2, 3, 4, 5), (60, 20, 1, 4), False),  # transposed
+    ((2, 3, 1, 1), (3, 1, 1, 1), False),
+])  # fmt: skip
+def test_where_channels_lie_side_by_side(shape: tuple[int, ...], steps: tuple[int, ...], lanes: bool):
+    x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, [4 * step for step in steps])  # never read
+    stats = np.zeros((3, *shape[:2]), np.float32)
+    work = cpu._Interpreted(cn.Saved(x, *stats[:2], None, None, True, stats[2]), [x, x])
+    assert work.lanes == lanes
+
+
+@pytest.mark.parametrize(("size", "rows"), [
+    (513, (171, 3)), (1024, (512, 2)), (1575, (315, 5)), (35 * 45 * 512, (512, 1575)), (1009, (512, 1)),
+    (129 * 521, (129, 521)), (128 * 521, (512, 130)), (2**22 + 1, (397, 10565)),
+])  # fmt: skip
+def test_rows_divide_a_plane_where_they_can(size: int, rows: tuple[int, int]):
+    """In the longest of more than 128 elements, or else in ones of 512 and a rest."""
+    divisors = [length for length in range(129, 513) if size % length == 0]
+    length = max(divisors, default=512)
+    assert cpu._rows(size) == rows == (length, size // length)
+
+
+@pytest.mark.parametrize(("size", "far"), [(128, 1.0), (129, 2.0)])
+@pytest.mark.parametrize("lanes", [False, True])
+def test_from_how_large_a_mean_on_planes_are_centred(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, size: int, far: float, lanes: bool
+):
+    """Those that need it, by themselves where they are a quarter of all or fewer."""
+    counted: list[tuple[int, int]] = []
+    made = cpu._Interpreted._sums
+
+    def sums(self: Any, block: np.ndarray) -> np.ndarray:
+        counted.append(block.shape[:2])
+        return made(self, block)
+
+    monkeypatch.setattr(cpu._Interpreted, "_sums", sums)
+    use_compiled(monkeypatch, False)
+    cn.set_num_threads(1)
+    z = rng.standard_normal((2, 8, size))
+    z = (z - z.mean(2, keepdims=True)) / z.std(2, keepdims=True)
+    for distance, moved, again in (
+        (0.97, 16, None), (1.03, 16, (2, 8)), (1.03, 4, (1, 4)), (1.03, 5, (2, 8)), (1.03, 1, (1, 1)),
+    ):  # fmt: skip
+        offset = np.zeros(16)
+        offset[rng.permutation(16)[:moved]] = rng.choice([-1, 1]) * distance * far
+        x = (z + offset.reshape(2, 8, 1)).astype(np.float32)
+        if lanes:
+            x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+        counted.clear()
+        cn.instance_norm(x)
+        print(size, distance, moved)
+        passes = [(2, 8)] if again is None else [(2, 8), (2, 8) if lanes else again]
+        assert counted == [planes for planes in passes for _ in range(1 + lanes)]  # of lanes squares too
+
+
+@pytest.mark.parametrize(
+    ("size", "planes"), [(1, 64), (16, 64), (64, 64), (65, 63), (128, 32), (512, 8), (1024, 4), (2048, 4)]
+)
+def test_how_many_short_planes_are_done_together(size: int, planes: int):
+    """At most 64, and 4096 elements of each array."""
+    at_a_time = getattr(cpu._at_a_time, "py_func", cpu._at_a_time)
+    assert at_a_time(size) == planes
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("c", "plane", "group", "tiles"), [
+    (8, 64, 8, 1), (300, 64, 256, 1), (300, 1024, 128, 1), (300, 1000, 128, 1), (300, 993, 128, 1), (300, 910, 144, 1),
+    (300, 2**13, 16, 1), (300, 2**13 + 1, 16, 3), (300, 2**16, 16, 16), (8, 2**16, 8, 8), (2, 2**16, 2, 1),
+])  # fmt: skip
+def test_groups_of_channels(monkeypatch: pytest.MonkeyPatch, c: int, plane: int, group: int, tiles: int):
+    """As many of 16 as have 131072 elements together, 256 at most; tiles of half of that where 16 have more."""
+    use_compiled(monkeypatch, True)
+    strides = np.moveaxis(np.empty((1, plane, c), np.float32), -1, 1).strides
+    layout = cpu._Layout(np.dtype(np.float32), (1, c, plane), (strides,) * 2, False)
+    assert (layout.group, layout.tiles, layout.blocks) == (group, tiles, -(-c // group))

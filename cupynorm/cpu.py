@@ -15,13 +15,14 @@ In a block planes lie as in the result: each in one piece ("rows"), or side by s
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import operator
 import os
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,8 @@ def forward(
         call.residual = None
     writes = () if keep is None else keep(call)
     if variance is None:
-        at_once(*writes)
+        if writes:
+            at_once(*writes)
     else:
         count = math.prod(x.shape[2:])
         with _statistics.lock:  # no batch is lost where several threads call
@@ -245,6 +247,14 @@ class _Work:
             self.share(apply, self.blocks * self.tiles)
 
 
+def _address(array: np.ndarray) -> int:
+    """That of the first element: in an array's object it comes after Python's header (NumPy's PyArrayObject).
+
+    __array_interface__ has it too, but takes a microsecond for all the rest. Only numba's calls ask, so it is CPython.
+    """
+    return ctypes.c_size_t.from_address(id(array) + object.__basicsize__).value
+
+
 def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
     """The work of a call: compiled where that is to be had and the loops can address the arrays.
 
@@ -254,8 +264,8 @@ def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
         x = arrays[0]
         layout = _layout(x.dtype, x.shape, tuple([a.strides for a in arrays]), backward)
         if layout.usable:
-            at = [a.__array_interface__["data"][0] for a in arrays]
-            if not any([address % x.itemsize for address in at]):
+            at = [_address(a) for a in arrays]
+            if not reduce(operator.or_, at) % x.itemsize:
                 if layout.residual is None:
                     at += at[:2] if backward else at[1:]
                 return _Compiled(call, layout, tuple(at))

@@ -677,6 +677,15 @@ def work_of(x: np.ndarray, y: np.ndarray) -> Any:
     return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), [x, y])
 
 
+def test_addresses(rng: np.random.Generator, tmp_path: Path):
+    x = rng.standard_normal((4, 5, 6))
+    mapped = np.memmap(tmp_path / "x", np.float16, "w+", shape=(3, 40))
+    bytes_of = np.frombuffer(bytes(range(200)), np.float32)
+    views = [x[1:, 2:], x[::-1], x.T, x[..., 3], np.broadcast_to(x[0, 0, 5], (2, 3)), np.asfortranarray(x), x[3, 4, 5:]]
+    for array in (x, *views, mapped, mapped[1:], bytes_of[3:], np.empty(3, cn.devices.dtype_of("bfloat16"))[1:]):
+        assert cpu._address(array) == array.__array_interface__["data"][0] == array.ctypes.data
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("backward", [False, True])
 def test_layouts_reach_every_element_in_its_turn(

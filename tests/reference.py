@@ -182,10 +182,13 @@ def moved(
     )
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: object = None, terms: int = 1) -> None:
-    """Within the tolerance of a dtype, that of `actual` at first; a sum of so many terms, which may cancel: of what it
-    may be."""
-    tolerance = TOLERANCE[np.dtype(dtype or actual.dtype).name]  # type: ignore[arg-type]
+def assert_close(
+    actual: np.ndarray, expected: np.ndarray, dtype: object = None, *, factor: float = 1, terms: int = 1
+) -> None:
+    """Within so many tolerances of a dtype, that of `actual` at first; a sum of so many terms, which may cancel: of
+    what it may be."""
+    tolerance = factor * TOLERANCE[np.dtype(dtype or actual.dtype).name]  # type: ignore[arg-type]
+    assert actual.shape == expected.shape
     np.testing.assert_allclose(wide(actual), wide(expected), rtol=tolerance, atol=tolerance * terms**0.5)
 
 

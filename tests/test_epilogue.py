@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import Backend
-from reference import BFLOAT16, LAYOUTS, TOLERANCE
+from reference import BFLOAT16, LAYOUTS, assert_close
 
 import cupynorm as cn
 
@@ -38,13 +38,6 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.flo
 
 def bits(backend: Backend, *arrays: Any) -> list[bytes]:
     return [backend.host(array).tobytes() for array in arrays]
-
-
-def assert_close(actual: np.ndarray, expected: np.ndarray, factor: float = 1, terms: int = 1) -> None:
-    """Within so many tolerances; a sum of so many terms, which may cancel: of what it may be."""
-    tolerance = factor * TOLERANCE[actual.dtype.name]
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(reference.wide(actual), expected, rtol=tolerance, atol=tolerance * terms**0.5)
 
 
 class Inputs:
@@ -120,7 +113,9 @@ def test_every_epilogue(
             assert ours is None
         else:
             assert (ours.shape, ours.dtype) == (of.shape, of.dtype)
-            assert_close(backend.host(ours), expected, 2, inputs.x.size // ours.size)  # sums of roundings too
+            assert_close(
+                backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size
+            )  # sums of roundings too
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -161,11 +156,11 @@ def test_unfused_composition_in_torch(
     y.backward(torch.from_numpy(inputs.dy))
 
     ours, saved = inputs.forward(backend)
-    assert_close(backend.host(ours), y.detach().numpy(), 2)
+    assert_close(backend.host(ours), y.detach().numpy(), factor=2)
     results = cn.instance_norm_backward(backend.array(inputs.dy), saved)
     for gradient, leaf in zip(results, leaves, strict=False):
         if leaf is not None:
-            assert_close(backend.host(gradient), leaf.grad.numpy(), 4, inputs.x.size // gradient.size)
+            assert_close(backend.host(gradient), leaf.grad.numpy(), factor=4, terms=inputs.x.size // gradient.size)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -353,7 +348,7 @@ def test_negative_slopes(backend: Backend, rng: np.random.Generator, slope: Any)
     y, saved = inputs.forward(backend)
     assert_close(backend.host(y), exact_y)
     for ours, expected in zip(cn.instance_norm_backward(backend.array(inputs.dy), saved), exact, strict=True):
-        assert_close(backend.host(ours), expected, 2, inputs.x.size // ours.size)
+        assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -449,7 +444,7 @@ def test_residuals_of_every_layout(backend: Backend, rng: np.random.Generator, i
     y, saved = inputs.forward(backend)
     assert_close(backend.host(y), exact_y)
     for ours, expected in zip(cn.instance_norm_backward(backend.array(inputs.dy), saved), exact, strict=True):
-        assert_close(backend.host(ours), expected, 2, inputs.x.size // ours.size)
+        assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
@@ -461,7 +456,7 @@ def test_expanded_residual_and_dy(backend: Backend, rng: np.random.Generator, ac
     y, saved = inputs.forward(backend)
     assert_close(backend.host(y), exact_y)
     for ours, expected in zip(cn.instance_norm_backward(backend.array(inputs.dy), saved), exact, strict=True):
-        assert_close(backend.host(ours), expected, 2, inputs.x.size // ours.size)
+        assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
 def test_parameters_at_odd_addresses(backend: Backend, rng: np.random.Generator) -> None:
@@ -477,7 +472,7 @@ def test_parameters_at_odd_addresses(backend: Backend, rng: np.random.Generator)
     y, saved = inputs.forward(backend)
     assert_close(backend.host(y), exact_y)
     for ours, expected in zip(cn.instance_norm_backward(backend.array(inputs.dy), saved), exact, strict=True):
-        assert_close(backend.host(ours), expected, 2, inputs.x.size // ours.size)
+        assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
 def test_strided_parameters_of_samples(backend: Backend, rng: np.random.Generator) -> None:
@@ -488,7 +483,7 @@ def test_strided_parameters_of_samples(backend: Backend, rng: np.random.Generato
     y, saved = inputs.forward(backend)
     assert_close(backend.host(y), exact_y)
     for ours, expected in zip(cn.instance_norm_backward(backend.array(inputs.dy), saved), exact, strict=True):
-        assert_close(backend.host(ours), expected, 2, inputs.x.size // ours.size)
+        assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop"])
@@ -679,7 +674,7 @@ def test_layer_that_is_given_more(
     assert y.shape == x.shape
     exact = {"running": running, "activation": "relu", "residual": residual}
     expected = reference.forward(inputs.x, weight, bias, **exact)
-    assert_close(backend.host(y), expected if batched else expected[0], 2)
+    assert_close(backend.host(y), expected if batched else expected[0], factor=2)
     dx, dweight, dbias, g = reference.backward(inputs.dy, inputs.x, weight, bias=bias, **exact)
     if not batched:
         dx, g = dx[0], g[0]
@@ -691,7 +686,7 @@ def test_layer_that_is_given_more(
         assert type(results) is tuple and len(results) == len(wanted)
         assert out is None or results[0] is out
         for ours, theirs in zip(results, wanted, strict=True):
-            assert_close(backend.host(ours), theirs, 4)
+            assert_close(backend.host(ours), theirs, factor=4)
     assert list(layer.params()) == []
 
 
@@ -706,7 +701,7 @@ def test_affine_layer(backend: Backend, rng: np.random.Generator, activation: An
     ours, dresidual = layer.backward(backend.array(inputs.dy))
     for actual, expected in zip((ours, layer.weight.grad, layer.bias.grad, dresidual), (dx, dweight, dbias, g),
                                 strict=True):  # fmt: skip
-        assert_close(backend.host(actual), expected, 2)
+        assert_close(backend.host(actual), expected, factor=2)
 
 
 def test_one_sample_takes_parameters_of_one_sample(backend: Backend, rng: np.random.Generator) -> None:

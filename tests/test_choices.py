@@ -58,7 +58,7 @@ def test_from_where_on_threads_pay_for_compiled_loops(monkeypatch: pytest.Monkey
     assert [pays(64, 32, 128 - 25 - less) for less in (0, 1)] == [True, False]
 
 
-class Recorded(cpu._Work):
+class Recorded:
     def __init__(self, threads: int, blocks: int, tiles: int):
         self.threads, self.blocks, self.tiles = threads, blocks, tiles
         self.did: list[Any] = []
@@ -74,7 +74,7 @@ class Recorded(cpu._Work):
 def test_tiles_are_shared_where_blocks_are_few(threads: int, blocks: int, tiles: int, whole: bool):
     """A thread with four blocks or more has as much to do as the others."""
     work = Recorded(threads, blocks, tiles)
-    work.run("reduce", lambda *given: work.did.append(("join", *given)), "apply", "whole")  # type: ignore[arg-type]
+    cpu._Work.run(work, "reduce", lambda *given: work.did.append(("join", *given)), "apply", "whole")  # type: ignore
     units = blocks * tiles
     assert work.did == ([("whole", blocks)] if whole else [("reduce", units), ("join", 0, blocks), ("apply", units)])
 

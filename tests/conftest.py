@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupynorm import cpu, devices, functional
+from cupynorm import cpu, devices, functional, threads
 from cupynorm.cuda.plan import Device
 
 
@@ -123,6 +123,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param in ("numpy", "compiled"):
         use_compiled(monkeypatch, request.param == "compiled")
     return Backend(request.param, "cpu", monkeypatch)
+
+
+@pytest.fixture
+def threads_as_they_were():
+    before = threads.get_num_threads()
+    yield
+    threads.set_num_threads(before)
 
 
 def use_compiled(monkeypatch: pytest.MonkeyPatch, wanted: bool) -> None:

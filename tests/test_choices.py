@@ -6,6 +6,7 @@ The numbers were measured (README, and the messages of the changes); here they a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,27 +16,32 @@ from conftest import use_compiled
 import cupynorm as cn
 from cupynorm import cpu
 
-
-@pytest.fixture(autouse=True)
-def _threads_as_they_were():
-    before = cn.get_num_threads()
-    yield
-    cn.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 
 
-def on_numpy(
-    shape: tuple[int, ...], dtype: Any = np.float32, lanes: bool = False, activation: str | None = None
-) -> Any:
-    """The work of a forward on an array that takes no memory."""
-    n, c, *spatial = shape
-    if lanes:
-        x = np.moveaxis(np.broadcast_to(np.zeros((), np.float32), (n, *spatial, c)), -1, 1)
-        strides = np.moveaxis(np.empty((1, *spatial, c), np.float32), -1, 1).strides
-    else:
-        x, strides = np.broadcast_to(np.zeros((), np.float32), shape), np.empty((1, *shape[1:]), np.float32).strides
-    x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), x.shape, strides)  # never read
-    stats = np.zeros((3, n, c), np.float32)
-    return cpu._Interpreted(cn.Saved(x, *stats[:2], None, None, True, stats[2], activation), cpu._merged([x, x]))
+def saved_of(shape: tuple[int, ...], steps: Sequence[int], activation: str | None = None) -> cn.Saved:
+    """Of a forward on an array with these strides, in elements, that takes no memory: it must not be read."""
+    x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, [4 * step for step in steps])
+    stats = np.zeros((3, *shape[:2]), np.float32)
+    return cn.Saved(x, *stats[:2], None, None, True, stats[2], activation)
+
+
+def steps_of(shape: tuple[int, ...], lanes: bool = False) -> list[int]:
+    """Strides in elements where there are no gaps; lanes: channels-last."""
+    order = [0, *range(2, len(shape)), 1] if lanes else range(len(shape))
+    steps = dict(
+        zip(order, (math.prod(shape[axis] for axis in order[i + 1 :]) for i in range(len(shape))), strict=True)
+    )
+    return [steps[axis] for axis in range(len(shape))]
+
+
+def on_numpy(shape: tuple[int, ...], lanes: bool = False, activation: str | None = None) -> Any:
+    call = saved_of(shape, steps_of(shape, lanes), activation)
+    return cpu._Interpreted(call, cpu._merged([call.x] * 2))
+
+
+def layout_of(shape: tuple[int, ...], lanes: bool = False) -> Any:
+    return cpu._Layout(np.dtype(np.float32), shape, (tuple(4 * step for step in steps_of(shape, lanes)),) * 2, False)
 
 
 def test_from_where_on_threads_pay_on_numpy_alone():
@@ -49,13 +55,8 @@ def test_from_where_on_threads_pay_for_compiled_loops(monkeypatch: pytest.Monkey
     """A plane counts 25 elements more than it has."""
     use_compiled(monkeypatch, True)
 
-    def pays(*shape: int) -> bool:
-        return cpu._Layout(
-            np.dtype(np.float32), shape, (np.empty((1, *shape[1:]), np.float32).strides,) * 2, False
-        ).pays
-
-    assert [pays(1, 1, 2**18 - 25 - less) for less in (0, 1)] == [True, False]
-    assert [pays(64, 32, 128 - 25 - less) for less in (0, 1)] == [True, False]
+    assert [layout_of((1, 1, 2**18 - 25 - less)).pays for less in (0, 1)] == [True, False]
+    assert [layout_of((64, 32, 128 - 25 - less)).pays for less in (0, 1)] == [True, False]
 
 
 class Recorded:
@@ -112,9 +113,8 @@ def test_parts_of_a_compiled_call(monkeypatch: pytest.MonkeyPatch, number: int, 
     monkeypatch.setattr(cpu, "turns_of", lambda *numbers: given.append(numbers) or made(*numbers))
     monkeypatch.setattr(cpu, "share", lambda work, tasks, threads, settled: given.append((tasks, threads)))
     cn.set_num_threads(number)
-    x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (1, 1, 2**20), (2**22, 2**22, 4))  # never read
-    stats = np.zeros((3, 1, 1), np.float32)
-    cpu._choose(cn.Saved(x, *stats[:2], None, None, True, stats[2]), [x, x]).share("step", count)
+    call = saved_of((1, 1, 2**20), (2**20, 2**20, 1))
+    cpu._choose(call, [call.x] * 2).share("step", count)
     assert given == [(count, parts, number), (parts, number)]
 
 
@@ -169,9 +169,8 @@ def test_blocks_of_a_call(shape: tuple[int, ...], lanes: bool, number: int, bloc
     ((2, 3, 1, 1), (3, 1, 1, 1), False),
 ])  # fmt: skip
 def test_where_channels_lie_side_by_side(shape: tuple[int, ...], steps: tuple[int, ...], lanes: bool):
-    x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, [4 * step for step in steps])  # never read
-    stats = np.zeros((3, *shape[:2]), np.float32)
-    work = cpu._Interpreted(cn.Saved(x, *stats[:2], None, None, True, stats[2]), [x, x])
+    call = saved_of(shape, steps)
+    work = cpu._Interpreted(call, [call.x] * 2)
     assert work.lanes == lanes
 
 
@@ -236,6 +235,5 @@ def test_how_many_short_planes_are_done_together(size: int, planes: int):
 def test_groups_of_channels(monkeypatch: pytest.MonkeyPatch, c: int, plane: int, group: int, tiles: int):
     """As many of 16 as have 131072 elements together, 256 at most; tiles of half of that where 16 have more."""
     use_compiled(monkeypatch, True)
-    strides = np.moveaxis(np.empty((1, plane, c), np.float32), -1, 1).strides
-    layout = cpu._Layout(np.dtype(np.float32), (1, c, plane), (strides,) * 2, False)
+    layout = layout_of((1, c, plane), lanes=True)
     assert (layout.group, layout.tiles, layout.blocks) == (group, tiles, -(-c // group))

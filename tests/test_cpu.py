@@ -22,6 +22,7 @@ from conftest import peak_of, use_compiled
 import cupynorm as cn
 from cupynorm import cpu, threads
 
+pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 ROOT = Path(__file__).parents[1]
 
 
@@ -29,13 +30,6 @@ ROOT = Path(__file__).parents[1]
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     use_compiled(monkeypatch, request.param == "compiled")
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _threads_as_they_were():
-    before = cn.get_num_threads()
-    yield
-    cn.set_num_threads(before)
 
 
 def let_threads_pay(monkeypatch: pytest.MonkeyPatch) -> None:

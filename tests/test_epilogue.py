@@ -113,9 +113,8 @@ def test_every_epilogue(
             assert ours is None
         else:
             assert (ours.shape, ours.dtype) == (of.shape, of.dtype)
-            assert_close(
-                backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size
-            )  # sums of roundings too
+            # Twice as much: sums of roundings too.
+            assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

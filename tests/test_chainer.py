@@ -948,7 +948,8 @@ def test_wgan_gp(send: Send, rng: np.random.Generator, dtype: str) -> None:
                 optimizer.update()
                 losses.append(float(loss.array))
             assert np.isfinite(losses).all()
-            assert np.mean(losses[-3:]) < losses[0] - 0.1
+            # The median: a plane near constant has a steep slope, and the penalty is 10 or more for that one step.
+            assert np.median(losses[-10:]) < losses[0] - 0.1
             for name, parameter in model.namedparams():
                 if name.endswith(("W", "gamma", "beta")):  # normalisation takes away what a bias adds before it
                     assert np.any(host(parameter) != before[name]), name

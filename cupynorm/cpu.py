@@ -1415,6 +1415,7 @@ def _forward_short_rows(
                 m[j] = _mean_run(x, offsets[0, j], k0, lo, lo + some, step, share_of_some, zero)
         for j in range(planes):
             if size == sixteen:
+                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, sixteen, step)
                 d[j], q[j] = _centred_run(x, offsets[0, j], k0, origin, sixteen, step, m[j], zero, zero)
             else:
                 _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, size, step)
@@ -1797,7 +1798,9 @@ def _backward_short_rows(
         for j in range(planes):
             at, k = (offsets[0, j], offsets[2, j], offsets[3, j]), (k0, k2, k3)
             values = m[j], d[j], scale[j], shift[j]
-            if size == sixteen:
+            if size == sixteen:  # for longer ones the processor reads ahead well enough by itself
+                _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen, step)
+                _fetch(dy, at[1] + np.uint64(AHEAD), origin, sixteen, step)
                 total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, sixteen, step, residual, act, zero, *values)
             else:
                 total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, size, step, residual, act, zero, *values)
@@ -1988,17 +1991,19 @@ class _Compiled(_Work):
         self.planes = (*parameters, call.mean, delta, call.rstd)
 
     def _parameters(self, *defaults: Any) -> tuple[Any, ...]:
-        flat, over = [], []
+        flat: list[Any] = []
+        over: tuple[int, ...] = ()
         for given, default in zip((self.call.weight, self.call.bias), defaults, strict=False):
             if given is None:
                 flat.append(default)
-                over += [0, 0]
+                over += (0, 0)
                 continue
             # The loops' types tell read-only arrays from others.
             same = given.dtype == self.dtype and given.flags.carray
-            flat.append((given if same else np.array(given, self.dtype)).reshape(-1))
-            over += [given.shape[1], 1] if given.ndim == 2 else [0, 1]
-        return *flat, tuple(over)
+            array = given if same else np.array(given, self.dtype)
+            flat.append(array if array.ndim == 1 else array.reshape(-1))
+            over += (0, 1) if array.ndim == 1 else (given.shape[1], 1)
+        return *flat, over
 
     def share(self, step: Callable[..., None], count: int) -> None:
         """The loops take the parts themselves: a helper that comes late, or a thread that is slow, takes fewer."""

@@ -185,14 +185,13 @@ def check_per_channel(array: Array, name: str, x: Array, *, per_sample: bool = F
             f"{name} is on {place_of(array, name)} and the input on {place_of(x, 'input')}; move one of them "
             "(cupy.asarray, cupy.asnumpy, or a layer's to_gpu() / to_cpu())"
         )
-    accepted = (x.dtype, math_dtype(x.dtype))
-    if array.dtype not in accepted:
+    if array.dtype != x.dtype and array.dtype != math_dtype(x.dtype):
+        accepted = sorted({x.dtype.name, math_dtype(x.dtype).name})
         raise TypeError(
-            f"{name} has dtype {array.dtype} and the input {x.dtype}; "
-            f"{name} must be {' or '.join(sorted({d.name for d in accepted}))}"
+            f"{name} has dtype {array.dtype} and the input {x.dtype}; {name} must be {' or '.join(accepted)}"
         )
-    shapes = (x.shape[1:2], x.shape[:2]) if per_sample else (x.shape[1:2],)
-    if array.shape not in shapes:
+    if array.shape != x.shape[1:2] and not (per_sample and array.shape == x.shape[:2]):
+        shapes = (x.shape[1:2], x.shape[:2]) if per_sample else (x.shape[1:2],)
         raise ValueError(
             f"{name} has shape {array.shape}, but the input of shape {x.shape} has {x.shape[1]} channels: "
             f"needed is {' or '.join(map(str, shapes))}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cupynorm
 from bench import __main__ as bench
-from bench import aims, cases, claims, dram, host, peers, report, summary, timing
+from bench import aims, cases, claims, dram, host, passes, peers, report, summary, timing
 from cupynorm import cpu, devices
 from cupynorm.cuda.plan import DEVICES
 
@@ -521,6 +523,38 @@ def test_host_cost_of_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
     arrays = cases.Arrays(np, (2, 3, 4, 4), "float32", "channels_first", False, sets=1)
     with pytest.raises(RuntimeError, match="cupynorm is wrong at forward"):
         host.contestants("forward", arrays)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 2, 17, 33)])
+def test_passes_of_numpy_alone(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "compiled", False)
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1024)  # some blocks, or tiles
+    arrays = cases.Arrays(np, shape, "float32", "channels_first", True, sets=1)
+    x, dy, y = arrays.x[0], arrays.dy[0], np.zeros(shape, np.float32)
+    buffers = np.getbufsize()
+    for op, result in (("forward", x + 1), ("backward", x + dy + 1)):
+        for step in passes.passes(arrays, y)[op].values():
+            step()
+        np.testing.assert_array_equal(y, result, err_msg=op)
+    assert np.getbufsize() == buffers
+
+
+def test_passes_are_told(capsys: pytest.CaptureFixture[str]):
+    compiled, threads = cpu.compiled, cupynorm.get_num_threads()
+    assert passes.main(["--rounds", "1", "2,3,5,5"]) == 0
+    assert (cpu.compiled, cupynorm.get_num_threads()) == (compiled, threads)
+    forward, backward = capsys.readouterr().out.splitlines()
+    for line, op, each in (
+        (forward, "forward", ("sums", "squares", "* scale", "+ shift")),
+        (backward, "backward", ("sums", "products", "* slope", "+ dy", "+ constant", "* scale")),
+    ):
+        found = re.fullmatch(rf"2,3,5,5 plain, {op}: passes (\d+) us \((.*)\); calls: 1 thread \d+.*", line)
+        assert found, line
+        parts = dict(part.rsplit(" ", 1) for part in found[2].split(", "))
+        assert tuple(parts) == each
+        assert abs(sum(map(int, parts.values())) - int(found[1])) <= len(each)
+    with pytest.raises(SystemExit):
+        passes.main(["2,3"])
 
 
 #: What ncu --csv --print-units base logs: a case of one kernel, one of two, and a kernel before the first mark.

@@ -227,6 +227,11 @@ def test_how_many_short_planes_are_done_together(size: int, planes: int):
     assert at_a_time(size) == planes
 
 
+def test_no_more_elements_of_short_planes_are_summed_at_a_time_backward():
+    """Their sums are made in computing precision at one go."""
+    assert cpu.BACKWARD_SHORT <= cpu.PARTIAL
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize(("c", "plane", "group", "tiles"), [
     (8, 64, 8, 1), (300, 64, 256, 1), (300, 1024, 128, 1), (300, 1000, 128, 1), (300, 993, 128, 1), (300, 910, 144, 1),

@@ -196,6 +196,21 @@ def test_nearly_constant_planes_keep_their_digits(way: str, rng: np.random.Gener
     assert np.abs(dx - exact).max() <= 4e-6 * np.abs(exact).max() * max(float(largest.max()), 1)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("size", [16, 100, 512, 2048, 5000, 70001])
+def test_saved_mean_is_the_number_next_to_the_mean(
+    way: str, rng: np.random.Generator, size: int, offset: float, layout: str
+):
+    """And delta is what it lacks: y needs their sum alone, who reads what was saved needs each."""
+    x = laid((offset + rng.standard_normal((3, 4, size))).astype(np.float32), layout)
+    saved = cn.instance_norm_forward(x)[1]
+    assert saved.delta is not None
+    exact = x.astype(np.longdouble).mean(-1)
+    assert (np.abs(saved.mean - exact) <= 0.51 * np.spacing(np.abs(saved.mean)) + 1e-6).all()
+    assert np.abs((saved.mean - exact) + saved.delta).max() <= 2e-6
+
+
 def let_blocks_be_small(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and tiles of as few elements, and as many threads, as chance has it, to the end of the test. The compiled
     loops take planes up to FORWARD_SHORT for ones of one tile.

@@ -148,6 +148,64 @@ def test_nothing_beside_the_arrays_is_read_or_written(
     assert (around[:10000] == 7).all() and (around[-10000:] == 7).all()
 
 
+GUARDED = """
+import ctypes, math, mmap, os, sys
+import numpy as np
+import cupynorm as cn
+from cupynorm import cpu
+
+cpu.compiled = sys.argv[1] == "compiled"
+mprotect, regions = ctypes.CDLL(None).mprotect, []
+
+def guarded(size, at_end):
+    # Bytes after a page that must not be touched, or before one.
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    regions.append(mmap.mmap(-1, room + 2 * mmap.PAGESIZE))
+    base = ctypes.addressof(ctypes.c_char.from_buffer(regions[-1]))
+    for page in (base, base + mmap.PAGESIZE + room):
+        assert mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return np.frombuffer(regions[-1], np.uint8, size, mmap.PAGESIZE + (room - size) * at_end)
+
+def placed(values, layout, at_end):
+    n, c, *spatial = values.shape
+    step = 2 if layout == "every second" else 1
+    shape = (n, *spatial, c) if layout == "channels_last" else values.shape
+    memory = guarded((step * (values.size - 1) + 1) * values.itemsize, at_end).view(values.dtype)
+    array = np.lib.stride_tricks.as_strided(
+        memory, shape, [step * values.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    )
+    array = np.moveaxis(array, -1, 1) if layout == "channels_last" else array
+    array[...] = values
+    return array
+
+rng = np.random.default_rng(int(sys.argv[2]))
+for shape in [(3, 5, 4, 4), (2, 3, 5, 7), (1, 2, 30, 31), (2, 37, 3, 3), (1, 2, cpu.TILE + 3)]:
+    values, gradient = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    for layout in ("contiguous", "every second", "channels_last"):
+        for at_end in (False, True):
+            print(shape, layout, at_end, flush=True)
+            x, dy, y, dx = (placed(each, layout, at_end) for each in (values, gradient, values, values))
+            weight, bias = (placed(np.ones((1, shape[1], 1), "f"), "contiguous", at_end)[0, :, 0] for _ in "wb")
+            saved = cn.instance_norm_forward(x, weight, bias, out=y)[1]
+            cn.instance_norm_backward(dy, saved, out=dx)
+            axes = tuple(range(2, len(shape)))
+            xhat = (values - values.mean(axes, keepdims=True)) / values.std(axes, keepdims=True)
+            assert np.abs(y - (xhat + 1)).max() < 1e-3
+print("untouched", flush=True)
+os._exit(0)  # the regions have views
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs pages that may not be touched")
+def test_no_page_before_or_after_the_arrays_is_touched(way: str, rng: np.random.Generator):
+    """What is read beside an array and then not used changes no result, but may be nobody's memory."""
+    ran = subprocess.run(
+        [sys.executable, "-c", GUARDED, way, str(rng.integers(2**31))],
+        capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, ["untouched"]), ran.stdout + ran.stderr
+
+
 @pytest.mark.compiled
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_results_written_past_the_caches(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):

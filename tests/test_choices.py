@@ -222,9 +222,11 @@ def test_from_how_large_a_mean_on_planes_are_centred(
     ("size", "planes"), [(1, 64), (16, 64), (64, 64), (65, 63), (128, 32), (241, 16), (512, 8), (1024, 4), (2048, 4)]
 )
 def test_how_many_short_planes_are_done_together(size: int, planes: int):
-    """At most 64, and 4096 elements of each array."""
+    """At most 64, and 4096 elements of each array; 32 KB, which the first cache holds, also of the longest ones."""
     at_a_time = getattr(cpu._at_a_time, "py_func", cpu._at_a_time)
     assert at_a_time(size) == planes
+    assert size <= cpu.FORWARD_SHORT
+    assert 4 * cpu.FORWARD_SHORT * at_a_time(cpu.FORWARD_SHORT) <= 2**15
 
 
 def test_no_more_elements_of_short_planes_are_summed_at_a_time_backward():
@@ -242,3 +244,45 @@ def test_groups_of_channels(monkeypatch: pytest.MonkeyPatch, c: int, plane: int,
     use_compiled(monkeypatch, True)
     layout = layout_of((1, c, plane), lanes=True)
     assert (layout.group, layout.tiles, layout.blocks) == (group, tiles, -(-c // group))
+
+
+def crop_of(runs: int, length: int) -> Any:
+    """The layout of a plane of so many runs, each followed by an element of another array."""
+    strides = (4 * runs * (length + 1), 4 * runs * (length + 1), 4 * (length + 1), 4)
+    return cpu._Layout(np.dtype(np.float32), (1, 1, runs, length), (strides,) * 2, False)
+
+
+@pytest.mark.compiled
+def test_which_results_go_past_the_caches(monkeypatch: pytest.MonkeyPatch):
+    """Those of 24 MiB and more, in runs of 128 elements and more; none where channels lie side by side."""
+    use_compiled(monkeypatch, True)
+    assert [layout_of((1, 3, 2**21 - less)).streams for less in (0, 1)] == [True, False]
+    half = [(2 * 3 * 2**21,) * 2 + (2,)] * 2
+    assert not cpu._Layout(np.dtype(np.float16), (1, 3, 2**21), tuple(half), False).streams
+    assert [crop_of(2**16, length).streams for length in (128, 127)] == [True, False]
+    assert not layout_of((1, 64, 2**17), lanes=True).streams
+    assert [layout_of(shape).shape[7] for shape in ((1, 3, 2**21), (1, 3, 2**20))] == [1, 0]
+
+
+@pytest.mark.compiled
+def test_how_many_pieces_a_plane_may_have(monkeypatch: pytest.MonkeyPatch):
+    """65536; more are for NumPy, as are steps that are no whole elements."""
+    use_compiled(monkeypatch, True)
+    assert [crop_of(2**16 + more, 2).usable for more in (0, 1)] == [True, False]
+    odd = ((96, 32, 8, 4), (96, 32, 8, 4)), ((96, 32, 8, 4), (98, 32, 8, 4))
+    assert [cpu._Layout(np.dtype(np.float32), (2, 3, 4, 2), each, False).usable for each in odd] == [True, False]
+
+
+@pytest.mark.compiled
+def test_tiles_of_a_plane(monkeypatch: pytest.MonkeyPatch):
+    """As many whole runs as have 65536 positions together, or so many positions of a run; a plane is a block."""
+    use_compiled(monkeypatch, True)
+    for layout, tiles, runs, length in (
+        (layout_of((1, 2, 2**16)), 1, 1, 2**16),
+        (layout_of((1, 2, 2**16 + 1)), 2, 1, 2**16),
+        (crop_of(655, 100), 1, 655, 100),
+        (crop_of(656, 100), 2, 655, 100),
+        (crop_of(3, 70000), 6, 1, 2**16),
+    ):
+        assert (layout.tiles, *layout.shape[5:7]) == (tiles, runs, length)
+        assert (layout.group, layout.blocks) == (1, layout.shape[0])

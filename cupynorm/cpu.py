@@ -1132,6 +1132,19 @@ def _guess(x, o, k, run, shape, tile, step):
     return total / (size * PIECES)
 
 
+@_loop
+def _guess_lanes(x, o, k, run, shape, tile, width, mean):
+    """_guess for channels side by side: of one position in each place."""
+    mean[:] = 0
+    for i in range(PIECES):
+        r, lo = _spread(i, tile, shape)
+        at = np.uint64(o + run[r]) + np.uint64(lo) * k
+        for j in range(width):
+            mean[j] += widen(x[at + j])
+    for j in range(width):
+        mean[j] /= PIECES
+
+
 @_rare
 def _wide_moments(x, o, k, run, shape, tile):
     """A tile's mean, what is lacking, and its squares about both, all in float64: for squares that float32 has not."""
@@ -1200,14 +1213,9 @@ def _reduce_forward_lanes(x, place, run, shape, first, last, zero, least, means,
         width = np.uint64(min(group, channels - c))
         o = n * place[0] + c
         r0, r1, l0, l1, count = _borders(tile, shape)
-        total[:] = 0
-        for i in range(PIECES):
-            r, lo = _spread(i, tile, shape)
-            at = np.uint64(o + run[r]) + np.uint64(lo) * k
-            for j in range(width):
-                total[j] += widen(x[at + j])
+        _guess_lanes(x, o, k, run, shape, tile, width, total)
         for j in range(width):
-            mean[j], delta[j] = total[j] / PIECES, zero[0]
+            mean[j], delta[j] = total[j], zero[0]
         for turn in range(3):
             total[:] = 0
             square[:] = 0
@@ -1471,7 +1479,7 @@ def _forward_tiles(turns, like, at, places, runs, shape, step, lanes, least, mea
     x, group = memory(at[0], like), shape[1]
     first, last = begin(turns)
     while first < last:
-        sums = means[first * group : last * group], deltas[first * group :], squares[first * group :]
+        sums = means[first * group :], deltas[first * group :], squares[first * group :]
         if lanes is None:
             _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), least, *sums)
         else:
@@ -1829,7 +1837,7 @@ def _backward_tiles(
     group = shape[1]
     first, last = begin(turns)
     while first < last:
-        sums = totals[first * group : last * group], dots[first * group :]
+        sums = totals[first * group :], dots[first * group :]
         if lanes is None:
             _reduce_backward_rows(
                 like, x, dy, res, places, runs, shape, step, residual, act, first, last,

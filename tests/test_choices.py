@@ -286,3 +286,62 @@ def test_tiles_of_a_plane(monkeypatch: pytest.MonkeyPatch):
     ):
         assert (layout.tiles, *layout.shape[5:7]) == (tiles, runs, length)
         assert (layout.group, layout.blocks) == (1, layout.shape[0])
+
+
+#: What loops know of planes of 5 runs of 40: in one tile; in tiles of 2 runs; of 16 and 8 positions, or 35 and 5.
+TILED = [(1, 5, 40), (3, 2, 40), (15, 1, 16), (10, 1, 35)]
+
+
+def guessed(tiled: tuple[int, int, int], tile: int, most: int) -> np.ndarray:
+    """How often an element counts in the guess of a tile's mean, from 8 places of `most` elements at most: places are
+    spread evenly over the runs, and over positions from the first to the last ones."""
+    _, runs, length = tiled
+    along = -(-40 // length)
+    rows, positions = (tile // along) * runs, (tile % along) * length
+    height, width = min(runs, 5 - rows), min(length, 40 - positions)
+    size = min(width, most)
+    counts = np.zeros((5, 40))
+    for row, start in zip(np.arange(8) * height // 8, np.linspace(0, max(width - 8, 0), 8).astype(int), strict=True):
+        counts[rows + row, positions + start : positions + start + size] += 1 / (8 * size)
+    return counts
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("tiled", TILED)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_from_which_elements_a_mean_is_guessed(
+    monkeypatch: pytest.MonkeyPatch, tiled: tuple[int, int, int], stride: int
+):
+    """A guess that is good saves a second pass; one that is bad changes no result."""
+    use_compiled(monkeypatch, True)
+    assert cpu.numba is not None
+    guess = cpu.numba.njit(cpu._guess.py_func)
+    shape = (1, 1, tiled[0], 5, 40, *tiled[1:], 0)
+    runs = 45 * stride * np.arange(5)
+    for tile in range(tiled[0]):
+        counts = np.zeros((5, 40))
+        for r, position in np.ndindex(5, 40):
+            x = np.zeros(300 * stride, np.float32)
+            x[7 + runs[r] + stride * position] = 1
+            counts[r, position] = guess(x, 7, np.uint64(stride), runs, shape, tile, True if stride > 1 else None)
+        np.testing.assert_allclose(counts, guessed(tiled, tile, 8), atol=1e-7)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("tiled", TILED)
+def test_from_which_elements_means_of_channels_are_guessed(
+    monkeypatch: pytest.MonkeyPatch, tiled: tuple[int, int, int]
+):
+    use_compiled(monkeypatch, True)
+    assert cpu.numba is not None
+    guess = cpu.numba.njit(cpu._guess_lanes.py_func)
+    shape = (6, 4, tiled[0], 5, 40, *tiled[1:], 0)  # two of six channels, groups of four
+    runs = 6 * 45 * np.arange(5)
+    for tile in range(tiled[0]):
+        counts = np.zeros((5, 40, 2))
+        for r, position, j in np.ndindex(5, 40, 2):
+            x, mean = np.zeros(6 * 300, np.float32), np.full(4, np.nan)
+            x[4 + runs[r] + 6 * position + j] = 1
+            guess(x, 4, np.uint64(6), runs, shape, tile, np.uint64(2), mean)
+            counts[r, position, j] = mean[j]
+        np.testing.assert_allclose(counts, guessed(tiled, tile, 1)[:, :, None].repeat(2, 2), atol=1e-7)

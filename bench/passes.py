@@ -23,7 +23,7 @@ import cupynorm
 from cupynorm import cpu
 
 from . import peers, report
-from .cases import Array, Arrays, Layer, epilogue_text, parse_shapes
+from .cases import SWEEP_ELEMENTS, Array, Arrays, Layer, epilogue_text, parse_shapes
 from .timing import Contestant, HostClock, Race
 
 #: Shapes of real networks whose planes and arrays are small.
@@ -35,7 +35,7 @@ def passes(arrays: Arrays, y: Array) -> dict[str, dict[str, Callable[[], Any]]]:
     """By op, the passes: each a function that does it for all blocks, on one thread. y is where results go."""
     x, weight, bias = arrays.x[0], arrays.weight, arrays.bias
     work = cpu._Interpreted(cupynorm.instance_norm_forward(x, weight, bias)[1], cpu._merged([x, y, arrays.dy[0]]))
-    scratch = np.empty((work.rooms, min(x.size, work.room)), work.dtype)
+    scratch = np.empty(min(x.size, work.room), work.dtype)
     numbers = np.ones(x.shape[:2], work.dtype)  # of the planes; 1, that y stays as it is however often it is multiplied
     parts = [planes + tile for planes in work.planes for tile in work.tile]
     blocks = [(*(array[part] for array in work.arrays), numbers[part[:2]]) for part in parts]
@@ -55,13 +55,13 @@ def passes(arrays: Arrays, y: Array) -> dict[str, dict[str, Callable[[], Any]]]:
     return {
         "forward": {
             "sums": over(lambda x, y, dy, each: work._sums(x)),
-            "squares": over(lambda x, y, dy, each: work._dots(x, x, scratch[0])),
+            "squares": over(lambda x, y, dy, each: work._dots(x, x, scratch)),
             "* scale": product,
             "+ shift": sum_there,
         },
         "backward": {
             "sums": over(lambda x, y, dy, each: work._sums(dy)),
-            "products": over(lambda x, y, dy, each: work._dots(dy, x, scratch[0])),
+            "products": over(lambda x, y, dy, each: work._dots(dy, x, scratch)),
             "* slope": product,
             "+ dy": over(lambda x, y, dy, each: np.add(y, dy, out=y)),
             "+ constant": sum_there,
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="in each, every pass and call has a turn; default 15")
     options = parser.parse_args(arguments)
     try:
-        layers = parse_shapes(list(options.shapes), 0)
+        layers = parse_shapes(list(options.shapes), SWEEP_ELEMENTS["cpu"])
     except ValueError as error:
         parser.error(str(error))
     compiled, cpu.compiled = cpu.compiled, False

@@ -40,8 +40,14 @@ def on_numpy(shape: tuple[int, ...], lanes: bool = False, activation: str | None
     return cpu._Interpreted(call, cpu._merged([call.x] * 2))
 
 
-def layout_of(shape: tuple[int, ...], lanes: bool = False) -> Any:
-    return cpu._Layout(np.dtype(np.float32), shape, (tuple(4 * step for step in steps_of(shape, lanes)),) * 2, False)
+def layout_with(shape: tuple[int, ...], steps: Sequence[int], dtype: Any = np.float32) -> Any:
+    """Of a forward on x and y with these strides, in elements."""
+    dtype = np.dtype(dtype)
+    return cpu._Layout(dtype, shape, (tuple(dtype.itemsize * step for step in steps),) * 2, False)
+
+
+def layout_of(shape: tuple[int, ...], lanes: bool = False, dtype: Any = np.float32) -> Any:
+    return layout_with(shape, steps_of(shape, lanes), dtype)
 
 
 def test_from_where_on_threads_pay_on_numpy_alone():
@@ -248,8 +254,7 @@ def test_groups_of_channels(monkeypatch: pytest.MonkeyPatch, c: int, plane: int,
 
 def crop_of(runs: int, length: int) -> Any:
     """The layout of a plane of so many runs, each followed by an element of another array."""
-    strides = (4 * runs * (length + 1), 4 * runs * (length + 1), 4 * (length + 1), 4)
-    return cpu._Layout(np.dtype(np.float32), (1, 1, runs, length), (strides,) * 2, False)
+    return layout_with((1, 1, runs, length), (runs * (length + 1), runs * (length + 1), length + 1, 1))
 
 
 @pytest.mark.compiled
@@ -257,8 +262,7 @@ def test_which_results_go_past_the_caches(monkeypatch: pytest.MonkeyPatch):
     """Those of 24 MiB and more, in runs of 128 elements and more; none where channels lie side by side."""
     use_compiled(monkeypatch, True)
     assert [layout_of((1, 3, 2**21 - less)).streams for less in (0, 1)] == [True, False]
-    half = [(2 * 3 * 2**21,) * 2 + (2,)] * 2
-    assert not cpu._Layout(np.dtype(np.float16), (1, 3, 2**21), tuple(half), False).streams
+    assert not layout_of((1, 3, 2**21), dtype=np.float16).streams
     assert [crop_of(2**16, length).streams for length in (128, 127)] == [True, False]
     assert not layout_of((1, 64, 2**17), lanes=True).streams
     assert [layout_of(shape).shape[7] for shape in ((1, 3, 2**21), (1, 3, 2**20))] == [1, 0]

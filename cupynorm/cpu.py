@@ -266,8 +266,6 @@ def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
         if layout.usable:
             at = [_address(a) for a in arrays]
             if not reduce(operator.or_, at) % x.itemsize:
-                if layout.residual is None:
-                    at += at[:2] if backward else at[1:]
                 return _Compiled(call, layout, tuple(at))
     return _Interpreted(call, _merged(arrays))
 
@@ -322,7 +320,7 @@ class _Interpreted(_Work):
         if self.tiles > 1:
             self.partial = np.empty((4, self.tiles, n, c))
         # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
-        inner = c if self.lanes else min(plane, self.limit)
+        inner = c if self.lanes else plane
         self.buffered = 16 if inner >= 512 else 8192
 
     def __str__(self) -> str:
@@ -1017,6 +1015,7 @@ STREAM = 3 * 2**23  # bytes of a result from which on it goes past the caches, w
 LONG_RUN = 128  # elements of a run from which on: shorter ones have few whole lines
 PLANE_COSTS = 25  # what a plane costs in itself, in elements
 FORWARD_SHORT = 2048  # elements of a plane up to which it is done together with others
+TOGETHER = 64  # short planes at most
 BACKWARD_SHORT = 512  # longer ones take as long by themselves
 AHEAD = 4096  # elements by which reading is ahead of the sums, beyond the end of a plane too
 NEAR = 32768  # elements of a plane that is fetched while the one before is written: both fit the second cache
@@ -1066,6 +1065,17 @@ def _before(n, c, tile, shape):
 @_loop
 def _at(offset, i, stride, step):
     return offset + i if step is None else offset + i * stride
+
+
+@_loop
+def _start(i, n, c, r, places, runs):
+    """Where a run of the i-th array begins."""
+    return np.uint64(n * places[i, 0] + c * places[i, 1] + runs[i, r])
+
+
+@_loop
+def _scale_and_shift(n, c, weight, bias, over, rstd):
+    return rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
 
 
 @_loop
@@ -1308,11 +1318,11 @@ def _apply_forward_rows(
     for _ in range(last - first):  # what was read last is still in the cache
         r0, r1, l0, l1, _ = _borders(tile, shape)
         m, d = mean[n, c], delta[n, c]
-        scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
+        scale, shift = _scale_and_shift(n, c, weight, bias, over, rstd)
         for r in range(r0, r1):
-            o0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
-            o1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
-            o2 = np.uint64(n * places[-1, 0] + c * places[-1, 1] + runs[-1, r])
+            o0 = _start(0, n, c, r, places, runs)
+            o1 = _start(1, n, c, r, places, runs)
+            o2 = _start(-1, n, c, r, places, runs)
             if inplace is not None:
                 o1 = o0
             for lo in range(l0, l1, PARTIAL):
@@ -1339,8 +1349,7 @@ def _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table):
     """mean, delta, scale and shift of a group of channels, side by side."""
     for j in range(width):
         table[0, j], table[1, j] = mean[n, c + j], delta[n, c + j]
-        table[2, j] = rstd[n, c + j] * weight[n * over[0] + (c + j) * over[1]]
-        table[3, j] = bias[n * over[2] + (c + j) * over[3]]
+        table[2, j], table[3, j] = _scale_and_shift(n, c + j, weight, bias, over, rstd)
 
 
 @_loop
@@ -1356,9 +1365,9 @@ def _apply_forward_lanes(
         _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 0] + c + runs[0, r])
-            b1 = np.uint64(n * places[1, 0] + c + runs[1, r])
-            b2 = np.uint64(n * places[-1, 0] + c + runs[-1, r])
+            b0 = _start(0, n, c, r, places, runs)
+            b1 = _start(1, n, c, r, places, runs)
+            b2 = _start(-1, n, c, r, places, runs)
             for i in range(np.uint64(l0), np.uint64(l1)):
                 o0, o1, o2 = b0 + i * k0, b1 + i * k1, b2 + i * k2
                 if inplace is not None:
@@ -1373,8 +1382,8 @@ def _apply_forward_lanes(
 
 @_loop
 def _at_a_time(size):
-    """How many short planes are done together: at most 64, and 16 to 32 KB, which the first cache holds."""
-    return max(4, min(64, 4096 // np.int64(size)))
+    """How many short planes are done together: 16 to 32 KB, which the first cache holds."""
+    return max(4, min(TOGETHER, 4096 // np.int64(size)))
 
 
 @_loop
@@ -1396,22 +1405,29 @@ def _short_planes(first, planes, shape, places, offsets, over, weight, bias, sca
 
 
 @_loop
+def _middle(size):
+    """From where to where a short plane's mean is guessed from: 64 elements at most, since borders are often 0."""
+    some = min(size, np.uint64(64))
+    lo = (size - some) // np.uint64(2)
+    return lo, lo + some
+
+
+@_loop
 def _forward_short_rows(
     like, x, y, res, places, run, shape, step, inplace, residual, act, first, last,
     eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
-    """All of the forward for planes so short that what is done once for each counts: it is done for 64 at a time."""
+    """All of the forward for planes so short that what is done once for each counts: it is done for many at a time."""
     size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
     # Planes of 4 x 4 are frequent, and a quarter faster by loops whose length is known.
     origin, sixteen = np.uint64(0), np.uint64(16)
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
-    m, d, q, r, scale, shift = np.zeros((6, 64), mean.dtype)
-    offsets = np.empty((3, 64), np.uint64)
-    exact, unscaled = np.empty((2, 64))
+    m, d, q, r, scale, shift = np.zeros((6, TOGETHER), mean.dtype)
+    offsets = np.empty((len(places), TOGETHER), np.uint64)
+    exact, unscaled = np.empty((2, TOGETHER))
     lowest, highest = typed(least * shape[4], zero), typed(math.inf, zero)
-    some = min(size, np.uint64(64))  # from the middle: borders are often 0
-    lo = (size - some) // np.uint64(2)
-    share_of_some = typed(1 / some, zero)
+    lo, hi = _middle(size)
+    share_of_some = typed(1 / (hi - lo), zero)
     most = _at_a_time(size)
     for start in range(first, last, most):
         planes = min(most, last - start)
@@ -1420,7 +1436,7 @@ def _forward_short_rows(
             if size == sixteen:
                 m[j] = _mean_run(x, offsets[0, j], k0, origin, sixteen, step, share_of_some, zero)
             else:
-                m[j] = _mean_run(x, offsets[0, j], k0, lo, lo + some, step, share_of_some, zero)
+                m[j] = _mean_run(x, offsets[0, j], k0, lo, hi, step, share_of_some, zero)
         for j in range(planes):
             if size == sixteen:
                 _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, sixteen, step)
@@ -1428,7 +1444,7 @@ def _forward_short_rows(
             else:
                 _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, size, step)
                 d[j], q[j] = _centred_run(x, offsets[0, j], k0, origin, size, step, m[j], zero, zero)
-        for j in range(64):
+        for j in range(TOGETHER):
             share = d[j] / count
             r[j] = typed(0.5, zero) * q[j] - d[j] * share
             q[j] -= d[j] * share
@@ -1445,7 +1461,7 @@ def _forward_short_rows(
                     x, np.int64(offsets[0, j]), k0, run, shape, 0, step, m[j], zero, shape[4], least
                 )  # fmt: skip
                 q[j] = exact[j]
-        for j in range(64):  # the mean is moved to the number next to it, by Knuth's exact sum
+        for j in range(TOGETHER):  # the mean is moved to the number next to it, by Knuth's exact sum
             total = m[j] + d[j]
             part = total - m[j]
             d[j] = (m[j] - (total - part)) + (d[j] - part)
@@ -1464,7 +1480,7 @@ def _forward_short_rows(
             for j in range(planes):
                 variance[start + j] = q[j]
         for j in range(planes):
-            o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[len(places) - 1, j]
+            o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[-1, j]
             if inplace is not None:
                 o1 = o0
             at, k, values = (o0, o1, o2), (k0, k1, k2), (m[j], d[j], scale[j], shift[j])
@@ -1592,17 +1608,17 @@ def _reduce_backward_rows(
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     zero = zero_of(like)
-    k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[3, 2])
+    k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[-2, 2])
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
         m, d = mean[n, c], delta[n, c]
-        scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
+        scale, shift = _scale_and_shift(n, c, weight, bias, over, rstd)
         total = dot = 0.0
         for r in range(r0, r1):
-            o0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
-            o2 = np.uint64(n * places[2, 0] + c * places[2, 1] + runs[2, r])
-            o3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
+            o0 = _start(0, n, c, r, places, runs)
+            o2 = _start(2, n, c, r, places, runs)
+            o3 = _start(-2, n, c, r, places, runs)
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
                 _fetch(x, o0 + np.uint64(AHEAD), lo, hi, step)
@@ -1624,7 +1640,7 @@ def _reduce_backward_lanes(
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     group, zeros = shape[1], zeros_of(like)
-    k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[3, 2])
+    k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[-2, 2])
     table = np.empty((4, group), mean.dtype)
     m, d, scale, shift = table
     a, b = np.empty((2, group), mean.dtype)
@@ -1637,9 +1653,9 @@ def _reduce_backward_lanes(
         totals[at : at + width] = 0
         dots[at : at + width] = 0
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 0] + c + runs[0, r])
-            b2 = np.uint64(n * places[2, 0] + c + runs[2, r])
-            b3 = np.uint64(n * places[3, 0] + c + runs[3, r])
+            b0 = _start(0, n, c, r, places, runs)
+            b2 = _start(2, n, c, r, places, runs)
+            b3 = _start(-2, n, c, r, places, runs)
             for lo in range(l0, l1, LANES_PARTIAL):
                 a[:] = zeros[0]
                 b[:] = zeros[0]
@@ -1708,7 +1724,7 @@ def _apply_backward_rows(
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
 ):  # fmt: skip
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
-    k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
+    k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
     away, away2 = np.uint64(places[0, 1]), np.uint64(places[2, 1])
     streams = shape[7]
     zero = np.uint64(0)
@@ -1716,14 +1732,14 @@ def _apply_backward_rows(
     for _ in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
         m, d = mean[n, c], delta[n, c]
-        scale, shift = rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
+        scale, shift = _scale_and_shift(n, c, weight, bias, over, rstd)
         slope, constant = _slope_and_constant(shape, rstd[n, c], sum_g[n, c], sum_g_xhat[n, c])
         for r in range(r0, r1):
-            o0 = np.uint64(n * places[0, 0] + c * places[0, 1] + runs[0, r])
-            o1 = np.uint64(n * places[1, 0] + c * places[1, 1] + runs[1, r])
-            o2 = np.uint64(n * places[2, 0] + c * places[2, 1] + runs[2, r])
-            o3 = np.uint64(n * places[3, 0] + c * places[3, 1] + runs[3, r])
-            o4 = np.uint64(n * places[4, 0] + c * places[4, 1] + runs[4, r])
+            o0 = _start(0, n, c, r, places, runs)
+            o1 = _start(1, n, c, r, places, runs)
+            o2 = _start(2, n, c, r, places, runs)
+            o3 = _start(-2, n, c, r, places, runs)
+            o4 = _start(-1, n, c, r, places, runs)
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
                 if follows:
@@ -1752,7 +1768,7 @@ def _apply_backward_lanes(
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
-    k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
+    k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
     table = np.empty((4, shape[1]), mean.dtype)
     m, d, scale, shift = table
     slope, constant = np.empty((2, shape[1]), mean.dtype)
@@ -1764,11 +1780,11 @@ def _apply_backward_lanes(
             slope[j], constant[j] = _slope_and_constant(shape, rstd[n, c + j], sum_g[n, c + j], sum_g_xhat[n, c + j])
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
-            b0 = np.uint64(n * places[0, 0] + c + runs[0, r])
-            b1 = np.uint64(n * places[1, 0] + c + runs[1, r])
-            b2 = np.uint64(n * places[2, 0] + c + runs[2, r])
-            b3 = np.uint64(n * places[3, 0] + c + runs[3, r])
-            b4 = np.uint64(n * places[4, 0] + c + runs[4, r])
+            b0 = _start(0, n, c, r, places, runs)
+            b1 = _start(1, n, c, r, places, runs)
+            b2 = _start(2, n, c, r, places, runs)
+            b3 = _start(-2, n, c, r, places, runs)
+            b4 = _start(-1, n, c, r, places, runs)
             for i in range(np.uint64(l0), np.uint64(l1)):
                 o0, o1, o2, o3, o4 = b0 + i * k0, b1 + i * k1, b2 + i * k2, b3 + i * k3, b4 + i * k4
                 for j in range(np.uint64(width)):
@@ -1792,19 +1808,19 @@ def _backward_short_rows(
     size, zero = np.uint64(shape[4]), zero_of(like)
     origin, sixteen = np.uint64(0), np.uint64(16)  # as there
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
-    k3, k4 = np.uint64(places[3, 2]), np.uint64(places[4, 2])
-    m, d, r, scale, shift, total, dot = np.zeros((7, 64), mean.dtype)
-    offsets = np.empty((5, 64), np.uint64)
+    k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
+    m, d, r, scale, shift, total, dot = np.zeros((7, TOGETHER), mean.dtype)
+    offsets = np.empty((len(places), TOGETHER), np.uint64)
     most = _at_a_time(size)
     for start in range(first, last, most):
         planes = min(most, last - start)
         _short_planes(start, planes, shape, places, offsets, over, weight, bias, scale, shift)
         for j in range(planes):
             m[j], d[j], r[j] = mean[start + j], delta[start + j], rstd[start + j]
-        for j in range(64):
+        for j in range(TOGETHER):
             scale[j] *= r[j]
         for j in range(planes):
-            at, k = (offsets[0, j], offsets[2, j], offsets[3, j]), (k0, k2, k3)
+            at, k = (offsets[0, j], offsets[2, j], offsets[-2, j]), (k0, k2, k3)
             values = m[j], d[j], scale[j], shift[j]
             if size == sixteen:  # for longer ones the processor reads ahead well enough by itself
                 _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen, step)
@@ -1812,14 +1828,14 @@ def _backward_short_rows(
                 total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, sixteen, step, residual, act, zero, *values)
             else:
                 total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, size, step, residual, act, zero, *values)
-        for j in range(64):
+        for j in range(TOGETHER):
             dot[j] *= r[j]
         for j in range(planes):
             sum_g[start + j], sum_g_xhat[start + j] = total[j], dot[j]
-        for j in range(64):
+        for j in range(TOGETHER):
             dot[j], total[j] = _slope_and_constant(shape, r[j], total[j], dot[j])
         for j in range(planes):
-            at, k = (offsets[0, j], offsets[1, j], offsets[2, j], offsets[3, j], offsets[4, j]), (k0, k1, k2, k3, k4)
+            at, k = (offsets[0, j], offsets[1, j], offsets[2, j], offsets[-2, j], offsets[-1, j]), (k0, k1, k2, k3, k4)
             values = m[j], d[j], scale[j], shift[j], dot[j], total[j]
             arrays, kinds = (like, x, dx, dy, res, dres), (step, residual, act, training)
             if size == sixteen:
@@ -1833,7 +1849,7 @@ def _backward_tiles(
     turns, like, at, places, runs, shape, step, lanes, residual, act,
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
-    x, dy, res = memory(at[0], like), memory(at[2], like), memory(at[3], like)
+    x, dy, res = memory(at[0], like), memory(at[2], like), memory(at[-2], like)
     group = shape[1]
     first, last = begin(turns)
     while first < last:
@@ -1862,7 +1878,7 @@ def _backward_results(
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
-    res, dres = memory(at[3], like), memory(at[4], like)
+    res, dres = memory(at[-2], like), memory(at[-1], like)
     piece = np.empty(PARTIAL, dx.dtype)
     first, last = begin(turns)
     while first < last:
@@ -1885,7 +1901,7 @@ def _backward_planes(
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
-    res, dres = memory(at[3], like), memory(at[4], like)
+    res, dres = memory(at[-2], like), memory(at[-1], like)
     tiles = shape[2]
     totals, dots = np.empty((2, tiles * shape[1]))
     piece = np.empty(PARTIAL, dx.dtype)
@@ -1927,8 +1943,8 @@ def _backward_planes(
 class _Layout:
     """What the loops have to know of arrays of a shape with given strides; cached, since calls repeat themselves.
 
-    The loops look for three arrays forward, x, y and a residual, and for five backward, x, dx, dy, a residual and its
-    gradient: without a residual some that are there stand in for it.
+    The arrays are x and y, then a residual; or, backward, x, dx and dy, then a residual and its gradient. The loops
+    count a residual's from the end, where without one some array is too.
     """
 
     def __init__(self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], backward: bool):
@@ -1943,8 +1959,6 @@ class _Layout:
         rows = all(a.strides[-1] == itemsize or length == 1 for a in arrays)
         lanes = not rows and c > 1 and all(a.strides[1] == itemsize for a in arrays)
         self.residual = True if len(arrays) == (5 if backward else 3) else None
-        if not self.residual:
-            arrays += arrays[:2] if backward else arrays[1:]
         places = np.array([[a.strides[i] // itemsize for i in (0, 1, -1)] for a in arrays], np.int64)
         table = np.zeros((len(arrays), runs), np.int64)
         for axis, size in enumerate(outer, 2):

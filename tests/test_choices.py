@@ -349,3 +349,287 @@ def test_from_which_elements_means_of_channels_are_guessed(
             guess(x, 4, np.uint64(6), runs, shape, tile, np.uint64(2), mean)
             counts[r, position, j] = mean[j]
         np.testing.assert_allclose(counts, guessed(tiled, tile, 1)[:, :, None].repeat(2, 2), atol=1e-7)
+
+
+BIG = np.float32(2**24)  # which 1 is lost in, where both are added up in float32
+
+
+def are_added_up_together(sums: Any, size: int, one: int, other: int) -> bool:
+    """Whether these two elements of a plane are, before anything is added up in float64. sums: of (1, 2, size)."""
+    x = np.zeros((1, 2, size), np.float32)
+    x[0, 1, [one, other]] = BIG, 1
+    got = sums(x)[0, 1]
+    assert got in (BIG, np.float64(BIG) + 1)
+    return bool(got == BIG)
+
+
+@pytest.mark.parametrize(("size", "lanes", "together"), [
+    (127, False, [(0, 126)]), (128, False, [(0, 127)]), (512, False, [(0, 511)]), (513, False, [(0, 170), (342, 512)]),
+    (1009, False, [(0, 511), (512, 1008)]), (1025, False, [(0, 204)]), (1600, False, [(0, 399), (1200, 1599)]),
+    (31, True, [(0, 30)]), (32, True, [(0, 31)]), (75, True, [(0, 31), (32, 63), (64, 74)]),
+])  # fmt: skip
+@pytest.mark.parametrize("product", [False, True])
+def test_how_much_is_added_up_in_computing_precision_on_numpy_alone(
+    size: int, lanes: bool, together: list[tuple[int, int]], product: bool
+):
+    """512 elements at most, or 32 of lanes."""
+    work = on_numpy((1, 2, size), lanes=lanes)
+    scratch = np.empty(2 * size, np.float32)
+    ones = np.ones((1, 2, size), np.float32)
+
+    def sums(x: np.ndarray) -> np.ndarray:
+        if lanes:
+            x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+        return work._dots(x, ones, scratch) if product else work._sums(x)
+
+    for first, last in together:
+        assert are_added_up_together(sums, size, first, last)
+        assert first == 0 or not are_added_up_together(sums, size, first, first - 1)
+        assert last == size - 1 or not are_added_up_together(sums, size, first, last + 1)
+
+
+@pytest.mark.parametrize(("size", "called"), [(127, "einsum"), (128, "vecdot"), (512, "vecdot"), (513, "vecdot")])
+def test_how_planes_are_added_up_on_numpy_alone(monkeypatch: pytest.MonkeyPatch, size: int, called: str):
+    """einsum is the quicker one for short planes. vecdot's sums stay in float32 where there is one a plane."""
+    did: list[str] = []
+    for name in ("einsum", "vecdot"):
+        made = getattr(np, name)
+        monkeypatch.setattr(np, name, lambda *given, name=name, made=made: did.append(name) or made(*given))
+    work = on_numpy((2, 3, size))
+    x = np.ones((2, 3, size), np.float32)
+    for sums in (work._sums(x), work._dots(x, x, np.empty(x.size, np.float32))):
+        assert (sums == size).all()
+        assert sums.dtype == (np.float32 if size <= 512 else np.float64)
+    assert did == [called] * 2
+
+
+@pytest.mark.parametrize(("size", "lanes", "spread"), [(128, False, True), (129, False, False), (4, True, False)])
+def test_how_numbers_of_planes_are_brought_to_their_elements(size: int, lanes: bool, spread: bool):
+    """Spread over a block of their own first, for planes so short that a ufunc would go through each by itself."""
+    work, given = on_numpy((2, 3, size), lanes=lanes), []
+    x, values = np.zeros((2, 3, size), np.float32), np.arange(6, dtype=np.float32).reshape(2, 3)
+    work._each(lambda a, b, out: given.append((a, b, out)), x, values, x)
+    [(a, b, out)] = given
+    assert a is out is x
+    np.testing.assert_array_equal(b, values[:, :, None].repeat(size if spread else 1, 2))
+
+
+def test_which_arrays_are_computed_with_where_they_lie(rng: np.random.Generator):
+    """Aligned ones in computing precision, with positions next to each other, or channels where those of y are."""
+    whole = rng.standard_normal((4, 6, 8)).astype(np.float32)
+    last = np.ascontiguousarray(np.moveaxis(whole, 1, 2)).transpose(0, 2, 1)
+    unaligned = np.frombuffer(bytearray(whole.nbytes + 1), np.float32, whole.size, 1).reshape(whole.shape)
+    arrays = {
+        "whole": whole, "part": whole[1:3, 2:5, 1:7], "every second channel": whole[:, ::2],
+        "reversed": whole[:, :, ::-1], "every second position": whole[:, :, ::2], "last": last,
+        "part of last": last[1:3, 2:5, 1:7], "every second position of last": last[:, :, ::2],
+        "every second channel of last": last[:, ::2],
+        "unaligned": unaligned, "float64": whole.astype(float), "float16": whole.astype(np.float16),
+        "two axes": whole.reshape(4, 6, 2, 4), "two axes of last": last.reshape(4, 6, 2, 4),
+    }  # fmt: skip
+    for lanes, those in (
+        (False, ["whole", "part", "every second channel"]),
+        (True, ["last", "part of last", "every second position of last"]),
+    ):
+        work = on_numpy((4, 6, 8), lanes=lanes)
+        assert [name for name, array in arrays.items() if work._in_place(array)] == those
+        for name, array in arrays.items():
+            buffer = np.empty(array.size, np.float32)
+            read, target = work._read(array, (...,), buffer), work._target(array, (...,), buffer)
+            assert (np.shares_memory(read, array), np.shares_memory(target, array)) == (name in those,) * 2
+            assert (np.shares_memory(read, buffer), np.shares_memory(target, buffer)) == (name not in those,) * 2
+            np.testing.assert_array_equal(read, array.reshape(read.shape))
+            assert np.shares_memory(work._read(array, (...,), buffer, copy=True), buffer)
+
+
+@pytest.mark.parametrize(("size", "far"), [(128, 1.0), (129, 2.0)])
+def test_from_how_large_a_mean_on_it_is_subtracted(size: int, far: float):
+    """More than one deviation, or two of planes whose sums are made in float64."""
+    work = on_numpy((1, 4, size))
+    planes = slice(None), slice(None)
+    work.call.rstd[...] = 0.5
+    more = np.nextafter(np.float32(2 * far), np.float32(9))
+    for values, those in (
+        ([1, -1, 2 * far, -2 * far], [0, 0, 0, 0]), ([more, -more, 1, 0], [1, 1, 0, 0]), ([1, 1, -9, 1], [0, 0, 1, 0]),
+    ):  # fmt: skip
+        work.call.mean[...] = values
+        work.call.delta[...] = 2**-30
+        pivot, rest = work._pivot(planes)
+        assert (pivot is None) == (not any(those))
+        subtracted = work.call.mean * np.array([those], np.float32)
+        if pivot is not None:
+            np.testing.assert_array_equal(pivot, subtracted)
+        np.testing.assert_array_equal(rest, (work.call.mean - subtracted) + work.call.delta.astype(work.wide))
+        assert rest.dtype == (np.float64 if size > 128 else np.float32)
+
+
+@pytest.mark.parametrize(("eps", "some"), [(0.0, True), (9e-31, True), (1e-30, False)])
+def test_which_planes_are_too_small_for_their_squares(eps: float, some: bool):
+    """Those of a mean square below 2**-100 are computed in float64 from the start, where eps is smaller than that."""
+    work = on_numpy((1, 2, 4))
+    work.eps = np.float32(eps)
+    for value, odd in ((2.0**-50, False), (2.0**-50 * (1 - 2**-20), some), (2.0**65, True)):
+        x = np.array([[1, -1, -1, 1], [value, -value, -value, value]], np.float32)[None]
+        mean, rest, variance = work._statistics(x, np.empty((3, x.size), np.float32))
+        assert variance.dtype == (np.float64 if odd else np.float32)
+        np.testing.assert_allclose(variance, x[..., 0].astype(float) ** 2, rtol=1e-6)
+        assert not mean.any() and not rest.any()
+
+
+#: What loops know of samples of 5 planes of 7 runs of 30 positions: a plane at a time, or groups of 2 channels; in one
+#: tile, in tiles of 3 runs, and of 12 positions of a run.
+SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0)
+         for group in (1, 2) for runs, length in ((7, 30), (3, 30), (1, 12))]  # fmt: skip
+
+
+def compiled(function: Any) -> Any:
+    """A function of the loops, to be called by itself."""
+    assert cpu.numba is not None
+    return cpu.numba.njit(function.py_func)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("sizes", SIZES)
+def test_tiles_hold_each_position_once(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]):
+    use_compiled(monkeypatch, True)
+    borders = compiled(cpu._borders)
+    seen = np.zeros((7, 30), int)
+    for tile in range(sizes[2]):
+        r0, r1, l0, l1, count = borders(tile, sizes)
+        assert 0 < r1 - r0 <= sizes[5] and 0 < l1 - l0 <= sizes[6] and count == (r1 - r0) * (l1 - l0)
+        seen[r0:r1, l0:l1] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("sizes", SIZES)
+def test_where_units_are(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]):
+    """Tile by tile, a group of channels after the other."""
+    use_compiled(monkeypatch, True)
+    locate, after, before = (compiled(each) for each in (cpu._locate, cpu._next, cpu._before))
+    every = [(n, c, tile) for n in range(3) for c in range(0, 5, sizes[1]) for tile in range(sizes[2])]
+    assert [locate(unit, sizes) for unit in range(len(every))] == every
+    assert [after(*place, sizes) for place in every[:-1]] == every[1:]
+    assert [before(*place, sizes) for place in every[1:]] == every[:-1]
+
+
+@pytest.mark.compiled
+def test_where_a_short_plane_is_looked_at_for_its_mean(monkeypatch: pytest.MonkeyPatch):
+    """In the middle, of 64 elements at most."""
+    use_compiled(monkeypatch, True)
+    middle = compiled(cpu._middle)
+    for size, borders in ((1, (0, 1)), (64, (0, 64)), (65, (0, 64)), (66, (1, 65)), (67, (1, 65)), (300, (118, 182))):
+        assert middle(np.uint64(size)) == borders
+
+
+@pytest.mark.compiled
+def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    """Where they begin, and their weights and biases, from any plane on and over the end of a sample."""
+    use_compiled(monkeypatch, True)
+    function = compiled(cpu._short_planes)
+    places = np.array([(-100, 7, 1), (64, -9, 3)])
+    for of_samples in (False, True):
+        weight, bias = rng.standard_normal((2, 4, 5))
+        over = (5, 1, 5, 1) if of_samples else (0, 1, 0, 1)
+        n, c = np.divmod(np.arange(20), 5)
+        expected = [a if of_samples else a[0].repeat(4).reshape(5, 4).T for a in (weight, bias)]
+        for first, planes in ((0, 1), (0, 20), (3, 1), (4, 8), (13, 6)):
+            offsets, scale, shift = np.zeros((2, 64), np.uint64), np.full(64, np.nan), np.full(64, np.nan)
+            function(first, planes, SIZES[0], places, offsets, over, weight.ravel(), bias.ravel(), scale, shift)
+            those = slice(first, first + planes)
+            for i, (of_n, of_c, _) in enumerate(places):
+                np.testing.assert_array_equal(offsets[i, :planes].view(np.int64), (n * of_n + c * of_c)[those])
+            np.testing.assert_array_equal(scale[:planes], expected[0].ravel()[those])
+            np.testing.assert_array_equal(shift[:planes], expected[1].ravel()[those])
+            assert not offsets[:, planes:].any() and np.isnan(scale[planes:]).all()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_how_tiles_are_put_together(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...], wanted: bool
+):
+    """Means as numbers and rests in float32; a variance, where it is wanted; and sums for a gradient."""
+    use_compiled(monkeypatch, True)
+    borders, forward, backward = (compiled(each) for each in (cpu._borders, cpu._join_forward, cpu._join_backward))
+    group, tiles = sizes[1:3]
+    x = rng.standard_normal((3, 5, 7, 30)) + rng.choice([0, 1000], (3, 5, 1, 1))
+    owners = [(n, c) for n in range(3) for c in range(0, 5, group)]
+    sums = np.full((3, len(owners) * tiles * group), np.nan)
+    for unit, ((n, c), tile) in enumerate((owner, tile) for owner in owners for tile in range(tiles)):
+        r0, r1, l0, l1, _ = borders(tile, sizes)
+        for j, plane in enumerate(x[n, c : c + group, r0:r1, l0:l1]):
+            mean = np.float64(np.float32(plane.mean() + rng.standard_normal()))
+            sums[:, unit * group + j] = mean, plane.mean() - mean, ((plane - plane.mean()) ** 2).sum()
+    exact = x.reshape(3, 5, -1)
+    for first, last in ((0, len(owners)), (2, 3), (len(owners) - 2, len(owners))):
+        those = np.zeros((3, 5), bool)
+        for n, c in owners[first:last]:
+            those[n, c : c + group] = True
+        part = sums[:, first * tiles * group :]
+        mean, delta, rstd = np.full((3, 3, 5), 7, np.float32)
+        variance = np.full((3, 5) if wanted else (0, 0), 7, np.float32)
+        forward(sizes, first, last, *part, 0.5, mean, delta, rstd, variance)
+        nearest = exact.mean(-1).astype(np.float32)
+        np.testing.assert_array_equal(mean, np.where(those, nearest, 7))
+        np.testing.assert_allclose(delta, np.where(those, exact.mean(-1) - nearest, 7), atol=1e-12)
+        np.testing.assert_allclose(rstd, np.where(those, (exact.var(-1) + 0.5) ** -0.5, 7), rtol=2e-7)
+        if wanted:
+            np.testing.assert_allclose(variance, np.where(those, exact.var(-1), 7), rtol=2e-7)
+        sum_g, sum_g_xhat = np.full((2, 3, 5), 7, np.float32)
+        backward(sizes, first, last, part[2], part[1], rstd, sum_g, sum_g_xhat)
+        of_planes = sums.reshape(3, 3, -1, tiles, group).sum(3).reshape(3, 3, -1)[:, :, :5]
+        np.testing.assert_allclose(sum_g, np.where(those, of_planes[2], 7), rtol=2e-7)
+        np.testing.assert_allclose(sum_g_xhat, np.where(those, of_planes[1] * rstd, 7), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("shape", "lanes", "one", "other", "together"), [
+    ((1, 2, 2048), False, 0, 2047, True),  # a short plane
+    ((1, 2, 2049), False, 100, 511, True), ((1, 2, 2049), False, 100, 512, False),
+    ((1, 2, 2049), False, 520, 512, True),
+    ((1, 2, 2048), True, 10, 63, True), ((1, 2, 2048), True, 10, 64, False), ((1, 2, 2048), True, 70, 64, True),
+])  # fmt: skip
+def test_how_much_is_added_up_in_computing_precision_by_compiled_loops(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], lanes: bool, one: int, other: int, together: bool
+):
+    """Forward, a short plane, 512 elements of others, or 64 where channels lie side by side."""
+    use_compiled(monkeypatch, True)
+    x = np.zeros(shape, np.float32)
+    x[0, 1, [one, other]] = BIG, 1
+    if lanes:
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    saved = cn.instance_norm_forward(x)[1]
+    total = (saved.mean[0, 1].astype(float) + saved.delta[0, 1]) * shape[2]
+    print(total - BIG)
+    assert abs(total - BIG - (not together)) < 0.2
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("lanes", [False, True])
+def test_how_much_is_added_up_in_computing_precision_by_compiled_loops_backward(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool
+):
+    """As forward: of each run by itself, 512 elements or 64."""
+    use_compiled(monkeypatch, True)
+    assert cpu.numba is not None
+    layout = layout_with((1, 2, 2, 600), (2404, 1, 1202, 2) if lanes else (2404, 1202, 601, 1))
+    places, runs, sizes, step, _ = layout.where
+    places, runs = np.concatenate([places, places[:1]]), np.concatenate([runs, runs[:1]])
+    function = compiled(cpu._reduce_backward_lanes if lanes else cpu._reduce_backward_rows)
+    most = 64 if lanes else 512
+    for one, other, together in (
+        (0, most - 1, True), (0, most, False), (most + 8, most, True), (most - 8, most, False), (599, 0, False),
+        (0, 600, False), (600, 599 + most, True), (600, 600 + most, False),
+    ):  # fmt: skip
+        x, dy = rng.standard_normal(3000).astype(np.float32), np.zeros(3000, np.float32)
+        for position, value in ((one, BIG), (other, 1)):
+            dy[places[1, 1] + runs[0, position // 600] + position % 600 * places[0, 2]] = value
+        totals, dots = np.full((2, 2), np.nan)
+        numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), *np.ones((3, 1, 2), np.float32)
+        kind = (None, None) if lanes else (step, None, None)
+        function(np.float32(0), x, dy, x, places, runs, sizes, *kind, 0, layout.tiles * layout.blocks, *numbers,
+                 totals, dots)  # fmt: skip
+        print(one, other, totals, dots)
+        assert (totals == [0, BIG + np.float64(not together)]).all()

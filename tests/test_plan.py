@@ -1,15 +1,23 @@
-"""Plans: launchable on every device for every shape, and true to what they promise."""
+"""Plans: launchable on every device for every shape, and true to what they promise.
+
+`python tests/test_plan.py` writes the plans in plans.json anew.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import reference
 
 import cupynorm as cn
+from cupynorm.cuda.launch import _prepare
 from cupynorm.cuda.plan import (
     DEVICES,
     ITEMSIZE,
@@ -531,3 +539,39 @@ def test_explained_plan_is_the_plan_of_the_call() -> None:
     # A residual without an activation: an epilogue forward, none backward.
     assert plan_for("forward", _memory(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 1
     assert plan_for("backward", _memory(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 0
+
+
+#: Calls and what is planned for them: the numbers were chosen for speed (bench/TUNING.md), and no result shows most of
+#: them. Each call tells what some others do not; together they have a part in every decision.
+PLANS = Path(__file__).with_name("plans.json")
+#: Devices that are there for borders alone: three multiprocessors of little memory; one, which has no company.
+FICTITIOUS = {
+    "little": Device("little", (9, 0), 3, 12 * 1024, 2**18, 4),
+    "one": Device("one", (7, 5), 1, 48 * 1024, 2**20),
+}
+
+
+def _planned(call: dict[str, Any]) -> dict[str, Any]:
+    """What `_prepare` makes of a call, as JSON has it. Its memories are strides in bytes and addresses modulo 16."""
+    given = dict(call)
+    dtype, shape, device = (given.pop(name) for name in ("dtype", "shape", "device"))
+    memories = tuple(Memory(tuple(shape), tuple(s), ITEMSIZE[dtype], phase) for s, phase in given.pop("memories"))
+    device = FICTITIOUS.get(device) or DEVICES[device]
+    made = _prepare(given.pop("op"), memories, dtype=cn.devices.dtype_of(dtype), device=device, **given)._asdict()
+
+    def plain(value: Any) -> Any:
+        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value.item()  # type: ignore[arg-type]
+
+    return json.loads(json.dumps(made, default=plain))
+
+
+def test_no_plan_changes_unseen() -> None:
+    """Where one is to change, the difference in plans.json is what there is to review."""
+    for entry in json.loads(PLANS.read_text(encoding="utf-8")):
+        assert _planned(entry["call"]) == entry["planned"], entry["call"]
+
+
+if __name__ == "__main__":
+    calls = [entry["call"] for entry in json.loads(PLANS.read_text(encoding="utf-8"))]
+    rows = [json.dumps({"call": call, "planned": _planned(call)}) for call in calls]
+    PLANS.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")

@@ -633,3 +633,140 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops_backward(
                  totals, dots)  # fmt: skip
         print(one, other, totals, dots)
         assert (totals == [0, BIG + np.float64(not together)]).all()
+
+
+def summed(
+    monkeypatch: pytest.MonkeyPatch, planes: np.ndarray, guess: float, lanes: bool, least: float = 0.0
+) -> list[tuple[float, float, float]]:
+    """What the loops find of planes, each in two runs, from a guess of their means: mean, what it lacks, squares."""
+    assert cpu.numba is not None
+    count, size = planes.shape
+    half, dtype = size // 2, planes.dtype
+    runs = (half + 3) * np.arange(2) * (count if lanes else 1) + 5
+    memory = np.full(2 * (half + 8) * count, 7, dtype)
+    step = count if lanes else 1
+    shape = (count, count, 1, 2, half, 2, half, 0) if lanes else (count, 1, 1, 2, half, 2, half, 0)
+    for j, plane in enumerate(planes):
+        begin = j if lanes else j * 2 * (half + 8)
+        for r in range(2):
+            memory[begin + runs[r] :][: half * step : step] = plane[r * half : (r + 1) * half]
+    if lanes:
+        guesses = cpu.numba.njit(lambda x, o, k, run, shape, tile, width, mean: mean.fill(guess))
+        monkeypatch.setattr(cpu, "_guess_lanes", guesses)
+        found = np.zeros((3, count))
+        place = np.array([0, 1, count])
+        compiled(cpu._reduce_forward_lanes)(memory, place, runs, shape, 0, 1, np.zeros(1, dtype), least, *found)
+        return [(float(mean), float(rest), float(square)) for mean, rest, square in found.T]
+    function = compiled(cpu._moments)
+    return [
+        function(memory, j * 2 * (half + 8), np.uint64(1), runs, shape, 0, None, dtype.type(guess), dtype.type(0), size,
+                 least)
+        for j in range(count)
+    ]  # fmt: skip
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("lanes", [False, True])
+def test_from_how_bad_a_guess_on_a_plane_is_added_up_again(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool
+):
+    """From more than a deviation on: the mean is found then, else it stays the guess, and what that lacks is told."""
+    use_compiled(monkeypatch, True)
+    z = rng.standard_normal((3, 300))
+    z = 5 * (z - z.mean(1, keepdims=True)) / z.std(1, keepdims=True)
+    z[2] = 5 * np.sign(np.arange(300) - 149.5)  # a deviation of 5 exactly
+    for far, again in (([4.8, -4.8, 5], False), ([5.2, -5.2, np.nextafter(np.float32(5), 6)], True)):
+        x = (z + np.array(far)[:, None]).astype(np.float32)
+        exact = x.astype(np.longdouble)
+        for (mean, rest, square), plane, distance in zip(summed(monkeypatch, x, 0, lanes), exact, far, strict=True):
+            assert mean == (np.float32(mean) if again else 0)
+            assert abs(mean - distance * again) < 1e-5
+            assert abs(mean + rest - plane.mean()) < 2e-6
+            assert abs(square / ((plane - plane.mean()) ** 2).sum() - 1) < 2e-6
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("offset", [0, 3, 1e6])
+def test_a_guess_that_leaves_no_digits(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool, offset: float
+):
+    """The mean that follows from it is of none either; what that lacks is taken away with the next turn."""
+    use_compiled(monkeypatch, True)
+    x = (offset + rng.standard_normal((4, 200))).astype(np.float32)
+    exact = x.astype(np.longdouble)
+    for (mean, rest, square), plane in zip(summed(monkeypatch, x, -3e8, lanes), exact, strict=True):
+        print(mean, rest)
+        assert abs(mean + rest - plane.mean()) < 1e-5
+        assert abs(square / ((plane - plane.mean()) ** 2).sum() - 1) < 1e-5
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("lanes", [False, True])
+def test_which_squares_are_made_in_float64(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool):
+    """Where the mean square is below the least one, or a sum has no bound: the mean is no guess any more then."""
+    use_compiled(monkeypatch, True)
+    x = np.tile(np.array([[1, -1]], np.float32), (4, 50))
+    x *= np.float32([[2.0**-50], [2.0**-50 * (1 - 2**-20)], [2.0**65], [2.0**50]])
+    found = summed(monkeypatch, x, 2.0**-60, lanes, 2.0**-100)
+    for (mean, rest, square), plane, wide in zip(found, x.astype(float), (False, True, True, False), strict=True):
+        assert mean == (0 if wide else 2.0**-60)
+        assert abs(mean + rest) < 1e-17 * plane.max()
+        assert abs(square / (plane**2).sum() - 1) < 1e-6
+    assert [mean for mean, _, _ in summed(monkeypatch, x, 2.0**-60, lanes)] == [2.0**-60, 2.0**-60, 0, 2.0**-60]
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("lanes", [False, True])
+def test_sums_of_tiles_go_where_they_belong(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool):
+    """From any unit on: those of each tile, and of each channel of a group."""
+    use_compiled(monkeypatch, True)
+    monkeypatch.setattr(cpu, "TILE", 70 if lanes else 20)
+    x, dy = rng.standard_normal((2, 2, 21, 3, 8)).astype(np.float32) + np.float32(3)
+    steps = (3 * 9 * 22, 1, 9 * 22, 22) if lanes else (21 * 3 * 9, 3 * 9, 9, 1)
+    layout = layout_with(x.shape, steps)
+    places, runs, sizes, step, _ = layout.where
+    group, tiles = sizes[1:3]
+    assert (group, tiles) == ((16, 6) if lanes else (1, 2))
+    memories = np.zeros((2, 2 * 3 * 9 * 22), np.float32)
+    for memory, array in zip(memories, (x, dy), strict=True):
+        np.lib.stride_tricks.as_strided(memory, x.shape, [4 * step for step in steps])[...] = array
+    forward = compiled(cpu._reduce_forward_lanes if lanes else cpu._reduce_forward_rows)
+    backward = compiled(cpu._reduce_backward_lanes if lanes else cpu._reduce_backward_rows)
+    locate, borders = compiled(cpu._locate), compiled(cpu._borders)
+    mean, delta, rstd = rng.uniform(2, 3, (3, 2, 21)).astype(np.float32)
+    numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), mean, delta - 2, rstd
+    three = np.concatenate([places, places[:1]]), np.concatenate([runs, runs[:1]])
+    for first, last in ((0, layout.blocks * tiles), (3, 8), (layout.blocks * tiles - 7, layout.blocks * tiles)):
+        found = np.full((3, (last - first) * group), np.nan)
+        zero = np.zeros(1, np.float32) if lanes else np.float32(0)
+        kind = () if lanes else (step,)
+        forward(memories[0], places[0], runs[0], sizes, *kind, first, last, zero, 0.0, *found)
+        sums = np.full((2, (last - first) * group), np.nan)
+        backward(np.float32(0), memories[0], memories[1], memories[0], *three, sizes, *kind, None, None, first, last,
+                 *numbers, *sums)  # fmt: skip
+        for unit in range(last - first):
+            n, c, tile = locate(first + unit, sizes)
+            r0, r1, l0, l1, _ = borders(tile, sizes)
+            width = min(group, 21 - c)
+            part, of_dy = (a[n, c : c + width, r0:r1, l0:l1].reshape(width, -1).astype(float) for a in (x, dy))
+            at = slice(unit * group, unit * group + width)
+            np.testing.assert_allclose(found[0, at] + found[1, at], part.mean(1), rtol=1e-6)
+            np.testing.assert_allclose(found[2, at], part.var(1) * part.shape[1], rtol=1e-5)
+            centred = part - (mean + (delta - 2))[n, c : c + width, None]
+            np.testing.assert_allclose(sums[:, at], [of_dy.sum(1), (of_dy * centred).sum(1)], rtol=1e-5, atol=1e-5)
+            assert np.isnan(found[:, at.stop : (unit + 1) * group]).all()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("spread", [1.0, 2.0**-26])
+def test_sums_in_float64(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, spread: float):
+    """A mean as a number and what that lacks, and squares about both: more digits than a mean in float64 has."""
+    use_compiled(monkeypatch, True)
+    base = 2.0**26
+    x = base + spread * rng.standard_normal(2000)
+    runs, shape = np.array([0, 1000]), (1, 1, 1, 2, 1000, 2, 1000, 0)
+    mean, rest, square = compiled(cpu._wide_moments)(x, 0, np.uint64(1), runs, shape, 0)
+    exact = x - base  # no digit is lost
+    assert abs(((mean - base) - math.fsum(exact) / 2000) + rest) < 1e-15 * spread
+    assert abs(square / math.fsum((exact - exact.mean()) ** 2) - 1) < 1e-13

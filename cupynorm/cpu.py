@@ -133,7 +133,7 @@ def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Arra
         dresidual = g_out = empty_like(x, empty)
     dx = empty_like(x, empty) if out is None else out
     dtype = math_dtype(x.dtype)
-    sums = (np.empty if x.size else np.zeros)((2, *x.shape[:2]), dtype)  # of g times xhat, and of g
+    sums = np.zeros((2, *x.shape[:2]), dtype)  # of g times xhat, and of g
     if x.size:
         arrays = [x, dx, dy] if g_out is None else [x, dx, dy, saved.residual, g_out]
         _choose(saved, arrays, backward=True).backward(sums[1], sums[0])
@@ -234,7 +234,6 @@ class _Work:
 
     def share(self, step: Callable[..., None], count: int) -> None:
         """step over 0 … count, in parts that the threads share out among themselves."""
-        raise NotImplementedError
 
     def run(
         self, reduce: Callable[..., None], join: Callable[..., None], apply: Callable[..., None], whole: Any
@@ -302,8 +301,7 @@ class _Interpreted(_Work):
         self.wide = np.dtype(np.float64) if plane > SHORT_ROW else self.dtype  # of what is computed once for a plane
         self.far = FAR if self.wide != self.dtype else FAR / 2  # where no sum is made in higher precision
         most = self.limit if self.threads == 1 else 2 * self.limit  # threads wait for each other between calls
-        whole: Index = (slice(None),) * len(spatial)
-        self.tile: list[Index] = [whole]
+        self.tile: list[Index] = [()]  # all of it
         every = slice(None)
         self.planes: list[Index]
         if (self.lanes and plane * c > self.limit) or plane > self.limit:

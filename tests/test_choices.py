@@ -148,6 +148,9 @@ def test_buffer_and_scratch(shape: tuple[int, ...], lanes: bool, elements: int):
     ((4, 4, 2**17), False, 1, 4, 1, 2**19),
     ((4, 4, 2**17), False, 2, 2, 1, 2**20),  # twice as much for each of several threads
     ((4, 4, 2**18), False, 2, 4, 1, 2**20),
+    ((4, 4, 2**15), False, 2, 2, 1, 2**20),  # no fewer than there are threads
+    ((1, 4, 2**19), False, 2, 2, 1, 2**20),
+    ((4, 8, 2**16), True, 2, 2, 1, 2**20),
     ((1, 4, 2**18), False, 2, 2, 1, 2**20),  # a sample each would leave one without
     ((3, 4, 2**18), False, 2, 3, 1, 2**20),
     ((3, 5, 2**18), False, 2, 6, 1, 2**20),
@@ -770,3 +773,82 @@ def test_sums_in_float64(rng: np.random.Generator, monkeypatch: pytest.MonkeyPat
     exact = x - base  # no digit is lost
     assert abs(((mean - base) - math.fsum(exact) / 2000) + rest) < 1e-15 * spread
     assert abs(square / math.fsum((exact - exact.mean()) ** 2) - 1) < 1e-13
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("size", [16, 40, 300])
+def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, size: int
+):
+    """By itself, and what is found so is what counts: here it is no sum, but numbers to be recognised."""
+    use_compiled(monkeypatch, True)
+    assert cpu.numba is not None
+    told = cpu.numba.njit(
+        lambda x, o, k, run, shape, tile, step, mean, zero, count, least: (mean + 512, 2.0**-30, 900.0)
+    )
+    monkeypatch.setattr(cpu, "_moments", told)
+    function = compiled(cpu._forward_short_rows)
+    inner = min(size, 64)
+    middle = slice((size - inner) // 2, (size + inner) // 2)
+    outer = np.ones(size, bool)
+    outer[middle] = False
+    x, again = rng.standard_normal((7, size)) + 1000, np.zeros(7, bool)
+    guess = x[:, middle].mean(1)
+    if size == 300:  # the middle alone has the mean 0; the distance of that from the true mean, in deviations
+        x[0], x[0, outer] = 0, 1
+        x[1] = x[0]
+        mean = outer.mean()
+        for j, far in enumerate((0.97, 1.03)):
+            spread = np.sqrt(((mean / far) ** 2 - (mean - mean**2)) * size / inner)
+            x[j, middle] = spread * np.where(np.arange(inner) % 2, 1, -1)
+            assert abs(abs(x[j].mean()) / x[j].std() - far) < 1e-6
+        again[1] = True
+        guess[:2] = 0
+    # Squares below the least, or without a bound. Their sum is what counts.
+    for j, (value, odd) in enumerate(((2.0**-50, False), (2.0**-50 * (1 - 2**-20), True), (2.0**65, True)), 3):
+        x[j], again[j], guess[j] = value * np.where(np.arange(size) % 2, 1, -1), odd, 0
+    x = x.astype(np.float32)
+    y, stats, variance = np.full_like(x, 7), np.full((3, 7), 7, np.float32), np.full(7, 7, np.float32)
+    places, shape = np.array([[7 * size, size, 1]] * 2), (7, 1, 1, 1, size, 1, size, 0)
+    numbers = np.full(1, 3, np.float32), np.full(1, 0.5, np.float32), (0, 0, 0, 0)
+    eps = 2.0**-120
+    like, run, kind = np.float32(0), np.zeros(1, np.int64), (None, None, None, None)
+    function(like, x.ravel(), y.ravel(), x.ravel(), places, run, shape, *kind, 0, 7, eps, 2.0**-100, *numbers, *stats,
+             variance)  # fmt: skip
+    mean, rest, rstd = stats
+    exact = np.where(again, guess + 512, x.astype(float).mean(1))
+    square = np.where(again, 900.0, x.astype(float).var(1) * size)
+    print(mean, exact)
+    np.testing.assert_allclose(mean, exact, rtol=1e-7, atol=1e-7)
+    assert (rest[again] == 2.0**-30).all()
+    np.testing.assert_allclose(variance, square / size, rtol=1e-4)
+    np.testing.assert_allclose(rstd, (square / size + eps) ** -0.5, rtol=1e-4)
+    expected = (x - (mean + rest.astype(float))[:, None]) * 3 * rstd[:, None] + 0.5
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "strides", "merged"), [
+    ((2, 3, 4, 5, 6), [(360, 120, 30, 6, 1)], (120,)),
+    ((2, 3, 4, 5, 6), [(480, 160, 40, 6, 1)], (4, 30)),
+    ((2, 3, 4, 5, 6), [(480, 160, 40, 8, 1)], (20, 6)),
+    ((2, 3, 4, 5, 6), [(492, 164, 41, 8, 1)], (4, 5, 6)),
+    ((2, 3, 4, 5, 6), [(420, 140, 35, 7, 1)], (20, 6)),
+    ((2, 3, 4, 5, 6), [(720, 240, 60, 12, 2)], (120,)),
+    ((2, 3, 4, 1, 6), [(72, 24, 6, 99, 1)], (24,)),
+    ((2, 3, 2, 1, 6), [(99, 24, 7, 1, 1)], (2, 6)),
+    ((2, 3, 1, 1), [(9, 3, 1, 1)], (1,)),
+    ((2, 3, 1, 1), [(3, 1, 1, 1)], (1,)),
+    ((2, 3, 4, 5), [(60, 20, 5, 1), (60, 1, 15, 3)], (20,)),
+    ((2, 3, 4, 5), [(60, 20, 5, 1), (72, 24, 6, 1)], (4, 5)),
+    ((2, 3, 4, 5), [(72, 24, 6, 1), (60, 20, 5, 1)], (4, 5)),
+])  # fmt: skip
+def test_which_axes_are_gone_through_as_one(
+    shape: tuple[int, ...], strides: list[tuple[int, ...]], merged: tuple[int, ...]
+):
+    """Those that all arrays of a call have one behind the other. An axis fewer is a copy less on NumPy alone."""
+    memory = np.arange(2000.0)
+    arrays = [np.lib.stride_tricks.as_strided(memory, shape, [8 * step for step in steps]) for steps in strides]
+    for array, view in zip(arrays, cpu._merged(arrays), strict=True):
+        assert view.shape == (*shape[:2], *merged)
+        assert np.shares_memory(view, memory)
+        np.testing.assert_array_equal(view.ravel(), array.ravel())

@@ -317,14 +317,18 @@ def test_blocks_and_tiles_of_any_size(way: str, rng: np.random.Generator, monkey
             reference.assert_all_close(again, reference.double_backward(ddx, weight, bias, dy, x, weight), x)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every few"])
 def test_gaps_that_differ(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
-    """Each array of a call is a part of a larger one of another size."""
+    """Each array of a call is a part of a larger one of another size, or has columns in between of its own number."""
 
     def within(a: np.ndarray) -> np.ndarray:
-        before, after = rng.integers(0, 4, (2, 2))
-        larger = laid(np.full((*a.shape[:2], *(a.shape[2:] + before + after)), 7, a.dtype), layout)
-        part = larger[:, :, before[0] : before[0] + a.shape[2], before[1] : before[1] + a.shape[3]]
+        before, after = rng.integers(0, 4, (2, a.ndim))
+        every = int(rng.integers(2, 5)) if layout == "every few" else 1
+        shape = a.shape + before + after
+        shape[-1] *= every
+        larger = laid(np.full(shape, 7, a.dtype), "channels_last" if layout == "channels_last" else "contiguous")
+        part = larger[tuple(slice(first, first + size) for first, size in zip(before[:-1], a.shape, strict=False))]
+        part = part[..., every * before[-1] :: every][..., : a.shape[-1]]
         part[...] = a
         return part
 
@@ -340,6 +344,22 @@ def test_gaps_that_differ(way: str, rng: np.random.Generator, monkeypatch: pytes
         dx, *_, dresidual = cn.instance_norm_backward(dy, saved, out=dx)
         exact = reference.backward(dy, x, **options)
         reference.assert_all_close([dx, dresidual], [exact[0], exact[3]], x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_in_the_place_of_inputs(
+    way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str
+):
+    """Nothing is done twice, and nothing is read that was written: the bits are those of results elsewhere."""
+    for shape in ((3, 5, 4, 4), (3, 5, 6, 7), (3, 5, 25, 30), (2, 3, 50, 60), (2, 37, 9, 30)):
+        let_blocks_be_small(rng, monkeypatch)
+        x, dy = (laid(rng.standard_normal(shape, dtype=np.float32), layout) for _ in range(2))
+        y, saved = cn.instance_norm_forward(x)
+        dx = cn.instance_norm_backward(dy, saved)[0].copy()
+        z, into = (laid(a.copy(), layout) for a in (x, dy))
+        assert cn.instance_norm(z, out=z) is z
+        assert cn.instance_norm_backward(into, saved, out=into)[0] is into
+        assert (z.tobytes(), into.tobytes()) == (y.tobytes(), dx.tobytes())
 
 
 def test_a_thread_goes_on_to_the_tiles_of_the_next_plane(

@@ -278,6 +278,8 @@ ROW = 512
 STRIPE = 32  # the same for lanes, whose sums are plain
 SHORT_ROW = 128  # elements of a plane up to which it pays to spread its numbers over a block of their own
 FAR = 2.0  # mean over deviation from which on x is centred: below, two bits at most are lost without
+# Blocks of scratch, by what is in them; forward, x less a mean takes that of g. Further ones are the activation's.
+PRODUCT, G, X, V, RESULT = range(5)
 
 
 class _Interpreted(_Work):
@@ -444,7 +446,7 @@ class _Interpreted(_Work):
         the number next to its mean.
         """
         size = x.shape[2]
-        total, squares = self._sums(x), self._dots(x, x, scratch[0])
+        total, squares = self._sums(x), self._dots(x, x, scratch[PRODUCT])
         pivot: Any = None
         most: Any = self.far**2 / (1 + self.far**2)  # of the squares, lost to the mean's
         for turn in range(4):
@@ -466,11 +468,11 @@ class _Interpreted(_Work):
                 break
             pivot, most = moved, np.where(far, 0.5, most)
             if self.lanes or 4 * some > far.size:
-                centred = np.subtract(x, pivot[:, :, None], out=self._room(x, scratch[0]))
-                total, squares = self._sums(centred), self._dots(centred, centred, scratch[2])
+                centred = np.subtract(x, pivot[:, :, None], out=self._room(x, scratch[G]))
+                total, squares = self._sums(centred), self._dots(centred, centred, scratch[PRODUCT])
             else:
                 centred = (x[far] - pivot[far][:, None])[None]
-                total[far], squares[far] = self._sums(centred)[0], self._dots(centred, centred, scratch[2])[0]
+                total[far], squares[far] = self._sums(centred)[0], self._dots(centred, centred, scratch[PRODUCT])[0]
         variance = squares - lost
         variance /= size
         np.maximum(variance, 0, out=variance)
@@ -525,7 +527,7 @@ class _Interpreted(_Work):
 
     def reduce_forward(self, unit: int, scratch: np.ndarray) -> None:
         planes, index, tile = self._index(unit)
-        x = self._read(self.x, index, scratch[1])
+        x = self._read(self.x, index, scratch[X])
         mean, delta, variance = self._statistics(x, scratch)
         for each, value in zip(self.partial, (mean, delta, variance * x.shape[2], x.shape[2]), strict=True):
             each[(tile, *planes)] = value
@@ -557,14 +559,14 @@ class _Interpreted(_Work):
 
     def apply_forward(self, unit: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(unit)
-        self._finish(index, planes, self._read(self.x, index, scratch[1]), scratch)
+        self._finish(index, planes, self._read(self.x, index, scratch[X]), scratch)
 
     def _finish(self, index: Index, planes: Index, x: np.ndarray, scratch: np.ndarray) -> None:
         call = self.call
-        out = self._target(self.y, index, scratch[1]) if self.work_in_y else self._room(self.y[index], scratch[1])
-        self._add_up(index, planes, x, out, scratch[0])
+        out = self._target(self.y, index, scratch[X]) if self.work_in_y else self._room(self.y[index], scratch[X])
+        self._add_up(index, planes, x, out, scratch[PRODUCT])
         if call.activation is not None:
-            _activate(out, call.activation, call.negative_slope, self._rooms(out, scratch[2:]))
+            _activate(out, call.activation, call.negative_slope, self._rooms(out, scratch[self.rooms :]))
         self._write(self.y, index, out)
 
     def _in_tiles(self, block: int, scratch: np.ndarray, reduce: Any, join: Any, apply: Any) -> None:
@@ -584,7 +586,7 @@ class _Interpreted(_Work):
             self._in_tiles(block, scratch, self.reduce_forward, self.join_forward, self.apply_forward)
             return
         planes, index, _ = self._index(block)
-        x = self._read(self.x, index, scratch[1])
+        x = self._read(self.x, index, scratch[X])
         self._keep(planes, *self._statistics(x, scratch))
         self._finish(index, planes, x, scratch)
 
@@ -598,12 +600,12 @@ class _Interpreted(_Work):
     def _load(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """g, in scratch where it is not dy itself; and x."""
         call = self.call
-        g = dy = self._read(self.arrays[2], index, scratch[1])
-        x = self._read(self.x, index, scratch[2])
+        g = dy = self._read(self.arrays[2], index, scratch[G])
+        x = self._read(self.x, index, scratch[X])
         if call.activation is not None:
-            z, g = self._room(x, scratch[0]), self._room(x, scratch[1])
-            self._add_up(index, planes, x, z, scratch[3])
-            _times_slope(dy, z, call.activation, call.negative_slope, g, self._rooms(z, scratch[3:]))
+            z, g, rooms = self._room(x, scratch[PRODUCT]), self._room(x, scratch[G]), scratch[self.rooms :]
+            self._add_up(index, planes, x, z, rooms[0])
+            _times_slope(dy, z, call.activation, call.negative_slope, g, self._rooms(z, rooms))
         return g, x
 
     def _centred(self, planes: Index, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -611,7 +613,7 @@ class _Interpreted(_Work):
         pivot, rest = self._pivot(planes)
         if pivot is None:
             return x, rest
-        centred = self._room(x, scratch[2])
+        centred = self._room(x, scratch[X])
         self._each(np.subtract, x, pivot, centred)
         return centred, rest
 
@@ -620,7 +622,7 @@ class _Interpreted(_Work):
         g, x = self._load(index, planes, scratch)
         centred, _ = self._centred(planes, x, scratch)
         self.partial[0][(tile, *planes)] = self._sums(g)
-        self.partial[1][(tile, *planes)] = self._dots(g, centred, scratch[0])
+        self.partial[1][(tile, *planes)] = self._dots(g, centred, scratch[PRODUCT])
 
     def join_backward(self, first: int, last: int) -> None:
         for planes in self.planes[first:last]:
@@ -643,7 +645,7 @@ class _Interpreted(_Work):
         call = self.call
         if len(self.arrays) == 5:
             self._write(self.arrays[4], index, g)
-        out = self._target(self.y, index, scratch[2]) if self.work_in_dx else self._room(self.y[index], scratch[2])
+        out = self._target(self.y, index, scratch[X]) if self.work_in_dx else self._room(self.y[index], scratch[X])
         if call.training:
             slope = self.sum_g_xhat[planes] * call.rstd[planes] / -self.spatial
             constant = (-rest * slope - self.sum_g[planes] / self.spatial).astype(self.dtype, copy=False)
@@ -661,7 +663,7 @@ class _Interpreted(_Work):
         planes, index, _ = self._index(block)
         g, x = self._load(index, planes, scratch)
         centred, rest = self._centred(planes, x, scratch)
-        self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[0]), rest)
+        self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[PRODUCT]), rest)
         self._differentiate(index, planes, g, centred, rest, scratch)
 
 
@@ -715,9 +717,9 @@ class _DoubleBackward(_Interpreted):
     def _blocks(self, index: Index, planes: Index, scratch: np.ndarray, pivots: tuple[Any, ...]) -> tuple[Any, ...]:
         """xhat, g and v of a block, the last two about these pivots; v is None where there is no ddx."""
         return (
-            self._xhat(index, planes, scratch[0]),
-            self._standard(self.g, index, scratch[1], pivots[:1]),
-            self._standard(self.u, index, scratch[2], pivots[1:], self.call.rstd[planes]),
+            self._xhat(index, planes, scratch[X]),
+            self._standard(self.g, index, scratch[G], pivots[:1]),
+            self._standard(self.u, index, scratch[V], pivots[1:], self.call.rstd[planes]),
         )
 
     def _about_mean(self, array: Array, index: Index, room: np.ndarray) -> tuple[Any, Any, Any]:
@@ -734,14 +736,14 @@ class _DoubleBackward(_Interpreted):
         size = math.prod(self.x[index].shape[2:])
         if not self.call.training:
             blocks = self._blocks(index, planes, scratch, ())
-            return blocks, (size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, self._dots(blocks[2], blocks[1], scratch[3]))
-        g, pivot_g, sum_g = self._about_mean(self.g, index, scratch[1])
-        v, pivot_u, sum_u = self._about_mean(self.u, index, scratch[2])
-        xhat = self._xhat(index, planes, scratch[0])
-        dots: tuple[Any, ...] = (self._dots(g, xhat, scratch[3]), 0.0, 0.0)
+            return blocks, (size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, self._dots(blocks[2], blocks[1], scratch[PRODUCT]))
+        g, pivot_g, sum_g = self._about_mean(self.g, index, scratch[G])
+        v, pivot_u, sum_u = self._about_mean(self.u, index, scratch[V])
+        xhat = self._xhat(index, planes, scratch[X])
+        dots: tuple[Any, ...] = (self._dots(g, xhat, scratch[PRODUCT]), 0.0, 0.0)
         if v is not None:
             self._each(np.multiply, v, self.call.rstd[planes], v)
-            dots = (dots[0], self._dots(v, xhat, scratch[3]), self._dots(v, g, scratch[3]))
+            dots = (dots[0], self._dots(v, xhat, scratch[PRODUCT]), self._dots(v, g, scratch[PRODUCT]))
         return (xhat, g, v), (size, self._sums(xhat), pivot_g, sum_g, pivot_u, sum_u, *dots)
 
     def _joined(self, planes: Index, parts: np.ndarray) -> tuple[Any, ...]:
@@ -830,11 +832,11 @@ class _DoubleBackward(_Interpreted):
     ) -> None:
         """array <- (the sum of block * number, for each (block, number), + rest) * scale, by planes."""
         terms = [term for term in terms if term[0] is not None]
-        out = self._target(array, index, scratch[4])
+        out = self._target(array, index, scratch[RESULT])
         if not terms:
             out[...] = 0
         for i, (block, number) in enumerate(terms):
-            product = self._room(block, scratch[3]) if i else out
+            product = self._room(block, scratch[PRODUCT]) if i else out
             self._each(np.multiply, block, number.astype(self.dtype), product)
             if i:
                 out += product

@@ -139,6 +139,10 @@ def test_buffer_and_scratch(shape: tuple[int, ...], lanes: bool, elements: int):
         room = min(math.prod(shape), 2**19)
         assert seen == [(i, (rooms, room), elements) for i in (3, 4, 7)]
         assert np.getbufsize() == before
+    call = saved_of(shape, steps_of(shape, lanes))
+    double = cpu._DoubleBackward(call, cpu._merged([call.x] * 5), None, None)
+    double.work(lambda i, scratch: seen.append(scratch.shape), iter([(0, 1)]))
+    assert seen[-1] == (5, room)
 
 
 @pytest.mark.parametrize(("shape", "lanes", "number", "blocks", "tiles", "room"), [
@@ -852,3 +856,150 @@ def test_which_axes_are_gone_through_as_one(
         assert view.shape == (*shape[:2], *merged)
         assert np.shares_memory(view, memory)
         np.testing.assert_array_equal(view.ravel(), array.ravel())
+
+
+def found_on_numpy(x: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, ...]:
+    """What `_statistics` makes of planes (N, C, S): mean, what it lacks, variance."""
+    call = cn.Saved(x, *np.zeros((2, *x.shape[:2]), x.dtype), None, None, True, np.zeros(x.shape[:2], x.dtype), None)
+    work = cpu._Interpreted(call, [x, x])
+    work.eps = x.dtype.type(eps)
+    with np.errstate(all="ignore"):
+        return work._statistics(x, np.empty((3, x.size), x.dtype))
+
+
+@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("size", [60, 600])
+def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator, size: int, lanes: bool):
+    """Squares without a bound, about 0 or about the mean as well; a large mean; nearly constant ones; tiny ones. None
+    of them takes digits, or changes bits, of another."""
+    z = rng.standard_normal((1, 12, size))
+    z[:, 1] *= 2.0**70
+    z[:, 2] = 2.0**70 * (1 + z[:, 2] / 1024)
+    z[:, 3] += 1000
+    z[:, 4] = 16384 + np.arange(size) % 2 / 512
+    z[:, 5] *= 2.0**-70
+    z[:, 6] = 2.0**-70 * (1 + z[:, 6] / 1024)
+    z[:, 7] = 1e6
+    z[:, 8] = 0
+    z[:, 9] += 4
+    x = z.astype(np.float32)
+    if lanes:
+        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+    mean, rest, variance = (a[0].astype(np.longdouble) for a in found_on_numpy(x))
+    exact = x[0].astype(np.longdouble)
+    deviation = exact.std(1)
+    assert (np.abs((mean - exact.mean(1)) + rest) <= 1e-6 * deviation).all()
+    assert (np.abs(variance - deviation**2) <= 3e-6 * deviation**2).all()
+    for some in (slice(0, 1), slice(3, 5), slice(9, 12), slice(1, 4), [0, 5, 7, 8]):
+        alone = x[:, some]
+        if lanes:
+            alone = np.moveaxis(np.ascontiguousarray(np.moveaxis(alone, 1, -1)), -1, 1)
+        for a, b in zip(found_on_numpy(alone), (mean, rest, variance), strict=True):
+            if not lanes or alone.shape[1] > 1:  # a channel by itself is no lane
+                np.testing.assert_array_equal(a[0], b[some])
+
+
+@pytest.mark.parametrize("size", [60, 600])
+def test_planes_in_float64_that_need_more_than_that(rng: np.random.Generator, size: int):
+    """Nearly constant ones, whose squares have no digits, or no bound, before the mean is taken away."""
+    z = rng.integers(0, 9, (1, 3, size)).astype(float)
+    x = z * 2.0**-52 + 1
+    x[:, 1] = 2.0**600 * (1 + z[:, 1] * 2.0**-100 * 2.0**60)
+    x[:, 2] = 2.0**-20 * x[:, 2]
+    mean, rest, variance = (a[0] for a in found_on_numpy(x))
+    for j, (base, grain) in enumerate(((1.0, 2.0**-52), (2.0**600, 2.0**560), (2.0**-20, 2.0**-72))):
+        units = (x[0, j] - base) / grain  # whole numbers
+        assert abs(((mean[j] - base) + rest[j]) / grain - math.fsum(units) / size) < 1e-9
+        if j != 1:
+            assert abs(variance[j] / grain**2 / (math.fsum((units - units.mean()) ** 2) / size) - 1) < 1e-9
+
+
+def test_how_tiles_are_put_together_on_numpy_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    """Means as numbers and rests; of the blocks that are asked for."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 50)
+    x = rng.standard_normal((2, 3, 130)) + rng.choice([0, 1000], (2, 3, 1))
+    work = on_numpy((2, 3, 130))
+    work.eps, work.variance = np.float32(0.5), np.full((2, 3), 7, np.float32)
+    borders = [(index[0].start, min(index[0].stop, 130)) for index in work.tile]
+    assert borders == [(0, 50), (50, 100), (100, 130)]
+    for tile, (first, last) in enumerate(borders):
+        part = x[:, :, first:last]
+        mean = (part.mean(2) + rng.standard_normal((2, 3))).astype(np.float32).astype(float)
+        work.partial[:, tile] = mean, part.mean(2) - mean, part.var(2) * (last - first), np.full((2, 3), last - first)
+    call, those = work.call, np.zeros((2, 3), bool)
+    call.mean[...] = call.rstd[...] = call.delta[...] = 7
+    those[0, 2] = those[1, :2] = True
+    work.join_forward(2, 5)
+    nearest = x.mean(2).astype(np.float32)
+    np.testing.assert_array_equal(call.mean, np.where(those, nearest, 7))
+    np.testing.assert_allclose(call.delta, np.where(those, x.mean(2) - nearest, 7), atol=1e-12)
+    np.testing.assert_allclose(call.rstd, np.where(those, (x.var(2) + 0.5) ** -0.5, 7), rtol=2e-7)
+    np.testing.assert_allclose(work.variance, np.where(those, x.var(2), 7), rtol=2e-7)
+
+
+def test_results_are_worked_in_where_nothing_is_read_there(monkeypatch: pytest.MonkeyPatch):
+    """Else each block goes through scratch."""
+    monkeypatch.setattr(cpu._Interpreted, "run", lambda *_: None)
+    monkeypatch.setattr(cpu._Interpreted, "share", lambda *_: None)
+    x, y, other = np.zeros((3, 2, 3, 8), np.float32)
+    for arrays, alone in (([x, y], True), ([x, y, other], True), ([x, y, y], False), ([x, x], True)):
+        call = saved_of((2, 3, 8), (24, 8, 1))
+        call.residual = arrays[2] if len(arrays) == 3 else None
+        work = cpu._Interpreted(call, arrays)
+        for forward in (lambda work=work: work.forward(1e-5, None), work.evaluate):
+            work.work_in_y = None
+            forward()
+            assert work.work_in_y is alone
+    for dx, dy, alone in ((x, y, True), (y, y, False)):
+        work = cpu._Interpreted(saved_of((2, 3, 8), (24, 8, 1)), [other, dx, dy])
+        work.backward(*np.zeros((2, 2, 3), np.float32))
+        assert work.work_in_dx is alone
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_double_backward_adds_up(monkeypatch: pytest.MonkeyPatch, training: bool):
+    """Nothing in tracked eval, unless a weight has a gradient."""
+    did: list[str] = []
+    monkeypatch.setattr(cpu._Interpreted, "run", lambda *_: did.append("all"))
+    monkeypatch.setattr(cpu._Interpreted, "share", lambda *_: did.append("apply"))
+    for weight, ddx, what in ((None, True, "apply"), (True, False, "apply"), (True, True, "all")):
+        call = saved_of((2, 3, 8), (24, 8, 1))
+        call.training, call.weight = training, None if weight is None else np.ones(3, np.float32)
+        work = cpu._DoubleBackward(call, [call.x] * (5 if ddx else 4), None, None)
+        did.clear()
+        work.double_backward(np.zeros((2, 3), np.float32))
+        assert did == ["all" if training else what]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_how_many_coefficients_gelu_has(monkeypatch: pytest.MonkeyPatch, dtype: Any):
+    """As many as a dtype has digits for."""
+    made, asked = cpu.half_erfcx, []
+    monkeypatch.setattr(cpu, "half_erfcx", lambda degree: asked.append(degree) or made(degree))
+    cpu._activate(np.zeros((1, 1, 3), dtype), "gelu", 0.0, [*np.zeros((3, 1, 1, 3), dtype)])
+    assert asked == [10 if dtype == np.float32 else 20]
+    z = np.linspace(0, 12, 1000)
+    t = (z - cpu.PIVOT) / (z + cpu.PIVOT)
+    exact = np.array([math.erfc(v / math.sqrt(2)) * math.exp(v * v / 2) / 2 for v in z])
+    for degree, error in ((9, 2e-8), (10, 4e-9), (20, 4e-15)):
+        assert len(cpu.half_erfcx(degree)) == degree + 1
+        off = np.abs(np.polyval(cpu.half_erfcx(degree), t) - exact).max()
+        print(degree, off)
+        assert error / 8 < off < error
+
+
+@pytest.mark.parametrize("slope", [-1.0, 0.0, 0.3, 1.0, 1.5, 2.0, 3.0])
+def test_slopes_and_infinite_values(slope: float):
+    """Rectifiers on both sides of their kink, and where the others have limits."""
+    z = np.array([-np.inf, -900, -2, -0.0, 0, 3, 900, np.inf, np.nan], np.float32).reshape(1, 1, 9)
+    dy = np.arange(1, 10, dtype=np.float32).reshape(1, 1, 9)
+    for activation, below in (("relu", 0.0), ("leaky_relu", slope), ("silu", 0.0), ("gelu", 0.0)):
+        some = np.abs(z) >= (5 if activation in ("silu", "gelu") else 0)
+        y, g, rooms = z.copy(), np.zeros_like(z), [*np.zeros((3, 1, 1, 9), np.float32)]
+        with np.errstate(all="ignore"):
+            cpu._activate(y, activation, slope, rooms)
+            cpu._times_slope(dy, z.copy(), activation, slope, g, rooms)
+            expected = np.where(z < 0, z * below if below else 0, z)
+        np.testing.assert_allclose(y[some], expected[some], rtol=1e-6)
+        np.testing.assert_allclose(g[some], (dy * np.where(z > 0, 1, below))[some], rtol=1e-6)
+        assert np.isnan(y[..., -1]).all()

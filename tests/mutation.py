@@ -397,10 +397,11 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         case = {"lanes": "2x8x5x6", "short": "2x3x5x7"}[kind[0]] if kind else "1x2x100x100"
         layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, as the next
         choices = k("choices", "compiled or groups_of or done_together")
+        quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}"))
+        chooses = mutant.compiled in ("_at_a_time", "_choose", "_Compiled", "_Layout")
         return [
             *[layouts] * (mutant.compiled == "_Layout"),
-            *[choices] * (mutant.compiled in ("_at_a_time", "_choose", "_Compiled", "_Layout")),
-            ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}")),
+            *((choices, quick) if chooses else (quick, choices)),
             k("cases", small),
             k("cases", "test_table and compiled"),
             ("tests/test_cpu.py", "-m", "compiled"),
@@ -422,7 +423,8 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     }[name]
     own = tuple((f"tests/test_{file}.py", *without) for file in files.split())
     if name == "cpu":
-        return [k("cases", "numpy and not double and float32"), k("cases", "numpy"), *own]
+        importing = ("tests/test_cpu.py", "-m", "compiled", "-k", "without_numba or public_names")
+        return [k("cases", "numpy and not double and float32"), own[0], k("cases", "numpy"), *own[1:], importing]
     if name in ("launch", "plan", "source"):
         emulated = [
             k("cases", "simt and float32 and (table or small)"), k("simt", "launches or reach"),

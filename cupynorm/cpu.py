@@ -194,8 +194,8 @@ def describe(x: Array) -> list[str]:
     """How a call on an array, with results in its layout, goes through its planes: a line or two."""
     if not x.size:
         return ["empty, nothing is computed"]
-    ones = np.empty((3, *x.shape[:2]), math_dtype(x.dtype))
-    work = _choose(Saved(x, ones[0], ones[1], None, None, True, ones[2]), [x, empty_like(x, np.empty)])
+    any_ = np.empty(x.shape[:2], math_dtype(x.dtype))
+    work = _choose(Saved(x, any_, any_, None, None, True, any_), [x, empty_like(x, np.empty)])
     tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
     threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
     return [f"{work}{tiles}", f"{threads} of {get_num_threads()}"]
@@ -449,16 +449,11 @@ class _Interpreted(_Work):
         total, squares = self._sums(x), self._dots(x, x, scratch[PRODUCT])
         pivot: Any = None
         most: Any = self.far**2 / (1 + self.far**2)  # of the squares, lost to the mean's
-        for turn in range(4):
+        for last in (False, False, False, True):
             mean = np.divide(total, size, dtype=self.wide)
             lost = mean * total
-            largest = squares.max()
-            if turn == 3:
-                break
             far = lost > most * squares
-            if largest == math.inf:
-                far |= squares == math.inf
-            if not far.any():
+            if last or not far.any():
                 break
             before = np.zeros(far.shape, self.dtype) if pivot is None else pivot
             moved = np.where(far, (before + mean).astype(self.dtype), before)
@@ -481,7 +476,7 @@ class _Interpreted(_Work):
         nearest = (pivot + mean).astype(self.dtype, copy=False)
         rest = (pivot - nearest) + mean
         least = size * _least(self.eps)
-        if not largest < math.inf or (least and squares.min() < least):
+        if not squares.max() < math.inf or (least and squares.min() < least):
             odd = ~((squares >= least) & (squares < math.inf))
             exact = x[odd].astype(np.float64)
             mean = exact.mean(1)
@@ -512,7 +507,7 @@ class _Interpreted(_Work):
     # Forward
 
     def forward(self, eps: float, variance: np.ndarray | None) -> None:
-        self.eps, self.variance = self.dtype.type(eps), variance
+        self.eps, self.variance = eps, variance
         self.work_in_y = self.call.residual is None or not overlap(self.y, self.arrays[2])
         self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
 
@@ -553,7 +548,7 @@ class _Interpreted(_Work):
         call.rstd[planes] = 1 / np.sqrt(variance.astype(self.wide, copy=False) + self.eps)
         if variance.dtype != self.wide:  # some of it may not be a number of self.wide
             odd = ~((variance >= _least(self.eps)) & (variance < np.finfo(self.wide).max))
-            call.rstd[planes] = np.where(odd, 1 / np.sqrt(variance + np.float64(self.eps)), call.rstd[planes])
+            call.rstd[planes] = np.where(odd, 1 / np.sqrt(variance + self.eps), call.rstd[planes])
         if self.variance is not None:
             self.variance[planes] = variance
 

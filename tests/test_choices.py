@@ -474,7 +474,7 @@ def test_from_how_large_a_mean_on_it_is_subtracted(size: int, far: float):
 def test_which_planes_are_too_small_for_their_squares(eps: float, some: bool):
     """Those of a mean square below 2**-100 are computed in float64 from the start, where eps is smaller than that."""
     work = on_numpy((1, 2, 4))
-    work.eps = np.float32(eps)
+    work.eps = eps
     for value, odd in ((2.0**-50, False), (2.0**-50 * (1 - 2**-20), some), (2.0**65, True)):
         x = np.array([[1, -1, -1, 1], [value, -value, -value, value]], np.float32)[None]
         mean, rest, variance = work._statistics(x, np.empty((3, x.size), np.float32))
@@ -862,7 +862,7 @@ def found_on_numpy(x: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, ...]:
     """What `_statistics` makes of planes (N, C, S): mean, what it lacks, variance."""
     call = cn.Saved(x, *np.zeros((2, *x.shape[:2]), x.dtype), None, None, True, np.zeros(x.shape[:2], x.dtype), None)
     work = cpu._Interpreted(call, [x, x])
-    work.eps = x.dtype.type(eps)
+    work.eps = eps
     with np.errstate(all="ignore"):
         return work._statistics(x, np.empty((3, x.size), x.dtype))
 
@@ -876,7 +876,7 @@ def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator
     z[:, 1] *= 2.0**70
     z[:, 2] = 2.0**70 * (1 + z[:, 2] / 1024)
     z[:, 3] += 1000
-    z[:, 4] = 16384 + np.arange(size) % 2 / 512
+    z[:, 4] = 16381.123 + np.arange(size) % 2 / 512
     z[:, 5] *= 2.0**-70
     z[:, 6] = 2.0**-70 * (1 + z[:, 6] / 1024)
     z[:, 7] = 1e6
@@ -890,6 +890,8 @@ def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator
     deviation = exact.std(1)
     assert (np.abs((mean - exact.mean(1)) + rest) <= 1e-6 * deviation).all()
     assert (np.abs(variance - deviation**2) <= 3e-6 * deviation**2).all()
+    nearest = np.spacing(np.abs(mean).astype(np.float32))
+    assert (np.abs(rest) <= 0.51 * nearest + 1e-6 * deviation * (np.arange(12) % 4 > 2)).all()
     for some in (slice(0, 1), slice(3, 5), slice(9, 12), slice(1, 4), [0, 5, 7, 8]):
         alone = x[:, some]
         if lanes:
@@ -919,7 +921,7 @@ def test_how_tiles_are_put_together_on_numpy_alone(rng: np.random.Generator, mon
     monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 50)
     x = rng.standard_normal((2, 3, 130)) + rng.choice([0, 1000], (2, 3, 1))
     work = on_numpy((2, 3, 130))
-    work.eps, work.variance = np.float32(0.5), np.full((2, 3), 7, np.float32)
+    work.eps, work.variance = 0.5, np.full((2, 3), 7, np.float32)
     borders = [(index[0].start, min(index[0].stop, 130)) for index in work.tile]
     assert borders == [(0, 50), (50, 100), (100, 130)]
     for tile, (first, last) in enumerate(borders):
@@ -1003,3 +1005,45 @@ def test_slopes_and_infinite_values(slope: float):
         np.testing.assert_allclose(y[some], expected[some], rtol=1e-6)
         np.testing.assert_allclose(g[some], (dy * np.where(z > 0, 1, below))[some], rtol=1e-6)
         assert np.isnan(y[..., -1]).all()
+
+
+@pytest.mark.parametrize("size", [60, 600])
+def test_an_eps_as_small_as_the_variance(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, size: int):
+    """Of numbers whose squares float32 has no digits for."""
+    use_compiled(monkeypatch, False)
+    x = (1e-21 * rng.standard_normal((2, 3, size))).astype(np.float32)
+    _, saved = cn.instance_norm_forward(x, eps=1e-42)
+    np.testing.assert_allclose(saved.rstd, (x.astype(float).var(2) + 1e-42) ** -0.5, rtol=1e-6)
+
+
+def test_how_tiles_of_a_double_backward_are_put_together(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    """Sums about each tile's own pivots, of tiles of different sizes, become sums about the means."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 50)
+    call = saved_of((2, 3, 130), (390, 130, 1))
+    call.rstd[...] = rng.uniform(0.5, 2, (2, 3))
+    work = cpu._DoubleBackward(call, [call.x] * 5, None, None)
+    work.sums = np.zeros((2, 3))
+    rstd = call.rstd.astype(float)[:, :, None]
+    xhat, g, u = rng.standard_normal((3, 2, 3, 130)) + np.array([0.1, 1000, -1000]).reshape(3, 1, 1, 1)
+    g[:, :, :50] += 3
+    parts = []
+    for index in work.tile:
+        part_x, part_g, part_u = (a[:, :, index[0]] for a in (xhat, g, u))
+        pivots = [(a.mean(2) + rng.standard_normal((2, 3))).astype(np.float32).astype(float) for a in (part_g, part_u)]
+        of_g, of_u = part_g - pivots[0][:, :, None], part_u - pivots[1][:, :, None]
+        v = rstd * of_u
+        dots = [(a * b).sum(2) for a, b in ((of_g, part_x), (v, part_x), (v, of_g))]
+        count = np.full((2, 3), float(part_x.shape[2]))
+        parts.append([count, part_x.sum(2), pivots[0], of_g.sum(2), pivots[1], of_u.sum(2), *dots])
+    pivot_g, pivot_u, rest_g, rest_u, *numbers = work._joined(
+        (slice(None), slice(None)), np.array(parts).swapaxes(0, 1)
+    )
+    for array, pivot, rest in ((g, pivot_g, rest_g), (u, pivot_u, rest_u)):
+        assert pivot.dtype == np.float32
+        np.testing.assert_array_equal(pivot, array.mean(2).astype(np.float32))
+        np.testing.assert_allclose(pivot + rest, array.mean(2), rtol=1e-14)
+    v, of_g = (rstd * (u - u.mean(2, keepdims=True))), g - g.mean(2, keepdims=True)
+    a, c = (v * xhat).mean(2), (of_g * xhat).mean(2)
+    s = (v * of_g).mean(2) - a * c
+    np.testing.assert_allclose(numbers, [xhat.mean(2), a, c, s], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(work.sums, 130 * s, rtol=1e-9)

@@ -34,9 +34,7 @@ def widest(itemsize: int, kind: Kind) -> int:
 EPILOGUES: dict[str | None, int] = {None: 1, "relu": 1, "leaky_relu": 1, "silu": 2, "gelu": 3}
 
 
-def resident_threads(
-    file: str, dtype: str, kind: Kind, group: str = "", epilogue: int = 0, skewed: bool = False
-) -> int:
+def resident_threads(file: str, dtype: str, kind: Kind, group: str, epilogue: int, skewed: bool) -> int:
     """Threads that must fit on a multiprocessor: a limit of 65536 / this registers for a kernel's threads."""
     if (file, dtype, group) == ("double_backward", "float64", "part"):
         return 256  # 24 elements a thread, of two registers each

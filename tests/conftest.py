@@ -126,6 +126,21 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Run the public functions on a runtime in the place of a GPU's, on NumPy arrays."""
+
+    from cupynorm.cuda.launch import Launcher
+
+    def made(runtime: Any) -> Any:
+        for name in ("forward", "backward", "double_backward"):
+            monkeypatch.setattr(f"simt.backend.{name}", getattr(Launcher(runtime), name))
+        monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
+        return runtime
+
+    return made
+
+
+@pytest.fixture
 def threads_as_they_were():
     before = threads.get_num_threads()
     yield

@@ -410,7 +410,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         ]  # fmt: skip
     files = {
         "cpu": "choices cpu double_backward epilogue semantics functional accuracy layers together",
-        "launch": "plan semantics functional refusals invariance together",
+        "launch": "launch plan semantics functional refusals invariance together",
         "plan": "plan invariance functional info",
         "source": "plan compile package",
         "devices": "functional layers refusals info package",

@@ -20,7 +20,6 @@ from simt.emulator import Emulator, SimtError
 
 import cupynorm as cn
 from cupynorm import devices, functional
-from cupynorm.cuda.launch import Launcher
 from cupynorm.cuda.plan import Device, Memory, Plan, Step
 from cupynorm.cuda.source import Module, all_modules, kernel_folder
 from cupynorm.explain import plan_for
@@ -31,19 +30,6 @@ pytestmark = pytest.mark.simt
 @pytest.fixture(autouse=True)
 def _compiler() -> None:
     emulator.require()
-
-
-@pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Emulator]:
-    """Run the public functions on a new emulator."""
-
-    def made(runtime: Any) -> Any:
-        for name in ("forward", "backward", "double_backward"):
-            monkeypatch.setattr(f"simt.backend.{name}", getattr(Launcher(runtime), name))
-        monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
-        return runtime
-
-    return made
 
 
 class Recorder:

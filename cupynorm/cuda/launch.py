@@ -25,7 +25,7 @@ SAMPLE_WEIGHT, SAMPLE_BIAS = 16, 32  # which have a number for each sample
 NARROW_SUM_DY, NARROW_SUM_DY_XHAT = 64, 128  # which sums are stored in the input's dtype
 
 NULL = np.uintp(0)
-NO_TENSOR = (NULL, np.int64(0), np.int64(0), np.int64(0))
+NO_TENSOR = (NULL, np.int64(), np.int64(), np.int64())
 
 
 class _State:
@@ -249,7 +249,7 @@ class Launcher:
                         step, *arrays[:8], *affine, call.pointer(of_tiles), call.all_planes, some=some
                     )  # fmt: skip
                     merge_gradient(merge, of_tiles, some, *sums, more)
-                    if apply.plain and epilogue:  # dresidual is what the epilogue made of dy
+                    if apply.plain:  # dresidual is what the epilogue made of dy
                         inputs, affine_ = (*arrays[:4], *call.extra, *arrays[8:]), affine[:4]
                     else:
                         inputs, affine_ = arrays, affine

@@ -1,0 +1,246 @@
+"""What a call on the CUDA kernels allocates, copies and tells them, where nothing is launched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+
+import cupynorm as cn
+from cupynorm.cuda import launch
+from cupynorm.cuda.plan import DEVICES, Device, Step
+from cupynorm.cuda.source import Module
+
+MATH = np.dtype(np.float32)
+
+
+class Noted:
+    """A runtime that notes what is allocated, and what would be launched."""
+
+    def __init__(self, device: Device):
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.made: Counter[tuple[tuple[int, ...], str]] = Counter()
+        self.steps: list[Step] = []
+        self.modules: list[Module] = []
+
+    def on(self, array: Any) -> Any:
+        return nullcontext()
+
+    def device(self) -> Device:
+        return self._device
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        self.made[tuple(shape), np.dtype(dtype).name] += 1
+        return np.zeros(shape, dtype)
+
+    zeros = empty
+
+    def address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+        self.steps.append(step)
+        self.modules.append(module)
+        return partial(int)
+
+
+BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
+GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
+#: A device, and how many positions planes have there that one owner has, that blocks of a grid share, or that are
+#: split: by themselves, and eight of them side by side.
+ROOMS = {"alone": (BLOCKS, 300, 300), "grid": (GRID, 18_000, 2400), "split": (BLOCKS, 30_000, 30_000)}
+
+
+def laid(shape: tuple[int, ...], layout: str) -> np.ndarray:
+    return reference.LAYOUTS[layout](np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("owner", ROOMS)
+def test_what_each_regime_allocates(on: Callable[..., Any], owner: str, layout: str) -> None:
+    """Results, numbers a plane, numbers a tile where blocks tell each other some, and nothing else."""
+    device, *sizes = ROOMS[owner]
+    n, c = 3, 8
+    runtime = on(Noted(device))
+    x, dy, ddx = (laid((n, c, sizes[layout == "channels_last"], 1), layout) for _ in range(3))
+    weight, bias = np.ones((2, c), np.float32)
+    as_x = (x.shape if layout == "contiguous" else (n, *x.shape[2:], c), "float32")
+    of_planes, of_channels = ((n, c), "float32"), ((c,), "float32")
+
+    def shared(numbers: int) -> Counter[Any]:
+        """What blocks share, of so many numbers a plane."""
+        step = runtime.steps[0]
+        assert (owner == "grid") == step.cooperative and (owner == "split") == (step.tiles > 1 and not step.cooperative)
+        if owner != "grid":
+            return Counter()
+        groups = step.grid[0] // step.tiles
+        width = 1 if layout == "contiguous" else step.lanes * runtime.modules[0].vector
+        return Counter({((groups, 2, step.tiles, width * numbers), "float32"): 1, ((groups,), "uint32"): 1})
+
+    def of_tiles(arrays: int, dtype: str = "float32") -> tuple[Any, str]:
+        return ((arrays, n, c, runtime.steps[0].tiles), dtype)
+
+    _, saved = cn.instance_norm_forward(x, weight, bias)
+    expected = Counter({as_x: 1, of_planes: 2}) + shared(4)
+    if owner == "split":
+        tiled = of_tiles(1)[0][1:]
+        expected += Counter({of_planes: 1, (tiled, "int64"): 1, (tiled, "float64"): 2})
+    assert runtime.made == expected
+
+    runtime.clear()
+    cn.instance_norm_backward(dy, saved)
+    expected = Counter({as_x: 1, of_channels: 2, of_planes: 2}) + shared(3)
+    if owner == "split":
+        expected += Counter({of_planes: 3, of_tiles(3): 1})
+    assert runtime.made == expected
+
+    runtime.clear()
+    cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)
+    expected = Counter({as_x: 2, of_channels: 1, of_planes: 1}) + shared(9)
+    if owner == "split":
+        expected += Counter({of_tiles(9): 1, ((8, n, c), "float32"): 1})
+    assert runtime.made == expected
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_what_tracked_eval_allocates(on: Callable[..., Any], layout: str) -> None:
+    runtime = on(Noted(DEVICES["H100"]))
+    x = laid((2, 8, 100, 100), layout)
+    weight, running = np.ones(8, np.float32), np.ones(8, np.float32)
+    as_x = (x.shape if layout == "contiguous" else (2, 100, 100, 8), "float32")
+    of_planes, of_channels = ((2, 8), "float32"), ((8,), "float32")
+    _, saved = cn.instance_norm_forward(
+        x, weight, weight, running_mean=running, running_var=running, use_input_stats=False
+    )
+    assert runtime.made == Counter({as_x: 1, of_planes: 2})
+    runtime.clear()
+    cn.instance_norm_backward(x, saved)
+    tiles = runtime.steps[0].tiles
+    assert tiles > 1
+    assert runtime.made == Counter({as_x: 1, of_channels: 2, of_planes: 2, ((2, 2, 8, tiles), "float32"): 1})
+    runtime.clear()
+    cn.instance_norm_double_backward(x, weight, weight, x, saved)
+    tiles = runtime.steps[0].tiles
+    assert runtime.made == Counter({as_x: 2, of_channels: 1, of_planes: 1, ((2, 8, tiles), "float32"): 1})
+
+
+def test_modules_without_an_epilogue(on: Callable[..., Any]) -> None:
+    """Plain calls, and double backward, have the modules that are compiled first; a residual alone is an epilogue."""
+    runtime = on(Noted(BLOCKS))
+    for shape in ((2, 3, 20), (2, 3, 300), (2, 3, 30_000)):
+        x, weight = np.zeros(shape, np.float32), np.ones(3, np.float32)
+        for training in (True, False):
+            running = {"running_mean": weight.copy(), "running_var": weight.copy()}
+            _, saved = cn.instance_norm_forward(x, weight, weight, **running, use_input_stats=training)
+            cn.instance_norm_backward(x, saved)
+            cn.instance_norm_double_backward(x, weight, weight, x, saved)
+    assert {module.epilogue for module in runtime.modules} == {0}
+    runtime.clear()
+    _, saved = cn.instance_norm_forward(x, residual=x)
+    assert {module.epilogue for module in runtime.modules} == {0, 1}
+    runtime.clear()
+    cn.instance_norm_backward(x, saved)
+    assert {module.epilogue for module in runtime.modules} == {0}
+
+
+def test_what_is_copied(on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters with gaps and arrays that the kernels cannot address, and back where they are written: no others."""
+    on(Noted(DEVICES["H100"]))
+    copies: list[tuple[Any, Any]] = []
+    made = launch._assignment
+    monkeypatch.setattr(
+        launch, "_assignment", lambda target, source: copies.append((target, source)) or made(target, source)
+    )
+    x, out, dy = np.zeros((3, 2, 4, 5, 6), np.float32)
+    c = np.ones(4, np.float32)
+    gaps = np.ones((4, 3), np.float32)[:, 1]
+    odd = np.zeros((2, 4, 6, 5), np.float32).swapaxes(2, 3)
+    unaligned = np.zeros(17, np.uint8)[1:].view(np.float32)
+
+    def copied(*arguments: Any, **options: Any) -> list[tuple[Any, Any]]:
+        copies.clear()
+        _, saved = cn.instance_norm_forward(*arguments, **options)
+        cn.instance_norm_backward(dy, saved)
+        return copies
+
+    assert not copied(x, c, c, running_mean=c.copy(), running_var=c.copy(), out=out, residual=dy)
+    for given in (gaps, unaligned):
+        first, *rest = copied(x, given, c)
+        assert first[1] is given and all(source is given for _, source in rest)
+        first, second = copied(x, running_mean=given, running_var=c.copy())
+        assert first[1] is given and second[0] is given and second[1] is first[0]
+    assert [source is odd for _, source in copied(odd)] == [True] * 2
+    [(target, _)] = copied(x, out=odd)
+    assert target is odd
+
+
+def test_gradient_of_a_residual_is_dy_unless_it_is_overwritten(on: Callable[..., Any]) -> None:
+    on(Noted(DEVICES["H100"]))
+    x, dy, out = np.zeros((3, 2, 4, 5, 6), np.float32)
+    _, saved = cn.instance_norm_forward(x, residual=x)
+    assert cn.instance_norm_backward(dy, saved)[3] is dy
+    assert cn.instance_norm_backward(dy, saved, out=out)[3] is dy
+    assert not np.shares_memory(cn.instance_norm_backward(dy, saved, out=dy)[3], dy)
+
+
+def test_numbers_of_16_bits_are_copied_as_bits() -> None:
+    """Whatever an array library makes of bfloat16. Elements that no GPU can access are refused before that."""
+    for dtype, bits in (("float16", True), ("bfloat16", True), ("float32", False), ("float64", False)):
+        target, source = np.zeros((2, 4), cn.devices.dtype_of(dtype))
+        given = launch._assignment(target, source).args
+        assert [each.dtype for each in (given[0], given[2])] == [np.uint16 if bits else target.dtype] * 2
+    whole = {"itemsize": 4, "dtype": np.dtype(np.float32), "strides": (20, 4), "data": SimpleNamespace(ptr=640)}
+    launch._assignment(SimpleNamespace(**whole), np.zeros(3, np.float32))  # type: ignore[arg-type]
+    for fault in ({"strides": (20, 6)}, {"strides": (21, 4)}, {"data": SimpleNamespace(ptr=642)}):
+        odd = SimpleNamespace(**(whole | fault))
+        for pair in ((odd, np.zeros(3, np.float32)), (np.zeros(3, np.float32), odd)):
+            with pytest.raises(ValueError, match="not aligned"):
+                launch._assignment(*pair)  # type: ignore[arg-type]
+    unaligned = np.zeros(17, np.uint8)[1:].view(np.float32)
+    launch._assignment(unaligned, unaligned)  # NumPy can
+
+
+def test_calls_are_prepared_once_for_an_alignment(on: Callable[..., Any]) -> None:
+    on(Noted(DEVICES["H100"]))
+    memory = np.zeros(2000, np.float32)
+    shift = -memory.ctypes.data % 16 // 4
+    launch._prepare.cache_clear()
+    for first in (0, 4, 40, 400, 1, 41):
+        cn.instance_norm(memory[shift + first :][:120].reshape(2, 3, 20), out=np.zeros((2, 3, 20), np.float32))
+    assert launch._prepare.cache_info().misses == 2
+
+
+@pytest.mark.parametrize(("n", "c", "most", "lanes", "vector"), [
+    (3, 5, 4, 1, 8), (2, 7, 100, 1, 2), (1, 1, 1, 1, 4), (3, 40, 2, 4, 4), (2, 33, 3, 16, 1), (4, 16, 1, 2, 4),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
+def test_rounds_of_a_split_have_each_plane_once(n: int, c: int, most: int, lanes: int, vector: int, kind: str) -> None:
+    width = lanes * vector if kind == "channels_last" else 1
+    stripes = n * -(-c // width)
+    step = SimpleNamespace(lanes=lanes)
+    plan = SimpleNamespace(stripes=stripes, at_a_time=most, vector=vector, steps=[step, SimpleNamespace(lanes=9)])
+    call: Any = SimpleNamespace(nc=(n, c), plan=plan, kind=kind)
+    rounds = launch._Call.rounds(call)
+    assert [stripe for first, number in rounds for stripe in range(first, first + number)] == [*range(stripes)]
+    assert all(number == most for _, number in rounds[:-1])
+    every = [n_ * c + group * width + j for n_ in range(n) for group in range(-(-c // width)) for j in range(width)
+             if group * width + j < c]  # fmt: skip
+    assert every == [*range(n * c)]
+    done = 0
+    for first, number in rounds:
+        begin, planes = launch._Call.planes_of(call, (first, number))
+        end = first + number
+        assert begin == done
+        done = end // (stripes // n) * c + min(end % (stripes // n) * width, c)
+        assert begin + planes == done
+    assert done == n * c

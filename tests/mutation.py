@@ -503,7 +503,8 @@ class Copy:
                 return "timeout", process.communicate()[0]
         if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             return "timeout", said
-        if process.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        nothing = process.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if nothing and not re.search(NO_MUTANT[True], said):  # a module that cannot be imported is no usage either
             raise RuntimeError(f"{' '.join(stage)} tests nothing:\n{said[-3000:]}")
         return ("failed" if process.returncode else "passed"), said
 
@@ -666,8 +667,10 @@ def main() -> int:
         def test(mutant: Mutant) -> None:
             copy = copies.get()
             began = time.monotonic()
-            how = copy.test(mutant, limits, options.quick)
-            copies.put(copy)
+            try:
+                how = copy.test(mutant, limits, options.quick)
+            finally:  # others would wait for the copy, and what went wrong be told when all is done
+                copies.put(copy)
             with lock:
                 outcomes[mutant.name] = how
                 print(f"{time.monotonic() - began:4.0f} s  {how}  {mutant.name}", flush=True)

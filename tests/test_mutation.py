@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import mutation
 import pytest
@@ -119,3 +120,16 @@ def test_recorded_survivors_are_mutants_with_a_reason() -> None:
 def test_interval() -> None:
     low, high = mutation.interval(95, 100)
     assert 0.88 < low < 0.9 and 0.97 < high < 0.98
+
+
+@pytest.mark.parametrize(("old", "new", "how"), [
+    ("PART_BYTES = ", "1 / 0\nPART_BYTES = ", "invalid"), ("PART_BYTES = 512", "PART_BYTES = 256", "killed"),
+])  # fmt: skip
+def test_what_cannot_be_imported_is_no_mutant(tmp_path: Path, old: str, new: str, how: str) -> None:
+    copy, file = mutation.Copy(tmp_path, 0), "cupynorm/cuda/plan.py"
+    text = (copy.root / file).read_text(encoding="utf-8")
+    start = text.index(old)
+    mutant = mutation.Mutant(file, 1, start, start + len(old), new, "", "")
+    limits = dict.fromkeys(mutation.stages(mutant), 120.0)  # so none is run on the code as it is first
+    assert copy.test(mutant, limits).split()[0] == how
+    assert (copy.root / file).read_text(encoding="utf-8") == text

@@ -194,8 +194,8 @@ def describe(x: Array) -> list[str]:
     """How a call on an array, with results in its layout, goes through its planes: a line or two."""
     if not x.size:
         return ["empty, nothing is computed"]
-    any_ = np.empty(x.shape[:2], math_dtype(x.dtype))
-    work = _choose(Saved(x, any_, any_, None, None, True, any_), [x, empty_like(x, np.empty)])
+    unused = np.empty(x.shape[:2], math_dtype(x.dtype))
+    work = _choose(Saved(x, unused, unused, None, None, True, unused), [x, empty_like(x, np.empty)])
     tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
     threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
     return [f"{work}{tiles}", f"{threads} of {get_num_threads()}"]
@@ -456,13 +456,8 @@ class _Interpreted(_Work):
             if last or not far.any():
                 break
             before = np.zeros(far.shape, self.dtype) if pivot is None else pivot
-            moved = np.where(far, (before + mean).astype(self.dtype), before)
-            far &= moved != before
-            some = np.count_nonzero(far)
-            if not some:
-                break
-            pivot, most = moved, np.where(far, 0.5, most)
-            if self.lanes or 4 * some > far.size:
+            pivot, most = np.where(far, (before + mean).astype(self.dtype), before), np.where(far, 0.5, most)
+            if self.lanes or 4 * np.count_nonzero(far) > far.size:
                 centred = np.subtract(x, pivot[:, :, None], out=self._room(x, scratch[G]))
                 total, squares = self._sums(centred), self._dots(centred, centred, scratch[PRODUCT])
             else:

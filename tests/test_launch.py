@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -244,3 +245,28 @@ def test_rounds_of_a_split_have_each_plane_once(n: int, c: int, most: int, lanes
         done = end // (stripes // n) * c + min(end % (stripes // n) * width, c)
         assert begin + planes == done
     assert done == n * c
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 20), (1, 3, 20), (2, 3, 300), (2, 3, 30_000)], ids=str)
+def test_what_is_planned_is_launched(
+    on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    """And nothing else, whichever parameters there are: the plan is what `explain` shows."""
+    runtime = on(Noted(BLOCKS))
+    made, plans = launch._prepare, []
+    monkeypatch.setattr(launch, "_prepare", lambda *given: plans.append(made(*given).plan) or made(*given))
+    x = np.zeros(shape, np.float32)
+    parameters = [None, np.ones(shape[1], np.float32), np.ones(shape[:2], np.float32)]
+    for weight, bias, training in itertools.product(parameters, parameters, (True, False)):
+        running = {"running_mean": np.ones(shape[1], np.float32), "running_var": np.ones(shape[1], np.float32)}
+        _, saved = cn.instance_norm_forward(x, weight, bias, **running, use_input_stats=training)
+        cn.instance_norm_backward(x, saved)
+        for ddx in (x, None)[: 1 if weight is None and bias is None else 2]:
+            cn.instance_norm_double_backward(ddx, weight, bias, x, saved)
+    assert len(plans) == 4 * 18 - 2
+    for plan in plans:
+        rounds = -(-plan.stripes // plan.at_a_time) if plan.at_a_time else 1
+        steps = [*plan.steps[:3] * rounds, *plan.steps[3:]]
+        assert runtime.steps[: len(steps)] == steps, plan
+        del runtime.steps[: len(steps)]
+    assert not runtime.steps

@@ -309,6 +309,9 @@ def test_blocks_and_tiles_of_any_size(way: str, rng: np.random.Generator, monkey
 
         y, saved = cn.instance_norm_forward(x, weight, bias, **options)
         reference.assert_all_close([y], [reference.forward(x, weight, bias, **options)], x)
+        given = rng.standard_normal(shape[1], dtype=np.float32), rng.uniform(0.5, 2, shape[1]).astype(np.float32)
+        tracked = cn.instance_norm(x, *given, weight, bias, use_input_stats=False, **options)
+        reference.assert_all_close([tracked], [reference.forward(x, weight, bias, running=given, **options)], x)
         gradients = cn.instance_norm_backward(dy, saved)
         exact = reference.backward(dy, x, weight, bias=bias, **options)[: len(gradients)]
         reference.assert_all_close(gradients, exact, x)

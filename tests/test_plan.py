@@ -445,6 +445,20 @@ def test_registers_fit_the_threads() -> None:
                     assert 65536 // resident >= 64
 
 
+def test_how_many_threads_a_multiprocessor_is_to_hold() -> None:
+    """Twice as many where a forward has little to keep; what else a compiler makes of it, only NVRTC's test sees."""
+    groups, epilogues = ("", "part", "cluster", "grid"), range(4)
+    every = {
+        case: resident_threads(*case)
+        for case in itertools.product(LADDERS, ITEMSIZE, KINDS, groups, epilogues, (False, True))
+    }
+    light = itertools.product(
+        ("forward",), ("float16", "bfloat16", "float32"), ("channels_first",), groups[:3], (0, 1), (False,)
+    )
+    heavy = itertools.product(("double_backward",), ("float64",), KINDS, ("part",), epilogues, (False, True))
+    assert every == dict.fromkeys(every, 512) | dict.fromkeys(light, 1024) | dict.fromkeys(heavy, 256)
+
+
 def test_large_counts_stay_exact() -> None:
     made = _plan("forward", (1, 1, 2**33 + 7), "float16", "channels_first", DEVICES["H100"])
     tile = 4 * 256 * 8

@@ -412,7 +412,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "cpu": "choices cpu double_backward epilogue semantics functional accuracy layers together",
         "launch": "launch plan semantics functional refusals invariance together",
         "plan": "plan invariance functional info",
-        "source": "plan compile package",
+        "source": "plan package",
         "devices": "functional layers refusals info package",
         "explain": "functional info plan semantics",
         "functional": "functional refusals semantics properties double_backward epilogue layers",

@@ -316,7 +316,7 @@ class _Interpreted(_Work):
             groups = self._cut(c, plane, most, n)
             self.planes = [(slice(i, i + 1), group) for i in range(n) for group in groups]
         self.blocks, self.tiles = len(self.planes), len(self.tile)
-        self.room = most if self.tiles == 1 else max(self.limit, c * self.lanes)
+        self.room = most if self.tiles == 1 else max(self.limit, c)
         if self.tiles > 1:
             self.partial = np.empty((4, self.tiles, n, c))
         # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
@@ -330,9 +330,8 @@ class _Interpreted(_Work):
     def _cut(self, count: int, size: int, most: int, times: int = 1) -> list[slice]:
         """count things of a size in even parts of at most `most` elements, so many that no thread has fewer of them."""
         parts = -(-count // (most // size))
-        if self.threads > 1:
-            fair = self.threads // math.gcd(self.threads, times)
-            parts = min(count, -(-parts // fair) * fair)
+        fair = self.threads // math.gcd(self.threads, times)
+        parts = min(count, -(-parts // fair) * fair)
         borders = [count * i // parts for i in range(parts + 1)]
         return [slice(first, last) for first, last in itertools.pairwise(borders)]
 
@@ -409,7 +408,7 @@ class _Interpreted(_Work):
         total = np.vecdot(a[:, :, :whole].reshape(n, c, rows, length), across).sum(2, dtype=np.float64)
         if whole == size:
             return total
-        return total + np.vecdot(a[:, :, whole:], b[..., whole:] if b.ndim > 1 else b[: size - whole])
+        return total + np.vecdot(a[:, :, whole:], b[: size - whole] if b.ndim == 1 else b[..., whole:])
 
     def _each(self, operation: np.ufunc, block: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
         """out <- operation(block, the value of each plane)."""

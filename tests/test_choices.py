@@ -1047,3 +1047,34 @@ def test_how_tiles_of_a_double_backward_are_put_together(rng: np.random.Generato
     s = (v * of_g).mean(2) - a * c
     np.testing.assert_allclose(numbers, [xhat.mean(2), a, c, s], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(work.sums, 130 * s, rtol=1e-9)
+
+
+def test_gradients_are_added_up_over_samples_where_parameters_are_not():
+    sums = np.arange(12.0, dtype=np.float32).reshape(2, 3, 2)
+    channel, sample = np.zeros(2, np.float16), np.zeros((3, 2), np.float32)
+    for parameters in ((channel, sample), (sample, channel), (channel, None), (None, channel), (None, None)):
+        for given in (sums, sums[:, :, :1], sums[:, :1]):
+            found = cpu._gradients(given, *parameters)
+            for gradient, parameter, exact in zip(found, parameters, given, strict=True):
+                assert (gradient is None) == (parameter is None)
+                if parameter is not None:
+                    assert gradient.dtype == parameter.dtype
+                    np.testing.assert_array_equal(gradient, exact if parameter is sample else exact.sum(0))
+
+
+def test_what_is_not_needed_is_neither_kept_nor_copied(monkeypatch: pytest.MonkeyPatch):
+    use_compiled(monkeypatch, False)
+    x, dy, out = np.random.default_rng(0).standard_normal((3, 2, 3, 8)).astype(np.float32)
+    assert cn.instance_norm_forward(x, residual=dy, activation="relu")[1].residual is dy
+    _, saved = cn.instance_norm_forward(x, residual=dy)
+    assert saved.residual is None
+    assert cn.instance_norm_backward(dy, saved)[3] is dy
+    assert cn.instance_norm_backward(dy, saved, out=out)[3] is dy
+    assert not np.shares_memory(cn.instance_norm_backward(dy, saved, out=dy)[3], dy)
+
+
+def test_how_a_call_on_numpy_alone_is_told():
+    cn.set_num_threads(2)
+    assert str(on_numpy((1, 3, 2**19))) == "NumPy, 2 block(s) of planes, in float32 of at most 4194304 B at a time"
+    assert "in float32 of at most 2097152 B" in str(on_numpy((1, 1, 2**20)))
+    assert "in float32 of at most 2097152 B" in str(on_numpy((1, 1, 1000)))

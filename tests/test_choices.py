@@ -19,6 +19,10 @@ from cupynorm import cpu
 pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 
 
+def channels_last(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+
+
 def saved_of(shape: tuple[int, ...], steps: Sequence[int], activation: str | None = None) -> cn.Saved:
     """Of a forward on an array with these strides, in elements, that takes no memory: it must not be read."""
     x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, [4 * step for step in steps])
@@ -223,7 +227,7 @@ def test_from_how_large_a_mean_on_planes_are_centred(
         offset[rng.permutation(16)[:moved]] = rng.choice([-1, 1]) * distance * far
         x = (z + offset.reshape(2, 8, 1)).astype(np.float32)
         if lanes:
-            x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+            x = channels_last(x)
         counted.clear()
         cn.instance_norm(x)
         print(size, distance, moved)
@@ -299,6 +303,12 @@ def test_tiles_of_a_plane(monkeypatch: pytest.MonkeyPatch):
         assert (layout.group, layout.blocks) == (1, layout.shape[0])
 
 
+def compiled(function: Any) -> Any:
+    """A function of the loops, to be called by itself."""
+    assert cpu.numba is not None
+    return cpu.numba.njit(function.py_func)
+
+
 #: What loops know of planes of 5 runs of 40: in one tile; in tiles of 2 runs; of 16 and 8 positions, or 35 and 5.
 TILED = [(1, 5, 40), (3, 2, 40), (15, 1, 16), (10, 1, 35)]
 
@@ -325,8 +335,7 @@ def test_from_which_elements_a_mean_is_guessed(
 ):
     """A guess that is good saves a second pass; one that is bad changes no result."""
     use_compiled(monkeypatch, True)
-    assert cpu.numba is not None
-    guess = cpu.numba.njit(cpu._guess.py_func)
+    guess = compiled(cpu._guess)
     shape = (1, 1, tiled[0], 5, 40, *tiled[1:], 0)
     runs = 45 * stride * np.arange(5)
     for tile in range(tiled[0]):
@@ -344,8 +353,7 @@ def test_from_which_elements_means_of_channels_are_guessed(
     monkeypatch: pytest.MonkeyPatch, tiled: tuple[int, int, int]
 ):
     use_compiled(monkeypatch, True)
-    assert cpu.numba is not None
-    guess = cpu.numba.njit(cpu._guess_lanes.py_func)
+    guess = compiled(cpu._guess_lanes)
     shape = (6, 4, tiled[0], 5, 40, *tiled[1:], 0)  # two of six channels, groups of four
     runs = 6 * 45 * np.arange(5)
     for tile in range(tiled[0]):
@@ -386,7 +394,7 @@ def test_how_much_is_added_up_in_computing_precision_on_numpy_alone(
 
     def sums(x: np.ndarray) -> np.ndarray:
         if lanes:
-            x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+            x = channels_last(x)
         return work._dots(x, ones, scratch) if product else work._sums(x)
 
     for first, last in together:
@@ -487,12 +495,6 @@ def test_which_planes_are_too_small_for_their_squares(eps: float, some: bool):
 #: tile, in tiles of 3 runs, and of 12 positions of a run.
 SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0)
          for group in (1, 2) for runs, length in ((7, 30), (3, 30), (1, 12))]  # fmt: skip
-
-
-def compiled(function: Any) -> Any:
-    """A function of the loops, to be called by itself."""
-    assert cpu.numba is not None
-    return cpu.numba.njit(function.py_func)
 
 
 @pytest.mark.compiled
@@ -606,7 +608,7 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops(
     x = np.zeros(shape, np.float32)
     x[0, 1, [one, other]] = BIG, 1
     if lanes:
-        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+        x = channels_last(x)
     saved = cn.instance_norm_forward(x)[1]
     total = (saved.mean[0, 1].astype(float) + saved.delta[0, 1]) * shape[2]
     print(total - BIG)
@@ -884,7 +886,7 @@ def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator
     z[:, 9] += 4
     x = z.astype(np.float32)
     if lanes:
-        x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+        x = channels_last(x)
     mean, rest, variance = (a[0].astype(np.longdouble) for a in found_on_numpy(x))
     exact = x[0].astype(np.longdouble)
     deviation = exact.std(1)
@@ -895,7 +897,7 @@ def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator
     for some in (slice(0, 1), slice(3, 5), slice(9, 12), slice(1, 4), [0, 5, 7, 8]):
         alone = x[:, some]
         if lanes:
-            alone = np.moveaxis(np.ascontiguousarray(np.moveaxis(alone, 1, -1)), -1, 1)
+            alone = channels_last(alone)
         for a, b in zip(found_on_numpy(alone), (mean, rest, variance), strict=True):
             if not lanes or alone.shape[1] > 1:  # a channel by itself is no lane
                 np.testing.assert_array_equal(a[0], b[some])
@@ -1060,17 +1062,6 @@ def test_gradients_are_added_up_over_samples_where_parameters_are_not():
                 if parameter is not None:
                     assert gradient.dtype == parameter.dtype
                     np.testing.assert_array_equal(gradient, exact if parameter is sample else exact.sum(0))
-
-
-def test_what_is_not_needed_is_neither_kept_nor_copied(monkeypatch: pytest.MonkeyPatch):
-    use_compiled(monkeypatch, False)
-    x, dy, out = np.random.default_rng(0).standard_normal((3, 2, 3, 8)).astype(np.float32)
-    assert cn.instance_norm_forward(x, residual=dy, activation="relu")[1].residual is dy
-    _, saved = cn.instance_norm_forward(x, residual=dy)
-    assert saved.residual is None
-    assert cn.instance_norm_backward(dy, saved)[3] is dy
-    assert cn.instance_norm_backward(dy, saved, out=out)[3] is dy
-    assert not np.shares_memory(cn.instance_norm_backward(dy, saved, out=dy)[3], dy)
 
 
 def test_how_a_call_on_numpy_alone_is_told():

@@ -722,6 +722,10 @@ def test_gradient_of_the_residual_is_dy_where_it_can_be(backend: Backend, rng: n
     layer(x, residual=residual)
     dx, dresidual = layer.backward(dy)
     assert dresidual is dy
+    y, saved = cn.instance_norm_forward(x, residual=residual)
+    assert saved.residual is None
+    assert cn.instance_norm_backward(dy, saved, out=y)[3] is dy
+    assert cn.instance_norm_forward(x, residual=residual, activation="relu")[1].residual is residual
     before, expected = bits(backend, dy), bits(backend, dx)
     same, dresidual = layer.backward(dy, out=dy)
     assert same is dy

@@ -7,20 +7,19 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import cases
 import numpy as np
 import pytest
 import reference
+from recorder import Recorder
 from simt import emulator
 from simt.emulator import Emulator, SimtError
 
 import cupynorm as cn
 from cupynorm import devices, functional
-from cupynorm.cuda.plan import Device, Memory, Plan, Step
+from cupynorm.cuda.plan import Device, Memory, Plan
 from cupynorm.cuda.source import Module, all_modules, kernel_folder
 from cupynorm.explain import plan_for
 
@@ -30,31 +29,6 @@ pytestmark = pytest.mark.simt
 @pytest.fixture(autouse=True)
 def _compiler() -> None:
     emulator.require()
-
-
-class Recorder:
-    """A runtime that launches nothing and remembers what it was to launch."""
-
-    def __init__(self, device: Device):
-        self._device = device
-        self.launched: set[tuple[Module, str]] = set()
-
-    def on(self, array: Any) -> Any:
-        return nullcontext()
-
-    def device(self) -> Device:
-        return self._device
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        return np.zeros(shape, dtype)
-
-    zeros = empty
-
-    def address(self, array: np.ndarray) -> int:
-        return array.ctypes.data
-
-    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[None]:
-        return partial(self.launched.add, (module, step.name))
 
 
 def _launched(on: Callable[..., Any], rng: np.random.Generator, table: list[cases.Case]) -> set[tuple[Module, str]]:
@@ -70,7 +44,7 @@ def _launched(on: Callable[..., Any], rng: np.random.Generator, table: list[case
             cn.instance_norm_backward(dy, saved)
             if case.activation is None:
                 cn.instance_norm_double_backward(dy, weight, bias, dy, saved)
-    return runtime.launched
+    return {(module, step.name) for module, step in zip(runtime.modules, runtime.steps, strict=True)}
 
 
 def test_the_case_table_reaches_every_kernel(on: Callable[..., Any], rng: np.random.Generator) -> None:
@@ -94,55 +68,40 @@ def test_the_epilogue_cases_reach_every_kernel(on: Callable[..., Any], rng: np.r
     assert files <= {(m.file, m.group, m.epilogue) for m, _ in launched}
 
 
-class Counter(Recorder):
-    """Counts launches and arrays made."""
-
-    def __init__(self, device: Device):
-        super().__init__(device)
-        self.launches = self.arrays = 0
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        self.arrays += 1
-        return np.zeros(shape, dtype)
-
-    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[None]:
-        self.launches += 1
-        return partial(int)
-
-    def since(self) -> tuple[int, int]:
-        """(launches, arrays) since the last call."""
-        counted = self.launches, self.arrays
-        self.launches = self.arrays = 0
-        return counted
+def since(runtime: Recorder) -> tuple[int, int]:
+    """(launches, arrays made) since the last call."""
+    counted = len(runtime.steps), sum(runtime.made.values())
+    runtime.clear()
+    return counted
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 35, 45), (4, 3, 120, 120), (4, 3, 300, 300)], ids=str)
 @pytest.mark.parametrize("fused", [{}, {"activation": "gelu"}], ids=["plain", "gelu"])
 def test_launches_and_allocations(on: Callable[..., Any], shape: tuple[int, ...], fused: dict[str, Any]) -> None:
     """One launch forward, one backward, one more for what is reduced over N; arrays are made for results alone."""
-    runtime = on(Counter(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
+    runtime = on(Recorder(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
     x = np.zeros(shape, np.float32)
     channel, sample = np.ones(3, np.float32), np.ones((4, 3), np.float32)
     cn.instance_norm(x, **fused)
-    assert runtime.since() == (1, 1)
+    assert since(runtime) == (1, 1)
     cn.instance_norm(x, channel.copy(), channel.copy(), channel, channel, **fused)
-    assert runtime.since() == (2, 3)  # y; means and variances, for the running statistics
+    assert since(runtime) == (2, 3)  # y; means and variances, for the running statistics
     _, saved = cn.instance_norm_forward(x, **fused)
-    assert runtime.since() == (1, 3 + len(fused))  # y, mean, rstd; for a mask also what the mean has lost
+    assert since(runtime) == (1, 3 + len(fused))  # y, mean, rstd; for a mask also what the mean has lost
     cn.instance_norm_backward(x, saved)
-    assert runtime.since() == (1, 1)
+    assert since(runtime) == (1, 1)
     _, saved = cn.instance_norm_forward(x, sample, sample, **fused)
-    runtime.since()
+    since(runtime)
     cn.instance_norm_backward(x, saved)
-    assert runtime.since() == (1, 3)  # dx, dweight, dbias
+    assert since(runtime) == (1, 3)  # dx, dweight, dbias
     _, saved = cn.instance_norm_forward(x, channel, channel, **fused)
-    runtime.since()
+    since(runtime)
     cn.instance_norm_backward(x, saved)
-    assert runtime.since() == (2, 5)  # and their summands by plane
+    assert since(runtime) == (2, 5)  # and their summands by plane
     _, saved = cn.instance_norm_forward(x[:1], channel, channel, **fused)
-    runtime.since()
+    since(runtime)
     cn.instance_norm_backward(x[:1], saved)
-    assert runtime.since() == (1, 3)  # one sample: the summands are the gradients
+    assert since(runtime) == (1, 3)  # one sample: the summands are the gradients
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 35, 45), (4, 3, 120, 120), (4, 3, 300, 300)], ids=str)
@@ -150,16 +109,16 @@ def test_launches_and_allocations(on: Callable[..., Any], shape: tuple[int, ...]
 def test_launches_and_allocations_of_a_double_backward(
     on: Callable[..., Any], shape: tuple[int, ...], training: bool
 ) -> None:
-    runtime = on(Counter(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
+    runtime = on(Recorder(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
     x, channel, sample = np.zeros(shape, np.float32), np.ones(3, np.float32), np.ones((4, 3), np.float32)
     tiled = 0 if training else int(np.prod(shape[2:]) > 3 * 256 * 4)  # several tiles a plane: partial sums and a merge
 
     def counted(x: np.ndarray, weight: Any, *given: Any) -> tuple[int, int]:
         _, saved = cn.instance_norm_forward(x, weight, weight, running_mean=channel.copy(), running_var=channel.copy(),
                                             use_input_stats=training)  # fmt: skip
-        runtime.since()
+        since(runtime)
         cn.instance_norm_double_backward(*given, x, saved)
-        return runtime.since()
+        return since(runtime)
 
     assert counted(x, None, x, None, None) == (1, 2)  # dx, ddy
     assert counted(x, sample, x, sample, sample) == (1 + tiled, 3 + tiled)  # dweight

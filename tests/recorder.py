@@ -1,0 +1,46 @@
+"""A runtime in the place of a GPU's that launches nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from cupynorm.cuda.plan import Device, Step
+from cupynorm.cuda.source import Module
+
+
+class Recorder:
+    """Remembers, since `clear`, what arrays were made (shape and dtype), and the modules and steps to be launched."""
+
+    def __init__(self, device: Device):
+        self._device = device
+        self.clear()
+
+    def clear(self) -> None:
+        self.made: Counter[tuple[tuple[int, ...], str]] = Counter()
+        self.steps: list[Step] = []
+        self.modules: list[Module] = []
+
+    def on(self, array: Any) -> Any:
+        return nullcontext()
+
+    def device(self) -> Device:
+        return self._device
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        self.made[tuple(shape), np.dtype(dtype).name] += 1
+        return np.zeros(shape, dtype)
+
+    zeros = empty
+
+    def address(self, array: np.ndarray) -> int:
+        return array.ctypes.data
+
+    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+        self.steps.append(step)
+        self.modules.append(module)
+        return partial(int)

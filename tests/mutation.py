@@ -12,7 +12,7 @@
     --recheck    test the survivors recorded in mutation_survivors.toml as well, which else count as they are
 
 The parts: `kernels`, `backends` (the CPU backend; plans, sources and launches of the CUDA backend), `rest`.
-Needs Python 3.11, g++, and the extras test and cpu; with torch the tests that compare with it have a part in it.
+Needs Python 3.11, g++, and the extras test and cpu; with torch and NVRTC (the extra dev) their tests take part in it.
 
 A mutant goes through stages of tests, each of which passes on the code as it is, and is killed by the first that fails
 or takes far too long. One that does not compile, or cannot be imported, is no mutant and counts nowhere. What survives
@@ -459,6 +459,7 @@ def _kernel_stages(name: str) -> list[tuple[str, ...]]:
         *([k("cases", "simt and double")] if name in SHARED else []),
         ("tests/test_accuracy.py", "-m", "simt", "-k", "not every_row"),
         ("-m", "simt", "tests/test_semantics.py", "tests/test_properties.py", "tests/test_double_backward.py"),
+        ("tests/test_compile.py",),
     ]  # fmt: skip
 
 

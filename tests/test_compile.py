@@ -10,16 +10,19 @@ CUPYNORM_NVRTC=all compiles everything for every architecture: for changes of ke
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
 from cupynorm.cuda import source
-from cupynorm.cuda.plan import ITEMSIZE, resident_threads, widest
+from cupynorm.cuda.plan import ITEMSIZE, Step, resident_threads, widest
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
 
 pytestmark = [pytest.mark.nvrtc]
@@ -214,6 +217,34 @@ def test_sixteen_byte_accesses(module: Module) -> None:
         assert narrow <= outputs + numbers + published, name
         assert "st.global.v2" not in entry, name
         assert "ld.global.v2" not in entry, name
+
+
+def _planned() -> dict[Module, set[Step]]:
+    """What recorded plans launch, under one module of each file and group, with an epilogue and without."""
+    modules: dict[tuple[str, str, bool], Module] = {}
+    steps = defaultdict(set)
+    for recorded in json.loads(Path(__file__).with_name("plans.json").read_text()):
+        plan = recorded["planned"]
+        for step, module in zip(plan["plan"]["steps"], plan["modules"], strict=True):
+            kind = module["file"], module["group"], module["epilogue"] > 0
+            one = modules.setdefault(kind, Module(**module))
+            steps[one].add(Step(**step | {"grid": tuple(step["grid"])}))
+    return steps
+
+
+@pytest.mark.parametrize("module", _planned(), ids=lambda m: f"{m.file}-{m.group or 'core'}-{m.epilogue}")
+def test_launch_bounds(module: Module) -> None:
+    """Kernels are compiled for as many threads as plans launch, for the cluster, and for the blocks that are to stay on
+    a multiprocessor. The emulator runs any number; a GPU refuses more threads than were compiled for.
+    """
+    ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
+    kernels = {entry.split("(")[0]: entry.split("{")[0] for entry in ptx.split(".visible .entry ")[1:]}
+    resident = resident_threads(module.file, module.dtype, module.kind, module.group, module.epilogue, module.skewed)
+    for step in _planned()[module]:
+        said = dict(re.findall(r"\.(maxntid|minnctapersm|reqnctapercluster) (\d+)", kernels[step.name]))
+        blocks = resident // step.threads if re.search(r"_\d+x\d+$", step.name) else 1
+        assert said.pop("reqnctapercluster", "1") == str(step.cluster), step.name
+        assert said == {"maxntid": str(step.threads), "minnctapersm": str(blocks)}, step.name
 
 
 def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1444,8 +1444,8 @@ def _forward_short_rows(
             if r[j] < zero:
                 if not again:
                     again = True
-                    exact[:] = -1
-                    unscaled[:] = scale
+                    for i in range(TOGETHER):  # slices of arrays take a second to compile
+                        exact[i], unscaled[i] = -1, scale[i]
                 m[j], d[j], exact[j] = _moments(
                     x, np.int64(offsets[0, j]), k0, run, shape, 0, step, m[j], zero, shape[4], least
                 )  # fmt: skip

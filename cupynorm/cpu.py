@@ -190,15 +190,23 @@ if hasattr(os, "register_at_fork"):
 # Blocks, and how threads share them
 
 
-def describe(x: Array) -> list[str]:
-    """How a call on an array, with results in its layout, goes through its planes: a line or two."""
+def describe(x: Array, double_backward: bool = False) -> list[str]:
+    """How calls on an array, with other arrays in its layout, go through its planes: a line or two for each."""
     if not x.size:
         return ["empty, nothing is computed"]
     unused = np.empty(x.shape[:2], math_dtype(x.dtype))
-    work = _choose(Saved(x, unused, unused, None, None, True, unused), [x, empty_like(x, np.empty)])
-    tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
-    threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
-    return [f"{work}{tiles}", f"{threads} of {get_num_threads()}"]
+    call, new = Saved(x, unused, unused, None, None, True, unused), empty_like(x, np.empty)
+
+    def lines(work: Any) -> list[str]:
+        tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
+        threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
+        return [f"{work}{tiles}", f"{threads} of {get_num_threads()}"]
+
+    described = lines(_choose(call, [x, new]))
+    if double_backward:
+        first, *more = lines(_DoubleBackward(call, _merged([x, *[new] * 4]), None, None))
+        described += [f"double backward: {first}", *more]
+    return described
 
 
 def _merged(arrays: list[Array]) -> list[Array]:

@@ -9,10 +9,17 @@ from typing import Any
 
 from .cuda.launch import get_batch_invariant
 from .cuda.plan import DEVICES, EPILOGUES, ITEMSIZE, Device, Memory, Plan, Step, arrange, fresh, plan
-from .functional import Array, check_activation, check_input, kind_of
+from .functional import Array, check_activation, check_input, check_no_activation, kind_of
 
 
-def explain(x: Array, *, activation: str | None = None, residual: bool = False, device: str | None = None) -> str:
+def explain(
+    x: Array,
+    *,
+    activation: str | None = None,
+    residual: bool = False,
+    double_backward: bool = False,
+    device: str | None = None,
+) -> str:
     """How the forward and backward of an array will be computed, and why so.
 
     Args:
@@ -20,6 +27,7 @@ def explain(x: Array, *, activation: str | None = None, residual: bool = False, 
             matter. All other arrays of the call (residual, dy, results) are taken to be new ones in the layout of x.
         activation: as for `cupynorm.instance_norm`.
         residual: whether there is a residual.
+        double_backward: tell of `cupynorm.instance_norm_double_backward` as well.
         device: a GPU to plan for that need not be there: "T4", "V100", "A100", "L4", "H100", "H200", "B200" or
             "RTX 5090". None plans for where x is.
 
@@ -28,10 +36,13 @@ def explain(x: Array, *, activation: str | None = None, residual: bool = False, 
         of an element's size per element, the launches, and what the bits of a sample's results depend on.
 
     Raises:
-        TypeError, ValueError: x cannot be normalised, the activation or the device is not known.
+        TypeError, ValueError: x cannot be normalised, the activation or the device is not known, or there is no double
+            backward, with an activation.
     """
     check_input(x)
     check_activation(activation)
+    if double_backward:
+        check_no_activation(activation)
     title = f"{x.shape} {x.dtype.name}"
     if device is not None:
         if device not in DEVICES:
@@ -45,13 +56,13 @@ def explain(x: Array, *, activation: str | None = None, residual: bool = False, 
     else:
         from . import cpu  # with numba, it takes its time to import
 
-        return "\n".join([f"{title} on the CPU", *(f"  {line}" for line in cpu.describe(x))])
+        return "\n".join([f"{title} on the CPU", *(f"  {line}" for line in cpu.describe(x, double_backward))])
     if x.size == 0:
         return f"{title} on {on.name}: empty, nothing is launched"
     address = x.ctypes.data if kind_of(x, "input") == "numpy" else x.data.ptr
     memory = Memory(x.shape, x.strides, x.itemsize, address % 16)
     lines = [f"{title} on {on.name}"]
-    for op in ("forward", "backward"):
+    for op in ("forward", "backward", *["double_backward"] * double_backward):
         lines += _described(op, memory, x.dtype.name, on, activation, residual)
     return "\n".join(lines)
 
@@ -85,8 +96,9 @@ def plan_for(
 def _described(
     op: str, memory: Memory, dtype: str, device: Device, activation: str | None, residual: bool
 ) -> Iterator[str]:
+    name = op.replace("_", " ")
     if math.prod(memory.shape[2:]) == 1:
-        yield f"  {op}: refused, one spatial element has no statistics (with running statistics it is allowed)"
+        yield f"  {name}: refused, one spatial element has no statistics (with running statistics it is allowed)"
         return
 
     def planned(n: int, invariant: bool) -> tuple[Plan, int]:
@@ -109,7 +121,7 @@ def _described(
         layout += ", each pack put together from two, since " + (
             "x lies otherwise between 16-byte borders than the result" if first.lanes else "packs begin where planes do"
         )
-    yield f"  {op}: {made.regime}, {made.kind.replace('_', '-')}, {layout}"
+    yield f"  {name}: {made.regime}, {made.kind.replace('_', '-')}, {layout}"
     yield f"    {made.reason}"
     yield f"    {made.accesses + 2 * copies} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time"
     share = "plane" if made.kind == "channels_first" else f"stripe of {first.lanes * made.vector} channels"

@@ -504,7 +504,7 @@ def instance_norm_double_backward(
     activation: of that, the backward's dresidual is dy itself, so the caller adds its gradient to ddy.
 
     float16 and bfloat16 compute in float32. Accesses an element where the planes rest on chip: 5 (x, dy, ddx, and both
-    results). The CUDA kernels are compiled when the first such call is met: make one before a CUDA graph is captured.
+    results). The CUDA kernels are compiled when the first such call is met, or by `warmup`.
 
     Args:
         ddx: gradient of the loss with respect to dx: shape, dtype and device of x; any strides. None stands for 0, as
@@ -523,11 +523,7 @@ def instance_norm_double_backward(
     """
     _check_saved(saved)
     x = saved.x
-    if saved.activation is not None:
-        raise ValueError(
-            f"no double backward through the fused activation {saved.activation!r}: call instance_norm_forward "
-            "without it, and apply the activation (and what is added before it) as an operation of its own"
-        )
+    check_no_activation(saved.activation)
     _check_like(dy, "dy", x)
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are all None; needed is one of them at least")
@@ -546,6 +542,15 @@ def instance_norm_double_backward(
     return results
 
 
+def check_no_activation(activation: str | None) -> None:
+    """Of a double backward."""
+    if activation is not None:
+        raise ValueError(
+            f"no double backward through the fused activation {activation!r}: call instance_norm_forward "
+            "without it, and apply the activation (and what is added before it) as an operation of its own"
+        )
+
+
 def _check_saved(saved: Any) -> None:
     """What a forward returned, with its arrays as they were."""
     if not isinstance(saved, Saved):
@@ -555,7 +560,12 @@ def _check_saved(saved: Any) -> None:
 
 
 def warmup(
-    x: Array, *, activation: str | None = None, negative_slope: float = 0.01, residual: Array | None = None
+    x: Array,
+    *,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Array | None = None,
+    double_backward: bool = False,
 ) -> None:
     """Make calls on arrays like x ready for CUDA-graph capture, on the current stream.
 
@@ -577,13 +587,16 @@ def warmup(
     Args:
         x: an array of the shape, dtype, layout and device to come.
         activation, negative_slope, residual: of the calls to come; of the residual, too, only the layout matters.
+        double_backward: run `instance_norm_double_backward` as well, with all of its gradients given.
 
     Raises:
-        TypeError, ValueError: x cannot be normalised, or the rest does not fit.
+        TypeError, ValueError: x cannot be normalised, the rest does not fit, or a double backward with an activation.
     """
     check_input(x)
     check_activation(activation)
     check_number(negative_slope, "negative_slope")
+    if double_backward:
+        check_no_activation(activation)
     if residual is not None:
         _check_like(residual, "residual", x)
     if kind_of(x, "input") == "numpy":
@@ -602,4 +615,7 @@ def warmup(
                     activation=activation, negative_slope=negative_slope, residual=residual,
                 )  # fmt: skip
                 gradients = instance_norm_backward(dy, saved)
+                if double_backward:
+                    dd = affine or (None, None)
+                    gradients = instance_norm_double_backward(dy, *dd, dy, saved)
                 del y, saved, gradients

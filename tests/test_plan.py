@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -496,6 +497,37 @@ def test_explain() -> None:
         cn.explain(x.astype(np.int64))
     with pytest.raises(ValueError, match="'tanh'"):
         cn.explain(x, activation="tanh", device="H100")
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_explain_tells_of_a_double_backward(residual: bool) -> None:
+    x = np.zeros((2, 3, 1000, 1100), np.float16)
+    for device in ("H100", "L4"):
+        without = cn.explain(x, residual=residual, device=device)
+        text = cn.explain(x, residual=residual, double_backward=True, device=device)
+        assert text.startswith(without + "\n  double backward: ")
+        made, _ = plan_for("double_backward", _memory(x), "float16", DEVICES[device])
+        more = text[len(without) :]
+        assert f"double backward: {made.regime}" in more
+        assert f" {made.accesses} accesses of 2 B" in more
+        assert all(step.name in more for step in made.steps)
+    transposed = cn.explain(x.swapaxes(2, 3), double_backward=True, device="H100").split("double backward: ")[1]
+    assert "copied first" in transposed
+    assert "7 accesses" in transposed
+    assert "double backward: refused" in cn.explain(x[..., :1, :1], double_backward=True, device="H100")
+    assert cn.explain(x[:0], double_backward=True) == cn.explain(x[:0])
+    without = cn.explain(x, residual=residual)
+    more = cn.explain(x, residual=residual, double_backward=True)[len(without) :]
+    assert re.fullmatch(r"\n  double backward: NumPy, \d+ block\(s\).* tiles, .*\n  .* of \d+", more)
+
+
+@pytest.mark.parametrize("ask", [cn.warmup, cn.explain])
+def test_no_double_backward_of_an_activation_is_explained_or_warmed_up(ask: Any) -> None:
+    x = np.zeros((2, 3, 5, 7), np.float32)
+    ask(x, activation="silu")
+    ask(x, double_backward=True)
+    with pytest.raises(ValueError, match="no double backward through the fused activation 'silu'"):
+        ask(x, activation="silu", double_backward=True)
 
 
 def _lines(text: str, op: str) -> str:

@@ -609,13 +609,13 @@ def warmup(
         for use_input_stats in (True, False):
             if use_input_stats and math.prod(x.shape[2:]) == 1:
                 continue
-            for affine in ((), (ones, ones)):
+            for affine in (None, ones):
                 y, saved = instance_norm_forward(
-                    x, *affine, running_mean=ones.copy(), running_var=ones.copy(), use_input_stats=use_input_stats,
-                    activation=activation, negative_slope=negative_slope, residual=residual,
+                    x, affine, affine, running_mean=ones.copy(), running_var=ones.copy(),
+                    use_input_stats=use_input_stats, activation=activation, negative_slope=negative_slope,
+                    residual=residual,
                 )  # fmt: skip
                 gradients = instance_norm_backward(dy, saved)
                 if double_backward:
-                    dd = affine or (None, None)
-                    gradients = instance_norm_double_backward(dy, *dd, dy, saved)
+                    gradients = instance_norm_double_backward(dy, affine, affine, dy, saved)
                 del y, saved, gradients

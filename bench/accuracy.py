@@ -5,6 +5,9 @@ counted in **roundings**: 1 is the most that rounding the exact answer to the dt
 place. It is taken relative to the element and the root mean square of its plane together, since x - mean cancels; for
 dx also to rstd * |dy|, from which it is subtracted; of dweight and dbias to their own size and the root of the sum of
 the squared terms, in which xhat counts as no smaller than what is taken from x, but for that at most as 1.
+
+CuPy compiles with flush-to-zero, and the emulator does the same: numbers of float32 below 1.2e-38 are 0. Of an error of
+these two, what that explains is no rounding: x, its mean and x - mean where they are as small, and what the mean lacks.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from cupynorm import cpu, devices, functional
 from . import peers, report
 from .cases import EPS, Arrays
 
+FLUSHED = 2.0**-126  # the least number of float32 that is not denormal
+FLUSHING = "emulated", "CUDA"
 #: Roundings that are "a few": what every answer of cupynorm's is allowed.
 ALLOWED = 8.0
 
@@ -121,10 +126,13 @@ class Given(Arrays):
 
 
 class Answer(NamedTuple):
-    """The exact answer, and what an error of one rounding is for each of its elements, before the dtype's share."""
+    """The exact answer; what an error of one rounding is for each of its elements, before the dtype's share; and how
+    much flush-to-zero may change it.
+    """
 
     exact: np.ndarray
     scale: np.ndarray
+    flushed: np.ndarray
 
 
 def answers(arrays: Given) -> dict[str, Answer]:
@@ -132,38 +140,59 @@ def answers(arrays: Given) -> dict[str, Answer]:
     n, c = arrays.shape[:2]
     planes = n * c
     found: dict[str, list[Any]] = {name: [] for name in ("y", "dx")}
-    terms = {name: np.zeros((2, c), np.longdouble) for name in ("dweight", "dbias")}
+    terms = {name: np.zeros((3, c), np.longdouble) for name in ("dweight", "dbias")}
     x, dy = (a.reshape(planes, -1) for a in (arrays.host_x, arrays.host_dy))
     for plane in range(planes):
         a, g = (v[plane].astype(np.float64).astype(np.longdouble) for v in (x, dy))
         mean = a.mean()
+        lost = _flushes(a) + _flushes(mean)
         a = a - mean
         a -= a.mean()
+        lost += _flushes(a)
         variance = (a * a).mean() + np.longdouble(arrays.eps)
         rstd = 1 / np.sqrt(variance)
         xhat = a * rstd
-        dx = rstd * (g - g.mean() - xhat * (g * xhat).mean())
-        for name, value, more in (("y", xhat, 0), ("dx", dx, rstd * np.abs(g))):
-            found[name].append(Answer(value, np.abs(value) + np.sqrt((value * value).mean()) + more))
+        c_mean = (g * xhat).mean()
+        dx = rstd * (g - g.mean() - xhat * c_mean)
+        # Of xhat; everywhere, what the mean's rounding took from it.
+        rest = FLUSHED * rstd * _flushes(mean * np.finfo(np.float32).eps)
+        lost = FLUSHED * rstd * lost + rest
+        of_dx = rstd * (lost * np.abs(c_mean) + np.abs(xhat) * (lost * np.abs(g)).mean())
+        for name, value, more, flushed in (("y", xhat, 0, lost), ("dx", dx, rstd * np.abs(g), of_dx)):
+            scale = np.abs(value) + np.sqrt((value * value).mean()) + more
+            found[name].append(Answer(value, scale, FLUSHED + flushed + 0 * value))
         size = np.maximum(np.abs(xhat), min(1, abs(mean) * rstd))
-        for name, value, term in (("dweight", g * xhat, g * size), ("dbias", g, g)):
-            terms[name][:, plane % c] += value.sum(), (term * term).sum()
+        for name, value, term, flushed in (
+            ("dweight", g * xhat, g * size, (lost * np.abs(g)).sum()),
+            ("dbias", g, g, 0),
+        ):
+            terms[name][:, plane % c] += value.sum(), (term * term).sum(), FLUSHED + flushed
     exact = {name: Answer(*(np.stack(each) for each in zip(*found[name], strict=True))) for name in found}
-    return exact | {name: Answer(total, np.abs(total) + np.sqrt(squares)) for name, (total, squares) in terms.items()}
+    return exact | {
+        name: Answer(total, np.abs(total) + np.sqrt(squares), flushed)
+        for name, (total, squares, flushed) in terms.items()
+    }
 
 
-def roundings(got: np.ndarray, answer: Answer, dtype: np.dtype) -> float:
-    """The largest error; infinite where the answer is not finite, and the exact one, in the dtype, is."""
+def _flushes(values: Any) -> Any:
+    """1 where flush-to-zero takes a number away."""
+    return ((values != 0) & (np.abs(values) < FLUSHED)).astype(np.float64)
+
+
+def roundings(got: np.ndarray, answer: Answer, dtype: np.dtype, flushing: bool = False) -> float:
+    """The largest error, but for what flush-to-zero explains where that is done; infinite where the answer is not
+    finite, and the exact one, in the dtype, is.
+    """
     import ml_dtypes
 
     limits = ml_dtypes.finfo(dtype)
-    exact, scale = (a.ravel() for a in answer)
+    exact, scale, flushed = (a.ravel() for a in answer)
     values = got.astype(np.float64).astype(np.longdouble).reshape(exact.shape)
     judged = np.abs(exact) <= np.longdouble(float(limits.max))
-    exact, scale, values = exact[judged], scale[judged], values[judged]
+    exact, scale, values, flushed = exact[judged], scale[judged], values[judged], flushed[judged] * flushing
     one = np.longdouble(float(limits.eps)) / 2 * scale + np.longdouble(float(limits.smallest_subnormal)) / 2
     with np.errstate(all="ignore"):
-        errors = np.abs(values - exact) / one
+        errors = np.maximum(np.abs(values - exact) - flushed, 0) / one
     if not errors.size:
         return 0.0
     return float(errors.max()) if np.isfinite(errors).all() else float("inf")
@@ -190,7 +219,7 @@ def _ours(arrays: Given, compiled: bool) -> dict[str, Any]:
 
 
 def _emulated(arrays: Given) -> dict[str, Any]:
-    """The CUDA kernels on the tests' emulator, which flushes no denormals."""
+    """The CUDA kernels on the tests' emulator."""
     if np.prod(arrays.shape[2:]) >= LARGE:
         raise peers.UnavailableError("too slow for planes as large")
     if shutil.which("g++") is None:
@@ -250,7 +279,9 @@ def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dic
             for part, value in got.items():
                 # dweight and dbias are in the parameters' dtype, which is as wide or wider.
                 kind = dtype if part in ("y", "dx") else host.host_weight.dtype
-                found[part] = roundings(devices.to_host(value), exact[part], kind)
+                found[part] = roundings(
+                    devices.to_host(value), exact[part], kind, name in FLUSHING and row.dtype != "float64"
+                )
             errors[name] = found
         except peers.UnavailableError as reason:
             say(f"{name} left out: {reason}")

@@ -55,14 +55,14 @@ template <int CHUNKS> struct Chunk {
         Storage* border = run(t) - at;
         Wide packs[CHUNKS / WIDEST];
         each(at, [&](int i, int number) { packs[i] = load((Wide*)border + number); },
-             [&](int position) { to[position] = load(border + position); });
-        each(at, [&](int i, int number) { ((Wide*)to)[number] = packs[i]; }, [](int) {});
+             [&](int position) { in_shared(to + position) = load(border + position); });
+        each(at, [&](int i, int number) { in_shared((Wide*)to + number) = packs[i]; }, [](int) {});
     }
 
     __device__ void put(const Tensor& t, const Storage* from) const {
         const int at = phase(t);
         Storage* border = run(t) - at;
-        each(at, [&](int, int number) { store((Wide*)border + number, ((const Wide*)from)[number]); },
-             [&](int position) { store(border + position, from[position]); });
+        each(at, [&](int, int number) { store((Wide*)border + number, in_shared((const Wide*)from + number)); },
+             [&](int position) { store(border + position, in_shared(from + position)); });
     }
 };

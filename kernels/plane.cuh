@@ -131,7 +131,7 @@ struct Share {
     // Pack k of an array: in global memory, or of what is staged of it.
     __device__ Pack get(const Tensor& t, Storage* origin, int k) const {
         const Pack* p = at(t, origin, k);
-        if (OWNER == PART) return *p;
+        if (OWNER == PART) return in_shared(p);
 #if SKEWED
         const int skew = (int)((unsigned long long)p / sizeof(Storage) % V), position = number(k) * V - skew;
         if (skew != 0) {
@@ -150,7 +150,7 @@ struct Share {
     __device__ void put(const Tensor& t, Storage* origin, int k, const Pack& pack) const {
         Pack* p = at(t, origin, k);
         if (OWNER == PART) {
-            *p = pack;
+            in_shared(p) = pack;
             return;
         }
 #if SKEWED

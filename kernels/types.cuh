@@ -99,6 +99,8 @@ template <class T> __device__ inline T load_fresh(const T* p) { return __ldcg(p)
 #endif
 template <class T> __device__ inline T load(const T* p) { return *p; }
 template <class T> __device__ inline void store(T* p, T value) { *p = value; }
+// What must be in shared memory: the emulator looks whether it is.
+template <class T> __device__ inline T& in_shared(T* p) { return *p; }
 // Spelled out: the compiler takes the assignment of a Pack apart, and does not always find one store for it again.
 template <class T> __device__ inline void store_words(T* p, const T& value) {
     unsigned w[4];

@@ -107,8 +107,9 @@ def check_some_planes_out_of_range(
         return np.abs(values) + np.sqrt((values**2).mean(axes, keepdims=True))
 
     terms = 0, size(dy) / np.sqrt(reference.wide(x).var(axes, keepdims=True))  # dx may be a small rest of its terms
+    flushed = 2.0**-126 if backend.name in ("simt", "cupy") else 0  # a result that is smaller is 0
     for got, same, value, term in zip(*results, exact, terms, strict=True):
-        assert (np.abs(got - value) <= 2e-6 * (size(value) + term)).all()
+        assert (np.abs(got - value) <= 2e-6 * (size(value) + term) + flushed).all()
         assert got[~odd].tobytes() == same[~odd].tobytes()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from typing import Any
 
 import numpy as np
@@ -276,8 +277,11 @@ WRONG = {
         "if (threadIdx.x == 5) __syncthreads();\n__syncwarp();",
         "divergence: lanes of warp 0 wait at line 4, lane 5",
     ),
-    "peer of global": ("peer(data, 0);", "peer.* not in shared memory"),
-    "peer behind shared": ("peer(own + 64, 0);", "peer.* not in shared memory"),
+    "peer of global": ("peer(data, 0);", "4 bytes are not in shared memory"),
+    "peer behind shared": ("peer(own + 64, 0);", "4 bytes are not in shared memory"),
+    "staged in global": ("in_shared(data) = 1;", "4 bytes are not in shared memory"),
+    "behind what is staged": ("in_shared((uint64_t*)(own + 63));", "8 bytes are not in shared memory"),
+    "staged askew": ("in_shared((uint64_t*)(own + 1));", "8 bytes in shared memory are not aligned"),
     "peer rank": ("peer(own, 2);", "peer.* block 2, which is not in the cluster"),
     "canary": ("if (blockIdx.x == 3) own[64] = 1;", "behind the end of shared memory"),
     "no counter": ("wait_until(data + 1, 1);", "outside of every array"),
@@ -299,6 +303,25 @@ def test_wrong_use(name: str) -> None:
     for order in emulator.ORDERS:
         with pytest.raises(SimtError, match=WRONG[name][1]):
             launch(wrong(), data, grid=(4, 1), cluster=2, order=order, kernels=kernels, kernel=kernel)
+
+
+FLUSH = """
+KERNEL(64, 1) kernel(const float* given, float* out) {
+    const unsigned i = threadIdx.x;
+    if (i < 4) store(out + i, i < 2 ? load(given + i) * 2 : load(given + i) * load(given + i));
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator flushes on x86 alone")
+def test_denormals_are_flushed() -> None:
+    """As a GPU does with what CuPy compiles: operands and results, of the kernels alone."""
+    given, out = np.array([1e-38, 1.2e-38, 1e-20, 1.1e-19], np.float32), np.full(4, -1, np.float32)
+    launch(FLUSH, given, out, grid=(1, 1))
+    two = np.float32(2)
+    assert out.tolist() == [0, two * given[1], 0, given[3] * given[3]]
+    assert given[0] * two > given[0] > 0
+    assert 0 < given[2] * given[2] < given[0]
 
 
 @pytest.mark.parametrize(("grid", "cluster"), [((6, 4), 4), ((32, 1), 32), ((4, 1), 0)])

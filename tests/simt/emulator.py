@@ -40,7 +40,8 @@ class SimtError(RuntimeError):
 
 class _Range(ctypes.Structure):
     _fields_ = (
-        ("low", ctypes.c_size_t), ("high", ctypes.c_size_t), ("read", ctypes.c_uint64), ("written", ctypes.c_uint64),
+        ("low", ctypes.c_size_t), ("high", ctypes.c_size_t),
+        ("read", ctypes.c_uint64), ("written", ctypes.c_uint64), ("accesses", ctypes.c_uint64),
     )  # fmt: skip
 
 
@@ -122,12 +123,14 @@ def build_all(modules: list[Module]) -> None:
 
 @dataclass
 class Count:
-    """Bytes that one launch read and wrote of the array at each address it was given, and how large that is."""
+    """Bytes that one launch read and wrote of the array at each address it was given, in how many accesses, and how
+    large that is."""
 
     kernel: str
     size: dict[int, int]
     read: dict[int, int]
     written: dict[int, int]
+    accesses: dict[int, int]
 
 
 class Emulator:
@@ -185,7 +188,7 @@ class Emulator:
         run = getattr(build(module, self.transform), f"simt_run_{step.name}")
         values = [np.asarray(a) for a in args]
         addresses = list(dict.fromkeys(int(a) for a in args if isinstance(a, np.uintp) and int(a)))
-        ranges = (_Range * len(addresses))(*(_Range(*self._bounds[a], 0, 0) for a in addresses))
+        ranges = (_Range * len(addresses))(*(_Range(*self._bounds[a]) for a in addresses))
         with _running:
             self._launch(run, module, step, values, addresses, ranges)
 
@@ -199,8 +202,9 @@ class Emulator:
         )  # fmt: skip
         if run(ctypes.byref(launch)):
             raise SimtError(f"{step.name} of {module}: {launch.error.decode()}")
-        read, written = (
-            {a: getattr(r, name) for a, r in zip(addresses, ranges, strict=True)} for name in ("read", "written")
+        read, written, accesses = (
+            {a: getattr(r, name) for a, r in zip(addresses, ranges, strict=True)}
+            for name in ("read", "written", "accesses")
         )
         size = {a: r.high - r.low for a, r in zip(addresses, ranges, strict=True)}
-        self.counts.append(Count(step.name, size, read, written))
+        self.counts.append(Count(step.name, size, read, written, accesses))

@@ -11,6 +11,7 @@
 //   barriers        all threads of a block (of a warp, of a cluster) meet at the same one
 //   waiting         somebody can always go on, or the launch is refused with a line that waits
 //   peers           a block's shared memory is reached only while it runs
+//   denormals       are flushed (on x86), as by a GPU with what CuPy compiles; but in modules of float64
 //   arguments       number, size and kind are those of the kernel's parameters
 
 #include <cstdarg>
@@ -25,6 +26,9 @@
 #include <ucontext.h>
 #include <utility>
 #include <vector>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 
 #define SIMT 1
 #define __device__
@@ -37,7 +41,7 @@ namespace simt {
 
 enum Order { FORWARD, REVERSE, SHUFFLED };
 
-struct Range { uintptr_t low, high; uint64_t read, written; };
+struct Range { uintptr_t low, high; uint64_t read, written, accesses; };
 
 struct Launch {
     unsigned grid_x, grid_y, threads, shared;
@@ -339,7 +343,17 @@ static void run_together(unsigned first) {
     }
 }
 
+// Operands and results that are denormal become 0. A GPU does so with floats alone; doubles as small do not occur.
+struct Flush {
+#if defined(__SSE__) && !defined(STORAGE_FLOAT64)
+    const unsigned before = _mm_getcsr();
+    Flush() { _mm_setcsr(before | 0x8040); }
+    ~Flush() { _mm_setcsr(before); }
+#endif
+};
+
 static int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pair<int, char>>& parameters) {
+    const Flush flush;
     m.launch = launch;
     m.kernel = kernel;
     m.failed = false;
@@ -405,9 +419,19 @@ static Range& check(const void* p, size_t size, size_t alignment) {
     if (a % alignment) fail("an access of %zu bytes is not aligned", size);
     for (int i = 0; i < m.launch->range_count; i++) {
         Range& range = m.launch->ranges[i];
-        if (a >= range.low && a + size <= range.high) return range;
+        if (a >= range.low && a + size <= range.high) {
+            range.accesses++;
+            return range;
+        }
     }
     fail("an access of %zu bytes lies outside of every array of the launch", size);
+}
+
+// Where in the block's shared memory it lies.
+static size_t place_in_shared(const void* p, size_t size) {
+    const uintptr_t low = (uintptr_t)m.block->shared.get(), a = (uintptr_t)p;
+    if (a < low || a + size > low + m.launch->shared) fail("%zu bytes are not in shared memory", size);
+    return a - low;
 }
 
 static void wait_until(const unsigned* counter, unsigned target, int site) {
@@ -467,6 +491,10 @@ template <class T> inline void store(T* p, T value) {
     simt::check(p, sizeof(T), alignof(T)).written += sizeof(T);
     *p = value;
 }
+template <class T> inline T& in_shared(T* p) {
+    if (simt::place_in_shared(p, sizeof(T)) % sizeof(T)) simt::fail("%zu bytes in shared memory are not aligned", sizeof(T));
+    return *p;
+}
 template <class T> inline T load_fresh(const T* p) { return load(p); }
 inline float reciprocal_sqrt(float f) { return (float)(1 / std::sqrt((double)f)); }
 inline double reciprocal_sqrt(double d) { return 1 / std::sqrt(d); }
@@ -485,13 +513,12 @@ inline unsigned block_in_cluster() { return simt::m.block->rank; }
 
 template <class T> inline T* peer(T* p, unsigned rank) {
     const simt::Block& block = *simt::m.block;
-    const uintptr_t low = (uintptr_t)block.shared.get(), a = (uintptr_t)p;
-    if (a < low || a + sizeof(T) > low + simt::m.launch->shared) simt::fail("peer() of what is not in shared memory");
+    const size_t place = simt::place_in_shared(p, sizeof(T));
     if (rank >= simt::m.launch->cluster) simt::fail("peer() of block %u, which is not in the cluster", rank);
     const simt::Block& other = *(&block - block.rank + rank);
     if (!other.begun) simt::fail("peer() of a block that has not begun");
     if (!other.running) simt::fail("peer() of a block that has ended");
-    return (T*)(other.shared.get() + (a - low));
+    return (T*)(other.shared.get() + place);
 }
 
 #define add_release(counter) simt_add_release(counter, __LINE__)

@@ -18,6 +18,7 @@ import cupynorm as cn
 from bench import __main__ as bench
 from bench import accuracy
 from cupynorm import cpu, devices
+from cupynorm.cuda.plan import Device
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,19 @@ def test_squares_out_of_range_for_every_owner(
     check_some_planes_out_of_range(
         backend, rng, scale, case.shape, lambda values: cases._stride_kept(values, case.layout)
     )
+
+
+@on_kernels
+@pytest.mark.parametrize("total", [0.9, 1.1, 1e4], ids=str)
+def test_squares_that_flush_to_zero_one_by_one(backend: Backend, rng: np.random.Generator, total: float) -> None:
+    """Their sum is far from flushing, in a plane that has many: around 2**-100, and around as much for each of them."""
+    backend.pretend(Device("roomy", (8, 0), 1, 227 * 1024, 2**20))  # one block has the whole plane
+    x = rng.standard_normal((1, 1, 50_000))
+    x *= np.sqrt(total * 2.0**-100 / (x**2).sum())
+    narrow = x.astype(np.float32)
+    y = backend.host(cn.instance_norm(backend.array(narrow), eps=0.0))
+    exact = reference.forward(narrow, eps=0.0)
+    assert (np.abs(y - exact) <= 1e-6 * (np.abs(exact) + 1)).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e30, 1e-30, -1e36])

@@ -15,12 +15,12 @@ import pytest
 import reference
 from recorder import Recorder
 from simt import emulator
-from simt.emulator import Emulator, SimtError
+from simt.emulator import Emulator, SimtError, Text
 
 import cupynorm as cn
 from cupynorm import devices, functional
-from cupynorm.cuda.plan import Device, Memory, Plan
-from cupynorm.cuda.source import Module, all_modules, kernel_folder
+from cupynorm.cuda.plan import Device, Memory, Plan, Step
+from cupynorm.cuda.source import Module, all_modules, inlined, kernel_folder
 from cupynorm.explain import plan_for
 
 pytestmark = pytest.mark.simt
@@ -499,6 +499,33 @@ def test_the_emulator_bites(
     assert any(old in (kernel_folder() / file).read_text() for file in ("forward.cu", "plane.cuh", "sums.cuh"))
     said = _caught(on, seed, monkeypatch, lambda source: source.replace(old, new), _places("block-registers"))
     assert complaint in said
+
+
+WHICH = """
+KERNEL(64, 1) which(long long owner, long long tiles, long long channels, long long* found) {
+    const Share<WARP, 64> share(owner, tiles, 1, 2, Tensor{}, channels, 8);
+    if (threadIdx.x < 2) store(found + threadIdx.x, share.c);
+    if (threadIdx.x == 2) { store(found + 2, share.n); store(found + 3, share.tile); }
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("channels", [1, 5, 2**32 - 1, 2**32, 2**35 + 6])
+def test_which_planes_an_owner_has_of_more_than_are_32_bits_of(kind: Any, tiles: int, channels: int) -> None:
+    """No array here has as many; the numbers are divided in 32 bits where that is enough."""
+    module = Module("forward", "float32", 4, kind)
+    text = Text("which", inlined("types.cuh") + inlined("plane.cuh") + WHICH, ("which",), "text", module.defines)
+    groups = channels if kind == "channels_first" else -(-channels // 8)  # of two threads with packs of 4
+    runtime, found = Emulator(), np.zeros(4, np.int64)
+    for stripe in (0, 3, groups, 7 * groups - 1, 2**32 - 1, 2**32, 2**33 + 3, 2**40 + 3 * groups):
+        for tile in {0, tiles - 1}:
+            numbers = (np.int64(stripe * tiles + tile), np.int64(tiles), np.int64(channels))
+            runtime.launch(text, Step("which", "which", (1, 1), 64, 0), (*numbers, np.uintp(runtime.address(found))))
+            group = stripe % groups
+            planes = (group, group) if kind == "channels_first" else (8 * group, 8 * group + 4)
+            assert found.tolist() == [*planes, stripe // groups, tile]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -141,6 +141,23 @@ def test_squares_out_of_range_for_every_owner(
 
 
 @on_kernels
+@pytest.mark.parametrize("case", OWNERS, ids=str)
+def test_offsets_for_every_owner(backend: Backend, rng: np.random.Generator, case: cases.Case) -> None:
+    """The saved mean is the exact one or a number next to it, however the tiles' means are put together."""
+    backend.pretend(case.device)
+    offsets = 10.0 ** rng.uniform(2, 5, (*case.shape[:2], *[1] * (len(case.shape) - 2)))
+    values = rng.standard_normal(case.shape) + offsets * rng.choice([-1, 1], offsets.shape)
+    x = cases._stride_kept(values.astype(np.float32), case.layout)
+    y, saved = cn.instance_norm_forward(backend.array(x))
+    dy = rng.standard_normal(case.shape).astype(np.float32)
+    dx, *_ = cn.instance_norm_backward(backend.array(dy), saved)
+    mean = reference.wide(x).mean(tuple(range(2, x.ndim)))
+    assert (np.abs(backend.host(saved.mean) - mean) <= np.spacing(np.abs(mean).astype(np.float32))).all()
+    for got, exact in ((y, reference.forward(x)), (dx, reference.backward(dy, x)[0])):
+        assert (np.abs(backend.host(got) - exact) <= 2e-6 * (np.abs(exact) + 1)).all()
+
+
+@on_kernels
 @pytest.mark.parametrize("total", [0.9, 1.1, 1e4], ids=str)
 def test_squares_that_flush_to_zero_one_by_one(backend: Backend, rng: np.random.Generator, total: float) -> None:
     """Their sum is far from flushing, in a plane that has many: around 2**-100, and around as much for each of them."""

@@ -10,6 +10,8 @@ import pytest
 from conftest import Backend, on_kernels
 
 from cupynorm.cuda import plan
+from cupynorm.cuda.plan import Device, Memory, Op
+from cupynorm.explain import plan_for
 
 
 @pytest.mark.parametrize("case", cases.TABLE, ids=str)
@@ -46,6 +48,20 @@ def test_double_variant(backend: Backend, case: cases.Case, rng: np.random.Gener
 @pytest.mark.parametrize("case", cases.epilogue_variants(), ids=str)
 def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)
+
+
+@on_kernels
+def test_more_tiles_than_threads_that_merge_them(backend: Backend, rng: np.random.Generator) -> None:
+    """In a grid whose blocks have 32 channels side by side, of 16 bits: 16 threads merge those of a channel."""
+    case = cases.Case((1, 31, 40, 75), "float16", "channels_last", device=Device("many", (8, 0), 24, 72 * 1024, 2**20))
+    backend.pretend(case.device)
+    memory = Memory(case.shape, (2 * 31 * 3000, 2, 2 * 31 * 75, 2 * 31), 2, 0)
+    ops: list[Op] = ["forward", "backward", "double_backward"]
+    for op in ops:
+        step = plan_for(op, memory, case.dtype, case.device)[0].steps[0]
+        assert (step.group, step.tiles > 512 // step.lanes) == ("grid", True)
+    cases.check(backend, case, rng)
+    cases.check_double(backend, case, rng)
 
 
 @on_kernels

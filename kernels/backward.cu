@@ -71,7 +71,7 @@ template <int REST, int THREADS, int CHUNKS> __device__ inline void backward_par
     const bool more = EPILOGUE && call.epilogue.residual.data, wanted = EPILOGUE && dresidual.data;
     unsigned char* shared = shared_memory();
     const int rooms = 2 + more + wanted;
-    Storage* room = chunk.at(shared, rooms, 0);
+    Storage* room = chunk.rooms(shared, rooms);
     chunk.fetch(call.x, room);
     chunk.fetch(call.dy, room + chunk.room);
     call.x = chunk.staged(call.x, call.channels, room);

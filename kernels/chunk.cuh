@@ -23,9 +23,9 @@ template <int CHUNKS> struct Chunk {
         room = (int)((most * spatial + 2 * WIDEST - 2) / WIDEST * WIDEST);
     }
 
-    // Room number `i` of this warp.
-    __device__ Storage* at(unsigned char* shared, int rooms, int i) const {
-        return (Storage*)shared + (long long)(threadIdx.x / 32 * rooms + i) * room;
+    // The first of this warp's rooms.
+    __device__ Storage* rooms(unsigned char* shared, int count) const {
+        return (Storage*)shared + (long long)(threadIdx.x / 32 * count) * room;
     }
     __device__ Storage* run(const Tensor& t) const { return t.data + first * dense; }
     __device__ int phase(const Tensor& t) const { return (int)((unsigned long long)run(t) / sizeof(Storage) % WIDEST); }

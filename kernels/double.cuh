@@ -43,10 +43,10 @@ struct Standard {
 
     template <class Share>
     __device__ Standard(const Share& share, const Math* mean_, const Math* rstd_, long long channels) {
+        const bool exists = share.c < channels;     // then all P do: packs of channels divide them
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = share.n * channels + share.c + p;
-            const bool exists = share.c + p < channels;
             mean[p] = exists ? load(mean_ + i) : 0;
             rstd[p] = exists ? load(rstd_ + i) : 0;
         }

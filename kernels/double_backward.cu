@@ -89,7 +89,7 @@ __device__ inline void double_backward_owner(const Call& call, long long owner, 
         d.set(p, means, parameters);
         // One thread a plane.
         if (share.tile == 0 && share.rank < share.lanes && share.c + p < call.channels) {
-            call.sums.set(share.n * call.channels + share.c + p, 0, means.s * (Math)spatial);
+            call.sums.set_dy_xhat(share.n * call.channels + share.c + p, means.s * (Math)spatial);
         }
     };
 #if GROUPED
@@ -115,7 +115,7 @@ __device__ inline void double_backward_owner(const Call& call, long long owner, 
 template <int REST, int THREADS, int CHUNKS> __device__ inline void double_backward_part(Call call) {
     const Chunk<CHUNKS> chunk(THREADS / 32, call.lanes, call.spatial, call.stripes);
     const Tensor dx = call.dx, ddy = call.ddy;
-    Storage* room = chunk.at(shared_memory(), 3, 0);
+    Storage* room = chunk.rooms(shared_memory(), 3);
     const auto fetch = [&](Tensor& t, Storage* to) {
         chunk.fetch(t, to);
         t = chunk.staged(t, call.channels, to);

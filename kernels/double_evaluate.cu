@@ -51,7 +51,7 @@ __device__ inline void eval_double(const Given& given, const Tensor& dx, const T
     if (Share<OWNER, THREADS>::edges && share.edge >= 0) add(0, ddx.edge, dy.edge);
     fold(s, total);
     sum_over_owner<OWNER, THREADS>(total, share.size, share.lanes, (Math*)shared);
-    share.each_plane(channels, [&](int p, long long i) { sums.set(i * tiles + share.tile, 0, total[p]); });
+    share.each_plane(channels, [&](int p, long long i) { sums.set_dy_xhat(i * tiles + share.tile, total[p]); });
 }
 
 #define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS, CLUSTER_SIZE)                                                \
@@ -72,5 +72,5 @@ KERNEL(MERGE_THREADS, 1) merge_dots(const Math* partial, long long tiles, long l
     Accum s[1] = {};
     for (long long tile = threadIdx.x; tile < tiles; tile += MERGE_THREADS) s[0] += load(partial + plane * tiles + tile);
     sum_over_owner<BLOCK, MERGE_THREADS>(s, MERGE_THREADS, 1, (Accum*)shared);
-    if (threadIdx.x == 0) Sums{0, sums, flags}.set(plane, 0, (Math)s[0]);
+    if (threadIdx.x == 0) Sums{0, sums, flags}.set_dy_xhat(plane, (Math)s[0]);
 }

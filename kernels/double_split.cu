@@ -102,5 +102,5 @@ KERNEL(MERGE_THREADS, 1) merge_products(const Math* partial, long long all_plane
     const Math numbers[MEANS] = {m.pivot_g, m.pivot_u, m.g, m.v, m.x, m.a, m.c, m.s};
     #pragma unroll
     for (int q = 0; q < MEANS; q++) store(means + q * all_planes + plane, numbers[q]);
-    Sums{0, sums, flags}.set(plane, 0, m.s * (Math)spatial);
+    Sums{0, sums, flags}.set_dy_xhat(plane, m.s * (Math)spatial);
 }

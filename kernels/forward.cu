@@ -80,7 +80,7 @@ template <int REST, int THREADS, int CHUNKS> __device__ inline void forward_part
     const Chunk<CHUNKS> chunk(THREADS / 32, call.lanes, call.spatial, call.stripes);
     const Tensor y = call.y;
     const bool more = EPILOGUE && call.epilogue.residual.data;
-    Storage* room = chunk.at(shared_memory(), 1 + more, 0);
+    Storage* room = chunk.rooms(shared_memory(), 1 + more);
     chunk.fetch(call.x, room);
     call.x = chunk.staged(call.x, call.channels, room);
     call.y = chunk.staged(y, call.channels, room);

@@ -9,10 +9,10 @@ struct Statistics {
     template <class Share>
     __device__ Statistics(const Share& share, const Math* mean_, const Math* delta_, const Math* rstd_,
                           const Affine& affine_, long long channels) : affine(share, affine_, channels) {
+        const bool exists = share.c < channels;     // then all P do: packs of channels divide them
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = share.n * channels + share.c + p;
-            const bool exists = share.c + p < channels;
             mean[p] = exists ? load(mean_ + i) : 0;
             rstd[p] = exists ? load(rstd_ + i) : 0;
             delta[p] = EPILOGUE && delta_ && exists ? load(delta_ + i) : 0;
@@ -122,6 +122,9 @@ struct Sums {
 
     __device__ void set(long long i, Math sum_dy, Math sum_dy_xhat) const {
         if (dy) store_parameter(dy, !(flags & NARROW_SUM_DY), i, sum_dy);
-        if (dy_xhat) store_parameter(dy_xhat, !(flags & NARROW_SUM_DY_XHAT), i, sum_dy_xhat);
+        set_dy_xhat(i, sum_dy_xhat);
+    }
+    __device__ void set_dy_xhat(long long i, Math sum) const {
+        if (dy_xhat) store_parameter(dy_xhat, !(flags & NARROW_SUM_DY_XHAT), i, sum);
     }
 };

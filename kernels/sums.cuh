@@ -20,7 +20,7 @@ __device__ inline void fold(const Math (&s)[LINES], Math* out) {
 
 // Whether it is so for any plane of the threads that add up together: all of them must go the same way afterwards.
 template <int OWNER, int THREADS> __device__ inline bool any_of_owner(bool so, int lanes) {
-    if (OWNER == PART || OWNER == WARP || THREADS == 32) return __any_sync(0xffffffff, so);
+    if (OWNER == PART || OWNER == WARP) return __any_sync(0xffffffff, so);
     return CHANNELS_LAST && lanes > 1 ? __syncthreads_or(so) : so;
 }
 
@@ -38,7 +38,7 @@ __device__ inline void sum_over_owner(T (&s)[K], int size, int lanes, T* scratch
     }
     // A thread by itself adds up alone, but it may not write over what its neighbours still have to read (chunk.cuh).
     if (OWNER == PART && size == 1) __syncwarp();
-    if (OWNER == PART || OWNER == WARP || THREADS == 32) return;
+    if (OWNER == PART || OWNER == WARP) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (lane < lanes) {
         #pragma unroll

@@ -94,9 +94,13 @@ def check_some_planes_out_of_range(
     ones, zeros = (backend.array(np.full(shape[1], v, np.float32)) for v in (1, 0))
     results = []
     for given in (x, ordinary):
+        moved = ones.copy()
         y, saved = cn.instance_norm_forward(
-            backend.array(given), ones, zeros, eps=0.0, running_mean=zeros.copy(), running_var=ones.copy()
+            backend.array(given), ones, zeros, eps=0.0, running_mean=zeros.copy(), running_var=moved
         )
+        variance = reference.wide(given).var(tuple(range(2, len(shape))), ddof=1).mean(0)
+        with np.errstate(over="ignore"):
+            np.testing.assert_allclose(backend.host(moved), (0.9 + variance / 10).astype(np.float32), rtol=1e-5)
         dx, _, _ = cn.instance_norm_backward(backend.array(dy), saved)
         assert np.isfinite(backend.host(saved.rstd)).all()
         results.append([backend.host(v) for v in (y, dx)])

@@ -30,7 +30,7 @@ from . import peers, report
 from .cases import EPS, Arrays
 
 FLUSHED = 2.0**-126  # the least number of float32 that is not denormal
-FLUSHING = "emulated", "CUDA"
+FLUSHING = "emulated", "CUDA"  # what is smaller is 0 for them, but in float64
 #: Roundings that are "a few": what every answer of cupynorm's is allowed.
 ALLOWED = 8.0
 
@@ -160,7 +160,7 @@ def answers(arrays: Given) -> dict[str, Answer]:
         of_dx = rstd * (lost * np.abs(c_mean) + np.abs(xhat) * (lost * np.abs(g)).mean())
         for name, value, more, flushed in (("y", xhat, 0, lost), ("dx", dx, rstd * np.abs(g), of_dx)):
             scale = np.abs(value) + np.sqrt((value * value).mean()) + more
-            found[name].append(Answer(value, scale, FLUSHED + flushed + 0 * value))
+            found[name].append(Answer(value, scale, FLUSHED + flushed))
         size = np.maximum(np.abs(xhat), min(1, abs(mean) * rstd))
         for name, value, term, flushed in (
             ("dweight", g * xhat, g * size, (lost * np.abs(g)).sum()),
@@ -179,7 +179,7 @@ def _flushes(values: Any) -> Any:
     return ((values != 0) & (np.abs(values) < FLUSHED)).astype(np.float64)
 
 
-def roundings(got: np.ndarray, answer: Answer, dtype: np.dtype, flushing: bool = False) -> float:
+def roundings(got: np.ndarray, answer: Answer, dtype: np.dtype, flushing: bool) -> float:
     """The largest error, but for what flush-to-zero explains where that is done; infinite where the answer is not
     finite, and the exact one, in the dtype, is.
     """

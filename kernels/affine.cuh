@@ -10,11 +10,11 @@ struct AffineOfThread {
 
     template <class Share>
     __device__ AffineOfThread(const Share& share, const Affine& affine, long long channels) {
+        const int flags = affine.flags;
+        const bool exists = share.exists(channels);
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long c = share.c + p, i = share.n * channels + c;
-            const int flags = affine.flags;
-            const bool exists = c < channels;
             weight[p] = affine.weight && exists
                 ? load_parameter(affine.weight, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT ? i : c) : 1;
             bias[p] = affine.bias && exists

@@ -43,7 +43,7 @@ struct Standard {
 
     template <class Share>
     __device__ Standard(const Share& share, const Math* mean_, const Math* rstd_, long long channels) {
-        const bool exists = share.c < channels;     // then all P do: packs of channels divide them
+        const bool exists = share.exists(channels);
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = share.n * channels + share.c + p;

@@ -26,7 +26,7 @@ __device__ inline void evaluate(const Tensor& x, const Tensor& y, const void* ru
     Math center[P], inverse[P], scale[P];
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const long long c = share.c < channels ? share.c + p : 0;
+        const long long c = share.exists(channels) ? share.c + p : 0;
         center[p] = load_parameter(running_mean, parameters.flags & WIDE_RUNNING_MEAN, c);
         inverse[p] = reciprocal_sqrt(load_parameter(running_var, parameters.flags & WIDE_RUNNING_VAR, c) + (Math)eps);
         scale[p] = inverse[p] * affine.weight[p];

@@ -9,7 +9,7 @@ struct Statistics {
     template <class Share>
     __device__ Statistics(const Share& share, const Math* mean_, const Math* delta_, const Math* rstd_,
                           const Affine& affine_, long long channels) : affine(share, affine_, channels) {
-        const bool exists = share.c < channels;     // then all P do: packs of channels divide them
+        const bool exists = share.exists(channels);
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = share.n * channels + share.c + p;

@@ -163,9 +163,12 @@ struct Share {
         store(p, pack);
     }
 
+    // Whether this thread's planes do: all P or none, as packs of channels divide them.
+    __device__ bool exists(long long channels) const { return c < channels; }
+
     // f(p, i) for each plane that this thread answers for: plane p of its P, number i = n * C + c. One thread a plane.
     template <class F> __device__ void each_plane(long long channels, F f) const {
-        if (rank >= lanes || c >= channels) return;
+        if (rank >= lanes || !exists(channels)) return;
         #pragma unroll
         for (int p = 0; p < P; p++) f(p, n * channels + c + p);
     }

@@ -32,6 +32,7 @@ ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 CUPY_OPTIONS = ("-ftz=true",)
 REGISTERS = 65536  # of a multiprocessor, on all of them
 FIRST_WITH_CLUSTERS = 90
+RUNG = re.compile(r"_\d+x\d+$")  # in a kernel's name: threads x chunks
 EVERYTHING = os.environ.get("CUPYNORM_NVRTC") == "all"
 
 
@@ -81,6 +82,11 @@ def _supported(architecture: int) -> bool:
     return architecture in list(supported)
 
 
+def _resident(module: Module) -> int:
+    """Threads that are to stay on a multiprocessor."""
+    return resident_threads(module.file, module.dtype, module.kind, module.group, module.epilogue, module.skewed)
+
+
 def _check_resources(module: Module, architecture: int, whole: bool = True) -> int:
     """Compile a module to machine code; no spills, no local memory, no more registers than its threads may have.
 
@@ -103,11 +109,8 @@ def _check_resources(module: Module, architecture: int, whole: bool = True) -> i
         re.S,
     )
     assert {name for name, *_ in found} == kernels
-    resident = resident_threads(
-        module.file, module.dtype, module.kind, module.group, module.epilogue, module.skewed
-    )  # fmt: skip
-    # Rungs are named by threads x chunks; merges, and sums over N, have a block to themselves.
-    most = {name: REGISTERS // resident if re.search(r"_\d+x\d+$", name) else 255 for name in kernels}
+    # Merges, and sums over N, have a block to themselves.
+    most = {name: REGISTERS // _resident(module) if RUNG.search(name) else 255 for name in kernels}
     faults = [
         f"{name} of {module} for sm_{architecture}: {registers} of {most[name]} registers, local memory {memory}"
         for name, *memory, registers in found
@@ -219,6 +222,7 @@ def test_sixteen_byte_accesses(module: Module) -> None:
         assert "ld.global.v2" not in entry, name
 
 
+@lru_cache(maxsize=1)
 def _planned() -> dict[Module, set[Step]]:
     """What recorded plans launch, under one module of each file and group, with an epilogue and without."""
     modules: dict[tuple[str, str, bool], Module] = {}
@@ -239,10 +243,9 @@ def test_launch_bounds(module: Module) -> None:
     """
     ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
     kernels = {entry.split("(")[0]: entry.split("{")[0] for entry in ptx.split(".visible .entry ")[1:]}
-    resident = resident_threads(module.file, module.dtype, module.kind, module.group, module.epilogue, module.skewed)
     for step in _planned()[module]:
         said = dict(re.findall(r"\.(maxntid|minnctapersm|reqnctapercluster) (\d+)", kernels[step.name]))
-        blocks = resident // step.threads if re.search(r"_\d+x\d+$", step.name) else 1
+        blocks = _resident(module) // step.threads if RUNG.search(step.name) else 1
         assert said.pop("reqnctapercluster", "1") == str(step.cluster), step.name
         assert said == {"maxntid": str(step.threads), "minnctapersm": str(blocks)}, step.name
 

@@ -161,6 +161,7 @@ def _accesses(runtime: Emulator, x: np.ndarray, layout: str, made: Plan) -> int:
     # Of each tile of a plane, elements at both ends move by themselves; those of a pack each at borders, read skewed.
     edges = 0 if made.kind == "channels_last" else x.shape[0] * x.shape[1] * tiles * (4 if layout == "unaligned" else 2)
     for count in runtime.counts:
+        first = next((a for a in count.size if count.written[a] >= x.nbytes), None)
         for address, size in count.size.items():
             if size >= x.nbytes:
                 # A pack that lies across two borders is read as two, the other half of each by the next thread: from
@@ -170,8 +171,8 @@ def _accesses(runtime: Emulator, x: np.ndarray, layout: str, made: Plan) -> int:
                 total += min(count.read[address], x.nbytes) if skew == 2 else count.read[address]
                 total += count.written[address]
                 moved = count.read[address] + count.written[address]
-                first = next((a for a in count.size if count.written[a] >= x.nbytes), address)
-                if (address - first) % 16 == 0 or not count.written[address]:  # else a second result, by elements
+                # A second result that lies otherwise between borders than the first is written by elements.
+                if first is None or not count.written[address] or (address - first) % 16 == 0:
                     assert count.accesses[address] <= moved / access + edges * (access / x.itemsize), count.kernel
             else:
                 most = x.shape[0] * x.shape[1] * tiles * 80

@@ -123,8 +123,7 @@ def build_all(modules: list[Module]) -> None:
 
 @dataclass
 class Count:
-    """Bytes that one launch read and wrote of the array at each address it was given, in how many accesses, and how
-    large that is."""
+    """Bytes that one launch read and wrote of the array at each address it was given, and accesses; how large it is."""
 
     kernel: str
     size: dict[int, int]

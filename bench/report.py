@@ -37,11 +37,11 @@ def _output(*command: str) -> str | None:
 
 @lru_cache
 def commit() -> str | None:
-    """The checkout's commit, '-dirty' where tracked files differ from it; outside git what COMMIT says, or None."""
+    """COMMIT, or else the checkout's commit, '-dirty' where tracked files differ from it; None outside git."""
+    if "COMMIT" in os.environ:  # of a copy without its history
+        return os.environ["COMMIT"]
     head = _output("git", "rev-parse", "--verify", "HEAD")
-    if head is None:
-        return os.environ.get("COMMIT")
-    return head + ("-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
+    return head and head + ("-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def versions() -> dict[str, str]:

@@ -53,6 +53,8 @@ __device__ inline void merge_products_of_tiles(const Share& share, const Product
         const int at = (lane * P + p) * PUBLISHED;
         const Math base_g = exchange.read(0, at + 1), base_u = exchange.read(0, at + 2);    // tile 0 has the most elements
         Accum s[QUANTITIES] = {};
+        s[OF_G] = nothing_of(base_g);
+        s[OF_V] = nothing_of(base_u);
         #pragma unroll 1
         for (int tile = share.rank / share.lanes; tile < tiles; tile += THREADS / share.lanes) {
             const Accum n = exchange.read(tile, at);
@@ -62,9 +64,9 @@ __device__ inline void merge_products_of_tiles(const Share& share, const Product
             add_products(n, far_g, far_u * stat.rstd[p], [&](int i) { return (Accum)exchange.read(tile, at + 3 + i); },
                          [&](int i) -> Accum& { return s[i]; });
         }
-        if (p == P - 1) exchange.leave();
         sum_over_owner<BLOCK, THREADS>(s, share.size, share.lanes,
                                        scratch + p * scratch_size<THREADS>(share.lanes, QUANTITIES));
+        if (p == P - 1) exchange.leave();
         f(p, means_of<Accum>(count, base_g, base_u, stat.rstd[p], s[OF_X], s[OF_G], s[OF_V], s[OF_GX], s[OF_VX],
                              s[OF_VG]));
     }

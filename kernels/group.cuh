@@ -19,6 +19,9 @@ struct Group {
 #define GROUP_OF Group{1, 0, 0}
 #endif
 
+// 0, or NaN for what is not finite: a sum that begins with it is not there before the value has been read.
+__device__ inline Accum nothing_of(Accum value) { return 0 * value; }
+
 // f(owner) for each tile that this block (or warp) serves: owner = stripe * tiles + tile.
 template <int OWNER, class Share, class F>
 __device__ inline void each_owner(const Group& group, long long stripes, F f) {
@@ -40,9 +43,14 @@ template <> struct Exchange<CLUSTER> {
     Math* area;
     __device__ Exchange(const Group&, long long, int, Math* area) : area(area) {}
     __device__ void publish(int i, Math value) { area[i] = value; }
-    __device__ void meet() { cluster_arrive(); cluster_wait(); }
+    __device__ void meet() {
+        if (threadIdx.x < 32) cluster_fence();      // only the first warp publishes
+        cluster_arrive();
+        cluster_wait();
+    }
     __device__ Math read(int tile, int i) const { return *peer(area + i, tile); }
-    // Nobody ends before all have read: the last wait is at the end of the kernel.
+    // No block ends before all have read: the last wait is at the end of the kernel. To be called once all that the
+    // thread read has gone into sum_over_owner: its reads are complete then, without a fence.
     __device__ void leave() { cluster_arrive(); }
     __device__ void end() { cluster_wait(); }
 };
@@ -95,7 +103,10 @@ __device__ inline Moments merge_moments_of_tiles(const Share& share, const Momen
     const int lane = share.rank % share.lanes;
     Accum base[P], s[2 * P] = {};
     #pragma unroll
-    for (int p = 0; p < P; p++) base[p] = exchange.read(0, (lane * P + p) * 4);
+    for (int p = 0; p < P; p++) {
+        base[p] = exchange.read(0, (lane * P + p) * 4);
+        s[p] = nothing_of(base[p]);
+    }
     for (int tile = share.rank / share.lanes; tile < tiles; tile += THREADS / share.lanes) {
         #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -107,8 +118,8 @@ __device__ inline Moments merge_moments_of_tiles(const Share& share, const Momen
             s[P + p] += wide_squares(exchange.read(tile, at + 2)) + n * distance * distance;
         }
     }
-    exchange.leave();
     sum_over_owner<BLOCK, THREADS>(s, share.size, share.lanes, scratch);
+    exchange.leave();
     Moments m;
     #pragma unroll
     for (int p = 0; p < P; p++) {
@@ -134,8 +145,8 @@ __device__ inline void merge_sums_of_tiles(const Share& share, Math (&sums)[K], 
         #pragma unroll
         for (int k = 0; k < K; k++) s[k] += exchange.read(tile, share.rank % share.lanes * K + k);
     }
-    exchange.leave();
     sum_over_owner<BLOCK, THREADS>(s, share.size, share.lanes, scratch);
+    exchange.leave();
     #pragma unroll
     for (int k = 0; k < K; k++) sums[k] = (Math)s[k];
 }

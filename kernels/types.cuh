@@ -78,9 +78,12 @@ __device__ inline unsigned char* shared_memory() {
     return shared;
 }
 #if GROUPED
-// Between the blocks of a cluster: the barrier in two halves, and the same place in another's shared memory.
+// Between the blocks of a cluster: the barrier in two halves, and the same place in another's shared memory. Arriving
+// orders no memory accesses: a thread that has written what others read needs a fence before it, which takes as long as
+// one of the whole GPU.
 #if __CUDA_ARCH__ >= 900
-__device__ inline void cluster_arrive() { __cluster_barrier_arrive(); }
+__device__ inline void cluster_fence() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
+__device__ inline void cluster_arrive() { __cluster_barrier_arrive_relaxed(); }
 __device__ inline void cluster_wait() { __cluster_barrier_wait(); }
 template <class T> __device__ inline T* peer(T* p, unsigned rank) { return (T*)__cluster_map_shared_rank(p, rank); }
 #endif

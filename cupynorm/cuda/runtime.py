@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import struct
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
@@ -27,11 +29,38 @@ NON_PORTABLE_CLUSTER = 14
 PROBE = 'extern "C" __global__ void __cluster_dims__(%d, 1, 1) cupynorm_probe() {}'
 
 
+#: struct's codes of the types that kernels take.
+CODES = {np.dtype(np.uintp): "Q", np.dtype(np.int64): "q", np.dtype(np.int32): "i", np.dtype(np.float64): "d"}
+
+
+class _Kernel:
+    """A loaded kernel: the driver's handle, and how its arguments are laid out for a launch."""
+
+    def __init__(self, raw: cupy.RawKernel, function: int):
+        self.raw, self.function = raw, function
+        self._layout: struct.Struct | None = None
+        self._offsets: tuple[int, ...] = ()
+
+    def arguments(self, args: tuple[Any, ...]) -> ctypes.Array[Any]:
+        """What the driver reads at a launch: the address of each argument, and behind those the arguments."""
+        if self._layout is None:
+            codes = "".join(CODES[arg.dtype] for arg in args)
+            start = f"{len(args)}Q"
+            self._offsets = tuple(
+                struct.calcsize(start + codes[: i + 1]) - struct.calcsize(code) for i, code in enumerate(codes)
+            )
+            self._layout = struct.Struct(start + codes)
+        memory = ctypes.create_string_buffer(self._layout.size)
+        base = ctypes.addressof(memory)
+        self._layout.pack_into(memory, 0, *[base + offset for offset in self._offsets], *args)
+        return memory
+
+
 class CupyRuntime:
     """See cupynorm.cuda.launch.Runtime."""
 
     def __init__(self) -> None:
-        self._kernels: dict[tuple[int, Module, str], cupy.RawKernel] = {}
+        self._kernels: dict[tuple[int, Module, str], _Kernel] = {}
         self._devices: dict[int, Device] = {}
         self._locks: defaultdict[tuple[int, Module], threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
@@ -86,9 +115,18 @@ class CupyRuntime:
         if kernel is None:
             self.load(module)
             kernel = self._kernels[key]
-        if step.cooperative:
-            return partial(_launch_cooperative, kernel, step, args)
-        return partial(kernel, step.grid, (step.threads,), args, shared_mem=step.shared)
+        arguments = kernel.arguments(args)
+        stream = cupy.cuda.get_current_stream().ptr
+        numbers = (kernel.function, *step.grid, 1, step.threads, 1, 1, step.shared, stream, ctypes.addressof(arguments))
+        # The driver's own calls. CuPy's cooperative launch would link the device runtime, and make a grid that does not
+        # fit smaller; its RawKernel takes 10 µs to look at each argument.
+        launch = (
+            partial(driver.launchCooperativeKernel, *numbers)
+            if step.cooperative
+            else partial(driver.launchKernel, *numbers, 0)
+        )
+        launch.arguments = arguments  # type: ignore[attr-defined]  # lives as long as the launch
+        return launch
 
     def load(self, module: Module) -> None:
         """Compile a module for the current device, or load it from CuPy's disk cache: once, whoever else asks."""
@@ -112,7 +150,7 @@ class CupyRuntime:
                     kernel.max_dynamic_shared_size_bytes = shared
                 if module.group == "cluster" and "cluster16" in name:
                     driver.funcSetAttribute(function.ptr, NON_PORTABLE_CLUSTER, 1)
-                self._kernels[number, module, name] = kernel
+                self._kernels[number, module, name] = _Kernel(kernel, function.ptr)
 
     def load_all(self, modules: Iterable[Module]) -> None:
         """Load several modules for the current device in parallel.
@@ -130,16 +168,6 @@ class CupyRuntime:
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(load, modules[1:]))
-
-
-def _launch_cooperative(kernel: cupy.RawKernel, step: Step, args: tuple[Any, ...]) -> None:
-    """The driver's own call: CuPy's would link the device runtime, and make a grid smaller that does not fit."""
-    values = [np.asarray(arg) for arg in args]
-    pointers = np.array([value.ctypes.data for value in values], np.uintp)
-    stream = cupy.cuda.get_current_stream().ptr
-    driver.launchCooperativeKernel(
-        kernel.kernel.ptr, *step.grid, 1, step.threads, 1, 1, step.shared, stream, pointers.ctypes.data
-    )  # fmt: skip
 
 
 def _largest_cluster(major: int, shared: int) -> int:

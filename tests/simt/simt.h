@@ -506,6 +506,7 @@ inline float erfcxf(float x) { return (float)erfcx((double)x); }
 #define __syncthreads() simt::wait(simt::AT_BLOCK, __LINE__)
 #define __syncwarp() simt::wait(simt::AT_WARP, __LINE__)
 #define cluster_arrive() simt::cluster_arrive(__LINE__)
+#define cluster_fence()
 #define cluster_wait() simt::cluster_wait(__LINE__)
 #define wait_until(counter, target) simt::wait_until(counter, target, __LINE__)
 

@@ -89,6 +89,10 @@ class Variant:
         return {op: (), "split": (self.rung,)} if self.split else {op: (self.rung,)}
 
 
+#: The split as it is planned.
+SPLIT = Variant(plan.LADDERS["split"][0], split=True)
+
+
 def catalogue(op: str) -> list[Variant]:
     """Every variant of an operation, those of today's ladder among them.
 
@@ -109,8 +113,8 @@ def catalogue(op: str) -> list[Variant]:
         rungs += [Rung("block", "shared", 512, 0, resident=1024)]
         rungs += [Rung("cluster", "shared", 512, 0, size, resident=1024) for size in (2, 4, 8, 16)]
     rungs += [Rung("grid", "shared", t, 0) for t in (512, 256, 1024)]
-    of_split = [Rung("block", "registers", t, k) for t, k in ((256, 4), (256, 8), (512, 4), (1024, 2))]
-    return [*map(Variant, rungs), *(Variant(rung, split=True) for rung in of_split)]
+    of_split = [Rung("block", "registers", t, k) for t, k in ((256, 8), (512, 4), (1024, 2))]
+    return [*map(Variant, rungs), SPLIT, *(Variant(rung, split=True) for rung in of_split)]
 
 
 class Entry(NamedTuple):
@@ -250,10 +254,8 @@ class Bench:
         }
 
     def own(self, case: Case, arrays: Arrays) -> Contestant:
-        """The operation itself; what a backward needs of a forward is made by the one kernel that is planned for it."""
-        before = replace(case, op="forward")
-        today = next(entry.variant for entry in entries(before, self.device) if entry.today)
-        with forced(today.ladders("forward")):
+        """The operation itself; what a backward needs of a forward is made by the split, which takes every plane."""
+        with forced(SPLIT.ladders("forward")):
             return peers.cupynorm_itself(case.op, arrays)
 
     def checked(self, case: Case, arrays: Arrays, own: Contestant, entry: Entry) -> dict[str, Any]:
@@ -315,11 +317,13 @@ class Bench:
     def run(self, cases: list[Case]) -> None:
         """Measure the cases, those on one set of arrays together; first without clusters and grids, then with them."""
         suiting = {case: entries(case, self.device) for case in cases}
-        forward = [entries(replace(case, op="forward"), self.device) for case in cases if case.op != "forward"]
-        needed = [module for found in forward for entry in found if entry.today for module in entry.modules]
+        before = [replace(case, op="forward") for case in cases if case.op == "backward"]
+        needed = [module for case in before for module in planned(case, self.device, SPLIT.ladders("forward"))[1]]
         for grouped in (False, True):
             some = {case: [e for e in found if e.variant.grouped == grouped] for case, found in suiting.items()}
             some = {case: found for case, found in some.items() if found}
+            if not some or self.lost or self.late:
+                continue
             self.prepare([*needed, *(module for found in some.values() for e in found for module in e.modules)])
             for key in dict.fromkeys(case.arrays for case in some):
                 if self.lost or self.late:
@@ -417,7 +421,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--elements", type=int, default=SWEEP_ELEMENTS["gpu"], help="of an array, a power of 4; small to rehearse"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="in each, every variant has a batch; default 5")
+    parser.add_argument("--rounds", type=int, default=7, help="in each, every variant has a batch; default 7")
     parser.add_argument("--batch-ms", type=float, default=1, help="length of a batch; default 1")
     parser.add_argument("--time-limit", type=float, default=130, metavar="S", help="start nothing after; default 130")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every timing, updated after each plane size")

@@ -41,7 +41,7 @@ from .cases import (
 )
 from .timing import Contestant, DeviceClock, HostClock, Race, Timing, summarise
 
-SPILLED = 64  # bytes of local memory of a thread with which a variant is still timed
+SPILLED = 128  # bytes of local memory of a thread with which a variant is still timed: a few cost little
 OPS = ("forward", "backward")
 GROUPED = ("cluster", "grid")  # owners whose blocks wait for each other
 Ladders = dict[str, tuple[Rung, ...]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import json
 import os
 import sys
 import time
@@ -99,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         help="skip inputs larger than this; default 64 MiB on a CPU, 1/16 of a GPU's memory",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result, updated after each shape")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows that the JSON file holds, and measure only cases that it lacks or that lack one of --peers",
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of it")
     return parser
 
@@ -117,8 +123,12 @@ class Bench:
     def __init__(self, xp: Any, options: argparse.Namespace, say: Any):
         self.xp, self.options, self.say = xp, options, say
         self.device = report.device_facts(xp)
-        self.rows: list[dict[str, Any]] = []
-        self.spreads: list[float] = []
+        #: By case: its row, and the distance between the quartiles in milliseconds, if it was measured in this run.
+        self.rows: dict[Any, dict[str, Any]] = {}
+        self.spreads: dict[Any, float] = {}
+        if options.resume and options.json and options.json.is_file():
+            there = json.loads(options.json.read_text(encoding="utf-8"))
+            self.rows = {report.key(row): row for row in there["rows"]}
         self.failures = 0  # cases in which cupynorm itself could not be measured
         gpu = xp is not np
         self.plan_device = None
@@ -210,8 +220,14 @@ class Bench:
         samples = race.run(contestants, self.options.rounds)
         timings: dict[str, Timing] = {name: summarise(values) for name, values in samples.items()}
         errors = {name: error for name, (_, error) in found.items()}
-        self.rows.append(report.row(case, *report.planned(case.op, arrays.x[0], self.plan_device), timings, errors))
-        self.spreads.append(timings["cupynorm"].spread * 1e3)
+        row = report.row(case, *report.planned(case.op, arrays.x[0], self.plan_device), timings, errors)
+        self.rows[report.key(row)] = row
+        self.spreads[report.key(row)] = timings["cupynorm"].spread * 1e3
+
+    def has(self, case: Case) -> bool:
+        """Whether a resumed result holds the case with all peers that are asked for."""
+        row = self.rows.get(case.key)
+        return row is not None and set(self.names) <= set(row["peers"])
 
     def run(self, cases: list[Case], advance: Any) -> None:
         """Measure the cases; those on one set of arrays follow each other."""
@@ -227,6 +243,8 @@ class Bench:
                     self.say(f"time limit of {self.options.time_limit:g} s: {len(cases) - done} cases not measured")
                     return
                 done += 1
+                if self.has(case):
+                    continue
                 size = case.minimal_bytes // ACCESSES[case.op]
                 if size > self.max_bytes:
                     self._say_once(f"{case.shape} {case.dtype} left out: {size >> 20} MiB > {self.max_bytes >> 20} MiB")
@@ -241,7 +259,14 @@ class Bench:
             if self.xp is not np:  # others need the memory
                 self.xp.get_default_memory_pool().free_all_blocks()
             if self.options.json:
-                report.write_json(report.document(self.device, self.rows), self.options.json)
+                report.write_json(self.result(), self.options.json)
+
+    def result(self) -> dict[str, Any]:
+        """The result so far; what other measurements have added to the file stays."""
+        document = report.document(self.device, list(self.rows.values()))
+        if self.options.resume and self.options.json and self.options.json.is_file():
+            document = json.loads(self.options.json.read_text(encoding="utf-8")) | document
+        return document
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -284,9 +309,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not bench.rows:
         console.print("nothing was measured")
         return 1
-    result = report.document(bench.device, bench.rows)
+    result = bench.result()
     title = f"{result['device']['name']}: a large copy runs at {result['copy_gbps']:.0f} GB/s"
-    console.print(report.rich_table(bench.rows, bench.spreads, title))
+    measured = [row for key, row in bench.rows.items() if key in bench.spreads]
+    console.print(report.rich_table(measured, list(bench.spreads.values()), title))
     if options.json:
         report.write_json(result, options.json)
         console.print(f"wrote {options.json}")

@@ -82,6 +82,11 @@ class Case:
         """All that its arrays follow from: cases that differ in op alone share them."""
         return self.shape, self.dtype, self.layout, self.affine, self.activation, self.negative_slope
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same as report.key of its row."""
+        return self.op, self.shape, self.dtype, self.layout, self.affine, self.activation
+
     def __str__(self) -> str:
         return f"{self.op} {self.shape} {self.dtype} {self.layout} {epilogue_text(self.affine, self.activation)}"
 

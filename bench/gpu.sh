@@ -1,26 +1,36 @@
 #!/usr/bin/env bash
-# Everything a GPU can show, in one command and within 9.5 minutes, without a network:
+# The examination on a GPU, in stages that fit into 15 minutes together. None needs a network.
 #
-#     bash bench/gpu.sh OUTDIR           # all of it
-#     bash bench/gpu.sh OUTDIR quick     # the benchmark beside PyTorch and the aims, in 3 minutes, for tuning
+#     bash bench/gpu.sh OUTDIR first      # at most 200 s: does everything run, is it right, and the most telling timings
+#     bash bench/gpu.sh OUTDIR            # at most 9 minutes: the GPU tests, compute-sanitizer, the whole benchmark
+#     bash bench/gpu.sh OUTDIR variants   # at most 150 s: every kernel variant that suits a plane size, timed
+#     bash bench/gpu.sh OUTDIR quick      # 3 minutes: the benchmark beside PyTorch and the aims, for tuning
 #
-# OUTDIR gets facts.txt, tests.txt, sanitizer.txt (memcheck, racecheck), bench.txt (benchmark, host cost, DRAM bytes),
-# bench.json (their figures), bench.png and summary.txt, which is also the end of the output: every figure that is aimed
-# at, beside what was measured. A part that fails is reported and the others go on; the exit status is 1 then.
-# PYTHON chooses the interpreter (python3); PEERS who is measured beside cupynorm (torch,torch.compile,jax).
-# Without a usable GPU the parts that need one are skipped, and the benchmarks are rehearsed on the CPU.
+# OUTDIR gets at most eight files of facts.txt, smoke.txt, tests.txt, sanitizer.txt, bench.txt, bench.json, bench.png,
+# variants.txt, variants.json and summary.txt. summary.txt is also the end of the output: every figure that is aimed at,
+# beside what was measured. Each part has a time limit; a part that fails is reported and the others go on; the exit
+# status is 1 then.
+# PYTHON chooses the interpreter (python3); PEERS who is measured beside cupynorm (torch, then torch.compile and jax).
+# Where there is no GPU the parts that need one are skipped, and the benchmarks are rehearsed on the CPU. A GPU that is
+# there but cannot be used is a failure.
 set -u
 
-if [ $# -lt 1 ] || [ $# -gt 2 ] || [ -z "$1" ] || [ "${2:-quick}" != quick ]; then
-    echo "usage: bash bench/gpu.sh OUTDIR [quick]" >&2
+stage=${2:-full}
+if [ $# -lt 1 ] || [ $# -gt 2 ] || [ -z "$1" ] || [[ ! $stage =~ ^(first|full|variants|quick)$ ]]; then
+    echo "usage: bash bench/gpu.sh OUTDIR [first | full | variants | quick]" >&2
     exit 2
 fi
-quick=${2:-}
 mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-(cd "$out" && rm -f facts.txt tests.txt sanitizer.txt bench.txt bench.json bench.png summary.txt)
+case $stage in
+    first) mine="facts.txt smoke.txt bench.txt bench.json bench.png summary.txt" ;;
+    full) mine="facts.txt tests.txt sanitizer.txt bench.txt bench.json bench.png summary.txt" ;;
+    variants) mine="variants.txt variants.json summary.txt" ;;
+    quick) mine="bench.txt bench.json bench.png summary.txt" ;;
+esac
+(cd "$out" && rm -f $mine)
 
 results=()
 failed=0
@@ -52,66 +62,118 @@ skip() {
 }
 
 facts() {
+    local status=0 module
     date -u
     uname -a
+    nproc
     nvidia-smi || echo "nvidia-smi: not there or not working"
     nvcc --version || echo "nvcc: not there"
-    "$python" -c 'from bench.report import versions
-print(*(f"{name}=={version}" for name, version in versions().items()), sep="\n")'
-    "$python" -m cupynorm info
+    for module in numpy cupy ml_dtypes torch numba jax hypothesis rich matplotlib sklearn; do
+        CUPYNORM_EAGER=0 "$python" -W error -c "import $module" 2>&1 | tail -n 1 | sed "s/^/import $module: /"
+    done
+    CUPYNORM_EAGER=0 "$python" -W error -c "import cupynorm" || status=1
+    CUPYNORM_EAGER=0 "$python" -c 'from bench.report import versions
+print(*(f"{name}=={version}" for name, version in versions().items()), sep="\n")' || status=1
+    "$python" -m cupynorm info || status=1
+    return $status
 }
 export -f facts
 export python
 
-# bench_gpu PEERS SECONDS ARGUMENTS...: what matters most comes first, so that what is left out when time runs out is
-# the end of the sweep.
-bench_gpu() {
-    local peers=$1 limit=$2
+# Whether there is a GPU, and whether it can be used: asked without compiling, and read from a line of its own.
+asked=$(CUPYNORM_EAGER=0 "$python" -c 'from cupynorm.devices import gpu_status
+usable, why = gpu_status()
+print("gpu: usable" if usable else f"gpu: unusable: {why}")' 2>&1)
+if grep -qx "gpu: usable" <<<"$asked"; then
+    gpu=yes
+elif [ -e /dev/nvidia0 ] || nvidia-smi -L 2>/dev/null | grep -q GPU || ! grep -q "^gpu: unusable: " <<<"$asked"; then
+    printf '%s\n' "$asked" | tee "$out/summary.txt"
+    echo "FAILED: this GPU cannot be used" | tee -a "$out/summary.txt"
+    exit 1
+else
+    gpu="no usable GPU: $(sed -n 's/^gpu: unusable: //p' <<<"$asked")"
+fi
+
+# bench SECONDS ARGUMENTS...: its figures are added to those that are there. What matters most comes first, so that
+# what is left out when time runs out is the end of the sweep.
+bench() {
+    local name=$1 limit=$2
     shift 2
-    part benchmark "$limit" bench.txt "$python" -m bench --device gpu --shapes real sweep --dtype float32,bfloat16 \
-        --layout channels_first,channels_last --epilogue none,fused --op both,forward,backward --peers "$peers" \
-        --rounds 7 --time-limit $((limit - 30)) --json "$out/bench.json" --plot "$out/bench.png" "$@"
+    part "$name" "$limit" bench.txt "$python" -m bench --device gpu --time-limit $((limit - 15)) \
+        --json "$out/bench.json" "$@"
 }
 
-gpu=$("$python" -c 'from cupynorm.devices import gpu_status
-usable, why = gpu_status()
-print("yes" if usable else f"no usable GPU: {why}")' 2>&1 | tail -n 1)
-
-[ -n "$quick" ] || part facts 20 facts.txt bash -c facts
-
-# pytest calls it a failure (5) when it selects no test: so do we.
-if [ "$gpu" = yes ] && [ -n "$quick" ]; then
-    bench_gpu "${PEERS:-torch}" 175
-elif [ "$gpu" = yes ]; then
-    part tests 200 tests.txt "$python" -m pytest -m gpu -q -ra --tb=short -p no:cacheprovider
-
-    sanitizer=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
+sanitizer() {
+    local tool
+    local program
+    program=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer \
         /usr/local/cuda*/bin/compute-sanitizer /opt/cuda/bin/compute-sanitizer 2>/dev/null | head -n 1)
     for tool in memcheck racecheck; do
-        if [ -n "$sanitizer" ]; then
-            # API errors are CuPy's way to ask what a device can do; a kernel's errors are what is looked for.
-            CUPYNORM_EAGER=0 part "$tool" 55 sanitizer.txt "$sanitizer" --tool "$tool" --error-exitcode 99 \
-                --report-api-errors no "$python" -m pytest -p bench.no_pool -p no:cacheprovider -m gpu -k small -q --tb=short
-        else
+        if [ -z "$program" ]; then
             skip "$tool" sanitizer.txt "compute-sanitizer is not installed"
+            continue
         fi
+        # API errors are CuPy's way to ask what a device can do; a kernel's errors are what is looked for. PyTorch,
+        # numba and interrupts would only make it slow: the small cases of the table alone.
+        CUPYNORM_EAGER=0 CUPYNORM_COMPILED=0 part "$tool" 45 sanitizer.txt "$program" --tool "$tool" \
+            --error-exitcode 99 --report-api-errors no "$python" -m pytest -p bench.no_pool -p no:cacheprovider \
+            -m gpu -k "test_small or test_double_small" -q --tb=short tests/test_cases.py
     done
+}
 
-    bench_gpu "${PEERS:-torch,torch.compile,jax}" 165 --compile-limit 20
-    part "host cost" 25 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json"
-    part dram 45 bench.txt "$python" -m bench.dram --json "$out/bench.json"
-else
-    [ -n "$quick" ] || for tool in tests memcheck racecheck; do
-        skip "$tool" "$([ $tool = tests ] && echo tests.txt || echo sanitizer.txt)" "$gpu"
-    done
-    part "benchmark (rehearsed on the CPU)" 60 bench.txt "$python" -m bench --device cpu --shapes 2,3,16,16 2,320,4,4,4 \
-        --epilogue none,fused --layout channels_first,channels_last --peers "${PEERS:-torch}" --compile-limit 0 \
-        --rounds 2 --batch-ms 1 --json "$out/bench.json" --plot "$out/bench.png"
-    if [ -z "$quick" ]; then
-        part "host cost (rehearsed on the CPU)" 60 bench.txt "$python" -m bench.host --device cpu --rounds 1 --calls 1 \
-            --json "$out/bench.json"
-        part dram 20 bench.txt "$python" -m bench.dram
+both=float32,bfloat16
+telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,128,128,128 1,1,4096,4096 1,4194304,4,4 1,65536,32,32"
+rehearse() {
+    local name=$1 seconds=$2
+    shift 2
+    part "$name (rehearsed on the CPU)" "$seconds" bench.txt "$@" --device cpu --json "$out/bench.json"
+}
+
+if [ "$gpu" != yes ]; then
+    [ $stage = quick ] || [ $stage = variants ] || part facts 60 facts.txt bash -c facts
+    case $stage in
+        first) skip smoke smoke.txt "$gpu" ;;
+        full)
+            skip prime tests.txt "$gpu"
+            skip tests tests.txt "$gpu"
+            skip memcheck sanitizer.txt "$gpu"
+            skip racecheck sanitizer.txt "$gpu"
+            ;;
+        variants) skip variants variants.txt "$gpu" ;;
+    esac
+    if [ $stage != variants ]; then
+        rehearse benchmark 60 "$python" -m bench --shapes 2,3,16,16 2,320,4,4,4 --epilogue none,fused \
+            --layout channels_first,channels_last --peers "${PEERS:-torch}" --compile-limit 0 --rounds 2 --batch-ms 1 \
+            --plot "$out/bench.png"
+        [ $stage = quick ] || rehearse "host cost" 60 "$python" -m bench.host --rounds 1 --calls 1
+        [ $stage != full ] || part dram 20 bench.txt "$python" -m bench.dram
     fi
+elif [ $stage = first ]; then
+    part facts 30 facts.txt bash -c facts
+    part smoke 90 smoke.txt "$python" -m bench.smoke --limit 50
+    bench benchmark 70 --shapes $telling --dtype $both --op forward,backward --peers "${PEERS:-torch}" --rounds 5 \
+        --plot "$out/bench.png"
+    part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --rounds 11 --json "$out/bench.json"
+elif [ $stage = full ]; then
+    part facts 20 facts.txt bash -c facts
+    part prime 75 tests.txt "$python" -m bench.prime --limit 60
+    # pytest calls it a failure (5) when it selects no test: so do we.
+    part tests 120 tests.txt "$python" -m pytest -n 8 -m gpu -q -ra --tb=short -p no:cacheprovider
+    bench benchmark 110 --shapes real sweep --dtype $both --op both,forward,backward --peers "${PEERS:-torch}" --rounds 7
+    sanitizer
+    bench "channels-last and fused" 60 --shapes real --dtype $both --layout channels_first,channels_last \
+        --epilogue none,fused --op both,forward,backward --peers "${PEERS:-torch}" --rounds 5 --resume \
+        --plot "$out/bench.png"
+    part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json"
+    part dram 40 bench.txt "$python" -m bench.dram --json "$out/bench.json"
+    left=$((530 - SECONDS))
+    [ $left -lt 30 ] || bench "torch.compile and JAX" $left --shapes real --dtype $both --op both \
+        --peers "${PEERS:-torch,torch.compile,jax}" --rounds 5 --resume
+elif [ $stage = variants ]; then
+    part variants 150 variants.txt "$python" -m bench variants --time-limit 135 --json "$out/variants.json"
+else
+    bench benchmark 175 --shapes real sweep --dtype $both --layout channels_first,channels_last --epilogue none,fused \
+        --peers "${PEERS:-torch}" --rounds 7 --plot "$out/bench.png"
 fi
 
 {

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +83,27 @@ def measure(xp: Any, rounds: int, calls: int) -> list[dict[str, Any]]:
     return rows
 
 
+_IMPORT = """
+import time, cupy
+cupy.cuda.runtime.free(0)  # CuPy's own start and the context
+cupy.zeros(1)
+start = time.perf_counter()
+import cupynorm
+print(time.perf_counter() - start)
+"""
+
+
+def import_seconds() -> dict[str, float]:
+    """Seconds that the import of cupynorm takes beyond CuPy's own start: cold (compiling) and warm (median of 3)."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"CUPY_CACHE_DIR": cache, "CUPYNORM_EAGER": "1"}
+        cold, *warm = (
+            float(subprocess.check_output([sys.executable, "-c", _IMPORT], cwd=report.ROOT, env=environment))
+            for _ in range(4)
+        )
+    return {"cold": cold, "warm": statistics.median(warm)}
+
+
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """A table; a peer's ratio is its time over cupynorm's."""
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
@@ -112,6 +136,11 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(lines(rows)))
     if options.json:
         report.add_to_json(options.json, xp, "host", rows)
+    if gpu:
+        seconds_ = import_seconds()
+        print(f"import, beyond CuPy's own start: cold {seconds_['cold']:.2f} s, warm {seconds_['warm']:.3f} s")
+        if options.json:
+            report.add_to_json(options.json, xp, "import", seconds_)
     return 0
 
 

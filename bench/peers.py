@@ -34,6 +34,8 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UnavailableError(f"not installed ({error})") from None
+    except Exception as error:  # a broken installation, or a warning that is an error
+        raise UnavailableError(f"does not import ({type(error).__name__}: {error})") from None
 
 
 def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:

@@ -37,9 +37,11 @@ def _output(*command: str) -> str | None:
 
 @lru_cache
 def commit() -> str | None:
-    """The checkout's commit, '-dirty' where tracked files differ from it; None outside git."""
+    """The checkout's commit, '-dirty' where tracked files differ from it; outside git what COMMIT says, or None."""
     head = _output("git", "rev-parse", "--verify", "HEAD")
-    return head and head + ("-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
+    if head is None:
+        return os.environ.get("COMMIT")
+    return head + ("-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
 
 
 def versions() -> dict[str, str]:
@@ -104,6 +106,11 @@ def row(
     }
 
 
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from others: the same as Case.key."""
+    return row["op"], tuple(row["shape"]), row["dtype"], row["layout"], row["affine"], row["activation"]
+
+
 def document(device: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The result of a run, schema 1. copy_gbps is the fastest of the rows' copies: what memory gives a large one."""
     return {
@@ -132,8 +139,8 @@ def write_json(result: dict[str, Any], path: Path) -> None:
     part.replace(path)
 
 
-def add_to_json(path: Path, xp: Any, name: str, rows: list[dict[str, Any]]) -> None:
-    """Rows of another measurement, into the result of the same run: a new one where the file is not there."""
+def add_to_json(path: Path, xp: Any, name: str, rows: list[dict[str, Any]] | dict[str, Any]) -> None:
+    """Figures of another measurement, into the result of the same run: a new one where the file is not there."""
     there = path.is_file()
     result = json.loads(path.read_text(encoding="utf-8")) if there else document(device_facts(xp), [])
     write_json({**result, name: rows}, path)

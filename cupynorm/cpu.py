@@ -58,7 +58,7 @@ try:
         zero_of,
         zeros_of,
     )
-except ImportError as _reason:  # also where numba does not go with this NumPy
+except Exception as _reason:  # numba is not installed, or does not work with this NumPy, in whatever way it says so
     numba, without_numba = None, str(_reason)  # type: ignore[assignment]
 
 #: Whether calls use the compiled loops. The benchmark and the tests turn it off to compare.

@@ -36,8 +36,8 @@ __device__ inline void sum_over_owner(T (&s)[K], int size, int lanes, T* scratch
         #pragma unroll
         for (int k = 0; k < K; k++) s[k] += __shfl_xor_sync(0xffffffff, s[k], distance);
     }
-    // A thread by itself adds up alone, but it may not write over what its neighbours still have to read (chunk.cuh).
-    if (OWNER == PART && size == 1) __syncwarp();
+    // Shuffles do not order memory accesses, and y overwrites the x that other lanes still have to read (chunk.cuh).
+    if (OWNER == PART) __syncwarp();
     if (OWNER == PART || OWNER == WARP) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (lane < lanes) {

@@ -99,7 +99,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         from simt import emulator
 
         emulator.build_all(modules)
-    if devices.gpu_status()[0] and (modules := _most_needed(session, "gpu")):
+    # Workers of pytest-xdist would each compile all of them: `python -m bench.prime` does it for them.
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if alone and devices.gpu_status()[0] and (modules := _most_needed(session, "gpu")):
         from cupynorm.cuda.backend import runtime
 
         clusters = runtime.device().cluster > 1

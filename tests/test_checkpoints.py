@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from optional import required
 from reference import BFLOAT16, assert_close
 
 import cupynorm as cn
 
-torch = pytest.importorskip("torch")
+torch = required("torch")
 
 LAYERS = {"stem.1": (2, 3), "body.blocks.0.norm": (1, 4), "body.blocks.1.norm": (3, 5), "body.blocks.10.norm": (2, 6)}
 PLAIN = "body.plain"

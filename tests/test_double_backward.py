@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import Backend, peak_of, use_compiled
+from optional import required
 
 import cupynorm as cn
 from cupynorm import cpu, devices
@@ -52,10 +53,13 @@ class Call:
         weight, bias = (None if p is None else array(p) for p in (self.weight, self.bias))
         return cn.instance_norm_forward(array(self.x), weight, bias, eps=self.eps, **options)[1]
 
-    def on(self, backend: Backend) -> list[Any]:
+    def results(self, backend: Backend) -> tuple[Any, ...]:
+        """The backend's own arrays."""
         given = [None if a is None else backend.array(a) for a in self.given]
-        results = cn.instance_norm_double_backward(*given, backend.array(self.dy), self.forward(backend.array))
-        return [None if a is None else backend.host(a) for a in results]
+        return cn.instance_norm_double_backward(*given, backend.array(self.dy), self.forward(backend.array))
+
+    def on(self, backend: Backend) -> list[Any]:
+        return [None if a is None else backend.host(a) for a in self.results(backend)]
 
     @property
     def exact(self) -> tuple[np.ndarray, ...]:
@@ -107,7 +111,7 @@ def test_pytorch(
     training: bool,
 ) -> None:  # fmt: skip
     """torch.autograd.grad of the gradients of torch.nn.functional.instance_norm."""
-    torch = pytest.importorskip("torch")
+    torch = required("torch")
     call = Call(rng, shape, dtype, affine=affine, per_sample=per_sample, missing=missing, training=training)
     results = call.on(backend)
 
@@ -258,9 +262,9 @@ def test_layouts(backend: Backend, rng: np.random.Generator, layout: str, which:
     call.x = lay(call.x) if which in ("x", "all") else call.x
     call.dy = lay(call.dy) if which in ("dy", "all") else call.dy
     call.given[0] = lay(call.given[0]) if which in ("ddx", "all") else call.given[0]
-    results = call.on(backend)
+    results = call.results(backend)
     for actual, exact in zip(results, call.exact, strict=True):
-        reference.assert_close(actual, exact)
+        reference.assert_close(backend.host(actual), exact)
     last = layout == "channels_last" and which in ("x", "all")
     for array in results[:2]:
         assert (array.transpose(0, 2, 3, 1) if last else array).flags.c_contiguous

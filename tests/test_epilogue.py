@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import Backend
+from optional import required
 from reference import BFLOAT16, LAYOUTS, assert_close
 
 import cupynorm as cn
@@ -131,7 +132,7 @@ def test_unfused_composition_in_torch(
     training: bool,
     dtype: str,
 ) -> None:
-    torch = pytest.importorskip("torch")
+    torch = required("torch")
     inputs = Inputs(rng, SHAPE, dtype, affine, with_residual, activation, training)
     hosts = inputs.x, inputs.weight, inputs.bias, inputs.residual
     leaves = [None if a is None else torch.from_numpy(a.copy()).requires_grad_() for a in hosts]

@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 import reference
 from conftest import Backend
+from optional import imported
 from reference import BFLOAT16, LAYOUTS, assert_close
 
 import cupynorm as cn
 
-try:
-    import torch
-except ImportError:
-    torch = None
+torch = imported("torch")
 
 SHAPE = 2, 3, 4, 5
 DTYPES = [*map(np.dtype, ("float16", "float32", "float64")), BFLOAT16]

@@ -15,6 +15,7 @@ import reference
 
 import cupynorm as cn
 from cupynorm import devices
+from cupynorm.cuda.source import core_modules
 
 pytestmark = pytest.mark.gpu
 
@@ -179,7 +180,7 @@ def test_same_bits_every_run(cp: Any, rng: np.random.Generator) -> None:
             results += cn.instance_norm_double_backward(dy, weight, None, x, saved)
             first = first or results
             for a, b in zip(first, results, strict=True):
-                cp.testing.assert_array_equal(a, b)
+                assert bool((a == b).all())  # on the device: these are gigabytes
 
 
 def test_first_calls_from_several_threads(cp: Any) -> None:
@@ -193,8 +194,6 @@ def test_first_calls_from_several_threads(cp: Any) -> None:
     def counted(code: str, name: str, options: tuple[str, ...]) -> Any:
         loaded.append(name)
         return original(code, name, options)
-
-    from cupynorm.cuda.source import core_modules
 
     module = core_modules()[0]
     with pytest.MonkeyPatch.context() as patch:
@@ -292,37 +291,25 @@ def test_layer_moves(cp: Any, rng: np.random.Generator) -> None:
     assert cn.InstanceNorm2d(3, affine=True).device.startswith("cuda")
 
 
-_IMPORT = """
-import time, cupy
-cupy.cuda.runtime.free(0)  # CuPy's own start and the context
-cupy.zeros(1)
-start = time.perf_counter()
-import cupynorm
-print(time.perf_counter() - start)
-"""
-
-
-def test_import_budget(tmp_path: Path) -> None:
-    """Cold: compiles within 5 s beyond CuPy's own start; warm: loads from CuPy's disk cache within 0.2 s."""
-    environment = os.environ | {"CUPY_CACHE_DIR": str(tmp_path), "CUPYNORM_EAGER": "1"}
+def test_import(tmp_path: Path) -> None:
+    """The first import compiles the core into CuPy's disk cache, the second adds nothing; a lazy one needs no CuPy."""
+    environment = os.environ | {"CUPY_CACHE_DIR": str(tmp_path)}
     root = str(Path(cn.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
-    seconds = []
-    for _ in range(4):
+
+    def imported(eager: str) -> bool:
         done = subprocess.run(
-            [sys.executable, "-c", _IMPORT], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", "import cupynorm, sys; print('cupy' in sys.modules)"],
+            env=environment | {"CUPYNORM_EAGER": eager}, capture_output=True, text=True, check=True,
         )  # fmt: skip
-        seconds.append(float(done.stdout))
-    cold, warm = seconds[0], sorted(seconds[1:])[1]
-    print(f"import, cold {cold:.2f} s, warm {warm:.3f} s")
-    assert cold <= 5
-    assert warm <= 0.2
-    assert any(tmp_path.iterdir())
-    lazy = subprocess.run(
-        [sys.executable, "-c", "import cupynorm, sys; print('cupy' in sys.modules)"],
-        env=environment | {"CUPYNORM_EAGER": "0"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert lazy.stdout.strip() == "False"
+        return done.stdout.strip() == "True"
+
+    assert imported("1")
+    files = set(tmp_path.iterdir())
+    assert len(files) >= len(core_modules())
+    assert imported("1")
+    assert set(tmp_path.iterdir()) == files
+    assert not imported("0")
 
 
 def test_gpu_status() -> None:

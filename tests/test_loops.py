@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Backend
+from optional import imported
 
 import cupynorm as cn
 
-try:
-    import torch
-except ImportError:
-    torch = None
+torch = imported("torch")
 
 CHANNELS, HIDDEN = 3, 6
 NAMES = "first", "gamma", "beta", "second"

@@ -16,14 +16,12 @@ import numpy as np
 import pytest
 import reference
 from conftest import Backend
+from optional import imported
 from reference import BFLOAT16, assert_close
 
 import cupynorm as cn
 
-try:
-    import torch
-except ImportError:
-    torch = None
+torch = imported("torch")
 
 LAYERS = {1: cn.InstanceNorm1d, 2: cn.InstanceNorm2d, 3: cn.InstanceNorm3d}
 SHAPES = {1: (2, 3, 6), 2: (2, 3, 4, 5), 3: (2, 3, 2, 3, 2)}

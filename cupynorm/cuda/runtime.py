@@ -35,23 +35,41 @@ class CupyRuntime:
         self._devices: dict[int, Device] = {}
         self._locks: defaultdict[tuple[int, Module], threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
+        self._has_nvrtc = False
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
         return array.device
 
     def device(self) -> Device:
         number = cupy.cuda.runtime.getDevice()
-        if number not in self._devices:
-            p = cupy.cuda.runtime.getDeviceProperties(number)
-            self._devices[number] = Device(
-                p["name"].decode(),
-                (p["major"], p["minor"]),
-                p["multiProcessorCount"],
-                p["sharedMemPerBlockOptin"],
-                p["l2CacheSize"],
-                _largest_cluster(p["major"], p["sharedMemPerBlockOptin"]),
-            )
-        return self._devices[number]
+        device = self._devices.get(number)
+        return device or self._probe(number)
+
+    def _probe(self, number: int) -> Device:
+        """Read the properties of the current device, once."""
+        self._load_nvrtc()
+        with self._lock:
+            if number not in self._devices:
+                p = cupy.cuda.runtime.getDeviceProperties(number)
+                self._devices[number] = Device(
+                    p["name"].decode(),
+                    (p["major"], p["minor"]),
+                    p["multiProcessorCount"],
+                    p["sharedMemPerBlockOptin"],
+                    p["l2CacheSize"],
+                    _largest_cluster(p["major"], p["sharedMemPerBlockOptin"]),
+                )
+            return self._devices[number]
+
+    def _load_nvrtc(self) -> None:
+        """Load the NVRTC library in one thread, before any compiles.
+
+        CuPy loads it on first use without a lock: a second thread then finds libnvrtc without its builtins.
+        """
+        with self._lock:
+            if not self._has_nvrtc:
+                cupy.cuda.nvrtc.getVersion()
+                self._has_nvrtc = True
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return cupy.empty(shape, dtype)
@@ -75,6 +93,7 @@ class CupyRuntime:
     def load(self, module: Module) -> None:
         """Compile a module for the current device, or load it from CuPy's disk cache: once, whoever else asks."""
         number = cupy.cuda.runtime.getDevice()
+        self._load_nvrtc()
         with self._lock:
             lock = self._locks[number, module]
         with lock:
@@ -96,15 +115,21 @@ class CupyRuntime:
                 self._kernels[number, module, name] = kernel
 
     def load_all(self, modules: Iterable[Module]) -> None:
-        """Load several modules for the current device, side by side."""
+        """Load several modules for the current device in parallel.
+
+        The smallest is loaded first, alone: with it CuPy fills its own caches, which it does not lock.
+        """
         number = cupy.cuda.runtime.getDevice()
+        modules = sorted(modules, key=lambda module: len(module.source))
+        for smallest in modules[:1]:
+            self.load(smallest)
 
         def load(module: Module) -> None:
             with cupy.cuda.Device(number):
                 self.load(module)
 
         with ThreadPoolExecutor() as pool:
-            list(pool.map(load, modules))
+            list(pool.map(load, modules[1:]))
 
 
 def _launch_cooperative(kernel: cupy.RawKernel, step: Step, args: tuple[Any, ...]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from cupynorm import devices
 
-from . import accuracy, peers, report
+from . import accuracy, peers, report, variants
 from .cases import (
     ACCESSES,
     DTYPES,
@@ -30,6 +30,7 @@ from .cases import (
     buffer_sets,
     cases_of,
     parse_shapes,
+    words,
 )
 from .timing import Contestant, DeviceClock, HostClock, Race, Timing, summarise
 
@@ -37,19 +38,12 @@ CPU_CACHE_BYTES = 64 << 20  # what the buffer sets go round on a CPU: more than 
 CPU_MAX_BYTES = 64 << 20
 
 
-def _words(text: str, allowed: tuple[str, ...], what: str) -> list[str]:
-    words = [word for word in text.split(",") if word]
-    unknown = [word for word in words if word not in allowed]
-    if unknown or not words:
-        raise argparse.ArgumentTypeError(f"{what}: {', '.join(allowed)} (comma-separated), got {text!r}")
-    return words
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time instance normalisation: cupynorm, its peers, and a copy of the same bytes. "
-        "Each answer is checked against float64 before it is timed. `python -m bench accuracy` asks for digits alone.",
+        "Each answer is checked against float64 before it is timed. `python -m bench accuracy` asks for digits alone, "
+        "`python -m bench variants` times the kernels that plans do not choose.",
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
     parser.add_argument(
@@ -60,19 +54,19 @@ def _parser() -> argparse.ArgumentParser:
         help="real (of real networks, the default), sweep (plane sizes at equal bytes), or N,C,H,W of any rank >= 3",
     )
     ops, names = tuple(ACCESSES), tuple(peers.PEERS)
-    parser.add_argument("--op", type=lambda t: _words(t, ops, "--op"), default=list(ops), help="forward,backward,both")
+    parser.add_argument("--op", type=lambda t: words(t, ops, "--op"), default=list(ops), help="forward,backward,both")
     parser.add_argument(
-        "--dtype", type=lambda t: _words(t, DTYPES, "--dtype"), default=["float32"], help="default float32"
+        "--dtype", type=lambda t: words(t, DTYPES, "--dtype"), default=["float32"], help="default float32"
     )
     parser.add_argument(
         "--layout",
-        type=lambda t: _words(t, LAYOUTS, "--layout"),
+        type=lambda t: words(t, LAYOUTS, "--layout"),
         default=["channels_first"],
         help="channels_first,channels_last; default channels_first",
     )
     parser.add_argument(
         "--epilogue",
-        type=lambda t: _words(t, EPILOGUES, "--epilogue"),
+        type=lambda t: words(t, EPILOGUES, "--epilogue"),
         default=["none"],
         help="none,fused; default none. fused: each real shape with its network's activation and per-sample affine, "
         "which peers compose; a shape that has neither stays as it is",
@@ -84,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--peers",
-        type=lambda t: [] if t == "none" else _words(t, names, "--peers"),
+        type=lambda t: [] if t == "none" else words(t, names, "--peers"),
         help=f"{','.join(names)} or none; default: all that are installed, less {', '.join(sorted(peers.ON_REQUEST))}",
     )
     parser.add_argument(
@@ -279,6 +273,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["accuracy"]:
         return accuracy.main(arguments[1:])
+    if arguments[:1] == ["variants"]:
+        return variants.main(arguments[1:])
     parser = _parser()
     options = parser.parse_args(arguments)
     _needed("rich", *(("matplotlib",) if options.plot else ()))

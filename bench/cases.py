@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -93,6 +94,15 @@ class Case:
 def epilogue_text(affine: bool | str, activation: str | None) -> str:
     words = [PER_SAMPLE if affine == PER_SAMPLE else "affine"] if affine else []
     return " ".join([*words, *([activation] if activation else [])]) or "plain"
+
+
+def words(text: str, allowed: tuple[str, ...], what: str) -> list[str]:
+    """The words of an option, each of them one of `allowed`."""
+    found = [word for word in text.split(",") if word]
+    unknown = [word for word in found if word not in allowed]
+    if unknown or not found:
+        raise argparse.ArgumentTypeError(f"{what}: {', '.join(allowed)} (comma-separated), got {text!r}")
+    return found
 
 
 def real_layers() -> list[Layer]:

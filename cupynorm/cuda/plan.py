@@ -88,11 +88,13 @@ class Rung:
     threads: int
     chunks: int  # 0: as many as the plane needs
     cluster: int = 1
+    resident: int = 0  # threads that must fit on a multiprocessor; 0: resident_threads
 
     @property
     def name(self) -> str:
         size = self.cluster if self.owner == "cluster" else ""
-        return f"{self.owner}{size}_{self.rest}_{self.threads}x{self.chunks}"
+        bound = f"_r{self.resident}" if self.resident else ""
+        return f"{self.owner}{size}_{self.rest}{bound}_{self.threads}x{self.chunks}"
 
     @property
     def size(self) -> int:
@@ -135,8 +137,17 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
     "channels": (),
 }
 
+#: Ladders in the place of those above, while a measurement asks for them (bench/variants.py): of one rung, which is
+#: taken wherever it fits, or of none, which is the split. Plans are cached: who changes this clears the caches.
+FORCED: dict[str, tuple[Rung, ...]] = {}
+
 #: The files that know of no epilogue.
 PLAIN = ("channels", "double_backward", "double_split", "double_evaluate")
+
+
+def ladder(file: str) -> tuple[Rung, ...]:
+    """The rungs that plans choose from."""
+    return FORCED.get(file, LADDERS[file])
 
 
 class Memory(NamedTuple):
@@ -382,9 +393,9 @@ class _Job:
         sums += self.exchange(rung) if self.op == "double_backward" else sums
         return tile + sums + per_lane * self.published * self.math_bytes
 
-    def parts(self) -> int:
+    def parts(self, rung: Rung) -> int:
         """Threads of a part of a warp that serve one plane."""
-        return _pow2(_ceil(self.s, _PART.chunks))
+        return _pow2(_ceil(self.s, rung.chunks))
 
     def dense(self) -> bool:
         """Whether the planes of every array lie one behind the other."""
@@ -407,7 +418,7 @@ class _Job:
         blocks = _ceil(owners * rung.size, rung.threads)
         lanes = 0 if self.at_planes else self.lanes
         if rung.owner == "part":
-            lanes = self.parts()
+            lanes = self.parts(rung)
             blocks = _ceil(owners * lanes, rung.threads)
         elif rung.owner == "grid":
             blocks = min(self.stripes, self.device.sm_count // tiles) * tiles
@@ -423,7 +434,7 @@ class _Job:
         return Step("channels", name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
 
     def pointwise(self, prefix: str, quantities: int, file: str = "evaluate") -> Step:
-        for rung in LADDERS[file]:
+        for rung in ladder(file):
             if self.chunks(rung) <= rung.chunks:
                 break
         return self.step(file, prefix, rung, self.scratch(rung, quantities, 1),
@@ -433,19 +444,21 @@ class _Job:
         """The launch, if a rung suits, and why or why not. rooms: arrays that a staged chunk has room for."""
         busy = self.device.sm_count
         op = self.op
+        choosing = op not in FORCED  # the quickest of those that fit
         if rung.owner == "part":
-            if not self.dense() or self.s * self.itemsize > PART_BYTES or self.s > 32 * rung.chunks:
+            large = choosing and self.s * self.itemsize > PART_BYTES
+            if not self.dense() or large or self.s > 32 * rung.chunks:
                 return None, "planes are too large, or not one behind the other"
-            most, w = 32 // self.parts(), 16 // self.itemsize
+            most, w = 32 // self.parts(rung), 16 // self.itemsize
             room = (most * self.s + 2 * w - 2) // w * 16
             shared = rung.threads // 32 * rooms * room
             if shared > self.device.shared_per_block:
                 return None, f"staged planes exceed the {self.device.shared_per_block} B of shared memory"
-            why = f"{most} planes a warp, staged so that 16 B move at a time; {self.parts()} threads a plane"
+            why = f"{most} planes a warp, staged so that 16 B move at a time; {self.parts(rung)} threads a plane"
             return self.step(op, op, rung, shared, chunks=rung.chunks), why
         if rung.rest == "registers":
             # A warp that holds its plane in one pack a thread gains nothing from company.
-            if rung.owner == "warp" and self.packs > 32 and self.company < 2 * busy:
+            if choosing and rung.owner == "warp" and self.packs > 32 and self.company < 2 * busy:
                 return None, f"{self.company} owners would leave multiprocessors idle"
             if self.chunks(rung) > rung.chunks:
                 return None, f"{self.held} are too many for the registers"
@@ -471,10 +484,10 @@ class _Job:
         if tiles > self.device.cluster:
             return None, f"{self.held}: the device has no clusters of {tiles} blocks"
         shared = self.shared(rung, tiles)
-        last = tiles == self.device.cluster
+        last = tiles == self.device.cluster or not choosing
         if shared > (whole if last else half):
             return None, f"{self.held} exceed the {whole if last else half} B of shared memory of {tiles} block(s)"
-        if 2 * self.company * tiles <= busy:
+        if choosing and 2 * self.company * tiles <= busy:
             return None, f"{self.company} x {tiles} blocks would leave most of {busy} multiprocessors idle"
         why = f"{self.held} rest in {shared} B of shared memory" + (f" of each of {tiles} blocks" if tiles > 1 else "")
         return self.step(op, op, rung, shared, tiles, chunks=self.chunks(rung, tiles)), why
@@ -537,14 +550,15 @@ def plan(
         merge = (job.merge("merge_dots", planes, "double_evaluate", 8 * 8),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", len(layouts), step, *merge, *after)
 
-    for rung in LADDERS[op]:
+    why = "the split is forced"
+    for rung in ladder(op):
         step_, why = job.suits(rung, job.arrays + more)
         if step_ is not None:
             accesses = len(layouts) if op == "double_backward" else 1 + job.arrays
             return made(f"{rung.owner}-{rung.rest}", why, accesses, step_, *after)
 
     file = "double_split" if op == "double_backward" else "split"
-    rung = LADDERS[file][0]
+    rung = ladder(file)[0]
     tiles = _ceil(job.chunks(rung), rung.chunks)
     # (The split's backward has written the gradient of a residual when it comes back, and reads it in the place of dy.)
     # Half of L2: what is written goes through it too.

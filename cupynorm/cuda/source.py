@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from .plan import EPILOGUES, ITEMSIZE, LADDERS, PLAIN, Kind, Plan, Rung, Step, resident_threads, widest
+from .plan import EPILOGUES, FORCED, ITEMSIZE, LADDERS, PLAIN, Kind, Plan, Rung, Step, resident_threads, widest
 
 
 class CompileError(RuntimeError):
@@ -59,8 +59,11 @@ class Module:
             return cls("channels", plan.dtype, 1, "channels_first")
         epilogue = 0 if step.plain else plan.epilogue
         if step.group == "part":  # staged chunks are dealt out element by element
-            return cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
-        return cls(step.module, plan.dtype, plan.vector, plan.kind, step.group, epilogue, plan.skewed)
+            module = cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
+        else:
+            module = cls(step.module, plan.dtype, plan.vector, plan.kind, step.group, epilogue, plan.skewed)
+        forced = FORCED.get(step.module)
+        return ForcedModule(**vars(module), only=forced[0]) if forced else module
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
@@ -72,7 +75,7 @@ class Module:
         resident = resident_threads(self.file, self.dtype, self.kind, self.group, self.epilogue, self.skewed)
         rungs = "".join(
             f" RUNG({r.name}, {r.owner.upper()}, {r.rest.upper()}, {r.threads}, {r.chunks or 1},"
-            f" {resident // r.threads}, {r.cluster})"
+            f" {max(1, (r.resident or resident) // r.threads)}, {r.cluster})"
             for r in self.rungs
         )
         return (
@@ -100,6 +103,17 @@ class Module:
         if self.epilogue:  # kernels/split.cu: the plain module has them
             fixed, patterned = [], [name for name in patterned if name != "moments"]
         return tuple(f"{p}_{r.name}" for p in patterned for r in self.rungs) + tuple(fixed)
+
+
+@dataclass(frozen=True)
+class ForcedModule(Module):
+    """A module of one rung, whichever it is (plan.FORCED)."""
+
+    only: Rung = field(kw_only=True)
+
+    @property
+    def rungs(self) -> tuple[Rung, ...]:
+        return (self.only,)
 
 
 def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -> list[Module]:

@@ -1,0 +1,238 @@
+"""The bench's variants: forcing is undone, what is forced is right, what is tried is sensible, what is written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from simt import emulator
+from simt.emulator import Emulator
+
+import cupynorm as cn
+from bench import __main__ as bench
+from bench import peers, variants
+from bench.cases import TOLERANCE, Arrays, Case
+from bench.timing import HostClock
+from bench.variants import SPLIT, Variant
+from cupynorm.cuda import plan
+from cupynorm.cuda.plan import DEVICES, LADDERS, Device, Rung, widest
+
+DTYPES = {"float32": 4, "bfloat16": 2}
+SMALL = Device("small", (9, 0), 5, 227 * 1024, 2**20, 16)  # the whole of a grid is soon emulated
+
+
+def case(op: str, dtype: str, positions: int, channels: int = 3) -> Case:
+    return Case(op, (1, channels, 1, positions), dtype, "channels_first", False)
+
+
+def sweep(**changes: Any) -> list[Case]:
+    given = {"dtype": list(DTYPES), "op": list(variants.OPS), "layout": ["channels_first"], "sizes": None}
+    return variants.cases(argparse.Namespace(**given, elements=4**13, **changes))
+
+
+def test_forcing_is_undone() -> None:
+    one = case("forward", "float32", 1000)
+    before = variants.planned(one, DEVICES["H100"], {})
+    rung = Rung("block", "registers", 1024, 1, resident=2048)
+    with variants.forced(Variant(rung).ladders("forward")):
+        made, (module,) = variants.planned(one, DEVICES["H100"], {})
+        assert made.steps[0].name == f"forward_{rung.name}"
+        assert module.kernels == (f"forward_{rung.name}",)
+        assert "1024, 1, 2, 1)" in module.defines  # two such blocks to a multiprocessor
+    assert plan.FORCED == {}
+    assert variants.planned(one, DEVICES["H100"], {}) == before
+
+
+def test_a_forced_module_is_another() -> None:
+    rung = LADDERS["forward"][-1]
+    large = case("forward", "float32", 2**20)
+    (today,), (forced,), (bound,) = (
+        variants.planned(large, DEVICES["H100"], ladders)[1]
+        for ladders in (
+            {},
+            {"forward": (rung,)},
+            {"forward": (Rung(rung.owner, rung.rest, rung.threads, 0, resident=1024),)},
+        )
+    )
+    assert len({today, forced, bound}) == 3
+    assert len({today.source, forced.source, bound.source}) >= 2
+    assert bound.source != forced.source
+
+
+@pytest.mark.parametrize("op", variants.OPS)
+def test_what_is_tried_includes_todays_ladder(op: str) -> None:
+    rungs = [variant.rung for variant in variants.catalogue(op) if not variant.split]
+    assert set(LADDERS[op]) < set(rungs)
+    names = [variant.name for variant in variants.catalogue(op)]
+    assert len(set(names)) == len(names)
+
+
+def test_what_suits_a_plane() -> None:
+    found = {each: variants.entries(each, DEVICES["H200"]) for each in sweep()}
+    assert 300 < sum(map(len, found.values())) < 700
+    for each, mine in found.items():
+        assert sum(entry.today for entry in mine) == 1, each
+        packs = each.plane_bytes // 16
+        for entry in mine:
+            rung, step = entry.variant.rung, entry.plan.steps[0]
+            assert entry.variant.split == (entry.plan.regime == "split")
+            assert all(step.name.endswith(rung.name) for step in entry.plan.steps if step.name[:5] != "merge")
+            assert step.shared <= DEVICES["H200"].shared_per_block
+            if rung.rest == "registers" and rung.owner != "part" and not entry.variant.split:
+                assert packs <= rung.size * rung.chunks <= 4 * packs
+    names = {entry.variant.name for entry in found[sweep()[0]]}
+    assert {"part 256x8", "part 128x4"} <= names
+    owners = {
+        each.shape[-1]: {e.variant.rung.owner for e in mine} for each, mine in found.items() if each.op == "forward"
+    }
+    assert owners[32] == {"warp", "block"}
+    assert owners[256] == {"block", "cluster", "grid"}
+    assert owners[8192] == {"block"}
+
+
+def some(op: str) -> list[Variant]:
+    """Variants whose number of threads no ladder has, one of each owner."""
+    bound = 2048 if op == "forward" else 1024
+    return [
+        Variant(Rung("part", "registers", 128, 16)),
+        Variant(Rung("block", "registers", 64, 2)),
+        Variant(Rung("block", "registers", 512, 1, resident=bound)),
+        Variant(Rung("block", "registers", 1024, 4)),
+        Variant(Rung("block", "shared", 1024, 0)),
+        Variant(Rung("cluster", "shared", 256, 0, 4)),
+        Variant(Rung("grid", "shared", 256, 0)),
+        Variant(Rung("block", "registers", 1024, 2), split=True),
+    ]
+
+
+def every() -> list[Any]:
+    """All of them, but only some in the quick part."""
+    found = []
+    for op in variants.OPS:
+        for variant in variants.catalogue(op):
+            for dtype, itemsize in DTYPES.items():
+                if variant.rung.owner == "part" and variant.rung.chunks % (16 // itemsize):
+                    continue
+                quick = variant in some(op) and (dtype == "float32") == (op == "forward")
+                marks = () if quick else (pytest.mark.slow,)
+                found.append(pytest.param(op, dtype, variant, marks=marks, id=f"{op}-{dtype}-{variant.name}"))
+    return found
+
+
+@pytest.mark.simt
+@pytest.mark.parametrize(("op", "dtype", "variant"), every())
+def test_each_variant_is_right(on: Callable[..., Any], op: str, dtype: str, variant: Variant) -> None:
+    """Where its threads are full, where most are idle, and where planes begin and end between 16-byte borders."""
+    emulator.require()
+    runtime = on(Emulator(SMALL))
+    rung, v = variant.rung, widest(DTYPES[dtype], "channels_first")
+    if rung.owner == "part":
+        sizes = [7 * 7, 8 * rung.chunks]
+    elif variant.split:
+        sizes = [2 * rung.threads * rung.chunks * v + 5]
+    elif rung.rest == "registers":
+        full = rung.size * rung.chunks * v
+        sizes = [full, full // 2 - 3]
+    else:
+        sizes = [2 * rung.threads * v * rung.cluster + 3]
+    for positions in sizes:
+        one = case(op, dtype, positions)
+        arrays = Arrays(np, one.shape, dtype, one.layout, False, 1)
+        own = peers.cupynorm_itself(op, arrays)
+        runtime.counts.clear()
+        with variants.forced(variant.ladders(op)):
+            error = arrays.error(own.answers(own.run(0)), op)
+        assert runtime.counts[0].kernel.endswith(rung.name)
+        assert error < TOLERANCE[dtype] / (100 if dtype == "float32" else 5), positions
+
+
+class Loading(Emulator):
+    """An emulator that is told what to compile, and cannot compile warps of one pack."""
+
+    def load(self, module: Any) -> None:
+        if any("warp" in name and name.endswith("x1") for name in module.kernels):
+            raise RuntimeError("no such compiler\nat all")
+        emulator.build(module)
+
+
+@pytest.mark.simt
+def test_a_run(on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the emulator: rows of right, wrong and broken variants, and a table of them."""
+    emulator.require()
+    tried = [Variant(LADDERS["forward"][0]), Variant(LADDERS["forward"][1]), Variant(Rung("block", "registers", 64, 1))]
+    monkeypatch.setattr(variants, "catalogue", lambda op: tried)
+    runtime = on(Loading(SMALL))
+    options = variants._parser().parse_args(
+        ["--elements", "1024", "--sizes", "8", "--dtype", "float32", "--rounds", "2", "--batch-ms", "0.01",
+         "--json", str(tmp_path / "v.json")]
+    )  # fmt: skip
+    clock = HostClock()
+    clock.pause = 0
+    said: list[str] = []
+    run = variants.Bench(np, runtime, clock, options, said.append)
+    run.run(variants.cases(options))
+    rows = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))["rows"]
+    assert [(row["op"], row["variant"], row["today"]) for row in rows] == [
+        (op, variant.name, variant == tried[0]) for op in variants.OPS for variant in tried
+    ]
+    assert [row.get("failure") for row in rows] == [None, "RuntimeError: no such compiler", None] * 2
+    for row in (row for row in rows if "failure" not in row):
+        assert row["median_ms"] > 0
+        assert row["of_copy"] == pytest.approx(row["copy_ms"] / row["median_ms"])
+    assert "2 of 3 variants timed" in said[-1]
+    assert not run.lost
+
+
+@pytest.mark.simt
+def test_a_wrong_answer_is_a_row(on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator.require()
+    runtime = on(Loading(SMALL))
+    options = variants._parser().parse_args(["--elements", "1024", "--sizes", "8", "--dtype", "float32"])
+    run = variants.Bench(np, runtime, HostClock(), options, print)
+    one = variants.cases(options)[0]
+    arrays = Arrays(np, one.shape, "float32", one.layout, False, 1)
+    own = peers.cupynorm_itself("forward", arrays)
+    wrong = variants.replace(own, answers=lambda y: {"y": y + 1})
+    entry = next(e for e in variants.entries(one, SMALL) if e.today)
+    assert run.checked(one, arrays, wrong, entry)["failure"].startswith("wrong: error 1")
+    assert "failure" not in run.checked(one, arrays, own, entry)
+
+
+def row(
+    variant: str, of_copy: float | None, today: bool = False, op: str = "forward", side: int = 16
+) -> dict[str, Any]:
+    facts = {"op": op, "shape": [1, 4, side, side], "dtype": "float32", "layout": "channels_first"}
+    found = {"failure": "spills"} if of_copy is None else {"of_copy": of_copy, "registers": 40}
+    return {**facts, "variant": variant, "today": today, **found}
+
+
+def test_the_table() -> None:
+    rows = [
+        row("warp 128x2", 0.8, today=True),
+        row("block 64x1", 0.96),
+        row("block 128x1", None),
+        row("part 256x8", 0.5, today=True, side=4),
+        row("grid 512", 0.7, op="backward"),
+    ]
+    table = variants.lines(rows)
+    assert table[0] == "float32 channels_first forward"
+    four, sixteen = (line.split() for line in table[2:4])
+    assert four == ["4x4", "part", "256x8", "50.0%", "part", "256x8", "50.0%", "0.0%", "40"]
+    assert sixteen == ["16x16", "warp", "128x2", "80.0%", "block", "64x1", "96.0%", "16.7%", "40"]
+    assert table[5] == "float32 channels_first backward"
+    assert any(line.split() == ["16x16", "–", "grid", "512", "70.0%", "–", "40"] for line in table)
+    assert table[-1] == "forward float32 channels_first, planes of 16,16: block 128x1: spills"
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if cn.devices.gpu_status()[0]:
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        bench.main(["variants"])
+    assert "no usable GPU" in capsys.readouterr().err
+    assert SPLIT.rung == LADDERS["split"][0]

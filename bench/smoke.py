@@ -23,7 +23,8 @@ import numpy as np
 
 import cupynorm as cn
 from cupynorm import devices
-from cupynorm.cuda.plan import ITEMSIZE, Device, Kind, Op, Plan, fresh
+from cupynorm.cuda.plan import Device, Op, Plan, fresh
+from cupynorm.cuda.variants import ITEMSIZE, Kind
 from cupynorm.explain import plan_for
 
 from . import report

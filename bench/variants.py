@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import devices
-from cupynorm.cuda import launch, plan
-from cupynorm.cuda.plan import Device, Plan, Rung, arrange, fresh
+from cupynorm.cuda import launch, plan, variants
+from cupynorm.cuda.plan import Device, Plan, arrange, fresh
 from cupynorm.cuda.source import Module
+from cupynorm.cuda.variants import Rung
 
 from . import peers, report
 from .cases import (
@@ -55,14 +56,14 @@ def forced(ladders: Ladders) -> Iterator[None]:
         plan.plan.cache_clear()
         launch._prepare.cache_clear()
 
-    before = dict(plan.FORCED)
-    plan.FORCED.update(ladders)
+    before = dict(variants.FORCED)
+    variants.FORCED.update(ladders)
     forget()
     try:
         yield
     finally:
-        plan.FORCED.clear()
-        plan.FORCED.update(before)
+        variants.FORCED.clear()
+        variants.FORCED.update(before)
         forget()
 
 
@@ -90,29 +91,30 @@ class Variant:
 
 
 #: The split as it is planned.
-SPLIT = Variant(plan.LADDERS["split"][0], split=True)
+SPLIT = Variant(variants.LADDERS["split"][0], split=True)
 
 
 def catalogue(op: str) -> list[Variant]:
     """Every variant of an operation, those of today's ladder among them.
 
-    Where a rung's registers are not bound as today's are (plan.resident_threads), it says how many threads must fit.
+    Where a rung's registers are not bound as today's are (resident_threads), it says how many threads must fit.
     """
     threads, packs = (64, 128, 256, 512, 1024), (1, 2, 4, 8)
     rungs = [Rung("part", "registers", t, k) for k in (8, 4, 16) for t in (256, 128, 512)]
     rungs += [Rung("warp", "registers", 128, k) for k in packs]
     rungs += [Rung("block", "registers", t, k) for t in threads for k in packs]
     rungs += [Rung("block", "shared", t, 0) for t in (256, 512, 1024)]
-    rungs += [Rung("cluster", "shared", t, 0, size) for size in (2, 4, 8, 16) for t in (512, 256, 1024)]
+    rungs += [Rung("cluster", "shared", t, 0, size) for size in (2, 4, 8, 16) for t in (512, 256)]
+    rungs += [Rung("cluster", "registers", t, k, size) for size in (2, 4, 8, 16) for t in (512, 256) for k in (8, 4)]
     if op == "forward":  # 1024 threads have 64 registers each; without spilling, 32 are enough for one pack
         rungs += [Rung("block", "registers", t, 1, resident=2048) for t in threads]
-    else:  # 512 have 128; 1024 have enough for four packs of each array, and nearly so for what shared memory needs
+    else:  # 1024 have nearly enough for what shared memory needs
         rungs += [Rung("warp", "registers", 128, 4, resident=1024)]
-        rungs += [Rung("block", "registers", t, 4, resident=1024) for t in (64, 128, 256, 512)]
         rungs += [Rung("block", "registers", 512, k, resident=1024) for k in (1, 2)]
         rungs += [Rung("block", "shared", 512, 0, resident=1024)]
         rungs += [Rung("cluster", "shared", 512, 0, size, resident=1024) for size in (2, 4, 8, 16)]
-    rungs += [Rung("grid", "shared", t, 0) for t in (512, 256, 1024)]
+    rungs += [Rung("grid", "shared", t, 0) for t in (512, 256)]
+    rungs += [Rung("grid", "registers", t, k) for t in (512, 256) for k in (8, 4)]
     of_split = [Rung("block", "registers", t, k) for t, k in ((256, 8), (512, 4), (1024, 2))]
     return [*map(Variant, rungs), SPLIT, *(Variant(rung, split=True) for rung in of_split)]
 

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from .cuda.launch import get_batch_invariant
-from .cuda.plan import DEVICES, EPILOGUES, ITEMSIZE, Device, Memory, Plan, Step, arrange, fresh, plan
+from .cuda.plan import DEVICES, Device, Memory, Plan, Step, arrange, fresh, plan
+from .cuda.variants import EPILOGUES, ITEMSIZE
 from .functional import Array, check_activation, check_input, check_no_activation, kind_of
 
 
@@ -168,9 +169,9 @@ def _launched(step: Step, share: str) -> str:
     text = f"{step.name}: {blocks} blocks of {step.threads} threads, {step.shared} B of shared memory"
     if step.group == "part":
         return f"{text}, {32 // step.lanes} plane(s) a warp"
-    if step.group == "cluster":
+    if step.cluster > 1:
         return f"{text}, clusters of {step.cluster} for a {share} each"
-    if step.group == "grid":
+    if step.cooperative:
         groups = step.grid[0] // step.tiles
         return f"{text}, all resident: {step.tiles} for each of {groups} {share}(s) at a time"
     return text

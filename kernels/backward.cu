@@ -32,7 +32,7 @@ struct Call {
 
 template <int OWNER, int REST, int THREADS, int CHUNKS>
 __device__ inline void backward_owner(const Call& call, long long owner, long long spatial) {
-    const Share<OWNER, THREADS> share(owner, call.group.tiles, REST == REGISTERS ? CHUNKS : call.chunks, call.lanes, call.dx,
+    const Share<OWNER, THREADS> share(owner, call.group.tiles, REST == REGISTERS && !GROUPED ? CHUNKS : call.chunks, call.lanes, call.dx,
                                       call.channels, spatial);
     unsigned char* shared = shared_memory();
     const int tile = call.chunks * THREADS * (REST == SHARED);
@@ -53,10 +53,11 @@ __device__ inline void backward_owner(const Call& call, long long owner, long lo
     #pragma unroll
     for (int p = 0; p < P; p++) {
         const Math delta = sums[2 * P + p] / count;
-        g.set(p, sums[p], (sums[P + p] - delta * sums[p]) * stat.rstd[p], delta, count);
+        sums[P + p] = (sums[P + p] - delta * sums[p]) * stat.rstd[p];
+        g.set(p, sums[p], sums[P + p], delta, count, stat);
     }
     if (!GROUPED || share.tile == 0) share.each_plane(call.channels, [&](int p, long long i) {
-        call.sums.set(i, g.sum_dy[p], g.sum_dy_xhat[p]);
+        call.sums.set(i, sums[p], sums[P + p]);
     });
     write_tile(share, call.dx, rest_x, rest_dy, call.chunks, [&](int p, Math x, Math dy) { return g.dx(p, x, dy, stat); });
 #if GROUPED

@@ -29,11 +29,11 @@ struct Call {
 
 template <int OWNER, int REST, int THREADS, int CHUNKS>
 __device__ inline void forward_owner(const Call& call, long long owner, long long spatial) {
-    const Share<OWNER, THREADS> share(owner, call.group.tiles, REST == REGISTERS ? CHUNKS : call.chunks, call.lanes, call.y,
+    const Share<OWNER, THREADS> share(owner, call.group.tiles, REST == REGISTERS && !GROUPED ? CHUNKS : call.chunks, call.lanes, call.y,
                                       call.channels, spatial);
     unsigned char* shared = shared_memory();
     const int tile = call.chunks * THREADS * (int)sizeof(Pack) * (REST == SHARED);
-    const int area = scratch_size<THREADS>(share.lanes, GROUPED ? 2 * P * sizeof(Accum) : P * sizeof(Math));
+    const int area = scratch_size<THREADS>(share.lanes, 2 * P * (GROUPED ? sizeof(Accum) : sizeof(Math)));
     Math* scratch = (Math*)(shared + tile);
     Math* other = (Math*)(shared + tile + area);
     Rest<REST, THREADS, CHUNKS> rest((Pack*)shared);

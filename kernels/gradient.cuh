@@ -98,20 +98,19 @@ __device__ inline void gradient_sums(const Share& share, const Tensor& x, const 
     sum_over_owner<OWNER, THREADS>(sums, share.size, share.lanes, scratch);
 }
 
+// dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), where xhat = ((x - mean) - delta) * rstd, as
+// scale * ((dy - level) - (x - mean) * slope).
 struct Gradient {
-    Math sum_dy[P], sum_dy_xhat[P], mean_dy[P], mean_dy_xhat[P], delta[P];
+    Math level[P], slope[P], scale[P];
 
-    __device__ void set(int p, Math sum_dy_, Math sum_dy_xhat_, Math delta_, Math count) {
-        sum_dy[p] = sum_dy_;
-        sum_dy_xhat[p] = sum_dy_xhat_;
-        mean_dy[p] = sum_dy_ / count;
-        mean_dy_xhat[p] = sum_dy_xhat_ / count;
-        delta[p] = delta_;
+    __device__ void set(int p, Math sum_dy, Math sum_dy_xhat, Math delta, Math count, const Statistics& stat) {
+        slope[p] = sum_dy_xhat / count * stat.rstd[p];
+        level[p] = sum_dy / count - delta * slope[p];
+        scale[p] = stat.affine.weight[p] * stat.rstd[p];
     }
 
     __device__ Math dx(int p, Math x, Math dy, const Statistics& stat) const {
-        const Math xhat = (stat.centred(p, x) - delta[p]) * stat.rstd[p];
-        return ((dy - mean_dy[p]) - xhat * mean_dy_xhat[p]) * (stat.affine.weight[p] * stat.rstd[p]);
+        return ((dy - level[p]) - stat.centred(p, x) * slope[p]) * scale[p];
     }
 };
 

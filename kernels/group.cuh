@@ -107,6 +107,7 @@ __device__ inline Moments merge_moments_of_tiles(const Share& share, const Momen
         base[p] = exchange.read(0, (lane * P + p) * 4);
         s[p] = nothing_of(base[p]);
     }
+    #pragma unroll 1        // once, as a rule: a block has more threads than a stripe has tiles
     for (int tile = share.rank / share.lanes; tile < tiles; tile += THREADS / share.lanes) {
         #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -141,6 +142,7 @@ __device__ inline void merge_sums_of_tiles(const Share& share, Math (&sums)[K], 
     }
     exchange.meet();
     Accum s[K] = {};
+    #pragma unroll 1        // once, as a rule: a block has more threads than a stripe has tiles
     for (int tile = share.rank / share.lanes; tile < tiles; tile += THREADS / share.lanes) {
         #pragma unroll
         for (int k = 0; k < K; k++) s[k] += exchange.read(tile, share.rank % share.lanes * K + k);

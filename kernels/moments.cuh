@@ -1,7 +1,8 @@
 // Mean and centred squares of one tile, read once.
 //
 // Mean first, then the mean of the centred values: delta, what rounding took from the mean. (x - mean) is exact where
-// the values lie close to their mean, so (x - mean) - delta keeps its digits however large the offset is.
+// the values lie close to their mean, so (x - mean) - delta keeps its digits however large the offset is. The squares
+// are summed in the same pass, about the mean without delta: what that adds to them is taken off again.
 
 struct Moments {
     Math mean[P], delta[P], squares[P];     // squares: the sum of ((x - mean) - delta)^2, as below
@@ -16,8 +17,12 @@ __device__ inline bool has_room(Math squares, Math count) {
 }
 __device__ inline Math unit_of(Math squares) { return squares <= 1 ? 1.2089258e24f : 8.2718061e-25f; }  // 2^80, 2^-80
 __device__ inline Accum wide_squares(Math kept) { return kept < 0 ? (Accum)kept * kept : kept; }
+// (In float: a double's root needs registers that the widest variants do not have.)
 __device__ inline Math kept_squares(Accum squares) {
-    return squares >= LEAST_SQUARES && squares <= MOST_SQUARES ? (Math)squares : -(Math)sqrt(squares);
+    if (squares >= LEAST_SQUARES && squares <= MOST_SQUARES) return (Math)squares;
+    const bool large = squares > 1;
+    const Accum unit = large ? 6.223015277861142e-61 : 1.6069380442589903e60;       // 2^-200, 2^200
+    return -sqrtf((Math)(squares * unit)) * (large ? 1.2676506e30f : 7.8886091e-31f);   // 2^100, 2^-100
 }
 __device__ inline Math rstd_of(Math kept, Math count, Math eps) {
     if (!(kept < 0)) return reciprocal_sqrt(kept / count + eps);
@@ -35,16 +40,23 @@ __device__ inline Math rstd_of(Math kept, Math count, Math eps) { return recipro
 __device__ inline Math variance_of(Math kept, Math count) { return kept / count; }
 #endif
 
-// The sum of f(p, value) over the owner's tile, for each plane p: packs are read first where READ is set.
-template <bool READ, int OWNER, int REST, int THREADS, int CHUNKS, class Share, class F>
+// The sums of f(p, value, terms) over the owner's tile: of each of the K terms, for each plane p. Packs are read first
+// where READ is set.
+template <bool READ, int K, int OWNER, int REST, int THREADS, int CHUNKS, class Share, class F>
 __device__ inline void sum_tile(const Share& share, const Tensor& x, Rest<REST, THREADS, CHUNKS>& rest, int chunks,
-                                Math* scratch, Math (&total)[P], F f) {
-    Math s[LINES] = {};
+                                Math* scratch, Math (&total)[K * P], F f) {
+    Math s[K][LINES] = {};
+    const auto add_one = [&](int v, Storage value) {
+        Math terms[K];
+        f(plane_of(v), widen(value), terms);
+        #pragma unroll
+        for (int k = 0; k < K; k++) s[k][line_of(v)] += terms[k];
+    };
     const auto add = [&](int k) {
         if (!share.holds(k)) return;
         const Pack pack = rest.get(k);
         #pragma unroll
-        for (int v = 0; v < V; v++) s[line_of(v)] += f(plane_of(v), widen(pack.v[v]));
+        for (int v = 0; v < V; v++) add_one(v, pack.v[v]);
     };
     if (!READ) rest.each(chunks, add);
     else if (REST == REGISTERS) {
@@ -57,37 +69,55 @@ __device__ inline void sum_tile(const Share& share, const Tensor& x, Rest<REST, 
             for (int i = 0; i < rest.batch; i++) add(from + i);
         }
     }
-    if (Share::edges && share.edge >= 0) s[0] += f(0, widen(rest.edge));
-    fold(s, total);
+    if (Share::edges && share.edge >= 0) add_one(0, rest.edge);
+    #pragma unroll
+    for (int k = 0; k < K; k++) fold(s[k], total + k * P);
     sum_over_owner<OWNER, THREADS>(total, share.size, share.lanes, scratch);
 }
 
+// Scratch areas of moments_of_tile: two, each of two sums.
 template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
 __device__ inline Moments moments_of_tile(const Share& share, const Tensor& x, Rest<REST, THREADS, CHUNKS>& rest,
                                           int chunks, Math* scratch, Math* other) {
     Moments m;
-    const Math count = (Math)share.count();
-    sum_tile<true, OWNER>(share, x, rest, chunks, scratch, m.mean, [](int, Math value) { return value; });
-    #pragma unroll
-    for (int p = 0; p < P; p++) m.mean[p] /= count;
-    sum_tile<false, OWNER>(share, x, rest, chunks, other, m.delta, [&](int p, Math value) {
-        return value - m.mean[p];
+    const Math count = (Math)share.count(), inverse = 1 / count;
+    sum_tile<true, 1, OWNER>(share, x, rest, chunks, scratch, m.mean, [](int, Math value, Math (&terms)[1]) {
+        terms[0] = value;
     });
     #pragma unroll
-    for (int p = 0; p < P; p++) m.delta[p] /= count;
-    sum_tile<false, OWNER>(share, x, rest, chunks, scratch, m.squares, [&](int p, Math value) {
-        const Math d = (value - m.mean[p]) - m.delta[p];
-        return d * d;
+    for (int p = 0; p < P; p++) m.mean[p] *= inverse;
+    Math sums[2 * P];
+    sum_tile<false, 2, OWNER>(share, x, rest, chunks, other, sums, [&](int p, Math value, Math (&terms)[2]) {
+        const Math d = value - m.mean[p];
+        terms[0] = d;
+        terms[1] = d * d;
     });
+    // Of a plane that is all but constant, most of the squares may be delta's: they are summed again then. So they are
+    // in a unit that has room, where they are out of range.
+    bool cancelled = false, odd = false;
+    #pragma unroll
+    for (int p = 0; p < P; p++) {
+        m.delta[p] = sums[p] * inverse;
+        m.squares[p] = sums[P + p] - sums[p] * m.delta[p];
+        cancelled |= !(m.squares[p] >= sums[P + p] / 4);
+    }
+    if (any_of_owner<OWNER, THREADS>(cancelled, share.lanes)) {
+        sum_tile<false, 1, OWNER>(share, x, rest, chunks, scratch, m.squares, [&](int p, Math value, Math (&terms)[1]) {
+            const Math d = (value - m.mean[p]) - m.delta[p];
+            terms[0] = d * d;
+        });
+        Math* const turn = scratch;
+        scratch = other;
+        other = turn;
+    }
 #if !defined(STORAGE_FLOAT64)
-    bool odd = false;
     #pragma unroll
     for (int p = 0; p < P; p++) odd |= !has_room(m.squares[p], count);
     if (any_of_owner<OWNER, THREADS>(odd, share.lanes)) {
         Math again[P];
-        sum_tile<false, OWNER>(share, x, rest, chunks, other, again, [&](int p, Math value) {
+        sum_tile<false, 1, OWNER>(share, x, rest, chunks, scratch, again, [&](int p, Math value, Math (&terms)[1]) {
             const Math d = ((value - m.mean[p]) - m.delta[p]) * unit_of(m.squares[p]);
-            return d * d;
+            terms[0] = d * d;
         });
         #pragma unroll
         for (int p = 0; p < P; p++) {

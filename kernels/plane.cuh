@@ -56,12 +56,21 @@ __device__ inline Pack skewed(const Pack& a, const Pack& b, int skew) {
 }
 #endif
 
+// Quotient and rest of numbers that are not negative. 64-bit division is slow, and nearly never needed.
+__device__ inline void divide(long long a, long long b, long long& quotient, long long& rest) {
+    if ((a | b) >> 32 == 0) {
+        quotient = (unsigned)a / (unsigned)b;
+        rest = (unsigned)a % (unsigned)b;
+    } else { quotient = a / b; rest = a % b; }
+}
+
 template <int OWNER, int THREADS>
 struct Share {
     static constexpr int most = OWNER == PART || OWNER == WARP ? 32 : THREADS;
     static constexpr bool edges = !CHANNELS_LAST && V > 1;
     const int size;                 // threads of the owner
-    long long tile, n, c;           // the tile; sample and first channel of this thread's planes
+    long long n, c;                 // sample and first channel of this thread's planes
+    int tile;                       // of the stripe
     long long start;                // spatial position of the tile's origin; below 0 where the plane starts unaligned
     int rank, lanes;                // this thread in its owner; packs side by side in a row (1 when channels-first)
     int lo, hi;                     // spatial positions in the tile that exist for this thread
@@ -74,19 +83,16 @@ struct Share {
     __device__ Share(long long owner, long long tiles, int chunks, int lanes, const Tensor& x, long long channels,
                      long long spatial)
         : size(OWNER == PART ? lanes : most), rank(threadIdx.x % size), lanes(CHANNELS_LAST ? lanes : 1) {
-        long long stripe = owner, group;
-        tile = 0;
-        if (tiles > 1) { stripe = owner / tiles; tile = owner % tiles; }
+        long long stripe = owner, group, number = 0;
+        if (tiles > 1) divide(owner, tiles, stripe, number);
+        tile = (int)number;
         const long long groups = CHANNELS_LAST ? (channels + lanes * V - 1) / (lanes * V) : channels;
-        if ((stripe | groups) >> 32 == 0) {     // 64-bit division is slow, and nearly never needed
-            n = (unsigned)stripe / (unsigned)groups;
-            group = (unsigned)stripe % (unsigned)groups;
-        } else { n = stripe / groups; group = stripe % groups; }
+        divide(stripe, groups, n, group);
         edge = -1;
         if (CHANNELS_LAST) {
             c = (group * lanes + rank % lanes) * V;
             const int rows = chunks * (size / lanes);
-            start = tile * rows;
+            start = (long long)tile * rows;
             first = lo = 0;
             last = hi = c < channels ? limit(spatial - start, rows) : 0;
         } else {
@@ -94,7 +100,7 @@ struct Share {
             const unsigned long long address = (unsigned long long)(x.data + n * x.n + c * x.c);
             const int shift = SKEWED && lanes == 0 ? 0 : (int)(address / sizeof(Storage) % V);
             const int elements = chunks * size * V;
-            start = tile * elements - shift;
+            start = (long long)tile * elements - shift;
             lo = tile == 0 ? shift : 0;
             hi = limit(spatial - start, elements);
             first = (lo + V - 1) / V;

@@ -37,7 +37,7 @@ __device__ inline void moments(const Tensor& x, long long* counts, Accum* means,
     each_tile<OWNER, THREADS, CHUNKS>(tiles, x, false, [&](const Share<OWNER, THREADS>& share) {
         Rest<REGISTERS, THREADS, CHUNKS> rest;
         Math* scratch = (Math*)shared;
-        Math* other = scratch + scratch_size<THREADS>(share.lanes, P);
+        Math* other = scratch + scratch_size<THREADS>(share.lanes, 2 * P);
         const Moments m = moments_of_tile<OWNER>(share, x, rest, CHUNKS, scratch, other);
         share.each_plane(tiles.channels, [&](int p, long long i) {
             const long long at = i * tiles.tiles + share.tile;
@@ -103,7 +103,7 @@ __device__ inline void apply_gradient(const Tensor& x, const Tensor& dy, const T
             const bool exists = share.c + p < tiles.channels;
             const long long i = share.n * tiles.channels + share.c + p;
             g.set(p, exists ? load(sum_dy + i) : 0, exists ? load(sum_dy_xhat + i) : 0, exists ? load(more + i) : 0,
-                  (Math)tiles.spatial);
+                  (Math)tiles.spatial, stat);
         }
         Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
         rest_x.read(share, x, 0);

@@ -11,7 +11,8 @@ from conftest import Backend
 
 import cupynorm as cn
 from cupynorm import devices
-from cupynorm.cuda.plan import ITEMSIZE, LADDERS, PART_BYTES, Device, Kind, Layout, Op, _Job, widest
+from cupynorm.cuda.plan import PART_BYTES, Device, Layout, Op, _Job
+from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind, widest
 
 #: Few multiprocessors: owners are chosen by the size of a plane alone, as they are for large batches.
 SMALL_DEVICE = Device("small", (7, 5), 1, 99 * 1024, 4 * 2**20)

@@ -19,8 +19,8 @@ from bench import peers, variants
 from bench.cases import TOLERANCE, Arrays, Case
 from bench.timing import HostClock
 from bench.variants import SPLIT, Variant
-from cupynorm.cuda import plan
-from cupynorm.cuda.plan import DEVICES, LADDERS, Device, Rung, widest
+from cupynorm.cuda.plan import DEVICES, Device
+from cupynorm.cuda.variants import FORCED, LADDERS, Rung, widest
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 SMALL = Device("small", (9, 0), 5, 227 * 1024, 2**20, 16)  # the whole of a grid is soon emulated
@@ -44,7 +44,7 @@ def test_forcing_is_undone() -> None:
         assert made.steps[0].name == f"forward_{rung.name}"
         assert module.kernels == (f"forward_{rung.name}",)
         assert "1024, 1, 2, 1)" in module.defines  # two such blocks to a multiprocessor
-    assert plan.FORCED == {}
+    assert FORCED == {}
     assert variants.planned(one, DEVICES["H100"], {}) == before
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 import pytest
 
 from cupynorm.cuda import source
-from cupynorm.cuda.plan import ITEMSIZE, Step, resident_threads, widest
+from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
+from cupynorm.cuda.variants import ITEMSIZE, resident_threads, widest
 
 pytestmark = [pytest.mark.nvrtc]
 

@@ -16,7 +16,8 @@ from conftest import Backend
 import cupynorm as cn
 from cupynorm import devices
 from cupynorm.cuda.launch import _state
-from cupynorm.cuda.plan import DEVICES, ITEMSIZE, LADDERS, Device, Kind, Layout, Memory, Op, Plan, arrange, fresh, plan
+from cupynorm.cuda.plan import DEVICES, Device, Layout, Memory, Op, Plan, arrange, fresh, plan
+from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind
 from cupynorm.explain import plan_for
 
 EIGHT = Device("eight", (9, 0), 8, 99 * 1024, 4 * 2**20, 4)

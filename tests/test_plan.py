@@ -19,25 +19,8 @@ import reference
 
 import cupynorm as cn
 from cupynorm.cuda.launch import _prepare
-from cupynorm.cuda.plan import (
-    DEVICES,
-    ITEMSIZE,
-    LADDERS,
-    MAX_GRID,
-    Device,
-    Kind,
-    Layout,
-    Memory,
-    Op,
-    Plan,
-    Rung,
-    Step,
-    arrange,
-    fresh,
-    layout,
-    plan,
-    resident_threads,
-)
+from cupynorm.cuda.plan import DEVICES, MAX_GRID, Device, Layout, Memory, Op, Plan, Step, arrange, fresh, layout, plan
+from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind, Rung, resident_threads
 from cupynorm.explain import plan_for
 
 SHAPES = [

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..functional import Array, Keep, Saved, at_once, math_dtype, overlap
-from .plan import EPILOGUES, Device, Kind, Memory, Op, Plan, Step, arrange, fresh, plan
+from .plan import Device, Memory, Op, Plan, Step, arrange, fresh, plan
 from .source import Module
+from .variants import EPILOGUES, Kind
 
 # Bits of the kernels' `flags` argument (types.cuh).
 WIDE_WEIGHT, WIDE_BIAS, WIDE_RUNNING_MEAN, WIDE_RUNNING_VAR = 1, 2, 4, 8  # which arrays are in computing precision
@@ -509,9 +510,9 @@ class _Call:
         """A launch whose owners serve whole stripes. numbers: how many a plane a group of blocks exchanges."""
         sizes = (self.channels, self.spatial, self._stripes, np.int32(step.lanes), np.int32(step.chunks))
         group: tuple[Any, ...] = ()
-        if step.group in ("cluster", "grid"):
+        if step.cluster > 1 or step.cooperative:
             of_tiles = arrived = None
-            if step.group == "grid":
+            if step.cooperative:
                 groups = step.grid[0] // step.tiles
                 width = 1 if self.kind == "channels_first" else step.lanes * self.plan.vector
                 of_tiles = self.empty((groups, 2, step.tiles, width * numbers), self.math)

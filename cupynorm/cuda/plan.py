@@ -14,32 +14,15 @@ from itertools import pairwise
 from math import prod
 from typing import Literal, NamedTuple
 
-Kind = Literal["channels_first", "channels_last"]
+from .variants import FORCED, ITEMSIZE, Kind, Rung, ladder, resident_threads, widest
+
 Op = Literal["forward", "backward", "evaluate", "eval_gradient", "double_backward", "eval_double"]
 
 PART_BYTES = 512  # the largest plane of a part of a warp
 TILE_BYTES = 8192  # the smallest tile worth a block of a grid
 STRIPE_BYTES = 64  # channels-last: neighbouring channels that one owner serves
+FEW_THREADS = 1024  # of a multiprocessor: below them narrow blocks give way to wider ones
 MAX_GRID = 2**31 - 16  # the most there may be that is whole clusters, of any size
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
-
-
-def widest(itemsize: int, kind: Kind) -> int:
-    """Elements of a thread's widest access: 16 bytes; channels-last at most 4, since each is another plane's."""
-    v = 16 // itemsize
-    return v if kind == "channels_first" else min(v, 4)
-
-
-#: What follows the affine step in a kernel (kernels/epilogue.cuh). relu and no activation are rectifiers too.
-EPILOGUES: dict[str | None, int] = {None: 1, "relu": 1, "leaky_relu": 1, "silu": 2, "gelu": 3}
-
-
-def resident_threads(file: str, dtype: str, kind: Kind, group: str, epilogue: int, skewed: bool) -> int:
-    """Threads that must fit on a multiprocessor: a limit of 65536 / this registers for a kernel's threads."""
-    if (file, dtype, group) == ("double_backward", "float64", "part"):
-        return 256  # 24 elements a thread, of two registers each
-    light = file == "forward" and dtype != "float64" and kind == "channels_first" and epilogue < 2 and not skewed
-    return 1024 if light and group != "grid" else 512
 
 
 @dataclass(frozen=True)
@@ -77,77 +60,6 @@ DEVICES = {
         _known("RTX 5090", (12, 0), 170, 99, 96, 8),
     )
 }
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One step of a ladder: an owner, where its tile rests, threads of a block, packs a thread holds (registers)."""
-
-    owner: Literal["part", "warp", "block", "cluster", "grid"]
-    rest: Literal["registers", "shared"]
-    threads: int
-    chunks: int  # 0: as many as the plane needs
-    cluster: int = 1
-    resident: int = 0  # threads that must fit on a multiprocessor; 0: resident_threads
-
-    @property
-    def name(self) -> str:
-        size = self.cluster if self.owner == "cluster" else ""
-        bound = f"_r{self.resident}" if self.resident else ""
-        return f"{self.owner}{size}_{self.rest}{bound}_{self.threads}x{self.chunks}"
-
-    @property
-    def size(self) -> int:
-        """Threads of one owner; a group of blocks has one owner for each tile."""
-        return 32 if self.owner in ("part", "warp") else self.threads
-
-    @property
-    def group(self) -> str:
-        """Rungs of a group are compiled together: "" for those that most calls need."""
-        return self.owner if self.owner in ("part", "cluster", "grid") else ""
-
-
-def _warp(*chunks: int) -> tuple[Rung, ...]:
-    return tuple(Rung("warp", "registers", 128, k) for k in chunks)
-
-
-def _block(*sizes: tuple[int, int]) -> tuple[Rung, ...]:
-    return tuple(Rung("block", "registers", threads, k) for threads, k in sizes)
-
-
-_PART = Rung("part", "registers", 256, 8)
-_SHARED = (
-    Rung("block", "shared", 512, 0),
-    *(Rung("cluster", "shared", 512, 0, size) for size in (2, 4, 8, 16)),
-    Rung("grid", "shared", 512, 0),
-)
-
-#: The ladders: the first rung that suits (_Job.suits) is taken, and what suits none is split. With 16-byte packs a warp
-#: holds 512 bytes a chunk, 256 threads 4 KB.
-LADDERS: dict[str, tuple[Rung, ...]] = {
-    "forward": (_PART, *_warp(1, 2, 4, 8), *_block((256, 2), (256, 4), (256, 8), (512, 8)), *_SHARED),
-    # x and dy are both held: half as much of each.
-    "backward": (_PART, *_warp(1, 2, 4), *_block((256, 1), (256, 2), (256, 4), (512, 4)), *_SHARED),
-    "split": _block((256, 4)),
-    "evaluate": (*_warp(1, 4), *_block((256, 4))),
-    # x, dy and ddx.
-    "double_backward": (_PART, *_warp(1, 3), *_block((256, 1), (256, 2), (512, 2)), *_SHARED),
-    "double_split": _block((256, 3)),
-    "double_evaluate": (*_warp(1, 3), *_block((256, 3))),
-    "channels": (),
-}
-
-#: Ladders in the place of those above, while a measurement asks for them (bench/variants.py): of one rung, which is
-#: taken wherever it fits, or of none, which is the split. Plans are cached: who changes this clears the caches.
-FORCED: dict[str, tuple[Rung, ...]] = {}
-
-#: The files that know of no epilogue.
-PLAIN = ("channels", "double_backward", "double_split", "double_evaluate")
-
-
-def ladder(file: str) -> tuple[Rung, ...]:
-    """The rungs that plans choose from."""
-    return FORCED.get(file, LADDERS[file])
 
 
 class Memory(NamedTuple):
@@ -318,9 +230,11 @@ class _Job:
         kind: Kind,
         layouts: tuple[Layout, ...],
         device: Device,
+        epilogue: int = 0,
         invariant: bool = False,
     ):
         self.op, self.device = op, device
+        self.dtype, self.epilogue = dtype, epilogue
         self.n, self.c, self.s = shape
         self.itemsize = ITEMSIZE[dtype]
         self.math_bytes = 8 if dtype == "float64" else 4
@@ -330,7 +244,7 @@ class _Job:
         self.arrays, self.quantities, self.areas = 2, 3, 1
         self.accums, self.published = 3, 3
         if op == "forward":
-            self.arrays, self.quantities, self.areas = 1, 1, 2
+            self.arrays, self.quantities, self.areas = 1, 2, 2
             self.accums, self.published = 2, 4
         elif op == "double_backward":
             self.arrays, self.quantities = 3, 2 + 6
@@ -383,7 +297,7 @@ class _Job:
 
     def shared(self, rung: Rung, tiles: int) -> int:
         """Shared bytes of a block whose tile rests there."""
-        tile = self.chunks(rung, tiles) * rung.threads * self.pack_bytes * self.arrays
+        tile = self.chunks(rung, tiles) * rung.threads * self.pack_bytes * self.arrays * (rung.rest == "shared")
         if rung.owner == "block":
             return tile + self.exchange(rung)
         # Two areas for sums of Accum, and what a cluster's block publishes (group.cuh). (double_backward.cu has more
@@ -421,10 +335,23 @@ class _Job:
             lanes = self.parts(rung)
             blocks = _ceil(owners * lanes, rung.threads)
         elif rung.owner == "grid":
-            blocks = min(self.stripes, self.device.sm_count // tiles) * tiles
+            blocks = min(self.stripes, self.slots(rung) // tiles) * tiles
         grid, name = grid_of(blocks), f"{prefix}_{rung.name}"
         return Step(module, name, grid, rung.threads, shared, owners, tiles, chunks, lanes,
                     rung.group, rung.cluster, rung.owner == "grid", plain)  # fmt: skip
+
+    def slots(self, rung: Rung) -> int:
+        """Blocks that the device holds at once."""
+        if rung.rest == "shared":
+            return self.device.sm_count
+        threads = resident_threads(rung, self.op, self.dtype, self.kind, self.epilogue, self.skewed)
+        return self.device.sm_count * (threads // rung.threads)
+
+    def fits(self, rung: Rung, tiles: int) -> bool:
+        """Whether a block of a group has room for its tile."""
+        if rung.rest == "registers":
+            return self.chunks(rung, tiles) <= rung.chunks
+        return self.shared(rung, tiles) <= self.device.shared_per_block
 
     def merge(self, name: str, planes: int, file: str = "split", shared: int = 256 * 24) -> Step:
         """shared: three Accums a thread (split.cu)."""
@@ -456,41 +383,52 @@ class _Job:
                 return None, f"staged planes exceed the {self.device.shared_per_block} B of shared memory"
             why = f"{most} planes a warp, staged so that 16 B move at a time; {self.parts(rung)} threads a plane"
             return self.step(op, op, rung, shared, chunks=rung.chunks), why
-        if rung.rest == "registers":
+        if rung.rest == "registers" and not rung.grouped:
             # A warp that holds its plane in one pack a thread gains nothing from company.
             if choosing and rung.owner == "warp" and self.packs > 32 and self.company < 2 * busy:
                 return None, f"{self.company} owners would leave multiprocessors idle"
+            narrow = rung.owner == "block" and rung.threads < 256
+            if choosing and narrow and self.company * rung.threads < FEW_THREADS * busy:
+                return None, f"{self.company} owners of {rung.threads} threads would leave multiprocessors half empty"
             if self.chunks(rung) > rung.chunks:
                 return None, f"{self.held} are too many for the registers"
             shared = self.exchange(rung)
             why = f"{self.held} rest in {rung.chunks * self.arrays} packs of {rung.size} threads"
             return self.step(op, op, rung, shared, chunks=rung.chunks), why
-        # In shared memory. While a larger owner is to be had, two blocks share a multiprocessor: one computes while the
+        # In shared memory, while a larger owner is to be had, two blocks share a multiprocessor: one computes while the
         # other moves its tile.
         whole, half = self.device.shared_per_block, (self.device.shared_per_block + 1024) // 2 - 1024
         tiles = rung.cluster
         if rung.owner == "grid":
-            if busy < 2 or self.shared(rung, busy) > whole:
-                return None, f"{self.held} exceed the shared memory of all multiprocessors"
-            tiles = next(t for t in range(2, busy + 1) if self.shared(rung, t) <= whole)
-            groups = min(self.company, busy // tiles)
+            slots = self.slots(rung)
+            if busy < 2 or not self.fits(rung, slots):
+                where = "registers" if rung.rest == "registers" else "shared memory"
+                return None, f"{self.held} exceed the {where} of all multiprocessors"
+            tiles = next(t for t in range(2, slots + 1) if self.fits(rung, t))
+            groups = min(self.company, slots // tiles)
             groups = _ceil(self.company, _ceil(self.company, groups))  # as many rounds, the last one no emptier
-            tiles = max(tiles, min(busy // groups, _ceil(self.bytes, TILE_BYTES)))
+            tiles = max(tiles, min(slots // groups, _ceil(self.bytes, TILE_BYTES)))
             tiles = _ceil(self.packs, self.chunks(rung, tiles) * rung.threads)
-            why = (
-                f"{self.held} rest in {self.shared(rung, tiles)} B of shared memory of each of {tiles} multiprocessors"
-            )
-            return self.step(op, op, rung, self.shared(rung, tiles), tiles, chunks=self.chunks(rung, tiles)), why
+            return self.step(
+                op, op, rung, self.shared(rung, tiles), tiles, chunks=self.chunks(rung, tiles)
+            ), self.rests(rung, tiles)
         if tiles > self.device.cluster:
             return None, f"{self.held}: the device has no clusters of {tiles} blocks"
         shared = self.shared(rung, tiles)
         last = tiles == self.device.cluster or not choosing
+        if rung.rest == "registers" and not self.fits(rung, tiles):
+            return None, f"{self.held} are too many for the registers of {tiles} blocks"
         if shared > (whole if last else half):
             return None, f"{self.held} exceed the {whole if last else half} B of shared memory of {tiles} block(s)"
         if choosing and 2 * self.company * tiles <= busy:
             return None, f"{self.company} x {tiles} blocks would leave most of {busy} multiprocessors idle"
-        why = f"{self.held} rest in {shared} B of shared memory" + (f" of each of {tiles} blocks" if tiles > 1 else "")
-        return self.step(op, op, rung, shared, tiles, chunks=self.chunks(rung, tiles)), why
+        return self.step(op, op, rung, shared, tiles, chunks=self.chunks(rung, tiles)), self.rests(rung, tiles)
+
+    def rests(self, rung: Rung, tiles: int) -> str:
+        """Where a tile stays between passes."""
+        packs, shared = self.chunks(rung, tiles) * self.arrays, self.shared(rung, tiles)
+        room = f"{packs} packs of {rung.size} threads" if rung.rest == "registers" else f"{shared} B of shared memory"
+        return f"{self.held} rest in {room}" + (f" of each of {tiles} blocks" if tiles > 1 else "")
 
 
 @lru_cache(maxsize=4096)
@@ -516,7 +454,7 @@ def plan(
     without activation has none). residual: whether there is one, with an epilogue. invariant: whether the order of
     additions in a plane must depend neither on N nor on where the plane is.
     """
-    job = _Job(op, shape, dtype, kind, layouts, device, invariant)
+    job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant)
     # The residual is read; backward reads it again for z, and writes its gradient.
     more = residual * (1 if op in ("forward", "evaluate") else 2)
 

@@ -148,7 +148,7 @@ class CupyRuntime:
                     raise compile_error(module, error.get_message()) from error
                 if shared > DEFAULT_SHARED:
                     kernel.max_dynamic_shared_size_bytes = shared
-                if module.group == "cluster" and "cluster16" in name:
+                if "cluster16" in name:
                     driver.funcSetAttribute(function.ptr, NON_PORTABLE_CLUSTER, 1)
                 self._kernels[number, module, name] = _Kernel(kernel, function.ptr)
 

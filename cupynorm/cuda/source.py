@@ -15,7 +15,8 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
-from .plan import EPILOGUES, FORCED, ITEMSIZE, LADDERS, PLAIN, Kind, Plan, Rung, Step, resident_threads, widest
+from .plan import Plan, Step
+from .variants import EPILOGUES, FORCED, ITEMSIZE, LADDERS, PLAIN, Kind, Rung, resident_threads, widest
 
 
 class CompileError(RuntimeError):
@@ -44,7 +45,7 @@ OPTIONS = ("-std=c++17",)
 class Module:
     """One compile unit: the rungs of one group of a file's ladder."""
 
-    file: str  # a key of plan.LADDERS
+    file: str  # a key of variants.LADDERS
     dtype: str
     vector: int
     kind: Kind
@@ -72,10 +73,9 @@ class Module:
     @property
     def defines(self) -> str:
         """The macros that make the module. Not compiler options: for each new tuple of those CuPy compiles a dummy."""
-        resident = resident_threads(self.file, self.dtype, self.kind, self.group, self.epilogue, self.skewed)
         rungs = "".join(
             f" RUNG({r.name}, {r.owner.upper()}, {r.rest.upper()}, {r.threads}, {r.chunks or 1},"
-            f" {max(1, (r.resident or resident) // r.threads)}, {r.cluster})"
+            f" {self.blocks(r)}, {r.cluster})"
             for r in self.rungs
         )
         return (
@@ -84,12 +84,17 @@ class Module:
             f"#define CHANNELS_LAST {int(self.kind == 'channels_last')}\n"
             f"#define SKEWED {int(self.skewed)}\n"
             f"#define EPILOGUE {self.epilogue}\n"
-            f"#define GROUPED {int(self.group in ('cluster', 'grid'))}\n"
+            f"#define GROUPED {int(any(r.grouped for r in self.rungs))}\n"
             f"#define LADDER{rungs}\n"
             # Older GPUs have no clusters: the module is empty there.
-            + (self.group == "cluster")
+            + any(r.owner == "cluster" for r in self.rungs)
             * "#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900\n#undef LADDER\n#define LADDER\n#endif\n"
         )
+
+    def blocks(self, rung: Rung) -> int:
+        """Blocks of a rung that must fit on a multiprocessor."""
+        resident = resident_threads(rung, self.file, self.dtype, self.kind, self.epilogue, self.skewed)
+        return max(1, resident // rung.threads)
 
     @property
     def source(self) -> str:
@@ -107,7 +112,7 @@ class Module:
 
 @dataclass(frozen=True)
 class ForcedModule(Module):
-    """A module of one rung, whichever it is (plan.FORCED)."""
+    """A module of one rung, whichever it is (variants.FORCED)."""
 
     only: Rung = field(kw_only=True)
 

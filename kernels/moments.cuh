@@ -80,41 +80,45 @@ template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
 __device__ inline Moments moments_of_tile(const Share& share, const Tensor& x, Rest<REST, THREADS, CHUNKS>& rest,
                                           int chunks, Math* scratch, Math* other) {
     Moments m;
-    const Math count = (Math)share.count(), inverse = 1 / count;
+    const Math count = (Math)share.count();
     sum_tile<true, 1, OWNER>(share, x, rest, chunks, scratch, m.mean, [](int, Math value, Math (&terms)[1]) {
         terms[0] = value;
     });
     #pragma unroll
-    for (int p = 0; p < P; p++) m.mean[p] *= inverse;
+    for (int p = 0; p < P; p++) m.mean[p] /= count;
     Math sums[2 * P];
     sum_tile<false, 2, OWNER>(share, x, rest, chunks, other, sums, [&](int p, Math value, Math (&terms)[2]) {
         const Math d = value - m.mean[p];
         terms[0] = d;
         terms[1] = d * d;
     });
-    // Of a plane that is all but constant, most of the squares may be delta's: they are summed again then. So they are
-    // in a unit that has room, where they are out of range.
-    bool cancelled = false, odd = false;
+    // Of a plane that is all but constant, most of the squares may be delta's: they are summed again then.
+    bool cancelled = false;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        m.delta[p] = sums[p] * inverse;
+        m.delta[p] = sums[p] / count;
         m.squares[p] = sums[P + p] - sums[p] * m.delta[p];
-        cancelled |= !(m.squares[p] >= sums[P + p] / 4);
+        cancelled |= m.squares[p] < sums[P + p] / 4;
     }
+    Math again[P];
     if (any_of_owner<OWNER, THREADS>(cancelled, share.lanes)) {
-        sum_tile<false, 1, OWNER>(share, x, rest, chunks, scratch, m.squares, [&](int p, Math value, Math (&terms)[1]) {
+        sum_tile<false, 1, OWNER>(share, x, rest, chunks, scratch, again, [&](int p, Math value, Math (&terms)[1]) {
             const Math d = (value - m.mean[p]) - m.delta[p];
             terms[0] = d * d;
         });
+        // Only of those planes: the others' bits must not depend on what they share a warp with.
+        #pragma unroll
+        for (int p = 0; p < P; p++) if (m.squares[p] < sums[P + p] / 4) m.squares[p] = again[p];
         Math* const turn = scratch;
         scratch = other;
         other = turn;
     }
 #if !defined(STORAGE_FLOAT64)
+    // And in a unit that has room, where they are out of range.
+    bool odd = false;
     #pragma unroll
     for (int p = 0; p < P; p++) odd |= !has_room(m.squares[p], count);
     if (any_of_owner<OWNER, THREADS>(odd, share.lanes)) {
-        Math again[P];
         sum_tile<false, 1, OWNER>(share, x, rest, chunks, scratch, again, [&](int p, Math value, Math (&terms)[1]) {
             const Math d = ((value - m.mean[p]) - m.delta[p]) * unit_of(m.squares[p]);
             terms[0] = d * d;

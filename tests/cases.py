@@ -11,8 +11,8 @@ from conftest import Backend
 
 import cupynorm as cn
 from cupynorm import devices
-from cupynorm.cuda.plan import PART_BYTES, Device, Layout, Op, _Job
-from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind, widest
+from cupynorm.cuda.plan import PART_BYTES, PART_ELEMENTS, Device, Layout, Op, _Job
+from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, LADDERS, Kind, exists, resident_threads, widest
 
 #: Few multiprocessors: owners are chosen by the size of a plane alone, as they are for large batches.
 SMALL_DEVICE = Device("small", (7, 5), 1, 99 * 1024, 4 * 2**20)
@@ -328,12 +328,13 @@ def epilogue_variants() -> list[Case]:
     """The same for the kernels with an epilogue: layouts, dtypes, activations and residuals take turns."""
     turns = [
         ("channels_first", True, "float32", "leaky_relu"), ("channels_first", False, "float16", "silu"),
+        ("channels_first", False, "float32", "leaky_relu"),
         ("channels_last", True, "bfloat16", "gelu"), ("channels_last", False, "float64", "relu"),
         ("channels_first", True, "bfloat16", "gelu"), ("channels_first", False, "float64", None),
     ]  # fmt: skip
     cases = []
     for kind, easy, dtype, activation in turns:
-        for i, case in enumerate(plain := _variants(dtype, kind, easy)):
+        for i, case in enumerate(plain := _variants(dtype, kind, easy, epilogue=EPILOGUES[activation])):
             fused = replace(case, activation=activation, residual=case.layout)
             if i % 2 or activation is None or case is plain[-1]:
                 cases.append(fused)
@@ -360,19 +361,26 @@ def double_variants(turns: bool = False) -> list[Case]:
     ]
 
 
-def _variants(dtype: str, kind: Kind, easy: bool, ops: tuple[Op, ...] = ("forward", "backward")) -> list[Case]:
+#: Many multiprocessors for few planes: owners of few threads give way.
+WIDE_DEVICE = Device("wide", (7, 5), 64, 99 * 1024, 4 * 2**20)
+
+
+def _variants(
+    dtype: str, kind: Kind, easy: bool, ops: tuple[Op, ...] = ("forward", "backward"), epilogue: int = 0
+) -> list[Case]:
     """easy: all arrays aligned alike, and channels that can be packed."""
     # 16 bytes of channels-last rows at the least, so that there are several lanes; 3 channels cannot be packed.
     c = 2 if kind == "channels_first" else (16 if easy else 3)
     layout = kind if kind == "channels_last" else ("contiguous" if easy else "unaligned")
     vector = 1 if kind == "channels_last" and not easy else widest(ITEMSIZE[dtype], kind)
     base = Case((2, c, 1), dtype, layout)
+    skewed = kind == "channels_first" and not easy
 
-    def job(op: Op, s: int) -> _Job:
+    def job(op: Op, s: int, n: int = 2) -> _Job:
         stride = (c * s, s, 1) if kind == "channels_first" else (c * s, 1, c)
         layouts = (Layout(*stride, int(layout == "unaligned")), Layout(*stride, 0))
-        made = _Job(op, (2, c, s), dtype, kind, layouts, SMALL_DEVICE)
-        assert (made.vector, made.skewed) == (vector, kind == "channels_first" and not easy)
+        made = _Job(op, (n, c, s), dtype, kind, layouts, SMALL_DEVICE, epilogue)
+        assert (made.vector, made.skewed) == (vector, skewed)
         return made
 
     lanes = job("forward", 100).lanes
@@ -386,13 +394,19 @@ def _variants(dtype: str, kind: Kind, easy: bool, ops: tuple[Op, ...] = ("forwar
     for op in ops:
         held = 0
         for rung in LADDERS[op]:
+            if not exists(rung, op, dtype, kind, epilogue, skewed):
+                continue
             if rung.owner == "part":
                 if kind == "channels_first":
-                    for s in (3, 5, min(49, PART_BYTES // ITEMSIZE[dtype]), min(256, PART_BYTES // ITEMSIZE[dtype])):
+                    most = min(PART_ELEMENTS, PART_BYTES // ITEMSIZE[dtype])
+                    for s in (3, 5, min(49, most), most):
                         add(s)
-            elif rung.rest == "registers":
-                # Just over what the one before holds, and all that this one holds.
+            elif rung.rest == "registers" and not rung.grouped:
                 capacity = rung.chunks * rung.size // lanes * unit
+                if capacity <= held:  # there for few planes
+                    add(capacity - (unit - 1), WIDE_DEVICE)
+                    continue
+                # Just over what the one before holds, and all that this one holds.
                 add(held + 3)
                 add(capacity - (unit - 1))
                 if kind == "channels_first" and capacity * ITEMSIZE[dtype] <= PART_BYTES:
@@ -403,12 +417,29 @@ def _variants(dtype: str, kind: Kind, easy: bool, ops: tuple[Op, ...] = ("forwar
                 shared = job(op, held + 5).shared(rung, 1)
                 fits = shared <= SMALL_DEVICE.shared_per_block
                 add(held + 5, SMALL_DEVICE if fits else Device("block", (9, 0), 1, shared, 2**20))
+            elif rung.owner == "cluster" and rung.rest == "registers":
+                # As many multiprocessors as half as large a cluster would leave idle.
+                company = job(op, held + 5, 3).company
+                add(
+                    held + 5,
+                    Device(f"registers{rung.cluster}", (9, 0), company * rung.cluster, 2**14, 2**20, rung.cluster),
+                )
+            elif rung.owner == "grid" and rung.rest == "registers":
+                add(held + 5, Device("registers", (8, 0), 5, 2**12, 2**20))
             else:
                 # The smallest device that this rung, and none before it, suits.
-                tiles = 2 if rung.owner == "grid" else rung.cluster
-                shared = job(op, held + 5).shared(rung, tiles)
-                name = f"{rung.owner}{tiles}"
-                add(held + 5, Device(name, (9, 0), 5 if rung.owner == "grid" else 1, shared, 2**20, rung.cluster))
+                s, busy, tiles = held + 5, 1, rung.cluster
+                if rung.owner == "grid":
+                    tiles = 2
+                    of_registers = next((r for r in LADDERS[op] if (r.owner, r.rest) == ("grid", "registers")), None)
+                    if of_registers is None or not exists(of_registers, op, dtype, kind, epilogue, skewed):
+                        busy = 5
+                    else:  # more than the registers of all multiprocessors hold
+                        busy = 2
+                        blocks = resident_threads(of_registers, op, dtype, kind, epilogue, skewed) * busy // 256
+                        s = blocks * of_registers.chunks * of_registers.size // lanes * unit + 5
+                shared = job(op, s).shared(rung, tiles)
+                add(s, Device(f"{rung.owner}{tiles}", (9, 0), busy, shared, 2**20, rung.cluster))
     # Too large for shared memory: split.
     add(SMALL_DEVICE.shared_per_block // (ITEMSIZE[dtype] * (1 if lanes == 1 else lanes * vector)) + 1)
     return list(cases.values())

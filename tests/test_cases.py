@@ -59,7 +59,7 @@ def test_more_tiles_than_threads_that_merge_them(backend: Backend, rng: np.rando
     ops: list[Op] = ["forward", "backward", "double_backward"]
     for op in ops:
         step = plan_for(op, memory, case.dtype, case.device)[0].steps[0]
-        assert (step.group, step.tiles > 512 // step.lanes) == ("grid", True)
+        assert (step.cooperative, step.tiles > step.threads // step.lanes) == (True, True)
     cases.check(backend, case, rng)
     cases.check_double(backend, case, rng)
 

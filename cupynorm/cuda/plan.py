@@ -14,14 +14,14 @@ from itertools import pairwise
 from math import prod
 from typing import Literal, NamedTuple
 
-from .variants import FORCED, ITEMSIZE, Kind, Rung, ladder, resident_threads, widest
+from .variants import FORCED, ITEMSIZE, Kind, Rung, exists, ladder, resident_threads, widest
 
 Op = Literal["forward", "backward", "evaluate", "eval_gradient", "double_backward", "eval_double"]
 
-PART_BYTES = 512  # the largest plane of a part of a warp
+PART_BYTES, PART_ELEMENTS = 512, 128  # the largest plane of a part of a warp
 TILE_BYTES = 8192  # the smallest tile worth a block of a grid
 STRIPE_BYTES = 64  # channels-last: neighbouring channels that one owner serves
-FEW_THREADS = 1024  # of a multiprocessor: below them narrow blocks give way to wider ones
+FEW_THREADS = 128  # of a multiprocessor: below them narrow blocks give way to wider ones
 MAX_GRID = 2**31 - 16  # the most there may be that is whole clusters, of any size
 
 
@@ -373,9 +373,12 @@ class _Job:
         op = self.op
         choosing = op not in FORCED  # the quickest of those that fit
         if rung.owner == "part":
-            large = choosing and self.s * self.itemsize > PART_BYTES
+            large = choosing and (self.s > PART_ELEMENTS or self.s * self.itemsize > PART_BYTES)
             if not self.dense() or large or self.s > 32 * rung.chunks:
                 return None, "planes are too large, or not one behind the other"
+            # With 16 elements a thread has fewer instructions for each; but planes of 16 floats lie in few banks.
+            if choosing and op == "forward" and (rung.chunks == 8) != (self.s < 32 and self.itemsize > 2):
+                return None, f"another number of elements a thread is quicker than {rung.chunks}"
             most, w = 32 // self.parts(rung), 16 // self.itemsize
             room = (most * self.s + 2 * w - 2) // w * 16
             shared = rung.threads // 32 * rooms * room
@@ -383,6 +386,8 @@ class _Job:
                 return None, f"staged planes exceed the {self.device.shared_per_block} B of shared memory"
             why = f"{most} planes a warp, staged so that 16 B move at a time; {self.parts(rung)} threads a plane"
             return self.step(op, op, rung, shared, chunks=rung.chunks), why
+        if not exists(rung, op, self.dtype, self.kind, self.epilogue, self.skewed):
+            return None, f"no such kernel has registers for {rung.chunks} packs of each array"
         if rung.rest == "registers" and not rung.grouped:
             # A warp that holds its plane in one pack a thread gains nothing from company.
             if choosing and rung.owner == "warp" and self.packs > 32 and self.company < 2 * busy:

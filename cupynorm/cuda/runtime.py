@@ -65,6 +65,7 @@ class CupyRuntime:
         self._locks: defaultdict[tuple[int, Module], threading.Lock] = defaultdict(threading.Lock)
         self._lock = threading.Lock()
         self._has_nvrtc = False
+        self._thread = threading.local()  # contexts: the devices that a thread has used
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
         return array.device
@@ -110,11 +111,13 @@ class CupyRuntime:
         return array.data.ptr
 
     def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
-        key = (cupy.cuda.runtime.getDevice(), module, step.name)
+        number = cupy.cuda.runtime.getDevice()
+        key = (number, module, step.name)
         kernel = self._kernels.get(key)
         if kernel is None:
             self.load(module)
             kernel = self._kernels[key]
+        self._make_context(number)
         arguments = kernel.arguments(args)
         stream = cupy.cuda.get_current_stream().ptr
         numbers = (kernel.function, *step.grid, 1, step.threads, 1, 1, step.shared, stream, ctypes.addressof(arguments))
@@ -127,6 +130,16 @@ class CupyRuntime:
         )
         launch.arguments = arguments  # type: ignore[attr-defined]  # lives as long as the launch
         return launch
+
+    def _make_context(self, number: int) -> None:
+        """Give the calling thread a context on its current device: the driver's calls need it."""
+        try:
+            known = self._thread.contexts
+        except AttributeError:
+            known = self._thread.contexts = set()
+        if number not in known:
+            cupy.cuda.runtime.memGetInfo()
+            known.add(number)
 
     def load(self, module: Module) -> None:
         """Compile a module for the current device, or load it from CuPy's disk cache: once, whoever else asks."""

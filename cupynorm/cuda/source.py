@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 from .plan import Plan, Step
-from .variants import EPILOGUES, FORCED, ITEMSIZE, LADDERS, PLAIN, Kind, Rung, resident_threads, widest
+from .variants import EPILOGUES, FORCED, ITEMSIZE, LADDERS, PLAIN, Kind, Rung, exists, resident_threads, widest
 
 
 class CompileError(RuntimeError):
@@ -68,7 +68,8 @@ class Module:
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
-        return tuple(rung for rung in LADDERS[self.file] if rung.group == self.group)
+        facts = self.file, self.dtype, self.kind, self.epilogue, self.skewed
+        return tuple(r for r in LADDERS[self.file] if r.group == self.group and exists(r, *facts))
 
     @property
     def defines(self) -> str:
@@ -134,7 +135,7 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
             first, last = widest(ITEMSIZE[dtype], "channels_first"), widest(ITEMSIZE[dtype], "channels_last")
             modules += [Module(file, dtype, first, "channels_first", group, epilogue, skew) for skew in (False, True)]
             modules += [Module(file, dtype, v, "channels_last", group, epilogue) for v in (last, 1)]
-    return modules
+    return [module for module in modules if module.rungs or module.file == "channels"]
 
 
 def core_modules() -> list[Module]:

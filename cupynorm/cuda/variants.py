@@ -56,6 +56,22 @@ class Rung:
         return self.owner if self.owner == "part" else ""
 
 
+def exists(rung: Rung, file: str, dtype: str, kind: Kind, epilogue: int, skewed: bool) -> bool:
+    """Whether there is a kernel of a rung with these.
+
+    8 packs of x and of dy are 64 registers a thread, which some kernels need for other things: those have no such
+    rungs, but clusters that keep their tiles in shared memory.
+    """
+    needy = kind == "channels_last" or (ITEMSIZE[dtype] == 2 and (epilogue > 0 or skewed))
+    if rung.owner == "part":  # of 16-bit planes a thread takes 16 elements at once, whatever their size
+        return not (file == "forward" and rung.chunks == 8 and ITEMSIZE[dtype] == 2)
+    if file != "backward":
+        return True
+    if rung.owner == "cluster" and rung.rest == "shared":
+        return needy
+    return not (needy and rung.chunks == 8)
+
+
 def resident_threads(rung: Rung, file: str, dtype: str, kind: Kind, epilogue: int, skewed: bool) -> int:
     """Threads that must fit on a multiprocessor: a limit of 65536 / this registers for a kernel's threads."""
     if rung.resident:
@@ -64,7 +80,9 @@ def resident_threads(rung: Rung, file: str, dtype: str, kind: Kind, epilogue: in
         return 256  # 24 elements a thread, of two registers each
     light = dtype != "float64" and kind == "channels_first" and not skewed
     if file == "forward" and light and epilogue < 2:
-        return 512 if rung.owner == "grid" and rung.rest == "shared" else 1024
+        if rung.grouped and rung.rest == "registers":
+            return 768 if epilogue else 1024
+        return 512 if rung.owner == "grid" else 1024
     if file == "backward" and light and epilogue == 0:
         # Where the registers suffice, the more blocks the better: up to 1.3 times as fast on an H200.
         return 1024 if rung.owner not in ("part", "warp") and 0 < rung.chunks <= 4 else 512
@@ -79,34 +97,38 @@ def _block(*sizes: tuple[int, int]) -> tuple[Rung, ...]:
     return tuple(Rung("block", "registers", threads, k) for threads, k in sizes)
 
 
+def _part(threads: int, *chunks: int) -> tuple[Rung, ...]:
+    return tuple(Rung("part", "registers", threads, k) for k in chunks)
+
+
 def _cluster(threads: int, chunks: int, *sizes: int) -> tuple[Rung, ...]:
     return tuple(Rung("cluster", "registers", threads, chunks, size) for size in sizes)
 
 
-def _grid(threads: int, chunks: int) -> tuple[Rung, ...]:
-    return (Rung("grid", "registers", threads, chunks),)
-
-
-_PART = Rung("part", "registers", 256, 8)
+_GRID = (Rung("grid", "registers", 256, 8),)
 _BLOCK_SHARED = (Rung("block", "shared", 512, 0),)
-_GROUP_SHARED = (*(Rung("cluster", "shared", 512, 0, size) for size in (2, 4, 8, 16)), Rung("grid", "shared", 512, 0))
+_CLUSTER_SHARED = tuple(Rung("cluster", "shared", 512, 0, size) for size in (2, 4, 8, 16))
+_GRID_SHARED = (Rung("grid", "shared", 512, 0),)
 
 #: The ladders: the first rung that suits (_Job.suits) is taken, and what suits none is split. With 16-byte packs a warp
-#: holds 512 bytes a chunk, 256 threads 4 KB.
+#: holds 512 bytes a chunk, 256 threads 4 KB. Their order and borders are those measured on an H200 (bench/TUNING.md).
 LADDERS: dict[str, tuple[Rung, ...]] = {
     "forward": (
-        *(_PART, *_warp(1, 2, 4, 8), *_block((64, 8), (128, 8), (256, 4), (256, 8), (512, 8))),
-        *(*_cluster(512, 8, 2, 4, 8, 16), *_BLOCK_SHARED, *_grid(512, 8), *_GROUP_SHARED),
+        *(*_part(128, 8, 16), *_warp(1, 2, 4, 8), *_block((64, 8), (128, 8), (256, 4), (256, 8), (512, 8))),
+        *(*_cluster(256, 8, 4, 8, 16), *_BLOCK_SHARED, *_GRID, *_GRID_SHARED),
     ),
     # x and dy are both held: half as much of each.
     "backward": (
-        *(_PART, *_warp(1, 2, 4), *_block((64, 4), (128, 4), (256, 4), (512, 4), (512, 8))),
-        *(*_cluster(512, 4, 4, 8, 16), *_cluster(512, 8, 16), *_BLOCK_SHARED, *_grid(512, 4), *_GROUP_SHARED),
+        *(*_part(128, 8), *_warp(1, 2, 4), *_block((64, 4), (128, 4), (256, 4), (512, 4), (512, 8))),
+        *(*_cluster(256, 8, 4, 8, 16), *_BLOCK_SHARED, *_CLUSTER_SHARED, *_GRID, *_GRID_SHARED),
     ),
-    "split": _block((256, 4)),
+    "split": _block((256, 8)),
     "evaluate": (*_warp(1, 4), *_block((256, 4))),
     # x, dy and ddx.
-    "double_backward": (*(_PART, *_warp(1, 3), *_block((256, 1), (256, 2), (512, 2)), *_BLOCK_SHARED, *_GROUP_SHARED),),
+    "double_backward": (
+        *(*_part(256, 8), *_warp(1, 3), *_block((256, 1), (256, 2), (512, 2)), *_BLOCK_SHARED),
+        *(*_CLUSTER_SHARED, *_GRID_SHARED),
+    ),
     "double_split": _block((256, 3)),
     "double_evaluate": (*_warp(1, 3), *_block((256, 3))),
     "channels": (),

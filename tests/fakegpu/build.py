@@ -132,14 +132,19 @@ def _build(scratch: Path, made: Path) -> None:
         if process.wait():
             raise RuntimeError(f"{name} does not compile")
     own = [scratch / f"{name}.o" for name, _ in objects if name != source.stem]
-    there = set(re.findall(r" [TW] (cu\w+)", _run("nm", *own)))
+    there = set(re.findall(r" T (cu\w+)", _run("nm", *own)))
     asked = set(re.findall(r" U (cuda[A-Z]\w+)", _run("nm", scratch / f"{source.stem}.o"))) | _driver_functions(root)
     unsupported = scratch / "unsupported.cpp"
     unsupported.write_text(UNSUPPORTED + "".join(f"UNSUPPORTED({name})\n" for name in sorted(asked - there)))
-    _run(*compiler, "-shared", "-Wl,-soname,libfakegpu.so", *own, unsupported, "-o", library)
+    _run(*compiler, "-c", unsupported, "-o", scratch / "unsupported.o")
+    # The runtime's functions get names of their own: PyTorch may have brought NVIDIA's into the process.
+    names = scratch / "names"
+    names.write_text("".join(f"{name} fakegpu_{name}\n" for name in sorted(asked | there) if name.startswith("cuda")))
+    for file in scratch.glob("*.o"):
+        _run("objcopy", f"--redefine-syms={names}", file)
+    _run(*compiler, "-shared", "-Wl,-soname,libfakegpu.so", *own, scratch / "unsupported.o", "-o", library)
     _run(
-        *compiler, "-shared", scratch / f"{source.stem}.o", library, "-Wl,-rpath,$ORIGIN", "-Wl,-z,defs",
-        "-Wl,--unresolved-symbols=ignore-all", "-o", made / "runtime.so",
+        *compiler, "-shared", scratch / f"{source.stem}.o", library, "-Wl,-rpath,$ORIGIN", "-o", made / "runtime.so",
     )  # fmt: skip
 
 

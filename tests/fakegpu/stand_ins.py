@@ -32,9 +32,9 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     **{
         f"cupy_{name}": getattr(np, name)
         for name in (
-            "absolute", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "cos", "equal", "exp", "expm1",
-            "float_power", "floor_divide", "greater", "greater_equal", "invert", "isfinite", "isinf", "isnan", "left_shift", "less",
-            "less_equal", "log", "logical_and", "logical_not", "logical_or", "maximum", "minimum", "multiply",
+            "absolute", "add", "bitwise_and", "bitwise_or", "bitwise_xor", "cos", "equal", "exp", "expm1", "left_shift",
+            "float_power", "floor_divide", "greater", "greater_equal", "invert", "isfinite", "isinf", "isnan",
+            "less", "less_equal", "log", "logical_and", "logical_not", "logical_or", "maximum", "minimum", "multiply",
             "negative", "not_equal", "power", "reciprocal", "remainder", "right_shift", "sign", "sin", "sqrt", "square",
             "subtract", "tanh", "true_divide",
         )

@@ -28,7 +28,6 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "cupy_fill": lambda a: a,
     "cupy_where": lambda condition, a, b: np.where(condition != 0, a, b),
     "cupy_clip": lambda a, low, high: np.minimum(np.maximum(a, low), high),
-    "cupy_rsqrt": lambda a: 1 / np.sqrt(a),
     **{
         f"cupy_{name}": getattr(np, name)
         for name in (

@@ -24,8 +24,8 @@ static const struct Setting { const char* name; long Settings::* value; long usu
     {"cluster", &Settings::cluster, 16},        // most blocks of a cluster that can be placed; 1: none
     {"memory", &Settings::memory, 8192},        // MiB of each device
     {"driver", &Settings::driver, CUDA_VERSION},// the CUDA version it supports; 0: there is no driver
-    {"oom", &Settings::oom, 0},                 // the n-th allocation from now on fails; 0: none does
-    {"fail", &Settings::fail, 0},               // the n-th launch from now on fails; 0: none does
+    {"oom", &Settings::oom, 0},                 // from the n-th allocation on all fail; 0: none does
+    {"fail", &Settings::fail, 0},               // the n-th launch from now on fails, once; 0: none does
     {"code", &Settings::code, CUDA_ERROR_LAUNCH_FAILED},  // with this error
 };
 

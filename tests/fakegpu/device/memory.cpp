@@ -45,7 +45,8 @@ static int allocate(void** p, size_t size) {
     count(MALLOCS);
     if (int error = ready()) return error;
     std::lock_guard<std::recursive_mutex> guard(lock);
-    if (settings.oom && --settings.oom == 0) return refuse(cudaErrorMemoryAllocation, "FAKEGPU's oom");
+    if (settings.oom == 1) return refuse(cudaErrorMemoryAllocation, "FAKEGPU's oom");
+    if (settings.oom) settings.oom--;
     const int device = current_device();
     const size_t pages = (size + PAGE - 1) / PAGE * PAGE;
     if (used[device] + size > (size_t)settings.memory << 20 || pages > SPACE - 2 * PAGE - next) {

@@ -29,7 +29,7 @@ struct Stream {
 };
 
 struct Event {
-    double milliseconds = 0;
+    std::shared_ptr<double> milliseconds = std::make_shared<double>(0);  // a graph may outlive the event
     std::shared_ptr<Capture> capture;  // it was recorded in
 };
 
@@ -148,7 +148,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
     std::lock_guard<std::recursive_mutex> guard(lock);
     Stream* stream = stream_of(handle);
     if (stream == nullptr) return (cudaError_t)refuse(cudaErrorInvalidResourceHandle, "there is no such stream");
-    captures.erase(stream->capture);
+    if (const auto lost = stream->capture) {
+        captures.erase(lost);
+        for (Stream* s : streams) if (s->capture == lost) s->capture = nullptr;
+    }
     streams.erase(stream);
     return delete stream, cudaSuccess;
 }
@@ -224,15 +227,15 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t stream) {
     Event* event = (Event*)handle;
     Stream* s = stream_of(stream);
     event->capture = s ? s->capture : nullptr;
-    return (cudaError_t)enqueue(stream, "an event", [event] {
+    return (cudaError_t)enqueue(stream, "an event", [at = event->milliseconds] {
         const auto now = std::chrono::steady_clock::now().time_since_epoch();
-        return event->milliseconds = std::chrono::duration<double, std::milli>(now).count(), 0;
+        return *at = std::chrono::duration<double, std::milli>(now).count(), 0;
     });
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) { return wait_for(e, "cudaEventSynchronize"); }
 cudaError_t cudaEventQuery(cudaEvent_t e) { return wait_for(e, "cudaEventQuery"); }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEvent_t to) {
-    *milliseconds = ((Event*)to)->milliseconds - ((Event*)from)->milliseconds;
+    *milliseconds = *((Event*)to)->milliseconds - *((Event*)from)->milliseconds;
     return cudaSuccess;
 }
 // A stream that waits for what is captured joins the capture.

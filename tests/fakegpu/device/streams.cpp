@@ -148,7 +148,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
     std::lock_guard<std::recursive_mutex> guard(lock);
     Stream* stream = stream_of(handle);
     if (stream == nullptr) return (cudaError_t)refuse(cudaErrorInvalidResourceHandle, "there is no such stream");
-    if (const auto lost = stream->capture) {
+    if (const auto lost = stream->capture; lost && lost->origin == stream) {
         captures.erase(lost);
         for (Stream* s : streams) if (s->capture == lost) s->capture = nullptr;
     }

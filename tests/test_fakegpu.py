@@ -500,6 +500,7 @@ with cupy.cuda.Device(1):
     y += 1
 print(x.device, y.device, y.get()[0])
 z = cupy.RawKernel('extern "C" __global__ void bare() {}', "bare")
+of_the_other = z.kernel.ptr
 try:
     z((1,), (1,), (), stream=stream)
 except driver.CUDADriverError as error:
@@ -510,21 +511,29 @@ with cupy.cuda.Device(1):
         cupy.ndarray((10,), cupy.float32, cupy.cuda.MemoryPointer(memory, 0)).fill(2)
     except driver.CUDADriverError as error:
         print(error.status)
+    try:
+        driver.launchKernel(of_the_other, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0)
+    except driver.CUDADriverError as error:
+        print(error.status)
 """
     done = _python(text, devices=2)
-    assert done.stdout.split("\n")[:3] == ["<CUDA Device 0> <CUDA Device 1> 2.0", "400", "700"], done.stderr
+    assert done.stdout.split("\n")[:4] == ["<CUDA Device 0> <CUDA Device 1> 2.0", "400", "700", "400"], done.stderr
 
 
-def test_a_device_without_clusters() -> None:
+@pytest.mark.parametrize(
+    ("settings", "name", "cluster"),
+    [({"capability": 80}, "A100", 1), ({"cluster": 8}, "H100", 8), ({}, "H100", 16)],
+    ids=str,
+)
+def test_cupynorm_finds_what_clusters_there_are(settings: dict[str, int], name: str, cluster: int) -> None:
     text = """
 import cupy, cupynorm
 from cupynorm.cuda.backend import runtime
 print(runtime.device())
 print(float(abs(cupynorm.instance_norm(cupy.ones((1, 2, 64, 64)))).sum()))
 """
-    done = _python(text, capability=80)
-    assert "A100" in done.stdout and "cluster=1" in done.stdout, done.stderr
-    assert done.stdout.endswith("\n0.0\n")
+    done = _python(text, **settings)
+    assert re.fullmatch(rf"Device\(.*{name}.*, cluster={cluster}\)\n0\.0\n", done.stdout), done
 
 
 # Graphs
@@ -652,6 +661,22 @@ def test_commands(command: str, answer: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert re.search(answer, done.stdout, re.S), done.stdout
+
+
+def test_child_processes() -> None:
+    text = "import cupy; print(cupy.ones(3).sum())"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.stdout == "3.0\n", done.stderr
+
+
+def test_nvidias_own_runtime_finds_no_device() -> None:
+    """PyTorch brings it along, and uses the CPU then."""
+    from cuda import pathfinder
+
+    runtime = ctypes.CDLL(pathfinder.load_nvidia_dynamic_lib("cudart").abs_path)
+    number = ctypes.c_int(-1)
+    assert runtime.cudaGetDeviceCount(ctypes.byref(number)) in (35, 100)  # no usable driver, or no device
+    assert cp.cuda.runtime.getDeviceCount() == 1
 
 
 def test_gpu_status_in_this_process() -> None:

@@ -72,6 +72,18 @@ def _emulator() -> Any:
     return emulator.Emulator()
 
 
+@cache
+def _built(name: str, source: str, kernels: tuple[str, ...]) -> tuple[Any, Any, str]:
+    """The module that a kernel is of, and from the emulator's build how to run it and the kinds of its parameters."""
+    from simt import emulator
+
+    module = _modules().get(source) or emulator.Text("text", source, kernels)
+    library = emulator.build(module)
+    kinds = getattr(library, f"simt_kinds_{name}")
+    kinds.restype = ctypes.c_char_p
+    return module, getattr(library, f"simt_run_{name}"), kinds().decode()
+
+
 def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -> None:
     from simt import emulator
 
@@ -79,11 +91,7 @@ def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -
 
     if launch.grid[2] != 1 or launch.block[1] * launch.block[2] != 1:
         raise DeviceError(801, "the emulator has grids of two dimensions and blocks of one")
-    module = _modules().get(source) or emulator.Text("text", source, kernels)
-    library = emulator.build(module)
-    kinds_of = getattr(library, f"simt_kinds_{name}")
-    kinds_of.restype = ctypes.c_char_p
-    kinds = kinds_of().decode()
+    module, run, kinds = _built(name, source, kernels)
     given = control.arguments_of(launch)
     if len(given) != len(kinds):
         raise DeviceError(719, f"the cubin has {len(given)} parameters, the emulator's build {len(kinds)}")
@@ -104,7 +112,7 @@ def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -
     machine = _emulator()
     try:
         with emulator._running:
-            machine._launch(getattr(library, f"simt_run_{name}"), module, step, values, list(ends), ranges)
+            machine._launch(run, module, step, values, list(ends), ranges)
             machine.counts.clear()
     except emulator.SimtError as error:
         code = 700 if "outside of every array" in str(error) else 716 if "not aligned" in str(error) else 719

@@ -142,6 +142,12 @@ int fakegpu_refuse(int code, const char* why) { return refuse(code, "%s", why); 
 CUresult cuInit(unsigned) { return (CUresult)(settings.devices ? 0 : refuse(CUDA_ERROR_NO_DEVICE, "devices=0")); }
 CUresult cuDriverGetVersion(int* version) { return *version = settings.driver, CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int* number) { return *number = settings.devices, CUDA_SUCCESS; }
+// How NVIDIA's own runtime, which PyTorch brings along, asks for functions: it is to find no device. CuPy asks by name.
+static CUresult no_device() { return CUDA_ERROR_NO_DEVICE; }
+CUresult cuGetProcAddress_v2(const char* name, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult*) {
+    *function = std::string(name) == "cuDriverGetVersion" ? (void*)cuDriverGetVersion : (void*)no_device;
+    return CUDA_SUCCESS;
+}
 // NVRTC asks for one, and can do without.
 CUresult cuGetExportTable(const void** table, const CUuuid*) { return *table = nullptr, CUDA_ERROR_NOT_FOUND; }
 CUresult cuGetErrorName(CUresult e, const char** s) { return *s = error_of(e).driver, CUDA_SUCCESS; }

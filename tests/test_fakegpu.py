@@ -221,7 +221,8 @@ def test_images_that_are_not_of_this_device() -> None:
 
     assert _code(driver.moduleLoadData, cubin("sm_90")) == 0
     assert _code(driver.moduleLoadData, cubin("sm_80")) == 209
-    assert _code(driver.moduleLoadData, b"\x7fELE" + bytes(100)) == 200
+    assert _code(driver.moduleLoadData, b"\x7fELE" + cubin("sm_90")[4:]) == 200
+    assert _code(driver.moduleLoadData, cubin("sm_90")[:18] + b"\x3e" + cubin("sm_90")[19:]) == 200  # of x86-64
     assert _code(driver.moduleGetFunction, driver.moduleLoadData(cubin("sm_90")), "other") == 500
 
 

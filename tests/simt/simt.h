@@ -412,6 +412,10 @@ template <class... A> std::vector<std::pair<int, char>> parameters(void (*)(A...
 template <class... A> void call(void (*kernel)(A...), void** args) {
     call(kernel, args, std::index_sequence_for<A...>());
 }
+template <class... A> const char* kinds(void (*)(A...)) {
+    static const char letters[] = {kind<A>()..., 0};
+    return letters;
+}
 
 // Check an access to global memory; the range it lies in.
 static Range& check(const void* p, size_t size, size_t alignment) {
@@ -481,7 +485,8 @@ inline unsigned char* shared_memory() { return simt::m.block->shared.get(); }
 #define SIMT_EXPORT(name) \
     extern "C" int simt_run_##name(simt::Launch* launch) { \
         return simt::run(launch, [](void** args) { simt::call(&name, args); }, simt::parameters(&name)); \
-    }
+    } \
+    extern "C" const char* simt_kinds_##name() { return simt::kinds(&name); }
 
 template <class T> inline T load(const T* p) {
     simt::check(p, sizeof(T), alignof(T)).read += sizeof(T);

@@ -1,0 +1,177 @@
+"""Builds the fake device for the installed CuPy: python tests/fakegpu/build.py prints the folder it is in.
+
+Two files. libfakegpu.so, from device/*.cpp, is the driver and the runtime. runtime.so is CuPy's own extension module
+cupy_backends.cuda.api.runtime, built anew from CuPy's sources, since the wheel's has NVIDIA's runtime linked into it.
+What CuPy asks for and device/ does not have is there too, and says that it is not supported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+CACHE = Path(os.environ.get("FAKEGPU_CACHE", Path(tempfile.gettempdir()) / f"cupynorm-fakegpu-{os.getuid()}"))
+CUPY = "cupy-cuda13x"
+NEEDED = (CUPY, "nvidia-cuda-runtime", "Cython", "fastrlock", "numpy", "setuptools", "wheel")
+
+UNSUPPORTED = """
+namespace fake { int refuse(int code, const char* format, ...); }
+#define UNSUPPORTED(name) \\
+    extern "C" int name() { return fake::refuse(801, "the fake GPU has no %s", #name); }
+"""
+PROFILER = """
+#pragma once
+#include <cuda_runtime_api.h>
+extern "C" cudaError_t cudaProfilerStart(void);
+extern "C" cudaError_t cudaProfilerStop(void);
+"""
+
+
+class MissingError(RuntimeError):
+    """What the build needs and this environment lacks."""
+
+
+def versions() -> dict[str, str]:
+    """Of all that goes into the build; MissingError if something is not there."""
+    found = {}
+    for name in NEEDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise MissingError(f"the fake GPU needs {name}: tests/fakegpu/README.md says how to install it") from None
+    if shutil.which("g++") is None:
+        raise MissingError("the fake GPU needs g++")
+    return found
+
+
+def folder() -> Path:
+    """Where the build is, or will be: for these sources and versions."""
+    key = hashlib.sha256(repr((sys.version, sorted(versions().items()))).encode())
+    for file in (Path(__file__), *sorted((HERE / "device").iterdir())):
+        key.update(file.read_bytes())
+    return CACHE / key.hexdigest()[:24]
+
+
+def build() -> Path:
+    """The folder of the two files, built if they are not there."""
+    made = folder()
+    if not made.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            _build(Path(scratch), Path(scratch, "made"))
+            try:
+                os.replace(Path(scratch, "made"), made)
+            except OSError:  # somebody else was faster
+                if not made.exists():
+                    raise
+    return made
+
+
+def _run(*command: Any, **options: Any) -> str:
+    done = subprocess.run(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def _download(scratch: Path, requirement: str, *options: str) -> Path:
+    """A package's file, as pip finds it."""
+    target = scratch / re.split("[=<>]", requirement)[0]
+    # CuPy's setup.py, which pip asks for the package's name, would otherwise look for a CUDA toolkit.
+    environment = os.environ | {"CUPY_INSTALL_USE_STUB": "1"}
+    _run(
+        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *options,
+        "--dest", target, requirement, env=environment,
+    )  # fmt: skip
+    return next(target.iterdir())
+
+
+def _build(scratch: Path, made: Path) -> None:
+    of = versions()
+    sdist = _download(scratch, f"cupy=={of[CUPY]}", "--no-binary", ":all:", "--no-build-isolation")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(scratch, filter="data")
+    root = scratch / f"cupy-{of[CUPY]}"
+    cuda = ".".join(of["nvidia-cuda-runtime"].split(".")[:2])
+    with zipfile.ZipFile(_download(scratch, f"nvidia-cuda-crt=={cuda}.*", "--only-binary", ":all:")) as archive:
+        archive.extractall(scratch / "crt")
+    (scratch / "cuda_profiler_api.h").write_text(PROFILER)
+
+    source = _translate(root, cuda)
+    runtime = importlib.metadata.distribution("nvidia-cuda-runtime")
+    headers = next(Path(str(runtime.locate_file(f))) for f in runtime.files or () if f.name == "cuda_runtime_api.h")
+    crt = next((scratch / "crt").rglob("crt")).parent
+    import numpy
+
+    paths = (HERE / "device", headers.parent, crt, scratch, sysconfig.get_paths()["include"], numpy.get_include())
+    compiler = ("g++", "-std=c++17", "-O1", "-fPIC", "-w", *(f"-I{path}" for path in paths))
+
+    # What a user of libcuda.so.1 finds is a link to the library, in a folder of its own that the search path can miss.
+    (made / "driver").mkdir(parents=True)
+    library, link = made / "libfakegpu.so", made / "driver" / "libcuda.so.1"
+    link.symlink_to("../libfakegpu.so")
+    objects = [
+        (file.stem, subprocess.Popen([*compiler, "-c", str(file), "-o", str(scratch / f"{file.stem}.o")]))
+        for file in (source, *sorted((HERE / "device").glob("*.cpp")))
+    ]
+    for name, process in objects:
+        if process.wait():
+            raise RuntimeError(f"{name} does not compile")
+    own = [scratch / f"{name}.o" for name, _ in objects if name != source.stem]
+    there = set(re.findall(r" T (cu\w+)", _run("nm", *own)))
+    asked = set(re.findall(r" U (cuda[A-Z]\w+)", _run("nm", scratch / f"{source.stem}.o"))) | _driver_functions(root)
+    unsupported = scratch / "unsupported.cpp"
+    unsupported.write_text(UNSUPPORTED + "".join(f"UNSUPPORTED({name})\n" for name in sorted(asked - there)))
+    _run(*compiler, "-c", unsupported, "-o", scratch / "unsupported.o")
+    # The runtime's functions get names of their own: PyTorch may have brought NVIDIA's into the process.
+    names = scratch / "names"
+    names.write_text("".join(f"{name} fakegpu_{name}\n" for name in sorted(asked | there) if name.startswith("cuda")))
+    for file in scratch.glob("*.o"):
+        _run("objcopy", f"--redefine-syms={names}", file)
+    _run(*compiler, "-shared", "-Wl,-soname,libfakegpu.so", *own, scratch / "unsupported.o", "-o", library)
+    _run(
+        *compiler, "-shared", scratch / f"{source.stem}.o", library, "-Wl,-rpath,$ORIGIN", "-o", made / "runtime.so",
+    )  # fmt: skip
+
+
+def _driver_functions(root: Path) -> set[str]:
+    """Those that CuPy looks up by name."""
+    text = (root / "cupy_backends/cuda/api/_driver_extern.pxi").read_text()
+    return {f"cu{name.replace('{version}', '_v2')}" for name in re.findall(r"_L\.get\(f?'([\w{}]+)'\)", text)}
+
+
+def _translate(root: Path, cuda: str) -> Path:
+    """CuPy's runtime.pyx as C++, with the settings of its wheels."""
+    major, minor = cuda.split(".")
+    settings = {
+        "CUPY_CUDA_VERSION": int(major) * 1000 + int(minor) * 10, "CUPY_HIP_VERSION": 0,
+        "CUPY_USE_CUDA_PYTHON": False, "CUPY_CUFFT_STATIC": False, "CUPY_CYTHON_VERSION": versions()["Cython"],
+    }  # fmt: skip
+    script = (
+        "from setuptools import Extension; from Cython.Build import cythonize; "
+        "cythonize([Extension('cupy_backends.cuda.api.runtime', ['cupy_backends/cuda/api/runtime.pyx'], "
+        f"language='c++')], language_level=3, compile_time_env={settings!r})"
+    )
+    _run(sys.executable, "-c", script, cwd=root)
+    return root / "cupy_backends/cuda/api/runtime.cpp"
+
+
+if __name__ == "__main__":
+    try:
+        print(build())
+    except MissingError as error:
+        sys.exit(str(error))

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,34 @@ def test_clusters_of_a_size_that_is_not_portable() -> None:
     assert _code(_launch, four, 16, 32) == 0
     control.configure(cluster=1)
     assert _code(_launch, four, 16, 32) == 912
+
+
+def _elsewhere(call: Callable[[], Any]) -> Any:
+    """What a call gives on a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
+
+
+def test_a_thread_needs_a_context() -> None:
+    function = _function("bounded")
+    assert _elsewhere(lambda: _code(_launch, function, 1, 32)) == 201
+    assert _elsewhere(lambda: (cp.cuda.runtime.memGetInfo(), _code(_launch, function, 1, 32))[1]) == 0
+
+
+@pytest.mark.parametrize("side", [40, 700])
+def test_a_call_on_a_new_thread(side: int, rng: np.random.Generator) -> None:
+    """Kernels and memory are there already, so that no call of the runtime's makes a context by chance."""
+    host = rng.normal(size=(1, 2, side, side)).astype(np.float32)
+    x = cp.asarray(host)
+
+    def call() -> Any:
+        y, saved = cn.instance_norm_forward(x)
+        return y, cn.instance_norm_backward(x, saved)[0]
+
+    call()
+    y, dx = _elsewhere(call)
+    reference.assert_close(y.get(), reference.forward(host))
+    reference.assert_close(dx.get(), reference.backward(host, host)[0])
 
 
 def test_no_more_shared_memory_than_a_block_can_have() -> None:

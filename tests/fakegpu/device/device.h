@@ -36,6 +36,8 @@ extern Settings settings;
 const Model& model();
 int current_device();
 int ready();  // 0, or the error of every call while there is no usable device or driver
+void make_context();  // what the runtime's calls do on each thread that makes one
+int need_context();   // what the driver's calls ask for: an error on a thread that has made none
 
 // Events that are counted: in all, and while any stream captures.
 enum Counted { MALLOCS, COPIES, SYNCHRONISATIONS, LAUNCHES, MODULES, COUNTED };

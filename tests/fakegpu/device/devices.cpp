@@ -122,6 +122,12 @@ int refuse(int code, const char* format, ...) {
     return refused = code;
 }
 
+static thread_local bool has_context = false;
+void make_context() { has_context = true; }
+int need_context() {
+    return has_context ? 0 : refuse(CUDA_ERROR_INVALID_CONTEXT, "no call of the runtime has made one on this thread");
+}
+
 static const char* text_of(int code) {
     if (code == 0 || code != refused) return error_of(code).text;
     snprintf(said, sizeof said, "%s (%s)", error_of(code).text, reason);
@@ -158,6 +164,7 @@ CUresult cuCtxGetCurrent(CUcontext* c) { return *c = (CUcontext)(uintptr_t)(devi
 CUresult cuCtxSetCurrent(CUcontext c) {
     const long number = (long)c - 1;
     if (number < 0 || number >= settings.devices) return (CUresult)refuse(CUDA_ERROR_INVALID_DEVICE, "no such context");
+    make_context();
     return device = number, CUDA_SUCCESS;
 }
 CUresult cuCtxGetDevice(CUdevice* d) { return *d = device, CUDA_SUCCESS; }
@@ -181,6 +188,7 @@ cudaError_t cudaSetDevice(int number) {
     if (number < 0 || number >= settings.devices) {
         return (cudaError_t)refuse(cudaErrorInvalidDevice, "device %d of %ld", number, settings.devices);
     }
+    make_context();
     return device = number, cudaSuccess;
 }
 

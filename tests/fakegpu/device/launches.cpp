@@ -106,6 +106,7 @@ static int pack(const Kernel& k, void** pointers, void** extra, std::vector<unsi
 
 static int launch(Launch l, void* stream, void** pointers, void** extra) {
     count(LAUNCHES);
+    if (int error = need_context()) return error;
     l.device = current_device();
     std::vector<unsigned char> packed;
     {

@@ -140,14 +140,17 @@ int fakegpu_find(const void* p, int device, uintptr_t* at, uintptr_t* low, uintp
 int fakegpu_is_device(const void* p) { return in_space(p); }
 
 cudaError_t cudaMalloc(void** p, size_t size) {
+    make_context();
     if (int error = may_not_wait("cudaMalloc")) return (cudaError_t)error;
     return (cudaError_t)allocate(p, size);
 }
 cudaError_t cudaFree(void* p) {
+    make_context();
     if (int error = may_not_wait("cudaFree")) return (cudaError_t)error;
     return (cudaError_t)release(p);
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+    make_context();
     *total = (size_t)settings.memory << 20;
     *free = *total - used[current_device()];
     return (cudaError_t)ready();

@@ -111,6 +111,7 @@ const char* fakegpu_kernel(Module* module, unsigned i) {
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     count(MODULES);
     auto made = std::make_unique<Module>();
+    if (int error = need_context()) return (CUresult)error;
     if (int error = may_not_wait("cuModuleLoadData")) return (CUresult)error;
     if (int error = load(made.get(), (const unsigned char*)image)) return (CUresult)error;
     *module = (CUmodule)made.release();

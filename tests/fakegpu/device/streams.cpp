@@ -69,6 +69,7 @@ int may_not_wait(const char* what) {
 }
 
 int enqueue(void* handle, const char* what, std::function<int()> work) {
+    make_context();
     {
         std::lock_guard<std::recursive_mutex> guard(lock);
         if (is_default(handle)) {

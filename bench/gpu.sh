@@ -11,6 +11,8 @@
 # beside what was measured. Each part has a time limit; a part that fails is reported and the others go on; the exit
 # status is 1 then.
 # PYTHON chooses the interpreter (python3); PEERS who is measured beside cupynorm (torch, then torch.compile and jax).
+# To rehearse on the fake GPU (tests/fakegpu): SMALL=1 takes small shapes and a share of the tests, PACE=1000 makes all
+# time limits 1000 % of what they are.
 # Where there is no GPU the parts that need one are skipped, and the benchmarks are rehearsed on the CPU. A GPU that is
 # there but cannot be used is a failure.
 set -u
@@ -34,11 +36,14 @@ esac
 
 results=()
 failed=0
+pace=${PACE:-100}
+seconds() { awk "BEGIN {print $1 * $pace / 100}"; }
 
 # part NAME SECONDS FILE COMMAND...: run it with a limit, its output into FILE. An interrupt first, so that what was
 # measured until then is still written.
 part() {
-    local name=$1 limit=$2 file=$out/$3 start=$SECONDS status verdict
+    local name=$1 limit file=$out/$3 start=$SECONDS status verdict
+    limit=$(seconds "$2")
     shift 3
     echo "== $name" >>"$file"
     timeout --signal=INT --kill-after=10 "$limit" "$@" >>"$file" 2>&1 </dev/null
@@ -99,7 +104,7 @@ fi
 bench() {
     local name=$1 limit=$2
     shift 2
-    part "$name" "$limit" bench.txt "$python" -m bench --device gpu --time-limit $((limit - 15)) \
+    part "$name" "$limit" bench.txt "$python" -m bench --device gpu --time-limit "$(seconds $((limit - 15)))" \
         --json "$out/bench.json" "$@"
 }
 
@@ -117,12 +122,17 @@ sanitizer() {
         # numba and interrupts would only make it slow: the small cases of the table alone.
         CUPYNORM_EAGER=0 CUPYNORM_COMPILED=0 part "$tool" 45 sanitizer.txt "$program" --tool "$tool" \
             --error-exitcode 99 --report-api-errors no "$python" -m pytest -p bench.no_pool -p no:cacheprovider \
-            -m gpu -k "test_small or test_double_small" -q --tb=short tests/test_cases.py
+            -m gpu -k "test_small or test_double_small" -q --tb=short -p no:benchmark tests/test_cases.py
     done
 }
 
 both=float32,bfloat16
 telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,128,128,128 1,1,4096,4096 1,4194304,4,4 1,65536,32,32"
+real=real all="real sweep" tests=() sizes=()
+if [ -n "${SMALL:-}" ]; then
+    telling="2,3,16,16" real="2,320,4,4,4" all="2,3,16,16 2,320,4,4,4"
+    tests=(tests/test_cases.py -k "test_small and 2x3") sizes=(--elements 4096 --sizes 8,64 --rounds 1 --batch-ms 0.01)
+fi
 rehearse() {
     local name=$1 seconds=$2
     shift 2
@@ -150,29 +160,31 @@ if [ "$gpu" != yes ]; then
     fi
 elif [ $stage = first ]; then
     part facts 30 facts.txt bash -c facts
-    part smoke 90 smoke.txt "$python" -m bench.smoke --limit 50
+    part smoke 90 smoke.txt "$python" -m bench.smoke --limit "$(seconds 50)"
     bench benchmark 70 --shapes $telling --dtype $both --op forward,backward --peers "${PEERS:-torch}" --rounds 5 \
         --plot "$out/bench.png"
     part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --rounds 11 --json "$out/bench.json"
 elif [ $stage = full ]; then
     part facts 20 facts.txt bash -c facts
-    part prime 75 tests.txt "$python" -m bench.prime --limit 60
+    part prime 75 tests.txt "$python" -m bench.prime --limit "$([ -n "${SMALL:-}" ] && echo 20 || seconds 60)"
     # pytest calls it a failure (5) when it selects no test: so do we.
-    part tests 120 tests.txt "$python" -m pytest -n 8 -m gpu -q -ra --tb=short -p no:cacheprovider
-    bench benchmark 110 --shapes real sweep --dtype $both --op both,forward,backward --peers "${PEERS:-torch}" --rounds 7
+    part tests 120 tests.txt "$python" -m pytest -n 8 -m gpu -q -ra --tb=short -p no:cacheprovider \
+        -p no:benchmark "${tests[@]}"
+    bench benchmark 110 --shapes $all --dtype $both --op both,forward,backward --peers "${PEERS:-torch}" --rounds 7
     sanitizer
-    bench "channels-last and fused" 60 --shapes real --dtype $both --layout channels_first,channels_last \
+    bench "channels-last and fused" 60 --shapes $real --dtype $both --layout channels_first,channels_last \
         --epilogue none,fused --op both,forward,backward --peers "${PEERS:-torch}" --rounds 5 --resume \
         --plot "$out/bench.png"
     part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json"
     part dram 40 bench.txt "$python" -m bench.dram --json "$out/bench.json"
-    left=$((530 - SECONDS))
-    [ $left -lt 30 ] || bench "torch.compile and JAX" $left --shapes real --dtype $both --op both \
+    left=$((530 - SECONDS * 100 / pace))
+    [ $left -lt 30 ] || bench "torch.compile and JAX" $left --shapes $real --dtype $both --op both \
         --peers "${PEERS:-torch,torch.compile,jax}" --rounds 5 --resume
 elif [ $stage = variants ]; then
-    part variants 150 variants.txt "$python" -m bench variants --time-limit 135 --json "$out/variants.json"
+    part variants 145 variants.txt "$python" -m bench variants --time-limit "$(seconds 130)" \
+        --json "$out/variants.json" "${sizes[@]}"
 else
-    bench benchmark 175 --shapes real sweep --dtype $both --layout channels_first,channels_last --epilogue none,fused \
+    bench benchmark 175 --shapes $all --dtype $both --layout channels_first,channels_last --epilogue none,fused \
         --peers "${PEERS:-torch}" --rounds 7 --plot "$out/bench.png"
 fi
 

@@ -77,7 +77,10 @@ def _built(name: str, source: str, kernels: tuple[str, ...]) -> tuple[Any, Any, 
     """The module that a kernel is of, and from the emulator's build how to run it and the kinds of its parameters."""
     from simt import emulator
 
-    module = _modules().get(source) or emulator.Text("text", source, kernels)
+    module = _modules().get(source)
+    if module is None:  # a kernel that is forced, or a test's
+        leading = re.match(r"(?:#(?!line).*\n)*", source)
+        module = emulator.Text("text", source, kernels, defines=leading[0] if leading else "")
     library = emulator.build(module)
     kinds = getattr(library, f"simt_kinds_{name}")
     kinds.restype = ctypes.c_char_p

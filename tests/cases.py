@@ -417,29 +417,27 @@ def _variants(
                 shared = job(op, held + 5).shared(rung, 1)
                 fits = shared <= SMALL_DEVICE.shared_per_block
                 add(held + 5, SMALL_DEVICE if fits else Device("block", (9, 0), 1, shared, 2**20))
-            elif rung.owner == "cluster" and rung.rest == "registers":
+            elif rung.owner == "cluster":
                 # As many multiprocessors as half as large a cluster would leave idle.
-                company = job(op, held + 5, 3).company
-                add(
-                    held + 5,
-                    Device(f"registers{rung.cluster}", (9, 0), company * rung.cluster, 2**14, 2**20, rung.cluster),
-                )
-            elif rung.owner == "grid" and rung.rest == "registers":
+                made = job(op, held + 5, 3)
+                shared = made.shared(rung, rung.cluster) if rung.rest == "shared" else 2**14
+                name = f"{rung.rest}{rung.cluster}"
+                add(held + 5, Device(name, (9, 0), made.company * rung.cluster, shared, 2**20, rung.cluster))
+            elif rung.rest == "registers":
                 add(held + 5, Device("registers", (8, 0), 5, 2**12, 2**20))
             else:
-                # The smallest device that this rung, and none before it, suits.
-                s, busy, tiles = held + 5, 1, rung.cluster
-                if rung.owner == "grid":
-                    tiles = 2
-                    of_registers = next((r for r in LADDERS[op] if (r.owner, r.rest) == ("grid", "registers")), None)
-                    if of_registers is None or not exists(of_registers, op, dtype, kind, epilogue, skewed):
-                        busy = 5
-                    else:  # more than the registers of all multiprocessors hold
-                        busy = 2
-                        blocks = resident_threads(of_registers, op, dtype, kind, epilogue, skewed) * busy // 256
-                        s = blocks * of_registers.chunks * of_registers.size // lanes * unit + 5
-                shared = job(op, s).shared(rung, tiles)
-                add(s, Device(f"{rung.owner}{tiles}", (9, 0), busy, shared, 2**20, rung.cluster))
+                # The smallest grid that this rung, and none before it, suits.
+                of_registers = [
+                    r
+                    for r in LADDERS[op]
+                    if r.group == "grid_registers" and exists(r, op, dtype, kind, epilogue, skewed)
+                ]
+                s, busy = held + 5, 5
+                for r in of_registers:  # more than the registers of all multiprocessors hold
+                    busy = 2
+                    blocks = resident_threads(r, op, dtype, kind, epilogue, skewed) // r.threads * busy
+                    s = blocks * r.chunks * r.size // lanes * unit + 5
+                add(s, Device("grid", (9, 0), busy, job(op, s).shared(rung, 2), 2**20))
     # Too large for shared memory: split.
     add(SMALL_DEVICE.shared_per_block // (ITEMSIZE[dtype] * (1 if lanes == 1 else lanes * vector)) + 1)
     return list(cases.values())

@@ -340,12 +340,14 @@ class _Job:
         return Step(module, name, grid, rung.threads, shared, owners, tiles, chunks, lanes,
                     rung.group, rung.cluster, rung.owner == "grid", plain)  # fmt: skip
 
-    def slots(self, rung: Rung) -> int:
-        """Blocks that the device holds at once."""
-        if rung.rest == "shared":
-            return self.device.sm_count
+    def resident(self, rung: Rung) -> int:
+        """Blocks of a rung for which a multiprocessor has registers."""
         threads = resident_threads(rung, self.op, self.dtype, self.kind, self.epilogue, self.skewed)
-        return self.device.sm_count * (threads // rung.threads)
+        return threads // rung.threads
+
+    def slots(self, rung: Rung) -> int:
+        """Blocks that the device holds at once; of those that fill shared memory, one a multiprocessor."""
+        return self.device.sm_count * (self.resident(rung) if rung.rest == "registers" else 1)
 
     def fits(self, rung: Rung, tiles: int) -> bool:
         """Whether a block of a group has room for its tile."""
@@ -400,8 +402,8 @@ class _Job:
             shared = self.exchange(rung)
             why = f"{self.held} rest in {rung.chunks * self.arrays} packs of {rung.size} threads"
             return self.step(op, op, rung, shared, chunks=rung.chunks), why
-        # In shared memory, while a larger owner is to be had, two blocks share a multiprocessor: one computes while the
-        # other moves its tile.
+        # In shared memory, while a larger owner is to be had and registers allow it, two blocks share a multiprocessor:
+        # one computes while the other moves its tile.
         whole, half = self.device.shared_per_block, (self.device.shared_per_block + 1024) // 2 - 1024
         tiles = rung.cluster
         if rung.owner == "grid":
@@ -420,7 +422,7 @@ class _Job:
         if tiles > self.device.cluster:
             return None, f"{self.held}: the device has no clusters of {tiles} blocks"
         shared = self.shared(rung, tiles)
-        last = tiles == self.device.cluster or not choosing
+        last = tiles == self.device.cluster or not choosing or self.resident(rung) < 2
         if rung.rest == "registers" and not self.fits(rung, tiles):
             return None, f"{self.held} are too many for the registers of {tiles} blocks"
         if shared > (whole if last else half):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import aims, dram, host, report
+from . import aims, dram, host, report, variants
 from .cases import epilogue_text
 
 OPS = ("forward", "backward", "both")
@@ -34,6 +35,12 @@ def sanitizer_line(text: str) -> str:
     """compute-sanitizer's own verdict, and how many tests it looked at."""
     found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
     return f"{found[-1] if found else 'no verdict'} ({tests_line(text)})"
+
+
+def smoke_lines(text: str) -> str:
+    """What failed, and the verdict."""
+    lines = text.strip().splitlines()
+    return "\n".join([*(line for line in lines if "FAILED:" in line), *lines[-1:]])
 
 
 def dram_line(text: str) -> str:
@@ -71,15 +78,26 @@ def bench_lines(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def tables(folder: Path) -> Iterator[list[str]]:
+    """The lines of each table that a run has figures for."""
+    if (folder / "variants.txt").is_file():
+        yield variants.lines(json.loads(_text(folder / "variants.json"))["rows"])
+    if (folder / "bench.txt").is_file():
+        result = json.loads(_text(folder / "bench.json"))
+        if result["rows"]:
+            yield bench_lines(result)
+        yield from (module.lines(result[name]) for name, module in (("host", host), ("dram", dram)) if name in result)
+        yield aims.lines(result)
+
+
 def main(folder: Path) -> None:
     try:
-        result = json.loads(_text(folder / "bench.json"))
-        tables = [bench_lines(result)] if result["rows"] else []
-        tables += [module.lines(result[name]) for name, module in (("host", host), ("dram", dram)) if name in result]
-        print("\n\n".join("\n".join(table) for table in (*tables, aims.lines(result))), end="\n\n")
+        for table in tables(folder):
+            print("\n".join(table), end="\n\n")
     except (ValueError, KeyError, TypeError) as error:
         print(f"benchmark: no result ({type(error).__name__})")
     for name, file, line in (
+        ("smoke", "smoke.txt", smoke_lines),
         ("tests", "tests.txt", tests_line),
         ("memcheck", "sanitizer.txt", sanitizer_line),
         ("racecheck", "sanitizer.txt", sanitizer_line),

@@ -92,8 +92,8 @@ def tables(folder: Path) -> Iterator[list[str]]:
 
 def main(folder: Path) -> None:
     try:
-        for table in tables(folder):
-            print("\n".join(table), end="\n\n")
+        found = list(tables(folder))
+        print("\n\n".join("\n".join(table) for table in found) or "benchmark: no result", end="\n\n" if found else "\n")
     except (ValueError, KeyError, TypeError) as error:
         print(f"benchmark: no result ({type(error).__name__})")
     for name, file, line in (

@@ -249,9 +249,9 @@ def _blocks(op: Op, planes: int, size: int) -> str:
 
 
 #: The largest plane, in elements, of each regime of a large channels-first batch: of a device, dtype, op and epilogue.
-#: A part of a warp takes 128 elements and 512 B. Registers: 8 packs of 16 B a thread (of a warp 8, backward 4): 32 threads
-#: of a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all multiprocessors
-#: hold at once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and backward (512).
+#: A part of a warp takes 128 elements and 512 B. Registers: 8 packs of 16 B a thread (of a warp backward 4): 32 threads of
+#: a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all multiprocessors hold at
+#: once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and backward (512).
 #: Shared memory: as many packs for each of 512 threads as fit, in all blocks of the group; half a multiprocessor's for
 #: each block, but for the largest group. Beyond the last: split.
 LADDER_BORDERS = {
@@ -728,8 +728,8 @@ def test_explain_tells_how_blocks_share_planes() -> None:
     assert "508 blocks of 256 threads" in _lines(text, "forward")
     assert "all resident: 254 for each of 2 plane(s) at a time" in _lines(text, "forward")
     assert "all resident: 254 for each of 1 plane(s) at a time" in _lines(text, "backward")
-    # 1 200 000 packs, more than 528 blocks hold in registers: 18 for each of 131 x 512 threads, in shared memory. 147 456
-    # B, 2 areas of 2 sums of 8 B for each of 16 warps, and the 4 numbers that a block publishes.
+    # 1 200 000 packs, more than 528 blocks hold in registers: 18 for each of 131 x 512 threads, in shared memory. These
+    # are 147 456 B; then 2 areas of 2 sums of 8 B for each of 16 warps, and the 4 numbers that a block publishes.
     text = cn.explain(_large((1, 8, 2400, 2000)), device="H100")
     assert "19200000 B of one plane rest in 147984 B of shared memory of each of 131 blocks" in _lines(text, "forward")
     assert "all resident: 131 for each of 1 plane(s) at a time" in _lines(text, "forward")

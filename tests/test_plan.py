@@ -242,16 +242,14 @@ def _grouped(made: Plan) -> bool:
 
 def _blocks(op: Op, planes: int, size: int) -> str:
     """Owner, threads and chunks of channels-first float32 planes on an H100."""
-    (name, *_) = (
-        step.name for step in _plan(op, (1, planes, size), "float32", "channels_first", DEVICES["H100"]).steps
-    )
-    return name.removeprefix(f"{op}_").replace("_registers", "")
+    made = _plan(op, (1, planes, size), "float32", "channels_first", DEVICES["H100"])
+    return made.steps[0].name.removeprefix(f"{op}_").replace("_registers", "")
 
 
 #: The largest plane, in elements, of each regime of a large channels-first batch: of a device, dtype, op and epilogue.
-#: A part of a warp takes 128 elements and 512 B. Registers: 8 packs of 16 B a thread (of a warp backward 4): 32 threads of
-#: a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all multiprocessors hold at
-#: once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and backward (512).
+#: A part of a warp takes 128 elements and 512 B. Registers: 8 packs of 16 B a thread (of a warp backward 4), of 32 threads
+#: of a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all multiprocessors
+#: hold at once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and backward (512).
 #: Shared memory: as many packs for each of 512 threads as fit, in all blocks of the group; half a multiprocessor's for
 #: each block, but for the largest group. Beyond the last: split.
 LADDER_BORDERS = {
@@ -753,7 +751,8 @@ def test_explained_plan_is_the_plan_of_the_call() -> None:
 
 
 #: Calls and what is planned for them: the numbers were chosen for speed (bench/TUNING.md), and no result shows most of
-#: them. Of 6000 calls at random these few show each change of a number or a condition that any of those shows.
+#: them. Of 6000 calls at random, and some at the borders of ladders, these few show each change of a number or a condition
+#: that any of those shows.
 PLANS = Path(__file__).with_name("plans.json")
 #: Devices that are there for borders alone: three multiprocessors of little memory; one, which has no company.
 FICTITIOUS = {

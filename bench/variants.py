@@ -115,7 +115,7 @@ def catalogue(op: str) -> list[Variant]:
         rungs += [Rung("cluster", "shared", 512, 0, size, resident=1024) for size in (2, 4, 8, 16)]
     rungs += [Rung("grid", "shared", t, 0) for t in (512, 256)]
     rungs += [Rung("grid", "registers", t, k) for t in (512, 256) for k in (8, 4)]
-    of_split = [Rung("block", "registers", t, k) for t, k in ((256, 8), (512, 4), (1024, 2))]
+    of_split = [Rung("block", "registers", t, k) for t, k in ((256, 4), (512, 4), (1024, 2))]
     return [*map(Variant, rungs), SPLIT, *(Variant(rung, split=True) for rung in of_split)]
 
 
@@ -152,7 +152,7 @@ def _sensible(variant: Variant, made: Plan, case: Case) -> bool:
     if rung.owner == "part":  # a lane moves whole packs (chunk.cuh)
         return rung.chunks % (16 // case.itemsize) == 0
     if rung.rest == "registers":
-        return 4 * packs >= rung.size * rung.chunks
+        return 4 * packs >= rung.size * rung.chunks * step.tiles
     return packs >= 2 * rung.threads * step.tiles
 
 

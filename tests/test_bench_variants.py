@@ -84,7 +84,10 @@ def test_what_suits_a_plane() -> None:
             assert all(step.name.endswith(rung.name) for step in entry.plan.steps if step.name[:5] != "merge")
             assert step.shared <= DEVICES["H200"].shared_per_block
             if rung.rest == "registers" and rung.owner != "part" and not entry.variant.split:
-                assert packs <= rung.size * rung.chunks <= 4 * packs
+                held = rung.size * rung.chunks * step.tiles  # of a group: in all of its blocks
+                assert packs <= held
+                assert held <= 4 * packs or entry.today
+                assert rung.grouped or step.tiles == 1
     names = {entry.variant.name for entry in found[sweep()[0]]}
     assert {"part 256x8", "part 128x4"} <= names
     owners = {
@@ -164,8 +167,16 @@ class Loading(Emulator):
 def test_a_run(on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the emulator: rows of right, wrong and broken variants, and a table of them."""
     emulator.require()
-    tried = [Variant(LADDERS["forward"][0]), Variant(LADDERS["forward"][1]), Variant(Rung("block", "registers", 64, 1))]
-    monkeypatch.setattr(variants, "catalogue", lambda op: tried)
+    tried = {
+        op: [
+            Variant(Rung("part", "registers", 128, 16 if op == "forward" else 8)),  # as planned of 8 x 8
+            Variant(Rung("warp", "registers", 128, 1)),
+            Variant(Rung("block", "registers", 64, 1)),
+        ]
+        for op in variants.OPS
+    }
+    assert all(mine[0].rung in LADDERS[op] for op, mine in tried.items())
+    monkeypatch.setattr(variants, "catalogue", tried.get)
     runtime = on(Loading(SMALL))
     options = variants._parser().parse_args(
         ["--elements", "1024", "--sizes", "8", "--dtype", "float32", "--rounds", "2", "--batch-ms", "0.01",
@@ -178,7 +189,7 @@ def test_a_run(on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Monke
     run.run(variants.cases(options))
     rows = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))["rows"]
     assert [(row["op"], row["variant"], row["today"]) for row in rows] == [
-        (op, variant.name, variant == tried[0]) for op in variants.OPS for variant in tried
+        (op, variant.name, variant == mine[0]) for op, mine in tried.items() for variant in mine
     ]
     assert [row.get("failure") for row in rows] == [None, "RuntimeError: no such compiler", None] * 2
     for row in (row for row in rows if "failure" not in row):

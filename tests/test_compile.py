@@ -24,7 +24,7 @@ import pytest
 from cupynorm.cuda import source
 from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
-from cupynorm.cuda.variants import ITEMSIZE, resident_threads, widest
+from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Rung, widest
 
 pytestmark = [pytest.mark.nvrtc]
 
@@ -32,8 +32,7 @@ ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 # CuPy adds this after a module's own options.
 CUPY_OPTIONS = ("-ftz=true",)
 REGISTERS = 65536  # of a multiprocessor, on all of them
-FIRST_WITH_CLUSTERS = 90
-RUNG = re.compile(r"_\d+x\d+$")  # in a kernel's name: threads x chunks
+FIRST_WITH_CLUSTERS = 90  # older ones have no kernels of the groups "cluster" and "cluster_registers"
 EVERYTHING = os.environ.get("CUPYNORM_NVRTC") == "all"
 
 
@@ -83,13 +82,25 @@ def _supported(architecture: int) -> bool:
     return architecture in list(supported)
 
 
-def _resident(module: Module) -> int:
-    """Threads that are to stay on a multiprocessor."""
-    return resident_threads(module.file, module.dtype, module.kind, module.group, module.epilogue, module.skewed)
+def _clustered(module: Module) -> bool:
+    return any(rung.owner == "cluster" for rung in module.rungs)
+
+
+def _rung_of(module: Module, kernel: str) -> Rung | None:
+    """The rung of a kernel; None of merges, and sums over N, which have a block to themselves."""
+    return next((rung for rung in module.rungs if kernel.endswith(f"_{rung.name}")), None)
+
+
+def _registers(module: Module, kernel: str) -> int:
+    """The most registers of a thread with which as many blocks as are to stay on a multiprocessor do."""
+    rung = _rung_of(module, kernel)
+    most = REGISTERS // (module.blocks(rung) * rung.threads) // 8 * 8 if rung else 255  # they are given in eights
+    return min(most, 255)
 
 
 def _check_resources(module: Module, architecture: int, whole: bool = True) -> int:
-    """Compile a module to machine code; no spills, no local memory, no more registers than its threads may have.
+    """Compile a module to machine code; no more local memory than SPILLED allows, no more registers than its threads
+    may have.
 
     Not whole: of rungs that differ in packs or in the cluster's size alone, the largest.
     """
@@ -110,12 +121,11 @@ def _check_resources(module: Module, architecture: int, whole: bool = True) -> i
         re.S,
     )
     assert {name for name, *_ in found} == kernels
-    # Merges, and sums over N, have a block to themselves.
-    most = {name: REGISTERS // _resident(module) if RUNG.search(name) else 255 for name in kernels}
     faults = [
-        f"{name} of {module} for sm_{architecture}: {registers} of {most[name]} registers, local memory {memory}"
+        f"{name} of {module} for sm_{architecture}: {registers} of {_registers(module, name)} registers, "
+        f"local memory {memory}, allowed {_allowed(module, name)}"
         for name, *memory, registers in found
-        if any(map(int, memory)) or int(registers) > most[name]
+        if max(map(int, memory)) > _allowed(module, name) or int(registers) > _registers(module, name)
     ]
     if faults:
         raise AssertionError("\n".join(faults))
@@ -141,7 +151,7 @@ def _dealt(architecture: int) -> list[Module]:
     known = [a for a in ARCHITECTURES if _supported(a)]
     mine = []
     for i, (code, modules) in enumerate(same.items()):
-        possible = [a for a in known if a >= FIRST_WITH_CLUSTERS or code.group != "cluster"]
+        possible = [a for a in known if a >= FIRST_WITH_CLUSTERS or not _clustered(code)]
         if EVERYTHING:
             mine += modules if architecture in possible else []
         elif architecture == possible[(i + i // len(possible)) % len(possible)]:  # the list has periods: not in step
@@ -246,7 +256,8 @@ def test_launch_bounds(module: Module) -> None:
     kernels = {entry.split("(")[0]: entry.split("{")[0] for entry in ptx.split(".visible .entry ")[1:]}
     for step in _planned()[module]:
         said = dict(re.findall(r"\.(maxntid|minnctapersm|reqnctapercluster) (\d+)", kernels[step.name]))
-        blocks = _resident(module) // step.threads if RUNG.search(step.name) else 1
+        rung = _rung_of(module, step.name)
+        blocks = module.blocks(rung) if rung else 1
         assert said.pop("reqnctapercluster", "1") == str(step.cluster), step.name
         assert said == {"maxntid": str(step.threads), "minnctapersm": str(blocks)}, step.name
 

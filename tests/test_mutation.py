@@ -123,7 +123,7 @@ def test_interval() -> None:
 
 
 @pytest.mark.parametrize(("old", "new", "how"), [
-    ("PART_BYTES = ", "1 / 0\nPART_BYTES = ", "invalid"), ("PART_BYTES = 512", "PART_BYTES = 256", "killed"),
+    ("FEW_THREADS = ", "1 / 0\nFEW_THREADS = ", "invalid"), ("FEW_THREADS = 128", "FEW_THREADS = 64", "killed"),
 ])  # fmt: skip
 def test_what_cannot_be_imported_is_no_mutant(tmp_path: Path, old: str, new: str, how: str) -> None:
     copy, file = mutation.Copy(tmp_path, 0), "cupynorm/cuda/plan.py"

@@ -20,7 +20,7 @@ import reference
 import cupynorm as cn
 from cupynorm.cuda.launch import _prepare
 from cupynorm.cuda.plan import DEVICES, MAX_GRID, Device, Layout, Memory, Op, Plan, Step, arrange, fresh, layout, plan
-from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind, Rung, resident_threads
+from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind, Rung, exists, resident_threads
 from cupynorm.explain import plan_for
 
 SHAPES = [
@@ -83,18 +83,20 @@ def _shared(made: Plan, step: Step, rung: Rung | None, s: int, residual: bool) -
     if rung.owner == "warp" or step.name.startswith(("evaluate", "apply")):
         return 0
     # Sums over a block: two areas in turns forward, one backward; a number for each warp, lane and plane of a thread.
+    # Forward two at once, of the values about the mean and of their squares (moments.cuh).
     lanes, planes = (1, 1) if made.kind == "channels_first" else (step.lanes, made.vector)
     forward = made.op == "forward"
-    quantities = {"forward": 1, "eval_gradient": 2, "backward": 3, "double_backward": 2 + 6, "eval_double": 1}[made.op]
+    quantities = {"forward": 2, "eval_gradient": 2, "backward": 3, "double_backward": 2 + 6, "eval_double": 1}[made.op]
     sums = (2 if forward else 1) * quantities * warps * lanes * planes * math_size
-    if rung.rest == "registers":
+    if rung.rest == "registers" and not rung.grouped:
         return sums
-    tile = step.chunks * step.threads * made.vector * size * (1 if forward else 3 if made.op in DOUBLE else 2)
+    arrays = 1 if forward else 3 if made.op in DOUBLE else 2
+    tile = step.chunks * step.threads * made.vector * size * arrays if rung.rest == "shared" else 0
     if rung.owner == "block":
         return tile + sums
     if made.op in DOUBLE:  # and six of Accum; what a block publishes is nine numbers a plane
         return tile + sums + warps * lanes * planes * 6 * 8 + lanes * planes * 9 * math_size
-    # Groups: the second area, or both, are of Accum, and each block publishes its numbers (group.cuh).
+    # Groups: both areas are of Accum, and each block publishes its numbers (group.cuh).
     area = warps * lanes * planes * (2 if forward else 3) * 8
     return tile + 2 * area + lanes * planes * (4 if forward else 3) * math_size
 
@@ -113,8 +115,16 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
     assert 1 <= step.cluster <= device.cluster
     assert step.grid[0] % step.cluster == 0
     if step.cooperative:
+        # All at once: as many on each multiprocessor as the kernel is compiled for, and as have room in what a block
+        # alone may have of its shared memory (1 KB of each block is the driver's).
         assert step.grid == (blocks, 1)
-        assert blocks <= device.sm_count
+        assert rung is not None
+        each = 1
+        if rung.rest == "registers":
+            facts = step.module, made.dtype, made.kind, made.epilogue, made.skewed
+            each = resident_threads(rung, *facts) // step.threads
+        assert blocks <= device.sm_count * each
+        assert each * (step.shared + 1024) <= device.shared_per_block + 1024
     if rung is None:
         # A block for each plane of a round, or for 32 channels.
         width = 1 if made.kind == "channels_first" else made.vector * made.steps[0].lanes
@@ -122,6 +132,7 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
         assert blocks >= (math.ceil(c / 32) if step.module == "channels" else planes)
         return
     assert (rung.threads, rung.cluster, rung.group) == (step.threads, step.cluster, step.group)
+    assert exists(rung, step.module, made.dtype, made.kind, 0 if step.plain else made.epilogue, made.skewed)
     assert step.cooperative == (rung.owner == "grid")
     # Nobody is left out: stripes for all planes, owners for all stripes, threads for all owners.
     per_stripe = 1 if made.kind == "channels_first" else made.vector * step.lanes
@@ -150,8 +161,9 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
     assert owner % step.lanes == 0
     held = step.tiles * (step.chunks or rung.chunks) * owner // step.lanes
     assert held * (made.vector if made.kind == "channels_first" else 1) >= s
-    if rung.rest == "registers" and rung.chunks and step.chunks:
-        assert step.chunks == rung.chunks
+    if rung.rest == "registers" and step.chunks:
+        # Each block of a group takes as many packs as its tile needs, at most those it has registers for.
+        assert step.chunks <= rung.chunks if rung.grouped else step.chunks == rung.chunks
 
 
 #: Accesses of global memory per element: plain; with a residual; split; split with a residual. The gradient of a
@@ -213,90 +225,197 @@ def test_gradients_without_sums() -> None:
         assert len(made.steps) == (3 if sums else 1)
 
 
-def _regimes(op: Op, device: str, dtype: str, sizes: list[int], planes: int = 4096) -> list[str]:
+def _regimes(
+    op: Op, device: str, dtype: str, sizes: list[int], planes: int = 4096, epilogue: int = 0, aligned: bool = True
+) -> list[str]:
     """Regimes of channels-first planes; of clusters, their size."""
-    made = [_plan(op, (1, planes, s), dtype, "channels_first", DEVICES[device]) for s in sizes]
+    made = [_plan(op, (1, planes, s), dtype, "channels_first", DEVICES[device], aligned, epilogue) for s in sizes]
     return [
-        f"{p.steps[0].cluster}-shared" if p.regime == "cluster-shared" else p.regime.replace("-registers", "")
+        p.regime.replace("cluster", str(p.steps[0].cluster)) if _grouped(p) else p.regime.replace("-registers", "")
         for p in made
     ]
 
 
-#: The largest plane, in elements, of each regime of a large channels-first batch. Registers: 512 B, then 8 (backward 4)
-#: packs of 16 B a thread. Shared memory: as many packs for each of 512 threads as fit, in all blocks of the group;
-#: half a multiprocessor's for each block, but for the largest group. Beyond the last: split.
+def _grouped(made: Plan) -> bool:
+    return made.steps[0].cluster > 1 or made.steps[0].cooperative
+
+
+def _blocks(op: Op, planes: int, size: int) -> str:
+    """Owner, threads and chunks of channels-first float32 planes on an H100."""
+    made = _plan(op, (1, planes, size), "float32", "channels_first", DEVICES["H100"])
+    return made.steps[0].name.removeprefix(f"{op}_").replace("_registers", "")
+
+
+#: The largest plane, in elements, of each regime of a large channels-first batch: of a device, dtype, op and epilogue.
+#: A part of a warp takes 128 elements and 512 B. Registers: 8 packs of 16 B a thread (of a warp backward 4), of 32 threads
+#: of a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all multiprocessors
+#: hold at once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and backward (512).
+#: Shared memory: as many packs for each of 512 threads as fit, in all blocks of the group; half a multiprocessor's for
+#: each block, but for the largest group. Beyond the last: split.
 LADDER_BORDERS = {
-    ("H100", "float32", "forward"): {
+    ("H100", "float32", "forward", 0): {
+        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "16-registers": 131_072, "grid-registers": 132 * 4 * 8192, "grid-shared": 7_569_408,
+    },
+    ("H100", "float32", "forward", 1): {
+        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "16-registers": 131_072, "grid-registers": 132 * 3 * 8192, "grid-shared": 7_569_408,
+    },
+    ("H100", "float32", "forward", 2): {
+        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "16-registers": 131_072, "grid-registers": 132 * 2 * 8192, "grid-shared": 7_569_408,
+    },
+    ("H100", "bfloat16", "forward", 0): {
+        "part": 128, "warp": 2048, "block": 32_768, "4-registers": 65_536, "8-registers": 131_072,
+        "16-registers": 262_144, "grid-registers": 132 * 4 * 16_384, "grid-shared": 15_138_816,
+    },
+    ("H100", "float64", "forward", 0): {
+        "part": 64, "warp": 512, "block": 8192, "4-registers": 16_384, "8-registers": 32_768,
+        "16-registers": 65_536, "grid-registers": 132 * 2 * 4096, "grid-shared": 3_784_704,
+    },
+    ("H100", "float32", "backward", 0): {
+        "part": 128, "warp": 512, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "16-registers": 131_072, "grid-registers": 132 * 2 * 8192, "grid-shared": 3_784_704,
+    },
+    ("H100", "float32", "backward", 2): {
+        "part": 128, "warp": 512, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "16-registers": 131_072, "grid-registers": 132 * 2 * 8192, "grid-shared": 3_784_704,
+    },
+    ("H100", "bfloat16", "backward", 0): {
+        "part": 128, "warp": 1024, "block": 32_768, "4-registers": 65_536, "8-registers": 131_072,
+        "16-registers": 262_144, "grid-registers": 132 * 2 * 16_384, "grid-shared": 7_569_408,
+    },
+    # 16-bit with an activation: no more than 4 packs of x and of dy in registers (variants.exists).
+    ("H100", "bfloat16", "backward", 1): {
         "part": 128, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
         "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 7_569_408,
     },
-    ("H100", "bfloat16", "forward"): {
-        "part": 256, "warp": 2048, "block": 32_768, "block-shared": 57_344, "2-shared": 114_688, "4-shared": 229_376,
-        "8-shared": 458_752, "16-shared": 1_835_008, "grid-shared": 15_138_816,
-    },
-    ("H100", "float32", "backward"): {
-        "part": 128, "warp": 512, "block": 8192, "block-shared": 14_336, "2-shared": 28_672, "4-shared": 57_344,
-        "8-shared": 114_688, "16-shared": 458_752, "grid-shared": 3_784_704,
-    },
-    ("H100", "bfloat16", "backward"): {
-        "part": 256, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
-        "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 7_569_408,
-    },
     # Three arrays on chip; registers hold three packs of each in a warp, two in a block.
-    ("H100", "float32", "double_backward"): {
+    ("H100", "float32", "double_backward", 0): {
         "part": 128, "warp": 384, "block": 4096, "block-shared": 8192, "2-shared": 16_384, "4-shared": 32_768,
         "8-shared": 65_536, "16-shared": 294_912, "grid-shared": 2_433_024,
     },
     # No clusters: a block may have all 163 KB.
-    ("A100", "float32", "forward"): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 40_960, "grid-shared": 4_423_680,
+    ("A100", "float32", "forward", 0): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 40_960, "grid-registers": 108 * 4 * 8192,
+        "grid-shared": 4_423_680,
     },
-    ("A100", "float32", "backward"): {
-        "part": 128, "warp": 512, "block": 8192, "block-shared": 20_480, "grid-shared": 2_211_840,
+    ("A100", "float32", "backward", 0): {
+        "part": 128, "warp": 512, "block": 16_384, "block-shared": 20_480, "grid-registers": 108 * 2 * 8192,
+        "grid-shared": 2_211_840,
     },
-    ("V100", "float32", "forward"): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 22_528, "grid-shared": 1_802_240,
+    # Less shared memory (1_802_240) than registers.
+    ("V100", "float32", "forward", 0): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 22_528, "grid-registers": 80 * 4 * 8192,
     },
-    # 64 KB are less than a block's registers hold.
-    ("T4", "float32", "forward"): {"part": 128, "warp": 1024, "block": 16_384, "grid-shared": 573_440},
-    ("L4", "float32", "forward"): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 24_576, "grid-shared": 1_425_408,
+    # 64 KB are less than a block's registers hold too.
+    ("T4", "float32", "forward", 0): {"part": 128, "warp": 1024, "block": 16_384, "grid-registers": 40 * 4 * 8192},
+    ("T4", "float32", "backward", 0): {"part": 128, "warp": 512, "block": 16_384, "grid-registers": 40 * 2 * 8192},
+    ("L4", "float32", "forward", 0): {
+        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 24_576, "grid-registers": 58 * 4 * 8192,
     },
-    ("H200", "float32", "forward"): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
-        "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 7_569_408,
+    ("H200", "float32", "forward", 0): {
+        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "16-registers": 131_072, "grid-registers": 132 * 4 * 8192, "grid-shared": 7_569_408,
     },
-    ("B200", "float32", "forward"): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 28_672, "2-shared": 57_344, "4-shared": 114_688,
-        "8-shared": 229_376, "16-shared": 917_504, "grid-shared": 8_486_912,
+    ("B200", "float32", "forward", 0): {
+        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "16-registers": 131_072, "grid-registers": 148 * 4 * 8192, "grid-shared": 8_486_912,
     },
-    # Clusters of at most 8; half of 99 KB is less than registers hold.
-    ("RTX 5090", "float32", "forward"): {
+    # Clusters of at most 8; half of 99 KB is less than registers hold, and so are 99 KB of all multiprocessors.
+    ("RTX 5090", "float32", "forward", 0): {
+        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "grid-registers": 170 * 4 * 8192,
+    },
+    # With an activation, 8 clustered blocks of 99 KB each and all multiprocessors' shared memory instead.
+    ("RTX 5090", "bfloat16", "backward", 2): {
         "part": 128, "warp": 1024, "block": 16_384, "2-shared": 24_576, "4-shared": 49_152, "8-shared": 196_608,
         "grid-shared": 4_177_920,
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("device", "dtype", "op"), LADDER_BORDERS, ids=str)
-def test_the_ladder(device: str, dtype: str, op: Op) -> None:
+@pytest.mark.parametrize(("device", "dtype", "op", "epilogue"), LADDER_BORDERS, ids=str)
+def test_the_ladder(device: str, dtype: str, op: Op, epilogue: int) -> None:
     """Owners grow with the plane: what a large batch gets on both sides of each border."""
-    borders = LADDER_BORDERS[device, dtype, op]
+    borders = LADDER_BORDERS[device, dtype, op, epilogue]
     regimes = [*borders, "split"]
     sizes = [size for border in borders.values() for size in (border, border + 1)]
     expected = [regime for pair in itertools.pairwise(regimes) for regime in pair]
-    assert _regimes(op, device, dtype, sizes) == expected
+    assert _regimes(op, device, dtype, sizes, epilogue=epilogue) == expected
+
+
+#: The largest plane of each block in registers, of a large channels-first float32 batch: threads times packs times 4.
+BLOCK_BORDERS = {
+    "forward": {
+        "warp_128x1": 128, "warp_128x2": 256, "warp_128x4": 512, "warp_128x8": 1024, "block_64x8": 2048,
+        "block_128x8": 4096, "block_256x8": 8192, "block_512x8": 16_384, "cluster4_256x8": 32_768,
+    },
+    "backward": {
+        "warp_128x1": 128, "warp_128x2": 256, "warp_128x4": 512, "block_64x4": 1024, "block_128x4": 2048,
+        "block_256x4": 4096, "block_512x4": 8192, "block_512x8": 16_384, "cluster4_256x8": 32_768,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", BLOCK_BORDERS)
+def test_the_blocks_of_a_ladder(op: Op) -> None:
+    rungs = list(BLOCK_BORDERS[op])
+    for (rung, border), larger in zip(BLOCK_BORDERS[op].items(), rungs[1:], strict=False):
+        if border > 128:  # where a part of a warp would have it
+            assert _blocks(op, 4096, border) == rung
+        assert _blocks(op, 4096, border + 1) == larger
+
+
+def test_elements_of_a_thread_in_a_part() -> None:
+    """Forward 16 elements a thread; 8 of planes of less than 32 floats or doubles. Backward, and twice, always 8."""
+    d = DEVICES["H100"]
+    for dtype, size, chunks in [
+        ("float32", 31, 8), ("float32", 32, 16), ("float64", 31, 8), ("float64", 32, 16), ("bfloat16", 31, 16),
+        ("float16", 2, 16), ("bfloat16", 128, 16), ("float32", 2, 8), ("float32", 128, 16), ("float64", 64, 16),
+    ]:  # fmt: skip
+        for op, expected in (("forward", chunks), ("backward", 8), ("double_backward", 8)):
+            made = _plan(op, (64, 96, size), dtype, "channels_first", d)
+            assert (made.regime, made.steps[0].chunks) == ("part-registers", expected), (op, dtype, size)
+            assert made.steps[0].lanes == max(1, 2 ** math.ceil(math.log2(size / expected)))
+    # 128 elements at the most, and 512 B.
+    for dtype, most in (("float16", 128), ("float32", 128), ("float64", 64)):
+        assert _plan("forward", (64, 96, most), dtype, "channels_first", d).regime == "part-registers"
+        assert _plan("forward", (64, 96, most + 1), dtype, "channels_first", d).regime == "warp-registers"
 
 
 def test_few_planes_go_up_one_owner() -> None:
     """A handful of planes would leave the device idle with a warp, a block, or a small cluster for each."""
-    sizes = [1000, 20_000, 50_000, 200_000]
-    assert _regimes("forward", "H100", "float32", sizes, planes=500) == ["warp", "block-shared", "2-shared", "8-shared"]
-    assert _regimes("forward", "H100", "float32", sizes, planes=40) == ["block", "2-shared", "2-shared", "8-shared"]
-    assert _regimes("forward", "H100", "float32", sizes, planes=8) == ["block", "16-shared", "16-shared", "16-shared"]
-    assert _regimes("forward", "H100", "float32", sizes, planes=2) == ["block", *["grid-shared"] * 3]
+    sizes = [1000, 20_000, 50_000, 100_000, 200_000]
+    grown = ["4-registers", "8-registers", "16-registers", "grid-registers"]
+    for op, size in (("forward", 1000), ("backward", 500)):
+        sizes = [size, 20_000, 50_000, 100_000, 200_000]
+        # A warp for each while there are two for a multiprocessor, of 132. A cluster of 4 takes over from 17 planes:
+        # then more than half of the multiprocessors have a block; of 8 from 9, of 16 from 5.
+        for planes, smallest in [(264, 0), (263, 0), (17, 0), (16, 1), (9, 1), (8, 2), (5, 2), (4, 3), (1, 3)]:
+            expected = ["warp" if planes == 264 else "block", *(grown[max(i, smallest)] for i in range(4))]
+            assert _regimes(op, "H100", "float32", sizes, planes) == expected, (op, planes)
+    # The same of clusters that keep their tiles in shared memory, and of a block that does (67 planes of 132).
+    sizes = [20_000, 50_000, 100_000, 200_000]
+    for planes, smallest in [(67, 1), (66, 2), (34, 2), (33, 4), (17, 4), (16, 8), (9, 8), (8, 16), (5, 16), (4, 0)]:
+        expected = ["grid" if not smallest else "block" if tiles == smallest == 1 else str(max(tiles, smallest))
+                    for tiles in (1, 2, 4, 8)]  # fmt: skip
+        made = _regimes("backward", "H100", "bfloat16", sizes, planes, epilogue=1)
+        assert made == [f"{owner}-shared" for owner in expected], planes
     # A plane that a warp holds in one pack a thread stays with it.
     assert _regimes("forward", "H100", "float32", [129, 128], planes=1) == ["block", "part"]
+
+
+def test_narrow_blocks_are_for_many_planes() -> None:
+    """Where there are not 128 threads of them for each of 132 multiprocessors, a wider block has the plane."""
+    for op, wide, chunks in (("forward", "256x4", 8), ("backward", "256x4", 4)):
+        small, large = 48 * chunks * 4, 96 * chunks * 4  # three quarters of what 64 and 128 threads hold
+        assert _blocks(op, 264, small) == f"block_64x{chunks}"
+        assert _blocks(op, 263, small) == f"block_128x{chunks}"
+        assert _blocks(op, 132, small) == f"block_128x{chunks}"
+        assert _blocks(op, 131, small) == f"block_{wide}"
+        assert _blocks(op, 132, large) == f"block_128x{chunks}"
+        assert _blocks(op, 131, large) == f"block_{wide}"
 
 
 def test_large_planes_keep_the_device_busy() -> None:
@@ -321,16 +440,16 @@ def test_a_split_goes_through_l2() -> None:
     """4096 x 4096 float32 fit no shared memory; as many planes at a time as half of L2 holds, one at the least."""
     made = _plan("forward", (1, 16, 4096 * 4096), "float32", "channels_first", DEVICES["H100"])
     assert (made.regime, made.at_a_time) == ("split", 1)
-    # 6 MB a plane on an L4, with 48 MB of L2.
-    for op, at_a_time in zip(OPS[:2], (4, 2), strict=True):
-        made = _plan(op, (8, 64, 1_500_000), "float32", "channels_first", DEVICES["L4"])
+    # 8 MB a plane, more than registers hold, on an L4 with 48 MB of L2: three of x in 24 MB, one of x and dy.
+    for op, at_a_time in zip(OPS[:2], (3, 1), strict=True):
+        made = _plan(op, (8, 64, 2_000_000), "float32", "channels_first", DEVICES["L4"])
         assert (made.regime, made.at_a_time) == ("split", at_a_time)
         moments, merge, apply, _ = made.steps
         assert moments.owners == apply.owners == at_a_time * moments.tiles
-        assert moments.tiles == math.ceil(1_500_000 / 4096)
+        assert moments.tiles == math.ceil(2_000_000 / 8192)  # 256 threads, 8 packs of 4 each
         assert merge.grid == (at_a_time, 1)
-    made = _plan("forward", (1, 3, 1_500_000), "float32", "channels_first", DEVICES["L4"])
-    assert made.at_a_time == 3
+    made = _plan("forward", (1, 2, 2_000_000), "float32", "channels_first", DEVICES["L4"])
+    assert made.at_a_time == 2
 
 
 def test_parts_take_dense_planes_only() -> None:
@@ -411,41 +530,84 @@ def test_fresh_arrays_fit_their_kind(kind: Kind) -> None:
 
 @pytest.mark.parametrize(("op", "times"), [("forward", 2), ("backward", 2), ("double_backward", 3)])
 def test_rungs_follow_closely(op: Op, times: int) -> None:
-    """Of the registers that a plane's owner holds it in, no more than half (double backward: two thirds) stay empty."""
-    held = [r.size * r.chunks for r in LADDERS[op] if r.rest == "registers" and r.owner != "part"]
+    """Of the registers that a plane's owner holds it in, no more than half (double backward: two thirds) stay empty,
+    where planes are many. For few, a block of 256 threads holds as much as a narrow one, or as two of them.
+    """
+    held = [
+        r.size * r.chunks * r.cluster for r in LADDERS[op] if r.rest == "registers" and r.owner in ("warp", "block")
+    ]
+    clusters = [r.size * r.chunks * r.cluster for r in LADDERS[op] if r.group == "cluster_registers"]
     assert len(held) >= 5
-    for smaller, larger in itertools.pairwise(held):
-        assert smaller < larger <= times * smaller
+    assert len(clusters) == 3 * (op != "double_backward")
+    for smaller, larger in itertools.pairwise(held + clusters):
+        assert smaller <= larger <= times * smaller
+    wide = [r for r in LADDERS[op] if r.owner == "block" and r.rest == "registers" and r.threads >= 256]
+    narrow = [r for r in LADDERS[op] if r.owner == "block" and r.threads < 256]
+    assert all(r.group == "" for r in (*wide, *narrow))
+    # None twice, but for the first of the wide ones: it holds what the largest of the narrow ones does, or twice that.
+    assert len(held) - len(set(held)) == (len(narrow) > 0 and op == "forward")
+    if narrow:
+        first, last = wide[0].size * wide[0].chunks, narrow[-1].size * narrow[-1].chunks
+        assert first == last * (1 if op == "forward" else 2)
+
+
+def _facts() -> list[tuple[Rung, str, str, Kind, int, bool]]:
+    """All there may be kernels of: rung, file, dtype, kind, epilogue, skewed."""
+    every = itertools.product(LADDERS, ITEMSIZE, KINDS, range(4), (False, True))
+    return [(rung, *facts) for facts in every for rung in LADDERS[facts[0]]]
 
 
 def test_registers_fit_the_threads() -> None:
     """A rung's launch bounds leave at least 64 registers a thread, and one block at the least."""
-    for file, rungs in LADDERS.items():
-        for dtype in ITEMSIZE:
-            for kind in ("channels_first", "channels_last"):
-                for rung, epilogue, skewed in itertools.product(rungs, range(4), (False, True)):
-                    resident = resident_threads(file, dtype, kind, rung.group, epilogue, skewed)
-                    assert resident % rung.threads == 0
-                    assert 65536 // resident >= 64
+    for facts in _facts():
+        resident = resident_threads(*facts)
+        assert resident % facts[0].threads == 0
+        assert 65536 // resident >= 64
 
 
 def test_how_many_threads_a_multiprocessor_is_to_hold() -> None:
-    """Twice as many where a forward has little to keep; what else a compiler makes of it, only NVRTC's test sees."""
-    groups, epilogues = ("", "part", "cluster", "grid"), range(4)
-    every = {
-        case: resident_threads(*case)
-        for case in itertools.product(LADDERS, ITEMSIZE, KINDS, groups, epilogues, (False, True))
-    }
-    light = itertools.product(
-        ("forward",), ("float16", "bfloat16", "float32"), ("channels_first",), groups[:3], (0, 1), (False,)
-    )
-    heavy = itertools.product(("double_backward",), ("float64",), KINDS, ("part",), epilogues, (False, True))
-    assert every == dict.fromkeys(every, 512) | dict.fromkeys(light, 1024) | dict.fromkeys(heavy, 256)
+    """More where there is little to keep; what else a compiler makes of it, only NVRTC's test sees."""
+
+    def expected(rung: Rung, file: str, dtype: str, kind: Kind, epilogue: int, skewed: bool) -> int:
+        light = dtype in ("float16", "bfloat16", "float32") and kind == "channels_first" and not skewed
+        if light and file == "forward":
+            # None, a rectifier, the rest; 8 packs and an exchange with other blocks are more than 8 packs.
+            grouped = {"grid_registers_256x8": (1024, 768, 512), "grid_shared_512x0": (512, 512, 512)}
+            grouped |= {f"cluster{size}_registers_256x8": (1024, 768, 512) for size in (4, 8, 16)}
+            return grouped.get(rung.name, (1024, 1024, 512))[min(epilogue, 2)]
+        if light and file == "backward" and epilogue == 0:
+            few_packs = [f"block_registers_{threads}x4" for threads in (64, 128, 256, 512)]
+            return 1024 if rung.name in few_packs else 512
+        return 256 if (file, dtype, rung.owner) == ("double_backward", "float64", "part") else 512
+
+    for facts in _facts():
+        assert resident_threads(*facts) == expected(*facts), facts
+    # A measurement may ask for another number (bench/variants.py).
+    asked = dataclasses.replace(LADDERS["forward"][-1], resident=1024)
+    assert resident_threads(asked, "forward", "float64", "channels_last", 3, True) == 1024
+
+
+def test_which_kernels_there_are() -> None:
+    """8 packs of x and dy are more than channels-last, and 16-bit with an epilogue or skewed, have registers for:
+    clusters that keep them in shared memory are there for those, and for no others.
+    """
+    eight = {"block_registers_512x8", "grid_registers_256x8", *(f"cluster{k}_registers_256x8" for k in (4, 8, 16))}
+    shared = {f"cluster{k}_shared_512x0" for k in (2, 4, 8, 16)}
+    for file, dtype, kind, epilogue, skewed in itertools.product(LADDERS, ITEMSIZE, KINDS, range(4), (False, True)):
+        names = {rung.name for rung in LADDERS[file]}
+        missing = {r.name for r in LADDERS[file] if not exists(r, file, dtype, kind, epilogue, skewed)}
+        small = dtype in ("float16", "bfloat16")
+        expected = set()
+        if file == "backward":
+            expected = eight if kind == "channels_last" or (small and (epilogue or skewed)) else shared
+        elif file == "forward" and small:
+            expected = {"part_registers_128x8"}
+        assert missing == expected <= names, (file, dtype, kind, epilogue, skewed)
 
 
 def test_large_counts_stay_exact() -> None:
     made = _plan("forward", (1, 1, 2**33 + 7), "float16", "channels_first", DEVICES["H100"])
-    tile = 4 * 256 * 8
+    tile = 8 * 256 * 8
     assert made.steps[0].tiles == math.ceil((2**33 + 7) / tile)
     made = _plan("forward", (2**40, 2, 2), "float16", "channels_first", DEVICES["H100"])
     assert made.steps[0].owners == 2**41
@@ -454,7 +616,7 @@ def test_large_counts_stay_exact() -> None:
     assert made.regime == "warp-registers"
     assert made.steps[0].grid[1] > 1
     # Clusters lie along the first dimension of a grid, whole ones.
-    made = _plan("forward", (2**27, 1, 900_000), "float32", "channels_first", DEVICES["H100"])
+    made = _plan("forward", (2**27, 1, 100_000), "float32", "channels_first", DEVICES["H100"])
     assert made.steps[0].cluster == 16
     assert made.steps[0].grid[1] > 1
     assert made.steps[0].grid[0] % 16 == 0
@@ -469,7 +631,11 @@ def test_explain() -> None:
     assert "read in place" in text
     assert "copied first" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
     assert "4 accesses" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
-    assert "split" in cn.explain(np.zeros((1, 1, 1024, 1024), np.float16), device="T4")
+    # 2 M elements of float16: in the registers of 40 x 4 blocks of 256 threads with 8 packs of 8 each; not x and dy in
+    # those of 40 x 2.
+    text = cn.explain(np.zeros((1, 1, 2048, 1024), np.float16), device="T4")
+    assert "forward: grid-registers" in text
+    assert "backward: split" in text
     assert "refused" in cn.explain(x[:, :, :1, :1], device="H100")
     assert "empty" in cn.explain(x[:0], device="H100")
     assert "CPU" in cn.explain(x)
@@ -538,22 +704,36 @@ def _large(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_explain_tells_how_blocks_share_planes() -> None:
-    # 7 x 7: 49 elements of 8 threads.
+    # 7 x 7: 49 elements of 4 threads with 16 each, backward of 8 with 8 each. 6144 planes: 32 of 128 threads, 16.
     text = cn.explain(_large((64, 96, 7, 7)), device="H100")
     assert "part-registers" in text
-    assert "192 blocks of 256 threads" in _lines(text, "forward")
-    assert "4 plane(s) a warp" in text
+    assert "192 blocks of 128 threads" in _lines(text, "forward")
+    assert "8 plane(s) a warp" in _lines(text, "forward")
+    assert "384 blocks of 128 threads" in _lines(text, "backward")
+    assert "4 plane(s) a warp" in _lines(text, "backward")
     # Also where x is a single element off.
     assert "16 B at a time" in cn.explain(np.zeros(2 * 3 * 9 + 1, np.float32)[1:].reshape(2, 3, 9), device="H100")
+    # 22 500 packs: 5.5 for each of 16 x 256 threads, of x and of dy; 10 000: 4.9 for each of 8 x 256.
     text = cn.explain(_large((4, 64, 300, 300)), device="H100")
-    assert "clusters of 4 for a plane each" in _lines(text, "forward")
+    assert "360000 B of one plane rest in 6 packs of 256 threads of each of 16 blocks" in _lines(text, "forward")
+    assert "clusters of 16 for a plane each" in _lines(text, "forward")
+    assert "720000 B of one plane rest in 12 packs of 256 threads of each of 16 blocks" in _lines(text, "backward")
+    text = cn.explain(_large((4, 64, 200, 200)), device="H100")
+    assert "clusters of 8 for a plane each" in _lines(text, "forward")
     assert "clusters of 8 for a plane each" in _lines(text, "backward")
+    # 518 400 packs, of 254 blocks with 8 for each of 256 threads; 132 x 4 blocks at a time, backward 132 x 2.
     text = cn.explain(_large((2, 3, 1080, 1920)), device="H100")
-    assert "129 blocks of 512 threads" in text
-    assert "all resident: 43 for each of 3 plane(s) at a time" in text
-    text = cn.explain(_large((8, 64, 1200, 1250)), device="L4")
-    assert "128 rounds of the first three launches, 4 of 512 planes each" in _lines(text, "forward")
-    assert "256 rounds of the first three launches, 2 of 512 planes each" in _lines(text, "backward")
+    assert "508 blocks of 256 threads" in _lines(text, "forward")
+    assert "all resident: 254 for each of 2 plane(s) at a time" in _lines(text, "forward")
+    assert "all resident: 254 for each of 1 plane(s) at a time" in _lines(text, "backward")
+    # 1 200 000 packs, more than 528 blocks hold in registers: 18 for each of 131 x 512 threads, in shared memory. These
+    # are 147 456 B; then 2 areas of 2 sums of 8 B for each of 16 warps, and the 4 numbers that a block publishes.
+    text = cn.explain(_large((1, 8, 2400, 2000)), device="H100")
+    assert "19200000 B of one plane rest in 147984 B of shared memory of each of 131 blocks" in _lines(text, "forward")
+    assert "all resident: 131 for each of 1 plane(s) at a time" in _lines(text, "forward")
+    text = cn.explain(_large((8, 64, 1600, 1250)), device="L4")
+    assert "171 rounds of the first three launches, 3 of 512 planes each" in _lines(text, "forward")
+    assert "512 rounds of the first three launches, 1 of 512 planes each" in _lines(text, "backward")
     assert "rounds" not in cn.explain(_large((1, 1, 4096, 4096)), device="H100")
 
 
@@ -571,7 +751,8 @@ def test_explained_plan_is_the_plan_of_the_call() -> None:
 
 
 #: Calls and what is planned for them: the numbers were chosen for speed (bench/TUNING.md), and no result shows most of
-#: them. Of 6000 calls at random these few show each change of a number or a condition that any of those shows.
+#: them. Of 6000 calls at random, and some at the borders of ladders, these few show each change of a number or a condition
+#: that any of those shows.
 PLANS = Path(__file__).with_name("plans.json")
 #: Devices that are there for borders alone: three multiprocessors of little memory; one, which has no company.
 FICTITIOUS = {

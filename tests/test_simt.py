@@ -19,8 +19,9 @@ from simt.emulator import Emulator, SimtError, Text
 
 import cupynorm as cn
 from cupynorm import devices, functional
-from cupynorm.cuda.plan import Device, Memory, Plan, Step
+from cupynorm.cuda.plan import Device, Memory, Plan, Step, fresh
 from cupynorm.cuda.source import Module, all_modules, inlined, kernel_folder
+from cupynorm.cuda.variants import LADDERS, exists
 from cupynorm.explain import plan_for
 
 pytestmark = pytest.mark.simt
@@ -131,6 +132,7 @@ def test_launches_and_allocations_of_a_double_backward(
 DEVICE = Device("bytes", (8, 0), 1, 100 * 1024, 2**20)
 CLUSTERS = Device("clusters", (9, 0), 1, 40 * 1024, 2**20, 8)
 GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
+ROOMY = Device("roomy grid", (8, 0), 2, 150 * 1024, 2**20)  # more shared memory than registers
 REGIMES = [
     ("part-registers", (2, 3, 5, 7), "contiguous", DEVICE),
     ("part-registers", (3, 17, 3, 3), "contiguous", DEVICE),
@@ -139,14 +141,17 @@ REGIMES = [
     ("block-registers", (2, 3, 35, 45), "contiguous", DEVICE),
     ("block-registers", (2, 3, 35, 45), "unaligned", DEVICE),
     ("block-shared", (2, 2, 140, 129), "contiguous", DEVICE),
-    ("cluster-shared", (1, 2, 140, 121), "contiguous", CLUSTERS),
-    ("grid-shared", (3, 1, 140, 129), "contiguous", GRID),
+    ("cluster-registers", (1, 2, 140, 121), "contiguous", CLUSTERS),
+    ("grid-registers", (3, 1, 140, 129), "contiguous", GRID),
+    ("grid-registers", (1, 1, 140, 236), "contiguous", ROOMY),  # backward in shared memory
+    ("grid-shared", (1, 1, 140, 469), "contiguous", ROOMY),
     ("split", (2, 2, 260, 131), "contiguous", DEVICE),
     ("warp-registers", (2, 8, 4, 4), "channels_last", DEVICE),
     ("block-registers", (2, 8, 16, 15), "channels_last", DEVICE),
     ("block-shared", (2, 8, 70, 32), "channels_last", DEVICE),
-    ("cluster-shared", (1, 8, 70, 44), "channels_last", CLUSTERS),
-    ("grid-shared", (3, 8, 70, 50), "channels_last", GRID),
+    ("cluster-registers", (1, 8, 70, 44), "channels_last", CLUSTERS),  # backward in shared memory, as is the next
+    ("grid-registers", (3, 8, 70, 50), "channels_last", GRID),
+    ("grid-shared", (1, 8, 70, 60), "channels_last", ROOMY),
     ("split", (2, 8, 70, 100), "channels_last", DEVICE),
     ("split", (2, 3, 70, 100), "channels_last", DEVICE),
 ]
@@ -236,6 +241,19 @@ def test_bytes(
     assert accesses() == (3 if activation else 2) + backward_more
 
 
+def test_the_shapes_reach_every_regime() -> None:
+    """That a ladder has, of a layout of memory: forward by name, backward beside it."""
+    for layout, kind in (("contiguous", "channels_first"), ("channels_last", "channels_last")):
+        for op in ("forward", "backward"):
+            reached = set()
+            for _, shape, lies, device in REGIMES:
+                if lies == layout:
+                    reached.add(plan_for(op, fresh(shape, 4, kind), "float32", device)[0].regime)
+            rungs = [rung for rung in LADDERS[op] if exists(rung, op, "float32", kind, 0, False)]
+            rungs = [rung for rung in rungs if rung.owner != "part" or kind == "channels_first"]
+            assert reached == {f"{rung.owner}-{rung.rest}" for rung in rungs} | {"split"}, (op, layout)
+
+
 #: Where three arrays rest on chip.
 DOUBLE_REGIMES = [
     ("part-registers", (2, 3, 5, 7), "contiguous", DEVICE),
@@ -306,9 +324,10 @@ def test_double_backward_of_more_tiles_than_merge_threads(
 
 @pytest.mark.parametrize("training", [True, False])
 def test_more_tiles_than_merge_threads(on: Callable[..., Emulator], rng: np.random.Generator, training: bool) -> None:
-    """Around a mean whose rounding counts."""
+    """Around a mean whose rounding counts. A tile has 8192 elements, with given statistics 4096."""
     runtime = on(Emulator(DEVICE))
-    x, dy = ((rng.normal(size=(1, 1, 1_600_000)) + add).astype(np.float32) for add in (10000.3, 2))
+    size = 2_200_000 if training else 1_600_000
+    x, dy = ((rng.normal(size=(1, 1, size)) + add).astype(np.float32) for add in (10000.3, 2))
     w = np.full(1, 1.5, np.float32)
     mean, var = np.full(1, 10000, np.float32), np.full(1, 1.25, np.float32)
     running = None if training else (mean, var)

@@ -388,7 +388,7 @@ class _Job:
                 return None, f"staged planes exceed the {self.device.shared_per_block} B of shared memory"
             why = f"{most} planes a warp, staged so that 16 B move at a time; {self.parts(rung)} threads a plane"
             return self.step(op, op, rung, shared, chunks=rung.chunks), why
-        if not exists(rung, op, self.dtype, self.kind, self.epilogue, self.skewed):
+        if choosing and not exists(rung, op, self.dtype, self.kind, self.epilogue, self.skewed):
             return None, f"no such kernel has registers for {rung.chunks} packs of each array"
         if rung.rest == "registers" and not rung.grouped:
             # A warp that holds its plane in one pack a thread gains nothing from company.

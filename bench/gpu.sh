@@ -128,10 +128,10 @@ sanitizer() {
 
 both=float32,bfloat16
 telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,128,128,128 1,1,4096,4096 1,4194304,4,4 1,65536,32,32"
-real=real all="real sweep" tests=() sizes=()
+real=real all="real sweep" tests=() sizes=() calls=()
 if [ -n "${SMALL:-}" ]; then
     telling="2,3,16,16" real="2,320,4,4,4" all="2,3,16,16 2,320,4,4,4"
-    tests=(tests/test_cases.py -k "test_small and 2x3") sizes=(--elements 4096 --sizes 8,64 --rounds 1 --batch-ms 0.01)
+    tests=(tests/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1) sizes=(--elements 4096 --sizes 8,64 --rounds 1 --batch-ms 0.01)
 fi
 rehearse() {
     local name=$1 seconds=$2
@@ -163,7 +163,7 @@ elif [ $stage = first ]; then
     part smoke 90 smoke.txt "$python" -m bench.smoke --limit "$(seconds 50)"
     bench benchmark 70 --shapes $telling --dtype $both --op forward,backward --peers "${PEERS:-torch}" --rounds 5 \
         --plot "$out/bench.png"
-    part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --rounds 11 --json "$out/bench.json"
+    part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json" --rounds 11 "${calls[@]}"
 elif [ $stage = full ]; then
     part facts 20 facts.txt bash -c facts
     part prime 75 tests.txt "$python" -m bench.prime --limit "$([ -n "${SMALL:-}" ] && echo 20 || seconds 60)"
@@ -175,7 +175,7 @@ elif [ $stage = full ]; then
     bench "channels-last and fused" 60 --shapes $real --dtype $both --layout channels_first,channels_last \
         --epilogue none,fused --op both,forward,backward --peers "${PEERS:-torch}" --rounds 5 --resume \
         --plot "$out/bench.png"
-    part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json"
+    part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json" "${calls[@]}"
     part dram 40 bench.txt "$python" -m bench.dram --json "$out/bench.json"
     left=$((530 - SECONDS * 100 / pace))
     [ $left -lt 30 ] || bench "torch.compile and JAX" $left --shapes $real --dtype $both --op both \

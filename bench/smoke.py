@@ -39,7 +39,7 @@ KINDS: tuple[Kind, ...] = ("channels_first", "channels_last")
 OPS: tuple[Op, ...] = ("forward", "backward", "double_backward")
 GIVEN: tuple[Op, ...] = ("evaluate", "eval_gradient", "eval_double")  # the same with given statistics
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}  # relative to 1 + |exact|
-SIDES = (5, 9, 15, 20, 30, 40, 61, 80, 100, 150, 200, 300, 400, 500, 700, 1000, 1500, 2000, 3000, 4001, 5000)
+SIDES = (3, 5, 9, 15, 20, 25, 30, 40, 61, 80, 100, 150, 200, 300, 400, 500, 700, 1000, 1500, 2000, 3000, 4001, 5000)
 SAMPLES, CHANNELS = (1, 2, 16, 64), (1, 3, 8, 40, 320)
 MOST_ELEMENTS = 60_000_000
 

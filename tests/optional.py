@@ -1,4 +1,6 @@
-"""Optional packages of the tests: one that is missing, warns or fails at import leaves its tests out, and no others."""
+"""Optional packages of the tests: one that is missing or fails at import, in whatever way, leaves its tests out, and no
+others. One that only warns is there, also where warnings are errors.
+"""
 
 from __future__ import annotations
 

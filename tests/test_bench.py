@@ -19,9 +19,11 @@ import pytest
 
 import cupynorm
 from bench import __main__ as bench
-from bench import aims, cases, claims, dram, host, passes, peers, report, summary, timing
+from bench import aims, cases, claims, dram, host, passes, peers, prime, report, smoke, summary, timing
 from cupynorm import cpu, devices
-from cupynorm.cuda.plan import DEVICES
+from cupynorm.cuda.plan import DEVICES, fresh
+from cupynorm.cuda.variants import ITEMSIZE
+from cupynorm.explain import plan_for
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = {
@@ -626,43 +628,233 @@ def test_dram_bytes_without_ncu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert capsys.readouterr().out == "not measured: ncu is not installed\n"
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_gpu_script():
-    script = str(ROOT / "bench" / "gpu.sh")
-    subprocess.run(["bash", "-n", script], check=True)
-    for arguments in ([], [""], ["a", "b"], ["a", "quick", "c"]):
-        refused = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
-        assert refused.returncode == 2
-        assert "usage: bash bench/gpu.sh OUTDIR [quick]" in refused.stderr
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-@pytest.mark.skipif(devices.gpu_status()[0], reason="with a GPU it is the whole examination, which takes minutes")
-def test_gpu_script_is_rehearsed_without_a_gpu(tmp_path: Path):
-    pytest.importorskip("rich")
-    pytest.importorskip("matplotlib")
-    done = subprocess.run(
-        ["bash", str(ROOT / "bench" / "gpu.sh"), "out"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHON": sys.executable, "PEERS": "none"},
+def gpu_script(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHON": sys.executable, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def script(path: Path, text: str) -> Path:
+    """A program."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+@needs_bash
+def test_gpu_script(tmp_path: Path):
+    subprocess.run(["bash", "-n", str(ROOT / "bench" / "gpu.sh")], check=True)
+    for arguments in ([], [""], ["a", "b"], ["a", "quick", "c"], ["a", "firs"], ["a", "first\nfull"]):
+        refused = gpu_script(tmp_path, *arguments)
+        assert refused.returncode == 2
+        assert "usage: bash bench/gpu.sh OUTDIR [first | full | variants | quick]" in refused.stderr
+    assert not list(tmp_path.iterdir())
+
+
+without_gpu = pytest.mark.skipif(
+    devices.gpu_status()[0], reason="with a GPU it is the whole examination, which takes minutes"
+)
+#: What each stage writes, and the parts that are skipped without a GPU.
+STAGES = {
+    "first": ("facts.txt smoke.txt bench.txt bench.json bench.png summary.txt", "smoke"),
+    "full": (
+        "facts.txt tests.txt sanitizer.txt bench.txt bench.json bench.png summary.txt",
+        "prime tests memcheck racecheck",
+    ),
+    "variants": ("variants.txt summary.txt", "variants"),
+    "quick": ("bench.txt bench.json bench.png summary.txt", ""),
+}
+
+
+@pytest.mark.slow
+@needs_bash
+@without_gpu
+@pytest.mark.parametrize("stage", STAGES)
+def test_gpu_script_is_rehearsed_without_a_gpu(tmp_path: Path, stage: str):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.txt").write_text("of another run\n", encoding="utf-8")
+    (tmp_path / "out" / "mine.txt").write_text("not the script's\n", encoding="utf-8")
+    done = gpu_script(tmp_path, "out", *([stage] if stage != "full" else []), PEERS="none")
     assert done.returncode == 0, done.stdout + done.stderr
-    for part in ("tests", "memcheck", "racecheck"):
-        assert f"{part}: no" not in done.stdout
+    files, skipped = STAGES[stage]
+    for part in skipped.split():
         assert f"{part}: skipped: no usable GPU" in done.stdout
-    written = {path.name for path in (tmp_path / "out").iterdir()}
-    results = {"facts", "tests", "sanitizer", "bench", "summary"}
-    assert written == {f"{name}.txt" for name in results} | {"bench.json", "bench.png"}
-    assert done.stdout.endswith((tmp_path / "out" / "summary.txt").read_text(encoding="utf-8"))
-    written_rows = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
-    assert {row["activation"] for row in written_rows["rows"]} == {None, "leaky_relu"}
-    assert len(written_rows["host"]) == 12
-    for line in ("aims for an H100", "2,320,4,4,4              affine leaky_relu", "dram: not measured: no usable GPU"):
-        assert line in done.stdout
+    assert done.stdout.count("skipped: no usable GPU") == len(skipped.split())
+    assert "FAILED" not in done.stdout
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {*files.split(), "mine.txt"}
+    found = (out / "summary.txt").read_text(encoding="utf-8")
+    assert "of another run" not in found
+    assert done.stdout.endswith(found)
+    if stage == "variants":
+        return
+    written = json.loads((out / "bench.json").read_text(encoding="utf-8"))
+    assert {row["activation"] for row in written["rows"]} == {None, "leaky_relu"}
+    assert ("host" in written) == (stage != "quick")
+    assert len(written.get("host", [])) in (0, 12)
+    assert "aims for an H100" in done.stdout
+    assert "2,320,4,4,4              affine leaky_relu" in done.stdout
+    if stage == "full":
+        assert "dram: not measured: no usable GPU" in done.stdout
+
+
+@needs_bash
+@without_gpu
+@pytest.mark.parametrize(
+    ("fakes", "said"),
+    [
+        # The driver lists a GPU, but CuPy (or its absence) says that it cannot be used.
+        ({"nvidia-smi": "echo 'GPU 0: NVIDIA H200 (UUID: GPU-0)'"}, "gpu: unusable: "),
+        # The interpreter crashes, or fails before it can say.
+        ({"python": "kill -SEGV $$"}, ""),
+        ({"python": "echo broken >&2; exit 1"}, "broken"),
+    ],
+    ids=["unusable", "crash", "failure"],
+)
+def test_gpu_script_fails_where_a_gpu_cannot_be_used(tmp_path: Path, fakes: dict[str, str], said: str):
+    made = {name: script(tmp_path / "bin" / name, text) for name, text in fakes.items()}
+    environment = {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    if "python" in made:
+        environment["PYTHON"] = str(made["python"])
+    done = gpu_script(tmp_path, "out", "first", **environment)
+    assert done.returncode == 1
+    assert done.stdout.endswith("FAILED: this GPU cannot be used\n")
+    assert said in done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["summary.txt"]  # nothing is rehearsed
+    assert (tmp_path / "out" / "summary.txt").read_text(encoding="utf-8") == done.stdout
+
+
+@pytest.mark.parametrize("dtype", smoke.DTYPES)
+def test_smoke_finds_a_shape_for_each_scope(dtype: str):
+    """On an H200, for every operation and layout that has kernels of the scope; on a T4 none of clusters."""
+    device = DEVICES["H200"]
+    clusters = [scope for scope in smoke.SCOPES if scope.startswith("cluster")]
+    assert clusters == ["cluster2", "cluster4", "cluster8", "cluster16"]
+    for scope in smoke.SCOPES:
+        for kind in smoke.KINDS:
+            for op in smoke.GIVEN if scope == "given" else smoke.OPS:
+                shape = smoke.smallest(scope, op, dtype, kind, device)
+                needy = op == "backward" and kind == "channels_last"  # shared memory in the place of registers
+                there = {
+                    "part": kind == "channels_first",
+                    # Many clusters in registers leave no plane to one block's shared memory, which is for few.
+                    "shared": op == "double_backward" or needy,
+                    "cluster2": op == "double_backward" or needy,
+                }.get(scope, True)
+                assert (shape is not None) == there, (scope, op, kind)
+                if shape is not None:
+                    memory = fresh(shape, ITEMSIZE[dtype], kind)
+                    plan, _ = plan_for(op, memory, dtype, device)
+                    assert (smoke.scope_of(plan), plan.kind) == (scope, kind)
+                    assert math.prod(shape) <= smoke.MOST_ELEMENTS
+    assert all(smoke.smallest(scope, "forward", dtype, "channels_first", DEVICES["T4"]) is None for scope in clusters)
+
+
+def test_smoke_names_scopes():
+    for size, device, expected in [
+        (4, "H100", "part"), (20, "H100", "warp"), (60, "H100", "block"), (130, "A100", "shared"),
+        (150, "H100", "cluster4"), (200, "H100", "cluster8"), (300, "H100", "cluster16"), (700, "H100", "grid"),
+        (5000, "H100", "split"),
+    ]:  # fmt: skip
+        memory = fresh((2, 320, size, size), 4, "channels_first")
+        assert smoke.scope_of(plan_for("forward", memory, "float32", DEVICES[device])[0]) == expected
+    assert smoke.scope_of(plan_for("evaluate", memory, "float32", DEVICES["H100"])[0]) == "given"
+
+
+@without_gpu
+@pytest.mark.parametrize("main", [smoke.main, prime.main], ids=["smoke", "prime"])
+def test_what_needs_a_gpu_says_so(main: Any, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    assert stopped.value.code == 2
+    assert "error: no usable GPU: " in capsys.readouterr().err
+
+
+def test_smoke_tells_a_crash_from_an_error(monkeypatch: pytest.MonkeyPatch):
+    """Of a scope's own process: its lines and its status, that it died, that it was not done."""
+    popen = subprocess.Popen
+    for code, limit, text, well in [
+        ("print('right')", 60, "right", True),
+        ("print('wrong'); exit(1)", 60, "wrong", False),
+        ("exit(0)", 60, "grid      float32  FAILED: exit status 0", False),
+        ("import sys; print('half'); sys.stderr.write('gone'); exit(7)", 60,
+         "half\ngrid      float32  FAILED: exit status 7\ngone", False),
+        ("import time; print('half', flush=True); time.sleep(60)", 5,
+         "half\ngrid      float32  FAILED: not done after 5 s", False),
+    ]:  # fmt: skip
+
+        def started(command: list[str], code: str = code, **given: Any) -> Any:
+            assert command[1:] == ["-m", "bench.smoke", "--child", "grid", "float32"]
+            return popen([sys.executable, "-c", code], **given)
+
+        monkeypatch.setattr(smoke, "subprocess", SimpleNamespace(
+            Popen=started, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired))  # fmt: skip
+        assert smoke.run("grid", "float32", limit) == (text, well)
+
+
+def test_resuming_measures_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("rich")
+    result = tmp_path / "r.json"
+    shapes, more = ("--shapes", "2,3,8,8"), ("--shapes", "2,3,8,8", "1,2,4,4,4")
+    common = ("--op", "forward,backward", "--json", str(result), "--resume")
+
+    def rows() -> dict[Any, Any]:
+        return {report.key(row): row for row in json.loads(result.read_text(encoding="utf-8"))["rows"]}
+
+    assert run(monkeypatch, *shapes, *common, "--peers", "none") == 0  # there is no file yet
+    first = rows()
+    assert len(first) == 2
+    document = json.loads(result.read_text(encoding="utf-8"))
+    report.write_json({**document, "host": ["of another measurement"]}, result)
+    # Two more cases; the rows that are there stay as they are, to the last digit.
+    capsys.readouterr()
+    assert run(monkeypatch, *more, *common, "--peers", "none") == 0
+    assert len(rows()) == 4
+    assert {key: rows()[key] for key in first} == first
+    assert json.loads(result.read_text(encoding="utf-8"))["host"] == ["of another measurement"]
+    table = capsys.readouterr().out
+    assert "1,2,4,4,4" in table and "2,3,8,8" not in table  # what was measured
+    # A row without a peer that is asked for is measured again, others are not.
+    second = rows()
+    assert run(monkeypatch, *shapes, *common, "--peers", "textbook") == 0
+    third = rows()
+    assert {key for key in third if third[key] != second[key]} == set(first)
+    assert all(set(third[key]["peers"]) == {"textbook"} for key in first)
+    # All there: nothing is measured, and that is no failure.
+    assert run(monkeypatch, *shapes, *common, "--peers", "textbook") == 0
+    assert rows() == third
+    # Without it, the file is written anew.
+    assert run(monkeypatch, *shapes, *common[:-1], "--peers", "none") == 0
+    assert len(rows()) == 2
+
+
+def test_a_case_has_the_key_of_its_row():
+    for case in cases.cases_of(cases.parse_shapes(["real"], 256), ["float32"], ["channels_last"], ["fused"], ["both"]):
+        times = {"cupynorm": timing.Timing(2e-3, 0), "copy": timing.Timing(1e-3, 0)}
+        assert report.key(json.loads(json.dumps(report.row(case, "split", 12, times, {})))) == case.key
+
+
+def test_commit_of_a_copy_without_its_history(monkeypatch: pytest.MonkeyPatch):
+    report.commit.cache_clear()
+    monkeypatch.setenv("COMMIT", "abc123-copied")
+    try:
+        assert report.commit() == "abc123-copied"
+        assert report.document({}, [])["commit"] == "abc123-copied"
+    finally:
+        report.commit.cache_clear()
 
 
 def test_claims():

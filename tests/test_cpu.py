@@ -731,6 +731,20 @@ def test_without_numba_or_with_it_turned_off():
     assert said("import sys, cupynorm; assert 'numba' not in sys.modules").returncode == 0
 
 
+@pytest.mark.parametrize("how", ["SystemError('initialization failed')", "AttributeError('no _ARRAY_API')"])
+def test_with_a_numba_that_does_not_import(tmp_path: Path, how: str):
+    """In whatever way: calls are computed by NumPy then."""
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text(f"raise {how}\n", encoding="utf-8")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import numpy as np; from cupynorm import cpu; "
+        "import cupynorm; y = cupynorm.instance_norm(np.arange(6, dtype=np.float32).reshape(1, 2, 3)); "
+        "print(cpu.compiled, cpu.without_numba, abs(y).max() > 1)"
+    )
+    done = said(code, CUPYNORM_COMPILED="1")
+    assert done.stdout == f"False {how.split(chr(39))[1]} True\n", done.stderr
+
+
 @pytest.mark.compiled
 def test_where_no_folder_for_compiled_code_can_be_written(monkeypatch: pytest.MonkeyPatch):
     use_compiled(monkeypatch, True)

@@ -247,9 +247,10 @@ def _blocks(op: Op, planes: int, size: int) -> str:
 
 
 #: The largest plane, in elements, of each regime of a large channels-first batch: of a device, dtype, op and epilogue.
-#: A part of a warp takes 128 elements and 512 B. Registers: 8 packs of 16 B a thread (of a warp backward 4), of 32 threads
-#: of a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all multiprocessors
-#: hold at once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and backward (512).
+#: A part of a warp takes 128 elements and 512 B. Registers: 8 packs of 16 B a thread (of a warp backward 4), of 32
+#: threads of a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all
+#: multiprocessors hold at once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and
+#: backward (512).
 #: Shared memory: as many packs for each of 512 threads as fit, in all blocks of the group; a block has all of a
 #: multiprocessor's where registers leave no room for a second one (resident_threads: 512). Beyond the last: split.
 LADDER_BORDERS = {
@@ -450,6 +451,11 @@ def test_a_split_goes_through_l2() -> None:
         assert merge.grid == (at_a_time, 1)
     made = _plan("forward", (1, 2, 2_000_000), "float32", "channels_first", DEVICES["L4"])
     assert made.at_a_time == 2
+    # 16-bit that are skewed: 4 packs of 8 each, and 7 elements more, of what lies before the first.
+    made = _plan("backward", (1, 2, 8192 * 500), "bfloat16", "channels_first", DEVICES["L4"], aligned=False)
+    assert (made.regime, made.steps[0].tiles) == ("split", 501)
+    made = _plan("backward", (1, 2, 8192 * 500), "bfloat16", "channels_first", DEVICES["L4"])
+    assert (made.regime, made.steps[0].tiles) == ("split", 250)
 
 
 def test_parts_take_dense_planes_only() -> None:
@@ -589,7 +595,8 @@ def test_how_many_threads_a_multiprocessor_is_to_hold() -> None:
 
 def test_which_kernels_there_are() -> None:
     """8 packs of x and dy are more than channels-last, and 16-bit with an epilogue or skewed, have registers for:
-    clusters that keep them in shared memory are there for those, and for no others.
+    clusters that keep them in shared memory are there for those, and for no others. The split of 16-bit that are skewed
+    has 4 packs a thread.
     """
     eight = {"block_registers_512x8", "grid_registers_256x8", *(f"cluster{k}_registers_256x8" for k in (4, 8, 16))}
     shared = {f"cluster{k}_shared_512x0" for k in (2, 4, 8, 16)}
@@ -602,6 +609,8 @@ def test_which_kernels_there_are() -> None:
             expected = eight if kind == "channels_last" or (small and (epilogue or skewed)) else shared
         elif file == "forward" and small:
             expected = {"part_registers_128x8"}
+        elif file == "split":
+            expected = {"block_registers_256x8" if small and skewed else "block_registers_256x4"}
         assert missing == expected <= names, (file, dtype, kind, epilogue, skewed)
 
 
@@ -751,8 +760,8 @@ def test_explained_plan_is_the_plan_of_the_call() -> None:
 
 
 #: Calls and what is planned for them: the numbers were chosen for speed (bench/TUNING.md), and no result shows most of
-#: them. Of 6000 calls at random, and some at the borders of ladders, these few show each change of a number or a condition
-#: that any of those shows.
+#: them. Of 6000 calls at random, and some at the borders of ladders, these few show each change of a number or a
+#: condition that any of those shows.
 PLANS = Path(__file__).with_name("plans.json")
 #: Devices that are there for borders alone: three multiprocessors of little memory; one, which has no company.
 FICTITIOUS = {

@@ -503,7 +503,8 @@ def plan(
             return made(f"{rung.owner}-{rung.rest}", why, accesses, step_, *after)
 
     file = "double_split" if op == "double_backward" else "split"
-    rung = ladder(file)[0]
+    facts = file, dtype, kind, epilogue, job.skewed
+    rung = next(rung for rung in ladder(file) if file in FORCED or exists(rung, *facts))
     tiles = _ceil(job.chunks(rung), rung.chunks)
     # (The split's backward has written the gradient of a residual when it comes back, and reads it in the place of dy.)
     # Half of L2: what is written goes through it too.

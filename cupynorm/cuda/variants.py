@@ -65,6 +65,8 @@ def exists(rung: Rung, file: str, dtype: str, kind: Kind, epilogue: int, skewed:
     needy = kind == "channels_last" or (ITEMSIZE[dtype] == 2 and (epilogue > 0 or skewed))
     if rung.owner == "part":  # of 16-bit planes a thread takes 16 elements at once, whatever their size
         return not (file == "forward" and rung.chunks == 8 and ITEMSIZE[dtype] == 2)
+    if file == "split":  # of a skewed array two packs are read for each one
+        return (rung.chunks == 4) == (ITEMSIZE[dtype] == 2 and skewed)
     if file != "backward":
         return True
     if rung.owner == "cluster" and rung.rest == "shared":
@@ -122,7 +124,7 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
         *(*_part(128, 8), *_warp(1, 2, 4), *_block((64, 4), (128, 4), (256, 4), (512, 4), (512, 8))),
         *(*_cluster(256, 8, 4, 8, 16), *_BLOCK_SHARED, *_CLUSTER_SHARED, *_GRID, *_GRID_SHARED),
     ),
-    "split": _block((256, 8)),
+    "split": _block((256, 8), (256, 4)),
     "evaluate": (*_warp(1, 4), *_block((256, 4))),
     # x, dy and ddx.
     "double_backward": (

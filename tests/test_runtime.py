@@ -1,0 +1,199 @@
+"""The CuPy runtime, on modules in the place of CuPy's: what it loads in which order, and how it lays out arguments."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupynorm.cuda.plan import Step
+from cupynorm.cuda.source import Module, all_modules, core_modules
+
+
+class Cupy:
+    """What the runtime asks of CuPy; says in `done` what was called."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+        self.compiling = self.most_compiling = 0
+        self.lock = threading.Lock()
+
+    def version(self) -> tuple[int, int]:
+        self.done.append(("version",))
+        time.sleep(0.05)  # others come in meanwhile
+        self.done.append(("version known",))
+        return 13, 0
+
+    def raw(self, source: str, name: str, options: tuple[str, ...]) -> Any:
+        return Kernel(self, source, name)
+
+    def modules(self) -> dict[str, ModuleType]:
+        cupy, backends = ModuleType("cupy"), [ModuleType("cupy_backends" + tail) for tail in ("", ".cuda", ".cuda.api")]
+        runtime = SimpleNamespace(getDevice=lambda: 0, deviceGetAttribute=lambda *_: 200_000, memGetInfo=lambda: (1, 2))
+        cupy.RawKernel = self.raw  # type: ignore[attr-defined]
+        cupy.cuda = SimpleNamespace(  # type: ignore[attr-defined]
+            runtime=runtime,
+            nvrtc=SimpleNamespace(getVersion=self.version),
+            compiler=SimpleNamespace(CompileException=type("CompileException", (Exception,), {})),
+            Device=lambda number: nullcontext(),
+            get_current_stream=lambda: SimpleNamespace(ptr=77),
+        )
+        driver = SimpleNamespace(
+            CUDADriverError=type("CUDADriverError", (Exception,), {}),
+            funcSetAttribute=lambda pointer, *given: self.done.append(("attribute", pointer, *given)),
+            launchKernel=lambda *given: self.launched.append(("plain", *given)),
+            launchCooperativeKernel=lambda *given: self.launched.append(("cooperative", *given)),
+        )
+        backends[-1].driver = driver  # type: ignore[attr-defined]
+        return {"cupy": cupy} | {module.__name__: module for module in backends}
+
+
+class Kernel:
+    """A RawKernel: compiled when its `kernel` is asked for."""
+
+    def __init__(self, cupy: Cupy, source: str, name: str):
+        self.cupy, self.source, self.name = cupy, source, name
+        self.max_dynamic_shared_size_bytes = 0
+
+    @property
+    def kernel(self) -> Any:
+        with self.cupy.lock:
+            self.cupy.done.append(("compile", self.source, self.name))
+            self.cupy.compiling += 1
+            self.cupy.most_compiling = max(self.cupy.most_compiling, self.cupy.compiling)
+        time.sleep(0.002)
+        with self.cupy.lock:
+            self.cupy.compiling -= 1
+            self.cupy.done.append(("compiled", self.source, self.name))
+        return SimpleNamespace(ptr=len(self.name))
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Cupy]]:
+    """cupynorm.cuda.runtime, imported anew on the stand-ins, and those."""
+    cupy = Cupy()
+    for name, module in cupy.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "cupynorm.cuda.runtime", raising=False)
+    package = importlib.import_module("cupynorm.cuda")
+    before = vars(package).get("runtime")
+    yield importlib.import_module("cupynorm.cuda.runtime"), cupy
+    sys.modules.pop("cupynorm.cuda.runtime", None)
+    if before is None:
+        vars(package).pop("runtime", None)
+    else:
+        package.runtime = before  # type: ignore[attr-defined]
+
+
+def test_nvrtc_is_loaded_once_before_anything_is_compiled(fake: tuple[Any, Cupy]) -> None:
+    runtime, cupy = fake
+    loaded, modules = runtime.CupyRuntime(), core_modules()
+    start = threading.Barrier(len(modules))
+
+    def load(module: Module) -> None:
+        start.wait()
+        loaded.load(module)
+
+    with ThreadPoolExecutor(len(modules)) as pool:
+        list(pool.map(load, modules))
+    assert cupy.done[:2] == [("version",), ("version known",)]
+    assert cupy.done.count(("version",)) == 1
+    assert cupy.most_compiling > 1  # side by side, after that
+    expected = sorted((module.source, name) for module in modules for name in module.kernels)
+    assert sorted(done[1:] for done in cupy.done if done[0] == "compile") == expected
+
+
+def test_a_module_is_loaded_once_whoever_else_asks(fake: tuple[Any, Cupy]) -> None:
+    runtime, cupy = fake
+    loaded, module = runtime.CupyRuntime(), core_modules()[0]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(loaded.load, [module] * 8))
+    assert [done[2] for done in cupy.done if done[0] == "compile"] == list(module.kernels)
+
+
+def test_the_smallest_module_is_loaded_first_and_alone(fake: tuple[Any, Cupy]) -> None:
+    runtime, cupy = fake
+    modules = core_modules()
+    smallest = min(modules, key=lambda module: len(module.source))
+    assert modules[0] != smallest
+    runtime.CupyRuntime().load_all(iter(modules))
+    compiled = [done for done in cupy.done if done[0] in ("compile", "compiled")]
+    first = [(what, smallest.source, name) for name in smallest.kernels for what in ("compile", "compiled")]
+    assert compiled[: len(first)] == first
+    assert {done[1] for done in compiled} == {module.source for module in modules}
+    assert cupy.most_compiling > 1
+    runtime.CupyRuntime().load_all([])
+
+
+def test_clusters_of_16_are_asked_for(fake: tuple[Any, Cupy]) -> None:
+    runtime, cupy = fake
+    for group in ("cluster", "cluster_registers"):
+        module = next(m for m in all_modules([0]) if m.file == "backward" and m.group == group)
+        cupy.done.clear()
+        runtime.CupyRuntime().load(module)
+        asked = [done[1:] for done in cupy.done if done[0] == "attribute"]
+        wanted = [name for name in module.kernels if "cluster16" in name]
+        assert asked == [(len(name), runtime.NON_PORTABLE_CLUSTER, 1) for name in wanted]
+        assert len(wanted) == 1
+
+
+C_TYPES = {"Q": ctypes.c_uint64, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
+
+
+@pytest.mark.parametrize("codes", ["Q", "i", "iQ", "Qi", "iiiQ", "iqidiQ", "iiqd", "dididi", "QQqqiidQi"])
+def test_arguments_lie_as_c_would_lay_them(fake: tuple[Any, Cupy], codes: str) -> None:
+    runtime, _ = fake
+    types = {code: dtype.type for dtype, code in runtime.CODES.items()}
+    assert set(types) == set(C_TYPES)
+    args = tuple(types[code](-1.5 * i - 1 if code == "d" else 1000 * i + 7) for i, code in enumerate(codes))
+    kernel = runtime._Kernel(None, 0)
+
+    class Arguments(ctypes.Structure):
+        _fields_ = [(f"a{i}", ctypes.c_uint64) for i in range(len(codes))] + [
+            (f"v{i}", C_TYPES[code]) for i, code in enumerate(codes)
+        ]
+
+    for given in (args, tuple(arg + arg.dtype.type(1) for arg in args)):  # the layout is worked out once
+        memory = kernel.arguments(given)
+        base = ctypes.addressof(memory)
+        padded = bytes(memory).ljust(ctypes.sizeof(Arguments), b"\0")  # C pads behind the last one
+        assert ctypes.sizeof(Arguments) - ctypes.sizeof(memory) in (0, 4)
+        laid = Arguments.from_buffer_copy(padded)
+        for i, (code, arg) in enumerate(zip(codes, given, strict=True)):
+            field = getattr(Arguments, f"v{i}")
+            assert getattr(laid, f"a{i}") == base + field.offset
+            assert (base + field.offset) % ctypes.alignment(C_TYPES[code]) == 0
+            assert getattr(laid, f"v{i}") == arg
+            assert C_TYPES[code].from_address(getattr(laid, f"a{i}")).value == arg
+
+
+@pytest.mark.parametrize("cooperative", [False, True])
+def test_what_the_driver_is_told(fake: tuple[Any, Cupy], cooperative: bool) -> None:
+    runtime, cupy = fake
+    module = core_modules()[0]
+    name = module.kernels[0]
+    step = Step(module.file, name, (7, 3), 128, 4096, cooperative=cooperative)
+    launch = runtime.CupyRuntime().ready(module, step, (np.int32(5), np.float64(2.5)))
+    launch()
+    launch()
+    (what, *told), again = cupy.launched
+    assert (what, *told) == again
+    function, x, y, z, threads, one, also_one, shared, stream, arguments, *rest = told
+    assert what == ("cooperative" if cooperative else "plain")
+    assert (function, x, y, z) == (len(name), 7, 3, 1)
+    assert (threads, one, also_one, shared, stream) == (128, 1, 1, 4096, 77)
+    assert rest == ([] if cooperative else [0])
+    first, second = (ctypes.c_uint64.from_address(arguments + 8 * i).value for i in range(2))
+    assert ctypes.c_int32.from_address(first).value == 5
+    assert ctypes.c_double.from_address(second).value == 2.5

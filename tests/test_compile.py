@@ -253,14 +253,14 @@ def test_sixteen_byte_accesses(module: Module) -> None:
 
 @lru_cache(maxsize=1)
 def _planned() -> dict[Module, set[Step]]:
-    """What recorded plans launch, under one module of each file and group, with an epilogue and without."""
-    modules: dict[tuple[str, str, bool], Module] = {}
+    """What recorded plans launch, under one module of each set of kernels, with an epilogue and without."""
+    modules: dict[tuple[str, str, bool, tuple[str, ...]], Module] = {}
     steps = defaultdict(set)
     for recorded in json.loads(Path(__file__).with_name("plans.json").read_text()):
         plan = recorded["planned"]
         for step, module in zip(plan["plan"]["steps"], plan["modules"], strict=True):
-            kind = module["file"], module["group"], module["epilogue"] > 0
-            one = modules.setdefault(kind, Module(**module))
+            made = Module(**module)
+            one = modules.setdefault((made.file, made.group, made.epilogue > 0, made.kernels), made)
             steps[one].add(Step(**step | {"grid": tuple(step["grid"])}))
     return steps
 

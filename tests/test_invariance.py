@@ -171,7 +171,10 @@ def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
     assert told((8, 256, 7, 7)) == "the same in every batch"
     where = "the place of its planes between 16-byte borders"
     assert told((4, 300, 35, 45)) == f"depend on {where} (cupynorm.set_batch_invariant)"
-    assert told((4, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 1 to 87)")
+    # Warps for twice 132 planes, blocks of 128 threads for 132.
+    assert told((4, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 1 to 43)")
+    assert told((50, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 44 to 87)")
+    assert told((88, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 88 or more)")
     for n in (1, 2, 40, 88, 1000):
         shape = (n, int(rng.integers(1, 4)), 2 * int(rng.integers(500, 500_000)))
         text = told(shape)

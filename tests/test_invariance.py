@@ -22,12 +22,15 @@ from cupynorm.explain import plan_for
 
 EIGHT = Device("eight", (9, 0), 8, 99 * 1024, 4 * 2**20, 4)
 THREE = Device("three", (9, 0), 3, 227 * 1024, 2**20)
-LITTLE = Device("little", (7, 5), 3, 12 * 1024, 2**18)
+# 65 536 floats are what two multiprocessors hold in registers: four blocks each, 256 threads, eight packs.
+LITTLE = Device("little", (7, 5), 2, 12 * 1024, 2**18)
+ROOMY = Device("roomy", (8, 0), 2, 150 * 1024, 2**18)
 
 #: Channels, positions, device: planes of every regime, whose number decides about some.
 SHAPES = [
     (5, 21, EIGHT), (4, 129, EIGHT), (4, 997, EIGHT), (17, 997, EIGHT), (3, 4725, EIGHT), (3, 1000, EIGHT),
-    (3, 20_001, THREE), (3, 30_011, EIGHT), (1, 30_011, EIGHT), (2, 20_003, LITTLE),
+    (3, 20_001, THREE), (3, 30_011, EIGHT), (1, 30_011, EIGHT),
+    (1, 65_601, LITTLE), (1, 65_603, ROOMY),
 ]  # fmt: skip
 SAMPLES = 5
 
@@ -111,7 +114,7 @@ def test_the_shapes_reach_every_regime() -> None:
         for n in (1, 5)
     )
     assert (alone[4, 997], many[4, 997]) == ("block-registers", "warp-registers")
-    assert (alone[1, 30_011], many[1, 30_011]) == ("grid-shared", "cluster-shared")
+    assert (alone[1, 30_011], many[1, 30_011]) == ("grid-registers", "cluster-registers")
 
 
 @pytest.mark.parametrize("op", ["forward", "backward", "double_backward"])
@@ -128,8 +131,9 @@ def test_plans_do_not_depend_on_n(rng: np.random.Generator, op: Op) -> None:
 
 
 def test_aligned_planes_cost_nothing_more() -> None:
-    """Where the size of the call decides nothing, the very same plan."""
-    for shape in ((64, 128, 64 * 64), (20, 300, 16), (2, 64, 2**22)):
+    """Where the size of the call decides nothing, the very same plan: a sample alone has blocks of 128 threads for 132
+    multiprocessors."""
+    for shape in ((64, 132, 64 * 64), (20, 300, 16), (2, 64, 2**22)):
         for op in ("forward", "backward"):
             plans = [planned(op, *shape, "float32", "channels_first", DEVICES["H100"], i) for i in (False, True)]
             assert plans[0] == plans[1]
@@ -160,11 +164,17 @@ def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
         lines = cn.explain(np.empty(shape, dtype), device="H100").splitlines()
         return next(line for line in lines if "bits" in line).split(": ", 1)[1]
 
-    assert told((4, 64, 64, 64)) == "the same in every batch"
+    assert told((4, 64, 128, 128)) == "the same in every batch"
+    # Blocks of 128 threads where there are 132 of them, for as many multiprocessors.
+    assert told((4, 64, 64, 64)) == "depend on N (these are those of N = 3 or more) (cupynorm.set_batch_invariant)"
+    assert told((2, 64, 64, 64)) == "depend on N (these are those of N = 1 to 2) (cupynorm.set_batch_invariant)"
     assert told((8, 256, 7, 7)) == "the same in every batch"
     where = "the place of its planes between 16-byte borders"
     assert told((4, 300, 35, 45)) == f"depend on {where} (cupynorm.set_batch_invariant)"
-    assert told((4, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 1 to 87)")
+    # Warps for twice 132 planes, blocks of 128 threads for 132.
+    assert told((4, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 1 to 43)")
+    assert told((50, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 44 to 87)")
+    assert told((88, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 88 or more)")
     for n in (1, 2, 40, 88, 1000):
         shape = (n, int(rng.integers(1, 4)), 2 * int(rng.integers(500, 500_000)))
         text = told(shape)

@@ -140,7 +140,7 @@ rehearse() {
 }
 
 if [ "$gpu" != yes ]; then
-    [ $stage = quick ] || [ $stage = variants ] || part facts 60 facts.txt bash -c facts
+    [ $stage = quick ] || [ $stage = variants ] || part facts 180 facts.txt bash -c facts
     case $stage in
         first) skip smoke smoke.txt "$gpu" ;;
         full)

@@ -35,8 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     usable, why = devices.gpu_status()
     if not usable:
         parser.error(f"no usable GPU: {why}")
+    from cupynorm.cuda.backend import runtime
+
     start = time.monotonic()
-    modules = all_modules()
+    clusters = runtime.device().cluster > 1
+    modules = [m for m in all_modules() if clusters or not any(rung.owner == "cluster" for rung in m.rungs)]
     spent, failures = 0.0, 0
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         tasks = {pool.submit(load, module): module for module in modules}

@@ -42,7 +42,7 @@ __device__ inline void forward_owner(const Call& call, long long owner, long lon
 #if GROUPED
     Exchange<OWNER> exchange(call.group, owner, share.lanes * P * 4, (Math*)(shared + tile + 2 * area));
     count = (Math)spatial;
-    m = merge_moments_of_tiles<THREADS>(share, m, call.group.tiles, count, exchange, (Accum*)other);
+    m = merge_moments_of_tiles<THREADS>(share, m, call.group.tiles, count, exchange, (Accum*)scratch);
 #endif
 
     Math inverse[P];

@@ -40,6 +40,12 @@ __device__ inline Math rstd_of(Math kept, Math count, Math eps) { return recipro
 __device__ inline Math variance_of(Math kept, Math count) { return kept / count; }
 #endif
 
+template <class T> __device__ inline void swap(T& a, T& b) {
+    const T first = a;
+    a = b;
+    b = first;
+}
+
 // The sums of f(p, value, terms) over the owner's tile: of each of the K terms, for each plane p. Packs are read first
 // where READ is set.
 template <bool READ, int K, int OWNER, int REST, int THREADS, int CHUNKS, class Share, class F>
@@ -75,10 +81,10 @@ __device__ inline void sum_tile(const Share& share, const Tensor& x, Rest<REST, 
     sum_over_owner<OWNER, THREADS>(total, share.size, share.lanes, scratch);
 }
 
-// Scratch areas of moments_of_tile: two, each of two sums.
+// Two scratch areas of two sums each, which take turns: the first is free afterwards.
 template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
 __device__ inline Moments moments_of_tile(const Share& share, const Tensor& x, Rest<REST, THREADS, CHUNKS>& rest,
-                                          int chunks, Math* scratch, Math* other) {
+                                          int chunks, Math*& scratch, Math*& other) {
     Moments m;
     const Math count = (Math)share.count();
     sum_tile<true, 1, OWNER>(share, x, rest, chunks, scratch, m.mean, [](int, Math value, Math (&terms)[1]) {
@@ -109,9 +115,7 @@ __device__ inline Moments moments_of_tile(const Share& share, const Tensor& x, R
         // Only of those planes: the others' bits must not depend on what they share a warp with.
         #pragma unroll
         for (int p = 0; p < P; p++) if (m.squares[p] < sums[P + p] / 4) m.squares[p] = again[p];
-        Math* const turn = scratch;
-        scratch = other;
-        other = turn;
+        swap(scratch, other);
     }
 #if !defined(STORAGE_FLOAT64)
     // And in a unit that has room, where they are out of range.
@@ -127,6 +131,7 @@ __device__ inline Moments moments_of_tile(const Share& share, const Tensor& x, R
         for (int p = 0; p < P; p++) {
             if (!has_room(m.squares[p], count)) m.squares[p] = -sqrtf(again[p]) / unit_of(m.squares[p]);
         }
+        swap(scratch, other);
     }
 #endif
     return m;

@@ -160,7 +160,7 @@ if [ "$gpu" != yes ]; then
     fi
 elif [ $stage = first ]; then
     part facts 30 facts.txt bash -c facts
-    part smoke 90 smoke.txt "$python" -m bench.smoke --limit "$(seconds 50)"
+    part smoke 80 smoke.txt "$python" -m bench.smoke --limit "$(seconds 50)"
     bench benchmark 70 --shapes $telling --dtype $both --op forward,backward --peers "${PEERS:-torch}" --rounds 5 \
         --plot "$out/bench.png"
     part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json" --rounds 11 "${calls[@]}"

@@ -299,3 +299,17 @@ def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) ->
     assert "nonsense" in message
     assert "CUPYNORM_EAGER=0" in message
     assert isinstance(compile_error(module, "no such option"), CompileError)
+
+
+@pytest.mark.parametrize("file", ["forward", "backward"])
+def test_clusters_are_fenced_once(file: str) -> None:
+    """By the warp that publishes. An arrival that releases would be a fence of the whole GPU, by each warp."""
+    module = Module(file, "float32", 4, "channels_first", "cluster_registers")
+    ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
+    entries = ptx.split(".visible .entry ")[1:]
+    assert len(entries) == len(module.kernels)
+    for entry in entries:
+        assert len(re.findall(r"\bfence\.acq_rel\.cluster\b", entry)) == 1
+        arrivals = re.findall(r"\bbarrier\.cluster\.arrive\S*", entry)
+        assert len(arrivals) == 2
+        assert all(".relaxed" in arrival for arrival in arrivals)

@@ -81,7 +81,8 @@ template <> struct Exchange<GRID> {
     }
     __device__ Math read(int tile, int i) const { return load_fresh(areas + tile * numbers + i); }
     __device__ void leave() {}
-    __device__ void end() {}
+    // The next stripe's first sums may take the scratch area that this one's last took.
+    __device__ void end() { __syncthreads(); }
 };
 
 // The moments of a stripe from those of its tiles, about the mean of tile 0, which has the most elements: what

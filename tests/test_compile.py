@@ -145,7 +145,7 @@ def _check_resources(module: Module, architecture: int, whole: bool = True) -> i
     faults = [
         f"{name} of {module} for sm_{architecture}: {registers} of {_registers(module, name)} registers, "
         f"local memory {memory}, allowed {_allowed(module, name, architecture)}"
-        for name, memory, _, _, registers in found  # the stack frame is what spills take; their accesses are counted too
+        for name, memory, _, _, registers in found  # memory: the stack frame
         if int(memory) > _allowed(module, name, architecture) or int(registers) > _registers(module, name)
     ]
     if faults:

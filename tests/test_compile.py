@@ -35,8 +35,8 @@ REGISTERS = 65536  # of a multiprocessor, on all of them
 FIRST_WITH_CLUSTERS = 90  # older ones have no kernels of the groups "cluster" and "cluster_registers"
 #: Bytes of local memory of a thread that kernels of a file, owner and rest may have; others have none. A few go to the
 #: first-level cache: measured, they cost nothing, and to hold fewer threads does. What NVRTC 13.0 reports for sm_90;
-#: for other architectures the same kernels may have ELSEWHERE.
-ELSEWHERE = 96
+#: for other architectures, and by other versions, the same kernels may have ELSEWHERE: up to 144 were seen (sm_70).
+ELSEWHERE = 160
 SPILLED = {
     ("forward", "part", "registers"): 8,
     ("forward", "block", "registers"): 0,

@@ -35,8 +35,9 @@ REGISTERS = 65536  # of a multiprocessor, on all of them
 FIRST_WITH_CLUSTERS = 90  # older ones have no kernels of the groups "cluster" and "cluster_registers"
 #: Bytes of local memory of a thread that kernels of a file, owner and rest may have; others have none. A few go to the
 #: first-level cache: measured, they cost nothing, and to hold fewer threads does. What NVRTC 13.0 reports for sm_90;
-#: for other architectures, and by other versions, the same kernels may have ELSEWHERE: up to 144 were seen (sm_70).
-ELSEWHERE = 160
+#: for other architectures the same kernels may have ELSEWHERE, where up to 208 were seen (sm_100, NVRTC 12.9), and others a
+#: few: which of them is compiled for which changes with the list of modules.
+ELSEWHERE, FEW = 224, 16
 SPILLED = {
     ("forward", "part", "registers"): 8,
     ("forward", "block", "registers"): 0,
@@ -109,7 +110,9 @@ def _allowed(module: Module, kernel: str, architecture: int) -> int:
     """Bytes of a thread's local memory that a kernel may have."""
     rung = _rung_of(module, kernel)
     known = (module.file, rung.owner, rung.rest) if rung else None
-    return ELSEWHERE if known in SPILLED and architecture != 90 else SPILLED.get(known, 0)  # type: ignore[arg-type]
+    if architecture != 90:
+        return ELSEWHERE if known in SPILLED else FEW
+    return SPILLED.get(known, 0)  # type: ignore[arg-type]
 
 
 def _registers(module: Module, kernel: str) -> int:

@@ -35,8 +35,8 @@ REGISTERS = 65536  # of a multiprocessor, on all of them
 FIRST_WITH_CLUSTERS = 90  # older ones have no kernels of the groups "cluster" and "cluster_registers"
 #: Bytes of local memory of a thread that kernels of a file, owner and rest may have; others have none. A few go to the
 #: first-level cache: measured, they cost nothing, and to hold fewer threads does. What NVRTC 13.0 reports for sm_90;
-#: for other architectures the same kernels may have ELSEWHERE, where up to 208 were seen (sm_100, NVRTC 12.9), and others a
-#: few: which of them is compiled for which changes with the list of modules.
+#: for other architectures the same kernels may have ELSEWHERE, where up to 208 were seen (sm_100, NVRTC 12.9), and
+#: others a few: which of them is compiled for which changes with the list of modules.
 ELSEWHERE, FEW = 224, 16
 SPILLED = {
     ("forward", "part", "registers"): 8,

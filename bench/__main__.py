@@ -312,7 +312,8 @@ def main(arguments: list[str] | None = None) -> int:
     result = bench.result()
     title = f"{result['device']['name']}: a large copy runs at {result['copy_gbps']:.0f} GB/s"
     measured = [row for key, row in bench.rows.items() if key in bench.spreads]
-    console.print(report.rich_table(measured, list(bench.spreads.values()), title))
+    spreads = [bench.spreads[report.key(row)] for row in measured]
+    console.print(report.rich_table(measured, spreads, title))
     if options.json:
         report.write_json(result, options.json)
         console.print(f"wrote {options.json}")

@@ -346,7 +346,7 @@ class _Job:
         return threads // rung.threads
 
     def slots(self, rung: Rung) -> int:
-        """Blocks that the device holds at once; of those that fill shared memory, one a multiprocessor."""
+        """Blocks that the device holds at once: a block that fills shared memory has a multiprocessor to itself."""
         return self.device.sm_count * (self.resident(rung) if rung.rest == "registers" else 1)
 
     def fits(self, rung: Rung, tiles: int) -> bool:
@@ -373,7 +373,7 @@ class _Job:
         """The launch, if a rung suits, and why or why not. rooms: arrays that a staged chunk has room for."""
         busy = self.device.sm_count
         op = self.op
-        choosing = op not in FORCED  # the quickest of those that fit
+        choosing = op not in FORCED  # a forced rung is taken wherever it fits
         if rung.owner == "part":
             large = choosing and (self.s > PART_ELEMENTS or self.s * self.itemsize > PART_BYTES)
             if not self.dense() or large or self.s > 32 * rung.chunks:

@@ -527,7 +527,7 @@ WHICH = """
 KERNEL(64, 1) which(long long owner, long long tiles, long long channels, long long* found) {
     const Share<WARP, 64> share(owner, tiles, 1, 2, Tensor{}, channels, 8);
     if (threadIdx.x < 2) store(found + threadIdx.x, share.c);
-    if (threadIdx.x == 2) { store(found + 2, share.n); store(found + 3, share.tile); }
+    if (threadIdx.x == 2) { store(found + 2, share.n); store(found + 3, (long long)share.tile); }
 }
 """
 

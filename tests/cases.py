@@ -12,7 +12,7 @@ from conftest import Backend
 import cupynorm as cn
 from cupynorm import devices
 from cupynorm.cuda.plan import PART_BYTES, PART_ELEMENTS, Device, Layout, Op, _Job
-from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, LADDERS, Kind, exists, resident_threads, widest
+from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, LADDERS, Kind, exists, group_of, resident_threads, widest
 
 #: Few multiprocessors: owners are chosen by the size of a plane alone, as they are for large batches.
 SMALL_DEVICE = Device("small", (7, 5), 1, 99 * 1024, 4 * 2**20)
@@ -435,7 +435,7 @@ def _variants(
                 of_registers = [
                     r
                     for r in LADDERS[op]
-                    if r.group == "grid_registers" and exists(r, op, dtype, kind, epilogue, skewed)
+                    if group_of(r, op) == "grid_registers" and exists(r, op, dtype, kind, epilogue, skewed)
                 ]
                 s, busy = held + 5, 5
                 for r in of_registers:  # more than the registers of all multiprocessors hold

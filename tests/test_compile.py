@@ -24,7 +24,7 @@ import pytest
 from cupynorm.cuda import source
 from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
-from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Rung, widest
+from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Rung, group_of, widest
 
 pytestmark = [pytest.mark.nvrtc]
 
@@ -210,7 +210,7 @@ def _wide_modules() -> list[Module]:
     modules = [
         Module(file, "bfloat16", _width(group), "channels_first", group, epilogue)
         for file, epilogue in files
-        for group in dict.fromkeys(rung.group for rung in LADDERS[file])
+        for group in dict.fromkeys(group_of(rung, file) for rung in LADDERS[file])
     ]
     wide = [m for m in core_modules() if m.file != "channels"]
     return wide + [m for m in modules if m.rungs and m not in wide]

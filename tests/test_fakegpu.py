@@ -553,7 +553,14 @@ with cupy.cuda.Device(1):
 
 @pytest.mark.parametrize(
     ("settings", "name", "cluster"),
-    [({"capability": 80}, "A100", 1), ({"cluster": 8}, "H100", 8), ({}, "H100", 16)],
+    [
+        ({"capability": 80}, "A100", 1),
+        ({"cluster": 8}, "H100", 8),
+        ({}, "H100", 16),
+        # Each part holds one cluster of 16, and 40 of 132 multiprocessors are left: two of 8, as many; five of 4.
+        ({"part": 22}, "H100", 4),
+        ({"part": 18}, "H100", 16),  # seven clusters: 112
+    ],
     ids=str,
 )
 def test_cupynorm_finds_what_clusters_there_are(settings: dict[str, int], name: str, cluster: int) -> None:

@@ -20,7 +20,7 @@ import reference
 import cupynorm as cn
 from cupynorm.cuda.launch import _prepare
 from cupynorm.cuda.plan import DEVICES, MAX_GRID, Device, Layout, Memory, Op, Plan, Step, arrange, fresh, layout, plan
-from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind, Rung, exists, resident_threads
+from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind, Rung, exists, group_of, resident_threads
 from cupynorm.explain import plan_for
 
 SHAPES = [
@@ -131,7 +131,7 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
         planes = min(n * c, (made.at_a_time or made.stripes) * width)
         assert blocks >= (math.ceil(c / 32) if step.module == "channels" else planes)
         return
-    assert (rung.threads, rung.cluster, rung.group) == (step.threads, step.cluster, step.group)
+    assert (rung.threads, rung.cluster, group_of(rung, step.module)) == (step.threads, step.cluster, step.group)
     assert exists(rung, step.module, made.dtype, made.kind, 0 if step.plain else made.epilogue, made.skewed)
     assert step.cooperative == (rung.owner == "grid")
     # Nobody is left out: stripes for all planes, owners for all stripes, threads for all owners.
@@ -542,14 +542,14 @@ def test_rungs_follow_closely(op: Op, times: int) -> None:
     held = [
         r.size * r.chunks * r.cluster for r in LADDERS[op] if r.rest == "registers" and r.owner in ("warp", "block")
     ]
-    clusters = [r.size * r.chunks * r.cluster for r in LADDERS[op] if r.group == "cluster_registers"]
+    clusters = [r.size * r.chunks * r.cluster for r in LADDERS[op] if group_of(r, op) == "cluster_registers"]
     assert len(held) >= 5
     assert len(clusters) == 3 * (op != "double_backward")
     for smaller, larger in itertools.pairwise(held + clusters):
         assert smaller <= larger <= times * smaller
     wide = [r for r in LADDERS[op] if r.owner == "block" and r.rest == "registers" and r.threads >= 256]
     narrow = [r for r in LADDERS[op] if r.owner == "block" and r.threads < 256]
-    assert all(r.group == "" for r in (*wide, *narrow))
+    assert all(group_of(r, op) == "" for r in (*wide, *narrow))
     # None twice, but for the first of the wide ones: it holds what the largest of the narrow ones does, or twice that.
     assert len(held) - len(set(held)) == (len(narrow) > 0 and op == "forward")
     if narrow:

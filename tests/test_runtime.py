@@ -144,7 +144,7 @@ def test_clusters_of_16_are_asked_for(fake: tuple[Any, Cupy]) -> None:
         runtime.CupyRuntime().load(module)
         asked = [done[1:] for done in cupy.done if done[0] == "attribute"]
         wanted = [name for name in module.kernels if "cluster16" in name]
-        assert asked == [(len(name), runtime.NON_PORTABLE_CLUSTER, 1) for name in wanted]
+        assert asked == [(len(name), runtime.clusters.NON_PORTABLE, 1) for name in wanted]
         assert len(wanted) == 1
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from math import prod
 from typing import Literal, NamedTuple
 
-from .variants import FORCED, ITEMSIZE, Kind, Rung, exists, ladder, resident_threads, widest
+from .variants import FORCED, ITEMSIZE, Kind, Rung, exists, group_of, ladder, resident_threads, widest
 
 Op = Literal["forward", "backward", "evaluate", "eval_gradient", "double_backward", "eval_double"]
 
@@ -338,7 +338,7 @@ class _Job:
             blocks = min(self.stripes, self.slots(rung) // tiles) * tiles
         grid, name = grid_of(blocks), f"{prefix}_{rung.name}"
         return Step(module, name, grid, rung.threads, shared, owners, tiles, chunks, lanes,
-                    rung.group, rung.cluster, rung.owner == "grid", plain)  # fmt: skip
+                    group_of(rung, module), rung.cluster, rung.owner == "grid", plain)  # fmt: skip
 
     def resident(self, rung: Rung) -> int:
         """Blocks of a rung for which a multiprocessor has registers."""

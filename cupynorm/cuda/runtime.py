@@ -17,17 +17,13 @@ import numpy as np
 from cupy_backends.cuda.api import driver
 
 from ..functional import Array
+from . import clusters
 from .plan import Device, Step
 from .source import OPTIONS, Module, compile_error
 
-# What a launch may ask for without opting in, cudaDevAttrMaxSharedMemoryPerBlockOptin, and
-# CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED.
+# What a launch may ask for without opting in, and cudaDevAttrMaxSharedMemoryPerBlockOptin.
 DEFAULT_SHARED = 48 * 1024
 MAX_SHARED_OPTIN = 97
-NON_PORTABLE_CLUSTER = 14
-
-PROBE = 'extern "C" __global__ void __cluster_dims__(%d, 1, 1) cupynorm_probe() {}'
-
 
 #: struct's codes of the types that kernels take.
 CODES = {np.dtype(np.uintp): "Q", np.dtype(np.int64): "q", np.dtype(np.int32): "i", np.dtype(np.float64): "d"}
@@ -87,7 +83,7 @@ class CupyRuntime:
                     p["multiProcessorCount"],
                     p["sharedMemPerBlockOptin"],
                     p["l2CacheSize"],
-                    _largest_cluster(p["major"], p["sharedMemPerBlockOptin"]),
+                    clusters.largest_cluster(p["major"], p["sharedMemPerBlockOptin"], p["multiProcessorCount"]),
                 )
             return self._devices[number]
 
@@ -162,7 +158,7 @@ class CupyRuntime:
                 if shared > DEFAULT_SHARED:
                     kernel.max_dynamic_shared_size_bytes = shared
                 if "cluster16" in name:
-                    driver.funcSetAttribute(function.ptr, NON_PORTABLE_CLUSTER, 1)
+                    driver.funcSetAttribute(function.ptr, clusters.NON_PORTABLE, 1)
                 self._kernels[number, module, name] = _Kernel(kernel, function.ptr)
 
     def load_all(self, modules: Iterable[Module]) -> None:
@@ -181,21 +177,3 @@ class CupyRuntime:
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(load, modules[1:]))
-
-
-def _largest_cluster(major: int, shared: int) -> int:
-    """Most blocks of a cluster on the current device, each with all the shared memory a block can have.
-
-    More than 8 are not promised, and a part of a device (MIG) may have fewer: so it is tried, once.
-    """
-    for size in (16, 8, 4, 2) if major >= 9 else ():
-        kernel = cupy.RawKernel(PROBE % size, "cupynorm_probe", OPTIONS)
-        try:
-            kernel.max_dynamic_shared_size_bytes = shared
-            if size > 8:
-                driver.funcSetAttribute(kernel.kernel.ptr, NON_PORTABLE_CLUSTER, 1)
-            kernel((size,), (512,), (), shared_mem=shared)
-            return size
-        except driver.CUDADriverError:
-            continue
-    return 1

@@ -1,7 +1,7 @@
 """Kernel sources: found, put together and named.
 
 A module is one .cu file for one dtype, access width, layout, alignment and epilogue; it holds the kernels of one group
-of the file's ladder: what most calls need, or parts of warps, clusters, or the grid.
+of the file's ladder: parts of warps, warps, blocks, clusters, or the grid.
 Headers are put in where they are included, since CuPy's disk cache keys on the text it is given and would miss a
 change in a header; #line keeps the compiler's messages pointing at the real file.
 """
@@ -16,7 +16,19 @@ from itertools import product
 from pathlib import Path
 
 from .plan import Plan, Step
-from .variants import EPILOGUES, FORCED, ITEMSIZE, LADDERS, PLAIN, Kind, Rung, exists, resident_threads, widest
+from .variants import (
+    EPILOGUES,
+    FORCED,
+    ITEMSIZE,
+    LADDERS,
+    PLAIN,
+    Kind,
+    Rung,
+    exists,
+    group_of,
+    resident_threads,
+    widest,
+)
 
 
 class CompileError(RuntimeError):
@@ -69,7 +81,7 @@ class Module:
     @property
     def rungs(self) -> tuple[Rung, ...]:
         facts = self.file, self.dtype, self.kind, self.epilogue, self.skewed
-        return tuple(r for r in LADDERS[self.file] if r.group == self.group and exists(r, *facts))
+        return tuple(r for r in LADDERS[self.file] if group_of(r, self.file) == self.group and exists(r, *facts))
 
     @property
     def defines(self) -> str:
@@ -128,7 +140,7 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
     for epilogue, (file, ladder), dtype in product(epilogues, LADDERS.items(), ITEMSIZE):
         if epilogue and file in PLAIN:
             continue
-        for group in dict.fromkeys(rung.group for rung in ladder):
+        for group in dict.fromkeys(group_of(rung, file) for rung in ladder):
             if group == "part":
                 modules.append(Module(file, dtype, 1, "channels_first", group, epilogue))
                 continue
@@ -139,12 +151,13 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
 
 
 def core_modules() -> list[Module]:
-    """What is compiled at import: forward and backward of float32, float16 and bfloat16, channels-first."""
+    """What is compiled at import: forward and backward of float32, float16 and bfloat16, channels-first, by warps and
+    blocks."""
+    dtypes = ("float32", "float16", "bfloat16")
     return [
-        Module(file, dtype, 1 if file == "channels" else widest(ITEMSIZE[dtype], "channels_first"), "channels_first")
-        for file in ("forward", "backward", "channels")
-        for dtype in ("float32", "float16", "bfloat16")
-    ]
+        Module(file, dtype, widest(ITEMSIZE[dtype], "channels_first"), "channels_first", group)
+        for file, dtype, group in product(("forward", "backward"), dtypes, ("", "warp"))
+    ] + [Module("channels", dtype, 1, "channels_first") for dtype in dtypes]
 
 
 def kernel_folder() -> Path:

@@ -48,12 +48,13 @@ class Rung:
         """Whether several blocks share a stripe."""
         return self.owner in ("cluster", "grid")
 
-    @property
-    def group(self) -> str:
-        """Rungs of a group are compiled together: "" for those that most calls need."""
-        if self.grouped:
-            return self.owner if self.rest == "shared" else f"{self.owner}_registers"
-        return self.owner if self.owner == "part" else ""
+
+def group_of(rung: Rung, file: str) -> str:
+    """Rungs of a group are compiled together: "" for blocks, and for warps where those compile quickly."""
+    if rung.grouped:
+        return rung.owner if rung.rest == "shared" else f"{rung.owner}_registers"
+    alone = rung.owner == "part" or (rung.owner == "warp" and file in ("forward", "backward"))
+    return rung.owner if alone else ""
 
 
 def exists(rung: Rung, file: str, dtype: str, kind: Kind, epilogue: int, skewed: bool) -> bool:

@@ -14,22 +14,6 @@
 //   denormals       are flushed (on x86), as by a GPU with what CuPy compiles; but in modules of float64
 //   arguments       number, size and kind are those of the kernel's parameters
 
-#include <cstdarg>
-#include <csetjmp>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <type_traits>
-#include <ucontext.h>
-#include <utility>
-#include <vector>
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
-
 #define SIMT 1
 #define __device__
 #define __host__

@@ -24,13 +24,12 @@ struct Model {
     int major, minor, multiprocessors;
     int shared_per_block, shared_per_multiprocessor;  // bytes: the most a kernel may opt in to
     int l2_bytes;
-    int parts, multiprocessors_per_part;  // a cluster lies within one
 };
 constexpr int DEFAULT_SHARED = 48 << 10, RESERVED_SHARED = 1 << 10, REGISTERS = 1 << 16, MAX_THREADS = 1024;
 constexpr int PORTABLE_CLUSTER = 8;
 
 // Set by the variable FAKEGPU ("devices=2,capability=80") or fakegpu_set. See the table in devices.cpp.
-struct Settings { long devices, capability, cluster, memory, driver, oom, fail, code; };
+struct Settings { long devices, capability, cluster, part, memory, driver, oom, fail, code; };
 extern Settings settings;
 
 const Model& model();

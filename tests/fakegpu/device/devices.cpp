@@ -12,8 +12,8 @@ namespace fake {
 std::recursive_mutex lock;
 
 static const Model MODELS[] = {
-    {"NVIDIA H100 80GB HBM3", 9, 0, 132, 227 << 10, 228 << 10, 50 << 20, 8, 16},
-    {"NVIDIA A100-SXM4-80GB", 8, 0, 108, 163 << 10, 164 << 10, 40 << 20, 7, 15},
+    {"NVIDIA H100 80GB HBM3", 9, 0, 132, 227 << 10, 228 << 10, 50 << 20},
+    {"NVIDIA A100-SXM4-80GB", 8, 0, 108, 163 << 10, 164 << 10, 40 << 20},
 };
 
 Settings settings;
@@ -22,6 +22,7 @@ static const struct Setting { const char* name; long Settings::* value; long usu
     {"devices", &Settings::devices, 1},
     {"capability", &Settings::capability, 90},  // 90: an H100; 80: an A100, which has no clusters
     {"cluster", &Settings::cluster, 16},        // most blocks of a cluster that can be placed; 1: none
+    {"part", &Settings::part, 16},              // multiprocessors of the parts within one of which a cluster lies
     {"memory", &Settings::memory, 8192},        // MiB of each device
     {"driver", &Settings::driver, CUDA_VERSION},// the CUDA version it supports; 0: there is no driver
     {"oom", &Settings::oom, 0},                 // from the n-th allocation on all fail; 0: none does

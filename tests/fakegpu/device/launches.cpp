@@ -36,7 +36,7 @@ static int resident(const Kernel& k, int threads, size_t dynamic_shared) {
 static int clusters(const Kernel& k, int blocks, int threads, size_t shared) {
     const int most = std::min<long>(settings.cluster, k.non_portable ? 16 : PORTABLE_CLUSTER);
     if (model().major < 9 || blocks > most) return 0;
-    return model().parts * (resident(k, threads, shared) * model().multiprocessors_per_part / blocks);
+    return model().multiprocessors / settings.part * (resident(k, threads, shared) * settings.part / blocks);
 }
 
 static int check(const Launch& l, void* stream) {

@@ -138,10 +138,11 @@ def test_home_is_not_needed(tmp_path: Path, home: str) -> None:
 
 
 def test_import_is_light() -> None:
-    """Beyond NumPy: this package, and nothing heavy of the standard library."""
+    """Beyond NumPy and pathlib (which brings urllib.parse on some Pythons): this package, and nothing heavy of the
+    standard library."""
     code = """
 import sys
-import numpy
+import numpy, pathlib
 before = set(sys.modules)
 import cupynorm
 print(*sorted(set(sys.modules) - before))

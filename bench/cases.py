@@ -223,7 +223,8 @@ class Arrays:
         dy = self._laid(pool[::-1].astype(storage))
         if activation is not None:
             for block in self._blocks():
-                self._bits(dy)[block][xp.abs(self._exact(block)[2]) < TOLERANCE[dtype]] = 0
+                part = self._bits(dy)[block]
+                part *= xp.abs(self._exact(block)[2]) >= TOLERANCE[dtype]
         self.dy = self._sets(dy)
 
     @cached_property

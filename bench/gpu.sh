@@ -11,8 +11,8 @@
 # beside what was measured. Each part has a time limit; a part that fails is reported and the others go on; the exit
 # status is 1 then.
 # PYTHON chooses the interpreter (python3); PEERS who is measured beside cupynorm (torch, then torch.compile and jax).
-# To rehearse on the fake GPU (tests/fakegpu): SMALL=1 takes small shapes and a share of the tests, PACE=1000 makes all
-# time limits 1000 % of what they are.
+# To rehearse on the fake GPU (tests/fakegpu): SMALL=1 takes small shapes and a share of scopes, tests and variants,
+# PACE=1000 makes all time limits 1000 % of what they are.
 # Where there is no GPU the parts that need one are skipped, and the benchmarks are rehearsed on the CPU. A GPU that is
 # there but cannot be used is a failure.
 set -u
@@ -128,10 +128,11 @@ sanitizer() {
 
 both=float32,bfloat16
 telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,128,128,128 1,1,4096,4096 1,4194304,4,4 1,65536,32,32"
-real=real all="real sweep" tests=() sizes=() calls=()
+real=real all="real sweep" scopes=() tests=() sizes=() calls=() compiling=60
 if [ -n "${SMALL:-}" ]; then
     telling="2,3,16,16" real="2,320,4,4,4" all="2,3,16,16 2,320,4,4,4"
-    tests=(tests/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1) sizes=(--elements 4096 --sizes 8,64 --rounds 1 --batch-ms 0.01)
+    scopes=(--scopes part cluster4) tests=(tests/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1)
+    sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=1
 fi
 rehearse() {
     local name=$1 seconds=$2
@@ -160,13 +161,13 @@ if [ "$gpu" != yes ]; then
     fi
 elif [ $stage = first ]; then
     part facts 30 facts.txt bash -c facts
-    part smoke 80 smoke.txt "$python" -m bench.smoke --limit "$(seconds 50)"
+    part smoke 80 smoke.txt "$python" -m bench.smoke --limit "$(seconds 50)" "${scopes[@]}"
     bench benchmark 70 --shapes $telling --dtype $both --op forward,backward --peers "${PEERS:-torch}" --rounds 5 \
         --plot "$out/bench.png"
     part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json" --rounds 11 "${calls[@]}"
 elif [ $stage = full ]; then
     part facts 20 facts.txt bash -c facts
-    part prime 75 tests.txt "$python" -m bench.prime --limit "$([ -n "${SMALL:-}" ] && echo 20 || seconds 60)"
+    part prime 75 tests.txt "$python" -m bench.prime --limit "$(seconds $compiling)"
     # pytest calls it a failure (5) when it selects no test: so do we.
     part tests 120 tests.txt "$python" -m pytest -n 8 -m gpu -q -ra --tb=short -p no:cacheprovider \
         -p no:benchmark "${tests[@]}"

@@ -313,15 +313,28 @@ SMALL = [
 ]
 
 
-def variants() -> list[Case]:
-    """Cases whose plans reach every kernel without an epilogue: each rung, dtype, layout, alignment; the split."""
-    return [
-        case
-        for dtype in ITEMSIZE
-        for kind in ("channels_first", "channels_last")
-        for easy in (True, False)
-        for case in _variants(dtype, kind, easy)
-    ]
+#: A kind of kernels, and whether all arrays are aligned alike and channels can be packed.
+KINDS: tuple[tuple[Kind, bool], ...] = (
+    ("channels_first", True), ("channels_first", False), ("channels_last", True), ("channels_last", False),
+)  # fmt: skip
+GROUPS = ("", "warp", "part", "cluster", "cluster_registers", "grid", "grid_registers", "split")
+
+
+def turn(group: str, kind: Kind, easy: bool) -> str:
+    """The dtype in which the emulator runs a group's kernels of a kind: to build all of them would take minutes.
+
+    A group has every dtype and every kind, and the groups together have every dtype with every kind.
+    """
+    dtypes = ("float32", "float16", "bfloat16", "float64")
+    return dtypes[(KINDS.index((kind, easy)) + GROUPS.index(group)) % 4]
+
+
+def variants(ops: tuple[Op, ...] = ("forward", "backward"), turns: bool = False) -> list[Case]:
+    """Cases whose plans reach every kernel without an epilogue: each rung, dtype, layout, alignment; the split.
+
+    turns: each group of kernels in the dtypes whose turn it is.
+    """
+    return [case for dtype in ITEMSIZE for kind in KINDS for case in _variants(dtype, *kind, ops, turns=turns)]
 
 
 def epilogue_variants() -> list[Case]:
@@ -348,32 +361,18 @@ def epilogue_variants() -> list[Case]:
     return cases
 
 
-#: What takes turns on the emulator: (kind, easy) and a dtype. To build the double backward's 84 modules takes minutes.
-DOUBLE_TURNS: dict[tuple[Kind, bool], str] = {
-    ("channels_first", True): "float32", ("channels_first", False): "float16",
-    ("channels_last", True): "bfloat16", ("channels_last", False): "float64",
-}  # fmt: skip
-
-
-def double_variants(turns: bool = False) -> list[Case]:
-    """The same for the kernels of the double backward; turns: in one dtype of each layout."""
-    return [
-        case
-        for dtype in ITEMSIZE
-        for (kind, easy), turn in DOUBLE_TURNS.items()
-        if dtype == turn or not turns
-        for case in _variants(dtype, kind, easy, ("double_backward",))
-    ]
-
-
 #: Many multiprocessors for few planes: owners of few threads give way.
 WIDE_DEVICE = Device("wide", (7, 5), 64, 99 * 1024, 4 * 2**20)
 
 
 def _variants(
-    dtype: str, kind: Kind, easy: bool, ops: tuple[Op, ...] = ("forward", "backward"), epilogue: int = 0
+    dtype: str,
+    kind: Kind,
+    easy: bool,
+    ops: tuple[Op, ...] = ("forward", "backward"),
+    epilogue: int = 0,
+    turns: bool = False,
 ) -> list[Case]:
-    """easy: all arrays aligned alike, and channels that can be packed."""
     # 16 bytes of channels-last rows at the least, so that there are several lanes; 3 channels cannot be packed.
     c = 2 if kind == "channels_first" else (16 if easy else 3)
     layout = kind if kind == "channels_last" else ("contiguous" if easy else "unaligned")
@@ -393,6 +392,8 @@ def _variants(
     cases: dict[tuple[int, Device, str], Case] = {}
 
     def add(s: int, device: Device = SMALL_DEVICE, layout: str = layout) -> None:
+        if turns and dtype != turn(group, kind, easy):
+            return
         n = 3 if device.sm_count > 1 else 2
         cases[s, device, layout] = replace(base, shape=(n, c, s), device=device, layout=layout)
 
@@ -401,6 +402,7 @@ def _variants(
         for rung in LADDERS[op]:
             if not exists(rung, op, dtype, kind, epilogue, skewed):
                 continue
+            group = group_of(rung, op)
             if rung.owner == "part":
                 if kind == "channels_first":
                     most = min(PART_ELEMENTS, PART_BYTES // ITEMSIZE[dtype])
@@ -443,6 +445,7 @@ def _variants(
                     blocks = resident_threads(r, op, dtype, kind, epilogue, skewed) // r.threads * busy
                     s = blocks * r.chunks * r.size // lanes * unit + 5
                 add(s, Device("grid", (9, 0), busy, job(op, s).shared(rung, 2), 2**20))
-    # Too large for shared memory: split.
+    # Too large for shared memory.
+    group = "split"
     add(SMALL_DEVICE.shared_per_block // (ITEMSIZE[dtype] * (1 if lanes == 1 else lanes * vector)) + 1)
     return list(cases.values())

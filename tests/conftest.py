@@ -80,13 +80,15 @@ def _most_needed(session: pytest.Session, marker: str) -> list[Any]:
     ]
     core = all_modules([0])
     if marker == "simt":  # _not_its_turn
-        from cases import DOUBLE_TURNS
+        from cases import turn
 
-        def in_turn(m: Any) -> bool:
+        def needed(m: Any) -> bool:
             easy = not m.skewed if m.kind == "channels_first" else m.vector > 1
-            return not m.file.startswith("double") or m.dtype == DOUBLE_TURNS[m.kind, easy]
+            group = "split" if "split" in m.file else m.group
+            by_table = not m.file.startswith("double") and group in ("", "warp", "part")
+            return by_table or m.dtype == turn(group, m.kind, easy)
 
-        core = [m for m in core if in_turn(m)]
+        core = [m for m in core if needed(m)]
     fused = [m for m in all_modules(range(1, 4)) if not m.skewed and m.kind == "channels_first"]
     return (core if files.count("test_cases.py") > 300 else []) + (
         [m for m in fused if m.group == "part" or m.file == "evaluate"] if files.count("test_epilogue.py") > 300 else []
@@ -192,12 +194,12 @@ def _shows_nothing_more(item: Any) -> bool:
 
 
 def _not_its_turn(item: Any) -> bool:
-    """Of the double backward's cases, on the emulator; CUPYNORM_SIMT=all runs them all."""
+    """Of what reaches every kernel, and of the double backward's cases, on the emulator; CUPYNORM_SIMT=all runs all."""
     if os.environ.get("CUPYNORM_SIMT") == "all":
         return False
     given = item.callspec.params
-    if item.originalname == "test_double_variant":
-        return given["case"] not in _in_turn()
+    if item.originalname in ("test_variant", "test_double_variant"):
+        return given["case"] not in _in_turn(item.originalname == "test_double_variant")
     if item.originalname == "test_bytes_of_a_double_backward":
         return bool(given["dtype"] != "float32")
     return (
@@ -208,10 +210,10 @@ def _not_its_turn(item: Any) -> bool:
 
 
 @cache
-def _in_turn() -> set[Any]:
-    from cases import double_variants
+def _in_turn(double: bool) -> set[Any]:
+    from cases import variants
 
-    return set(double_variants(turns=True))
+    return set(variants(("double_backward",) if double else ("forward", "backward"), turns=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

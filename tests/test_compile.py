@@ -2,9 +2,9 @@
 
 The core modules are compiled for sm_90 each time. Everything for every architecture takes most of an hour, so the slow
 part deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of rungs
-that differ in packs or in the cluster's size alone it takes the largest, which needs most registers; and behind an
-epilogue the dtypes take turns too. The environment variable
-CUPYNORM_NVRTC=all compiles everything for every architecture: for changes of kernels, of LADDERS, of resident_threads.
+that differ in packs or in the cluster's size alone it takes the largest, which needs most registers; and the two 16-bit
+dtypes, and whatever differs in its epilogue alone, take turns too (_code). The environment variable CUPYNORM_NVRTC=all
+compiles everything for every architecture: for changes of kernels, of LADDERS, of resident_threads.
 """
 
 from __future__ import annotations
@@ -97,10 +97,6 @@ def _supported(architecture: int) -> bool:
     return architecture in list(supported)
 
 
-def _clustered(module: Module) -> bool:
-    return any(rung.owner == "cluster" for rung in module.rungs)
-
-
 def _rung_of(module: Module, kernel: str) -> Rung | None:
     """The rung of a kernel; None of merges, and sums over N, which have a block to themselves."""
     return next((rung for rung in module.rungs if kernel.endswith(f"_{rung.name}")), None)
@@ -163,8 +159,12 @@ def test_core_modules(module: Module) -> None:
 
 
 def _code(module: Module) -> Module:
-    """One for all modules that take turns: behind an epilogue, those that differ in their dtype alone."""
-    return replace(module, dtype="float16", vector=min(module.vector, 2)) if module.epilogue else module
+    """One for all modules that take turns: those that differ in which epilogue they have and in their dtype alone;
+    without an epilogue, in which 16-bit dtype.
+    """
+    if module.epilogue:
+        return replace(module, dtype="float16", vector=min(module.vector, 2), epilogue=1)
+    return replace(module, dtype="float16") if module.dtype == "bfloat16" else module
 
 
 def _dealt(architecture: int) -> list[Module]:
@@ -175,7 +175,7 @@ def _dealt(architecture: int) -> list[Module]:
     known = [a for a in ARCHITECTURES if _supported(a)]
     mine = []
     for i, (code, modules) in enumerate(same.items()):
-        possible = [a for a in known if a >= FIRST_WITH_CLUSTERS or not _clustered(code)]
+        possible = [a for a in known if a >= FIRST_WITH_CLUSTERS or not code.group.startswith("cluster")]
         if EVERYTHING:
             mine += modules if architecture in possible else []
         elif architecture == possible[(i + i // len(possible)) % len(possible)]:  # the list has periods: not in step

@@ -24,6 +24,8 @@ def test_small(backend: Backend, case: cases.Case, rng: np.random.Generator) -> 
     cases.check(backend, case, rng)
 
 
+# What reaches every kernel shows nothing more of the CPU's loops.
+@on_kernels
 @pytest.mark.parametrize("case", cases.variants(), ids=str)
 def test_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)
@@ -39,12 +41,14 @@ def test_double_small(backend: Backend, case: cases.Case, rng: np.random.Generat
     cases.check_double(backend, case, rng)
 
 
+@on_kernels
 @pytest.mark.parametrize("case", cases.variants(("double_backward",)), ids=str)
 def test_double_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check_double(backend, case, rng)
 
 
 @pytest.mark.slow
+@on_kernels
 @pytest.mark.parametrize("case", cases.epilogue_variants(), ids=str)
 def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)

@@ -152,7 +152,7 @@ def _check_resources(module: Module, architecture: int, whole: bool = True) -> i
     return len(found)
 
 
-@pytest.mark.parametrize("module", core_modules(), ids=lambda m: f"{m.file}-{m.dtype}")
+@pytest.mark.parametrize("module", core_modules(), ids=lambda m: f"{m.file}-{m.dtype}-{m.group or 'core'}")
 def test_core_modules(module: Module) -> None:
     assert _supported(90)
     assert _check_resources(module, 90) == len(module.kernels)

@@ -130,8 +130,8 @@ both=float32,bfloat16
 telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,128,128,128 1,1,4096,4096 1,4194304,4,4 1,65536,32,32"
 real=real all="real sweep" scopes=() tests=() sizes=() calls=() compiling=60
 if [ -n "${SMALL:-}" ]; then
-    telling="2,3,16,16" real="2,320,4,4,4" all="2,3,16,16 2,320,4,4,4"
-    scopes=(--scopes part cluster4) tests=(tests/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1)
+    telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=bfloat16
+    scopes=(--scopes cluster4) tests=(tests/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1)
     sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=1
 fi
 rehearse() {

@@ -26,7 +26,7 @@ from cupynorm.cuda.source import OPTIONS, Module
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("CUPYNORM_SIMT_CACHE", Path(tempfile.gettempdir()) / f"cupynorm-simt-{os.getuid()}"))
-FLAGS = ("-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
+FLAGS = ("-Og", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
 # Fibers have stacks of their own, which AddressSanitizer cannot follow: it watches the heap.
 SANITIZE = ("-fsanitize=address", "--param", "asan-stack=0", "-g1")
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}

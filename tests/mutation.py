@@ -444,7 +444,7 @@ def _kernel_stages(name: str) -> list[tuple[str, ...]]:
     plain = "and double" if double else "and not double and not epilogue_variant"
     first = {
         "epilogue": "simt and (relu or silu or gelu) and float32 and test_table",
-        "group": "simt and float32 and (cluster4 or grid2) and not double and not epilogue_variant",
+        "group": "simt and float32 and (registers4 or grid) and not double and not epilogue_variant",
     }.get(name, f"simt and float32 and {'test_double_small' if double else 'test_small'}")
     return [
         k("cases", first),

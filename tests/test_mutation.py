@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cases
 import mutation
 import pytest
 
@@ -115,6 +116,14 @@ def test_recorded_survivors_are_mutants_with_a_reason() -> None:
     for name, reason in recorded.items():
         assert name in names, f"{name}: the code has changed: run it again, and record it anew if it survives"
         assert re.match(r"equivalent: |unobservable: |unseen: ", reason), name
+
+
+def test_the_first_tests_of_what_groups_of_blocks_do_are_there() -> None:
+    """By the names of the devices that a case needs for a cluster, and for a grid."""
+    expression = " ".join(mutation.stages(mutation.Mutant("kernels/group.cuh", 1, 0, 1, "", "", ""))[0])
+    words = re.findall(r"\((\w+) or (\w+)\)", expression)[0]
+    names = [str(case) for case in cases.variants(turns=True) if case.dtype == "float32"]
+    assert all(any(word in name for name in names) for word in words)
 
 
 def test_interval() -> None:

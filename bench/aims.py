@@ -31,6 +31,10 @@ SPEEDUP = {
     ("channels_last", False, "torch"): 3.0,
 }
 
+#: Seconds that the import may take at most beyond CuPy's own start: when it compiles the core kernels, and when it
+#: finds them in CuPy's cache.
+IMPORT = {"cold": 5.0, "warm": 0.2}
+
 
 class Aim(NamedTuple):
     """measured is None where nothing was; complete: whether all that the aim speaks of was measured."""
@@ -118,6 +122,10 @@ def aims(result: dict[str, Any]) -> list[Aim]:
         }
         what = f"host's time of torch over ours, small tensors, {report.op_text(op)}"
         found.append(_least(what, 1.0, values, len(calls)))
+    for name, most in IMPORT.items():
+        taken = result.get("import", {}).get(name)
+        what = f"{most:g} s over the time of a {name} import"
+        found.append(Aim(what, 1.0, most / taken if taken else None, True, f"{taken:.2f} s" if taken else ""))
     return found
 
 

@@ -414,8 +414,8 @@ def test_summary_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def made_up(times: float = 1.0, of_copy: float = 1.0, peers_: tuple[str, ...] = ("torch", "torch.compile")) -> Any:
-    """A result with a row for everything that is aimed at: `times` the aim's speedup of each peer, `of_copy`, and a
-    host that takes 10 us."""
+    """A result with a row for everything that is aimed at: `times` the aim's speedup of each peer, `of_copy`, a host
+    that takes 10 us, and imports `times` as quick as aimed at."""
     real = cases.real_layers()
     swept = cases.sweep_layers(cases.SWEEP_ELEMENTS["gpu"])
     rows = []
@@ -435,12 +435,13 @@ def made_up(times: float = 1.0, of_copy: float = 1.0, peers_: tuple[str, ...] = 
          "peers": {"torch": 10.0 * times}}
         for op in ("forward", "both") for affine in (False, True)
     ]  # fmt: skip
-    return {"device": {"name": "an H100"}, "copy_gbps": 3000.0, "host": calls, "rows": rows}
+    imports = {name: most / times for name, most in aims.IMPORT.items()}
+    return {"device": {"name": "an H100"}, "copy_gbps": 3000.0, "host": calls, "import": imports, "rows": rows}
 
 
 def test_aims_reached():
     found = aims.aims(made_up(times=1.001))
-    assert len(found) == 4 * 2 * 2 + 4 * 2 + 2 + 2
+    assert len(found) == 4 * 2 * 2 + 4 * 2 + 2 + 2 + 2
     assert {aim.verdict for aim in found} == {"reached"}
     assert len({aim.what for aim in found}) == len(found)
     aimed = {aim.what: aim.aimed for aim in found}
@@ -474,7 +475,7 @@ def test_aims_missed():
 
 def test_aims_of_an_incomplete_result():
     nothing = {**made_up(), "rows": []}
-    del nothing["host"]
+    del nothing["host"], nothing["import"]
     found = aims.aims(nothing)
     assert {aim.verdict for aim in found} == {"not measured"}
     text = aims.lines(nothing)
@@ -482,7 +483,7 @@ def test_aims_of_an_incomplete_result():
     assert all("not measured" in line for line in text[1:])
     part = made_up(times=4.0)
     part["rows"] = [row for row in part["rows"] if row["shape"] in ([2, 64, 64, 64, 64], [1, 4**11, 4, 4])]
-    verdicts = {aim.what: aim.verdict for aim in aims.aims(part) if "host" not in aim.what}
+    verdicts = {aim.what: aim.verdict for aim in aims.aims(part) if not re.search("host|import", aim.what)}
     assert set(verdicts.values()) == {"reached in part"}
     mean = next(aim for aim in aims.aims(part) if aim.what == "time of torch over ours, channels_first, float32")
     assert (mean.measured, mean.note) == (pytest.approx(8.0), "8.00 to 8.00; 1 of 20")

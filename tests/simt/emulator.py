@@ -1,4 +1,5 @@
-"""Builds the CUDA sources with g++ (simt.h) and runs them over NumPy arrays: a Runtime for cupynorm.cuda.launch."""
+"""Builds the CUDA sources with g++ (simt.h, machine.h) and runs them over NumPy arrays: a Runtime for
+cupynorm.cuda.launch."""
 
 from __future__ import annotations
 
@@ -111,7 +112,7 @@ def _machine(options: tuple[str, ...]) -> tuple[Path, Path]:
     return made, made.with_suffix(".o")
 
 
-#: Of whoever builds, by module; and of the one launch that the machine in simt.h can do at a time.
+#: Of whoever builds, by module; and of the one launch that the machine can do at a time.
 _building: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
 _running = threading.Lock()
 

@@ -66,6 +66,9 @@ class Kernel:
         self.cupy, self.source, self.name = cupy, source, name
         self.max_dynamic_shared_size_bytes = 0
 
+    def __call__(self, *launch: Any, shared_mem: int = 0) -> None:
+        self.cupy.launched.append((self.name, *launch, shared_mem))
+
     @property
     def kernel(self) -> Any:
         with self.cupy.lock:
@@ -81,19 +84,20 @@ class Kernel:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Cupy]]:
-    """cupynorm.cuda.runtime, imported anew on the stand-ins, and those."""
+    """cupynorm.cuda.runtime and clusters, imported anew on the stand-ins, and those."""
     cupy = Cupy()
     for name, module in cupy.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "cupynorm.cuda.runtime", raising=False)
     package = importlib.import_module("cupynorm.cuda")
-    before = vars(package).get("runtime")
+    before = {name: vars(package).pop(name, None) for name in ("clusters", "runtime")}
+    for name in before:
+        monkeypatch.delitem(sys.modules, f"cupynorm.cuda.{name}", raising=False)
     yield importlib.import_module("cupynorm.cuda.runtime"), cupy
-    sys.modules.pop("cupynorm.cuda.runtime", None)
-    if before is None:
-        vars(package).pop("runtime", None)
-    else:
-        package.runtime = before  # type: ignore[attr-defined]
+    for name, module in before.items():
+        sys.modules.pop(f"cupynorm.cuda.{name}", None)
+        vars(package).pop(name, None)
+        if module is not None:
+            setattr(package, name, module)
 
 
 def test_nvrtc_is_loaded_once_before_anything_is_compiled(fake: tuple[Any, Cupy]) -> None:
@@ -134,6 +138,41 @@ def test_the_smallest_module_is_loaded_first_and_alone(fake: tuple[Any, Cupy]) -
     assert {done[1] for done in compiled} == {module.source for module in modules}
     assert cupy.most_compiling > 1
     runtime.CupyRuntime().load_all([])
+
+
+@pytest.mark.parametrize(
+    ("at_a_time", "largest"),
+    [
+        (lambda size: 132 // size, 16),
+        (lambda size: {16: 6, 8: 16}[size], 8),  # 96 of 132 multiprocessors; 128
+        (lambda size: {16: 7}[size], 16),  # 112
+        (lambda size: 1, 1),
+        (lambda size: None, 16),  # a driver that cannot be asked: what could be launched
+    ],
+)
+def test_no_clusters_that_leave_a_quarter_idle(
+    fake: tuple[Any, Cupy], monkeypatch: pytest.MonkeyPatch, at_a_time: Any, largest: int
+) -> None:
+    clusters = fake[0].clusters
+    monkeypatch.setattr(clusters, "_clusters_at_a_time", lambda function, size, shared: at_a_time(size))
+    assert clusters.largest_cluster(9, 200_000, 132) == largest
+    assert clusters.largest_cluster(8, 200_000, 132) == 1
+
+
+@pytest.mark.parametrize("missing", [OSError("no library"), None])
+def test_a_driver_that_cannot_be_asked_for_clusters(
+    fake: tuple[Any, Cupy], monkeypatch: pytest.MonkeyPatch, missing: OSError | None
+) -> None:
+    """Neither the library, nor the function in it."""
+
+    def load(name: str) -> Any:
+        if missing:
+            raise missing
+        return SimpleNamespace()
+
+    clusters = fake[0].clusters
+    monkeypatch.setattr(clusters, "ctypes", SimpleNamespace(**vars(ctypes) | {"CDLL": load}))
+    assert clusters._clusters_at_a_time(1, 2, 1024) is None
 
 
 def test_clusters_of_16_are_asked_for(fake: tuple[Any, Cupy]) -> None:

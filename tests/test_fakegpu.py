@@ -557,7 +557,7 @@ with cupy.cuda.Device(1):
         ({"capability": 80}, "A100", 1),
         ({"cluster": 8}, "H100", 8),
         ({}, "H100", 16),
-        # Each part holds one cluster of 16, and 40 of 132 multiprocessors are left: two of 8, as many; five of 4.
+        # Six parts: clusters of 16 take 96 of 132 multiprocessors, one in each; of 8, as many; of 4, 120.
         ({"part": 22}, "H100", 4),
         ({"part": 18}, "H100", 16),  # seven clusters: 112
     ],
@@ -689,6 +689,7 @@ def test_readmes_graph(rng: np.random.Generator) -> None:
     [
         ("cupynorm info", r"cuda:0 NVIDIA H100 80GB HBM3, compute capability 9\.0"),
         ("bench --shapes 2,3,16,16 --rounds 1 --op forward --peers torch", r"torch left out.*2,3,16,16 *│ *forward"),
+        ("bench.host --device gpu --rounds 1 --calls 1", r"8,64,16,16 affine, forward \+ backward *\d"),
     ],
 )
 def test_commands(command: str, answer: str) -> None:

@@ -165,11 +165,11 @@ def _compiles_too_much(item: Any) -> bool:
         return False
     if item.originalname == "test_table" and given.params["case"].activation is not None:
         return _activation_elsewhere(given.params["case"])
-    if item.path.name == "test_epilogue.py":
-        activation, dtype = given.params.get("activation"), given.params.get("dtype", "float32")
-        elsewhere = activation in ("leaky_relu", "silu", "gelu") or str(dtype) != "float32"
-        return elsewhere or (item.originalname == "test_finite_differences" and activation is not None)
-    return False
+    if item.path.name != "test_epilogue.py":
+        return False
+    activation, dtype = given.params.get("activation"), given.params.get("dtype", "float32")
+    elsewhere = activation in ("leaky_relu", "silu", "gelu") or str(dtype) != "float32"
+    return elsewhere or (item.originalname == "test_finite_differences" and activation is not None)
 
 
 def _activation_elsewhere(case: Any) -> bool:
@@ -198,10 +198,10 @@ def _not_its_turn(item: Any) -> bool:
     if os.environ.get("CUPYNORM_SIMT") == "all":
         return False
     given = item.callspec.params
-    if item.originalname in ("test_variant", "test_double_variant"):
-        return given["case"] not in _in_turn(item.originalname == "test_double_variant")
-    if item.originalname.endswith("_for_every_owner"):
-        return given["case"] not in _in_turn(False)
+    if item.originalname == "test_double_variant":
+        return given["case"] not in _in_turn("double_backward")
+    if item.originalname == "test_variant" or item.originalname.endswith("_for_every_owner"):
+        return given["case"] not in _in_turn("forward", "backward")
     if item.originalname == "test_bytes_of_a_double_backward":
         return bool(given["dtype"] != "float32")
     return (
@@ -212,10 +212,10 @@ def _not_its_turn(item: Any) -> bool:
 
 
 @cache
-def _in_turn(double: bool) -> set[Any]:
+def _in_turn(*ops: Any) -> set[Any]:
     from cases import variants
 
-    return set(variants(("double_backward",) if double else ("forward", "backward"), turns=True))
+    return set(variants(ops, turns=True))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -112,7 +112,7 @@ def _machine(options: tuple[str, ...]) -> tuple[Path, Path]:
     return made, made.with_suffix(".o")
 
 
-#: Of whoever builds, by module; and of the one launch that the machine can do at a time.
+#: Of whoever builds, by module, and by options the machine; and of the one launch that the machine can do at a time.
 _building: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
 _running = threading.Lock()
 
@@ -128,7 +128,8 @@ def _build(module: Module | Text, transform: Transform | None) -> ctypes.CDLL:
     sanitize = SANITIZE if os.environ.get("CUPYNORM_SIMT_ASAN") else ()
     options = (*OPTIONS, *FLAGS, *sanitize)
     source = source_of(module, transform)
-    header, machine = _machine(options)
+    with _building[options]:
+        header, machine = _machine(options)
     library = CACHE / f"{module.file}-{module.dtype}-{_key(header.name, source)}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:

@@ -4,16 +4,17 @@ cupynorm.cuda.launch."""
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
-from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -27,7 +28,9 @@ from cupynorm.cuda.source import OPTIONS, Module
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("CUPYNORM_SIMT_CACHE", Path(tempfile.gettempdir()) / f"cupynorm-simt-{os.getuid()}"))
-FLAGS = ("-Og", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
+#: Most modules run once in the life of a build: what is compiled quickly is done first, and the machine is optimised.
+FLAGS = ("-O0", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
+FLAGS += ("-fuse-ld=gold",) if shutil.which("ld.gold") else ()
 # Fibers have stacks of their own, which AddressSanitizer cannot follow: it watches the heap.
 SANITIZE = ("-fsanitize=address", "--param", "asan-stack=0", "-g1")
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
@@ -54,6 +57,7 @@ class _Launch(ctypes.Structure):
         ("ranges", ctypes.POINTER(_Range)), ("range_count", ctypes.c_int),
         ("args", ctypes.POINTER(ctypes.c_void_p)), ("sizes", ctypes.c_char_p), ("kinds", ctypes.c_char_p),
         ("arg_count", ctypes.c_int), ("error", ctypes.c_char * 256),
+        ("stacks", ctypes.c_void_p), ("stacks_size", ctypes.c_size_t),
     )  # fmt: skip
 
 
@@ -94,57 +98,74 @@ def _compile(what: str, command: tuple[str, ...]) -> None:
         raise SimtError(f"{what} does not compile:\n{done.stderr[:4000]}")
 
 
+@contextmanager
+def _alone(made: Path) -> Iterator[bool]:
+    """Whether a file is still to be made; meanwhile no other process, and no other thread, makes it."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(made.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not made.exists()
+
+
 @lru_cache(maxsize=None)
 def _machine(options: tuple[str, ...]) -> tuple[Path, Path]:
     """machine.h, precompiled with these options, and machine.cpp's object: half of most modules' work."""
     header, source = ((HERE / name).read_text() for name in ("machine.h", "machine.cpp"))
     made = CACHE / f"machine-{_key(header, source, *options)}.h"
-    if not made.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            text, object_ = Path(folder, "machine.h"), str(Path(folder, "machine.o"))
-            text.write_text(header)
-            _compile("machine.h", (*options, "-x", "c++-header", str(text)))
-            _compile("machine.cpp", (*options, "-include", str(text), "-c", str(HERE / "machine.cpp"), "-o", object_))
-            os.replace(f"{text}.gch", f"{made}.gch")  # where g++ looks for it
-            os.replace(object_, made.with_suffix(".o"))
-            os.replace(text, made)
+    with _alone(made) as missing:
+        if missing:
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                text, object_ = Path(folder, "machine.h"), str(Path(folder, "machine.o"))
+                text.write_text(header)
+                source = str(HERE / "machine.cpp")
+                _compile("machine.cpp", (*options, "-O2", "-include", str(text), "-c", source, "-o", object_))
+                # Behind it: g++ 12 fails on what was precompiled with another -O.
+                _compile("machine.h", (*options, "-x", "c++-header", str(text)))
+                os.replace(f"{text}.gch", f"{made}.gch")  # where g++ looks for it
+                os.replace(object_, made.with_suffix(".o"))
+                os.replace(text, made)
     return made, made.with_suffix(".o")
 
 
-#: Of whoever builds, by module, and by options the machine; and of the one launch that the machine can do at a time.
-_building: defaultdict[Any, threading.Lock] = defaultdict(threading.Lock)
-_running = threading.Lock()
-
-
-def build(module: Module | Text, transform: Transform | None = None) -> ctypes.CDLL:
-    """The module as a loaded shared library, built once for each text it ever had, whoever else asks for it."""
-    with _building[module, transform]:
-        return _build(module, transform)
-
-
 @lru_cache(maxsize=None)
-def _build(module: Module | Text, transform: Transform | None) -> ctypes.CDLL:
+def build(module: Module | Text, transform: Transform | None = None) -> ctypes.CDLL:
+    """The module as a loaded shared library: built once for each text it ever had, whoever asks for it."""
     sanitize = SANITIZE if os.environ.get("CUPYNORM_SIMT_ASAN") else ()
     options = (*OPTIONS, *FLAGS, *sanitize)
     source = source_of(module, transform)
-    with _building[options]:
-        header, machine = _machine(options)
+    header, machine = _machine(options)
     library = CACHE / f"{module.file}-{module.dtype}-{_key(header.name, source)}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            text, made = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
-            text.write_text(source)
-            _compile(str(module), (*options, "-include", str(header), str(text), str(machine), "-o", str(made)))
-            os.replace(made, library)
+    with _alone(library) as missing:
+        if missing:
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                text, made = Path(folder, "kernels.cpp"), Path(folder, "kernels.so")
+                text.write_text(source)
+                _compile(str(module), (*options, "-include", str(header), str(text), str(machine), "-o", str(made)))
+                os.replace(made, library)
     return ctypes.CDLL(str(library))
 
 
-def build_all(modules: list[Module]) -> None:
-    """Build modules, as many at a time as there are cores."""
-    if shutil.which("g++"):
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(build, modules))
+#: Of the one launch that the machine can do at a time.
+_running = threading.Lock()
+
+
+STACK = 128 * 1024  # bytes of a thread (machine.h); pages that it does not touch cost nothing
+KEPT = 16 * 1024  # threads whose stacks are kept for the next launch
+
+
+def _stacks(threads: int) -> mmap.mmap:
+    """Memory for the stacks of so many threads that run together."""
+    return _kept_stacks() if threads <= KEPT else _new_stacks(threads)
+
+
+@lru_cache(maxsize=None)
+def _kept_stacks() -> mmap.mmap:
+    return _new_stacks(KEPT)
+
+
+def _new_stacks(threads: int) -> mmap.mmap:
+    no_reserve = 0x4000 if sys.platform == "linux" else 0
+    return mmap.mmap(-1, threads * STACK, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
 
 
 @dataclass
@@ -209,8 +230,7 @@ class Emulator:
         assert step.threads <= 1024
         # Devices made up to be small still have what merges need.
         assert step.shared <= max(self._device.shared_per_block, 8192)
-        assert step.name in module.kernels, f"{step.name} is not in {module}"
-        run = getattr(build(module, self.transform), f"simt_run_{step.name}")
+        run = getattr(build(module, self.transform), f"simt_run_{step.name}")  # AttributeError: the module has no such
         values = [np.asarray(a) for a in args]
         addresses = list(dict.fromkeys(int(a) for a in args if isinstance(a, np.uintp) and int(a)))
         ranges = (_Range * len(addresses))(*(_Range(*self._bounds[a]) for a in addresses))
@@ -219,11 +239,15 @@ class Emulator:
 
     def _launch(self, run: Any, module: Any, step: Step, values: Any, addresses: list[int], ranges: Any) -> None:
         self.seed += 1
+        together = step.grid[0] * step.grid[1] if step.cooperative else step.cluster
+        memory = _stacks(together * step.threads)
+        stacks = ctypes.c_char.from_buffer(memory)
         launch = _Launch(
             *step.grid, step.threads, step.shared, step.cluster, step.cooperative, ORDERS[self.order], self.seed,
             ranges, len(addresses),
             (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values)),
             bytes(v.itemsize for v in values), "".join(v.dtype.kind for v in values).encode(), len(values),
+            stacks=ctypes.addressof(stacks), stacks_size=len(memory),
         )  # fmt: skip
         if run(ctypes.byref(launch)):
             raise SimtError(f"{step.name} of {module}: {launch.error.decode()}")

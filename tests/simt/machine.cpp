@@ -7,13 +7,79 @@ namespace simt {
 Machine m;
 
 // The first complaint is kept; the launch stops at the next look at `failed`.
-void report(const char* format, ...) {
-    if (m.failed) return;
+static void complain(const char* format, va_list values) {
+    if (!m.failed) vsnprintf(m.launch->error, sizeof m.launch->error, format, values);
     m.failed = true;
+}
+
+void report(const char* format, ...) {
     va_list values;
     va_start(values, format);
-    vsnprintf(m.launch->error, sizeof m.launch->error, format, values);
+    complain(format, values);
     va_end(values);
+}
+
+void fail(const char* format, ...) {
+    va_list values;
+    va_start(values, format);
+    complain(format, values);
+    va_end(values);
+    _longjmp(m.scheduler, 1);
+}
+
+Range& check(const void* p, size_t size, size_t alignment) {
+    const uintptr_t a = (uintptr_t)p;
+    if (a % alignment) fail("an access of %zu bytes is not aligned", size);
+    for (int i = 0; i < m.launch->range_count; i++) {
+        Range& range = m.launch->ranges[i];
+        if (a >= range.low && a + size <= range.high) {
+            range.accesses++;
+            return range;
+        }
+    }
+    fail("an access of %zu bytes lies outside of every array of the launch", size);
+}
+
+size_t place_in_shared(const void* p, size_t size) {
+    const uintptr_t low = (uintptr_t)m.block->shared.get(), a = (uintptr_t)p;
+    if (a < low || a + size > low + m.launch->shared) fail("%zu bytes are not in shared memory", size);
+    return a - low;
+}
+
+static float of_bits(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+
+static uint32_t bits_of(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+
+float widen_bfloat16(uint16_t bits) { return of_bits((uint32_t)bits << 16); }
+
+uint16_t narrow_bfloat16(float f) {
+    const uint32_t u = bits_of(f);
+    return f != f ? 0x7fff : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+float widen_float16(uint16_t bits) {
+    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp((float)fraction, -24);
+    return of_bits(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
+}
+
+uint16_t narrow_float16(float f) {
+    const uint32_t u = bits_of(f);
+    const uint16_t sign = u >> 16 & 0x8000;
+    if (f != f) return 0x7fff;
+    const double size = std::fabs((double)f);
+    if (size >= 65520) return sign | 0x7c00;
+    if (size < 0x1p-14) return sign | (uint16_t)std::nearbyint(size * 0x1p24);
+    const uint32_t rounded = (u & 0x7fffffff) - (112u << 23) + 0xfff + (u >> 13 & 1);
+    return sign | (uint16_t)(rounded >> 13);
 }
 
 void wait(State state, int site) {
@@ -21,6 +87,15 @@ void wait(State state, int site) {
     f.state = state;
     f.site = site;
     if (_setjmp(f.context) == 0) _longjmp(m.scheduler, 1);
+}
+
+void wait_until(const unsigned* counter, unsigned target, int site) {
+    check(counter, sizeof *counter, alignof(unsigned)).read += sizeof *counter;
+    if (*counter >= target) return;
+    Fiber& f = m.block->fibers[m.current];
+    f.counter = counter;
+    f.target = target;
+    wait(AT_COUNTER, site);
 }
 
 // Let those go on who waited for this.
@@ -69,6 +144,25 @@ static void body() {
     _longjmp(m.scheduler, 1);
 }
 
+// Begin a thread on the stack of a fiber.
+static void start(size_t fiber) {
+    char* stack = m.launch->stacks + fiber * STACK;
+    // Not all at the same place between pages, or they would share a few lines of the cache.
+    const size_t size = STACK - fiber % 31 * 128;
+#if defined(__x86_64__)
+    asm volatile("mov %0, %%rsp\n\txor %%ebp, %%ebp\n\tcall *%1" : : "r"(stack + size), "r"(body) : "memory");
+#else
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = size;
+    context.uc_link = nullptr;
+    makecontext(&context, body, 0);
+    setcontext(&context);
+#endif
+    __builtin_unreachable();
+}
+
 static void resume(unsigned i) {
     Fiber& f = m.block->fibers[i];
     m.current = i;
@@ -76,13 +170,7 @@ static void resume(unsigned i) {
     if (_setjmp(m.scheduler) != 0) return;
     if (f.started) _longjmp(f.context, 1);
     f.started = true;
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = f.stack;
-    context.uc_stack.ss_size = STACK;
-    context.uc_link = nullptr;
-    makecontext(&context, body, 0);
-    setcontext(&context);
+    start(&f - m.fibers.data());
 }
 
 // Whether it may go on without a meeting of its warp or block.
@@ -272,10 +360,11 @@ int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pair<int,
     }
     if (m.failed) return 1;
     const unsigned together = launch->cooperative ? grid : cluster;
-    while (m.fibers.size() < together * threads) {
-        m.fibers.push_back(Fiber{});
-        m.fibers.back().stack = (char*)malloc(STACK);
+    if (together * threads * STACK > launch->stacks_size) {
+        report("%u threads run together, more than there are stacks for", together * threads);
+        return 1;
     }
+    m.fibers.resize(together * threads);
     m.clusters.resize(together / cluster);
     m.blocks.resize(together);
     for (unsigned b = 0; b < together; b++) {
@@ -293,8 +382,6 @@ int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pair<int,
     arrange(firsts);
     for (unsigned i = 0; i < firsts.size() && !m.failed; i++) run_together(firsts[i] * together);
     m.blocks.clear();
-    // Each library has stacks of its own: those of a large group would add up.
-    for (; m.fibers.size() > KEPT; m.fibers.pop_back()) free(m.fibers.back().stack);
     return m.failed;
 }
 

@@ -25,7 +25,9 @@
 #include <cstring>
 #include <memory>
 #include <type_traits>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 #include <utility>
 #include <vector>
 #if defined(__SSE__)
@@ -52,13 +54,14 @@ struct Launch {
     const unsigned char *sizes, *kinds;
     int arg_count;
     char error[256];
+    char* stacks;                   // of the fibers, STACK bytes each, one behind the other
+    size_t stacks_size;
 };
 
 enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, AT_COUNTER, DONE };
 
 struct Fiber {
     jmp_buf context;
-    char* stack;
     bool started;
     State state;
     int site;                       // source line of what it waits for
@@ -85,12 +88,12 @@ struct Block {
     unsigned meetings = 0;          // how often all threads have met
 };
 
-constexpr size_t STACK = 128 * 1024, KEPT = 1024;
+constexpr size_t STACK = 128 * 1024;
 
 struct Machine {
     Launch* launch;
     void (*kernel)(void**);
-    std::vector<Fiber> fibers;      // of all blocks that run together; their stacks are kept for the next launch
+    std::vector<Fiber> fibers;      // of all blocks that run together
     std::vector<Block> blocks;
     std::vector<Cluster> clusters;
     uint64_t random;
@@ -110,9 +113,18 @@ void cluster_wait(int site);
 int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pair<int, char>>& parameters, bool flush);
 
 // The same from a kernel, which stops here: the fibers are dropped as they are, nothing in them needs destroying.
-template <class... A> [[noreturn]] void fail(const char* format, A... values) {
-    report(format, values...);
-    _longjmp(m.scheduler, 1);
-}
+[[noreturn]] void fail(const char* format, ...);
+
+// Check an access to global memory; the range it lies in.
+Range& check(const void* p, size_t size, size_t alignment);
+// Where in the block's shared memory it lies.
+size_t place_in_shared(const void* p, size_t size);
+void wait_until(const unsigned* counter, unsigned target, int site);
+
+float widen_float16(uint16_t bits);
+float widen_bfloat16(uint16_t bits);
+// Rounded to nearest even.
+uint16_t narrow_float16(float f);
+uint16_t narrow_bfloat16(float f);
 
 }  // namespace simt

@@ -30,65 +30,13 @@ template <class... A> const char* kinds(void (*)(A...)) {
     return letters;
 }
 
-// Check an access to global memory; the range it lies in.
-static Range& check(const void* p, size_t size, size_t alignment) {
-    const uintptr_t a = (uintptr_t)p;
-    if (a % alignment) fail("an access of %zu bytes is not aligned", size);
-    for (int i = 0; i < m.launch->range_count; i++) {
-        Range& range = m.launch->ranges[i];
-        if (a >= range.low && a + size <= range.high) {
-            range.accesses++;
-            return range;
-        }
-    }
-    fail("an access of %zu bytes lies outside of every array of the launch", size);
-}
-
-// Where in the block's shared memory it lies.
-static size_t place_in_shared(const void* p, size_t size) {
-    const uintptr_t low = (uintptr_t)m.block->shared.get(), a = (uintptr_t)p;
-    if (a < low || a + size > low + m.launch->shared) fail("%zu bytes are not in shared memory", size);
-    return a - low;
-}
-
-static void wait_until(const unsigned* counter, unsigned target, int site) {
-    check(counter, sizeof *counter, alignof(unsigned)).read += sizeof *counter;
-    if (*counter >= target) return;
-    Fiber& f = m.block->fibers[m.current];
-    f.counter = counter;
-    f.target = target;
-    wait(AT_COUNTER, site);
-}
-
-static float widen16(uint16_t bits) {
 #if defined(STORAGE_BFLOAT16)
-    const uint32_t u = (uint32_t)bits << 16;
+inline float widen16(uint16_t bits) { return widen_bfloat16(bits); }
+inline uint16_t narrow16(float f) { return narrow_bfloat16(f); }
 #else
-    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 1023;
-    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp((float)fraction, -24);
-    const uint32_t u = sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+inline float widen16(uint16_t bits) { return widen_float16(bits); }
+inline uint16_t narrow16(float f) { return narrow_float16(f); }
 #endif
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-// Round to nearest even.
-static uint16_t narrow16(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-#if defined(STORAGE_BFLOAT16)
-    return f != f ? 0x7fff : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
-#else
-    const uint16_t sign = u >> 16 & 0x8000;
-    if (f != f) return 0x7fff;
-    const double size = std::fabs((double)f);
-    if (size >= 65520) return sign | 0x7c00;
-    if (size < 0x1p-14) return sign | (uint16_t)std::nearbyint(size * 0x1p24);
-    const uint32_t rounded = (u & 0x7fffffff) - (112u << 23) + 0xfff + (u >> 13 & 1);
-    return sign | (uint16_t)(rounded >> 13);
-#endif
-}
 
 }  // namespace simt
 

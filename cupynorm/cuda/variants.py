@@ -5,6 +5,7 @@ that suits; and how many threads of each must fit on a multiprocessor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Kind = Literal["channels_first", "channels_last"]
@@ -32,13 +33,13 @@ class Rung:
     cluster: int = 1
     resident: int = 0  # threads that must fit on a multiprocessor; 0: resident_threads decides
 
-    @property
+    @cached_property
     def name(self) -> str:
         size = self.cluster if self.owner == "cluster" else ""
         bound = f"_r{self.resident}" if self.resident else ""
         return f"{self.owner}{size}_{self.rest}{bound}_{self.threads}x{self.chunks}"
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Threads of one owner; a group of blocks has one owner for each tile."""
         return 32 if self.owner in ("part", "warp") else self.threads

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import reference
-from conftest import Backend
+from helpers.backends import Backend
+from helpers.compare import ROUNDING, assert_same, assert_within
 
 import cupynorm as cn
 from cupynorm import devices
@@ -16,6 +20,8 @@ from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, LADDERS, Kind, exists, g
 
 #: Few multiprocessors: owners are chosen by the size of a plane alone, as they are for large batches.
 SMALL_DEVICE = Device("small", (7, 5), 1, 99 * 1024, 4 * 2**20)
+#: Many multiprocessors for few planes: owners of few threads give way.
+WIDE_DEVICE = Device("wide", (7, 5), 64, 99 * 1024, 4 * 2**20)
 
 
 @dataclass(frozen=True)
@@ -71,24 +77,11 @@ def _stride_kept(array: np.ndarray, layout: str) -> np.ndarray:
     return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
 
 
-def _error(actual: np.ndarray, expected: np.ndarray, scale: Any) -> float:
-    """The worst error relative to scale, beyond the grain of denormals. NaN must be the same, Inf where it must be."""
-    dtype = actual.dtype.name
-    actual, expected = reference.wide(actual), np.asarray(expected, np.longdouble)
-    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
-    if actual.size == 0:
-        return 0.0
+def within(actual: np.ndarray, expected: Any, scale: Any, allowed: float, what: str) -> None:
+    """The error relative to scale is allowed, beyond what a GPU may flush to zero."""
+    smallest = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-126, "float64": 2.0**-1074}
     with np.errstate(invalid="ignore", over="ignore"):
-        overflow = np.isinf(actual) & (np.sign(actual) * expected > LARGEST[dtype])
-        same = (actual == expected) | overflow
-        error = np.where(same, 0, np.maximum(np.abs(actual - expected) - SMALLEST[dtype], 0) / scale)
-    return float(np.nanmax(error, initial=0))
-
-
-#: Roundings of storage and computing precision, relative.
-STORAGE_ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
-SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-126, "float64": 2.0**-1074}
-LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
+        assert_within(actual, expected, scale * np.longdouble(allowed) + smallest[actual.dtype.name], what)
 
 
 def arrays(case: Case, rng: np.random.Generator) -> tuple[Any, ...]:
@@ -96,23 +89,32 @@ def arrays(case: Case, rng: np.random.Generator) -> tuple[Any, ...]:
     dtype = devices.dtype_of(case.dtype)
     params = devices.dtype_of(case.param_dtype or ("float64" if case.dtype == "float64" else "float32"))
     n, c = case.shape[:2]
-    x = _stride_kept(_data(case.data, rng, case.shape).astype(dtype), case.layout)
-    dy = _stride_kept((rng.normal(size=case.shape) + 0.5).astype(dtype), case.dy_layout or case.layout)
+    if case.data == "zeros":  # for plans alone
+        x = _stride_kept(np.zeros(case.shape, dtype), case.layout)
+        dy = _stride_kept(x, case.dy_layout) if case.dy_layout else x
+    else:
+        x = _stride_kept(_data(case.data, rng, case.shape).astype(dtype), case.layout)
+        dy = _stride_kept((rng.normal(size=case.shape) + 0.5).astype(dtype), case.dy_layout or case.layout)
     weight, bias = (
         rng.normal(size=(n, c) if letter in case.per_sample else c).astype(params) if case.affine else None
         for letter in "wb"
     )
     residual = None
     if case.residual:
-        residual = _stride_kept(rng.normal(size=case.shape).astype(dtype), case.residual)
+        values = np.zeros(case.shape) if case.data == "zeros" else rng.normal(size=case.shape)
+        residual = _stride_kept(values.astype(dtype), case.residual)
     return x, dy, weight, bias, rng.normal(size=c).astype(params), (rng.random(c) + 0.5).astype(params), residual
 
 
 SLOPE = 0.2  # of leaky_relu
+MODES = (True, False)  # training, tracked eval
 
 
 def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
-    """Forward and backward, in training and in tracked eval, against extended precision."""
+    """Forward and backward, in training and in tracked eval, against extended precision.
+
+    Tracked eval has no variants for groups of blocks: cases for those are of training alone.
+    """
     backend.pretend(case.device)
     x_, dy_, weight_, bias_, mean_, var_, residual_ = arrays(case, rng)
     c, params = case.shape[1], mean_.dtype
@@ -122,10 +124,10 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
 
     # A few roundings of what is stored, on top of a few of what it is computed in. The gradient that an activation
     # hands on is stored too, in the place of dy.
-    storage = 2 * STORAGE_ROUNDING[case.dtype]
-    compute = 16 * STORAGE_ROUNDING["float64" if case.dtype == "float64" else "float32"]
+    storage = 2 * ROUNDING[case.dtype]
+    compute = 16 * ROUNDING["float64" if case.dtype == "float64" else "float32"]
     handed = storage / 2 if case.activation else 0
-    param = 2 * STORAGE_ROUNDING[params.name]
+    param = 2 * ROUNDING[params.name]
 
     def of_planes(parameter: np.ndarray | None, default: float) -> np.ndarray:
         """|parameter|, to be broadcast over planes."""
@@ -137,7 +139,7 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
     over = (slice(None), *(None,) * (len(case.shape) - 2))
     epilogue = {"activation": case.activation, "negative_slope": SLOPE}
 
-    for training in (True, False):
+    for training in MODES if case.device in (SMALL_DEVICE, WIDE_DEVICE) else MODES[:1]:
         running = None if training else (mean_, var_)
         options = {} if training else {"use_input_stats": False}
         xhat = reference.forward(x_, running=running)
@@ -156,7 +158,7 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
         y, dx = backend.host(y), backend.host(dx)
 
         expected = reference.forward(x_, weight_, bias_, running=running, residual=residual_, **epilogue)
-        assert _error(y, expected, 1.2 * scale) <= storage + compute, f"y, {training=}"
+        within(y, expected, 1.2 * scale, storage + compute, f"y, {training=}")
 
         dx_, dweight_, dbias_, g = reference.backward(
             dy_, x_, weight_, bias=bias_, running=running, residual=residual_, **epilogue
@@ -170,33 +172,35 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
         terms = terms + np.abs(xhat) * (terms_g * np.abs(xhat)).mean(axes, keepdims=True)
         with np.errstate(invalid="ignore"):
             bound = storage + handed + compute
-            assert _error(dx, dx_, terms * rstd[(slice(None), *over)] * w) <= bound, f"dx, {training=}"
+            within(dx, dx_, terms * rstd[(slice(None), *over)] * w, bound, f"dx, {training=}")
         if case.affine:
             sums = ((terms_g * np.abs(xhat), weight), (terms_g, bias))
-            for name, actual, exact, (terms, p) in zip("wb", (dweight, dbias), (dweight_, dbias_), sums, strict=True):
+            for name, actual, exact, (terms, p) in zip(
+                ("dweight", "dbias"), (dweight, dbias), (dweight_, dbias_), sums, strict=True
+            ):
                 assert actual.dtype == params
                 total = terms.sum(axes if p.ndim == 2 else (0, *axes)) + 1e-30
-                assert _error(backend.host(actual), exact, total) <= param + handed + compute, f"d{name}, {training=}"
+                within(backend.host(actual), exact, total, param + handed + compute, f"{name}, {training=}")
         else:
             assert dweight is dbias is None
         if residual is None:
             assert not dresidual
         else:
-            assert _error(backend.host(dresidual[0]), g, terms_g) <= storage + compute, f"dresidual, {training=}"
+            within(backend.host(dresidual[0]), g, terms_g, storage + compute, f"dresidual, {training=}")
 
         if training:
             m, v = reference.moved(mean_, var_, x_, 0.3)
             xmean, xvar = (np.abs(a).mean(0) for a in reference.statistics(x_))
             # And about one rounding of the terms of a mean, which may cancel.
             terms = np.abs(mean_) + xmean + np.sqrt(xvar) / 16
-            assert _error(backend.host(mean), m, terms + 1e-30) <= param + compute
+            within(backend.host(mean), m, terms + 1e-30, param + compute, "running_mean")
             # The variance of values around a large mean is that of their rounded selves: exact all the same.
-            assert _error(backend.host(var), v, np.abs(var_) + 2 * xvar + 1e-30) <= param + compute
+            within(backend.host(var), v, np.abs(var_) + 2 * xvar + 1e-30, param + compute, "running_var")
             mean, var = backend.array(mean_.copy()), backend.array(var_.copy())
         else:
-            np.testing.assert_array_equal(backend.host(mean), mean_)
-            np.testing.assert_array_equal(backend.host(var), var_)
-    np.testing.assert_array_equal(backend.host(x), before)
+            assert_same(backend.host(mean), mean_, "running_mean")
+            assert_same(backend.host(var), var_, "running_var")
+    assert_same(backend.host(x), before, "x")
 
 
 def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None:
@@ -209,9 +213,9 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
     weight, bias, ddweight, ddbias, residual = (
         None if a is None else backend.array(a) for a in (weight_, bias_, ddweight_, ddbias_, residual_)
     )
-    storage = 2 * STORAGE_ROUNDING[case.dtype]
-    compute = 16 * STORAGE_ROUNDING["float64" if case.dtype == "float64" else "float32"]
-    param = 2 * STORAGE_ROUNDING[mean_.dtype.name]
+    storage = 2 * ROUNDING[case.dtype]
+    compute = 16 * ROUNDING["float64" if case.dtype == "float64" else "float32"]
+    param = 2 * ROUNDING[mean_.dtype.name]
     axes = tuple(range(2, x_.ndim))
 
     def size_of(parameter: np.ndarray | None, default: float) -> Any:
@@ -222,7 +226,7 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
     def average(a: np.ndarray) -> np.ndarray:
         return a.mean(axes, keepdims=True)
 
-    for training in (True, False):
+    for training in MODES if case.device in (SMALL_DEVICE, WIDE_DEVICE) else MODES[:1]:
         running = None if training else (mean_, var_)
         _, saved = cn.instance_norm_forward(
             x, weight, bias, running_mean=mean, running_var=var, momentum=0, residual=residual, use_input_stats=training
@@ -249,17 +253,15 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
         else:
             terms = q * g + zero
         with np.errstate(invalid="ignore"):
-            assert _error(backend.host(ddy), exact[0], w * v + q * xhat + b + 1e-30) <= storage + compute, (
-                f"{training=}"
-            )
-            assert _error(backend.host(dx), exact[1], rstd * terms + 1e-30) <= storage + compute, f"dx, {training=}"
+            within(backend.host(ddy), exact[0], w * v + q * xhat + b + 1e-30, storage + compute, f"ddy, {training=}")
+            within(backend.host(dx), exact[1], rstd * terms + 1e-30, storage + compute, f"dx, {training=}")
         if weight is None:
             assert dweight is None
         else:
             assert dweight.dtype == weight.dtype
             total = (v * g).sum(axes if weight.ndim == 2 else (0, *axes)) + 1e-30
-            assert _error(backend.host(dweight), exact[2], 2 * total) <= param + compute, f"dweight, {training=}"
-    np.testing.assert_array_equal(backend.host(dy), dy_)
+            within(backend.host(dweight), exact[2], 2 * total, param + compute, f"dweight, {training=}")
+    assert_same(backend.host(dy), dy_, "dy")
 
 
 #: Layouts, ranks, dtypes and data that every backend is held to.
@@ -321,9 +323,10 @@ GROUPS = ("", "warp", "part", "cluster", "cluster_registers", "grid", "grid_regi
 
 
 def turn(group: str, kind: Kind, easy: bool) -> str:
-    """The dtype in which the emulator runs a group's kernels of a kind: to build all of them would take minutes.
+    """The dtype in which the full tier runs a group's kernels of a kind on the emulator, besides float32.
 
-    A group has every dtype and every kind, and the groups together have every dtype with every kind.
+    A group has every dtype and every kind, and the groups together have every dtype with every kind: to build all
+    modules takes minutes.
     """
     dtypes = ("float32", "float16", "bfloat16", "float64")
     return dtypes[(KINDS.index((kind, easy)) + GROUPS.index(group)) % 4]
@@ -335,6 +338,60 @@ def variants(ops: tuple[Op, ...] = ("forward", "backward"), turns: bool = False)
     turns: each group of kernels in the dtypes whose turn it is.
     """
     return [case for dtype in ITEMSIZE for kind in KINDS for case in _variants(dtype, *kind, ops, turns=turns)]
+
+
+@cache
+def _in_turn(*ops: Op) -> frozenset[Case]:
+    return frozenset(variants(ops, turns=True))
+
+
+@cache
+def _single_cases() -> frozenset[Case]:
+    return frozenset(variants())
+
+
+@cache
+def _variant_cases() -> frozenset[Case]:
+    return _single_cases() | frozenset(variants(("double_backward",)))
+
+
+def by_default(case: Case) -> bool:
+    """Whether the default tier runs a case on the emulator.
+
+    Every variant in one dtype: float32, and float16 for those that 16-bit dtypes alone have. In the other dtypes small
+    contiguous planes without an epilogue: each dtype has modules of its own to build. Clusters of 8 and 16 blocks,
+    which take longest, in one layout; no groups of blocks on arrays that are misaligned or whose channels are not
+    packed.
+    """
+    if case.dtype == "float32":
+        hard = case.layout == "unaligned" or (case.layout == "channels_last" and case.shape[1] % 4 > 0)
+        group = case.device not in (SMALL_DEVICE, WIDE_DEVICE)
+        if group and (hard or (case.device.cluster >= 8 and case.layout != "contiguous")):
+            return False
+        return case.activation is None or case.layout == "contiguous"
+    if case in _variant_cases():  # of float16, unaligned, backward clusters and the split are others
+        other = case.device.name.startswith("shared") or (case.device is SMALL_DEVICE and case.shape[2] > 40_000)
+        return case.dtype == "float16" and case.layout == "unaligned" and other and case in _single_cases()
+    plain = case.activation is None and case.residual is None
+    return bool(plain and case.layout == "contiguous" and case.dy_layout is None and np.prod(case.shape[2:]) <= 64)
+
+
+def tiers(*ops: Op) -> Callable[[Any], Any]:
+    """Mark a test over cases with its tiers on the emulator: what `by_default` leaves out is of the full tier, or, of
+    the variants of these ops, nightly where it is not their turn."""
+
+    def left_out(given: dict[str, Any]) -> bool:
+        case = given["case"]
+        return not by_default(case) or ("double_backward" in ops and case.dtype != "float32")
+
+    def nightly(given: dict[str, Any]) -> bool:
+        case = given["case"]
+        return case in _variant_cases() and left_out(given) and case not in _in_turn(*ops)
+
+    def marked(function: Any) -> Any:
+        return pytest.mark.full(simt=left_out)(pytest.mark.nightly(simt=nightly)(function))
+
+    return marked
 
 
 def epilogue_variants() -> list[Case]:
@@ -359,10 +416,6 @@ def epilogue_variants() -> list[Case]:
             if case.device.name.startswith("registers"):
                 cases.append(replace(case, activation=activation))
     return cases
-
-
-#: Many multiprocessors for few planes: owners of few threads give way.
-WIDE_DEVICE = Device("wide", (7, 5), 64, 99 * 1024, 4 * 2**20)
 
 
 def _variants(

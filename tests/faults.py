@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
-from conftest import Backend
+from helpers.backends import Backend
 
 import cupynorm as cn
 

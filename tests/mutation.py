@@ -18,8 +18,8 @@ A mutant goes through stages of tests, each of which passes on the code as it is
 or takes far too long. One that does not compile, or cannot be imported, is no mutant and counts nowhere. What survives
 counts as not killed, whether or not mutation_survivors.toml gives a reason; the exit status is 1 where less than 95 %
 of a part is killed or a survivor has no reason. Not mutated: texts and annotations, preprocessor lines, what has memory
-fetched ahead, which no result shows (AHEAD), and what stands where only a GPU's compiler sees it, which is counted in
-lines.
+fetched ahead and constants chosen for speed, which no result shows (AHEAD, SPEED), and what stands where only a GPU's
+compiler sees it, which is counted in lines.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ class _OfPython(ast.NodeVisitor):
                 | ast.Expr(value=ast.Call(func=ast.Name(id=name)))
                 | ast.If(test=ast.Name(id=name))
                 | ast.Assign(targets=[ast.Name(id=name) | ast.Tuple(elts=[ast.Name(id=name), *_])])
-            ) if name in AHEAD:
+            ) if name in AHEAD | SPEED:
                 return
         super().visit(node)
 
@@ -344,6 +344,13 @@ class _OfPython(ast.NodeVisitor):
 
 #: What has memory fetched ahead: the function, what it is called with, and when.
 AHEAD = {"_fetch", "AHEAD", "NEAR", "away", "away2", "follows"}
+#: Where something is faster, and what a mean is guessed from to save a pass: no result shows it, and tests repeat no
+#: measured numbers.
+SPEED = {
+    "BLOCK_BYTES", "SHORT_ROW", "TILE", "MOST_RUNS", "PAYS", "pays", "STREAM", "LONG_RUN", "PLANE_COSTS",
+    "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "PIECES", "TILE_BYTES", "STRIPE_BYTES", "FEW_THREADS",
+    "PATIENCE", "LEAST", "_guess", "_guess_lanes", "_middle",
+}  # fmt: skip
 #: What only calls of the compiled loops show.
 FOR_LOOPS = {"_choose", "_Layout", "_Compiled"}
 #: What makes a function one of numba's.
@@ -396,7 +403,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         kind = re.search("lanes|short", mutant.compiled)
         case = {"lanes": "2x8x5x6", "short": "2x3x5x7"}[kind[0]] if kind else "1x2x100x100"
         layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, as the next
-        choices = k("choices", "compiled or groups_of or done_together")
+        choices = ("tests/test_choices.py",)
         quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}"))
         chooses = mutant.compiled in ("_at_a_time", "_choose", "_Compiled", "_Layout")
         return [
@@ -474,13 +481,13 @@ class Copy:
     """A copy of the checkout, in which one mutant at a time is tested."""
 
     def __init__(self, folder: Path, seed: int):
+        self.seed = seed
         self.root = folder / "checkout"
         shutil.copytree(
             ROOT, self.root, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv", "venv")
         )
         self.environment = os.environ | {
             "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": str(folder / "numba"),
-            "CUPYNORM_TEST_SEED": str(seed),
         }  # fmt: skip
 
     def run(self, stage: tuple[str, ...], limit: float | None = None) -> tuple[str, str]:
@@ -490,7 +497,8 @@ class Copy:
         settings = {} if any("compiled" in word and "not compiled" not in word for word in stage) else NUMPY_ALONE
         settings = settings | dict(word.split("=") for word in stage if re.match(r"[A-Z_]+=", word))
         stage = tuple(word for word in stage if not re.match(r"[A-Z_]+=", word))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", *stage]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=short", "--full",
+                   f"--seed={self.seed}", *stage]  # fmt: skip
         seconds = resource.RLIM_INFINITY if limit is None else math.ceil(limit)
         with subprocess.Popen(
             command, cwd=self.root, env=self.environment | settings, text=True, stdout=subprocess.PIPE,

@@ -5,18 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-import ml_dtypes
 import numpy as np
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+from helpers.compare import assert_within, wide
 
 #: Relative and absolute error allowed on results of order one, by dtype: a few roundings.
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 5e-6, "float64": 1e-13}
-
-
-def wide(array: np.ndarray) -> np.ndarray:
-    array = np.asarray(array)
-    return array if array.dtype == np.longdouble else array.astype(np.float64).astype(np.longdouble)
 
 
 def _planes(values: np.ndarray, like: np.ndarray) -> np.ndarray:
@@ -183,23 +176,24 @@ def moved(
 
 
 def assert_close(
-    actual: np.ndarray, expected: np.ndarray, dtype: object = None, *, factor: float = 1, terms: int = 1
-) -> None:
-    """Within so many tolerances of a dtype, that of `actual` at first; a sum of so many terms, which may cancel: of
-    what it may be."""
+    actual: np.ndarray, expected: np.ndarray, dtype: object = None, *, factor: float = 1, terms: int = 1,
+    what: str = "result",
+) -> None:  # fmt: skip
+    """Within so many tolerances of a dtype, that of `actual` at first, of an element's size or of 1; a sum of so many
+    terms, which may cancel: of what it may be."""
     tolerance = factor * TOLERANCE[np.dtype(dtype or actual.dtype).name]  # type: ignore[arg-type]
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(wide(actual), wide(expected), rtol=tolerance, atol=tolerance * terms**0.5)
+    assert actual.shape == expected.shape, what
+    assert_within(actual, expected, tolerance * (np.abs(wide(expected)) + terms**0.5), what)
 
 
 def assert_all_close(results: Iterable[np.ndarray], exact: Iterable[np.ndarray], x: np.ndarray) -> None:
     """Each result within the tolerance of x's dtype, relative to its largest element, or to 1; what is no array of x's
     shape is sums over a channel, whose terms may cancel: relative to what they may be."""
-    for result, expected in zip(results, exact, strict=True):
+    for number, (result, expected) in enumerate(zip(results, exact, strict=True)):
         assert result.shape == expected.shape
         least = 1 if result.shape == x.shape else (x.size / x.shape[1]) ** 0.5
         largest = max(least, np.abs(expected).max())
-        assert np.abs(wide(result) - wide(expected)).max() <= TOLERANCE[x.dtype.name] * largest
+        assert_within(result, expected, TOLERANCE[x.dtype.name] * largest, f"result {number}")
 
 
 def _memory_order(*order: int) -> Callable[[np.ndarray], np.ndarray]:

@@ -12,7 +12,9 @@ import cases
 import numpy as np
 import pytest
 import reference
-from conftest import Backend, on_kernels
+from helpers.backends import Backend, on_kernels
+from helpers.compare import assert_allclose, assert_same, assert_within
+from helpers.pairwise import pairwise
 
 import cupynorm as cn
 from bench import __main__ as bench
@@ -26,7 +28,7 @@ from cupynorm.cuda.plan import Device
     [
         "NumPy",
         pytest.param("compiled", marks=pytest.mark.compiled),
-        pytest.param("emulated", marks=pytest.mark.simt),
+        pytest.param("emulated", marks=[pytest.mark.simt, pytest.mark.full]),
         pytest.param("CUDA", marks=pytest.mark.gpu),
     ],
 )
@@ -78,7 +80,7 @@ def test_exact_answers_are_those_of_the_tests_reference(rng: np.random.Generator
     y = reference.forward(given.host_x)
     dx, dweight, dbias, _ = reference.backward(given.host_dy, given.host_x)
     for name, value in (("y", y), ("dx", dx), ("dweight", dweight), ("dbias", dbias)):
-        np.testing.assert_allclose(exact[name].exact.ravel(), value.ravel(), rtol=1e-14, atol=1e-16)
+        assert_allclose(exact[name].exact.ravel(), value.ravel(), rtol=1e-14, atol=1e-16)
 
 
 def check_some_planes_out_of_range(
@@ -100,7 +102,7 @@ def check_some_planes_out_of_range(
         )
         variance = reference.wide(given).var(tuple(range(2, len(shape))), ddof=1).mean(0)
         with np.errstate(over="ignore"):
-            np.testing.assert_allclose(backend.host(moved), (0.9 + variance / 10).astype(np.float32), rtol=1e-5)
+            assert_allclose(backend.host(moved), (0.9 + variance / 10).astype(np.float32), rtol=1e-5)
         dx, _, _ = cn.instance_norm_backward(backend.array(dy), saved)
         assert np.isfinite(backend.host(saved.rstd)).all()
         results.append([backend.host(v) for v in (y, dx)])
@@ -114,26 +116,32 @@ def check_some_planes_out_of_range(
     terms = 0, size(dy) / np.sqrt(reference.wide(x).var(axes, keepdims=True))  # dx may be a small rest of its terms
     flushed = 2.0**-126 if backend.name in ("simt", "cupy") else 0  # a result that is smaller is 0
     for got, same, value, term in zip(*results, exact, terms, strict=True):
-        assert (np.abs(got - value) <= 2e-6 * (size(value) + term) + flushed).all()
+        assert_within(got, value, 2e-6 * (size(value) + term) + flushed)
         assert got[~odd].tobytes() == same[~odd].tobytes()
 
 
-@pytest.mark.parametrize("scale", [1e25, 1e-25, 3e33], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop"])
-@pytest.mark.parametrize("shape", [(3, 5, 4, 4), (3, 5, 24, 33), (2, 3, 300, 310)], ids=str)
+@pytest.mark.long
+@pytest.mark.nightly(simt=lambda given: given["shape"][-1] > 300)  # minutes on the emulator
+@pairwise(
+    scale=[1e25, 1e-25, 3e33], layout=["contiguous", "channels_last", "crop"],
+    shape=[(3, 5, 4, 4), (3, 5, 24, 33), (2, 3, 300, 310)],
+)  # fmt: skip
 def test_squares_out_of_range(
     backend: Backend, rng: np.random.Generator, scale: float, layout: str, shape: tuple[int, ...]
 ) -> None:
     """Short planes, planes and tiles."""
-    if backend.name == "simt" and shape[-1] > 300:
-        pytest.skip("minutes on the emulator")
     check_some_planes_out_of_range(backend, rng, scale, shape, reference.LAYOUTS[layout])
 
 
 OWNERS = [case for case in cases.variants() if case.dtype == "float32"]
 
 
+def most(given: dict[str, Any]) -> bool:
+    return given["case"] not in OWNERS[::2] or bool(given["case"].layout != "contiguous")
+
+
 @on_kernels
+@pytest.mark.full(simt=most)
 @pytest.mark.parametrize(("case", "scale"), list(zip(OWNERS, itertools.cycle([1e25, 1e-25]), strict=False)), ids=str)
 def test_squares_out_of_range_for_every_owner(
     backend: Backend, rng: np.random.Generator, case: cases.Case, scale: float
@@ -145,6 +153,7 @@ def test_squares_out_of_range_for_every_owner(
 
 
 @on_kernels
+@pytest.mark.full(simt=most)
 @pytest.mark.parametrize("case", OWNERS, ids=str)
 def test_offsets_for_every_owner(backend: Backend, rng: np.random.Generator, case: cases.Case) -> None:
     """The saved mean is the exact one or a number next to it, however the tiles' means are put together."""
@@ -156,9 +165,9 @@ def test_offsets_for_every_owner(backend: Backend, rng: np.random.Generator, cas
     dy = rng.standard_normal(case.shape).astype(np.float32)
     dx, *_ = cn.instance_norm_backward(backend.array(dy), saved)
     mean = reference.wide(x).mean(tuple(range(2, x.ndim)))
-    assert (np.abs(backend.host(saved.mean) - mean) <= np.spacing(np.abs(mean).astype(np.float32))).all()
+    assert_within(backend.host(saved.mean), mean, np.spacing(np.abs(mean).astype(np.float32)))
     for got, exact in ((y, reference.forward(x)), (dx, reference.backward(dy, x)[0])):
-        assert (np.abs(backend.host(got) - exact) <= 2e-6 * (np.abs(exact) + 1)).all()
+        assert_within(backend.host(got), exact, 2e-6 * (np.abs(exact) + 1))
 
 
 @on_kernels
@@ -171,7 +180,7 @@ def test_squares_that_flush_to_zero_one_by_one(backend: Backend, rng: np.random.
     narrow = x.astype(np.float32)
     y = backend.host(cn.instance_norm(backend.array(narrow), eps=0.0))
     exact = reference.forward(narrow, eps=0.0)
-    assert (np.abs(y - exact) <= 1e-6 * (np.abs(exact) + 1)).all()
+    assert_within(y, exact, 1e-6 * (np.abs(exact) + 1))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e30, 1e-30, -1e36])
@@ -179,7 +188,7 @@ def test_constant_planes_of_any_size(backend: Backend, value: float) -> None:
     x = backend.array(np.full((2, 3, 8, 9), value, np.float32))
     y, saved = cn.instance_norm_forward(x)
     assert (backend.host(y) == 0).all()
-    np.testing.assert_allclose(backend.host(saved.rstd), 1e-5**-0.5, rtol=1e-6)
+    assert_allclose(backend.host(saved.rstd), 1e-5**-0.5, rtol=1e-6)
 
 
 def test_infinities_stay_in_their_planes(backend: Backend, rng: np.random.Generator) -> None:
@@ -191,4 +200,4 @@ def test_infinities_stay_in_their_planes(backend: Backend, rng: np.random.Genera
     y[0, 1] = y[1, 0] = 0
     expected = devices.to_host(clean).copy()
     expected[0, 1] = expected[1, 0] = 0
-    assert y.tobytes() == expected.tobytes()
+    assert_same(y, expected)

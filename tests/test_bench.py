@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.compare import assert_allclose, assert_equal
 
 import cupynorm
 from bench import __main__ as bench
@@ -26,6 +27,7 @@ from cupynorm.cuda.variants import ITEMSIZE
 from cupynorm.explain import plan_for
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.long
 ROW = {
     "op": str,
     "shape": list,
@@ -146,7 +148,7 @@ def test_arrays_and_reference(dtype: str, layout: str):
     x = arrays.x[1].astype(np.longdouble)
     mean, var = x.mean((2, 3), keepdims=True), x.var((2, 3), keepdims=True)
     exact = (x - mean) / np.sqrt(var + cases.EPS) * arrays.weight.reshape(4, 1, 1) + arrays.bias.reshape(4, 1, 1)
-    np.testing.assert_allclose(arrays.reference["y"], exact.astype(np.float64), rtol=1e-12, atol=1e-12)
+    assert_allclose(arrays.reference["y"], exact.astype(np.float64), rtol=1e-12, atol=1e-12)
     for op in cases.ACCESSES:
         own = peers.cupynorm_itself(op, arrays)
         assert arrays.error(own.answers(own.run(1)), op) <= cases.TOLERANCE[dtype]
@@ -159,12 +161,14 @@ def test_reference_in_blocks(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(cases, "BLOCK", block)
         blocks = cases.Arrays(np, shape, "float32", "channels_first", affine=True, sets=1).reference
         for name, exact in whole.items():
-            np.testing.assert_allclose(blocks[name], exact, rtol=1e-12, atol=1e-12)
+            assert_allclose(blocks[name], exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu"])
 @pytest.mark.parametrize("affine", [False, True, cases.PER_SAMPLE])
-def test_reference_with_an_epilogue(activation: str | None, affine: bool | str, monkeypatch: pytest.MonkeyPatch):
+def test_reference_with_an_epilogue(
+    activation: str | None, affine: bool | str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+):
     """The longdouble y, and dx, dweight and dbias as differences of sum(y * dy) along random directions."""
     if np.finfo(np.longdouble).eps > 1e-18:
         pytest.skip("long double is no longer than double here")
@@ -182,8 +186,7 @@ def test_reference_with_an_epilogue(activation: str | None, affine: bool | str, 
     given = [a if a is None else a.astype(np.longdouble) for a in (arrays.x[0], arrays.weight, arrays.bias)]
     y = forward(*given)
     assert affine is not cases.PER_SAMPLE or arrays.weight.shape == (3, 5)
-    np.testing.assert_allclose(arrays.reference["y"], y.astype(np.float64), rtol=1e-12, atol=1e-12)
-    rng = np.random.default_rng()
+    assert_allclose(arrays.reference["y"], y.astype(np.float64), rtol=1e-12, atol=1e-12)
     for i, name in enumerate(("dx", "dweight", "dbias")[: 3 if affine else 1]):
         step = rng.standard_normal(given[i].shape) * np.longdouble(1e-9)
         ends = [forward(*(a + sign * step if i == j else a for j, a in enumerate(given))) for sign in (1, -1)]
@@ -257,6 +260,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, **fakes: Any) -> int:
     return bench.main(["--device", "cpu", "--rounds", "2", "--batch-ms", "0.2", *arguments])
 
 
+@pytest.mark.full
 def test_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
@@ -285,6 +289,7 @@ def test_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert len(summary.bench_lines(written)) == 2 + 4
 
 
+@pytest.mark.full
 def test_fused_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
@@ -313,6 +318,7 @@ def test_fused_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert len(summary.bench_lines(written)) == 2 + 3
 
 
+@pytest.mark.full
 def test_compile_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("rich")
     result = tmp_path / "r.json"
@@ -538,7 +544,7 @@ def test_passes_of_numpy_alone(shape: tuple[int, ...], monkeypatch: pytest.Monke
     for op, result in (("forward", x + 1), ("backward", x + dy + 1)):
         for step in passes.passes(arrays, y)[op].values():
             step()
-        np.testing.assert_array_equal(y, result, err_msg=op)
+        assert_equal(y, result, what=op)
     assert np.getbufsize() == buffers
 
 
@@ -676,7 +682,7 @@ STAGES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @needs_bash
 @without_gpu
 @pytest.mark.parametrize("stage", STAGES)
@@ -782,6 +788,7 @@ def test_what_needs_a_gpu_says_so(main: Any, capsys: pytest.CaptureFixture[str])
     assert "error: no usable GPU: " in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_smoke_tells_a_crash_from_an_error(monkeypatch: pytest.MonkeyPatch):
     """Of a scope's own process: its lines and its status, that it died, that it was not done."""
     popen = subprocess.Popen

@@ -72,6 +72,7 @@ def test_what_is_tried_includes_todays_ladder(op: str) -> None:
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.long
 def test_what_suits_a_plane() -> None:
     found = {each: variants.entries(each, DEVICES["H200"]) for each in sweep()}
     assert 300 < sum(map(len, found.values())) < 700
@@ -114,25 +115,25 @@ def some(op: str) -> list[Variant]:
 
 
 def every() -> list[Any]:
-    """All of them, but only some in the quick part."""
+    """All of them in the nightly tier, some in the full one."""
     found = []
     for op in variants.OPS:
         for variant in variants.catalogue(op):
             for dtype, itemsize in DTYPES.items():
                 if variant.rung.owner == "part" and variant.rung.chunks % (16 // itemsize):
                     continue
-                quick = variant in some(op) and (dtype == "float32") == (op == "forward")
-                marks = () if quick else (pytest.mark.slow,)
+                full = variant in some(op) and (dtype == "float32") == (op == "forward")
+                marks = pytest.mark.full if full else pytest.mark.nightly
                 found.append(pytest.param(op, dtype, variant, marks=marks, id=f"{op}-{dtype}-{variant.name}"))
     return found
 
 
 @pytest.mark.simt
 @pytest.mark.parametrize(("op", "dtype", "variant"), every())
-def test_each_variant_is_right(on: Callable[..., Any], op: str, dtype: str, variant: Variant) -> None:
+def test_each_variant_is_right(run_on: Callable[..., Any], op: str, dtype: str, variant: Variant) -> None:
     """Where its threads are full, where most are idle, and where planes begin and end between 16-byte borders."""
     emulator.require()
-    runtime = on(Emulator(SMALL))
+    runtime = run_on(Emulator(SMALL))
     rung, v = variant.rung, widest(DTYPES[dtype], "channels_first")
     if rung.owner == "part":
         sizes = [7 * 7, 8 * rung.chunks]
@@ -164,7 +165,7 @@ class Loading(Emulator):
 
 
 @pytest.mark.simt
-def test_a_run(on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run(run_on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the emulator: rows of right, wrong and broken variants, and a table of them."""
     emulator.require()
     tried = {
@@ -177,7 +178,7 @@ def test_a_run(on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Monke
     }
     assert all(mine[0].rung in LADDERS[op] for op, mine in tried.items())
     monkeypatch.setattr(variants, "catalogue", tried.get)
-    runtime = on(Loading(SMALL))
+    runtime = run_on(Loading(SMALL))
     options = variants._parser().parse_args(
         ["--elements", "1024", "--sizes", "8", "--dtype", "float32", "--rounds", "2", "--batch-ms", "0.01",
          "--json", str(tmp_path / "v.json")]
@@ -200,9 +201,9 @@ def test_a_run(on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.simt
-def test_a_wrong_answer_is_a_row(on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_answer_is_a_row(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     emulator.require()
-    runtime = on(Loading(SMALL))
+    runtime = run_on(Loading(SMALL))
     options = variants._parser().parse_args(["--elements", "1024", "--sizes", "8", "--dtype", "float32"])
     run = variants.Bench(np, runtime, HostClock(), options, print)
     one = variants.cases(options)[0]

@@ -2,52 +2,72 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import cases
 import numpy as np
 import pytest
-from conftest import Backend, on_kernels
+from helpers.backends import Backend, on, on_kernels
 
 from cupynorm.cuda import plan
 from cupynorm.cuda.plan import Device, Memory, Op
 from cupynorm.explain import plan_for
 
+#: Numba compiles each kind of call for itself, in seconds: the dtype in which an activation is compiled.
+COMPILED = {"relu": "float32", "leaky_relu": "float16", "silu": "bfloat16", "gelu": "float64"}
 
+
+def compiled_elsewhere(given: dict[str, Any]) -> bool:
+    """Whether another case compiles the activation, and another the dtype."""
+    case = given["case"]
+    return case.activation is not None and case.dtype != COMPILED[case.activation]
+
+
+@cases.tiers()
+@pytest.mark.nightly(compiled=compiled_elsewhere)
 @pytest.mark.parametrize("case", cases.TABLE, ids=str)
 def test_table(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)
 
 
+@cases.tiers()
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)
 def test_small(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)
 
 
-# What reaches every kernel shows nothing more of the CPU's loops.
-@on_kernels
+@on_kernels  # the loops of a CPU have no variants
+@cases.tiers("forward", "backward")
 @pytest.mark.parametrize("case", cases.variants(), ids=str)
 def test_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)
 
 
+# The double backward of the CPU is NumPy's, also where its forward is compiled.
+@on("numpy", "simt", "cupy")
+@cases.tiers("double_backward")
 @pytest.mark.parametrize("case", [case for case in cases.TABLE if case.activation is None], ids=str)
 def test_double_backward(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check_double(backend, case, rng)
 
 
+@on("numpy", "simt", "cupy")
+@cases.tiers("double_backward")
 @pytest.mark.parametrize("case", cases.SMALL, ids=str)
 def test_double_small(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check_double(backend, case, rng)
 
 
 @on_kernels
+@cases.tiers("double_backward")
 @pytest.mark.parametrize("case", cases.variants(("double_backward",)), ids=str)
 def test_double_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check_double(backend, case, rng)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @on_kernels
 @pytest.mark.parametrize("case", cases.epilogue_variants(), ids=str)
 def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
@@ -55,6 +75,7 @@ def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Gen
 
 
 @on_kernels
+@pytest.mark.full(simt=lambda given: True)  # in float16, channels side by side
 def test_more_tiles_than_threads_that_merge_them(backend: Backend, rng: np.random.Generator) -> None:
     """In a grid whose blocks have 32 channels side by side, of 16 bits: 16 threads merge those of a channel."""
     case = cases.Case((1, 31, 40, 75), "float16", "channels_last", device=Device("many", (8, 0), 24, 72 * 1024, 2**20))
@@ -69,6 +90,7 @@ def test_more_tiles_than_threads_that_merge_them(backend: Backend, rng: np.rando
 
 
 @on_kernels
+@pytest.mark.full(simt=lambda given: math.prod(given["shape"]) > 50_000)
 @pytest.mark.parametrize(("shape", "layout"), [
     ((3, 99, 5, 7), "contiguous"), ((3, 9, 35, 45), "contiguous"), ((1, 17, 100, 100), "contiguous"),
     ((1, 17, 110, 200), "contiguous"), ((1, 17, 250, 260), "contiguous"), ((17, 8, 5, 6), "channels_last"),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from helpers.compare import assert_allclose, assert_equal
 
 if importlib.util.find_spec("chainer") is None:
     pytest.skip("needs Chainer (README, Chainer)", allow_module_level=True)
@@ -213,7 +214,7 @@ def test_values(
     for actual, expected in zip(running, reference.moved(mean, var, x, 0.2), strict=True):
         reference.assert_close(host(actual), expected)
     plain = cnc.instance_normalization(*(None if v is None else v.array for v in given))
-    np.testing.assert_array_equal(host(plain), host(y))
+    assert_equal(host(plain), host(y))
     y.grad = send(gy)
     y.backward()
     for variable, expected in zip(given, reference.backward(gy, x, gamma, eps=2e-5), strict=False):
@@ -337,7 +338,7 @@ def test_fixed_statistics_that_are_trained(
 
     given = tuple(send(a) for a in arrays)
     constant = function(*given)
-    np.testing.assert_array_equal(host(function(*map(chainer.Variable, given))), host(constant))
+    assert_equal(host(function(*map(chainer.Variable, given))), host(constant))
     gy, *ggs = (send(normal(rng, *a.shape, dtype=dtype)) for a in (arrays[0], *arrays))
     options = {"dtype": np.float64, "eps": 1e-4, "atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     gradient_check.check_backward(function, given, gy, **options)
@@ -405,8 +406,8 @@ def test_link_names_defaults_and_conventions_are_chainers(send: Send, rng: np.ra
     assert sorted(name for name, _ in link.namedparams()) == ["/beta", "/gamma"]
     assert link._persistent == {"N", "avg_mean", "avg_var"}
     x = normal(rng, 4, 3, 5, 6)
-    np.testing.assert_array_equal(host(link.avg_mean), [0, 0, 0])
-    np.testing.assert_array_equal(host(link.avg_var), [1, 1, 1])
+    assert_equal(host(link.avg_mean), [0, 0, 0])
+    assert_equal(host(link.avg_var), [1, 1, 1])
     kept = link.avg_mean
     reference.assert_close(host(link(send(x))), reference.forward(x, eps=2e-5))
     mean, var = reference.moved(np.zeros(3), np.ones(3), x, 0.1)
@@ -445,7 +446,7 @@ def test_without_averages_test_mode_is_the_same(send: Send, rng: np.random.Gener
     x = send(normal(rng, 2, 3, 5, 6))
     y = link(x, finetune=True)
     with chainer.using_config("train", False):
-        np.testing.assert_array_equal(host(link(x)), host(y))
+        assert_equal(host(link(x)), host(y))
     assert (link.avg_mean, link.avg_var, link.N, link._persistent) == (None, None, 0, set())
 
 
@@ -587,13 +588,13 @@ def test_serializers(
     if saved:
         assert source.norm.N == target.norm.N == track
         for a, b in zip(source.params(), target.params(), strict=True):
-            np.testing.assert_array_equal(host(a), host(b))
+            assert_equal(host(a), host(b))
         if track:
             assert target.norm.xp is chainer.backend.get_array_module(target.norm.avg_mean)
-            np.testing.assert_array_equal(host(source.norm.avg_mean), host(target.norm.avg_mean))
-            np.testing.assert_array_equal(host(source.norm.avg_var), host(target.norm.avg_var))
+            assert_equal(host(source.norm.avg_mean), host(target.norm.avg_mean))
+            assert_equal(host(source.norm.avg_var), host(target.norm.avg_var))
         with chainer.using_config("train", False):
-            np.testing.assert_array_equal(host(source.norm(x)), host(target.norm(x)))
+            assert_equal(host(source.norm(x)), host(target.norm(x)))
     target.norm(x)
     if track:
         assert target.norm.avg_mean.shape == (3,)
@@ -617,13 +618,13 @@ def test_copies(send: Send, rng: np.random.Generator, mode: str, lazy: bool) -> 
             assert other.avg_mean is link.avg_mean
         other.gamma.array[...] = 2
         link(x)  # makes nothing anew that is there
-        np.testing.assert_array_equal(host(link.gamma), [2, 2, 2])
+        assert_equal(host(link.gamma), [2, 2, 2])
     else:
         if lazy:
             assert link.avg_mean is None
         else:
-            np.testing.assert_array_equal(host(link.avg_mean), before)
-        np.testing.assert_array_equal(host(other.gamma), [5, 5, 5] if mode == "copy" and not lazy else [1, 1, 1])
+            assert_equal(host(link.avg_mean), before)
+        assert_equal(host(other.gamma), [5, 5, 5] if mode == "copy" and not lazy else [1, 1, 1])
 
 
 def test_pickle(send: Send, rng: np.random.Generator) -> None:
@@ -633,8 +634,8 @@ def test_pickle(send: Send, rng: np.random.Generator) -> None:
         if size:
             link(x)
         again = pickle.loads(pickle.dumps(link))
-        np.testing.assert_array_equal(host(again(x)), host(link(x)))
-        np.testing.assert_array_equal(host(again.avg_mean), host(link.avg_mean))
+        assert_equal(host(again(x)), host(link(x)))
+        assert_equal(host(again.avg_mean), host(link.avg_mean))
 
 
 @pytest.mark.parametrize("mode", ["share", "copy", "init"])
@@ -676,10 +677,10 @@ def test_forget_counts_once(send: Send, rng: np.random.Generator) -> None:
             one.grad = gy
             one.backward()
         for a, b in zip([*links[0].params(), inputs[0]], [*links[1].params(), inputs[1]], strict=True):
-            np.testing.assert_array_equal(host(a.grad), host(b.grad))
+            assert_equal(host(a.grad), host(b.grad))
         assert links[0].N == links[1].N == finetune
-        np.testing.assert_array_equal(host(links[0].avg_mean), host(links[1].avg_mean))
-        np.testing.assert_array_equal(host(links[0].avg_var), host(links[1].avg_var))
+        assert_equal(host(links[0].avg_mean), host(links[1].avg_mean))
+        assert_equal(host(links[0].avg_var), host(links[1].avg_var))
         assert np.any(host(links[0].avg_mean) != 0)
     running = [send(np.zeros(3, np.float32)), send(np.ones(3, np.float32))]
 
@@ -807,8 +808,8 @@ def test_resumed_is_uninterrupted(send: Send, rng: np.random.Generator, tmp_path
     assert states[0].keys() == states[1].keys()
     assert "model:main/predictor/norm1/avg_mean" in states[0]
     for name, value in states[0].items():
-        np.testing.assert_array_equal(value, states[1][name], err_msg=name)
-    np.testing.assert_array_equal(host(expected.norm1.avg_var), host(actual.norm1.avg_var))
+        assert_equal(value, states[1][name], what=name)
+    assert_equal(host(expected.norm1.avg_var), host(actual.norm1.avg_var))
     logs = [trainer.get_extension("LogReport").log for trainer in (whole, second)]
     for entries in zip(*logs, strict=True):
         # (Chainer's ParameterStatistics is not in its snapshots.)
@@ -1008,7 +1009,7 @@ def test_a_generator_written_for_a_fork(send: Send, rng: np.random.Generator, ba
             analytic, numeric = along(net, lambda: F.mean_squared_error(net(x), target), rng, names)  # noqa: B023
             agree[name][names] = analytic == pytest.approx(numeric, rel=1e-3, abs=1e-7)
     for name, norm in FORKS.items():
-        np.testing.assert_allclose(outputs[name], outputs["ours"], rtol=1e-8, atol=1e-8, err_msg=norm)
+        assert_allclose(outputs[name], outputs["ours"], rtol=1e-8, atol=1e-8, what=norm)
     assert agree["ours"] == dict.fromkeys(agree["ours"], True)
     # The one is wrong in all that lies before a normalisation, in batches; the other trains no gamma and no beta.
     assert agree["own gradient"]["head/convolution/W"] == (batch == 1)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.compare import BFLOAT16
 from optional import required
-from reference import BFLOAT16, assert_close
+from reference import assert_close
 
 import cupynorm as cn
 

@@ -1,6 +1,5 @@
-"""What the CPU backend chooses for speed alone. Results have the same bits whatever it is: other tests do not notice.
-
-The numbers were measured (README, and the messages of the changes); here they are held, so that none moves unseen.
+"""Decisions of the CPU backend that no result shows, or only its last digits: that positions are reached once, what is
+summed in which precision, how tiles are merged, how much memory a call takes.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import use_compiled
+from helpers.backends import use_compiled
+from helpers.compare import assert_allclose, assert_equal
 
 import cupynorm as cn
 from cupynorm import cpu
@@ -54,21 +54,6 @@ def layout_of(shape: tuple[int, ...], lanes: bool = False, dtype: Any = np.float
     return layout_with(shape, steps_of(shape, lanes), dtype)
 
 
-def test_from_where_on_threads_pay_on_numpy_alone():
-    cn.set_num_threads(3)
-    assert on_numpy((1, 1, 2**19 - 1)).threads == 1
-    assert on_numpy((1, 1, 2**19)).threads == 3
-
-
-@pytest.mark.compiled
-def test_from_where_on_threads_pay_for_compiled_loops(monkeypatch: pytest.MonkeyPatch):
-    """A plane counts 25 elements more than it has."""
-    use_compiled(monkeypatch, True)
-
-    assert [layout_of((1, 1, 2**18 - 25 - less)).pays for less in (0, 1)] == [True, False]
-    assert [layout_of((64, 32, 128 - 25 - less)).pays for less in (0, 1)] == [True, False]
-
-
 class Recorded:
     def __init__(self, threads: int, blocks: int, tiles: int):
         self.threads, self.blocks, self.tiles = threads, blocks, tiles
@@ -90,42 +75,23 @@ def test_tiles_are_shared_where_blocks_are_few(threads: int, blocks: int, tiles:
     assert work.did == ([("whole", blocks)] if whole else [("reduce", units), ("join", 0, blocks), ("apply", units)])
 
 
-@pytest.mark.parametrize(("size", "number", "count", "parts"), [
-    (2**19, 1, 9, 1), (2**19, 2, 9, 2), (2**22 - 1, 2, 9, 2), (2**22, 2, 9, 8), (2**22, 2, 7, 7), (2**22, 3, 100, 12),
-    (2**19, 3, 2, 2), (2**22, 1, 9, 1),
-])  # fmt: skip
-def test_parts_of_a_call_on_numpy_alone(
-    monkeypatch: pytest.MonkeyPatch, size: int, number: int, count: int, parts: int
-):
-    """One for each thread, or four from 2**22 elements on: a thread that is late takes fewer."""
+@pytest.mark.parametrize("size", [2**19, 2**22])
+@pytest.mark.parametrize(("number", "count"), [(1, 9), (2, 9), (2, 7), (3, 100), (3, 2)])
+def test_parts_of_a_call_on_numpy_alone(monkeypatch: pytest.MonkeyPatch, size: int, number: int, count: int):
+    """They hold each block once, as many as any other part, and there is one for each thread at least."""
     given: list[Any] = []
     monkeypatch.setattr(cpu, "share", lambda work, tasks, threads: given.append((work, tasks, threads)))
     cn.set_num_threads(number)
     work = on_numpy((1, 1, size))
     work.share("step", count)
     [(each, tasks, threads)] = given
-    assert (tasks, threads) == (parts, number)
+    assert min(number, count) <= tasks <= count and threads == number
     ranges: list[Any] = []
     monkeypatch.setattr(work, "work", lambda step, parts: ranges.extend(parts))
     for task in range(tasks):
         each([task], None)
     assert [i for first, last in ranges for i in range(first, last)] == [*range(count)]
     assert max(last - first for first, last in ranges) - min(last - first for first, last in ranges) <= 1
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(("number", "count", "parts"), [(1, 100, 1), (2, 100, 16), (2, 9, 9), (3, 100, 24)])
-def test_parts_of_a_compiled_call(monkeypatch: pytest.MonkeyPatch, number: int, count: int, parts: int):
-    """Eight for each thread."""
-    use_compiled(monkeypatch, True)
-    given: list[Any] = []
-    made = cpu.turns_of
-    monkeypatch.setattr(cpu, "turns_of", lambda *numbers: given.append(numbers) or made(*numbers))
-    monkeypatch.setattr(cpu, "share", lambda work, tasks, threads, settled: given.append((tasks, threads)))
-    cn.set_num_threads(number)
-    call = saved_of((1, 1, 2**20), (2**20, 2**20, 1))
-    cpu._choose(call, [call.x] * 2).share("step", count)
-    assert given == [(count, parts, number), (parts, number)]
 
 
 @pytest.mark.parametrize(("shape", "lanes", "elements"), [
@@ -149,32 +115,6 @@ def test_buffer_and_scratch(shape: tuple[int, ...], lanes: bool, elements: int):
     assert seen[-1] == (5, room)
 
 
-@pytest.mark.parametrize(("shape", "lanes", "number", "blocks", "tiles", "room"), [
-    ((1, 1, 2**19), False, 1, 1, 1, 2**19),  # 2 MiB of float32
-    ((1, 1, 2**19 + 1), False, 1, 1, 2, 2**19),
-    ((1, 1, 2**19 + 1), False, 2, 1, 2, 2**19),
-    ((4, 4, 2**17), False, 1, 4, 1, 2**19),
-    ((4, 4, 2**17), False, 2, 2, 1, 2**20),  # twice as much for each of several threads
-    ((4, 4, 2**18), False, 2, 4, 1, 2**20),
-    ((4, 4, 2**15), False, 2, 2, 1, 2**20),  # no fewer than there are threads
-    ((1, 4, 2**19), False, 2, 2, 1, 2**20),
-    ((4, 8, 2**16), True, 2, 2, 1, 2**20),
-    ((1, 4, 2**18), False, 2, 2, 1, 2**20),  # a sample each would leave one without
-    ((3, 4, 2**18), False, 2, 3, 1, 2**20),
-    ((3, 5, 2**18), False, 2, 6, 1, 2**20),
-    ((3, 10, 2**18), False, 2, 12, 1, 2**20),
-    ((2, 9, 2**18), False, 4, 8, 1, 2**20),  # 3 of each sample would leave a thread with fewer
-    ((2, 5, 2**18), False, 4, 4, 1, 2**20),
-    ((4, 8, 2**16), True, 1, 4, 1, 2**19),
-    ((4, 9, 2**16), True, 1, 4, 2, 2**19),
-    ((1, 2**19 + 1, 3), True, 1, 1, 3, 2**19 + 1),  # not fewer than all channels of a position
-])  # fmt: skip
-def test_blocks_of_a_call(shape: tuple[int, ...], lanes: bool, number: int, blocks: int, tiles: int, room: int):
-    cn.set_num_threads(number)
-    work = on_numpy(shape, lanes=lanes)
-    assert (work.lanes, work.blocks, work.tiles, work.room) == (lanes, blocks, tiles, room)
-
-
 @pytest.mark.parametrize(("shape", "steps", "lanes"), [
     ((2, 3, 4, 5), (60, 20, 5, 1), False),
     ((2, 3, 4, 5), (60, 1, 15, 3), True),
@@ -191,15 +131,13 @@ def test_where_channels_lie_side_by_side(shape: tuple[int, ...], steps: tuple[in
     assert work.lanes == lanes
 
 
-@pytest.mark.parametrize(("size", "rows"), [
-    (513, (171, 3)), (1024, (512, 2)), (1575, (315, 5)), (35 * 45 * 512, (512, 1575)), (1009, (512, 1)),
-    (129 * 521, (129, 521)), (128 * 521, (512, 130)), (2**22 + 1, (397, 10565)),
-])  # fmt: skip
-def test_rows_divide_a_plane_where_they_can(size: int, rows: tuple[int, int]):
-    """In the longest of more than 128 elements, or else in ones of 512 and a rest."""
-    divisors = [length for length in range(129, 513) if size % length == 0]
-    length = max(divisors, default=512)
-    assert cpu._rows(size) == rows == (length, size // length)
+@pytest.mark.parametrize("size", [129, 513, 1024, 1575, 1009, 129 * 521, 128 * 521, 35 * 45 * 512, 2**22 + 1])
+def test_rows_divide_a_plane_where_they_can(size: int):
+    """In the longest rows of which a plane consists, if these are not short ones, or else in ones of ROW and a rest."""
+    length, count = cpu._rows(size)
+    assert cpu.SHORT_ROW < length <= cpu.ROW
+    divisors = [divisor for divisor in range(cpu.SHORT_ROW + 1, cpu.ROW + 1) if size % divisor == 0]
+    assert (length, count) == (max(divisors, default=cpu.ROW), size // length)
 
 
 @pytest.mark.parametrize(("size", "far"), [(128, 1.0), (129, 2.0)])
@@ -235,15 +173,12 @@ def test_from_how_large_a_mean_on_planes_are_centred(
         assert counted == [planes for planes in passes for _ in range(1 + lanes)]  # of lanes squares too
 
 
-@pytest.mark.parametrize(
-    ("size", "planes"), [(1, 64), (16, 64), (64, 64), (65, 63), (128, 32), (241, 16), (512, 8), (1024, 4), (2048, 4)]
-)
-def test_how_many_short_planes_are_done_together(size: int, planes: int):
-    """At most 64, and 4096 elements of each array; 32 KB, which the first cache holds, also of the longest ones."""
-    at_a_time = getattr(cpu._at_a_time, "py_func", cpu._at_a_time)
-    assert at_a_time(size) == planes
-    assert size <= cpu.FORWARD_SHORT
-    assert 4 * cpu.FORWARD_SHORT * at_a_time(cpu.FORWARD_SHORT) <= 2**15
+@pytest.mark.parametrize("size", [1, 16, 64, 65, 128, 241, 512, 1024, 2048])
+def test_short_planes_that_are_done_together_fit_the_first_cache(size: int):
+    """32 KB of each array."""
+    planes = getattr(cpu._at_a_time, "py_func", cpu._at_a_time)(size)
+    assert 1 <= planes <= cpu.TOGETHER
+    assert 4 * size * planes <= 2**15
 
 
 def test_no_more_elements_of_short_planes_are_summed_at_a_time_backward():
@@ -252,118 +187,16 @@ def test_no_more_elements_of_short_planes_are_summed_at_a_time_backward():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("c", "plane", "group", "tiles"), [
-    (8, 64, 8, 1), (300, 64, 256, 1), (300, 1024, 128, 1), (300, 1000, 128, 1), (300, 993, 128, 1), (300, 910, 144, 1),
-    (300, 2**13, 16, 1), (300, 2**13 + 1, 16, 3), (300, 2**16, 16, 16), (8, 2**16, 8, 8), (2, 2**16, 2, 1),
-])  # fmt: skip
-def test_groups_of_channels(monkeypatch: pytest.MonkeyPatch, c: int, plane: int, group: int, tiles: int):
-    """As many of 16 as have 131072 elements together, 256 at most; tiles of half of that where 16 have more."""
+def test_steps_that_are_no_whole_elements_are_for_numpy(monkeypatch: pytest.MonkeyPatch):
     use_compiled(monkeypatch, True)
-    layout = layout_of((1, c, plane), lanes=True)
-    assert (layout.group, layout.tiles, layout.blocks) == (group, tiles, -(-c // group))
-
-
-def crop_of(runs: int, length: int) -> Any:
-    """The layout of a plane of so many runs, each followed by an element of another array."""
-    return layout_with((1, 1, runs, length), (runs * (length + 1), runs * (length + 1), length + 1, 1))
-
-
-@pytest.mark.compiled
-def test_which_results_go_past_the_caches(monkeypatch: pytest.MonkeyPatch):
-    """Those of 24 MiB and more, in runs of 128 elements and more; none where channels lie side by side."""
-    use_compiled(monkeypatch, True)
-    assert [layout_of((1, 3, 2**21 - less)).streams for less in (0, 1)] == [True, False]
-    assert not layout_of((1, 3, 2**21), dtype=np.float16).streams
-    assert [crop_of(2**16, length).streams for length in (128, 127)] == [True, False]
-    assert not layout_of((1, 64, 2**17), lanes=True).streams
-    assert [layout_of(shape).shape[7] for shape in ((1, 3, 2**21), (1, 3, 2**20))] == [1, 0]
-
-
-@pytest.mark.compiled
-def test_how_many_pieces_a_plane_may_have(monkeypatch: pytest.MonkeyPatch):
-    """65536; more are for NumPy, as are steps that are no whole elements."""
-    use_compiled(monkeypatch, True)
-    assert [crop_of(2**16 + more, 2).usable for more in (0, 1)] == [True, False]
     odd = ((96, 32, 8, 4), (96, 32, 8, 4)), ((96, 32, 8, 4), (98, 32, 8, 4))
     assert [cpu._Layout(np.dtype(np.float32), (2, 3, 4, 2), each, False).usable for each in odd] == [True, False]
-
-
-@pytest.mark.compiled
-def test_tiles_of_a_plane(monkeypatch: pytest.MonkeyPatch):
-    """As many whole runs as have 65536 positions together, or so many positions of a run; a plane is a block."""
-    use_compiled(monkeypatch, True)
-    for layout, tiles, runs, length in (
-        (layout_of((1, 2, 2**16)), 1, 1, 2**16),
-        (layout_of((1, 2, 2**16 + 1)), 2, 1, 2**16),
-        (crop_of(655, 100), 1, 655, 100),
-        (crop_of(656, 100), 2, 655, 100),
-        (crop_of(3, 70000), 6, 1, 2**16),
-    ):
-        assert (layout.tiles, *layout.shape[5:7]) == (tiles, runs, length)
-        assert (layout.group, layout.blocks) == (1, layout.shape[0])
 
 
 def compiled(function: Any) -> Any:
     """A function of the loops, to be called by itself."""
     assert cpu.numba is not None
     return cpu.numba.njit(function.py_func)
-
-
-#: What loops know of planes of 5 runs of 40: in one tile; in tiles of 2 runs; of 16 and 8 positions, or 35 and 5.
-TILED = [(1, 5, 40), (3, 2, 40), (15, 1, 16), (10, 1, 35)]
-
-
-def guessed(tiled: tuple[int, int, int], tile: int, most: int) -> np.ndarray:
-    """How often an element counts in the guess of a tile's mean, from 8 places of `most` elements at most: places are
-    spread evenly over the runs, and over positions from the first to the last ones."""
-    _, runs, length = tiled
-    along = -(-40 // length)
-    rows, positions = (tile // along) * runs, (tile % along) * length
-    height, width = min(runs, 5 - rows), min(length, 40 - positions)
-    size = min(width, most)
-    counts = np.zeros((5, 40))
-    for row, start in zip(np.arange(8) * height // 8, np.linspace(0, max(width - 8, 0), 8).astype(int), strict=True):
-        counts[rows + row, positions + start : positions + start + size] += 1 / (8 * size)
-    return counts
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("tiled", TILED)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_from_which_elements_a_mean_is_guessed(
-    monkeypatch: pytest.MonkeyPatch, tiled: tuple[int, int, int], stride: int
-):
-    """A guess that is good saves a second pass; one that is bad changes no result."""
-    use_compiled(monkeypatch, True)
-    guess = compiled(cpu._guess)
-    shape = (1, 1, tiled[0], 5, 40, *tiled[1:], 0)
-    runs = 45 * stride * np.arange(5)
-    for tile in range(tiled[0]):
-        counts = np.zeros((5, 40))
-        for r, position in np.ndindex(5, 40):
-            x = np.zeros(300 * stride, np.float32)
-            x[7 + runs[r] + stride * position] = 1
-            counts[r, position] = guess(x, 7, np.uint64(stride), runs, shape, tile, True if stride > 1 else None)
-        np.testing.assert_allclose(counts, guessed(tiled, tile, 8), atol=1e-7)
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("tiled", TILED)
-def test_from_which_elements_means_of_channels_are_guessed(
-    monkeypatch: pytest.MonkeyPatch, tiled: tuple[int, int, int]
-):
-    use_compiled(monkeypatch, True)
-    guess = compiled(cpu._guess_lanes)
-    shape = (6, 4, tiled[0], 5, 40, *tiled[1:], 0)  # two of six channels, groups of four
-    runs = 6 * 45 * np.arange(5)
-    for tile in range(tiled[0]):
-        counts = np.zeros((5, 40, 2))
-        for r, position, j in np.ndindex(5, 40, 2):
-            x, mean = np.zeros(6 * 300, np.float32), np.full(4, np.nan)
-            x[4 + runs[r] + 6 * position + j] = 1
-            guess(x, 4, np.uint64(6), runs, shape, tile, np.uint64(2), mean)
-            counts[r, position, j] = mean[j]
-        np.testing.assert_allclose(counts, guessed(tiled, tile, 1)[:, :, None].repeat(2, 2), atol=1e-7)
 
 
 BIG = np.float32(2**24)  # which 1 is lost in, where both are added up in float32
@@ -403,32 +236,6 @@ def test_how_much_is_added_up_in_computing_precision_on_numpy_alone(
         assert last == size - 1 or not are_added_up_together(sums, size, first, last + 1)
 
 
-@pytest.mark.parametrize(("size", "called"), [(127, "einsum"), (128, "vecdot"), (512, "vecdot"), (513, "vecdot")])
-def test_how_planes_are_added_up_on_numpy_alone(monkeypatch: pytest.MonkeyPatch, size: int, called: str):
-    """einsum is the quicker one for short planes. vecdot's sums stay in float32 where there is one a plane."""
-    did: list[str] = []
-    for name in ("einsum", "vecdot"):
-        made = getattr(np, name)
-        monkeypatch.setattr(np, name, lambda *given, name=name, made=made: did.append(name) or made(*given))
-    work = on_numpy((2, 3, size))
-    x = np.ones((2, 3, size), np.float32)
-    for sums in (work._sums(x), work._dots(x, x, np.empty(x.size, np.float32))):
-        assert (sums == size).all()
-        assert sums.dtype == (np.float32 if size <= 512 else np.float64)
-    assert did == [called] * 2
-
-
-@pytest.mark.parametrize(("size", "lanes", "spread"), [(128, False, True), (129, False, False), (4, True, False)])
-def test_how_numbers_of_planes_are_brought_to_their_elements(size: int, lanes: bool, spread: bool):
-    """Spread over a block of their own first, for planes so short that a ufunc would go through each by itself."""
-    work, given = on_numpy((2, 3, size), lanes=lanes), []
-    x, values = np.zeros((2, 3, size), np.float32), np.arange(6, dtype=np.float32).reshape(2, 3)
-    work._each(lambda a, b, out: given.append((a, b, out)), x, values, x)
-    [(a, b, out)] = given
-    assert a is out is x
-    np.testing.assert_array_equal(b, values[:, :, None].repeat(size if spread else 1, 2))
-
-
 def test_which_arrays_are_computed_with_where_they_lie(rng: np.random.Generator):
     """Aligned ones in computing precision, with positions next to each other, or channels where those of y are."""
     whole = rng.standard_normal((4, 6, 8)).astype(np.float32)
@@ -453,7 +260,7 @@ def test_which_arrays_are_computed_with_where_they_lie(rng: np.random.Generator)
             read, target = work._read(array, (...,), buffer), work._target(array, (...,), buffer)
             assert (np.shares_memory(read, array), np.shares_memory(target, array)) == (name in those,) * 2
             assert (np.shares_memory(read, buffer), np.shares_memory(target, buffer)) == (name not in those,) * 2
-            np.testing.assert_array_equal(read, array.reshape(read.shape))
+            assert_equal(read, array.reshape(read.shape))
             assert np.shares_memory(work._read(array, (...,), buffer, copy=True), buffer)
 
 
@@ -473,8 +280,8 @@ def test_from_how_large_a_mean_on_it_is_subtracted(size: int, far: float):
         assert (pivot is None) == (not any(those))
         subtracted = work.call.mean * np.array([those], np.float32)
         if pivot is not None:
-            np.testing.assert_array_equal(pivot, subtracted)
-        np.testing.assert_array_equal(rest, (work.call.mean - subtracted) + work.call.delta.astype(work.wide))
+            assert_equal(pivot, subtracted)
+        assert_equal(rest, (work.call.mean - subtracted) + work.call.delta.astype(work.wide))
         assert rest.dtype == (np.float64 if size > 128 else np.float32)
 
 
@@ -487,7 +294,7 @@ def test_which_planes_are_too_small_for_their_squares(eps: float, some: bool):
         x = np.array([[1, -1, -1, 1], [value, -value, -value, value]], np.float32)[None]
         mean, rest, variance = work._statistics(x, np.empty((3, x.size), np.float32))
         assert variance.dtype == (np.float64 if odd else np.float32)
-        np.testing.assert_allclose(variance, x[..., 0].astype(float) ** 2, rtol=1e-6)
+        assert_allclose(variance, x[..., 0].astype(float) ** 2, rtol=1e-6)
         assert not mean.any() and not rest.any()
 
 
@@ -523,15 +330,6 @@ def test_where_units_are(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
 
 
 @pytest.mark.compiled
-def test_where_a_short_plane_is_looked_at_for_its_mean(monkeypatch: pytest.MonkeyPatch):
-    """In the middle, of 64 elements at most."""
-    use_compiled(monkeypatch, True)
-    middle = compiled(cpu._middle)
-    for size, borders in ((1, (0, 1)), (64, (0, 64)), (65, (0, 64)), (66, (1, 65)), (67, (1, 65)), (300, (118, 182))):
-        assert middle(np.uint64(size)) == borders
-
-
-@pytest.mark.compiled
 def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     """Where they begin, and their weights and biases, from any plane on and over the end of a sample."""
     use_compiled(monkeypatch, True)
@@ -547,9 +345,9 @@ def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monk
             function(first, planes, SIZES[0], places, offsets, over, weight.ravel(), bias.ravel(), scale, shift)
             those = slice(first, first + planes)
             for i, (of_n, of_c, _) in enumerate(places):
-                np.testing.assert_array_equal(offsets[i, :planes].view(np.int64), (n * of_n + c * of_c)[those])
-            np.testing.assert_array_equal(scale[:planes], expected[0].ravel()[those])
-            np.testing.assert_array_equal(shift[:planes], expected[1].ravel()[those])
+                assert_equal(offsets[i, :planes].view(np.int64), (n * of_n + c * of_c)[those])
+            assert_equal(scale[:planes], expected[0].ravel()[those])
+            assert_equal(shift[:planes], expected[1].ravel()[those])
             assert not offsets[:, planes:].any() and np.isnan(scale[planes:]).all()
 
 
@@ -581,16 +379,16 @@ def test_how_tiles_are_put_together(
         variance = np.full((3, 5) if wanted else (0, 0), 7, np.float32)
         forward(sizes, first, last, *part, 0.5, mean, delta, rstd, variance)
         nearest = exact.mean(-1).astype(np.float32)
-        np.testing.assert_array_equal(mean, np.where(those, nearest, 7))
-        np.testing.assert_allclose(delta, np.where(those, exact.mean(-1) - nearest, 7), atol=1e-12)
-        np.testing.assert_allclose(rstd, np.where(those, (exact.var(-1) + 0.5) ** -0.5, 7), rtol=2e-7)
+        assert_equal(mean, np.where(those, nearest, 7))
+        assert_allclose(delta, np.where(those, exact.mean(-1) - nearest, 7), atol=1e-12)
+        assert_allclose(rstd, np.where(those, (exact.var(-1) + 0.5) ** -0.5, 7), rtol=2e-7)
         if wanted:
-            np.testing.assert_allclose(variance, np.where(those, exact.var(-1), 7), rtol=2e-7)
+            assert_allclose(variance, np.where(those, exact.var(-1), 7), rtol=2e-7)
         sum_g, sum_g_xhat = np.full((2, 3, 5), 7, np.float32)
         backward(sizes, first, last, part[2], part[1], rstd, sum_g, sum_g_xhat)
         of_planes = sums.reshape(3, 3, -1, tiles, group).sum(3).reshape(3, 3, -1)[:, :, :5]
-        np.testing.assert_allclose(sum_g, np.where(those, of_planes[2], 7), rtol=2e-7)
-        np.testing.assert_allclose(sum_g_xhat, np.where(those, of_planes[1] * rstd, 7), rtol=1e-6, atol=1e-9)
+        assert_allclose(sum_g, np.where(those, of_planes[2], 7), rtol=2e-7)
+        assert_allclose(sum_g_xhat, np.where(those, of_planes[1] * rstd, 7), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.compiled
@@ -760,10 +558,10 @@ def test_sums_of_tiles_go_where_they_belong(rng: np.random.Generator, monkeypatc
             width = min(group, 21 - c)
             part, of_dy = (a[n, c : c + width, r0:r1, l0:l1].reshape(width, -1).astype(float) for a in (x, dy))
             at = slice(unit * group, unit * group + width)
-            np.testing.assert_allclose(found[0, at] + found[1, at], part.mean(1), rtol=1e-6)
-            np.testing.assert_allclose(found[2, at], part.var(1) * part.shape[1], rtol=1e-5)
+            assert_allclose(found[0, at] + found[1, at], part.mean(1), rtol=1e-6)
+            assert_allclose(found[2, at], part.var(1) * part.shape[1], rtol=1e-5)
             centred = part - (mean + (delta - 2))[n, c : c + width, None]
-            np.testing.assert_allclose(sums[:, at], [of_dy.sum(1), (of_dy * centred).sum(1)], rtol=1e-5, atol=1e-5)
+            assert_allclose(sums[:, at], [of_dy.sum(1), (of_dy * centred).sum(1)], rtol=1e-5, atol=1e-5)
             assert np.isnan(found[:, at.stop : (unit + 1) * group]).all()
 
 
@@ -825,12 +623,12 @@ def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
     exact = np.where(again, guess + 512, x.astype(float).mean(1))
     square = np.where(again, 900.0, x.astype(float).var(1) * size)
     print(mean, exact)
-    np.testing.assert_allclose(mean, exact, rtol=1e-7, atol=1e-7)
+    assert_allclose(mean, exact, rtol=1e-7, atol=1e-7)
     assert (rest[again] == 2.0**-30).all()
-    np.testing.assert_allclose(variance, square / size, rtol=1e-4)
-    np.testing.assert_allclose(rstd, (square / size + eps) ** -0.5, rtol=1e-4)
+    assert_allclose(variance, square / size, rtol=1e-4)
+    assert_allclose(rstd, (square / size + eps) ** -0.5, rtol=1e-4)
     expected = (x - (mean + rest.astype(float))[:, None]) * 3 * rstd[:, None] + 0.5
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
+    assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("shape", "strides", "merged"), [
@@ -857,7 +655,7 @@ def test_which_axes_are_gone_through_as_one(
     for array, view in zip(arrays, cpu._merged(arrays), strict=True):
         assert view.shape == (*shape[:2], *merged)
         assert np.shares_memory(view, memory)
-        np.testing.assert_array_equal(view.ravel(), array.ravel())
+        assert_equal(view.ravel(), array.ravel())
 
 
 def found_on_numpy(x: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, ...]:
@@ -900,7 +698,7 @@ def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator
             alone = channels_last(alone)
         for a, b in zip(found_on_numpy(alone), (mean, rest, variance), strict=True):
             if not lanes or alone.shape[1] > 1:  # a channel by itself is no lane
-                np.testing.assert_array_equal(a[0], b[some])
+                assert_equal(a[0], b[some])
 
 
 @pytest.mark.parametrize("size", [60, 600])
@@ -935,10 +733,10 @@ def test_how_tiles_are_put_together_on_numpy_alone(rng: np.random.Generator, mon
     those[0, 2] = those[1, :2] = True
     work.join_forward(2, 5)
     nearest = x.mean(2).astype(np.float32)
-    np.testing.assert_array_equal(call.mean, np.where(those, nearest, 7))
-    np.testing.assert_allclose(call.delta, np.where(those, x.mean(2) - nearest, 7), atol=1e-12)
-    np.testing.assert_allclose(call.rstd, np.where(those, (x.var(2) + 0.5) ** -0.5, 7), rtol=2e-7)
-    np.testing.assert_allclose(work.variance, np.where(those, x.var(2), 7), rtol=2e-7)
+    assert_equal(call.mean, np.where(those, nearest, 7))
+    assert_allclose(call.delta, np.where(those, x.mean(2) - nearest, 7), atol=1e-12)
+    assert_allclose(call.rstd, np.where(those, (x.var(2) + 0.5) ** -0.5, 7), rtol=2e-7)
+    assert_allclose(work.variance, np.where(those, x.var(2), 7), rtol=2e-7)
 
 
 def test_results_are_worked_in_where_nothing_is_read_there(monkeypatch: pytest.MonkeyPatch):
@@ -1004,8 +802,8 @@ def test_slopes_and_infinite_values(slope: float):
             cpu._activate(y, activation, slope, rooms)
             cpu._times_slope(dy, z.copy(), activation, slope, g, rooms)
             expected = np.where(z < 0, z * below if below else 0, z)
-        np.testing.assert_allclose(y[some], expected[some], rtol=1e-6)
-        np.testing.assert_allclose(g[some], (dy * np.where(z > 0, 1, below))[some], rtol=1e-6)
+        assert_allclose(y[some], expected[some], rtol=1e-6)
+        assert_allclose(g[some], (dy * np.where(z > 0, 1, below))[some], rtol=1e-6)
         assert np.isnan(y[..., -1]).all()
 
 
@@ -1015,7 +813,7 @@ def test_an_eps_as_small_as_the_variance(rng: np.random.Generator, monkeypatch: 
     use_compiled(monkeypatch, False)
     x = (1e-21 * rng.standard_normal((2, 3, size))).astype(np.float32)
     _, saved = cn.instance_norm_forward(x, eps=1e-42)
-    np.testing.assert_allclose(saved.rstd, (x.astype(float).var(2) + 1e-42) ** -0.5, rtol=1e-6)
+    assert_allclose(saved.rstd, (x.astype(float).var(2) + 1e-42) ** -0.5, rtol=1e-6)
 
 
 def test_how_tiles_of_a_double_backward_are_put_together(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
@@ -1042,13 +840,13 @@ def test_how_tiles_of_a_double_backward_are_put_together(rng: np.random.Generato
     )
     for array, pivot, rest in ((g, pivot_g, rest_g), (u, pivot_u, rest_u)):
         assert pivot.dtype == np.float32
-        np.testing.assert_array_equal(pivot, array.mean(2).astype(np.float32))
-        np.testing.assert_allclose(pivot + rest, array.mean(2), rtol=1e-14)
+        assert_equal(pivot, array.mean(2).astype(np.float32))
+        assert_allclose(pivot + rest, array.mean(2), rtol=1e-14)
     v, of_g = (rstd * (u - u.mean(2, keepdims=True))), g - g.mean(2, keepdims=True)
     a, c = (v * xhat).mean(2), (of_g * xhat).mean(2)
     s = (v * of_g).mean(2) - a * c
-    np.testing.assert_allclose(numbers, [xhat.mean(2), a, c, s], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(work.sums, 130 * s, rtol=1e-9)
+    assert_allclose(numbers, [xhat.mean(2), a, c, s], rtol=1e-9, atol=1e-12)
+    assert_allclose(work.sums, 130 * s, rtol=1e-9)
 
 
 def test_gradients_are_added_up_over_samples_where_parameters_are_not():
@@ -1061,11 +859,4 @@ def test_gradients_are_added_up_over_samples_where_parameters_are_not():
                 assert (gradient is None) == (parameter is None)
                 if parameter is not None:
                     assert gradient.dtype == parameter.dtype
-                    np.testing.assert_array_equal(gradient, exact if parameter is sample else exact.sum(0))
-
-
-def test_how_a_call_on_numpy_alone_is_told():
-    cn.set_num_threads(2)
-    assert str(on_numpy((1, 3, 2**19))) == "NumPy, 2 block(s) of planes, in float32 of at most 4194304 B at a time"
-    assert "in float32 of at most 2097152 B" in str(on_numpy((1, 1, 2**20)))
-    assert "in float32 of at most 2097152 B" in str(on_numpy((1, 1, 1000)))
+                    assert_equal(gradient, exact if parameter is sample else exact.sum(0))

@@ -1,10 +1,10 @@
 """Kernels compiled by NVRTC itself, without a GPU, and held to their resources.
 
-The core modules are compiled for sm_90 each time. Everything for every architecture takes most of an hour, so the slow
-part deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of rungs
+The core modules are compiled for sm_90 each time. Everything for every architecture takes most of an hour, so the full
+tier deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of rungs
 that differ in packs or in the cluster's size alone it takes the largest, which needs most registers; and the two 16-bit
-dtypes, and whatever differs in its epilogue alone, take turns too (_code). The environment variable CUPYNORM_NVRTC=all
-compiles everything for every architecture: for changes of kernels, of LADDERS, of resident_threads.
+dtypes, and whatever differs in its epilogue alone, take turns too (_code). The nightly tier compiles
+everything for every architecture: for changes of kernels, of LADDERS, of resident_threads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from helpers import tiers
 
 from cupynorm.cuda import source
 from cupynorm.cuda.plan import Step
@@ -48,7 +49,7 @@ SPILLED = {
     ("backward", "grid", "registers"): 68,
     ("split", "block", "registers"): 20,
 }
-EVERYTHING = os.environ.get("CUPYNORM_NVRTC") == "all"
+EVERYTHING = tiers.asked == "nightly"
 
 
 @lru_cache(maxsize=1)
@@ -183,7 +184,7 @@ def _dealt(architecture: int) -> list[Module]:
     return mine
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_module(architecture: int) -> None:
     if not _supported(architecture):

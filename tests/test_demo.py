@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.compare import assert_allclose, assert_equal
 
 from cupynorm import demo, devices
 from cupynorm.__main__ import main
@@ -56,7 +57,7 @@ def test_gradients_accumulate(rng: np.random.Generator) -> None:
     once = [p.grad.copy() for p in network.params()]
     network.backward(dy)
     for first, parameter in zip(once, network.params(), strict=True):
-        np.testing.assert_allclose(parameter.grad, 2 * first, atol=1e-12)
+        assert_allclose(parameter.grad, 2 * first, atol=1e-12)
 
 
 def test_both_networks_begin_with_the_same_weights() -> None:
@@ -64,7 +65,7 @@ def test_both_networks_begin_with_the_same_weights() -> None:
     own = [layer for layer in normalised.layers if not isinstance(layer, demo.InstanceNorm2d)]
     for a, b in zip(plain.layers, own, strict=True):
         for p, q in zip(a.params(), b.params(), strict=True):
-            np.testing.assert_array_equal(p.data, q.data)
+            assert_equal(p.data, q.data)
 
 
 def test_only_the_normalised_network_ignores_brightness_and_contrast(rng: np.random.Generator) -> None:
@@ -78,12 +79,13 @@ def test_only_the_normalised_network_ignores_brightness_and_contrast(rng: np.ran
 
 def test_changed_images_clip() -> None:
     x = np.array([0.0, 0.25, 0.5, 1.0], np.float32)
-    np.testing.assert_array_equal(demo.changed(x, demo.CLEAN), x)
-    np.testing.assert_allclose(demo.changed(x, (0.25, 1.0)), [0.25, 0.5, 0.75, 1.0])
-    np.testing.assert_allclose(demo.changed(x, (0.0, 2.0)), [0.0, 0.0, 0.5, 1.0])
+    assert_equal(demo.changed(x, demo.CLEAN), x)
+    assert_allclose(demo.changed(x, (0.25, 1.0)), [0.25, 0.5, 0.75, 1.0])
+    assert_allclose(demo.changed(x, (0.0, 2.0)), [0.0, 0.0, 0.5, 1.0])
     assert demo.changed(x, (0.25, 0.5)).dtype == np.float32
 
 
+@pytest.mark.full
 @needs_extra
 def test_training_learns_and_repeats_bit_for_bit() -> None:
     digits = demo.load_digits(0, "cpu")
@@ -95,11 +97,12 @@ def test_training_learns_and_repeats_bit_for_bit() -> None:
         demo.fit(network, digits, 2, 0, lambda epoch, loss, record=record: record.append(loss))
         scores.append(network.forward(digits.test_x))
     assert losses[0] == losses[1]
-    np.testing.assert_array_equal(scores[0], scores[1])
+    assert_equal(scores[0], scores[1])
     assert losses[0][1] < losses[0][0]
     assert demo.accuracy(network, digits) > 0.5
 
 
+@pytest.mark.long
 @needs_extra
 def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "new" / "digits.png"

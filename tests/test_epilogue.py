@@ -11,11 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import Backend
+from helpers.backends import Backend, on
+from helpers.compare import BFLOAT16, assert_allclose, assert_equal, assert_same
+from helpers.pairwise import pairwise
 from optional import required
-from reference import BFLOAT16, LAYOUTS, assert_close
+from reference import LAYOUTS, assert_close
 
 import cupynorm as cn
+from cupynorm import cpu
+
+#: Numba compiles each kind of call for itself, in seconds (test_cases.py's table has every activation), and each dtype
+#: has kernels of its own.
+pytestmark = [
+    pytest.mark.nightly(compiled=lambda given: given.get("activation") not in (None, "relu") or not _float32(given)),
+    pytest.mark.full(simt=lambda given: not _float32(given)),
+]
+
+
+def _float32(given: dict[str, Any]) -> bool:
+    return str(given.get("dtype", "float32")) == "float32"
+
 
 SHAPE = 2, 3, 4, 5
 DTYPES = [*map(np.dtype, ("float16", "float32", "float64")), BFLOAT16]
@@ -87,11 +102,7 @@ class Inputs:
 # Against the formulas
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("affine", AFFINE)
-@pytest.mark.parametrize("with_residual", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pairwise(activation=ACTIVATIONS, with_residual=[True, False], affine=[*AFFINE], training=[True, False], dtype=DTYPES)
 def test_every_epilogue(
     backend: Backend,
     rng: np.random.Generator,
@@ -118,11 +129,11 @@ def test_every_epilogue(
             assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("affine", ["none", "channels", "samples", "channels, samples"])
-@pytest.mark.parametrize("with_residual", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@on("numpy", "cupy")  # the others are held to NumPy's numbers by the formulas
+@pairwise(
+    activation=ACTIVATIONS, with_residual=[True, False], affine=["none", "channels", "samples", "channels, samples"],
+    training=[True, False], dtype=["float32", "float64"],
+)  # fmt: skip
 def test_unfused_composition_in_torch(
     backend: Backend,
     rng: np.random.Generator,
@@ -163,9 +174,9 @@ def test_unfused_composition_in_torch(
             assert_close(backend.host(gradient), leaf.grad.numpy(), factor=4, terms=inputs.x.size // gradient.size)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("affine", ["channels", "samples"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.full(simt=lambda given: True)  # in float64
+@pytest.mark.nightly(compiled=lambda given: given["activation"] is not None)
+@pairwise(activation=ACTIVATIONS, affine=["channels", "samples"], training=[True, False])
 def test_finite_differences(
     backend: Backend, rng: np.random.Generator, activation: Any, affine: str, training: bool
 ) -> None:
@@ -182,7 +193,7 @@ def test_finite_differences(
             setattr(moved, name, getattr(inputs, name) + step * u)
             ends.append((reference.wide(backend.host(moved.forward(backend)[0])) * inputs.dy).sum())
         slope = float(ends[0] - ends[1]) / (2 * h)
-        np.testing.assert_allclose(float((backend.host(gradient) * u).sum()), slope, rtol=1e-6, atol=1e-6)
+        assert_allclose(float((backend.host(gradient) * u).sum()), slope, rtol=1e-6, atol=1e-6)
 
 
 def grid(rng: np.random.Generator, dtype: Any) -> np.ndarray:
@@ -215,7 +226,7 @@ def test_gelu_keeps_its_tail(rng: np.random.Generator) -> None:
         one = np.ones(1, dtype)
         y = cn.instance_norm(z[None, None], 0 * one, one, use_input_stats=False, eps=0, activation="gelu")[0, 0]
         exact = np.array([v * math.erfc(-v / math.sqrt(2)) / 2 for v in z.tolist()])
-        np.testing.assert_allclose(y, exact, rtol=bound, atol=1e-40)
+        assert_allclose(y, exact, rtol=bound, atol=1e-40)
 
 
 # Nasty values
@@ -235,7 +246,7 @@ def test_the_mask_is_the_forwards_own(backend: Backend, rng: np.random.Generator
     *_, g = cn.instance_norm_backward(ones, saved)
     y = backend.host(y)
     assert ((y > 0) & (y < 1e-5)).sum((2, 3)).min() >= 9  # what this is about
-    np.testing.assert_array_equal(backend.host(g), y > 0)
+    assert_equal(backend.host(g), y > 0)
     assert_close(y, reference.forward(x, activation="relu"))
 
 
@@ -250,7 +261,7 @@ def test_the_mask_at_offsets(backend: Backend, rng: np.random.Generator, shape: 
         backend.array(host), *parameters, activation="relu", residual=backend.array(residual)
     )
     *_, g = cn.instance_norm_backward(backend.array(np.ones(shape, np.float32)), saved)
-    np.testing.assert_array_equal(backend.host(g), backend.host(y) > 0)
+    assert_equal(backend.host(g), backend.host(y) > 0)
     assert_close(backend.host(y), reference.forward(host, weight, bias, activation="relu", residual=residual))
 
 
@@ -259,7 +270,7 @@ def test_the_mask_of_a_plane_in_tiles(rng: np.random.Generator) -> None:
     host = (rng.integers(-2, 3, (1, 2, 300, 301)) + 1e4).astype(np.float32)
     y, saved = cn.instance_norm_forward(host, activation="relu", residual=np.zeros_like(host))
     *_, g = cn.instance_norm_backward(np.ones_like(host), saved)
-    np.testing.assert_array_equal(g, y > 0)
+    assert_equal(g, y > 0)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -270,15 +281,14 @@ def test_z_of_exactly_zero(backend: Backend, rng: np.random.Generator, activatio
     y, saved = cn.instance_norm_forward(
         backend.array(x), activation=activation, negative_slope=SLOPE, residual=backend.array(residual)
     )
-    np.testing.assert_array_equal(backend.host(y), 0)
+    assert_equal(backend.host(y), 0)
     dy = normal(rng, SHAPE)
     *_, g = cn.instance_norm_backward(backend.array(dy), saved)
     slope = {None: 1, "relu": 0, "leaky_relu": SLOPE, "silu": 0.5, "gelu": 0.5}[activation]
-    np.testing.assert_array_equal(backend.host(g), dy * np.float32(slope))
+    assert_equal(backend.host(g), dy * np.float32(slope))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pairwise(activation=ACTIVATIONS[1:], dtype=DTYPES)
 def test_huge_z(backend: Backend, rng: np.random.Generator, activation: str, dtype: Any) -> None:
     """No overflow on the way, no warning, no NaN; and gradients that are those of the asymptotes."""
     huge = {"float16": 6e4, "float64": 1e308}.get(dtype.name, 3e38)
@@ -337,7 +347,7 @@ def test_relu_takes_nothing_of_dy_where_it_is_flat(backend: Backend, rng: np.ran
     expected = cn.instance_norm_backward(backend.array(np.where(flat, np.float32(0), inputs.dy)), saved)
     assert flat.any()
     for ours, theirs in zip(results, expected, strict=True):
-        np.testing.assert_array_equal(backend.host(ours), backend.host(theirs))
+        assert_equal(backend.host(ours), backend.host(theirs))
 
 
 @pytest.mark.parametrize("slope", [0, 1, 1.5, -0.5, np.float32(0.25)])
@@ -351,9 +361,7 @@ def test_negative_slopes(backend: Backend, rng: np.random.Generator, slope: Any)
         assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)])
+@pairwise(activation=ACTIVATIONS, training=[True, False], shape=[(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)])
 def test_nothing_at_all(backend: Backend, shape: Any, training: bool, activation: Any) -> None:
     n, c = shape[:2]
     x, residual = (backend.array(np.zeros(shape, np.float32)) for _ in range(2))
@@ -364,8 +372,8 @@ def test_nothing_at_all(backend: Backend, shape: Any, training: bool, activation
     )  # fmt: skip
     dx, dweight, dbias, dresidual = cn.instance_norm_backward(y, saved)
     assert y.shape == dx.shape == dresidual.shape == shape
-    np.testing.assert_array_equal(backend.host(dweight), np.zeros((n, c), np.float32), strict=True)
-    np.testing.assert_array_equal(backend.host(dbias), np.zeros(c, np.float32), strict=True)
+    assert_equal(backend.host(dweight), np.zeros((n, c), np.float32), strict=True)
+    assert_equal(backend.host(dbias), np.zeros(c, np.float32), strict=True)
     assert bits(backend, mean, var) == [np.ones(c, np.float32).tobytes()] * 2
 
 
@@ -394,7 +402,7 @@ def test_saved_keeps_no_array_of_its_own_but_statistics(
     else:
         assert (saved.delta.shape, saved.delta.dtype) == ((2, 3), np.float32)
         mean = reference.wide(backend.host(saved.mean)) + reference.wide(backend.host(saved.delta))
-        np.testing.assert_allclose(mean, reference.statistics(inputs.x)[0], rtol=0, atol=1e-6)
+        assert_allclose(mean, reference.statistics(inputs.x)[0], rtol=0, atol=1e-6)
     y, saved = cn.instance_norm_forward(x)
     assert (saved.residual, saved.with_residual) == (None, False)
     assert (saved.delta is None) is not on_cpu
@@ -435,6 +443,7 @@ def test_saved_may_be_used_again(backend: Backend, rng: np.random.Generator, act
 # Layouts and out
 
 
+@pytest.mark.full(simt=lambda given: "channels_last" in (given["input_layout"], given["layout"]))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("input_layout", ["contiguous", "channels_last", "crop"])
 def test_residuals_of_every_layout(backend: Backend, rng: np.random.Generator, input_layout: str, layout: str) -> None:
@@ -486,9 +495,8 @@ def test_strided_parameters_of_samples(backend: Backend, rng: np.random.Generato
         assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.full(simt=lambda given: given["layout"] == "channels_last")
+@pairwise(activation=ACTIVATIONS, training=[True, False], layout=["contiguous", "channels_last", "crop"])
 def test_out_may_be_any_of_the_inputs(
     backend: Backend, rng: np.random.Generator, activation: Any, training: bool, layout: str
 ) -> None:
@@ -615,12 +623,15 @@ def test_residual_on_another_device(rng: np.random.Generator) -> None:
 # The NumPy path's blocks, tiles and memory
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 2, 300, 301), (1, 2, 3, 1, 30000), (3, 70, 1, 1001), (20001, 2, 2), (2, 20001, 2)]
-)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", ["leaky_relu", "gelu"])
-def test_numpy_blocks_of_every_kind(rng: np.random.Generator, shape: Any, training: bool, activation: str) -> None:
+@pairwise(
+    shape=[(1, 2, 110, 111), (1, 2, 3, 1, 4000), (3, 20, 1, 501), (2501, 2, 2), (2, 2501, 2)], training=[True, False],
+    activation=["leaky_relu", "gelu"],
+)  # fmt: skip
+def test_numpy_blocks_of_every_kind(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, training: bool, activation: str
+) -> None:
+    """Blocks are an eighth as large as usual."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
     n, c = shape[:2]
     x, dy, residual, weight, bias = (normal(rng, s, np.float64) for s in (shape, shape, shape, (n, c), (c,)))
     running = normal(rng, (c,), np.float64), rng.uniform(0.5, 2, c)
@@ -632,7 +643,7 @@ def test_numpy_blocks_of_every_kind(rng: np.random.Generator, shape: Any, traini
 
     def close(actual: np.ndarray, expected: np.ndarray) -> None:
         expected = expected.astype(np.float64)
-        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+        assert_allclose(actual, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
 
     close(y, reference.forward(x, weight, bias, **exact))
     expected = reference.backward(dy, x, weight, bias=bias, **exact)
@@ -640,7 +651,7 @@ def test_numpy_blocks_of_every_kind(rng: np.random.Generator, shape: Any, traini
     for ours, theirs in zip(results, expected, strict=True):
         close(ours, theirs)
     cn.instance_norm_backward(dy, saved, out=residual)
-    assert residual.tobytes() == results[0].tobytes()
+    assert_same(residual, results[0])
 
 
 # Layers

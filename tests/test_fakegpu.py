@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import reference
 from fakegpu import build, control, stand_ins
+from helpers.compare import assert_allclose, assert_equal
 
 import cupynorm as cn
 from cupynorm import devices
@@ -281,7 +282,7 @@ def test_a_kernel_reaches_its_own_memory_alone(scale: Any) -> None:
     host = np.arange(100, dtype=np.float32)
     x, y = cp.asarray(host), cp.zeros(100, cp.float32)
     _scale(scale, x.data.ptr, y.data.ptr, 100)
-    np.testing.assert_array_equal(y.get(), 2 * host + 1)
+    assert_equal(y.get(), 2 * host + 1)
     with _memory(400) as whole, _memory(396) as short:
         assert _code(_scale, scale, x.data.ptr, whole, 100) == 0
         assert _code(_scale, scale, x.data.ptr, short, 99) == 0
@@ -391,7 +392,7 @@ def test_an_elementwise_stand_in(name: str, rng: np.random.Generator) -> None:
                 continue
             actual = getattr(cp, short)(*arrays)
         tried += 1
-        np.testing.assert_allclose(actual.get(), expected, rtol=2e-3 if expected.dtype == np.float16 else 1e-6)
+        assert_allclose(actual.get(), expected, rtol=2e-3 if expected.dtype == np.float16 else 1e-6)
     assert tried
 
 
@@ -404,12 +405,12 @@ def test_a_reduction_stand_in(name: str, axis: Any, rng: np.random.Generator) ->
         actual = getattr(cp.asarray(host).transpose(2, 0, 1) if order is not host else cp.asarray(host), name)(
             axis=axis
         )
-        np.testing.assert_allclose(actual.get(), getattr(order, name)(axis=axis), rtol=1e-5)
+        assert_allclose(actual.get(), getattr(order, name)(axis=axis), rtol=1e-5)
 
 
 def test_other_stand_ins() -> None:
-    np.testing.assert_array_equal(cp.arange(3, 9, 2).get(), np.arange(3, 9, 2))
-    np.testing.assert_array_equal(cp.resize(cp.arange(5), (3, 4)).get(), np.resize(np.arange(5), (3, 4)))
+    assert_equal(cp.arange(3, 9, 2).get(), np.arange(3, 9, 2))
+    assert_equal(cp.resize(cp.arange(5), (3, 4)).get(), np.resize(np.arange(5), (3, 4)))
 
 
 def test_a_kernel_that_nobody_knows_is_an_error_that_names_it() -> None:
@@ -589,7 +590,7 @@ def test_a_graph_does_its_work_when_it_is_launched(scale: Any) -> None:
     for start in (0, 5):
         x[...] = cp.arange(start, start + 10, dtype=cp.float32)
         graph.launch(stream)
-        np.testing.assert_array_equal(y.get(), 2 * np.arange(start, start + 10) + 2)
+        assert_equal(y.get(), 2 * np.arange(start, start + 10) + 2)
 
 
 def test_a_graph_over_freed_memory(scale: Any) -> None:
@@ -664,7 +665,7 @@ def test_readmes_cupy_pipeline(rng: np.random.Generator) -> None:
     assert names["stack"].data.ptr != names["y"].data.ptr
     reference.assert_close(names["stack"].get(), expected)  # in place
     assert names["half"].dtype == np.float16
-    np.testing.assert_allclose(names["half"].get(), expected, atol=5e-3)
+    assert_allclose(names["half"].get(), expected, atol=5e-3)
     reference.assert_close(names["crop"].get(), reference.forward(features.get()[:, 8:24]))
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import Backend
+from helpers.backends import Backend
+from helpers.compare import BFLOAT16, assert_allclose, assert_equal, assert_same
 from optional import imported
-from reference import BFLOAT16, LAYOUTS, assert_close
+from reference import LAYOUTS, assert_close
 
 import cupynorm as cn
 
@@ -115,7 +116,7 @@ def test_constant_plane_gives_the_bias(backend: Backend) -> None:
     host = np.full(SHAPE, 1234.5, np.float32)
     bias = np.array([1, -2, 3], np.float32)
     y = backend.host(cn.instance_norm(backend.array(host), bias=backend.array(bias)))
-    np.testing.assert_array_equal(y, np.broadcast_to(bias[:, None, None], SHAPE))
+    assert_equal(y, np.broadcast_to(bias[:, None, None], SHAPE))
 
 
 @pytest.mark.parametrize("offset", [0, 1e3, 1e4, 1e5])
@@ -190,7 +191,7 @@ def test_out_beside_the_input_in_the_same_memory(backend: Backend, rng: np.rando
     even, odd = ((slice(None),) * axis + (slice(start, None, 2),) for start in (0, 1))
     cn.instance_norm(both[even], out=both[odd])
     assert_close(backend.host(both[odd]), reference.forward(host))
-    assert backend.host(both[even]).tobytes() == host.tobytes()
+    assert_same(backend.host(both[even]), host)
 
 
 def test_out_may_be_the_input_under_another_view(backend: Backend, rng: np.random.Generator) -> None:
@@ -370,14 +371,14 @@ def test_finite_differences_element_by_element(backend: Backend, rng: np.random.
                 moved[index][place] += step
                 values.append((reference.wide(backend.host(forward(*moved)[0])) * dy).sum())
             slopes[place] = (values[0] - values[1]) / (2 * h)
-        np.testing.assert_allclose(backend.host(gradient), slopes, rtol=1e-5, atol=1e-5)
+        assert_allclose(backend.host(gradient), slopes, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_of_a_constant_dy_is_zero(backend: Backend, rng: np.random.Generator) -> None:
     host = normal(rng, SHAPE)
     _, saved = cn.instance_norm_forward(backend.array(host))
     dx, *_ = cn.instance_norm_backward(backend.array(np.broadcast_to(np.float32(3), SHAPE)), saved)
-    np.testing.assert_allclose(backend.host(dx), 0, atol=2e-6)
+    assert_allclose(backend.host(dx), 0, atol=2e-6)
 
 
 def test_saved_may_be_used_again(backend: Backend, rng: np.random.Generator) -> None:
@@ -497,6 +498,7 @@ def test_arrays_of_two_devices_are_refused(rng: np.random.Generator) -> None:
 # The NumPy path's blocks and tiles, and its memory
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape", [(1, 2, 300, 301), (2, 1, 70001), (1, 2, 3, 1, 30000), (3, 70, 1, 1001), (70001, 1, 1, 2), (2, 40001, 2)]
 )
@@ -512,7 +514,7 @@ def test_numpy_blocks_of_every_kind(rng: np.random.Generator, shape: Any, traini
 
     def close(actual: np.ndarray, expected: np.ndarray) -> None:
         expected = expected.astype(np.float64)
-        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+        assert_allclose(actual, expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
 
     close(y, reference.forward(x, weight, weight, running=given))
     moved = reference.moved(*running, x, 0.1) if training else running

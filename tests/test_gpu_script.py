@@ -13,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu.sh"
 PACE = 2  # percent of its time limits
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+pytestmark = [pytest.mark.full, pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")]
 
 #: A python that finds a GPU, and hangs whatever it is to measure; and a compute-sanitizer that tells how it is called.
 PYTHON = """#!/bin/sh

@@ -30,11 +30,11 @@ def laid(shape: tuple[int, ...], layout: str) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("owner", ROOMS)
-def test_what_each_regime_allocates(on: Callable[..., Any], owner: str, layout: str) -> None:
+def test_what_each_regime_allocates(run_on: Callable[..., Any], owner: str, layout: str) -> None:
     """Results, numbers a plane, numbers a tile where blocks tell each other some, and nothing else."""
     device, *sizes = ROOMS[owner]
     n, c = 3, 8
-    runtime = on(Recorder(device))
+    runtime = run_on(Recorder(device))
     x, dy, ddx = (laid((n, c, sizes[layout == "channels_last"], 1), layout) for _ in range(3))
     weight, bias = np.ones((2, c), np.float32)
     as_x = (x.shape if layout == "contiguous" else (n, *x.shape[2:], c), "float32")
@@ -75,8 +75,8 @@ def test_what_each_regime_allocates(on: Callable[..., Any], owner: str, layout: 
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_what_tracked_eval_allocates(on: Callable[..., Any], layout: str) -> None:
-    runtime = on(Recorder(DEVICES["H100"]))
+def test_what_tracked_eval_allocates(run_on: Callable[..., Any], layout: str) -> None:
+    runtime = run_on(Recorder(DEVICES["H100"]))
     x = laid((2, 8, 100, 100), layout)
     weight, running = np.ones(8, np.float32), np.ones(8, np.float32)
     as_x = (x.shape if layout == "contiguous" else (2, 100, 100, 8), "float32")
@@ -96,9 +96,9 @@ def test_what_tracked_eval_allocates(on: Callable[..., Any], layout: str) -> Non
     assert runtime.made == Counter({as_x: 2, of_channels: 1, of_planes: 1, ((2, 8, tiles), "float32"): 1})
 
 
-def test_modules_without_an_epilogue(on: Callable[..., Any]) -> None:
+def test_modules_without_an_epilogue(run_on: Callable[..., Any]) -> None:
     """Plain calls, and double backward, have the modules that are compiled first; a residual alone is an epilogue."""
-    runtime = on(Recorder(BLOCKS))
+    runtime = run_on(Recorder(BLOCKS))
     for shape in ((2, 3, 20), (2, 3, 300), (2, 3, 30_000)):
         x, weight = np.zeros(shape, np.float32), np.ones(3, np.float32)
         for training in (True, False):
@@ -115,9 +115,9 @@ def test_modules_without_an_epilogue(on: Callable[..., Any]) -> None:
     assert {module.epilogue for module in runtime.modules} == {0}
 
 
-def test_what_is_copied(on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_copied(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters with gaps and arrays that the kernels cannot address, and back where they are written: no others."""
-    on(Recorder(DEVICES["H100"]))
+    run_on(Recorder(DEVICES["H100"]))
     copies: list[tuple[Any, Any]] = []
     made = launch._assignment
     monkeypatch.setattr(
@@ -163,8 +163,8 @@ def test_numbers_of_16_bits_are_copied_as_bits() -> None:
     launch._assignment(unaligned, unaligned)  # NumPy can
 
 
-def test_calls_are_prepared_once_for_an_alignment(on: Callable[..., Any]) -> None:
-    on(Recorder(DEVICES["H100"]))
+def test_calls_are_prepared_once_for_an_alignment(run_on: Callable[..., Any]) -> None:
+    run_on(Recorder(DEVICES["H100"]))
     memory = np.zeros(2000, np.float32)
     shift = -memory.ctypes.data % 16 // 4
     launch._prepare.cache_clear()
@@ -197,10 +197,10 @@ def test_rounds_of_a_split_have_each_plane_once(n: int, c: int, most: int, lanes
 
 @pytest.mark.parametrize("shape", [(2, 3, 20), (1, 3, 20), (2, 3, 300), (2, 3, 30_000)], ids=str)
 def test_what_is_planned_is_launched(
-    on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+    run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
 ) -> None:
     """And nothing else, whichever parameters there are: the plan is what `explain` shows."""
-    runtime = on(Recorder(BLOCKS))
+    runtime = run_on(Recorder(BLOCKS))
     made, plans = launch._prepare, []
     monkeypatch.setattr(launch, "_prepare", lambda *given: plans.append(made(*given).plan) or made(*given))
     x = np.zeros(shape, np.float32)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import Backend
+from helpers.backends import Backend
+from helpers.compare import BFLOAT16, assert_equal, assert_same
 from optional import imported
-from reference import BFLOAT16, assert_close
+from reference import assert_close
 
 import cupynorm as cn
 from cupynorm import devices
@@ -192,8 +193,8 @@ def test_moving_between_devices(rng: np.random.Generator) -> None:
     assert layer.weight is parameter
     for name, array in arrays_of(layer).items():
         assert isinstance(array, cupy.ndarray)
-        np.testing.assert_array_equal(cupy.asnumpy(array), values[name])
-    np.testing.assert_array_equal(cupy.asnumpy(layer.weight.grad), grad)
+        assert_equal(cupy.asnumpy(array), values[name])
+    assert_equal(cupy.asnumpy(layer.weight.grad), grad)
     with pytest.raises(RuntimeError, match="forward"):
         layer.backward(cupy.asarray(x))
     y = layer.forward(cupy.asarray(x))
@@ -205,7 +206,7 @@ def test_moving_between_devices(rng: np.random.Generator) -> None:
         layer.forward(cupy.asarray(x))
     for name, array in arrays_of(layer).items():
         assert type(array) is np.ndarray
-        np.testing.assert_array_equal(array, values[name])
+        assert_equal(array, values[name])
 
 
 @pytest.mark.gpu
@@ -316,7 +317,7 @@ def test_backward_twice_adds_twice(backend: Backend, rng: np.random.Generator) -
     host, dy = normal(rng, SHAPES[2]), normal(rng, SHAPES[2])
     layer.forward(backend.array(host))
     first, second = (backend.host(layer.backward(backend.array(dy))) for _ in range(2))
-    assert first.tobytes() == second.tobytes()
+    assert_same(first, second)
     _, dweight, dbias, _ = reference.backward(dy, host)
     assert_close(backend.host(layer.weight.grad), 2 * dweight, terms=2 * host.size // 3)
     assert_close(backend.host(layer.bias.grad), 2 * dbias, terms=2 * host.size // 3)
@@ -343,7 +344,7 @@ def test_gradients_that_cannot_be_added_to(rng: np.random.Generator, grad: Any) 
     before, out = layer.weight.grad.copy(), np.full_like(x, 5)
     with pytest.raises((TypeError, ValueError), match="bias"):
         layer.backward(x, out=out)
-    assert layer.weight.grad.tobytes() == before.tobytes()
+    assert_same(layer.weight.grad, before)
     assert layer.bias.grad is grad
     assert (out == 5).all()
     layer.cleargrads()
@@ -378,10 +379,10 @@ def test_unbatched_is_a_batch_of_one(backend: Backend, rng: np.random.Generator,
     y, batch_y = single.forward(backend.array(host)), batch.forward(backend.array(host[None]))
     dx, batch_dx = single.backward(backend.array(dy)), batch.backward(backend.array(dy[None]))
     assert y.shape == dx.shape == host.shape
-    assert backend.host(y).tobytes() == backend.host(batch_y).tobytes()
-    assert backend.host(dx).tobytes() == backend.host(batch_dx).tobytes()
+    assert_same(backend.host(y), backend.host(batch_y)[0])
+    assert_same(backend.host(dx), backend.host(batch_dx)[0])
     for ours, theirs in zip(single.params(), batch.params(), strict=True):
-        assert backend.host(ours.grad).tobytes() == backend.host(theirs.grad).tobytes()
+        assert_same(backend.host(ours.grad), backend.host(theirs.grad))
     mean, var = reference.moved(np.zeros(3), np.ones(3), host[None], 0.1)
     assert_close(backend.host(single.running_mean), mean)
     assert_close(backend.host(single.running_var), var)
@@ -398,19 +399,19 @@ def test_out(backend: Backend, rng: np.random.Generator, batched: bool) -> None:
     out, dx = (backend.array(np.zeros_like(host)) for _ in range(2))
     assert layer.forward(backend.array(host), out=out) is out
     assert layer.backward(backend.array(dy), out=dx) is dx
-    assert backend.host(out).tobytes() == backend.host(other.forward(backend.array(host))).tobytes()
-    assert backend.host(dx).tobytes() == backend.host(other.backward(backend.array(dy))).tobytes()
+    assert_same(backend.host(out), backend.host(other.forward(backend.array(host))))
+    assert_same(backend.host(dx), backend.host(other.backward(backend.array(dy))))
 
     x = backend.array(host.copy())
     assert layer.forward(x, out=x) is x
-    assert backend.host(x).tobytes() == backend.host(out).tobytes()
+    assert_same(backend.host(x), backend.host(out))
     with pytest.raises(ValueError, match="out"):  # the input is gone
         layer.backward(backend.array(dy))
 
     x, dx = backend.array(host.copy()), backend.array(dy.copy())
     layer.forward(x)
     assert layer.backward(dx, out=dx) is dx
-    assert backend.host(dx).tobytes() == backend.host(other.backward(backend.array(dy))).tobytes()
+    assert_same(backend.host(dx), backend.host(other.backward(backend.array(dy))))
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -466,10 +467,11 @@ def test_zero_size(backend: Backend, shape: Any, training: bool) -> None:
     assert contents(layer) == before
     assert y.shape == layer.backward(y).shape == shape
     for parameter in layer.params():
-        np.testing.assert_array_equal(backend.host(parameter.grad), np.zeros(shape[-3], np.float32), strict=True)
+        assert_equal(backend.host(parameter.grad), np.zeros(shape[-3], np.float32), strict=True)
 
 
-@pytest.mark.parametrize("make", [list, np.ma.array, memoryview, lambda a: a.view(np.matrix), lambda a: None], ids=repr)
+@pytest.mark.parametrize("make", [list, np.ma.array, memoryview, lambda a: a.view(np.matrix), lambda a: None],
+                         ids=["list", "masked", "memoryview", "matrix", "None"])  # fmt: skip
 def test_other_classes_are_refused(rng: np.random.Generator, make: Callable[[np.ndarray], Any]) -> None:
     layer = cn.InstanceNorm1d(3, affine=True, track_running_stats=True, device="cpu")
     x = normal(rng, (3, 4))
@@ -537,7 +539,7 @@ def test_state_dict_and_back(backend: Backend, rng: np.random.Generator, rank: i
     kept = arrays_of(other)
     assert other.load_state_dict(state) is None
     x = backend.array(normal(rng, SHAPES[rank]))
-    assert backend.host(layer.forward(x)).tobytes() == backend.host(other.forward(x)).tobytes()
+    assert_same(backend.host(layer.forward(x)), backend.host(other.forward(x)))
     assert all(array is kept[name] for name, array in arrays_of(other).items())
 
 
@@ -564,7 +566,7 @@ def test_loading_casts(rng: np.random.Generator, dtype: Any) -> None:
     for name, array in arrays_of(layer).items():
         expected = arrays_of(source)[name]
         assert array.dtype == (np.int64 if name == "num_batches_tracked" else dtype)
-        np.testing.assert_array_equal(array, expected.astype(array.dtype))
+        assert_equal(array, expected.astype(array.dtype))
 
 
 def test_loading_keeps_gradients_and_the_last_forward(rng: np.random.Generator) -> None:
@@ -575,7 +577,7 @@ def test_loading_keeps_gradients_and_the_last_forward(rng: np.random.Generator) 
     before = grad.copy()
     layer.load_state_dict(full().state_dict())
     assert layer.weight.grad is grad
-    assert grad.tobytes() == before.tobytes()
+    assert_same(grad, before)
     layer.backward(x)
 
 
@@ -629,7 +631,7 @@ def test_state_of_a_torch_module(rng: np.random.Generator, rank: int, arguments:
     back = getattr(torch.nn, f"InstanceNorm{rank}d")(3, **arguments)
     back.load_state_dict({name: torch.from_numpy(array) for name, array in ours.state_dict().items()})
     for name, values in back.state_dict().items():
-        np.testing.assert_array_equal(values.numpy(), arrays_of(ours)[name], strict=True)
+        assert_equal(values.numpy(), arrays_of(ours)[name], strict=True)
 
 
 # Copies
@@ -650,9 +652,9 @@ def test_copies(backend: Backend, rng: np.random.Generator, how: str, protocol: 
     for name, array in arrays_of(layer).items():
         twin = arrays_of(copied)[name]
         assert twin is not array
-        assert backend.host(twin).tobytes() == backend.host(array).tobytes()
+        assert_same(backend.host(twin), backend.host(array))
     assert copied.weight.grad is not layer.weight.grad
-    assert backend.host(copied.weight.grad).tobytes() == backend.host(layer.weight.grad).tobytes()
+    assert_same(backend.host(copied.weight.grad), backend.host(layer.weight.grad))
     before = contents(layer)
     with pytest.raises(RuntimeError, match="forward"):  # the last forward belongs to the original
         copied.backward(x)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Backend
+from helpers.backends import Backend
+from helpers.compare import assert_allclose, assert_same
 from optional import imported
 
 import cupynorm as cn
@@ -126,10 +127,10 @@ def check(
     actual: dict[str, Any], expected: dict[str, np.ndarray], losses: list[float], expected_losses: list[float]
 ) -> None:
     """The same numbers as the reference, and a loss that falls."""
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-3)
+    assert_allclose(losses, expected_losses, rtol=1e-3)
     assert sum(losses[-4:]) < sum(losses[:4]), losses
     for name, value in expected.items():
-        np.testing.assert_allclose(actual[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+        assert_allclose(actual[name], value, rtol=1e-3, atol=1e-4, what=name)
 
 
 def test_lists_of_parameters_and_gradients(backend: Backend, rng: np.random.Generator) -> None:
@@ -292,9 +293,9 @@ def test_several_forwards_before_their_backwards(backend: Backend, rng: np.rando
     alone = Network(w, backend)
     for i in range(3):
         alone.norm(convolve(alone.first.data, inputs[i]))
-        assert dx[i].tobytes() == backend.host(alone.norm.backward(backend.array(dys[i]))).tobytes()
+        assert_same(dx[i], backend.host(alone.norm.backward(backend.array(dys[i]))))
     for p, q in zip(norm.params(), alone.norm.params(), strict=True):
-        np.testing.assert_allclose(backend.host(p.grad), backend.host(q.grad), rtol=1e-5, atol=1e-5)
+        assert_allclose(backend.host(p.grad), backend.host(q.grad), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("saved", [0, (), (1, 2), "x", cn.instance_norm_forward(np.ones((2, HIDDEN, 5, 6)))])
@@ -359,4 +360,4 @@ def test_the_same_loop_in_torch(rng: np.random.Generator, optimiser: str) -> Non
         dict(zip(NAMES, expected, strict=True)), losses[0], losses[1],
     )  # fmt: skip
     for name in ("running_mean", "running_var"):
-        np.testing.assert_allclose(getattr(network.norm, name), getattr(theirs[1], name), rtol=1e-3, atol=1e-4)
+        assert_allclose(getattr(network.norm, name), getattr(theirs[1], name), rtol=1e-3, atol=1e-4)

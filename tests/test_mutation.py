@@ -87,6 +87,7 @@ def f(x, o, lo, hi):
     }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("part", mutation.PARTS)
 def test_every_python_mutant_can_be_parsed_and_has_a_name_of_its_own(part: str) -> None:
     names = []
@@ -105,6 +106,7 @@ def test_a_sample_can_be_repeated_and_made_larger() -> None:
     assert mutation.sample(mutants, None, 3) == mutants
 
 
+@pytest.mark.long
 def test_recorded_survivors_are_mutants_with_a_reason() -> None:
     pytest.importorskip("tomllib", reason="needs Python 3.11")
     recorded = mutation.recorded()
@@ -131,6 +133,7 @@ def test_interval() -> None:
     assert 0.88 < low < 0.9 and 0.97 < high < 0.98
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("old", "new", "how"), [
     ("FEW_THREADS = ", "1 / 0\nFEW_THREADS = ", "invalid"), ("FEW_THREADS = 128", "FEW_THREADS = 64", "killed"),
 ])  # fmt: skip

@@ -21,6 +21,7 @@ import pytest
 import cupynorm as cn
 from cupynorm import devices
 
+pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(cn.__file__).resolve().parent
 
@@ -193,6 +194,10 @@ def build(kind: str, source: Path, target: Path) -> Path:
     return archive
 
 
+#: Archives are built once for each process that tests.
+archives = pytest.mark.full
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """sdist, and the wheel made from the sdist."""
@@ -222,11 +227,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     return Built(checkout, sdist, wheel, installed)
 
 
+@archives
 def test_names_of_the_archives(built: Built) -> None:
     assert built.sdist.name == f"cupynorm-{cn.__version__}.tar.gz"
     assert built.wheel.name == f"cupynorm-{cn.__version__}-py3-none-any.whl"
 
 
+@archives
 def test_contents_of_the_wheel(built: Built) -> None:
     """The package and the CUDA sources, each file of them, and nothing else."""
     with zipfile.ZipFile(built.wheel) as archive:
@@ -240,6 +247,7 @@ def test_contents_of_the_wheel(built: Built) -> None:
     assert f"{info}/licenses/LICENSE" in names
 
 
+@archives
 def test_metadata_of_the_wheel(built: Built) -> None:
     with zipfile.ZipFile(built.wheel) as archive:
         text = archive.read(f"cupynorm-{cn.__version__}.dist-info/METADATA").decode()
@@ -255,6 +263,7 @@ def test_metadata_of_the_wheel(built: Built) -> None:
     assert metadata["Description-Content-Type"] == "text/markdown"
 
 
+@archives
 def test_the_sdist_holds_what_a_build_needs(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
@@ -272,12 +281,14 @@ print(source.kernel_folder())
 """
 
 
+@archives
 def test_an_installed_package_finds_its_kernels(built: Built, tmp_path: Path) -> None:
     module, kernels = python(FIND + USE, path=built.installed, cwd=tmp_path, env=NUMPY_ALONE).splitlines()
     assert Path(module) == built.installed / "cupynorm/__init__.py"
     assert Path(kernels) == built.installed / "cupynorm/kernels"
 
 
+@archives
 def test_a_checkout_finds_its_kernels(built: Built, tmp_path: Path) -> None:
     for path, cwd in ((built.checkout, tmp_path), (Path("."), built.checkout)):
         module, kernels = python(FIND + USE, path=path, cwd=cwd, env=NUMPY_ALONE).splitlines()
@@ -285,6 +296,7 @@ def test_a_checkout_finds_its_kernels(built: Built, tmp_path: Path) -> None:
         assert Path(kernels) == built.checkout / "kernels"
 
 
+@archives
 def test_an_editable_install_finds_its_kernels(built: Built, tmp_path: Path) -> None:
     (tmp_path / "wheel").mkdir()
     with zipfile.ZipFile(build("editable", built.checkout, tmp_path / "wheel")) as archive:
@@ -303,6 +315,7 @@ site.addsitedir({str(tmp_path / "site")!r})
     assert Path(kernels) == built.checkout / "kernels"
 
 
+@archives
 def test_missing_kernels_are_named(built: Built, tmp_path: Path) -> None:
     shutil.copytree(built.installed / "cupynorm", tmp_path / "cupynorm", ignore=shutil.ignore_patterns("kernels"))
     code = """

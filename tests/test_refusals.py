@@ -16,8 +16,9 @@ import cases
 import faults
 import numpy as np
 import pytest
-from conftest import Backend, use_compiled
 from faults import Faults, LaunchError
+from helpers.backends import Backend, use_compiled
+from helpers.compare import assert_equal
 
 import cupynorm as cn
 from cupynorm import cpu, devices, functional, memory, threads
@@ -141,6 +142,7 @@ def ready(backend: Backend, rng: np.random.Generator, name: str, where: str) -> 
     return held, call
 
 
+@pytest.mark.full(simt=lambda given: given["where"] == "split", numpy=lambda given: given["where"] == "split")
 @pytest.mark.parametrize("where", ["small", "split"])
 @pytest.mark.parametrize("name", CALLS)
 def test_whatever_fails(backend: Backend, rng: np.random.Generator, name: str, where: str) -> None:
@@ -192,6 +194,11 @@ def without_identities(held: Held) -> dict[str, Any]:
     return found
 
 
+def few(given: dict[str, Any]) -> bool:
+    return given["where"] == "split" or given["name"] not in ("forward", "second backward", "load_state_dict")
+
+
+@pytest.mark.full(simt=few, numpy=few)
 @pytest.mark.parametrize("where", ["small", "split"])
 @pytest.mark.parametrize("name", CALLS)
 def test_interrupts(backend: Backend, rng: np.random.Generator, name: str, where: str) -> None:
@@ -247,6 +254,7 @@ def test_writes_end_where_one_fails() -> None:
     assert done == [1]
 
 
+@pytest.mark.full(simt=lambda given: True)
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_a_backward_that_is_broken_off_over_its_input(
     backend: Backend, rng: np.random.Generator, activation: str | None
@@ -314,7 +322,7 @@ def test_loading_into_a_read_only_array_loads_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} of InstanceNorm2d.* is read-only"):
         layer.load_state_dict(state)
     for key, array in layer.state_dict().items():
-        np.testing.assert_array_equal(array, before[key])
+        assert_equal(array, before[key])
 
 
 def test_errors_of_numpy_leave_gradients_alone(rng: np.random.Generator) -> None:
@@ -400,7 +408,7 @@ def test_what_is_no_array_of_numbers_is_refused_unopened(make: Callable[[], Any]
         layer.weight.data = value
     assert not Evil.traces
     for key, array in layer.state_dict().items():
-        np.testing.assert_array_equal(array, before[key])
+        assert_equal(array, before[key])
 
 
 def test_a_pickle_in_a_file_is_not_opened(tmp_path: Path) -> None:

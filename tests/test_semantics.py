@@ -1,4 +1,4 @@
-"""Every row of PyTorch's behaviour that the library holds to, on every backend; a test is named by its row.
+"""PyTorch's behaviour, which the library holds to, on every backend: the rows of docs/semantics.md.
 
 Where PyTorch is installed, the row is also shown on it: the expectation itself is then tested.
 """
@@ -10,14 +10,16 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
-from conftest import Backend
+from helpers.backends import Backend
+from helpers.compare import BFLOAT16, assert_allclose, assert_equal, assert_same
 from optional import imported
-from reference import BFLOAT16, assert_close
+from reference import assert_close
 
 import cupynorm as cn
 
@@ -79,7 +81,7 @@ def full_layer(backend: Backend, rank: int = 2, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_row_01_ranks(backend: Backend, rng: np.random.Generator, rank: int) -> None:
+def test_ranks(backend: Backend, rng: np.random.Generator, rank: int) -> None:
     layer = LAYERS[rank](3, device=backend.device)
     host = normal(rng, SHAPES[rank])
     batched = backend.host(layer.forward(backend.array(host)))
@@ -100,7 +102,7 @@ def test_row_01_ranks(backend: Backend, rng: np.random.Generator, rank: int) -> 
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (2, 3, 2, 3), (2, 2, 2, 3, 2), (1, 2, 2, 1, 3, 2)])
-def test_row_01_function_takes_any_rank_from_3(backend: Backend, rng: np.random.Generator, shape: Any) -> None:
+def test_function_takes_any_rank_from_3(backend: Backend, rng: np.random.Generator, shape: Any) -> None:
     host = normal(rng, shape)
     assert_close(backend.host(cn.instance_norm(backend.array(host))), reference.forward(host))
     flat = backend.array(host.reshape(shape[0], -1))
@@ -108,7 +110,7 @@ def test_row_01_function_takes_any_rank_from_3(backend: Backend, rng: np.random.
         cn.instance_norm(flat)
 
 
-def test_row_02_wrong_channel_count_with_affine(backend: Backend) -> None:
+def test_wrong_channel_count_with_affine(backend: Backend) -> None:
     layer = full_layer(backend)
     for shape, axis in (((2, 4, 5, 5), 1), ((4, 5, 5), 0)):
         message = rf"expected input's size at dim={axis} to match num_features \(3\), but got: 4\."
@@ -120,7 +122,7 @@ def test_row_02_wrong_channel_count_with_affine(backend: Backend) -> None:
                 torch_layer(2, 3, affine=True)(torch.from_numpy(x))
 
 
-def test_row_03_wrong_channel_count_without_affine(backend: Backend, rng: np.random.Generator) -> None:
+def test_wrong_channel_count_without_affine(backend: Backend, rng: np.random.Generator) -> None:
     layer = cn.InstanceNorm2d(3, device=backend.device)
     for host, batch in ((normal(rng, (2, 4, 3, 3)), slice(None)), (normal(rng, (4, 3, 3)), 0)):
         with pytest.warns(UserWarning, match="num_features") as caught:
@@ -134,14 +136,14 @@ def test_row_03_wrong_channel_count_without_affine(backend: Backend, rng: np.ran
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_row_04_wrong_channel_count_with_running_statistics(backend: Backend, training: bool) -> None:
+def test_wrong_channel_count_with_running_statistics(backend: Backend, training: bool) -> None:
     layer = cn.InstanceNorm2d(3, track_running_stats=True, device=backend.device).train(training)
     x = backend.array(np.ones((2, 4, 5, 5), np.float32))
     with refused(backend, ValueError, "running_mean", layer, x):
         layer.forward(x)
 
 
-def test_row_05_one_spatial_element(backend: Backend, rng: np.random.Generator) -> None:
+def test_one_spatial_element(backend: Backend, rng: np.random.Generator) -> None:
     message = r"Expected more than 1 spatial element when training, got input size .*{}, 3, 1, 1"
     for n in (2, 0):
         host = normal(rng, (n, 3, 1, 1))
@@ -162,7 +164,7 @@ def test_row_05_one_spatial_element(backend: Backend, rng: np.random.Generator) 
         untracked.forward(backend.array(normal(rng, (3, 1, 1))))
 
 
-def test_row_05_one_spatial_element_in_tracked_eval(backend: Backend, rng: np.random.Generator) -> None:
+def test_one_spatial_element_in_tracked_eval(backend: Backend, rng: np.random.Generator) -> None:
     layer = full_layer(backend).eval()
     host = normal(rng, (2, 3, 1, 1))
     y = backend.host(layer.forward(backend.array(host)))
@@ -182,14 +184,14 @@ def check_empty(backend: Backend, shape: tuple[int, ...], training: bool) -> Non
     dx = layer.backward(y)
     assert (dx.shape, dx.dtype) == (shape, np.float32)
     for parameter in layer.params():
-        np.testing.assert_array_equal(backend.host(parameter.grad), np.zeros(c, np.float32), strict=True)
+        assert_equal(backend.host(parameter.grad), np.zeros(c, np.float32), strict=True)
     half = backend.array(np.zeros(shape, np.float16))
     assert cn.instance_norm(half).shape == shape
     assert cn.instance_norm(half, out=half) is half
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_row_06_empty_batch(backend: Backend, training: bool) -> None:
+def test_empty_batch(backend: Backend, training: bool) -> None:
     check_empty(backend, (0, 3, 4, 5), training)
     if torch:
         assert torch_layer(2, 3).train(training)(torch.zeros(0, 3, 4, 5)).shape == (0, 3, 4, 5)
@@ -197,7 +199,7 @@ def test_row_06_empty_batch(backend: Backend, training: bool) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(2, 3, 0, 5), (2, 3, 4, 0), (2, 0, 4, 5), (0, 0, 0, 0)])
-def test_row_07_empty_planes_and_no_channels(backend: Backend, shape: Any, training: bool) -> None:
+def test_empty_planes_and_no_channels(backend: Backend, shape: Any, training: bool) -> None:
     check_empty(backend, shape, training)
     if torch and shape[1]:
         theirs = torch_layer(2, 3, affine=True, track_running_stats=True).train(training)
@@ -211,7 +213,7 @@ def test_row_07_empty_planes_and_no_channels(backend: Backend, shape: Any, train
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint16", "bool", "complex64", "complex128", ">f4"])
-def test_row_08_dtypes_that_are_refused(backend: Backend, dtype: str) -> None:
+def test_dtypes_that_are_refused(backend: Backend, dtype: str) -> None:
     if backend.name == "cupy" and dtype == ">f4":
         pytest.skip("CuPy has no arrays of foreign byte order")
     layer = full_layer(backend)
@@ -228,7 +230,7 @@ def test_row_08_dtypes_that_are_refused(backend: Backend, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.dtype("float16"), BFLOAT16], ids=str)
-def test_row_09_16_bit_input_with_float32_parameters(backend: Backend, rng: np.random.Generator, dtype: Any) -> None:
+def test_16_bit_input_with_float32_parameters(backend: Backend, rng: np.random.Generator, dtype: Any) -> None:
     layer = full_layer(backend)
     x, dy = normal(rng, (2, 3, 4, 5), dtype), normal(rng, (2, 3, 4, 5), dtype)
     weight, bias = backend.host(layer.weight.data), backend.host(layer.bias.data)
@@ -251,7 +253,7 @@ def test_row_09_16_bit_input_with_float32_parameters(backend: Backend, rng: np.r
 
 
 @pytest.mark.parametrize("dtype", [*map(np.dtype, ("float16", "float32", "float64")), BFLOAT16], ids=str)
-def test_row_09_layer_of_one_dtype(backend: Backend, rng: np.random.Generator, dtype: Any) -> None:
+def test_layer_of_one_dtype(backend: Backend, rng: np.random.Generator, dtype: Any) -> None:
     layer = full_layer(backend, dtype=dtype)
     x, dy = normal(rng, (2, 3, 4, 5), dtype), normal(rng, (2, 3, 4, 5), dtype)
     weight, bias, *running = (
@@ -284,7 +286,7 @@ def test_row_09_layer_of_one_dtype(backend: Backend, rng: np.random.Generator, d
         ("float32", "int32"),
     ],
 )
-def test_row_10_mixed_dtypes_are_refused(backend: Backend, input_dtype: str, parameter_dtype: str) -> None:
+def test_mixed_dtypes_are_refused(backend: Backend, input_dtype: str, parameter_dtype: str) -> None:
     x = backend.array(np.arange(24, dtype=np.float32).reshape(2, 3, 4).astype(input_dtype))
     other = backend.array(np.ones(3, parameter_dtype))
     fitting = backend.array(np.ones(3, input_dtype))
@@ -305,7 +307,7 @@ def test_row_10_mixed_dtypes_are_refused(backend: Backend, input_dtype: str, par
 # Arguments
 
 
-def test_row_11_signatures() -> None:
+def test_signatures() -> None:
     empty = inspect.Parameter.empty
     constructor = {
         "num_features": empty,
@@ -342,14 +344,14 @@ def test_row_11_signatures() -> None:
         assert [name for name in theirs if name != "bias"] == list(constructor)
 
 
-def test_row_11_momentum_of_the_function(backend: Backend) -> None:
+def test_momentum_of_the_function(backend: Backend) -> None:
     arrays = [backend.array(np.arange(n, dtype=np.float32)) for n in (24, 3, 3)]
     arrays[0] = arrays[0].reshape(2, 3, 4)
     with refused(backend, TypeError, "momentum", *arrays):
         cn.instance_norm(*arrays, momentum=None)
 
 
-def test_row_12_running_statistics_go_together(backend: Backend) -> None:
+def test_running_statistics_go_together(backend: Backend) -> None:
     x = backend.array(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
     running = backend.array(np.full(3, 2, np.float32))
     with refused(backend, ValueError, "running_mean and running_var.*running_var is None", x, running):
@@ -362,7 +364,7 @@ def test_row_12_running_statistics_go_together(backend: Backend) -> None:
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("shape", [(2,), (4,), (1,), (), (1, 3), (3, 1)])
-def test_row_12_wrong_sizes(backend: Backend, name: str, shape: Any) -> None:
+def test_wrong_sizes(backend: Backend, name: str, shape: Any) -> None:
     x = backend.array(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
     arrays = {key: backend.array(np.ones(3, np.float32)) for key in ("weight", "bias", "running_mean", "running_var")}
     arrays[name] = backend.array(np.ones(shape, np.float32))
@@ -370,7 +372,7 @@ def test_row_12_wrong_sizes(backend: Backend, name: str, shape: Any) -> None:
         cn.instance_norm(x, **arrays)
 
 
-def test_row_12_bias_without_weight(backend: Backend, rng: np.random.Generator) -> None:
+def test_bias_without_weight(backend: Backend, rng: np.random.Generator) -> None:
     host, bias = normal(rng, (2, 3, 4)), normal(rng, (3,))
     y, saved = cn.instance_norm_forward(backend.array(host), None, backend.array(bias))
     assert_close(backend.host(y), reference.forward(host, None, bias))
@@ -382,7 +384,7 @@ def test_row_12_bias_without_weight(backend: Backend, rng: np.random.Generator) 
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_row_13_bad_constructor_arguments(rank: int) -> None:
+def test_bad_constructor_arguments(rank: int) -> None:
     layer = LAYERS[rank]
     for eps in (-1e-5, float("nan"), float("inf"), np.float32("nan")):
         with pytest.raises(ValueError, match="eps"):
@@ -411,7 +413,7 @@ def test_row_13_bad_constructor_arguments(rank: int) -> None:
 
 @pytest.mark.parametrize("momentum", [0.1, 0.75, 1, np.float32(0.25)])
 @pytest.mark.parametrize("shape", [(4, 3, 2, 3), (1, 3, 4, 5), (2, 3, 1, 2)])
-def test_row_14_running_statistics(backend: Backend, rng: np.random.Generator, shape: Any, momentum: Any) -> None:
+def test_running_statistics(backend: Backend, rng: np.random.Generator, shape: Any, momentum: Any) -> None:
     layer = cn.InstanceNorm2d(3, momentum=momentum, track_running_stats=True, device=backend.device)
     running = np.zeros(3), np.ones(3)
     theirs = torch_layer(2, 3, momentum=float(momentum), track_running_stats=True) if torch else None
@@ -432,7 +434,7 @@ def test_row_14_running_statistics(backend: Backend, rng: np.random.Generator, s
 
 
 @pytest.mark.parametrize("momentum", [None, 0, 0.0])
-def test_row_15_no_momentum(backend: Backend, rng: np.random.Generator, momentum: Any) -> None:
+def test_no_momentum(backend: Backend, rng: np.random.Generator, momentum: Any) -> None:
     layer = full_layer(backend, momentum=momentum)
     before = bits(backend, layer)
     host = normal(rng, (2, 3, 4, 5))
@@ -450,7 +452,7 @@ def test_row_15_no_momentum(backend: Backend, rng: np.random.Generator, momentum
 
 
 @pytest.mark.parametrize("momentum", [None, 0, 0.1])
-def test_row_15_batches_are_not_counted(backend: Backend, rng: np.random.Generator, momentum: Any) -> None:
+def test_batches_are_not_counted(backend: Backend, rng: np.random.Generator, momentum: Any) -> None:
     layer = cn.InstanceNorm1d(3, momentum=momentum, track_running_stats=True, device=backend.device)
     counter = layer.num_batches_tracked
     for _ in range(2):
@@ -461,7 +463,7 @@ def test_row_15_batches_are_not_counted(backend: Backend, rng: np.random.Generat
     assert int(counter) == 0
 
 
-def test_row_16_update_is_in_place(backend: Backend, rng: np.random.Generator) -> None:
+def test_update_is_in_place(backend: Backend, rng: np.random.Generator) -> None:
     layer = full_layer(backend)
     buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
     before = bits(backend, *buffers[:2])
@@ -479,7 +481,7 @@ def test_row_16_update_is_in_place(backend: Backend, rng: np.random.Generator) -
     assert_close(backend.host(var), exact[1])
 
 
-def test_row_16_tracked_eval_reads_and_does_not_write(backend: Backend, rng: np.random.Generator) -> None:
+def test_tracked_eval_reads_and_does_not_write(backend: Backend, rng: np.random.Generator) -> None:
     layer = full_layer(backend).eval()
     running = backend.host(layer.running_mean).copy(), backend.host(layer.running_var).copy()
     before = bits(backend, layer)
@@ -490,12 +492,12 @@ def test_row_16_tracked_eval_reads_and_does_not_write(backend: Backend, rng: np.
     assert_close(y, reference.forward(host, weight, bias, running=running))
 
 
-def test_row_16_untracked_eval_equals_training(backend: Backend, rng: np.random.Generator) -> None:
+def test_untracked_eval_equals_training(backend: Backend, rng: np.random.Generator) -> None:
     x = backend.array(normal(rng, (2, 3, 4, 5)))
     layer = cn.InstanceNorm2d(3, affine=True, device=backend.device)
     trained = backend.host(layer.forward(x))
     evaluated = backend.host(layer.eval().forward(x))
-    assert trained.tobytes() == evaluated.tobytes()
+    assert_same(trained, evaluated)
 
 
 # Numerics and layout
@@ -504,7 +506,7 @@ def test_row_16_untracked_eval_equals_training(backend: Backend, rng: np.random.
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_row_17_nan_stays_in_its_plane(
+def test_nan_stays_in_its_plane(
     backend: Backend, rng: np.random.Generator, bad: float, dtype: Any, layout: str
 ) -> None:
     layer = full_layer(backend)
@@ -516,7 +518,7 @@ def test_row_17_nan_stays_in_its_plane(
     y = backend.host(layer.forward(backend.array(made(poisoned)))).copy()
     assert np.isnan(y[1, 2]).all()
     y[1, 2] = clean[1, 2]
-    assert y.tobytes() == clean.tobytes()
+    assert_same(y, clean)
     for name in ("running_mean", "running_var"):
         running = backend.host(getattr(layer, name))
         assert np.isfinite(running[:2]).all()
@@ -528,7 +530,7 @@ def test_row_17_nan_stays_in_its_plane(
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_row_17_nan_in_backward(backend: Backend, rng: np.random.Generator, bad: float) -> None:
+def test_nan_in_backward(backend: Backend, rng: np.random.Generator, bad: float) -> None:
     host, dy = normal(rng, (2, 3, 4, 5)), normal(rng, (2, 3, 4, 5))
     dy[0, 1, 2, 2] = bad
     ones = backend.array(np.ones(3, np.float32))
@@ -540,7 +542,7 @@ def test_row_17_nan_in_backward(backend: Backend, rng: np.random.Generator, bad:
         assert (np.isfinite(gradient) == [True, False, True]).all()
 
 
-def test_row_17_tracked_eval_is_silent_about_infinity(backend: Backend) -> None:
+def test_tracked_eval_is_silent_about_infinity(backend: Backend) -> None:
     host = np.ones((1, 3, 2, 2), np.float16)
     host[0, 0, 0, 0], host[0, 1, 0, 0], host[0, 2] = np.inf, np.nan, 60000
     running = (backend.array(np.array([np.inf, 0, 0], np.float32)), backend.array(np.full(3, 1e-8, np.float32)))
@@ -552,10 +554,10 @@ def test_row_17_tracked_eval_is_silent_about_infinity(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
-def test_row_18_layouts(backend: Backend, rng: np.random.Generator, layout: str) -> None:
+def test_layouts(backend: Backend, rng: np.random.Generator, layout: str) -> None:
     host, dy = normal(rng, (2, 3, 4, 5)), normal(rng, (2, 3, 4, 5))
     made = reference.LAYOUTS[layout](host)
-    np.testing.assert_array_equal(made, host)
+    assert_equal(made, host)
     weight, bias = normal(rng, (3,)), normal(rng, (3,))
     y, saved = cn.instance_norm_forward(backend.array(made), backend.array(weight), backend.array(bias))
     assert_close(backend.host(y), reference.forward(host, weight, bias))
@@ -579,13 +581,13 @@ def test_row_18_layouts(backend: Backend, rng: np.random.Generator, layout: str)
         ("reversed", "is copied first"),
     ],
 )
-def test_row_18_slices_are_read_in_place(layout: str, said: str) -> None:
+def test_slices_are_read_in_place(layout: str, said: str) -> None:
     text = cn.explain(reference.LAYOUTS[layout](np.ones((2, 3, 4, 5), np.float32)), device="H100")
     assert text.count(said) == 2, text  # forward and backward
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
-def test_row_18_expanded_input(backend: Backend, rng: np.random.Generator, axis: int) -> None:
+def test_expanded_input(backend: Backend, rng: np.random.Generator, axis: int) -> None:
     host = normal(rng, (2, 3, 4, 5))
     host = np.broadcast_to(host.take([0], axis), host.shape)
     assert host.strides[axis] == 0
@@ -594,7 +596,7 @@ def test_row_18_expanded_input(backend: Backend, rng: np.random.Generator, axis:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop"])
 @pytest.mark.parametrize("training", [True, False])
-def test_row_19_input_is_never_written(backend: Backend, rng: np.random.Generator, layout: str, training: bool) -> None:
+def test_input_is_never_written(backend: Backend, rng: np.random.Generator, layout: str, training: bool) -> None:
     layer = full_layer(backend).train(training)
     x, dy = (backend.array(reference.LAYOUTS[layout](normal(rng, (2, 3, 4, 5)))) for _ in range(2))
     read = [x, dy, layer.weight.data, layer.bias.data]
@@ -605,7 +607,7 @@ def test_row_19_input_is_never_written(backend: Backend, rng: np.random.Generato
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop", "reversed"])
-def test_row_19_out_may_be_the_input(backend: Backend, rng: np.random.Generator, layout: str) -> None:
+def test_out_may_be_the_input(backend: Backend, rng: np.random.Generator, layout: str) -> None:
     host = normal(rng, (2, 3, 4, 5))
     x = backend.array(reference.LAYOUTS[layout](host))
     assert cn.instance_norm(x, out=x) is x
@@ -615,7 +617,7 @@ def test_row_19_out_may_be_the_input(backend: Backend, rng: np.random.Generator,
 # Backward
 
 
-def test_row_20_gradients_accumulate_until_cleared(backend: Backend, rng: np.random.Generator) -> None:
+def test_gradients_accumulate_until_cleared(backend: Backend, rng: np.random.Generator) -> None:
     layer = cn.InstanceNorm2d(3, affine=True, device=backend.device)
     assert layer.weight.grad is layer.bias.grad is None
     total = np.zeros((2, 3))
@@ -636,7 +638,7 @@ def test_row_20_gradients_accumulate_until_cleared(backend: Backend, rng: np.ran
 
 @pytest.mark.parametrize("kind", ["scalar", "batch", "rows", "channels_last", "crop", "reversed", "transposed"])
 @pytest.mark.parametrize("training", [True, False])
-def test_row_20_strides_of_dy(backend: Backend, rng: np.random.Generator, kind: str, training: bool) -> None:
+def test_strides_of_dy(backend: Backend, rng: np.random.Generator, kind: str, training: bool) -> None:
     shape = 2, 3, 4, 5
     expanded = {"scalar": (1, 1, 1, 1), "batch": (1, 3, 4, 5), "rows": (2, 3, 1, 5)}
     if kind in expanded:
@@ -653,11 +655,11 @@ def test_row_20_strides_of_dy(backend: Backend, rng: np.random.Generator, kind: 
     dx = layer.backward(backend.array(dy))
     exact = reference.backward(dy, host, backend.host(layer.weight.data), running=running)
     for ours, expected in zip((dx, layer.weight.grad, layer.bias.grad), exact[:3], strict=True):
-        np.testing.assert_allclose(backend.host(ours), expected.astype(float), rtol=1e-5, atol=2e-5)
+        assert_allclose(backend.host(ours), expected.astype(float), rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_row_20_backward_agrees_with_torch(backend: Backend, rng: np.random.Generator, training: bool) -> None:
+def test_backward_agrees_with_torch(backend: Backend, rng: np.random.Generator, training: bool) -> None:
     host, dy = normal(rng, (2, 3, 4, 5)), normal(rng, (2, 3, 4, 5))
     layer = full_layer(backend).train(training)
     layer.cleargrads()
@@ -682,7 +684,7 @@ def test_row_20_backward_agrees_with_torch(backend: Backend, rng: np.random.Gene
         assert_close(mine, other.numpy())
 
 
-def test_row_20_backward_before_forward(backend: Backend) -> None:
+def test_backward_before_forward(backend: Backend) -> None:
     layer = full_layer(backend)
     dy = backend.array(np.ones((2, 3, 4, 5), np.float32))
     with refused(backend, RuntimeError, "forward", layer, dy):
@@ -690,7 +692,7 @@ def test_row_20_backward_before_forward(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 4, 5), (1, 3, 4, 5), (2, 3, 20), (2, 3, 5, 4), ()])
-def test_row_20_dy_of_another_shape(backend: Backend, rng: np.random.Generator, shape: Any) -> None:
+def test_dy_of_another_shape(backend: Backend, rng: np.random.Generator, shape: Any) -> None:
     layer = full_layer(backend)
     layer.forward(backend.array(normal(rng, (2, 3, 4, 5))))
     dy = backend.array(np.ones(shape, np.float32))
@@ -700,9 +702,7 @@ def test_row_20_dy_of_another_shape(backend: Backend, rng: np.random.Generator, 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_row_21_derivatives_agree_with_finite_differences(
-    backend: Backend, rng: np.random.Generator, training: bool
-) -> None:
+def test_derivatives_agree_with_finite_differences(backend: Backend, rng: np.random.Generator, training: bool) -> None:
     shape = 2, 2, 3, 4
     x, dy = normal(rng, shape, np.float64), normal(rng, shape, np.float64)
     weight, bias = normal(rng, (2,), np.float64), normal(rng, (2,), np.float64)
@@ -724,21 +724,21 @@ def test_row_21_derivatives_agree_with_finite_differences(
     for index, gradient in enumerate((dx, dweight, dbias)):
         u = rng.standard_normal(gradient.shape)
         ahead, behind = (loss(*(a + step * u if i == index else a for i, a in enumerate(point))) for step in (h, -h))
-        np.testing.assert_allclose(float((gradient * u).sum()), float(ahead - behind) / (2 * h), rtol=1e-6, atol=1e-6)
+        assert_allclose(float((gradient * u).sum()), float(ahead - behind) / (2 * h), rtol=1e-6, atol=1e-6)
 
     # Second derivatives: the change of dx along u, seen along v, is the mixed second difference of the loss.
     h = 1e-3
     u, v = rng.standard_normal(x.shape), rng.standard_normal(x.shape)
     change = (gradients(x + h * u, weight, bias)[0] - gradients(x - h * u, weight, bias)[0]) / (2 * h)
     mixed = sum(a * b * loss(x + h * (a * u + b * v), weight, bias) for a in (1, -1) for b in (1, -1))
-    np.testing.assert_allclose(float((change * v).sum()), float(mixed) / (4 * h * h), rtol=1e-3, atol=1e-3)
+    assert_allclose(float((change * v).sum()), float(mixed) / (4 * h * h), rtol=1e-3, atol=1e-3)
 
 
 # State
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_row_22_keys(backend: Backend, rank: int) -> None:
+def test_keys(backend: Backend, rank: int) -> None:
     keys = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     for affine in (True, False):
         for bias in (True, False):
@@ -756,7 +756,7 @@ def test_row_22_keys(backend: Backend, rank: int) -> None:
                     assert list(torch_layer(rank, 3, **arguments).state_dict()) == expected
 
 
-def test_row_23_bad_states_are_refused(backend: Backend) -> None:
+def test_bad_states_are_refused(backend: Backend) -> None:
     layer = full_layer(backend)
     good = {name: backend.host(array) + 1 for name, array in layer.state_dict().items()}
     missing = {name: array for name, array in good.items() if name not in ("bias", "running_var")}
@@ -768,7 +768,7 @@ def test_row_23_bad_states_are_refused(backend: Backend) -> None:
         layer.load_state_dict({"gamma": np.ones(3)} | {k: v for k, v in good.items() if k != "weight"})
 
 
-def test_row_23_wrong_shapes_are_refused(backend: Backend) -> None:
+def test_wrong_shapes_are_refused(backend: Backend) -> None:
     layer = full_layer(backend)
     wrong = {name: backend.host(array) + 1 for name, array in layer.state_dict().items()}
     for name, shape in (("weight", (2, 3)), ("bias", ()), ("num_batches_tracked", (1,)), ("running_mean", (4,))):
@@ -776,7 +776,7 @@ def test_row_23_wrong_shapes_are_refused(backend: Backend) -> None:
             layer.load_state_dict(wrong | {name: np.ones(shape)}, strict=False)
 
 
-def test_row_23_every_wrong_shape_is_named(backend: Backend) -> None:
+def test_every_wrong_shape_is_named(backend: Backend) -> None:
     layer = full_layer(backend)
     wrong = layer.state_dict() | {"running_mean": np.ones(4), "running_var": np.ones((3, 1))}
     for strict in (True, False):
@@ -786,7 +786,7 @@ def test_row_23_every_wrong_shape_is_named(backend: Backend) -> None:
             layer.load_state_dict(wrong, strict=strict)
 
 
-def test_row_23_loading(backend: Backend) -> None:
+def test_loading(backend: Backend) -> None:
     layer = full_layer(backend)
     arrays = {name: array for name, array in held(layer).items() if "grad" not in name}
     values = {
@@ -801,14 +801,14 @@ def test_row_23_loading(backend: Backend) -> None:
     assert all(loaded[name] is array for name, array in arrays.items())
     for name, array in layer.state_dict().items():
         assert array.dtype == (np.int64 if name == "num_batches_tracked" else np.float32)
-        np.testing.assert_array_equal(backend.host(array), values[name])
+        assert_equal(backend.host(array), values[name])
     layer.load_state_dict({"bias": np.zeros(3), "gamma": np.zeros(3)}, strict=False)
-    np.testing.assert_array_equal(backend.host(layer.bias.data), [0, 0, 0])
-    np.testing.assert_array_equal(backend.host(layer.weight.data), [1, 2, 3])
+    assert_equal(backend.host(layer.bias.data), [0, 0, 0])
+    assert_equal(backend.host(layer.weight.data), [1, 2, 3])
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_row_24_repr(rank: int) -> None:
+def test_repr(rank: int) -> None:
     layer = LAYERS[rank](3, device="cpu")
     expected = f"InstanceNorm{rank}d(3, eps=1e-05, momentum=0.1, affine=False, bias=False, track_running_stats=False)"
     assert repr(layer) == expected
@@ -817,3 +817,10 @@ def test_row_24_repr(rank: int) -> None:
         f"InstanceNorm{rank}d(8, eps=0.001, momentum=None, affine=True, bias=True, track_running_stats=True)"
     )
     assert "affine=True, bias=False" in repr(LAYERS[rank](8, affine=True, bias=False, device="cpu"))
+
+
+def test_the_documentation_names_each_of_these_tests() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "semantics.md").read_text(encoding="utf-8")
+    here = {name for name in globals() if name.startswith("test_") and "documentation" not in name}
+    assert sorted(re.findall(r"`(test_\w+)`", text)) == sorted(here)
+    assert [int(n) for n in re.findall(r"^(\d+)\. ", text, re.M)] == list(range(1, 25))

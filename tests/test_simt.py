@@ -6,13 +6,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import cases
 import numpy as np
 import pytest
 import reference
+from helpers.compare import assert_equal, assert_same, assert_within
+from helpers.seeds import seed_of
 from recorder import Recorder
 from simt import emulator
 from simt.emulator import Emulator, SimtError, Text
@@ -32,11 +35,11 @@ def _compiler() -> None:
     emulator.require()
 
 
-def _launched(on: Callable[..., Any], rng: np.random.Generator, table: list[cases.Case]) -> set[tuple[Module, str]]:
-    runtime = on(Recorder(cases.SMALL_DEVICE))
+def _launched(run_on: Callable[..., Any], rng: np.random.Generator, table: list[cases.Case]) -> set[tuple[Module, str]]:
+    runtime = run_on(Recorder(cases.SMALL_DEVICE))
     for case in table:
         runtime._device = case.device
-        x, dy, weight, bias, mean, var, residual = cases.arrays(case, rng)
+        x, dy, weight, bias, mean, var, residual = cases.arrays(replace(case, data="zeros"), rng)
         for options in ({}, {"use_input_stats": False}):
             _, saved = cn.instance_norm_forward(
                 x, weight, bias, running_mean=mean, running_var=var, activation=case.activation, residual=residual,
@@ -48,19 +51,28 @@ def _launched(on: Callable[..., Any], rng: np.random.Generator, table: list[case
     return {(module, step.name) for module, step in zip(runtime.modules, runtime.steps, strict=True)}
 
 
-def test_the_case_table_reaches_every_kernel(on: Callable[..., Any], rng: np.random.Generator) -> None:
-    launched = _launched(on, rng, [*cases.TABLE, *cases.variants(), *cases.variants(("double_backward",))])
+@pytest.mark.full
+def test_the_case_table_reaches_every_kernel(run_on: Callable[..., Any], rng: np.random.Generator) -> None:
+    launched = _launched(run_on, rng, [*cases.TABLE, *cases.variants(), *cases.variants(("double_backward",))])
     missing = {(m, name) for m in all_modules([0]) for name in m.kernels} - launched
     assert not missing, sorted(f"{m.file} {m.dtype} {m.kind} {m.vector} {name}" for m, name in missing)
 
 
-def test_the_epilogue_cases_reach_every_kernel(on: Callable[..., Any], rng: np.random.Generator) -> None:
+def test_the_default_tier_reaches_every_variant(run_on: Callable[..., Any], rng: np.random.Generator) -> None:
+    """Every rung of every file, in some dtype and layout."""
+    table = [*cases.TABLE, *cases.variants(), *cases.variants(("double_backward",))]
+    launched = _launched(run_on, rng, [case for case in table if cases.by_default(case)])
+    missing = {(m.file, name) for m in all_modules([0]) for name in m.kernels} - {(m.file, n) for m, n in launched}
+    assert not missing, sorted(missing)
+
+
+def test_the_epilogue_cases_reach_every_kernel(run_on: Callable[..., Any], rng: np.random.Generator) -> None:
     """In one dtype and with one epilogue each; and every epilogue in every file."""
 
     def code(m: Module, name: str) -> tuple[Any, ...]:
         return m.file, m.kind, m.skewed or m.vector > 1, m.skewed, name
 
-    launched = [pair for pair in _launched(on, rng, cases.epilogue_variants()) if pair[0].epilogue]
+    launched = [pair for pair in _launched(run_on, rng, cases.epilogue_variants()) if pair[0].epilogue]
     missing = {code(m, name) for m in all_modules([1]) if m.epilogue for name in m.kernels} - {
         code(*pair) for pair in launched
     }
@@ -78,9 +90,9 @@ def since(runtime: Recorder) -> tuple[int, int]:
 
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 35, 45), (4, 3, 120, 120), (4, 3, 300, 300)], ids=str)
 @pytest.mark.parametrize("fused", [{}, {"activation": "gelu"}], ids=["plain", "gelu"])
-def test_launches_and_allocations(on: Callable[..., Any], shape: tuple[int, ...], fused: dict[str, Any]) -> None:
+def test_launches_and_allocations(run_on: Callable[..., Any], shape: tuple[int, ...], fused: dict[str, Any]) -> None:
     """One launch forward, one backward, one more for what is reduced over N; arrays are made for results alone."""
-    runtime = on(Recorder(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
+    runtime = run_on(Recorder(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
     x = np.zeros(shape, np.float32)
     channel, sample = np.ones(3, np.float32), np.ones((4, 3), np.float32)
     cn.instance_norm(x, **fused)
@@ -108,9 +120,9 @@ def test_launches_and_allocations(on: Callable[..., Any], shape: tuple[int, ...]
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 35, 45), (4, 3, 120, 120), (4, 3, 300, 300)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_launches_and_allocations_of_a_double_backward(
-    on: Callable[..., Any], shape: tuple[int, ...], training: bool
+    run_on: Callable[..., Any], shape: tuple[int, ...], training: bool
 ) -> None:
-    runtime = on(Recorder(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
+    runtime = run_on(Recorder(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
     x, channel, sample = np.zeros(shape, np.float32), np.ones(3, np.float32), np.ones((4, 3), np.float32)
     tiled = 0 if training else int(np.prod(shape[2:]) > 3 * 256 * 4)  # several tiles a plane: partial sums and a merge
 
@@ -189,13 +201,27 @@ def _accesses(runtime: Emulator, x: np.ndarray, layout: str, made: Plan) -> int:
     return total // x.nbytes
 
 
-@pytest.mark.parametrize(("dtype", "epilogue"), [
-    *((dtype, EPILOGUES[0]) for dtype in ("float16", "bfloat16", "float32", "float64")),
-    *(("float32", epilogue) for epilogue in EPILOGUES[1:]),
-], ids=lambda v: v if isinstance(v, str) else f"{v[0]}{'-residual' * v[1]}")  # fmt: skip
-@pytest.mark.parametrize(("regime", "shape", "layout", "device"), REGIMES)
+def label(regime: tuple[Any, ...]) -> str:
+    name, shape, layout, device = regime
+    return f"{name}-{'x'.join(map(str, shape))}-{layout}-{device.name}"
+
+
+def cases_of_bytes() -> list[Any]:
+    """Regimes, dtypes and epilogues: of the default tier all regimes in float32, and two with an epilogue."""
+    given = [(dtype, EPILOGUES[0]) for dtype in ("float32", "float16", "bfloat16", "float64")]
+    given += [("float32", epilogue) for epilogue in EPILOGUES[1:]]
+    found = []
+    for regime in REGIMES:
+        for dtype, epilogue in given:
+            default = dtype == "float32" and (epilogue == EPILOGUES[0] or regime in (REGIMES[0], REGIMES[4]))
+            name = f"{label(regime)}-{dtype}-{epilogue[0]}{'-residual' * epilogue[1]}"
+            found.append(pytest.param(*regime, dtype, epilogue, marks=() if default else pytest.mark.full, id=name))
+    return found
+
+
+@pytest.mark.parametrize(("regime", "shape", "layout", "device", "dtype", "epilogue"), cases_of_bytes())
 def test_bytes(
-    on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
+    run_on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
     device: Device, dtype: str, epilogue: tuple[str | None, bool, int, int],
 ) -> None:  # fmt: skip
     """Every element is read and written as often as the plan says, and nothing else of its size is touched."""
@@ -207,7 +233,7 @@ def test_bytes(
         return reference.LAYOUTS[layout](rng.normal(size=shape).astype(devices.dtype_of(dtype)))
 
     x, y, dy, residual = array(), array(), array(), array() if with_residual else None
-    runtime = on(Emulator(device))
+    runtime = run_on(Emulator(device))
     options: dict[str, Any] = {"activation": activation, "residual": residual}
 
     def accesses() -> int:
@@ -276,16 +302,21 @@ DOUBLE_REGIMES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize(("regime", "shape", "layout", "device"), DOUBLE_REGIMES)
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(d, marks=pytest.mark.nightly) for d in ("float16", "bfloat16", "float64"))]
+)
+@pytest.mark.parametrize(
+    ("regime", "shape", "layout", "device"),
+    [pytest.param(*regime, marks=[pytest.mark.full] * (regime[2] != "contiguous")) for regime in DOUBLE_REGIMES],
+)
 def test_bytes_of_a_double_backward(
-    on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
+    run_on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
     device: Device, dtype: str,
 ) -> None:  # fmt: skip
     """x, dy and ddx are read once where they rest on chip, else twice; what has no part in a result is not read."""
     shape = (*shape[:3], round(shape[3] / {"float64": 2, "float32": 1}.get(dtype, 0.5)))
     x, dy, ddx = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(devices.dtype_of(dtype))) for _ in range(3))
-    runtime = on(Emulator(device))
+    runtime = run_on(Emulator(device))
     w = np.ones(shape[1], functional.math_dtype(x.dtype))
     memory = Memory(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
 
@@ -308,11 +339,12 @@ def test_bytes_of_a_double_backward(
         assert accesses(saved, *given) == expected
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("training", [True, False])
 def test_double_backward_of_more_tiles_than_merge_threads(
-    on: Callable[..., Emulator], rng: np.random.Generator, training: bool
+    run_on: Callable[..., Emulator], rng: np.random.Generator, training: bool
 ) -> None:
-    runtime = on(Emulator(DEVICE))
+    runtime = run_on(Emulator(DEVICE))
     x, dy, ddx = (rng.normal(size=(1, 1, 800_000)).astype(np.float32) for _ in range(3))
     w, mean, var = (rng.random(1).astype(np.float32) + 0.5 for _ in range(3))
     running = None if training else (mean, var)
@@ -324,10 +356,13 @@ def test_double_backward_of_more_tiles_than_merge_threads(
     reference.assert_all_close(results, reference.double_backward(ddx, w, None, dy, x, w, running=running), x)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("training", [True, False])
-def test_more_tiles_than_merge_threads(on: Callable[..., Emulator], rng: np.random.Generator, training: bool) -> None:
+def test_more_tiles_than_merge_threads(
+    run_on: Callable[..., Emulator], rng: np.random.Generator, training: bool
+) -> None:
     """Around a mean whose rounding counts. A tile has 8192 elements, with given statistics 4096."""
-    runtime = on(Emulator(DEVICE))
+    runtime = run_on(Emulator(DEVICE))
     size = 2_200_000 if training else 1_600_000
     x, dy = ((rng.normal(size=(1, 1, size)) + add).astype(np.float32) for add in (10000.3, 2))
     w = np.full(1, 1.5, np.float32)
@@ -344,82 +379,87 @@ def test_more_tiles_than_merge_threads(on: Callable[..., Emulator], rng: np.rand
     reference.assert_all_close(results, expected[:4], x)
 
 
-def _inputs(
-    table: Sequence[Any], runtime: Any, seed: int, regimes: Sequence[int]
-) -> Iterator[tuple[int, str, list[np.ndarray], list[np.ndarray]]]:
-    """Place, regime, three arrays and four parameters of each regime of a table, or of those given by their places; the
-    runtime has its device then."""
+Results = list[np.ndarray]
+
+
+def _inputs(regime: tuple[Any, ...], runtime: Any, seed: int) -> tuple[Results, Results]:
+    """Three arrays and four parameters of a regime; the runtime has its device then."""
+    _, shape, layout, device = regime
     rng = np.random.default_rng(seed)
-    for number, (regime, shape, layout, device) in enumerate(table):
-        arrays = [reference.LAYOUTS[layout](rng.normal(size=shape).astype(np.float32)) for _ in range(3)]
-        parameters = [rng.random(shape[1]).astype(np.float32) + 0.5 for _ in range(4)]
-        if regimes and number not in regimes:
-            continue
-        if runtime is not None:
-            runtime._device = device
-        yield number, regime, arrays, parameters
+    if runtime is not None:
+        runtime._device = device
+    arrays = [reference.LAYOUTS[layout](rng.normal(size=shape).astype(np.float32)) for _ in range(3)]
+    return arrays, [rng.random(shape[1]).astype(np.float32) + 0.5 for _ in range(4)]
 
 
-def _everything_double(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> list[np.ndarray]:
-    """As `_everything`, of the double backward, in the regimes given by their places in DOUBLE_REGIMES."""
-    results: list[np.ndarray] = []
-    for _, _, (x, dy, ddx), (weight, bias, mean, var) in _inputs(DOUBLE_REGIMES, runtime, seed, regimes):
-        for use_input_stats in (True,) if regimes else (True, False):
-            _, saved = cn.instance_norm_forward(
-                x, weight, bias, running_mean=mean.copy(), running_var=var, use_input_stats=use_input_stats
-            )
-            results += cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)
-    return results
+def _double(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fused: bool = False) -> Results:
+    """Results of a double backward."""
+    (x, dy, ddx), (weight, bias, mean, var) = _inputs(regime, runtime, seed)
+    _, saved = cn.instance_norm_forward(
+        x, weight, bias, running_mean=mean.copy(), running_var=var, use_input_stats=training
+    )
+    return [*cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)]
 
 
-def _everything(runtime: Any, seed: int, regimes: Sequence[int] = ()) -> list[np.ndarray]:
-    """Results of forward and backward in every regime, in training and eval; or, in training alone, in those given by
-    their places in REGIMES. A net for broken kernels."""
-    results: list[np.ndarray] = []
-    for number, regime, (x, dy, residual), (weight, bias, mean, var) in _inputs(REGIMES, runtime, seed, regimes):
-        options: dict[str, Any] = {"activation": "silu", "residual": residual} if number % 2 and not regimes else {}
-        for use_input_stats in (True,) if regimes else (True, False):
-            # Of parts, a result at another place between 16-byte borders than what it is made of.
-            y, dx = (reference.LAYOUTS["unaligned"](x) if regime.startswith("part") else None for _ in range(2))
-            y, saved = cn.instance_norm_forward(
-                x, weight, bias, running_mean=mean, running_var=var, use_input_stats=use_input_stats, out=y, **options
-            )
-            results += [y, *cn.instance_norm_backward(dy, saved, out=dx), mean.copy(), var.copy()]
-    return results
+def _single(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fused: bool = False) -> Results:
+    """Results of forward and backward."""
+    (x, dy, residual), (weight, bias, mean, var) = _inputs(regime, runtime, seed)
+    options: dict[str, Any] = {"activation": "silu", "residual": residual} if fused else {}
+    # Of parts, a result at another place between 16-byte borders than what it is made of.
+    y, dx = (reference.LAYOUTS["unaligned"](x) if regime[0].startswith("part") else None for _ in range(2))
+    y, saved = cn.instance_norm_forward(
+        x, weight, bias, running_mean=mean, running_var=var, use_input_stats=training, out=y, **options
+    )
+    return [y, *cn.instance_norm_backward(dy, saved, out=dx), mean.copy(), var.copy()]
 
 
-@pytest.fixture(scope="module")
-def seed() -> int:
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")
-    return seed
+def cases_of_orders() -> list[Any]:
+    """A function, a regime, training, fused: in the full tier fused ones, most of those in tracked eval, and every
+    other one of channels side by side."""
+    found = []
+    for run, table in ((_single, REGIMES), (_double, DOUBLE_REGIMES)):
+        for number, regime in enumerate(table):
+            for training, fused in ((True, False), (False, False), (True, True), (False, True)):
+                if fused and (run is _double or number % 2 == 0):
+                    continue
+                side_by_side = regime[2] == "channels_last" and number % 2
+                marks = pytest.mark.full if fused or side_by_side or (not training and number % 8) else ()
+                name = f"{run.__name__[1:]}-{label(regime)}-{'training' if training else 'eval'}{'-fused' * fused}"
+                found.append(pytest.param(run, regime, training, fused, marks=marks, id=name))
+    return found
 
 
-@pytest.mark.parametrize("run", [_everything, _everything_double])
-def test_same_bits_in_every_order(on: Callable[..., Emulator], seed: int, run: Callable[..., Any]) -> None:
-    expected = run(None, seed)  # what the NumPy backend makes of it
-    results = [run(on(Emulator(DEVICE, order)), seed) for order in emulator.ORDERS]
-    for forward, *others, exact in zip(*results, expected, strict=True):
+@pytest.mark.parametrize(("run", "regime", "training", "fused"), cases_of_orders())
+def test_same_bits_in_every_order(
+    run_on: Callable[..., Emulator], request: pytest.FixtureRequest, run: Callable[..., Results],
+    regime: tuple[Any, ...], training: bool, fused: bool,
+) -> None:  # fmt: skip
+    """Of threads and blocks; and they are about what the NumPy backend makes of it."""
+    seed = seed_of(request.node.nodeid)
+    expected = run(None, seed, regime, training, fused)
+    results = [run(run_on(Emulator(DEVICE, order)), seed, regime, training, fused) for order in emulator.ORDERS]
+    for first, *others, exact in zip(*results, expected, strict=True):
         for other in others:
-            np.testing.assert_array_equal(forward, other)
-        np.testing.assert_allclose(forward, exact, rtol=1e-4, atol=1e-4)
+            assert_same(other, first)
+        assert_within(first, exact, 1e-4 * (1 + np.abs(exact)))
 
 
 def _caught(
-    on: Callable[..., Emulator], seed: int, monkeypatch: pytest.MonkeyPatch, transform: emulator.Transform,
-    regimes: Sequence[int], run: Callable[..., Any] = _everything,
+    run_on: Callable[..., Emulator], monkeypatch: pytest.MonkeyPatch, transform: emulator.Transform,
+    regimes: Sequence[tuple[Any, ...]], run: Callable[..., Results] = _single,
 ) -> str:  # fmt: skip
     """What the emulator says of broken kernels: the first complaint, or '' if nothing is wrong in any order."""
-    monkeypatch.setitem(functional.BACKENDS, "numpy", "cupynorm.cpu")
-    expected = run(None, seed, regimes)
-    for order in emulator.ORDERS:
-        try:
-            results = run(on(Emulator(DEVICE, order, transform)), seed, regimes)
-        except SimtError as error:
-            return str(error)
-        for actual, exact in zip(results, expected, strict=True):
-            if not np.allclose(actual, exact, rtol=1e-3, atol=1e-3):
-                return f"wrong numbers in {order} order"
+    for regime in regimes:
+        monkeypatch.setitem(functional.BACKENDS, "numpy", "cupynorm.cpu")
+        expected = run(None, 1, regime, True)
+        for order in emulator.ORDERS:
+            try:
+                results = run(run_on(Emulator(DEVICE, order, transform)), 1, regime, True)
+            except SimtError as error:
+                return str(error)
+            for actual, exact in zip(results, expected, strict=True):
+                if not np.allclose(actual, exact, rtol=1e-3, atol=1e-3):
+                    return f"wrong numbers in {order} order"
     return ""
 
 
@@ -432,21 +472,18 @@ BARRIER = re.compile(
 )
 
 
-def _places(*regimes: str, layout: str = "contiguous") -> list[int]:
-    """Of the first of each in REGIMES."""
-    return [
-        next(i for i, (regime, _, lies, _) in enumerate(REGIMES) if regime.startswith(name) and lies == layout)
-        for name in regimes
-    ]
+def _first(*names: str, layout: str = "contiguous", table: Sequence[Any] = REGIMES) -> list[tuple[Any, ...]]:
+    """The first regime of each name in the table."""
+    return [next(r for r in table if r[0].startswith(name) and r[2] == layout) for name in names]
 
 
 #: The regimes that show what is wrong with a file: few, since each is compiled anew.
 SHOWN_BY = {
     # Channels-first one thread publishes alone.
-    "group.cuh": _places("cluster", "grid", layout="channels_last"),
-    "forward.cu": _places("part"), "backward.cu": _places("part"),
-    "double_backward.cu": _places("part"),  # first in DOUBLE_REGIMES as well
-    "split.cu": _places("split"), "sums.cuh": [2, *_places("block-registers")], "channels.cu": _places("part"),
+    "group.cuh": _first("cluster", "grid", layout="channels_last"),
+    "forward.cu": _first("part"), "backward.cu": _first("part"),
+    "double_backward.cu": _first("part", table=DOUBLE_REGIMES),
+    "split.cu": _first("split"), "sums.cuh": [REGIMES[2], *_first("block-registers")], "channels.cu": _first("part"),
 }  # fmt: skip
 
 
@@ -459,9 +496,10 @@ def _barriers() -> list[tuple[str, int, int]]:
     return sites
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("file", "line", "which"), _barriers())
 def test_every_barrier_is_needed(
-    on: Callable[..., Emulator], seed: int, monkeypatch: pytest.MonkeyPatch, file: str, line: int, which: int
+    run_on: Callable[..., Emulator], monkeypatch: pytest.MonkeyPatch, file: str, line: int, which: int
 ) -> None:
     text = (kernel_folder() / file).read_text().splitlines()[line - 1]
     site = list(BARRIER.finditer(text))[which]
@@ -479,8 +517,8 @@ def test_every_barrier_is_needed(
         lines[here] = without
         return head + found + "\n".join(lines)
 
-    run = _everything_double if file.startswith("double") else _everything
-    said = _caught(on, seed, monkeypatch, removed, SHOWN_BY[file], run)
+    run = _double if file.startswith("double") else _single
+    said = _caught(run_on, monkeypatch, removed, SHOWN_BY[file], run)
     print(f"{file}:{line}: {said}")
     assert bool(said) != (f"{file}:{line}" in SURVIVORS), said
 
@@ -499,6 +537,7 @@ def _line_in(body: str, file: str, line: int) -> int:
     raise AssertionError(f"{file}:{line} is not there")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
@@ -516,10 +555,10 @@ def _line_in(body: str, file: str, line: int) -> int:
     ids=["bounds", "alignment", "poison", "barrier", "shuffle", "shared", "arguments"],
 )  # fmt: skip
 def test_the_emulator_bites(
-    on: Callable[..., Emulator], seed: int, monkeypatch: pytest.MonkeyPatch, old: str, new: str, complaint: str
+    run_on: Callable[..., Emulator], monkeypatch: pytest.MonkeyPatch, old: str, new: str, complaint: str
 ) -> None:
     assert any(old in (kernel_folder() / file).read_text() for file in ("forward.cu", "plane.cuh", "sums.cuh"))
-    said = _caught(on, seed, monkeypatch, lambda source: source.replace(old, new), _places("block-registers"))
+    said = _caught(run_on, monkeypatch, lambda source: source.replace(old, new), _first("block-registers"))
     assert complaint in said
 
 
@@ -551,12 +590,12 @@ def test_which_planes_an_owner_has_of_more_than_are_32_bits_of(kind: Any, tiles:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_sixteen_bit_conversions(on: Callable[..., Emulator], dtype: str) -> None:
+def test_sixteen_bit_conversions(run_on: Callable[..., Emulator], dtype: str) -> None:
     """Every 16-bit value passes through the kernels as NumPy and ml_dtypes read and round it, but for denormal floats.
 
     Those, which bfloat16 has, may be flushed in between (the emulator does so on x86).
     """
-    on(Emulator(DEVICE))
+    run_on(Emulator(DEVICE))
     x = np.arange(65536, dtype=np.uint16).view(devices.dtype_of(dtype)).reshape(1, 1, 65536)
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
 
@@ -565,12 +604,12 @@ def test_sixteen_bit_conversions(on: Callable[..., Emulator], dtype: str) -> Non
 
     y = cn.instance_norm(x, zero, one, use_input_stats=False, eps=0.0)
     wide = x.astype(np.float32)
-    np.testing.assert_array_equal(flushed(y.astype(np.float32)), flushed(wide))
+    assert_equal(flushed(y.astype(np.float32)), flushed(wide))
     # Between the values: a third of each, rounded back.
     y = cn.instance_norm(x, zero, one, one / 3, use_input_stats=False, eps=0.0)
     with np.errstate(all="ignore"):
         third = flushed(wide) * (one / 3)
-        np.testing.assert_array_equal(flushed(y.astype(np.float32)), flushed(third.astype(x.dtype).astype(np.float32)))
+        assert_equal(flushed(y.astype(np.float32)), flushed(third.astype(x.dtype).astype(np.float32)))
 
 
 def _asan_environment() -> dict[str, str]:
@@ -585,7 +624,7 @@ def _asan_environment() -> dict[str, str]:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_address_sanitizer() -> None:
     """A part of the case table, with the heap watched: arrays and shared memory."""
     command = [
@@ -622,7 +661,7 @@ cupynorm.instance_norm(np.ones((1, 1, 35, 450), np.float32))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_address_sanitizer_bites() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _OVERFLOW, os.path.dirname(__file__)],

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from helpers.compare import assert_allclose, assert_equal
 from reference import assert_close
 
 from cupynorm import devices
@@ -69,14 +70,14 @@ def test_against_the_reference(
     assert_close(ops.to_numpy(dx), expected[0])
     assert set(model.grad_names) == ({"G", "b"} if affine else set())
     for name, gradient in zip(model.grad_names, expected[1:], strict=False):
-        np.testing.assert_allclose(ops.to_numpy(model.get_grad(name)), gradient.astype(float), rtol=1e-4, atol=1e-4)
+        assert_allclose(ops.to_numpy(model.get_grad(name)), gradient.astype(float), rtol=1e-4, atol=1e-4)
     after = params(model)
     if track and is_train:
         moved = reference.moved(before.pop("running_mean"), before.pop("running_var"), x, 0.3)
         assert_close(after.pop("running_mean"), moved[0])
         assert_close(after.pop("running_var"), moved[1])
     assert {k: v.tobytes() for k, v in after.items()} == {k: v.tobytes() for k, v in before.items()}
-    np.testing.assert_array_equal(ops.to_numpy(model.predict(ops.asarray(x))).shape, x.shape)
+    assert_equal(ops.to_numpy(model.predict(ops.asarray(x))).shape, x.shape)
 
 
 @OPS
@@ -97,7 +98,7 @@ def test_gradients_add_up(ops: Any, rng: np.random.Generator) -> None:
     backprop(y)
     once = ops.to_numpy(model.get_grad("G")).copy()
     backprop(y)
-    np.testing.assert_array_equal(ops.to_numpy(model.get_grad("G")), 2 * once)
+    assert_equal(ops.to_numpy(model.get_grad("G")), 2 * once)
 
 
 # Training
@@ -154,7 +155,7 @@ def test_a_chain_learns(ops: Any, rng: np.random.Generator, optimiser: str, trac
         assert (norm.id, name) in optimizer.averages
     assert not any((norm.id, name) in optimizer.averages for name in ("running_mean", "running_var"))
     with model.use_params(optimizer.averages):
-        np.testing.assert_array_equal(norm.get_param("G"), optimizer.averages[norm.id, "G"])
+        assert_equal(norm.get_param("G"), optimizer.averages[norm.id, "G"])
         averaged = model.predict(x)
     assert {k: v.tobytes() for k, v in params(norm).items()} == {k: v.tobytes() for k, v in after.items()}
     assert bool((averaged != model.predict(x)).any())
@@ -306,7 +307,7 @@ def test_threads_share_a_model(rng: np.random.Generator) -> None:
     for v in inputs:
         y, backprop = single.begin_update(v)
         backprop(y)
-    np.testing.assert_allclose(model.get_grad("G"), rounds * single.get_grad("G"), rtol=1e-4)
+    assert_allclose(model.get_grad("G"), rounds * single.get_grad("G"), rtol=1e-4)
     # In whatever order the updates came, what is left of the first value is known, and the rest is of the inputs.
     kept = (1 - momentum) ** (threads * rounds)
     first = params(made(ops, track_running_stats=True))
@@ -335,7 +336,7 @@ def test_no_update_of_statistics_is_lost(rng: np.random.Generator) -> None:
     kept, moved = 0.99**100, reference.moved(np.zeros(3), np.zeros(3), x, 1)
     for name, value in zip(("running_mean", "running_var"), moved, strict=True):
         expected = kept * before[name] + (1 - kept) * value.astype(float)
-        np.testing.assert_allclose(model.get_param(name), expected, rtol=1e-4)
+        assert_allclose(model.get_param(name), expected, rtol=1e-4)
 
 
 # Refusals

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from conftest import Backend, use_compiled
+from helpers.backends import Backend, use_compiled
+from helpers.tiers import amount
 
 import cupynorm as cn
 from cupynorm import cpu
@@ -138,6 +139,7 @@ print(len(results), len(set(results)), len(mine), len(set(mine)))
     assert ran.stdout in ("4 1 1 1\n", "4 1 0 0\n")  # 0: found on disk
 
 
+@pytest.mark.simt
 def test_first_calls_at_the_same_moment_on_the_emulator(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rng: np.random.Generator
 ) -> None:
@@ -149,12 +151,12 @@ def test_first_calls_at_the_same_moment_on_the_emulator(
 
     monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
     monkeypatch.setattr(emulator, "CACHE", tmp_path)
-    emulator._build.cache_clear()
+    emulator.build.cache_clear()
     compiled: list[Any] = []
     ran = subprocess.run
 
     def noted(command: Any, **options: Any) -> Any:
-        compiled.append(command)
+        compiled.extend(word for word in command if word.endswith("kernels.cpp"))
         return ran(command, **options)
 
     monkeypatch.setattr(emulator.subprocess, "run", noted)
@@ -162,11 +164,12 @@ def test_first_calls_at_the_same_moment_on_the_emulator(
     try:
         results = side_by_side([lambda: cn.instance_norm(x).tobytes()] * 4)
     finally:
-        emulator._build.cache_clear()
+        emulator.build.cache_clear()
     assert len(set(results)) == 1
     assert len(compiled) == len(list(tmp_path.glob("*.so"))) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
 def test_first_calls_at_the_same_moment_import_the_backend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is imported at first use: whoever comes while another thread does that waits for it."""
@@ -217,6 +220,8 @@ def _begin(layer: bytes, way: bool, backend: str) -> None:
 _layer = b""
 
 
+@pytest.mark.long
+@pytest.mark.full(simt=lambda given: given["method"] != "spawn")
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers(backend: Backend, rng: np.random.Generator, method: str) -> None:
     """Processes of every kind, with a layer that was pickled into them: the same bits as here."""
@@ -301,6 +306,7 @@ ENDS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
 @pytest.mark.parametrize("end", ENDS)
 def test_the_interpreter_ends_in_the_middle_of_calls(way: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,9 +320,10 @@ def test_the_interpreter_ends_in_the_middle_of_calls(way: str, end: str, monkeyp
 # Thousands
 
 
-def test_ten_thousand_calls(backend: Backend, rng: np.random.Generator) -> None:
-    """Nothing grows in 5,000 forwards and as many backwards: what Python and NumPy hold, caches among it."""
-    times = {"numpy": 5_000, "compiled": 5_000, "simt": 200, "cupy": 5_000}[backend.name]
+@pytest.mark.long
+def test_thousands_of_calls(backend: Backend, rng: np.random.Generator) -> None:
+    """Nothing grows in 500 or 5,000 forwards and as many backwards: what Python and NumPy hold, caches among it."""
+    times = amount(50, 200) if backend.name == "simt" else amount(500, 5_000)
     x, dy = normal(backend, rng, (1, 2, 3, 3)), normal(backend, rng, (1, 2, 3, 3))
     layer = cn.InstanceNorm2d(2, affine=True, track_running_stats=True, device=backend.device)
 

@@ -1,0 +1,168 @@
+"""The backends that tests run on: numpy (alone), compiled (by numba), simt (the CUDA kernels on the emulator), cupy.
+
+A test with the fixture `backend` runs on each that is there, or on those that `@on` names. In such a test the public
+functions run on it; its arrays are made with `backend.array`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import tracemalloc
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupynorm import cpu, devices, functional
+from cupynorm.cuda.plan import Device
+
+#: Every backend, with the mark of its tests.
+BACKENDS: dict[str, Any] = {
+    "numpy": (),
+    "compiled": pytest.mark.compiled,
+    "simt": pytest.mark.simt,
+    "cupy": pytest.mark.gpu,
+}
+#: The last kernels launched in this test, as text, for comparisons that fail.
+LAUNCHED: deque[str] = deque(maxlen=8)
+
+
+def on(*names: str) -> pytest.MarkDecorator:
+    """Run a test that has the fixture `backend` on these alone."""
+    assert set(names) <= set(BACKENDS), names
+    return pytest.mark.on(*names)
+
+
+#: For what the CUDA kernels alone have, and the CPU alone.
+on_kernels = on("simt", "cupy")
+on_cpu = on("numpy", "compiled")
+
+
+@cache
+def missing(name: str) -> str:
+    """Why there is no such backend here; "" if there is."""
+    if name == "compiled":
+        return "" if cpu.numba is not None else str(cpu.without_numba)
+    if name == "simt":
+        return "" if shutil.which("g++") else "no g++ to build the emulator with"
+    if name == "cupy":
+        usable, why = devices.gpu_status()
+        return "" if usable else why
+    return ""
+
+
+def parameters(names: tuple[str, ...] = ()) -> list[Any]:
+    """Parameters of the fixture `backend`: those of these backends, or of all, that are there. Where none is, the first
+    one stands for them, marked absent."""
+    wanted = names or tuple(BACKENDS)
+    there = [name for name in wanted if not missing(name)]
+    if not there:
+        return [pytest.param(wanted[0], marks=[pytest.mark.absent, *_marks(wanted[0])])]
+    return [pytest.param(name, marks=_marks(name)) for name in there]
+
+
+def _marks(name: str) -> list[Any]:
+    return [BACKENDS[name]] if BACKENDS[name] else []
+
+
+@dataclass
+class Backend:
+    """Where a test runs."""
+
+    name: str
+    device: str
+    _patch: pytest.MonkeyPatch
+
+    def array(self, host: np.ndarray) -> Any:
+        """The array on this backend, with the host array's strides."""
+        if self.name != "cupy":
+            return host
+        import cupy
+
+        if not host.size:
+            return cupy.asarray(host)
+        # The memory that the strides reach over, then the same view of it.
+        low = sum(min(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True))
+        high = sum(max(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True)) + host.itemsize
+        memory = (ctypes.c_char * (high - low)).from_address(host.ctypes.data + low)
+        shift = (host.ctypes.data + low) % 16  # CuPy's own allocations are aligned
+        raw = cupy.empty(high - low + 16, np.uint8)
+        raw[shift : shift + high - low] = cupy.asarray(np.frombuffer(memory, np.uint8))
+        return cupy.ndarray(host.shape, host.dtype, raw.data + (shift - low), host.strides)
+
+    def pretend(self, device: Device) -> None:
+        """Plan for this device from now on, to the end of the test. NumPy plans nothing."""
+        if self.name == "simt":
+            from simt.backend import runtime
+
+            self._patch.setattr(runtime, "_device", device)
+        elif self.name == "cupy":
+            from cupynorm.cuda.backend import runtime
+
+            real = runtime.device()
+            limited = replace(
+                device,
+                sm_count=min(device.sm_count, real.sm_count),
+                shared_per_block=min(device.shared_per_block, real.shared_per_block),
+                cluster=min(device.cluster, real.cluster),
+            )
+            self._patch.setitem(runtime._devices, int(self.device[5:]), limited)
+
+    def host(self, array: Any) -> np.ndarray:
+        return devices.to_host(array)
+
+
+def started(name: str, patch: pytest.MonkeyPatch) -> Backend:
+    """A backend on which the public functions run until the patch is undone."""
+    if name in ("numpy", "compiled"):
+        use_compiled(patch, name == "compiled")
+        return Backend(name, "cpu", patch)
+    if name == "simt":
+        from simt.backend import runtime
+
+        patch.setitem(functional.BACKENDS, "numpy", "simt.backend")
+    else:
+        from cupynorm.cuda.backend import runtime
+    note_launches(runtime, patch)
+    return Backend(name, "cpu" if name == "simt" else "cuda:0", patch)
+
+
+def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
+    """Have LAUNCHED tell what the runtime launches, to the end of the test."""
+    ready = runtime.ready
+    LAUNCHED.clear()
+
+    def noted(module: Any, step: Any, args: Any) -> Any:
+        parts = [module.dtype, *(getattr(module, name, "") for name in ("kind", "group"))]
+        parts += [f"vector {module.vector}"] if hasattr(module, "vector") else []
+        parts += ["misaligned"] if getattr(module, "skewed", False) else []
+        parts += [f"epilogue {module.epilogue}"] if getattr(module, "epilogue", 0) else []
+        told = f"{step.name} of {module.file}.cu ({', '.join(filter(None, parts))})"
+        if told in LAUNCHED:
+            LAUNCHED.remove(told)
+        LAUNCHED.append(told)
+        return ready(module, step, args)
+
+    patch.setattr(runtime, "ready", noted)
+
+
+def use_compiled(patch: pytest.MonkeyPatch, wanted: bool) -> None:
+    """Let the CPU backend use its compiled loops or not, until the patch is undone; skip where there are none."""
+    if wanted and cpu.numba is None:
+        pytest.skip(f"no compiled loops: {cpu.without_numba}")
+    patch.setattr(cpu, "compiled", wanted)
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Bytes that NumPy allocates in a call at its peak."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,118 @@
+"""The one comparison of arrays: a failure says where, what, by how many roundings, and which kernels ran."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .backends import LAUNCHED
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+#: Roundings of storage and of computing precision, relative; and the grain of denormal numbers.
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+GRAIN = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149, "float64": 2.0**-1074}
+#: Exact numbers from here on may be stored as infinity.
+LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
+
+
+def wide(array: Any) -> np.ndarray:
+    """In extended precision."""
+    array = np.asarray(array)
+    return array if array.dtype == np.longdouble else array.astype(np.float64).astype(np.longdouble)
+
+
+def assert_within(actual: np.ndarray, expected: Any, bound: Any, what: str = "result") -> None:
+    """Every element of `actual` is within `bound` of the one of `expected`, which is broadcast to it, as bound is.
+
+    NaN must be where NaN is expected, whatever the bound; a bound of NaN asks for nothing else. What is larger than the
+    dtype holds may be infinity.
+    """
+    actual = np.asarray(actual)
+    exact = np.broadcast_to(wide(expected), actual.shape)
+    bound = np.broadcast_to(np.asarray(bound, np.longdouble), actual.shape)
+    error = errors(actual, exact)
+    with np.errstate(invalid="ignore"):
+        wrong = (np.isnan(wide(actual)) != np.isnan(exact)) | ((~(error <= bound) | np.isinf(error)) & ~np.isnan(bound))
+    if wrong.any():
+        raise AssertionError(explain(actual, expected, error, bound, wrong, what))
+
+
+def assert_allclose(actual: Any, expected: Any, rtol: float = 1e-7, atol: float = 0.0, what: str = "result") -> None:
+    """As NumPy's function of this name: within atol + rtol * |expected|."""
+    actual, expected = np.broadcast_arrays(np.asarray(actual), np.asarray(expected))
+    assert_within(actual, expected, atol + rtol * np.abs(wide(expected)), what)
+
+
+def assert_equal(actual: Any, expected: Any, what: str = "result", strict: bool = False) -> None:
+    """The same numbers, NaN like NaN and -0 like 0; strict: of the same shape and dtype, too."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert not strict or (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
+    actual, expected = np.broadcast_arrays(actual, expected)
+    if actual.dtype.kind in "fV":
+        assert_within(actual, expected, 0.0, what)
+    elif (wrong := actual != expected).any():
+        raise AssertionError(explain(actual, expected, wrong.astype(float), np.zeros(wrong.shape), wrong, what))
+
+
+def errors(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """|actual - exact|: 0 where both are NaN, or infinity where it may be; infinite where one of them alone is NaN."""
+    ours, largest = wide(actual), LARGEST.get(actual.dtype.name, np.inf)
+    with np.errstate(invalid="ignore", over="ignore"):
+        same = (ours == exact) | (np.isnan(ours) & np.isnan(exact))
+        same |= np.isinf(ours) & (np.sign(ours) * exact > largest)
+        error = np.where(same, 0, np.abs(ours - exact))
+    return np.where(np.isnan(error), np.inf, error)
+
+
+def assert_same(actual: np.ndarray, expected: np.ndarray, what: str = "result") -> None:
+    """The same shape, dtype and bits: zeros of one sign, NaN with one payload."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
+    if actual.tobytes() == expected.tobytes():
+        return
+    size = actual.dtype.itemsize
+    bits = [np.frombuffer(a.tobytes(), np.uint8).reshape(-1, size) for a in (actual, expected)]
+    wrong = (bits[0] != bits[1]).any(1).reshape(actual.shape)
+    error = errors(actual, wide(expected)) if actual.dtype.kind in "fV" else wrong.astype(np.longdouble)
+    error = np.where(wrong & (error == 0), np.longdouble(np.finfo(np.longdouble).tiny), error)  # -0, or another NaN
+    raise AssertionError(explain(actual, expected, error, np.zeros(actual.shape), wrong, f"{what}, bits"))
+
+
+def explain(
+    actual: np.ndarray, expected: Any, error: np.ndarray, bound: np.ndarray, wrong: np.ndarray, what: str
+) -> str:
+    """What is said of a comparison that failed: of the element that is most bounds away."""
+    actual = np.asarray(actual)
+    exact = np.broadcast_to(np.asarray(expected), actual.shape)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        times = np.where(wrong, error / np.where(bound > 0, bound, np.finfo(np.longdouble).tiny), -1)
+    at = np.unravel_index(int(np.argmax(times)), times.shape)
+    name = actual.dtype.name
+    lines = [
+        f"{what}: {int(wrong.sum())} of {actual.size} elements of shape {actual.shape}, {name}, are off; the worst, "
+        f"at {tuple(map(int, at))}:",
+        f"  got       {_number(actual[at], name)}",
+        f"  expected  {_number(exact[at], name)}",
+        f"  error     {_of(error[at], exact[at], name)}",
+        f"  bound     {_of(bound[at], exact[at], name)}",
+    ]
+    if LAUNCHED:
+        lines += ["  kernels   " + "\n            ".join(LAUNCHED)]
+    return "\n".join(lines)
+
+
+def _number(value: Any, name: str) -> str:
+    digits = {"float16": 6, "bfloat16": 5, "float32": 10}.get(name, 18)
+    return f"{float(value):.{digits}g}" if np.asarray(value).dtype.kind in "fV" else str(value)
+
+
+def _of(error: Any, value: Any, name: str) -> str:
+    """An error, and how many roundings of the dtype at this value it is."""
+    said = f"{float(error):.3g}"
+    if name not in ROUNDING or not np.isfinite(float(value)) or not np.isfinite(float(error)):
+        return said
+    power = 2.0 ** np.floor(np.log2(abs(float(value)))) if value else 0.0
+    one = max(power * ROUNDING[name], GRAIN[name] / 2)
+    return f"{said}: {float(error) / one:.3g} roundings of {one:.3g}"

@@ -1,0 +1,77 @@
+"""Covering arrays: few rows of a product of parameters that hold every pair of values.
+
+Most faults that depend on parameters at all depend on one or two of them; the whole product is for the nightly tier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from . import tiers
+
+Row = tuple[Any, ...]
+
+
+def pairwise(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test with rows of the product of these axes that hold each pair of values, on each backend.
+
+    Rows that the test's own rules leave in a lower tier are preferred: a higher one has only what else is missing.
+    """
+    return pytest.mark.pairwise(**axes)
+
+
+def covering(axes: dict[str, Sequence[Any]], rank: Callable[[Row], int] = lambda row: 0) -> list[Row]:
+    """Rows that hold every pair of values of two axes: as far as those of rank 0 do, then with rank 1 as well, …
+
+    Greedy: the next row is the first one in the product's order that holds most of the pairs still missing.
+    """
+    rows = list(product(*axes.values()))
+    places = np.array(list(product(*(range(len(values)) for values in axes.values()))))
+    columns, count = [], 0
+    for i, j in combinations(range(len(axes)), 2):
+        sizes = places[:, i].max() + 1, places[:, j].max() + 1
+        columns.append(count + places[:, i] * sizes[1] + places[:, j])
+        count += sizes[0] * sizes[1]
+    pairs, missing = np.stack(columns, 1), np.ones(count, bool)
+    ranks = np.array([rank(row) for row in rows])
+    chosen: list[Row] = []
+    for allowed in np.unique(ranks):
+        while True:
+            gained = missing[pairs].sum(1) * (ranks <= allowed)
+            best = int(gained.argmax())
+            if not gained[best]:
+                break
+            missing[pairs[best]] = False
+            chosen.append(rows[best])
+    return chosen
+
+
+def parametrize(metafunc: pytest.Metafunc, backends: Sequence[Any], whole: bool) -> None:
+    """Generate the tests of a function marked with `pairwise`. backends: parameters of the fixture, if it has that;
+    whole: the rest of the product too."""
+    mark = metafunc.definition.get_closest_marker("pairwise")
+    assert mark is not None
+    axes, marks = dict(mark.kwargs), list(metafunc.definition.iter_markers())
+    ranks = ["", "full", "nightly"]
+    parameters = []
+    for backend in backends or [None]:
+        before = backend.values if backend else ()
+
+        def rank(row: Row, before: Row = before) -> int:
+            names = [*["backend"] * len(before), *axes]
+            return ranks.index(tiers.higher(marks, dict(zip(names, (*before, *row), strict=True))))
+
+        chosen = covering(axes, rank)
+        rest = [row for row in product(*axes.values()) if row not in chosen] if whole else []
+        for row in chosen + rest:
+            extra = [*(backend.marks if backend else ()), *([] if row in chosen else [pytest.mark.nightly])]
+            values = (*before, *row)
+            parameters.append(pytest.param(*values, marks=extra, id="-".join(map(str, values))))
+    metafunc.parametrize(
+        [*(["backend"] if backends else []), *axes], parameters, indirect=["backend"] if backends else False
+    )

@@ -1,0 +1,119 @@
+"""What tests are written with: comparisons that bite and explain, covering arrays, tiers, seeds."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations, product
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import backends, seeds, tiers
+from helpers.compare import BFLOAT16, assert_same, assert_within
+from helpers.pairwise import covering
+
+AXES: dict[str, list[Any]] = {"a": [1, 2, 3], "b": "uvwx", "c": [True, False], "d": [None, "e"]}
+
+
+def held(rows: list[Any], axes: dict[str, Any]) -> set[Any]:
+    return {(i, row[i], j, row[j]) for row in rows for i, j in combinations(range(len(axes)), 2)}
+
+
+def test_a_covering_array_holds_every_pair_in_few_rows() -> None:
+    rows = covering(AXES)
+    assert held(rows, AXES) == held(list(product(*AXES.values())), AXES)
+    assert 12 <= len(rows) == len(set(rows)) <= 15
+
+
+def test_rows_of_a_lower_tier_come_first() -> None:
+    rows = covering(AXES, lambda row: int(row[3] == "e" and row[0] > 1))
+    ranks = [row[3] == "e" and row[0] > 1 for row in rows]
+    assert ranks == sorted(ranks)
+    assert held(rows, AXES) == held(list(product(*AXES.values())), AXES)
+    # As the tests that are left out need few more: (2, "e") and (3, "e").
+    assert sum(ranks) == 2
+
+
+def explained(call: Any, *given: Any, **named: Any) -> str:
+    with pytest.raises(AssertionError) as caught:
+        call(*given, **named)
+    return str(caught.value)
+
+
+def test_a_comparison_that_fails_says_where_and_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    actual = np.ones((2, 3, 4), np.float32)
+    actual[1, 2, 0] += 2.0**-20
+    actual[0, 1, 1] -= 2.0**-22
+    assert_within(actual, 1.0, 2.0**-20)
+    monkeypatch.setattr(backends, "LAUNCHED", backends.LAUNCHED.copy())
+    monkeypatch.setattr("helpers.compare.LAUNCHED", ["forward_warp_registers_128x1 of forward.cu (float32)"])
+    lines = explained(assert_within, actual, 1.0, 2.0**-23, "y").splitlines()
+    assert lines[0].startswith("y: 2 of 24 elements of shape (2, 3, 4), float32, are off; the worst, at (1, 2, 0):")
+    assert lines[1].split() == ["got", "1.000000954"]
+    assert lines[2].split() == ["expected", "1"]
+    assert lines[3].split("error")[1].strip() == "9.54e-07: 16 roundings of 5.96e-08"
+    assert lines[4].split("bound")[1].strip() == "1.19e-07: 2 roundings of 5.96e-08"
+    assert lines[5].strip() == "kernels   forward_warp_registers_128x1 of forward.cu (float32)"
+
+
+@pytest.mark.parametrize("dtype", ["float16", BFLOAT16, "float32", "float64"], ids=str)
+def test_what_is_not_finite_is_compared(dtype: Any) -> None:
+    values = np.array([1, np.nan, np.inf, -np.inf], dtype)
+    assert_within(values, values.astype(np.longdouble), 0.0)
+    for place, wrong in ((0, np.nan), (0, np.inf), (1, 1), (1, np.inf), (2, 1), (2, -np.inf), (3, np.nan)):
+        other = values.copy()
+        other[place] = wrong
+        assert f"at ({place},)" in explained(assert_within, other, values.astype(np.longdouble), 1e30)
+    assert_within(np.array([np.inf], dtype), np.longdouble("1e400"), 0.0)  # no dtype holds it
+    assert_within(np.array([3], dtype), 4.0, math.nan)
+    assert "at (0,)" in explained(assert_within, np.array([np.nan], dtype), 4.0, math.nan)
+
+
+def test_bits_are_compared() -> None:
+    values = np.array([0.0, 1.0, np.nan], np.float32)
+    assert_same(values, values.copy())
+    for other in (np.array([-0.0, 1, np.nan], np.float32), np.array([0, np.nextafter(np.float32(1), 2), np.nan], "f4")):
+        assert "1 of 3" in explained(assert_same, other, values)
+    payload = values.copy()
+    payload.view(np.uint32)[2] ^= 1
+    assert "at (2,)" in explained(assert_same, payload, values)
+    explained(assert_same, values.astype(np.float64), values)
+    explained(assert_same, values[None], values)
+    assert "1 of 3" in explained(assert_same, np.array([1, 2, 4]), np.array([1, 2, 3]))
+
+
+def test_tiers_follow_from_marks_and_their_rules() -> None:
+    mark = pytest.mark.full(simt=lambda given: given["dtype"] != "float32").mark
+    assert tiers.higher([mark], {"backend": "simt", "dtype": "float32"}) == ""
+    assert tiers.higher([mark], {"backend": "simt", "dtype": "float16"}) == "full"
+    assert tiers.higher([mark], {"backend": "numpy", "dtype": "float16"}) == ""
+    assert tiers.higher([pytest.mark.full.mark, pytest.mark.long.mark], {}) == "full"
+    assert tiers.higher([pytest.mark.full.mark, pytest.mark.nightly.mark], {}) == "nightly"
+
+
+def test_seeds_differ_by_name_and_by_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = seeds.seed_of("tests/test_a.py::test_b")
+    assert first == seeds.seed_of("tests/test_a.py::test_b") != seeds.seed_of("tests/test_a.py::test_c")
+    monkeypatch.setattr(seeds, "seed", seeds.seed)
+    assert seeds.choose(str(seeds.seed + 1)) == seeds.seed
+    assert seeds.seed_of("tests/test_a.py::test_b") != first
+    assert seeds.choose("fresh") != seeds.choose("fresh")
+
+
+def test_backends_that_are_not_here_have_no_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "missing", lambda name: "no such thing" if name in ("simt", "cupy") else "")
+    assert [p.values[0] for p in backends.parameters(("numpy", "simt"))] == ["numpy"]
+    (absent,) = backends.parameters(("simt", "cupy"))
+    assert {mark.name for mark in absent.marks} == {"absent", "simt"}
+
+
+def test_launches_are_noted_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = SimpleNamespace(ready=lambda module, step, args: args)
+    backends.note_launches(runtime, monkeypatch)
+    facts = {"dtype": "float16", "kind": "channels_first", "group": "warp", "vector": 8, "skewed": True}
+    module = SimpleNamespace(file="forward", **facts)
+    for name in ("a", "b", "a"):
+        assert runtime.ready(module, SimpleNamespace(name=name), 7) == 7
+    said = "of forward.cu (float16, channels_first, warp, vector 8, misaligned)"
+    assert list(backends.LAUNCHED) == [f"b {said}", f"a {said}"]

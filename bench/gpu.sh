@@ -169,7 +169,7 @@ elif [ $stage = full ]; then
     part facts 20 facts.txt bash -c facts
     part prime 75 tests.txt "$python" -m bench.prime --limit "$(seconds $compiling)"
     # pytest calls it a failure (5) when it selects no test: so do we.
-    part tests 120 tests.txt "$python" -m pytest -n 8 -m gpu -q -ra --tb=short -p no:cacheprovider \
+    part tests 120 tests.txt "$python" -m pytest -n 8 --full -m gpu -q -ra --tb=short -p no:cacheprovider \
         -p no:benchmark "${tests[@]}"
     bench benchmark 110 --shapes $all --dtype $both --op both,forward,backward --peers "${PEERS:-torch}" --rounds 7
     sanitizer

@@ -12,7 +12,7 @@ import pytest
 from helpers import backends, pairwise, seeds, tiers
 from helpers.backends import Backend
 
-from cupynorm import functional, threads
+from cupynorm import cpu, functional, threads
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     tiers.asked = "nightly" if config.option.nightly else "full" if config.option.full else "default"
+    if config.option.markexpr == "quick":  # numba's first calls compile for seconds
+        cpu.compiled = False
     config.option.seed = str(seeds.choose(config.option.seed))  # the workers of pytest-xdist get what is chosen here
 
 

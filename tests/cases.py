@@ -81,7 +81,7 @@ def within(actual: np.ndarray, expected: Any, scale: Any, allowed: float, what: 
     """The error relative to scale is allowed, beyond what a GPU may flush to zero."""
     smallest = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-126, "float64": 2.0**-1074}
     with np.errstate(invalid="ignore", over="ignore"):
-        assert_within(actual, expected, scale * np.longdouble(allowed) + smallest[actual.dtype.name], what)
+        assert_within(actual, expected, scale * np.longdouble(allowed) + smallest[actual.dtype.name], what, True)
 
 
 def arrays(case: Case, rng: np.random.Generator) -> tuple[Any, ...]:

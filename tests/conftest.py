@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("on")
     found = backends.parameters(marker.args if marker else ()) if "backend" in metafunc.fixturenames else []
     if metafunc.definition.get_closest_marker("pairwise"):
-        pairwise.parametrize(metafunc, found, metafunc.config.option.nightly)
+        pairwise.parametrize(metafunc, found)
     elif found:
         metafunc.parametrize("backend", found, indirect=True)
 
@@ -60,13 +60,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is of a higher tier than is asked for, and what this machine lacks; mark the quick tier, and
     what is above the default one."""
-    without = {tier for tier, options in tiers.OPTIONS.items() if not any(map(config.getoption, options))}
+    asked = tiers.TIERS.index(tiers.asked)
     kept, left_out = [], []
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
         lacks = any(mark and mark.name in names and backends.missing(name) for name, mark in backends.BACKENDS.items())
-        tier = tiers.higher(item.iter_markers(), getattr(getattr(item, "callspec", None), "params", {}))
-        (left_out if lacks or "absent" in names or tier in without else kept).append(item)
+        tier = tiers.rank(item.iter_markers(), getattr(getattr(item, "callspec", None), "params", {}))
+        (left_out if lacks or "absent" in names or tier > asked else kept).append(item)
         if tier:
             item.add_marker(pytest.mark.above)
         elif not names.intersection(tiers.NOT_QUICK):

@@ -46,7 +46,6 @@ def test_a_comparison_that_fails_says_where_and_how_far(monkeypatch: pytest.Monk
     actual[1, 2, 0] += 2.0**-20
     actual[0, 1, 1] -= 2.0**-22
     assert_within(actual, 1.0, 2.0**-20)
-    monkeypatch.setattr(backends, "LAUNCHED", backends.LAUNCHED.copy())
     monkeypatch.setattr("helpers.compare.LAUNCHED", ["forward_warp_registers_128x1 of forward.cu (float32)"])
     lines = explained(assert_within, actual, 1.0, 2.0**-23, "y").splitlines()
     assert lines[0].startswith("y: 2 of 24 elements of shape (2, 3, 4), float32, are off; the worst, at (1, 2, 0):")
@@ -65,7 +64,9 @@ def test_what_is_not_finite_is_compared(dtype: Any) -> None:
         other = values.copy()
         other[place] = wrong
         assert f"at ({place},)" in explained(assert_within, other, values.astype(np.longdouble), 1e30)
-    assert_within(np.array([np.inf], dtype), np.longdouble("1e400"), 0.0)  # no dtype holds it
+    too_large = np.longdouble("1e400")
+    assert_within(np.array([np.inf], dtype), too_large, 0.0, overflow=True)
+    assert "at (0,)" in explained(assert_within, np.array([np.inf], dtype), too_large, 1e30)
     assert_within(np.array([3], dtype), 4.0, math.nan)
     assert "at (0,)" in explained(assert_within, np.array([np.nan], dtype), 4.0, math.nan)
 
@@ -85,11 +86,11 @@ def test_bits_are_compared() -> None:
 
 def test_tiers_follow_from_marks_and_their_rules() -> None:
     mark = pytest.mark.full(simt=lambda given: given["dtype"] != "float32").mark
-    assert tiers.higher([mark], {"backend": "simt", "dtype": "float32"}) == ""
-    assert tiers.higher([mark], {"backend": "simt", "dtype": "float16"}) == "full"
-    assert tiers.higher([mark], {"backend": "numpy", "dtype": "float16"}) == ""
-    assert tiers.higher([pytest.mark.full.mark, pytest.mark.long.mark], {}) == "full"
-    assert tiers.higher([pytest.mark.full.mark, pytest.mark.nightly.mark], {}) == "nightly"
+    assert tiers.rank([mark], {"backend": "simt", "dtype": "float32"}) == 0
+    assert tiers.rank([mark], {"backend": "simt", "dtype": "float16"}) == 1
+    assert tiers.rank([mark], {"backend": "numpy", "dtype": "float16"}) == 0
+    assert tiers.rank([pytest.mark.full.mark, pytest.mark.long.mark], {}) == 1
+    assert tiers.rank([pytest.mark.full.mark, pytest.mark.nightly.mark], {}) == 2
 
 
 def test_seeds_differ_by_name_and_by_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,16 +23,16 @@ def wide(array: Any) -> np.ndarray:
     return array if array.dtype == np.longdouble else array.astype(np.float64).astype(np.longdouble)
 
 
-def assert_within(actual: np.ndarray, expected: Any, bound: Any, what: str = "result") -> None:
+def assert_within(actual: np.ndarray, expected: Any, bound: Any, what: str = "result", overflow: bool = False) -> None:
     """Every element of `actual` is within `bound` of the one of `expected`, which is broadcast to it, as bound is.
 
-    NaN must be where NaN is expected, whatever the bound; a bound of NaN asks for nothing else. What is larger than the
-    dtype holds may be infinity.
+    NaN must be where NaN is expected, whatever the bound; a bound of NaN asks for nothing else. overflow: what is
+    larger than the dtype holds may be infinity.
     """
     actual = np.asarray(actual)
     exact = np.broadcast_to(wide(expected), actual.shape)
     bound = np.broadcast_to(np.asarray(bound, np.longdouble), actual.shape)
-    error = errors(actual, exact)
+    error = errors(actual, exact, overflow)
     with np.errstate(invalid="ignore"):
         wrong = (np.isnan(wide(actual)) != np.isnan(exact)) | ((~(error <= bound) | np.isinf(error)) & ~np.isnan(bound))
     if wrong.any():
@@ -56,9 +56,9 @@ def assert_equal(actual: Any, expected: Any, what: str = "result", strict: bool 
         raise AssertionError(explain(actual, expected, wrong.astype(float), np.zeros(wrong.shape), wrong, what))
 
 
-def errors(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
+def errors(actual: np.ndarray, exact: np.ndarray, overflow: bool = False) -> np.ndarray:
     """|actual - exact|: 0 where both are NaN, or infinity where it may be; infinite where one of them alone is NaN."""
-    ours, largest = wide(actual), LARGEST.get(actual.dtype.name, np.inf)
+    ours, largest = wide(actual), LARGEST[actual.dtype.name] if overflow else np.inf
     with np.errstate(invalid="ignore", over="ignore"):
         same = (ours == exact) | (np.isnan(ours) & np.isnan(exact))
         same |= np.isinf(ours) & (np.sign(ours) * exact > largest)

@@ -51,23 +51,21 @@ def covering(axes: dict[str, Sequence[Any]], rank: Callable[[Row], int] = lambda
     return chosen
 
 
-def parametrize(metafunc: pytest.Metafunc, backends: Sequence[Any], whole: bool) -> None:
-    """Generate the tests of a function marked with `pairwise`. backends: parameters of the fixture, if it has that;
-    whole: the rest of the product too."""
+def parametrize(metafunc: pytest.Metafunc, backends: Sequence[Any]) -> None:
+    """Generate the tests of a function marked with `pairwise`. backends: parameters of the fixture, if it has that."""
     mark = metafunc.definition.get_closest_marker("pairwise")
     assert mark is not None
     axes, marks = dict(mark.kwargs), list(metafunc.definition.iter_markers())
-    ranks = ["", "full", "nightly"]
     parameters = []
     for backend in backends or [None]:
         before = backend.values if backend else ()
 
         def rank(row: Row, before: Row = before) -> int:
             names = [*["backend"] * len(before), *axes]
-            return ranks.index(tiers.higher(marks, dict(zip(names, (*before, *row), strict=True))))
+            return tiers.rank(marks, dict(zip(names, (*before, *row), strict=True)))
 
         chosen = covering(axes, rank)
-        rest = [row for row in product(*axes.values()) if row not in chosen] if whole else []
+        rest = [row for row in product(*axes.values()) if row not in chosen] if tiers.asked == "nightly" else []
         for row in chosen + rest:
             extra = [*(backend.marks if backend else ()), *([] if row in chosen else [pytest.mark.nightly])]
             values = (*before, *row)

@@ -12,18 +12,17 @@ from typing import Any
 
 import pytest
 
-#: Tiers above the default one, each with the options that ask for it; the nightly one has all of the full one.
-OPTIONS = {"full": ("full", "nightly"), "nightly": ("nightly",)}
+#: Each has all of those before it.
+TIERS = ("default", "full", "nightly")
 #: The highest tier that is asked for; set by conftest.
 asked = "default"
 #: Marks of what the quick tier leaves out: all but NumPy, the recording runtime, and what is computed with them.
 NOT_QUICK = ("simt", "compiled", "gpu", "nvrtc", "fakegpu", "chainer", "long")
 
 
-def higher(marks: Iterable[pytest.Mark], given: dict[str, Any]) -> str:
-    """The tier above the default one that a test with these marks and parameters is of; "" if it is of none."""
-    found = {mark.name for mark in marks if mark.name in OPTIONS and _holds(mark, given)}
-    return "nightly" if "nightly" in found else "full" if "full" in found else ""
+def rank(marks: Iterable[pytest.Mark], given: dict[str, Any]) -> int:
+    """The place in TIERS of the one that a test with these marks and parameters is of."""
+    return max((TIERS.index(mark.name) for mark in marks if mark.name in TIERS and _holds(mark, given)), default=0)
 
 
 def _holds(mark: pytest.Mark, given: dict[str, Any]) -> bool:

@@ -132,6 +132,7 @@ real=real all="real sweep" scopes=() tests=() sizes=() calls=() compiling=60
 if [ -n "${SMALL:-}" ]; then
     telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=bfloat16
     scopes=(--scopes cluster4) tests=(tests/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1)
+    [ $stage = first ] || calls+=(--no-import)
     sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=1
 fi
 rehearse() {

@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--calls", type=int, help=f"of a turn; default {CALLS['cpu']} on a CPU, {CALLS['gpu']} on a GPU"
     )
+    parser.add_argument("--no-import", action="store_true", help="do not measure the import, which compiles the core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to this result, under 'host'")
     options = parser.parse_args(arguments)
     usable, why = devices.gpu_status()
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(lines(rows)))
     if options.json:
         report.add_to_json(options.json, xp, "host", rows)
-    if gpu:
+    if gpu and not options.no_import:
         seconds_ = import_seconds()
         print(f"import, beyond CuPy's own start: cold {seconds_['cold']:.2f} s, warm {seconds_['warm']:.3f} s")
         if options.json:

@@ -20,9 +20,11 @@ COMPILED = {"relu": "float32", "leaky_relu": "float16", "silu": "bfloat16", "gel
 
 
 def compiled_elsewhere(given: dict[str, Any]) -> bool:
-    """Whether another case compiles the activation, and another the dtype."""
+    """Whether another case compiles the activation or the residual, and another the dtype and the layout."""
     case = given["case"]
-    return case.activation is not None and case.dtype != COMPILED[case.activation]
+    if case.activation is not None:
+        return case.dtype != COMPILED[case.activation]
+    return case.dtype != "float16" if case.residual else (case.dtype, case.layout) == ("float16", "transposed")
 
 
 @cases.tiers()

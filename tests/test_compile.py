@@ -2,9 +2,9 @@
 
 The core modules are compiled for sm_90 each time. Everything for every architecture takes most of an hour, so the full
 tier deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of rungs
-that differ in packs or in the cluster's size alone it takes the largest, which needs most registers; and the two 16-bit
-dtypes, and whatever differs in its epilogue alone, take turns too (_code). The nightly tier compiles
-everything for every architecture: for changes of kernels, of LADDERS, of resident_threads.
+that differ in packs or in the cluster's size alone it takes the largest, which needs most registers; and dtypes, packs
+and epilogues take turns too (_code). The nightly tier compiles everything for every architecture: for changes of
+kernels, of LADDERS, of resident_threads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import ctypes
 import json
 import os
 import re
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -160,12 +159,8 @@ def test_core_modules(module: Module) -> None:
 
 
 def _code(module: Module) -> Module:
-    """One for all modules that take turns: those that differ in which epilogue they have and in their dtype alone;
-    without an epilogue, in which 16-bit dtype.
-    """
-    if module.epilogue:
-        return replace(module, dtype="float16", vector=min(module.vector, 2), epilogue=1)
-    return replace(module, dtype="float16") if module.dtype == "bfloat16" else module
+    """One for all modules that take turns: those that differ in dtype, in how much they pack, in which epilogue."""
+    return replace(module, dtype="float16", vector=min(module.vector, 2), epilogue=0)
 
 
 def _dealt(architecture: int) -> list[Module]:
@@ -202,7 +197,8 @@ def test_every_module(architecture: int) -> None:
 def test_the_deal_leaves_no_code_out() -> None:
     dealt = [module for architecture in ARCHITECTURES if _supported(architecture) for module in _dealt(architecture)]
     assert {_code(module) for module in dealt} == {_code(module) for module in all_modules()}
-    assert {module.dtype for module in dealt if module.epilogue} == set(ITEMSIZE)
+    for fused in (False, True):
+        assert {module.dtype for module in dealt if (module.epilogue > 0) == fused} == set(ITEMSIZE)
 
 
 def _wide_modules() -> list[Module]:
@@ -224,14 +220,47 @@ def _width(group: str) -> int:
     return 1 if group == "part" else widest(ITEMSIZE["bfloat16"], "channels_first")
 
 
-@pytest.mark.parametrize(
-    "module", _wide_modules(), ids=lambda m: f"{m.file}-{m.dtype}-{m.group or 'core'}-{m.epilogue}"
-)
-def test_sixteen_byte_accesses(module: Module) -> None:
-    """Packs move in one access each: 16 bytes channels-first, and only edges and numbers of planes by themselves."""
+@lru_cache(maxsize=1)
+def _planned() -> dict[Module, set[Step]]:
+    """What recorded plans launch, under one module of each file and its rungs, with an epilogue and without: one of
+    _wide_modules if it has them.
+    """
+    modules = {(m.file, m.rungs, m.epilogue > 0): m for m in _wide_modules()}
+    steps: dict[Module, set[Step]] = {module: set() for module in _wide_modules()}
+    for recorded in json.loads(Path(__file__).with_name("plans.json").read_text()):
+        plan = recorded["planned"]
+        for step, named in zip(plan["plan"]["steps"], plan["modules"], strict=True):
+            module = Module(**named)
+            one = modules.setdefault((module.file, module.rungs, module.epilogue > 0), module)
+            steps.setdefault(one, set()).add(Step(**step | {"grid": tuple(step["grid"])}))
+    return steps
+
+
+@pytest.mark.parametrize("module", _planned(), ids=lambda m: f"{m.file}-{m.dtype}-{m.group or 'core'}-{m.epilogue}")
+def test_launch_bounds_and_accesses(module: Module) -> None:
     ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
     entries = ptx.split(".visible .entry ")[1:]
     assert len(entries) == len(module.kernels)
+    _check_launch_bounds(module, entries)
+    if module in _wide_modules():
+        _check_accesses(module, entries)
+
+
+def _check_launch_bounds(module: Module, entries: list[str]) -> None:
+    """Kernels are compiled for as many threads as plans launch, for the cluster, and for the blocks that are to stay on
+    a multiprocessor. The emulator runs any number; a GPU refuses more threads than were compiled for.
+    """
+    kernels = {entry.split("(")[0]: entry.split("{")[0] for entry in entries}
+    for step in _planned()[module]:
+        said = dict(re.findall(r"\.(maxntid|minnctapersm|reqnctapercluster) (\d+)", kernels[step.name]))
+        rung = _rung_of(module, step.name)
+        blocks = module.blocks(rung) if rung else 1
+        assert said.pop("reqnctapercluster", "1") == str(step.cluster), step.name
+        assert said == {"maxntid": str(step.threads), "minnctapersm": str(blocks)}, step.name
+
+
+def _check_accesses(module: Module, entries: list[str]) -> None:
+    """Packs move in one access each: 16 bytes channels-first, and only edges and numbers of planes by themselves."""
     forward, double, fused = module.file == "forward", module.file == "double_backward", bool(module.epilogue)
     inputs = (1 if forward else 3 if double else 2) + fused  # x, dy, ddx, residual
     outputs = 1 + double + (fused and not forward)  # y or dx, ddy, dresidual
@@ -257,35 +286,6 @@ def test_sixteen_byte_accesses(module: Module) -> None:
         assert narrow <= outputs + numbers + published, name
         assert "st.global.v2" not in entry, name
         assert "ld.global.v2" not in entry, name
-
-
-@lru_cache(maxsize=1)
-def _planned() -> dict[Module, set[Step]]:
-    """What recorded plans launch, under one module of each file and its rungs, with an epilogue and without."""
-    modules: dict[tuple[str, tuple[Rung, ...], bool], Module] = {}
-    steps = defaultdict(set)
-    for recorded in json.loads(Path(__file__).with_name("plans.json").read_text()):
-        plan = recorded["planned"]
-        for step, module in zip(plan["plan"]["steps"], plan["modules"], strict=True):
-            kind = module["file"], Module(**module).rungs, module["epilogue"] > 0
-            one = modules.setdefault(kind, Module(**module))
-            steps[one].add(Step(**step | {"grid": tuple(step["grid"])}))
-    return steps
-
-
-@pytest.mark.parametrize("module", _planned(), ids=lambda m: f"{m.file}-{m.group or 'core'}-{m.epilogue}")
-def test_launch_bounds(module: Module) -> None:
-    """Kernels are compiled for as many threads as plans launch, for the cluster, and for the blocks that are to stay on
-    a multiprocessor. The emulator runs any number; a GPU refuses more threads than were compiled for.
-    """
-    ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
-    kernels = {entry.split("(")[0]: entry.split("{")[0] for entry in ptx.split(".visible .entry ")[1:]}
-    for step in _planned()[module]:
-        said = dict(re.findall(r"\.(maxntid|minnctapersm|reqnctapercluster) (\d+)", kernels[step.name]))
-        rung = _rung_of(module, step.name)
-        blocks = module.blocks(rung) if rung else 1
-        assert said.pop("reqnctapercluster", "1") == str(step.cluster), step.name
-        assert said == {"maxntid": str(step.threads), "minnctapersm": str(blocks)}, step.name
 
 
 def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -690,7 +690,6 @@ def test_readmes_graph(rng: np.random.Generator) -> None:
     [
         ("cupynorm info", r"cuda:0 NVIDIA H100 80GB HBM3, compute capability 9\.0"),
         ("bench --shapes 2,3,16,16 --rounds 1 --op forward --peers torch", r"torch left out.*2,3,16,16 *│ *forward"),
-        ("bench.host --device gpu --rounds 1 --calls 1", r"8,64,16,16 affine, forward \+ backward *\d"),
     ],
 )
 def test_commands(command: str, answer: str) -> None:

@@ -80,7 +80,7 @@ def test_import_prints_nothing() -> None:
 
 
 def test_no_driver_means_no_cupy() -> None:
-    assert python(USE + "import sys; print('cupy' in sys.modules)", env=NO_GPU).split() == ["False"]
+    assert python(USE + "import sys; print('cupy' in sys.modules)", env=NUMPY_ALONE).split() == ["False"]
 
 
 @pytest.mark.parametrize("how", BLOCKERS)
@@ -93,7 +93,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "pip install 'cupynorm[cuda12]'" in python(code, env=NO_GPU)
+    assert "pip install 'cupynorm[cuda12]'" in python(code, env=NUMPY_ALONE)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
@@ -112,7 +112,7 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    assert "is not usable: " in python(code, env=NO_GPU)
+    assert "is not usable: " in python(code, env=NUMPY_ALONE)
 
 
 @pytest.mark.parametrize("blocked", [True, False])
@@ -134,7 +134,7 @@ def test_home_is_not_needed(tmp_path: Path, home: str) -> None:
     if home != "missing":
         folder.mkdir(mode=0o500 if home == "read-only" else 0o700)
     env = {name: str(folder) for name in ("HOME", "USERPROFILE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")}
-    assert python(USE, env=env | NO_GPU) == ""
+    assert python(USE, env=env | NUMPY_ALONE) == ""
     assert list(tmp_path.rglob("*")) == ([] if home == "missing" else [folder])  # and nothing is written there
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import backends, pairwise, seeds, tiers
+from helpers import backends, compare, pairwise, seeds, tiers
 from helpers.backends import Backend
 
 from cupynorm import cpu, functional, threads
@@ -54,6 +54,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pairwise.parametrize(metafunc, found)
     elif found:
         metafunc.parametrize("backend", found, indirect=True)
+
+
+def pytest_assertrepr_compare(op: str, left: Any, right: Any) -> list[str] | None:
+    """Where arrays differ that are asserted to have the same bits."""
+    return compare.difference(left, right) if op == "==" else None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -416,7 +416,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
              "-m", "compiled"),
         ]  # fmt: skip
     files = {
-        "cpu": "choices cpu double_backward epilogue semantics functional accuracy layers together",
+        "cpu": "choices cpu double_backward plan epilogue semantics functional accuracy layers together",
         "launch": "launch plan semantics functional refusals invariance together",
         "plan": "plan invariance functional info",
         "source": "plan package",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import backends, seeds, tiers
-from helpers.compare import BFLOAT16, assert_same, assert_within
+from helpers.compare import BFLOAT16, Bits, assert_same, assert_within, bits
 from helpers.pairwise import covering
 
 AXES: dict[str, list[Any]] = {"a": [1, 2, 3], "b": "uvwx", "c": [True, False], "d": [None, "e"]}
@@ -54,6 +54,30 @@ def test_a_comparison_that_fails_says_where_and_how_far(monkeypatch: pytest.Monk
     assert lines[3].split("error")[1].strip() == "9.54e-07: 16 roundings of 5.96e-08"
     assert lines[4].split("bound")[1].strip() == "1.19e-07: 2 roundings of 5.96e-08"
     assert lines[5].strip() == "kernels   forward_warp_registers_128x1 of forward.cu (float32)"
+
+
+def test_bits_that_differ_are_told_by_their_place() -> None:
+    one = np.arange(6, dtype=np.float32).reshape(2, 3)
+    other = one.copy()
+    other[1, 0] = -3
+    before = bits(one, None, one[0])
+    assert before == bits(one.copy("F"), None, one[0])
+    assert Bits(np.zeros(2)) != Bits(-np.zeros(2))
+    assert Bits(one) != Bits(one.astype(np.float64))
+    assert Bits(one) != Bits(one.ravel())
+
+    def compared(left: Any, right: Any) -> None:
+        assert left == right
+
+    said = explained(
+        compared, {"a": (1, Bits(one)), "b": before}, {"a": (1, Bits(one)), "b": bits(other, None, one[0])}
+    )
+    assert "result['b'][0], bits: 1 of 6 elements of shape (2, 3), float32, are off; the worst, at (1, 0):" in said
+    assert "got       3" in said and "expected  -3" in said
+    one[...] = 7
+    assert before == bits(np.float32([[0, 1, 2], [3, 4, 5]]), None, np.float32([0, 1, 2]))
+    said = explained(compared, Bits(one), Bits(one[0]))
+    assert "got float32 of shape (2, 3), expected float32 of shape (3,)" in said
 
 
 @pytest.mark.parametrize("dtype", ["float16", BFLOAT16, "float32", "float64"], ids=str)

@@ -15,7 +15,7 @@ import pytest
 import reference
 from helpers import tiers
 from helpers.backends import Backend
-from helpers.compare import ROUNDING
+from helpers.compare import ROUNDING, Bits, bits
 from helpers.seeds import seed_of
 from helpers.tiers import amount
 from hypothesis import HealthCheck, given, settings
@@ -152,10 +152,6 @@ def within(actual: np.ndarray, expected: np.ndarray, scale: Any, dtype: str, sto
     cases.within(actual, expected, np.maximum(np.abs(scale), 1e-3), allowed, "result")
 
 
-def kept_bits(*arrays: np.ndarray | None) -> list[bytes | None]:
-    return [None if a is None else a.copy("C").tobytes() for a in arrays]  # tobytes alone may take no more than 32 axes
-
-
 def good_planes(*arrays: np.ndarray | None) -> np.ndarray:
     """Which planes have nothing but finite numbers in all of these arrays."""
     present = [a for a in arrays if a is not None]
@@ -211,7 +207,7 @@ def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[s
     residual = None if residual_ is None else backend.array(residual_)
     options: dict[str, Any] = {"activation": activation, "negative_slope": 0.2}
     given = {"running_mean": mean, "running_var": var, "momentum": momentum, "eps": eps}
-    before = kept_bits(x_, weight_, bias_, residual_)
+    before = bits(x_, weight_, bias_, residual_)
 
     def call(**more: Any) -> Any:
         return cn.instance_norm_forward(
@@ -221,7 +217,7 @@ def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[s
     if training and math.prod(spatial) == 1:
         with pytest.raises(ValueError, match="more than 1 spatial"):
             call()
-        assert kept_bits(backend.host(mean), backend.host(var)) == kept_bits(mean_, var_)
+        assert bits(mean, var) == bits(mean_, var_)
         return
     y, saved = call()
     y_ = backend.host(y)
@@ -233,7 +229,7 @@ def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[s
         for gradient, p in zip(gradients, (weight_, bias_), strict=False):
             assert (gradient is None) == (p is None)
             assert p is None or (gradient.shape == p.shape and not backend.host(gradient).any())
-        assert kept_bits(backend.host(mean), backend.host(var)) == kept_bits(mean_, var_)
+        assert bits(mean, var) == bits(mean_, var_)
         return
     running = None if training else (mean_, var_)
     with np.errstate(all="ignore"):
@@ -258,7 +254,7 @@ def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[s
         assert np.isnan(moved_var[~fine]).all()
         assert not np.isfinite(moved_mean[~fine]).any()
     else:
-        assert kept_bits(backend.host(mean), backend.host(var)) == kept_bits(mean_, var_)
+        assert bits(mean, var) == bits(mean_, var_)
 
     dy_ = laid(draw, filled(draw, shape, dtype, draw(st.sampled_from(DATA))), draw(layouts), folder / "d")
     if activation in ("relu", "leaky_relu"):  # not where rounding decides on which side of a kink an element is
@@ -295,8 +291,8 @@ def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[s
             if p is not None:
                 total = t.sum(axes if p.ndim == 2 else (0, *axes))
                 within(backend.host(gradient), e, total, dtype, params)
-    assert kept_bits(x_, weight_, bias_, residual_) == before
-    assert kept_bits(backend.host(x)) == kept_bits(x_)
+    assert bits(x_, weight_, bias_, residual_) == before
+    assert bits(x) == bits(x_)
 
 
 @checks(150)
@@ -477,12 +473,12 @@ def test_other_kinds_of_arrays_are_refused(backend: Backend, rng: np.random.Gene
         pytest.skip("these are NumPy's classes")
     good = dict(given)
     given[role] = bad
-    before = {name: backend.host(a).tobytes() for name, a in good.items()}
+    before = {name: Bits(a) for name, a in good.items()}
     names = {"x": "input", "dx": "out"}
     dy, dx = given.pop("dy"), given.pop("dx")
     with pytest.raises((TypeError, ValueError), match=names.get(role, role)):
         _ = cn.instance_norm_backward(dy, saved, out=dx) if role in ("dy", "dx") else cn.instance_norm_forward(**given)
-    assert {name: backend.host(a).tobytes() for name, a in good.items()} == before
+    assert {name: Bits(a) for name, a in good.items()} == before
 
 
 @pytest.mark.parametrize("shape", [(2, 2**17, 2**17, 2**17), (2, 3, 2**20, 2**30)])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import reference
 from helpers.backends import Backend
-from helpers.compare import BFLOAT16, assert_allclose, assert_equal, assert_same
+from helpers.compare import BFLOAT16, Bits, assert_allclose, assert_equal, assert_same
 from optional import imported
 from reference import assert_close
 
@@ -45,23 +45,22 @@ def held(layer: Any) -> dict[str, Any]:
     return {name: array for name, array in arrays.items() if array is not None}
 
 
-def bits(backend: Backend, *things: Any) -> list[Any]:
+def contents(*things: Any) -> list[Any]:
     """The identity and the contents of arrays, and of everything that a layer holds."""
     found = []
     for thing in things:
         for name, array in (held(thing) if isinstance(thing, tuple(LAYERS.values())) else {"": thing}).items():
-            host = backend.host(array)
-            found.append((name, id(array), host.dtype, host.shape, host.tobytes()))
+            found.append((name, id(array), Bits(array)))
     return found
 
 
 @contextmanager
 def refused(backend: Backend, error: type[Exception], match: str, *things: Any) -> Iterator[None]:
     """The call in the block raises, and changes nothing of the arrays and layers given."""
-    before = bits(backend, *things)
+    before = contents(*things)
     with pytest.raises(error, match=match):
         yield
-    assert bits(backend, *things) == before
+    assert contents(*things) == before
 
 
 def full_layer(backend: Backend, rank: int = 2, **kwargs: Any) -> Any:
@@ -177,10 +176,10 @@ def check_empty(backend: Backend, shape: tuple[int, ...], training: bool) -> Non
     """Empty results, zero gradients, nothing else changed."""
     c = shape[1]
     layer = cn.InstanceNorm2d(c, affine=True, track_running_stats=True, device=backend.device).train(training)
-    before = bits(backend, layer)
+    before = contents(layer)
     y = layer.forward(backend.array(np.zeros(shape, np.float32)))
     assert (y.shape, y.dtype) == (shape, np.float32)
-    assert bits(backend, layer) == before
+    assert contents(layer) == before
     dx = layer.backward(y)
     assert (dx.shape, dx.dtype) == (shape, np.float32)
     for parameter in layer.params():
@@ -436,14 +435,14 @@ def test_running_statistics(backend: Backend, rng: np.random.Generator, shape: A
 @pytest.mark.parametrize("momentum", [None, 0, 0.0])
 def test_no_momentum(backend: Backend, rng: np.random.Generator, momentum: Any) -> None:
     layer = full_layer(backend, momentum=momentum)
-    before = bits(backend, layer)
+    before = contents(layer)
     host = normal(rng, (2, 3, 4, 5))
     layer.forward(backend.array(host))
-    assert bits(backend, layer) == before
+    assert contents(layer) == before
     bad = host.copy()
     bad[0, 0, 0, 0] = np.inf  # of which 0 times would be NaN
     layer.forward(backend.array(bad))
-    assert bits(backend, layer) == before
+    assert contents(layer) == before
     if torch:
         theirs = torch_layer(2, 3, momentum=momentum, track_running_stats=True)
         theirs(torch.from_numpy(host))
@@ -466,12 +465,12 @@ def test_batches_are_not_counted(backend: Backend, rng: np.random.Generator, mom
 def test_update_is_in_place(backend: Backend, rng: np.random.Generator) -> None:
     layer = full_layer(backend)
     buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    before = bits(backend, *buffers[:2])
+    before = contents(*buffers[:2])
     layer.forward(backend.array(normal(rng, (2, 3, 4, 5))))
     assert [id(a) for a in buffers] == [
         id(a) for a in (layer.running_mean, layer.running_var, layer.num_batches_tracked)
     ]
-    assert all(old != new for old, new in zip(before, bits(backend, *buffers[:2]), strict=True))
+    assert all(old != new for old, new in zip(before, contents(*buffers[:2]), strict=True))
 
     mean, var = (backend.array(np.ones(3, np.float32)) for _ in range(2))
     host = normal(rng, (2, 3, 4))
@@ -484,10 +483,10 @@ def test_update_is_in_place(backend: Backend, rng: np.random.Generator) -> None:
 def test_tracked_eval_reads_and_does_not_write(backend: Backend, rng: np.random.Generator) -> None:
     layer = full_layer(backend).eval()
     running = backend.host(layer.running_mean).copy(), backend.host(layer.running_var).copy()
-    before = bits(backend, layer)
+    before = contents(layer)
     host = normal(rng, (2, 3, 4, 5))
     y = backend.host(layer.forward(backend.array(host)))
-    assert bits(backend, layer) == before
+    assert contents(layer) == before
     weight, bias = backend.host(layer.weight.data), backend.host(layer.bias.data)
     assert_close(y, reference.forward(host, weight, bias, running=running))
 
@@ -600,10 +599,10 @@ def test_input_is_never_written(backend: Backend, rng: np.random.Generator, layo
     layer = full_layer(backend).train(training)
     x, dy = (backend.array(reference.LAYOUTS[layout](normal(rng, (2, 3, 4, 5)))) for _ in range(2))
     read = [x, dy, layer.weight.data, layer.bias.data]
-    before = bits(backend, *read)
+    before = contents(*read)
     layer.forward(x)
     layer.backward(dy)
-    assert bits(backend, *read) == before
+    assert contents(*read) == before
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop", "reversed"])

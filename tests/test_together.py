@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import reference
 from helpers.backends import Backend, use_compiled
+from helpers.compare import Bits, bits
 from helpers.tiers import amount
 
 import cupynorm as cn
@@ -55,10 +56,10 @@ def test_many_threads_on_one_layer_in_eval(backend: Backend, rng: np.random.Gene
     layer.forward(normal(backend, rng))
     layer.eval()
     inputs = [normal(backend, rng) for _ in range(4)]
-    expected = [backend.host(layer.forward(x)).tobytes() for x in inputs]
+    expected = [Bits(layer.forward(x)) for x in inputs]
 
     def work(number: int) -> bool:
-        return all(backend.host(layer.forward(inputs[number])).tobytes() == expected[number] for _ in range(20))
+        return all(Bits(layer.forward(inputs[number])) == expected[number] for _ in range(20))
 
     assert all(side_by_side([lambda number=number: work(number) for number in range(4)]))
 
@@ -73,11 +74,11 @@ def test_no_batch_is_lost_from_the_running_statistics(
     times, threads = 5, 4
     for _ in range(times * threads):  # of one batch, the order does not matter
         once.forward(x)
-    expected = [backend.host(a).tobytes() for a in once.state_dict().values()]
-    y = backend.host(once.forward(x)).tobytes()
+    expected = bits(*once.state_dict().values())
+    y = Bits(once.forward(x))
 
-    def work() -> list[bytes]:
-        return [backend.host(layer.forward(x)).tobytes() for _ in range(times)]
+    def work() -> list[Bits]:
+        return [Bits(layer.forward(x)) for _ in range(times)]
 
     moved = cpu._moved
 
@@ -90,7 +91,7 @@ def test_no_batch_is_lost_from_the_running_statistics(
     monkeypatch.setattr(cpu, "_moved", slowly)
     results = side_by_side([work] * threads)
     assert {r for some in results for r in some} == {y}
-    assert [backend.host(a).tobytes() for a in layer.state_dict().values()] == expected
+    assert bits(*layer.state_dict().values()) == expected
 
 
 def test_many_layers_in_many_threads(backend: Backend, rng: np.random.Generator) -> None:
@@ -98,13 +99,13 @@ def test_many_layers_in_many_threads(backend: Backend, rng: np.random.Generator)
     shapes = [SHAPE, (2, 4, 9, 9), (1, 4, 30, 31), (5, 4, 2, 3)]
     data = [(normal(backend, rng, shape), normal(backend, rng, shape)) for shape in shapes]
 
-    def train(x: Any, dy: Any) -> list[bytes]:
+    def train(x: Any, dy: Any) -> list[Bits]:
         layer = cn.InstanceNorm2d(4, affine=True, track_running_stats=True, device=backend.device)
         results: list[Any] = []
         for _ in range(5):
             results += [layer.forward(x), layer.backward(dy)]
         results += [layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
-        return [backend.host(a).tobytes() for a in results]
+        return bits(*results)
 
     expected = [train(*pair) for pair in data]
     assert side_by_side([lambda pair=pair: train(*pair) for pair in data]) == expected
@@ -162,7 +163,7 @@ def test_first_calls_at_the_same_moment_on_the_emulator(
     monkeypatch.setattr(emulator.subprocess, "run", noted)
     x = rng.normal(size=SHAPE).astype(np.float32)
     try:
-        results = side_by_side([lambda: cn.instance_norm(x).tobytes()] * 4)
+        results = side_by_side([lambda: Bits(cn.instance_norm(x))] * 4)
     finally:
         emulator.build.cache_clear()
     assert len(set(results)) == 1
@@ -199,12 +200,12 @@ print(len(results), len(set(results)))
 # Processes
 
 
-def _work(number: int) -> tuple[bytes, bytes]:
+def _work(number: int) -> list[Any]:
     """In a worker: what a call gives, and a layer that went through a pickle."""
     x = np.random.default_rng(number).normal(size=(2, 3, 40, 41)).astype(np.float32)
     layer = pickle.loads(_layer)
     y = layer.forward(x)
-    return y.tobytes(), layer.backward(y).tobytes() + layer.weight.grad.tobytes() + layer.running_var.tobytes()
+    return bits(y, layer.backward(y), layer.weight.grad, layer.running_var)
 
 
 def _begin(layer: bytes, way: bool, backend: str) -> None:
@@ -261,7 +262,7 @@ def test_pickles_between_devices(rng: np.random.Generator) -> None:
     layer.backward(layer.forward(x))
     twin = pickle.loads(pickle.dumps(layer))
     assert twin.device == layer.device
-    assert twin.forward(x).tobytes() == layer.forward(x).tobytes()
+    assert Bits(twin.forward(x)) == Bits(layer.forward(x))
     host = pickle.loads(pickle.dumps(layer.to_cpu()))
     assert type(host.weight.data) is np.ndarray
     reference.assert_close(host.eval().forward(x.get()), layer.eval().forward(x.get()))

@@ -7,6 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from cupynorm import devices
+
 from .backends import LAUNCHED
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -70,7 +72,8 @@ def errors(actual: np.ndarray, exact: np.ndarray, overflow: bool = False) -> np.
 def assert_same(actual: np.ndarray, expected: np.ndarray, what: str = "result") -> None:
     """The same shape, dtype and bits: zeros of one sign, NaN with one payload."""
     actual, expected = np.asarray(actual), np.asarray(expected)
-    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
+    kinds = [f"{array.dtype.name} of shape {array.shape}" for array in (actual, expected)]
+    assert kinds[0] == kinds[1], f"{what}: got {kinds[0]}, expected {kinds[1]}"
     if actual.tobytes() == expected.tobytes():
         return
     size = actual.dtype.itemsize
@@ -79,6 +82,49 @@ def assert_same(actual: np.ndarray, expected: np.ndarray, what: str = "result") 
     error = errors(actual, wide(expected)) if actual.dtype.kind in "fV" else wrong.astype(np.longdouble)
     error = np.where(wrong & (error == 0), np.longdouble(np.finfo(np.longdouble).tiny), error)  # -0, or another NaN
     raise AssertionError(explain(actual, expected, error, np.zeros(actual.shape), wrong, f"{what}, bits"))
+
+
+class Bits:
+    """A copy of an array, equal to another of the same shape, dtype and bits. Where an assertion finds two that are
+    not, or lists or dicts of them, `difference` says what pytest shows.
+    """
+
+    def __init__(self, array: Any):
+        self.array = devices.to_host(array).copy("C")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Bits):
+            return NotImplemented
+        ours, theirs = self.array, other.array
+        return (ours.shape, ours.dtype, ours.tobytes()) == (theirs.shape, theirs.dtype, theirs.tobytes())
+
+    def __hash__(self) -> int:
+        return hash(self.array.tobytes())
+
+    def __repr__(self) -> str:
+        return f"Bits of {self.array.dtype.name} of shape {self.array.shape}"
+
+
+def bits(*arrays: Any) -> list[Bits | None]:
+    return [None if array is None else Bits(array) for array in arrays]
+
+
+def difference(actual: Any, expected: Any, what: str = "result") -> list[str] | None:
+    """Where the first Bits that differ do, in lines."""
+    if isinstance(actual, Bits) and isinstance(expected, Bits):
+        try:
+            assert_same(actual.array, expected.array, what)
+        except AssertionError as error:
+            return str(error).splitlines()
+        return None
+    if isinstance(actual, dict) and isinstance(expected, dict):
+        pairs = [(actual[key], expected[key], key) for key in actual if key in expected]
+    elif isinstance(actual, (list, tuple)) and isinstance(expected, (list, tuple)):
+        pairs = [(*pair, number) for number, pair in enumerate(zip(actual, expected, strict=False))]
+    else:
+        return None
+    found = (difference(ours, theirs, f"{what}[{key!r}]") for ours, theirs, key in pairs)
+    return next((lines for lines in found if lines), None)
 
 
 def explain(

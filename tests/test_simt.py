@@ -14,7 +14,7 @@ import cases
 import numpy as np
 import pytest
 import reference
-from helpers.compare import assert_equal, assert_same, assert_within
+from helpers.compare import assert_equal, assert_same, assert_within, bits
 from helpers.seeds import seed_of
 from recorder import Recorder
 from simt import emulator
@@ -442,6 +442,29 @@ def test_same_bits_in_every_order(
         for other in others:
             assert_same(other, first)
         assert_within(first, exact, 1e-4 * (1 + np.abs(exact)))
+
+
+@pytest.mark.parametrize("scale", [1, 2.0**-46], ids=["ordinary", "out of range"])
+@pytest.mark.parametrize("regime", [r for r in REGIMES if r[0][:4] in ("bloc", "clus", "grid")], ids=label)
+def test_same_bits_in_every_order_where_squares_are_summed_again(
+    run_on: Callable[..., Emulator], rng: np.random.Generator, regime: tuple[Any, ...], scale: float
+) -> None:
+    """Planes of one value but for an element, whose sum is rounded by more than they deviate; and so small ones that
+    they are summed a third time."""
+    x = np.full(regime[1], 12345.678, np.float32)
+    x += rng.uniform(-1, 1, (*x.shape[:2], 1, 1)).astype(np.float32)
+    x[..., 1, 2] = np.nextafter(x[..., 1, 2], np.float32(np.inf))
+    x = reference.LAYOUTS[regime[2]](x * np.float32(scale))
+    results = []
+    for order in emulator.ORDERS:
+        runtime = run_on(Emulator(DEVICE, order))
+        runtime._device = regime[3]
+        y, saved = cn.instance_norm_forward(x, eps=0.0)
+        results.append([y, saved.mean, saved.rstd])
+    exact = reference.forward(x, eps=0.0)
+    assert_within(results[0][0], exact, 1e-4 * (1 + np.abs(exact)))
+    for other in results[1:]:
+        assert bits(*other) == bits(*results[0])
 
 
 def _caught(

@@ -445,7 +445,10 @@ def test_same_bits_in_every_order(
 
 
 @pytest.mark.parametrize("scale", [1, 2.0**-46], ids=["ordinary", "out of range"])
-@pytest.mark.parametrize("regime", [r for r in REGIMES if r[0][:4] in ("bloc", "clus", "grid")], ids=label)
+@pytest.mark.parametrize("regime", [
+    pytest.param(regime, marks=() if regime[0] == "block-registers" else pytest.mark.full, id=label(regime))
+    for regime in REGIMES if regime[0][:4] in ("bloc", "clus", "grid")
+])  # fmt: skip
 def test_same_bits_in_every_order_where_squares_are_summed_again(
     run_on: Callable[..., Emulator], rng: np.random.Generator, regime: tuple[Any, ...], scale: float
 ) -> None:

@@ -421,7 +421,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "plan": "plan invariance functional info",
         "source": "plan package",
         "devices": "functional layers refusals info package",
-        "explain": "functional info plan semantics",
+        "explain": "functional info plan invariance semantics",
         "functional": "functional refusals semantics properties double_backward epilogue layers",
         "layers": "layers loops checkpoints refusals together functional",
         "memory": "memory cpu together",

@@ -420,7 +420,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "launch": "launch plan semantics functional refusals invariance together",
         "plan": "plan invariance functional info",
         "source": "plan package",
-        "devices": "functional layers refusals info package",
+        "devices": "functional layers checkpoints refusals info package",
         "explain": "functional info plan invariance semantics",
         "functional": "functional refusals semantics properties double_backward epilogue layers",
         "layers": "layers loops checkpoints refusals together functional",

@@ -12,7 +12,8 @@
 # status is 1 then.
 # PYTHON chooses the interpreter (python3); PEERS who is measured beside cupynorm (torch, then torch.compile and jax).
 # To rehearse on the fake GPU (tests/fakegpu): SMALL=1 takes small shapes and a share of scopes, tests and variants,
-# PACE=1000 makes all time limits 1000 % of what they are.
+# and measures the import, which compiles for long, in the stage first alone; PACE=1000 makes all time limits 1000 % of
+# what they are.
 # Where there is no GPU the parts that need one are skipped, and the benchmarks are rehearsed on the CPU. A GPU that is
 # there but cannot be used is a failure.
 set -u

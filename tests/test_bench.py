@@ -692,6 +692,7 @@ def test_gpu_script_is_rehearsed_without_a_gpu(tmp_path: Path, stage: str):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "summary.txt").write_text("of another run\n", encoding="utf-8")
     (tmp_path / "out" / "mine.txt").write_text("not the script's\n", encoding="utf-8")
+    # On NumPy alone: the loops for each kind of call take longer to compile than a rehearsal may last.
     arguments, peers = ((), "torch") if stage == "full" else ((stage,), "none")
     done = gpu_script(tmp_path, "out", *arguments, PEERS=peers, CUPYNORM_COMPILED="0")
     assert done.returncode == 0, done.stdout + done.stderr

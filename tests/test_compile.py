@@ -225,8 +225,9 @@ def _planned() -> dict[Module, set[Step]]:
     """What recorded plans launch, under one module of each file and its rungs, with an epilogue and without: one of
     _wide_modules if it has them.
     """
-    modules = {(m.file, m.rungs, m.epilogue > 0): m for m in _wide_modules()}
-    steps: dict[Module, set[Step]] = {module: set() for module in _wide_modules()}
+    wide = _wide_modules()
+    modules = {(m.file, m.rungs, m.epilogue > 0): m for m in wide}
+    steps: dict[Module, set[Step]] = {module: set() for module in wide}
     for recorded in json.loads(Path(__file__).with_name("plans.json").read_text()):
         plan = recorded["planned"]
         for step, named in zip(plan["plan"]["steps"], plan["modules"], strict=True):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import reference
 from helpers.backends import Backend, on_cpu, peak_of, use_compiled
-from helpers.compare import Bits, assert_equal, assert_within, bits
+from helpers.compare import Bits, assert_equal, assert_same, assert_within, bits
 from helpers.pairwise import pairwise
 from helpers.tiers import amount
 
@@ -111,8 +111,8 @@ def test_planes_do_not_depend_on_what_is_beside_them(
     for n in range(shape[0]):
         one, own = cn.instance_norm_forward(x[n : n + 1])
         gradient = cn.instance_norm_backward(dy[n : n + 1], own)[0]
-        assert Bits(one) == Bits(y[n : n + 1])
-        assert Bits(gradient) == Bits(dx[n : n + 1])
+        assert_same(one, y[n : n + 1])
+        assert_same(gradient, dx[n : n + 1])
         assert bits(own.mean, own.rstd) == bits(saved.mean[n : n + 1], saved.rstd[n : n + 1])
 
 
@@ -145,7 +145,7 @@ def test_nothing_beside_the_arrays_is_read_or_written(
     out, around = amid(np.zeros(shape, np.float32), layout, 7)
     again, saved = cn.instance_norm_forward(x, residual=residual, out=out, **options)
     assert again is out
-    assert Bits(out) == Bits(y)
+    assert_same(out, y)
     got, *_, handed = cn.instance_norm_backward(dy, saved, out=out)
     assert got is out
     assert bits(out, handed) == bits(dx, dresidual)
@@ -229,8 +229,8 @@ def test_results_written_past_the_caches(rng: np.random.Generator, monkeypatch: 
             layouts: list[Any] = []
             patch.setattr(cpu, "STREAM", 0)
             patch.setattr(cpu, "_layout", lambda *given, met=layouts: met.append(cpu._Layout(*given)) or met[-1])
-            assert Bits(cn.instance_norm(x, out=out)) == Bits(y)
-            assert Bits(cn.instance_norm_backward(dy, saved, out=out)[0]) == Bits(dx)
+            assert_same(cn.instance_norm(x, out=out), y)
+            assert_same(cn.instance_norm_backward(dy, saved, out=out)[0], dx)
         assert [layout.streams for layout in layouts] == [True, True]
         assert (memory[:start] == 7).all() and (memory[start + x.size :] == 7).all()
 
@@ -537,7 +537,7 @@ def test_a_call_takes_a_few_blocks_beside_its_results(
 LARGE = (4, 64, 128, 129)
 
 
-def ready(rng: np.random.Generator) -> tuple[np.ndarray, bytes]:
+def ready(rng: np.random.Generator) -> tuple[np.ndarray, Bits]:
     x = rng.standard_normal(LARGE, dtype=np.float32)
     cn.set_num_threads(1)
     expected = Bits(cn.instance_norm(x))
@@ -888,7 +888,7 @@ def test_every_16_bit_number_is_read_and_written_right(dtype: str, monkeypatch: 
     y = cn.instance_norm(x, zero, one, weight, None, False, eps=0)
     wide = x.astype(np.float32)
     finite = ~np.isnan(wide)
-    assert Bits(y.view(np.uint16)[finite & (wide != 0)]) == Bits(x.view(np.uint16)[finite & (wide != 0)])
+    assert_same(y.view(np.uint16)[finite & (wide != 0)], x.view(np.uint16)[finite & (wide != 0)])
     assert np.isnan(y.astype(np.float32)[~finite]).all()
     # Values between the numbers: a bias too small for 16 bits moves them to and over the middle between two.
     for scale in (2.0**-4, 1 + 2.0**-8 + 2.0**-12, 1 + 2.0**-9, 1 + 2.0**-11, 1 - 2.0**-9):
@@ -896,7 +896,7 @@ def test_every_16_bit_number_is_read_and_written_right(dtype: str, monkeypatch: 
             expected = (wide * np.float32(scale)).astype(kind)
         y = cn.instance_norm(x, zero, one, np.array([scale], np.float32), None, False, eps=0)
         same = finite & (wide != 0)
-        assert Bits(y.view(np.uint16)[same]) == Bits(expected.view(np.uint16)[same])
+        assert_same(y.view(np.uint16)[same], expected.view(np.uint16)[same])
 
 
 @pytest.mark.compiled

@@ -69,9 +69,9 @@ def errors(actual: np.ndarray, exact: np.ndarray, overflow: bool = False) -> np.
     return np.where(np.isnan(error), np.inf, error)
 
 
-def assert_same(actual: np.ndarray, expected: np.ndarray, what: str = "result") -> None:
+def assert_same(actual: Any, expected: Any, what: str = "result") -> None:
     """The same shape, dtype and bits: zeros of one sign, NaN with one payload."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
+    actual, expected = devices.to_host(actual), devices.to_host(expected)
     kinds = [f"{array.dtype.name} of shape {array.shape}" for array in (actual, expected)]
     assert kinds[0] == kinds[1], f"{what}: got {kinds[0]}, expected {kinds[1]}"
     if actual.tobytes() == expected.tobytes():
@@ -85,8 +85,8 @@ def assert_same(actual: np.ndarray, expected: np.ndarray, what: str = "result") 
 
 
 class Bits:
-    """A copy of an array, equal to another of the same shape, dtype and bits. Where an assertion finds two that are
-    not, or lists or dicts of them, `difference` says what pytest shows.
+    """A copy of an array to be compared later, or with others in lists and dicts: equal to another of the same shape,
+    dtype and bits. Where an assertion finds two that are not, pytest shows what assert_same says (`difference`).
     """
 
     def __init__(self, array: Any):

@@ -4,10 +4,12 @@ The exact answer is the formula in extended precision (NumPy's longdouble) from 
 counted in **roundings**: 1 is the most that rounding the exact answer to the dtype costs, half a unit in its last
 place. It is taken relative to the element and the root mean square of its plane together, since x - mean cancels; for
 dx also to rstd * |dy|, from which it is subtracted; of dweight and dbias to their own size and the root of the sum of
-the squared terms, in which xhat counts as no smaller than what is taken from x, but for that at most as 1.
+the squared terms, in which xhat counts as no smaller than what is taken from x, but for that at most as 1. Results of
+the double backward (of cupynorm alone) are sums and differences, too: their errors are taken relative to the parts.
 
 CuPy compiles with flush-to-zero, and the emulator does the same: numbers of float32 below 1.2e-38 are 0. Of an error of
-these two, what that explains is no rounding: x, its mean and x - mean where they are as small, and what the mean lacks.
+these two, what that explains is no rounding: x, its mean and x - mean where they are as small, what the mean lacks,
+and, for the double backward, rstd.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import cupynorm
 from cupynorm import cpu, devices, functional
 
 from . import peers, report
@@ -33,6 +36,9 @@ FLUSHED = 2.0**-126  # the least number of float32 that is not denormal
 FLUSHING = "emulated", "CUDA"  # what is smaller is 0 for them, but in float64
 #: Roundings that are "a few": what every answer of cupynorm's is allowed.
 ALLOWED = 8.0
+
+#: Those of the answers that have a number for each element of x.
+ELEMENTS = "y", "dx", "ddy", "double dx"
 
 DEFAULT = 4, 8, 64, 64
 LARGE = 1 << 22  # elements from which on a plane is too large for the emulator
@@ -46,11 +52,13 @@ class Hard(NamedTuple):
     dtype: str = "float32"
     shape: tuple[int, ...] = DEFAULT
     eps: float = EPS
+    dy: float = 1.0  # the deviation of dy
 
     def __str__(self) -> str:
         eps = "" if self.eps == EPS else f", eps = {self.eps:g}"
         shape = "" if self.shape == DEFAULT else f", {report.shape_text(self.shape)}"
-        return f"{self.name}, {self.dtype}{shape}{eps}"
+        dy = "" if self.dy == 1 else f", dy of {self.dy:g}"
+        return f"{self.name}, {self.dtype}{shape}{eps}{dy}"
 
 
 def _normal(mean: float, deviation: float = 1) -> Callable[..., np.ndarray]:
@@ -95,6 +103,14 @@ def rows(quick: bool = False) -> list[Hard]:
         Hard("N(0, 1e25)", _normal(0, 1e25), shape=(16, 32, 5, 5)),
         Hard("N(0, 1e-20)", _normal(0, 1e-20), shape=(16, 32, 5, 5), eps=0.0),
         Hard("N(0, 1e25)", _normal(0, 1e25), "bfloat16"), Hard("N(0, 1e-20)", _normal(0, 1e-20), "bfloat16", eps=0.0),
+        Hard("N(0, 1e36)", _normal(0, 1e36), dy=100.0), Hard("N(1e36, 1e35)", _normal(1e36, 1e35)),
+        Hard("N(1e38, 1e36)", _normal(1e38, 1e36)), Hard("±1e38 checkerboard", _checkerboard(1e38)),
+        Hard("N(0, 1e36)", _normal(0, 1e36), shape=(16, 32, 5, 5)),
+        Hard("N(0, 1e36)", _normal(0, 1e36), "bfloat16", dy=100.0),
+        Hard("N(0, 1e34)", _normal(0, 1e34), dy=1e-4), Hard("N(0, 1)", _normal(0), dy=1e-30),
+        Hard("N(0, 1e-30)", _normal(0, 1e-30), eps=0.0, dy=1e-30), Hard("N(0, 1e-30)", _normal(0, 1e-30), dy=1e-30),
+        Hard("N(1e-3, 1e-6)", _normal(1e-3, 1e-6)), Hard("N(10, 1e-5)", _normal(10, 1e-5)),
+        Hard("N(1e-3, 1e-6)", _normal(1e-3, 1e-6), shape=(16, 32, 5, 5)),
         Hard("±512 checkerboard", _checkerboard(512), "float16"),
         Hard("±65504 checkerboard", _checkerboard(65504), "float16"),
         Hard("64000 to 65504", lambda rng, shape: rng.uniform(64000, 65504, shape), "float16"),
@@ -118,11 +134,13 @@ class Given(Arrays):
         self.layout, self.affine, self.sets, self.activation, self.slope = "channels_first", True, 1, None, 1.0
         self.negative_slope = 0.01
         self.host_x = np.ascontiguousarray(row.make(rng, row.shape)).astype(storage)
-        self.host_dy = rng.standard_normal(row.shape, np.float32).astype(storage)
+        self.host_dy = (row.dy * rng.standard_normal(row.shape, np.float32)).astype(storage)
+        self.host_ddx = rng.standard_normal(row.shape, np.float32).astype(storage)
         compute = functional.math_dtype(storage)
         self.host_weight, self.host_bias = np.ones(row.shape[1], compute), np.zeros(row.shape[1], compute)
         self.weight, self.bias = xp.asarray(self.host_weight), xp.asarray(self.host_bias)
         self.x, self.dy = [xp.asarray(self.host_x)], [xp.asarray(self.host_dy)]
+        self.ddx = xp.asarray(self.host_ddx)
 
 
 class Answer(NamedTuple):
@@ -136,14 +154,14 @@ class Answer(NamedTuple):
 
 
 def answers(arrays: Given) -> dict[str, Answer]:
-    """y, dx, dweight and dbias, plane by plane, as (planes, positions) and (channels,)."""
+    """y, dx, dweight and dbias, and what follows a double backward, as (planes, positions) and (channels,)."""
     n, c = arrays.shape[:2]
     planes = n * c
-    found: dict[str, list[Any]] = {name: [] for name in ("y", "dx")}
+    found: dict[str, list[Any]] = {name: [] for name in ELEMENTS}
     terms = {name: np.zeros((3, c), np.longdouble) for name in ("dweight", "dbias")}
-    x, dy = (a.reshape(planes, -1) for a in (arrays.host_x, arrays.host_dy))
+    x, dy, ddx = (a.reshape(planes, -1) for a in (arrays.host_x, arrays.host_dy, arrays.host_ddx))
     for plane in range(planes):
-        a, g = (v[plane].astype(np.float64).astype(np.longdouble) for v in (x, dy))
+        a, g, u = (v[plane].astype(np.float64).astype(np.longdouble) for v in (x, dy, ddx))
         mean = a.mean()
         lost = _flushes(a) + _flushes(mean)
         a = a - mean
@@ -158,7 +176,22 @@ def answers(arrays: Given) -> dict[str, Answer]:
         rest = FLUSHED * rstd * _flushes(mean * np.finfo(np.float32).eps)
         lost = FLUSHED * rstd * lost + rest
         of_dx = rstd * (lost * np.abs(c_mean) + np.abs(xhat) * (lost * np.abs(g)).mean())
-        for name, value, more, flushed in (("y", xhat, 0, lost), ("dx", dx, rstd * np.abs(g), of_dx)):
+        # The double backward, as cupynorm.functional has it: ddy = v - mean(v * xhat) * xhat, say, with v = rstd * u.
+        g0, v = g - g.mean(), rstd * (u - u.mean())
+        a_mean = (v * xhat).mean()
+        s_mean = (v * g0).mean() - a_mean * c_mean
+        size_a, size_c, size_s = (np.sqrt((each * each).mean()) for each in (v * xhat, g * xhat, v * g))
+        ddy = v - a_mean * xhat
+        dx2 = -rstd * (a_mean * (g0 - xhat * c_mean) + c_mean * (v - xhat * a_mean) + s_mean * xhat)
+        of_v = FLUSHED * (1 + np.abs(xhat)) + lost * np.abs(a_mean) + _flushes(rstd) * (np.abs(v) + np.abs(ddy))
+        parts = rstd * (size_a * np.abs(g) + size_c * rstd * np.abs(u) + (size_s + size_a * size_c) * np.abs(xhat))
+        of_dx2 = rstd * (of_v * (size_c + size_s) + FLUSHED * np.abs(g)) + lost * rstd * (size_s + size_a * size_c)
+        for name, value, more, flushed in (
+            ("y", xhat, 0, lost),
+            ("dx", dx, rstd * np.abs(g), of_dx),
+            ("ddy", ddy, rstd * np.abs(u) + size_a * np.abs(xhat), of_v),
+            ("double dx", dx2, parts, of_dx2),
+        ):
             scale = np.abs(value) + np.sqrt((value * value).mean()) + more
             found[name].append(Answer(value, scale, FLUSHED + flushed))
         size = np.maximum(np.abs(xhat), min(1, abs(mean) * rstd))
@@ -215,7 +248,7 @@ def _ours(arrays: Given, compiled: bool) -> dict[str, Any]:
     if compiled and cpu.numba is None:
         raise peers.UnavailableError(str(cpu.without_numba))
     with _set(vars(cpu), "compiled", compiled):
-        return _asked(peers.cupynorm_itself, arrays)
+        return _itself(arrays)
 
 
 def _emulated(arrays: Given) -> dict[str, Any]:
@@ -232,7 +265,7 @@ def _emulated(arrays: Given) -> dict[str, Any]:
     except ImportError as error:
         raise peers.UnavailableError(f"needs a checkout's tests ({error})") from None
     with _set(functional.BACKENDS, "numpy", "simt.backend"):
-        return _asked(peers.cupynorm_itself, arrays)
+        return _itself(arrays)
 
 
 def _asked(peer: Any, arrays: Given) -> dict[str, Any]:
@@ -240,6 +273,12 @@ def _asked(peer: Any, arrays: Given) -> dict[str, Any]:
     contestant = peer(op, arrays)
     result: dict[str, Any] = contestant.answers(contestant.run(0))
     return result
+
+
+def _itself(arrays: Given) -> dict[str, Any]:
+    _, saved = cupynorm.instance_norm_forward(arrays.x[0], arrays.weight, arrays.bias, eps=arrays.eps)
+    ddy, dx, _ = cupynorm.instance_norm_double_backward(arrays.ddx, None, None, arrays.dy[0], saved)
+    return _asked(peers.cupynorm_itself, arrays) | {"ddy": ddy, "double dx": dx}
 
 
 def contestants(gpu: bool) -> dict[str, tuple[Callable[[Given], dict[str, Any]], bool]]:
@@ -250,7 +289,7 @@ def contestants(gpu: bool) -> dict[str, tuple[Callable[[Given], dict[str, Any]],
         "emulated": (_emulated, False),
     }
     if gpu:
-        found["CUDA"] = (lambda a: _asked(peers.cupynorm_itself, a), True)
+        found["CUDA"] = (_itself, True)
     for name in ("torch", "jax", "onnxruntime", "textbook"):
         peer = peers.PEERS[name]
         found[name] = (lambda a, peer=peer: _asked(peer, a), False)
@@ -278,7 +317,7 @@ def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dic
             found = {}
             for part, value in got.items():
                 # dweight and dbias are in the parameters' dtype, which is as wide or wider.
-                kind = dtype if part in ("y", "dx") else host.host_weight.dtype
+                kind = dtype if part in ELEMENTS else host.host_weight.dtype
                 found[part] = roundings(
                     devices.to_host(value), exact[part], kind, name in FLUSHING and row.dtype != "float64"
                 )
@@ -290,17 +329,19 @@ def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dic
             if name in OURS:
                 errors[name] = {"y": float("inf")}
     return {
-        "row": row.name, "dtype": row.dtype, "shape": list(row.shape), "eps": row.eps, "roundings": errors,
+        "row": row.name, "dtype": row.dtype, "shape": list(row.shape), "eps": row.eps, "dy": row.dy,
+        "roundings": errors,
     }  # fmt: skip
 
 
 def _cell(errors: dict[str, float | None] | None) -> str:
-    """Forward / backward, the worst of each; None, as in a file, is infinite."""
+    """Forward / backward / double backward, the worst of each; None, as in a file, is infinite."""
     if errors is None:
         return "–"
     errors = {name: float("inf") if value is None else value for name, value in errors.items()}
-    forward, backward = errors["y"], [v for name, v in errors.items() if name != "y"]
-    return " / ".join(_count(v) for v in (forward, *([max(backward)] if backward else [])))
+    kinds = ("y",), ("dx", "dweight", "dbias"), ("ddy", "double dx")
+    worst = [max((errors[name] for name in kind if name in errors), default=None) for kind in kinds]
+    return " / ".join(_count(value) for value in worst if value is not None)
 
 
 def _count(value: float) -> str:
@@ -314,7 +355,7 @@ def table(result: dict[str, Any]) -> list[list[str]]:
     names = list(dict.fromkeys(name for row in result["rows"] for name in row["roundings"]))
     lines = [["x", *names]]
     for row in result["rows"]:
-        title = str(Hard(row["row"], _constant, row["dtype"], tuple(row["shape"]), row["eps"]))
+        title = str(Hard(row["row"], _constant, row["dtype"], tuple(row["shape"]), row["eps"], row.get("dy", 1.0)))
         lines.append([title, *(_cell(row["roundings"].get(name)) for name in names)])
     return lines
 
@@ -380,6 +421,7 @@ def main(arguments: list[str]) -> int:
     if options.markdown:
         options.markdown.write_text(markdown(result) + "\n", encoding="utf-8")
     bad = missed(result)
-    print(f"forward / backward in roundings; of cupynorm at most {ALLOWED:g} everywhere: {'MISSED' if bad else 'held'}")
+    verdict = "MISSED" if bad else "held"
+    print(f"forward / backward / double backward in roundings; of cupynorm at most {ALLOWED:g} everywhere: {verdict}")
     print(*bad, sep="\n", end="\n" if bad else "")
     return 1 if bad else 0

@@ -23,7 +23,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, partial, reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,11 +49,13 @@ try:
         memory,
         narrow,
         prefetch,
+        scaled,
         settled,
         stream,
         times_slope,
         turns_of,
         typed,
+        unit_of,
         widen,
         zero_of,
         zeros_of,
@@ -92,8 +94,9 @@ def forward(
     mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
     delta = np.empty(planes, dtype) if use_input_stats else None
     call = Saved(
-        x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope, residual, residual is not None
-    )
+        x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope, residual, residual is not None,
+        eps=eps,
+    )  # fmt: skip
     variance = None
     if use_input_stats:
         if x.size:
@@ -286,8 +289,22 @@ ROW = 512
 STRIPE = 32  # the same for lanes, whose sums are plain
 SHORT_ROW = 128  # elements of a plane up to which it pays to spread its numbers over a block of their own
 FAR = 2.0  # mean over deviation from which on x is centred: below, two bits at most are lost without
+UNITS = 30  # up to 2**30, and from 2**-30 on, deviations are worked with as they are
 # Blocks of scratch, by what is in them; forward, x less a mean takes that of g. Further ones are the activation's.
 PRODUCT, G, X, V, RESULT = range(5)
+
+
+class _Standard(NamedTuple):
+    """Of a block's planes, as (N, C): xhat = ((x - pivot) * unit - rest) * rstd.
+
+    The unit is a power of two near 1 / deviation (kernels/unit.cuh says what for), and None where it is 1 for all
+    planes, as it nearly always is; so is a pivot that is 0 for all.
+    """
+
+    pivot: np.ndarray | None
+    unit: np.ndarray | None
+    rest: np.ndarray
+    rstd: np.ndarray
 
 
 class _Interpreted(_Work):
@@ -429,21 +446,33 @@ class _Interpreted(_Work):
     def _of_planes(self, parameter: Array, planes: Index) -> np.ndarray:
         return parameter[planes if parameter.ndim == 2 else planes[1]].astype(self.dtype, copy=False)
 
-    def _scale(self, planes: Index) -> np.ndarray:
-        scale = self.call.rstd[planes]
-        return scale if self.call.weight is None else scale * self._of_planes(self.call.weight, planes)
+    def _weighted(self, planes: Index, rstd: np.ndarray) -> np.ndarray:
+        return rstd if self.call.weight is None else rstd * self._of_planes(self.call.weight, planes)
 
-    def _pivot(self, planes: Index) -> tuple[np.ndarray | None, np.ndarray]:
-        """What is subtracted from x, and what mean and delta are more than that: the same in both passes.
+    def _standard(self, planes: Index) -> _Standard:
+        """How xhat follows from x in a block's planes: the same in both passes.
 
-        It is the mean of a plane where that is far from 0, else 0; None where it is 0 for all.
+        The pivot is the mean of a plane where that is far from 0, as seen from its deviation (rstd has eps in it, too);
+        else 0. What else is in running statistics' planes is not known: there it is the mean.
         """
         call = self.call
-        mean = call.mean[planes]
-        far = np.abs(mean) * call.rstd[planes] > self.far
-        pivot = mean * far if far.any() else None  # NaN stays
-        rest = mean if pivot is None else mean - pivot
-        return pivot, rest if call.delta is None else np.add(rest, call.delta[planes], dtype=self.wide)
+        mean, rstd = call.mean[planes], call.rstd[planes]
+        pivot = mean
+        if call.training:  # mean**2 > far**2 * variance, where 1 / rstd**2 is variance + eps
+            pivot = mean * (np.hypot(mean, self.far * math.sqrt(call.eps)) * rstd > self.far * (1 - 2.0**-20))
+        rest = mean - pivot
+        if call.delta is not None:
+            rest = np.add(rest, call.delta[planes], dtype=self.wide)
+        unit = None
+        least, most = np.minimum.reduce(rstd, None), np.maximum.reduce(rstd, None)
+        if self.dtype == np.float32 and not (least >= 2.0**-UNITS and most <= 2.0**UNITS):
+            exponent = np.frexp(rstd)[1]
+            inside = (rstd >= 2.0**-UNITS) & (rstd <= 2.0**UNITS)
+            # Where it is less than rstd, the mean would be too large in it; x is close to the mean then.
+            exponent = np.minimum(np.clip(exponent, -125, 126), 124 - np.frexp(pivot)[1])
+            unit = np.ldexp(np.float32(1), np.where(inside, 0, exponent))
+            rest, rstd = rest * unit, np.ldexp(rstd, np.where(inside, 0, -exponent))
+        return _Standard(pivot if pivot.any() else None, unit, rest, rstd)
 
     def _statistics(self, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """mean, what rounding took from it, and variance, of a block's planes, as (N, C).
@@ -492,17 +521,17 @@ class _Interpreted(_Work):
         return nearest, rest, variance
 
     def _add_up(self, index: Index, planes: Index, x: np.ndarray, out: np.ndarray, buffer: np.ndarray) -> None:
-        """z = (x - pivot) * scale + shift + residual, into out, which may be x: the same bits in both passes."""
-        pivot, rest = self._pivot(planes)
-        scale = self._scale(planes)
-        shift = -rest * scale
+        """z = (x - pivot) * unit * scale + shift + residual, into out, which may be x: the same bits in both passes."""
+        standard = self._standard(planes)
+        scale = self._weighted(planes, standard.rstd)
+        shift = None
         if self.call.bias is not None:
-            shift += self._of_planes(self.call.bias, planes)
-        if pivot is not None:
-            self._each(np.subtract, x, pivot, out)
-            x = out
-        self._each(np.multiply, x, scale, out)
-        self._each(np.add, out, shift.astype(self.dtype, copy=False), out)
+            shift = self._of_planes(self.call.bias, planes) - standard.rest * scale
+        elif standard.rest.any():
+            shift = -standard.rest * scale
+        self._each(np.multiply, self._centre(standard, x, out), scale, out)
+        if shift is not None:
+            self._each(np.add, out, shift.astype(self.dtype, copy=False), out)
         if self.call.residual is not None:
             out += self._read(self.arrays[2 if len(self.arrays) == 3 else 3], index, buffer)
 
@@ -605,14 +634,17 @@ class _Interpreted(_Work):
             _times_slope(dy, z, call.activation, call.negative_slope, g, self._rooms(z, rooms))
         return g, x
 
-    def _centred(self, planes: Index, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x - pivot, and what the mean is more."""
-        pivot, rest = self._pivot(planes)
-        if pivot is None:
-            return x, rest
-        centred = self._room(x, scratch[X])
-        self._each(np.subtract, x, pivot, centred)
-        return centred, rest
+    def _centre(self, standard: _Standard, x: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """(x - pivot) * unit: x itself where that is it, else in out, which may be x."""
+        for operation, values in ((np.subtract, standard.pivot), (np.multiply, standard.unit)):
+            if values is not None:
+                self._each(operation, x, values, out)
+                x = out
+        return x
+
+    def _centred(self, planes: Index, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, _Standard]:
+        standard = self._standard(planes)
+        return self._centre(standard, x, self._room(x, scratch[X])), standard
 
     def reduce_backward(self, unit: int, scratch: np.ndarray) -> None:
         planes, index, tile = self._index(unit)
@@ -624,11 +656,11 @@ class _Interpreted(_Work):
     def join_backward(self, first: int, last: int) -> None:
         for planes in self.planes[first:last]:
             total, dot = (self.partial[i][(slice(None), *planes)].sum(0) for i in (0, 1))
-            self._keep_sums(planes, total, dot, self._pivot(planes)[1])
+            self._keep_sums(planes, total, dot, self._standard(planes))
 
-    def _keep_sums(self, planes: Index, total: np.ndarray, dot: np.ndarray, rest: np.ndarray) -> None:
+    def _keep_sums(self, planes: Index, total: np.ndarray, dot: np.ndarray, standard: _Standard) -> None:
         self.sum_g[planes] = total
-        self.sum_g_xhat[planes] = (dot - rest * total) * self.call.rstd[planes]
+        self.sum_g_xhat[planes] = (dot - standard.rest * total) * standard.rstd
 
     def apply_backward(self, unit: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(unit)
@@ -636,7 +668,7 @@ class _Interpreted(_Work):
         self._differentiate(index, planes, g, *self._centred(planes, x, scratch), scratch)
 
     def _differentiate(
-        self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, rest: np.ndarray, scratch: np.ndarray
+        self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, standard: _Standard, scratch: np.ndarray
     ) -> None:
         """dx = scale * (g - xhat * mean of g * xhat - mean of g), x first, in place."""
         call = self.call
@@ -644,13 +676,15 @@ class _Interpreted(_Work):
             self._write(self.arrays[4], index, g)
         out = self._target(self.y, index, scratch[X]) if self.work_in_dx else self._room(self.y[index], scratch[X])
         if call.training:
-            slope = self.sum_g_xhat[planes] * call.rstd[planes] / -self.spatial
-            constant = (-rest * slope - self.sum_g[planes] / self.spatial).astype(self.dtype, copy=False)
+            slope = self.sum_g_xhat[planes] / -self.spatial * standard.rstd
+            constant = (-standard.rest * slope - self.sum_g[planes] / self.spatial).astype(self.dtype, copy=False)
             self._each(np.multiply, centred, slope, out)
             out += g
             self._each(np.add, out, constant, out)
             g = out
-        self._each(np.multiply, g, self._scale(planes), out)
+        self._each(np.multiply, g, self._weighted(planes, standard.rstd), out)
+        if standard.unit is not None:
+            self._each(np.multiply, out, standard.unit, out)
         self._write(self.y, index, out)
 
     def whole_backward(self, block: int, scratch: np.ndarray) -> None:
@@ -659,9 +693,9 @@ class _Interpreted(_Work):
             return
         planes, index, _ = self._index(block)
         g, x = self._load(index, planes, scratch)
-        centred, rest = self._centred(planes, x, scratch)
-        self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[PRODUCT]), rest)
-        self._differentiate(index, planes, g, centred, rest, scratch)
+        centred, standard = self._centred(planes, x, scratch)
+        self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[PRODUCT]), standard)
+        self._differentiate(index, planes, g, centred, standard, scratch)
 
 
 class _DoubleBackward(_Interpreted):
@@ -694,7 +728,7 @@ class _DoubleBackward(_Interpreted):
             self.joined = np.empty((8, *sums.shape))
         self.run(self.reduce_double, self.join_double, self.apply_double, self.whole_double)
 
-    def _standard(self, array: Array, index: Index, room: np.ndarray, centres: Any, scale: Any = None) -> Any:
+    def _scaled(self, array: Array, index: Index, room: np.ndarray, centres: Any, scale: Any = None) -> Any:
         """(array - centres) * scale of a block, in scratch; None where there is no array."""
         if array is None:
             return None
@@ -708,15 +742,15 @@ class _DoubleBackward(_Interpreted):
     def _xhat(self, index: Index, planes: Index, room: np.ndarray) -> np.ndarray:
         call = self.call
         centres = (call.mean[planes],) if call.delta is None else (call.mean[planes], call.delta[planes])
-        block: np.ndarray = self._standard(self.x, index, room, centres, call.rstd[planes])
+        block: np.ndarray = self._scaled(self.x, index, room, centres, call.rstd[planes])
         return block
 
     def _blocks(self, index: Index, planes: Index, scratch: np.ndarray, pivots: tuple[Any, ...]) -> tuple[Any, ...]:
         """xhat, g and v of a block, the last two about these pivots; v is None where there is no ddx."""
         return (
             self._xhat(index, planes, scratch[X]),
-            self._standard(self.g, index, scratch[G], pivots[:1]),
-            self._standard(self.u, index, scratch[V], pivots[1:], self.call.rstd[planes]),
+            self._scaled(self.g, index, scratch[G], pivots[:1]),
+            self._scaled(self.u, index, scratch[V], pivots[1:], self.call.rstd[planes]),
         )
 
     def _about_mean(self, array: Array, index: Index, room: np.ndarray) -> tuple[Any, Any, Any]:
@@ -1071,8 +1105,11 @@ def _start(i, n, c, r, places, runs):
 
 
 @_loop
-def _scale_and_shift(n, c, weight, bias, over, rstd):
-    return rstd[n, c] * weight[n * over[0] + c * over[1]], bias[n * over[2] + c * over[3]]
+def _plane(n, c, weight, bias, over, mean, delta, rstd):
+    """How z follows from x in a plane: (x * unit - m) * scale + shift."""
+    unit, r = unit_of(mean[n, c], rstd[n, c])
+    scale = r * weight[n * over[0] + c * over[1]]
+    return unit, mean[n, c] * unit, scale, bias[n * over[2] + c * over[3]] - delta[n, c] * unit * scale
 
 
 @_loop
@@ -1290,12 +1327,12 @@ def _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, 
 
 
 @_loop
-def _result_run(like, x, y, res, offsets, strides, lo, hi, step, residual, act, m, d, scale, shift):
+def _result_run(like, x, y, res, offsets, strides, lo, hi, step, residual, act, unit, m, scale, shift):
     """y of a piece of a run of one plane."""
     o0, o1, o2 = offsets
     k0, k1, k2 = strides
     for i in range(lo, hi):
-        z = ((widen(x[_at(o0, i, k0, step)]) - m) - d) * scale + shift
+        z = scaled(widen(x[_at(o0, i, k0, step)]), unit, m) * scale + shift
         if residual is not None:
             z = z + widen(res[_at(o2, i, k2, step)])
         y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
@@ -1314,8 +1351,7 @@ def _apply_forward_rows(
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):  # what was read last is still in the cache
         r0, r1, l0, l1, _ = _borders(tile, shape)
-        m, d = mean[n, c], delta[n, c]
-        scale, shift = _scale_and_shift(n, c, weight, bias, over, rstd)
+        unit, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
         for r in range(r0, r1):
             o0 = _start(0, n, c, r, places, runs)
             o1 = _start(1, n, c, r, places, runs)
@@ -1330,23 +1366,22 @@ def _apply_forward_rows(
                     at, size = np.uint64(lo), np.uint64(hi - lo)
                     _result_run(
                         like, x, piece, res, (o0 + at, zero, o2 + at), (k0, k1, k2), zero, size, None, residual, act,
-                        m, d, scale, shift,
+                        unit, m, scale, shift,
                     )  # fmt: skip
                     stream(piece, size, y, o1 + at)
                 else:
                     _result_run(
                         like, x, y, res, (o0, o1, o2), (k0, k1, k2), np.uint64(lo), np.uint64(hi), step, residual, act,
-                        m, d, scale, shift,
+                        unit, m, scale, shift,
                     )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
 
 
 @_loop
 def _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table):
-    """mean, delta, scale and shift of a group of channels, side by side."""
+    """_plane of a group of channels, side by side."""
     for j in range(width):
-        table[0, j], table[1, j] = mean[n, c + j], delta[n, c + j]
-        table[2, j], table[3, j] = _scale_and_shift(n, c + j, weight, bias, over, rstd)
+        table[0, j], table[1, j], table[2, j], table[3, j] = _plane(n, c + j, weight, bias, over, mean, delta, rstd)
 
 
 @_loop
@@ -1355,7 +1390,7 @@ def _apply_forward_lanes(
 ):  # fmt: skip
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     table = np.empty((4, shape[1]), mean.dtype)
-    m, d, scale, shift = table
+    unit, m, scale, shift = table
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         width = min(shape[1], shape[0] - c)
@@ -1370,7 +1405,7 @@ def _apply_forward_lanes(
                 if inplace is not None:
                     o1 = o0
                 for j in range(np.uint64(width)):
-                    z = ((widen(x[o0 + j]) - m[j]) - d[j]) * scale[j] + shift[j]
+                    z = scaled(widen(x[o0 + j]), unit[j], m[j]) * scale[j] + shift[j]
                     if residual is not None:
                         z = z + widen(res[o2 + j])
                     y[o1 + j] = narrow(activate(z, act), like)
@@ -1419,9 +1454,9 @@ def _forward_short_rows(
     # Planes of 4 x 4 are frequent, and a quarter faster by loops whose length is known.
     origin, sixteen = np.uint64(0), np.uint64(16)
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
-    m, d, q, r, scale, shift = np.zeros((6, TOGETHER), mean.dtype)
+    m, d, q, r, unit, scale, shift = np.zeros((7, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
-    exact, unscaled = np.empty((2, TOGETHER))
+    exact = np.empty(TOGETHER)
     lowest, highest = typed(least * shape[4], zero), typed(math.inf, zero)
     lo, hi = _middle(size)
     share_of_some = typed(1 / (hi - lo), zero)
@@ -1453,7 +1488,7 @@ def _forward_short_rows(
                 if not again:
                     again = True
                     for i in range(TOGETHER):  # slices of arrays take a second to compile
-                        exact[i], unscaled[i] = -1, scale[i]
+                        exact[i] = -1
                 m[j], d[j], exact[j] = _moments(
                     x, np.int64(offsets[0, j]), k0, run, shape, 0, step, m[j], zero, shape[4], least
                 )  # fmt: skip
@@ -1465,22 +1500,25 @@ def _forward_short_rows(
             m[j] = total
             q[j] = (zero if q[j] <= zero else q[j]) / count
             r[j] = typed(1, zero) / typed(math.sqrt(q[j] + typed(eps, zero)), zero)
-            scale[j] *= r[j]
         if again:
             for j in range(planes):
                 if exact[j] >= 0:  # which may be more than q can hold
                     r[j] = 1 / math.sqrt(exact[j] / shape[4] + eps)
-                    scale[j] = unscaled[j] * r[j]
         for j in range(planes):
             mean[start + j], delta[start + j], rstd[start + j] = m[j], d[j], r[j]
         if variance.size:
             for j in range(planes):
                 variance[start + j] = q[j]
+        for j in range(TOGETHER):  # _plane
+            unit[j], r[j] = unit_of(m[j], r[j])
+            m[j] *= unit[j]
+            scale[j] *= r[j]
+            shift[j] -= d[j] * unit[j] * scale[j]
         for j in range(planes):
             o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[-1, j]
             if inplace is not None:
                 o1 = o0
-            at, k, values = (o0, o1, o2), (k0, k1, k2), (m[j], d[j], scale[j], shift[j])
+            at, k, values = (o0, o1, o2), (k0, k1, k2), (unit[j], m[j], scale[j], shift[j])
             if size == sixteen:
                 _result_run(like, x, y, res, at, k, origin, sixteen, step, residual, act, *values)
             else:
@@ -1574,9 +1612,9 @@ def _forward_planes(
 
 
 @_loop
-def _gradient_at(x, dy, res, o0, o2, o3, residual, act, m, d, scale, shift):
-    """g, and x centred."""
-    centred = (widen(x[o0]) - m) - d
+def _gradient_at(x, dy, res, o0, o2, o3, residual, act, unit, m, scale, shift):
+    """g, and x - mean in the plane's unit."""
+    centred = scaled(widen(x[o0]), unit, m)
     z = centred * scale + shift
     if residual is not None:
         z = z + widen(res[o3])
@@ -1584,7 +1622,7 @@ def _gradient_at(x, dy, res, o0, o2, o3, residual, act, m, d, scale, shift):
 
 
 @_loop
-def _sums_run(x, dy, res, offsets, strides, lo, hi, step, residual, act, zero, m, d, scale, shift):
+def _sums_run(x, dy, res, offsets, strides, lo, hi, step, residual, act, zero, unit, m, scale, shift):
     """Sums of g and of g times what is centred, of a piece of a run of one plane."""
     o0, o2, o3 = offsets
     k0, k2, k3 = strides
@@ -1592,7 +1630,7 @@ def _sums_run(x, dy, res, offsets, strides, lo, hi, step, residual, act, zero, m
     for i in range(lo, hi):
         g, centred = _gradient_at(
             x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-            residual, act, m, d, scale, shift,
+            residual, act, unit, m, scale, shift,
         )  # fmt: skip
         total = add(total, g)
         dot = add(dot, g * centred)
@@ -1609,8 +1647,7 @@ def _reduce_backward_rows(
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
-        m, d = mean[n, c], delta[n, c]
-        scale, shift = _scale_and_shift(n, c, weight, bias, over, rstd)
+        u, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
         total = dot = 0.0
         for r in range(r0, r1):
             o0 = _start(0, n, c, r, places, runs)
@@ -1622,7 +1659,7 @@ def _reduce_backward_rows(
                 _fetch(dy, o2 + np.uint64(AHEAD), lo, hi, step)
                 s, q = _sums_run(
                     x, dy, res, (o0, o2, o3), (k0, k2, k3), np.uint64(lo), np.uint64(hi), step, residual, act, zero,
-                    m, d, scale, shift,
+                    u, m, scale, shift,
                 )  # fmt: skip
                 total += s
                 dot += q
@@ -1639,7 +1676,7 @@ def _reduce_backward_lanes(
     group, zeros = shape[1], zeros_of(like)
     k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[-2, 2])
     table = np.empty((4, group), mean.dtype)
-    m, d, scale, shift = table
+    u, m, scale, shift = table
     a, b = np.empty((2, group), mean.dtype)
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
@@ -1660,7 +1697,7 @@ def _reduce_backward_lanes(
                     o0, o2, o3 = b0 + i * k0, b2 + i * k2, b3 + i * k3
                     for j in range(np.uint64(width)):
                         g, centred = _gradient_at(
-                            x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, m[j], d[j], scale[j], shift[j]
+                            x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, u[j], m[j], scale[j], shift[j]
                         )
                         a[j] += g
                         b[j] += g * centred
@@ -1671,7 +1708,7 @@ def _reduce_backward_lanes(
 
 
 @_loop
-def _join_backward(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat):
+def _join_backward(shape, first, last, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat):
     channels, group, tiles = shape[:3]
     n, c, _ = _locate(first * tiles, shape)
     for owner in range(last - first):
@@ -1682,23 +1719,31 @@ def _join_backward(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat):
                 total += totals[at + tile * group]
                 dot += dots[at + tile * group]
             sum_g[n, c + j] = total
-            sum_g_xhat[n, c + j] = dot * rstd[n, c + j]
+            unit, r = unit_of(mean[n, c + j], rstd[n, c + j])
+            sum_g_xhat[n, c + j] = (dot - total * (delta[n, c + j] * unit)) * r
         c += group
         if c >= channels:
             n, c = n + 1, 0
 
 
 @_loop
-def _slope_and_constant(shape, rstd, sum_g, sum_g_xhat):
-    """dx = (g + (centred * slope + constant)) * scale"""
-    count = typed(shape[3] * shape[4], rstd)
-    return -(sum_g_xhat / count * rstd), -(sum_g / count)
+def _slope_and_constant(shape, unit, r, delta, sum_g, sum_g_xhat):
+    """dx = (g + (centred * slope + constant)) * scale * unit, with rstd as r in the unit."""
+    count = typed(shape[3] * shape[4], r)
+    slope = -(sum_g_xhat / count * r)
+    return slope, -(sum_g / count) - delta * unit * slope
+
+
+@_loop
+def _slopes(n, c, shape, mean, delta, rstd, sum_g, sum_g_xhat):
+    unit, r = unit_of(mean[n, c], rstd[n, c])
+    return _slope_and_constant(shape, unit, r, delta[n, c], sum_g[n, c], sum_g_xhat[n, c])
 
 
 @_loop
 def _gradient_run(
     like, x, dx, dy, res, dres, offsets, strides, lo, hi, step, residual, act, training,
-    m, d, scale, shift, slope, constant,
+    unit, m, scale, shift, slope, constant,
 ):  # fmt: skip
     """dx, and a residual's gradient, of a piece of a run of one plane."""
     o0, o1, o2, o3, o4 = offsets
@@ -1706,13 +1751,13 @@ def _gradient_run(
     for i in range(lo, hi):
         g, centred = _gradient_at(
             x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-            residual, act, m, d, scale, shift,
+            residual, act, unit, m, scale, shift,
         )  # fmt: skip
         if residual is not None:
             dres[_at(o4, i, k4, step)] = narrow(g, like)
         if training is not None:
             g = g + (centred * slope + constant)
-        dx[_at(o1, i, k1, step)] = narrow(g * scale, like)
+        dx[_at(o1, i, k1, step)] = narrow(g * scale * unit, like)
 
 
 @_loop
@@ -1728,9 +1773,8 @@ def _apply_backward_rows(
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
-        m, d = mean[n, c], delta[n, c]
-        scale, shift = _scale_and_shift(n, c, weight, bias, over, rstd)
-        slope, constant = _slope_and_constant(shape, rstd[n, c], sum_g[n, c], sum_g_xhat[n, c])
+        unit, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
+        slope, constant = _slopes(n, c, shape, mean, delta, rstd, sum_g, sum_g_xhat)
         for r in range(r0, r1):
             o0 = _start(0, n, c, r, places, runs)
             o1 = _start(1, n, c, r, places, runs)
@@ -1747,14 +1791,14 @@ def _apply_backward_rows(
                     _gradient_run(
                         like, x, piece, dy, res, dres, (o0 + at, zero, o2 + at, o3 + at, o4 + at),
                         (k0, k1, k2, k3, k4), zero, size, None, residual, act, training,
-                        m, d, scale, shift, slope, constant,
+                        unit, m, scale, shift, slope, constant,
                     )  # fmt: skip
                     stream(piece, size, dx, o1 + at)
                 else:
                     _gradient_run(
                         like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), (k0, k1, k2, k3, k4),
                         np.uint64(lo), np.uint64(hi), step, residual, act, training,
-                        m, d, scale, shift, slope, constant,
+                        unit, m, scale, shift, slope, constant,
                     )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
 
@@ -1767,14 +1811,14 @@ def _apply_backward_lanes(
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
     k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
     table = np.empty((4, shape[1]), mean.dtype)
-    m, d, scale, shift = table
+    unit, m, scale, shift = table
     slope, constant = np.empty((2, shape[1]), mean.dtype)
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         width = min(shape[1], shape[0] - c)
         _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
         for j in range(width):
-            slope[j], constant[j] = _slope_and_constant(shape, rstd[n, c + j], sum_g[n, c + j], sum_g_xhat[n, c + j])
+            slope[j], constant[j] = _slopes(n, c + j, shape, mean, delta, rstd, sum_g, sum_g_xhat)
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
             b0 = _start(0, n, c, r, places, runs)
@@ -1786,13 +1830,13 @@ def _apply_backward_lanes(
                 o0, o1, o2, o3, o4 = b0 + i * k0, b1 + i * k1, b2 + i * k2, b3 + i * k3, b4 + i * k4
                 for j in range(np.uint64(width)):
                     g, centred = _gradient_at(
-                        x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, m[j], d[j], scale[j], shift[j]
+                        x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, unit[j], m[j], scale[j], shift[j]
                     )
                     if residual is not None:
                         dres[o4 + j] = narrow(g, like)
                     if training is not None:
                         g = g + (centred * slope[j] + constant[j])
-                    dx[o1 + j] = narrow(g * scale[j], like)
+                    dx[o1 + j] = narrow(g * scale[j] * unit[j], like)
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -1806,7 +1850,7 @@ def _backward_short_rows(
     origin, sixteen = np.uint64(0), np.uint64(16)  # as there
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
     k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
-    m, d, r, scale, shift, total, dot = np.zeros((7, TOGETHER), mean.dtype)
+    unit, m, d, r, scale, shift, total, dot = np.zeros((8, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
     most = _at_a_time(size)
     for start in range(first, last, most):
@@ -1814,11 +1858,14 @@ def _backward_short_rows(
         _short_planes(start, planes, shape, places, offsets, over, weight, bias, scale, shift)
         for j in range(planes):
             m[j], d[j], r[j] = mean[start + j], delta[start + j], rstd[start + j]
-        for j in range(TOGETHER):
+        for j in range(TOGETHER):  # _plane
+            unit[j], r[j] = unit_of(m[j], r[j])
+            m[j] *= unit[j]
             scale[j] *= r[j]
+            shift[j] -= d[j] * unit[j] * scale[j]
         for j in range(planes):
             at, k = (offsets[0, j], offsets[2, j], offsets[-2, j]), (k0, k2, k3)
-            values = m[j], d[j], scale[j], shift[j]
+            values = unit[j], m[j], scale[j], shift[j]
             if size == sixteen:  # for longer ones the processor reads ahead well enough by itself
                 _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen, step)
                 _fetch(dy, at[1] + np.uint64(AHEAD), origin, sixteen, step)
@@ -1826,14 +1873,14 @@ def _backward_short_rows(
             else:
                 total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, size, step, residual, act, zero, *values)
         for j in range(TOGETHER):
-            dot[j] *= r[j]
+            dot[j] = (dot[j] - total[j] * (d[j] * unit[j])) * r[j]
         for j in range(planes):
             sum_g[start + j], sum_g_xhat[start + j] = total[j], dot[j]
         for j in range(TOGETHER):
-            dot[j], total[j] = _slope_and_constant(shape, r[j], total[j], dot[j])
+            dot[j], total[j] = _slope_and_constant(shape, unit[j], r[j], d[j], total[j], dot[j])
         for j in range(planes):
             at, k = (offsets[0, j], offsets[1, j], offsets[2, j], offsets[-2, j], offsets[-1, j]), (k0, k1, k2, k3, k4)
-            values = m[j], d[j], scale[j], shift[j], dot[j], total[j]
+            values = unit[j], m[j], scale[j], shift[j], dot[j], total[j]
             arrays, kinds = (like, x, dx, dy, res, dres), (step, residual, act, training)
             if size == sixteen:
                 _gradient_run(*arrays, at, k, origin, sixteen, *kinds, *values)
@@ -1865,8 +1912,8 @@ def _backward_tiles(
 
 
 @_kernel
-def _backward_join(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat):
-    _join_backward(shape, first, last, totals, dots, rstd, sum_g, sum_g_xhat)
+def _backward_join(shape, first, last, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat):
+    _join_backward(shape, first, last, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
 
 
 @_kernel
@@ -1923,7 +1970,7 @@ def _backward_planes(
                     like, x, dy, res, places, runs, shape, residual, act, u0, u1,
                     weight, bias, over, mean, delta, rstd, totals, dots,
                 )  # fmt: skip
-            _join_backward(shape, owner, owner + 1, totals, dots, rstd, sum_g, sum_g_xhat)
+            _join_backward(shape, owner, owner + 1, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
             if lanes is None:
                 _apply_backward_rows(
                     like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, u0, u1,
@@ -2076,7 +2123,7 @@ class _Compiled(_Work):
         _backward_tiles(turns, *self.where, *self.options, *self.planes, *self.partial[:2])
 
     def join_backward(self, first: int, last: int) -> None:
-        _backward_join(self.layout.shape, first, last, *self.partial[:2], self.call.rstd, *self.sums)
+        _backward_join(self.layout.shape, first, last, *self.partial[:2], *self.planes[3:], *self.sums)
 
     def apply_backward(self, turns: Any) -> None:
         _backward_results(turns, *self.where, *self.options, self.training, *self.planes, *self.sums)

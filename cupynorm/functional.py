@@ -55,6 +55,7 @@ class Saved:
     residual: Array | None = None
     with_residual: bool = False
     overwritten: bool = False  # x or residual was given as out, of the forward or of a backward
+    eps: float = 0.0  # as given: what of rstd is the deviation's
 
 
 #: What is to be done once a forward has succeeded, told from what it saved: partials of functions in C.

@@ -222,6 +222,34 @@ def _typed(value, like):
     return lambda value, like: kind(value)
 
 
+def unit_of(mean, rstd):
+    """The unit of a plane, as in kernels/unit.cuh: a power of two near rstd, and rstd in it."""
+    raise NotImplementedError("compiled only")
+
+
+@overload(unit_of, jit_options=INLINE)
+def _unit_of(mean, rstd):
+    if rstd == types.float64:
+        return lambda mean, rstd: (1.0, rstd)  # its squares must be in range anyway
+
+    def single(mean, rstd):
+        exponent = np.uint32(np.uint32(_bits(rstd) >> np.uint32(23)) & np.uint32(255))
+        most = np.uint32(np.uint32(376) - np.uint32(np.uint32(_bits(mean) >> np.uint32(23)) & np.uint32(255)))
+        exponent = np.uint32(253) if exponent > np.uint32(253) else exponent
+        exponent = most if exponent > most else exponent
+        exponent = np.uint32(1) if exponent < np.uint32(1) else exponent
+        inverse = _bits(np.uint32(np.uint32(np.uint32(254) - exponent) << np.uint32(23)))
+        return _bits(np.uint32(exponent << np.uint32(23))), rstd * inverse
+
+    return single
+
+
+@numba.njit(fastmath={"contract"}, **WITHIN)
+def scaled(x, unit, offset):
+    """x * unit - offset, in one instruction where there is one: with a power of two the bits are the same."""
+    return x * unit - offset
+
+
 @numba.njit(fastmath={"reassoc", "nsz"}, **WITHIN)
 def add(a, b):
     """a + b, of which sums may be made in any order: the one licence the compiler is given."""

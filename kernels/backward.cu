@@ -1,10 +1,10 @@
 // Backward of a training forward, one launch: an owner reads its planes of x and dy once and writes dx.
 //
-//     dx = weight * rstd * ((g - sum(g) / count) - xhat * (sum(g * xhat) / count)),   xhat = (c - delta) * rstd
+//     dx = weight * rstd * ((g - sum(g) / count) - xhat * (sum(g * xhat) / count)),   xhat = c - delta
 //
-// with c = x - mean, and g what the epilogue makes of dy: dy itself without one. The saved mean is rounded:
+// with c = (x - mean) * rstd, and g what the epilogue makes of dy: dy itself without one. The saved mean is rounded:
 // delta = mean(c) is what it lost, found again from x, which is on chip anyway, so that all three sums travel in one
-// exchange: sum(g * xhat) = rstd * (sum(g * c) - delta * sum(g)).
+// exchange: sum(g * xhat) = sum(g * c) - delta * sum(g).
 //
 // Macros as in forward.cu. sum_dy and sum_dy_xhat (of g) have N * C elements and may be null.
 
@@ -14,6 +14,7 @@
 #include "affine.cuh"
 #include "chunk.cuh"
 #include "sums.cuh"
+#include "unit.cuh"
 #include "moments.cuh"
 #include "gradient.cuh"
 #include "group.cuh"
@@ -38,7 +39,7 @@ __device__ inline void backward_owner(const Call& call, long long owner, long lo
     const int tile = call.chunks * THREADS * (REST == SHARED);
     unsigned char* scratch = shared + 2 * tile * sizeof(Pack);
     Rest<REST, THREADS, CHUNKS> rest_x((Pack*)shared), rest_dy((Pack*)shared + tile);
-    const Statistics stat(share, call.mean, call.delta, call.rstd, call.affine, call.channels);
+    const Statistics stat(share, true, call.mean, call.delta, call.rstd, call.affine, call.channels);
     Math sums[3 * P], count = (Math)share.count();
     gradient_sums<OWNER>(share, call.x, call.dy, call.epilogue, call.dresidual, rest_x, rest_dy, call.chunks, stat, sums,
                          (Math*)scratch);
@@ -53,7 +54,7 @@ __device__ inline void backward_owner(const Call& call, long long owner, long lo
     #pragma unroll
     for (int p = 0; p < P; p++) {
         const Math delta = sums[2 * P + p] / count;
-        sums[P + p] = (sums[P + p] - delta * sums[p]) * stat.rstd[p];
+        sums[P + p] -= delta * sums[p];
         g.set(p, sums[p], sums[P + p], delta, count, stat);
     }
     if (!GROUPED || share.tile == 0) share.each_plane(call.channels, [&](int p, long long i) {

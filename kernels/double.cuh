@@ -10,7 +10,7 @@
 // two parts, so that large ones cost no digits: first the pivot, the tile's mean as rounded, then what that left.
 
 // Of a tile, for each plane: the pivots, and the sums of QUANTITIES about them.
-enum { OF_X, OF_G, OF_V, OF_GX, OF_VX, OF_VG, QUANTITIES };
+enum { OF_X, OF_G, OF_U, OF_GX, OF_VX, OF_VG, QUANTITIES };
 
 struct Products {
     Math pivot_g[P], pivot_u[P], sums[QUANTITIES * P];
@@ -37,22 +37,26 @@ template <int REST, int THREADS, int CHUNKS> struct Rests {
     }
 };
 
-// The statistics of a thread's planes.
+// The statistics of a thread's planes. For xhat the mean is in a unit, of a plane whose own it is.
 struct Standard {
-    Math mean[P], rstd[P];
+    Math unit[P], mean[P], in_unit[P], rstd[P];
 
     template <class Share>
-    __device__ Standard(const Share& share, const Math* mean_, const Math* rstd_, long long channels) {
+    __device__ Standard(const Share& share, bool own, const Math* mean_, const Math* rstd_, long long channels) {
         const bool exists = share.exists(channels);
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = share.n * channels + share.c + p;
-            mean[p] = exists ? load(mean_ + i) : 0;
-            rstd[p] = exists ? load(rstd_ + i) : 0;
+            const Math m = exists ? load(mean_ + i) : 0, r = exists ? load(rstd_ + i) : 0;
+            const Unit u = own ? unit_of(m, r) : Unit{1, r};
+            unit[p] = u.unit;
+            mean[p] = m * u.unit;
+            in_unit[p] = u.rstd;
+            rstd[p] = u.rstd * u.unit;
         }
     }
 
-    __device__ Math xhat(int p, Math x) const { return (x - mean[p]) * rstd[p]; }
+    __device__ Math xhat(int p, Math x) const { return (x * unit[p] - mean[p]) * in_unit[p]; }
 };
 
 // What else is known of them: read when the sums are there, as it would take registers until then.
@@ -113,8 +117,8 @@ __device__ inline Products products_of_tile(const Share& share, const Given& giv
         s[OF_X][line] += xhat;
         s[OF_G][line] += g;
         s[OF_GX][line] += g * xhat;
-        const Math v_ = (u - m.pivot_u[p]) * stat.rstd[p];
-        s[OF_V][line] += v_;
+        const Math u_ = u - m.pivot_u[p], v_ = u_ * stat.rstd[p];
+        s[OF_U][line] += u_;
         s[OF_VX][line] += v_ * xhat;
         s[OF_VG][line] += v_ * g;
     };
@@ -135,8 +139,8 @@ struct Means {
 
 // s: the plane's sums, about base_g and base_u; T: Math, or Accum where there are several tiles.
 template <class T>
-__device__ inline Means means_of(T count, T base_g, T base_u, T rstd, T x, T g, T v, T gx, T vx, T vg) {
-    const T mean_x = x / count, mean_g = g / count, mean_v = v / count, mean_u = mean_v / rstd;
+__device__ inline Means means_of(T count, T base_g, T base_u, T rstd, T x, T g, T u, T gx, T vx, T vg) {
+    const T mean_x = x / count, mean_g = g / count, mean_u = u / count, v = u * rstd;
     const T a = (vx - v * mean_x) / count, c = (gx - g * mean_x) / count, s = (vg - v * mean_g) / count - a * c;
     Means m;
     m.pivot_g = (Math)(base_g + mean_g);
@@ -151,13 +155,13 @@ __device__ inline Means means_of(T count, T base_g, T base_u, T rstd, T x, T g, 
 }
 
 // Add the sums of a tile of n elements, number(i), to those of a plane, at(i). The distances of the tile's pivots from
-// the plane's bases count in (as for squares: Chan, Golub, LeVeque 1983); that of u in units of v.
+// the plane's bases count in (as for squares: Chan, Golub, LeVeque 1983).
 template <class F, class G>
-__device__ inline void add_products(Accum n, Accum far_g, Accum far_v, F number, G at) {
-    const Accum x = number(OF_X), g = number(OF_G), v = number(OF_V);
+__device__ inline void add_products(Accum n, Accum far_g, Accum far_u, Accum rstd, F number, G at) {
+    const Accum x = number(OF_X), g = number(OF_G), u = number(OF_U), v = u * rstd, far_v = far_u * rstd;
     at(OF_X) += x;
     at(OF_G) += g + n * far_g;
-    at(OF_V) += v + n * far_v;
+    at(OF_U) += u + n * far_u;
     at(OF_GX) += number(OF_GX) + far_g * x;
     at(OF_VX) += number(OF_VX) + far_v * x;
     at(OF_VG) += number(OF_VG) + far_v * g + far_g * v + n * far_v * far_g;

@@ -11,6 +11,7 @@
 #include "affine.cuh"
 #include "chunk.cuh"
 #include "sums.cuh"
+#include "unit.cuh"
 #include "moments.cuh"
 #include "gradient.cuh"
 #include "double.cuh"
@@ -54,20 +55,20 @@ __device__ inline void merge_products_of_tiles(const Share& share, const Product
         const Math base_g = exchange.read(0, at + 1), base_u = exchange.read(0, at + 2);    // tile 0 has the most elements
         Accum s[QUANTITIES] = {};
         s[OF_G] = nothing_of(base_g);
-        s[OF_V] = nothing_of(base_u);
+        s[OF_U] = nothing_of(base_u);
         #pragma unroll 1
         for (int tile = share.rank / share.lanes; tile < tiles; tile += THREADS / share.lanes) {
             const Accum n = exchange.read(tile, at);
             if (n == 0) continue;
             const Accum far_g = (Accum)exchange.read(tile, at + 1) - base_g;
             const Accum far_u = (Accum)exchange.read(tile, at + 2) - base_u;
-            add_products(n, far_g, far_u * stat.rstd[p], [&](int i) { return (Accum)exchange.read(tile, at + 3 + i); },
+            add_products(n, far_g, far_u, stat.rstd[p], [&](int i) { return (Accum)exchange.read(tile, at + 3 + i); },
                          [&](int i) -> Accum& { return s[i]; });
         }
         sum_over_owner<BLOCK, THREADS>(s, share.size, share.lanes,
                                        scratch + p * scratch_size<THREADS>(share.lanes, QUANTITIES));
         if (p == P - 1) exchange.leave();
-        f(p, means_of<Accum>(count, base_g, base_u, stat.rstd[p], s[OF_X], s[OF_G], s[OF_V], s[OF_GX], s[OF_VX],
+        f(p, means_of<Accum>(count, base_g, base_u, stat.rstd[p], s[OF_X], s[OF_G], s[OF_U], s[OF_GX], s[OF_VX],
                              s[OF_VG]));
     }
 }
@@ -83,7 +84,7 @@ __device__ inline void double_backward_owner(const Call& call, long long owner, 
     Math* scratch = (Math*)(shared + 3 * tile * sizeof(Pack));
     Math* other = scratch + scratch_size<THREADS>(share.lanes, 2 * P);
     Rests<REST, THREADS, CHUNKS> rest((Pack*)shared, tile);
-    const Standard stat(share, call.mean, call.rstd, call.channels);
+    const Standard stat(share, true, call.mean, call.rstd, call.channels);
     const Products m = products_of_tile<OWNER>(share, call.given, rest, call.chunks, stat, scratch, other);
     const ParametersOfThread parameters(share, call.parameters, call.channels);
     DoubleGradient d;
@@ -103,7 +104,7 @@ __device__ inline void double_backward_owner(const Call& call, long long owner, 
     #pragma unroll
     for (int p = 0; p < P; p++) {
         found(p, means_of<Math>(share.count(), m.pivot_g[p], m.pivot_u[p], stat.rstd[p], m.sums[OF_X * P + p],
-                                m.sums[OF_G * P + p], m.sums[OF_V * P + p], m.sums[OF_GX * P + p], m.sums[OF_VX * P + p],
+                                m.sums[OF_G * P + p], m.sums[OF_U * P + p], m.sums[OF_GX * P + p], m.sums[OF_VX * P + p],
                                 m.sums[OF_VG * P + p]));
     }
 #endif

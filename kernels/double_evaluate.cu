@@ -11,6 +11,7 @@
 #include "epilogue.cuh"
 #include "affine.cuh"
 #include "sums.cuh"
+#include "unit.cuh"
 #include "moments.cuh"
 #include "gradient.cuh"
 #include "double.cuh"
@@ -25,7 +26,7 @@ __device__ inline void eval_double(const Given& given, const Tensor& dx, const T
     const long long owner = Owner::owner_in_grid();
     if (owner >= owners) return;
     const Owner share(owner, tiles, CHUNKS, lanes, dx, channels, spatial);
-    const Standard stat(share, mean, rstd, channels);
+    const Standard stat(share, false, mean, rstd, channels);
     const ParametersOfThread of(share, parameters, channels);
     const bool more = given.ddx.data, moves = parameters.gradient.bias, summed = more && sums.dy_xhat;
     Rest<REGISTERS, THREADS, CHUNKS> x, dy, ddx;

@@ -9,6 +9,7 @@
 #include "epilogue.cuh"
 #include "affine.cuh"
 #include "sums.cuh"
+#include "unit.cuh"
 #include "moments.cuh"
 #include "gradient.cuh"
 #include "double.cuh"
@@ -24,7 +25,7 @@ __device__ inline void products(const Given& given, const Tensor& dx, const Math
     each_tile<OWNER, THREADS, CHUNKS>(tiles, dx, false, [&](const Share<OWNER, THREADS>& share) {
         Math* scratch = (Math*)shared;
         Rests<REGISTERS, THREADS, CHUNKS> rest;
-        const Standard stat(share, mean, rstd, tiles.channels);
+        const Standard stat(share, true, mean, rstd, tiles.channels);
         const Products m = products_of_tile<OWNER>(share, given, rest, CHUNKS, stat, scratch,
                                                    scratch + scratch_size<THREADS>(share.lanes, 2 * P));
         share.each_plane(tiles.channels, [&](int p, long long i) {
@@ -49,7 +50,7 @@ __device__ inline void apply_products(const Given& given, const Tensor& dx, cons
         rest.x.read(share, given.x, 0);
         rest.dy.read(share, given.dy, 0);
         if (more) rest.ddx.read(share, given.ddx, 0);
-        const Standard stat(share, mean, rstd, tiles.channels);
+        const Standard stat(share, true, mean, rstd, tiles.channels);
         const ParametersOfThread parameters(share, given_parameters, tiles.channels);
         DoubleGradient d;
         #pragma unroll
@@ -93,12 +94,12 @@ KERNEL(MERGE_THREADS, 1) merge_products(const Math* partial, long long all_plane
     for (long long tile = threadIdx.x; tile < tiles; tile += MERGE_THREADS) {
         const Math* at = row + tile;
         const Accum far_g = load(at + step) - base_g, far_u = load(at + 2 * step) - base_u;
-        add_products(load(at), far_g, far_u * scale, [&](int i) { return (Accum)load(at + (3 + i) * step); },
+        add_products(load(at), far_g, far_u, scale, [&](int i) { return (Accum)load(at + (3 + i) * step); },
                      [&](int i) -> Accum& { return s[i]; });
     }
     sum_over_owner<BLOCK, MERGE_THREADS>(s, MERGE_THREADS, 1, (Accum*)shared);
     if (threadIdx.x != 0) return;
-    const Means m = means_of<Accum>(spatial, base_g, base_u, scale, s[OF_X], s[OF_G], s[OF_V], s[OF_GX], s[OF_VX], s[OF_VG]);
+    const Means m = means_of<Accum>(spatial, base_g, base_u, scale, s[OF_X], s[OF_G], s[OF_U], s[OF_GX], s[OF_VX], s[OF_VG]);
     const Math numbers[MEANS] = {m.pivot_g, m.pivot_u, m.g, m.v, m.x, m.a, m.c, m.s};
     #pragma unroll
     for (int q = 0; q < MEANS; q++) store(means + q * all_planes + plane, numbers[q]);

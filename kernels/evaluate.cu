@@ -11,6 +11,7 @@
 #include "epilogue.cuh"
 #include "affine.cuh"
 #include "sums.cuh"
+#include "unit.cuh"
 #include "moments.cuh"
 #include "gradient.cuh"
 
@@ -53,7 +54,7 @@ __device__ inline void eval_gradient(const Tensor& x, const Tensor& dy, const Te
     const long long owner = Owner::owner_in_grid();
     if (owner >= owners) return;
     const Owner share(owner, tiles, CHUNKS, lanes, dx, channels, spatial);
-    const Statistics stat(share, mean, 0, rstd, affine, channels);
+    const Statistics stat(share, false, mean, 0, rstd, affine, channels);
     const bool summed = results.dy || results.dy_xhat;
     Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
     if (EPILOGUE || summed) rest_x.read(share, x, 0);

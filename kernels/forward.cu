@@ -13,6 +13,7 @@
 #include "affine.cuh"
 #include "chunk.cuh"
 #include "sums.cuh"
+#include "unit.cuh"
 #include "moments.cuh"
 #include "group.cuh"
 
@@ -62,12 +63,11 @@ __device__ inline void forward_owner(const Call& call, long long owner, long lon
     });
     // Not sooner: the widest register variant has none to spare.
     const AffineOfThread affine(share, call.affine, call.channels);
-    Math scale[P];
+    Normalization to;
     #pragma unroll
-    for (int p = 0; p < P; p++) scale[p] = inverse[p] * affine.weight[p];
+    for (int p = 0; p < P; p++) to.set(p, m.mean[p], m.delta[p], inverse[p], affine);
     write_tile(share, call.y, rest, call.chunks, call.epilogue.residual, [&](int p, Math value, Math residual) {
-        const Math z = ((value - m.mean[p]) - m.delta[p]) * scale[p] + affine.bias[p];
-        return activated(z, residual, call.epilogue.slope);
+        return activated(to.z(p, value), residual, call.epilogue.slope);
     });
 #if GROUPED
     exchange.end();

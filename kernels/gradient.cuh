@@ -1,25 +1,30 @@
 // The gradient of a plane: its three sums over a tile, and dx from them.
 
-// What is known of a thread's planes: the saved (or running) statistics, and the affine parameters.
+// What is known of a thread's planes: the saved (or running) statistics, in the unit of each, and the affine parameters.
 struct Statistics {
-    Math mean[P], delta[P], rstd[P];
+    Math unit[P], mean[P], delta[P], rstd[P];
     AffineOfThread affine;
 
-    // delta_ may be null; it is looked at only where there is an epilogue, whose z must be the forward's own.
+    // own: they are the planes' own, not running statistics, whose unit is 1. delta_ may be null; it is looked at only
+    // where there is an epilogue, whose z must be the forward's own.
     template <class Share>
-    __device__ Statistics(const Share& share, const Math* mean_, const Math* delta_, const Math* rstd_,
+    __device__ Statistics(const Share& share, bool own, const Math* mean_, const Math* delta_, const Math* rstd_,
                           const Affine& affine_, long long channels) : affine(share, affine_, channels) {
         const bool exists = share.exists(channels);
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = share.n * channels + share.c + p;
-            mean[p] = exists ? load(mean_ + i) : 0;
-            rstd[p] = exists ? load(rstd_ + i) : 0;
-            delta[p] = EPILOGUE && delta_ && exists ? load(delta_ + i) : 0;
+            const Math m = exists ? load(mean_ + i) : 0;
+            const Math r = exists ? load(rstd_ + i) : 0;
+            const Unit u = own ? unit_of(m, r) : Unit{1, r};
+            unit[p] = u.unit;
+            rstd[p] = u.rstd;
+            mean[p] = m * unit[p];
+            delta[p] = EPILOGUE && delta_ && exists ? load(delta_ + i) * unit[p] : 0;
         }
     }
 
-    __device__ Math centred(int p, Math x) const { return EPILOGUE ? (x - mean[p]) - delta[p] : x - mean[p]; }
+    __device__ Math centred(int p, Math x) const { return x * unit[p] - mean[p]; }
 };
 
 // Put the gradient g = dy * activation'(z) in the place of dy, in the batch of packs that begins with `from`; with the
@@ -32,12 +37,15 @@ __device__ inline void apply_epilogue(const Share& share, const Epilogue& epilog
     const bool more = epilogue.residual.data, wanted = dresidual.data;
     Storage* residual = more ? share.origin(epilogue.residual) : 0;
     Storage* to = wanted ? share.origin(dresidual) : 0;
-    Math scale[P];
+    Math scale[P], shift[P];
     #pragma unroll
-    for (int p = 0; p < P; p++) scale[p] = stat.rstd[p] * stat.affine.weight[p];
+    for (int p = 0; p < P; p++) {
+        scale[p] = stat.rstd[p] * stat.affine.weight[p];
+        shift[p] = stat.affine.bias[p] - stat.delta[p] * scale[p];
+    }
     const auto gradient = [&](int v, Storage x_, Storage dy_, Math r) {
         const int p = plane_of(v);
-        const Math affine = stat.centred(p, widen(x_)) * scale[p] + stat.affine.bias[p];
+        const Math affine = stat.centred(p, widen(x_)) * scale[p] + shift[p];
         const Math g = gradient_through(affine, r, widen(dy_), epilogue.slope);
         f(v, widen(x_), g);
         return narrow(g);
@@ -60,7 +68,7 @@ __device__ inline void apply_epilogue(const Share& share, const Epilogue& epilog
     }
 }
 
-// sums: P times sum(g), then P times sum(g * c), then P times sum(c), where c = x - mean.
+// sums: P times sum(g), then P times sum(g * c), then P times sum(c), where c = (x - mean) * rstd, as rounded.
 template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
 __device__ inline void gradient_sums(const Share& share, const Tensor& x, const Tensor& dy, const Epilogue& epilogue,
                                      const Tensor& dresidual, Rest<REST, THREADS, CHUNKS>& rest_x,
@@ -96,21 +104,27 @@ __device__ inline void gradient_sums(const Share& share, const Tensor& x, const 
     fold(s_dyc, sums + P);
     fold(s_c, sums + 2 * P);
     sum_over_owner<OWNER, THREADS>(sums, share.size, share.lanes, scratch);
+    #pragma unroll
+    for (int p = 0; p < P; p++) {
+        sums[P + p] *= stat.rstd[p];
+        sums[2 * P + p] *= stat.rstd[p];
+    }
 }
 
-// dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), where xhat = ((x - mean) - delta) * rstd, as
+// dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), where xhat = c - delta, with delta = mean(c), as
 // scale * ((dy - level) - (x - mean) * slope).
 struct Gradient {
     Math level[P], slope[P], scale[P];
 
     __device__ void set(int p, Math sum_dy, Math sum_dy_xhat, Math delta, Math count, const Statistics& stat) {
-        slope[p] = sum_dy_xhat / count * stat.rstd[p];
-        level[p] = sum_dy / count - delta * slope[p];
+        const Math mean_dy_xhat = sum_dy_xhat / count;
+        slope[p] = mean_dy_xhat * stat.rstd[p];
+        level[p] = sum_dy / count - delta * mean_dy_xhat;
         scale[p] = stat.affine.weight[p] * stat.rstd[p];
     }
 
     __device__ Math dx(int p, Math x, Math dy, const Statistics& stat) const {
-        return ((dy - level[p]) - stat.centred(p, x) * slope[p]) * scale[p];
+        return ((dy - level[p]) - stat.centred(p, x) * slope[p]) * scale[p] * stat.unit[p];
     }
 };
 

@@ -12,6 +12,7 @@
 #include "epilogue.cuh"
 #include "affine.cuh"
 #include "sums.cuh"
+#include "unit.cuh"
 #include "moments.cuh"
 #include "gradient.cuh"
 #include "tiles.cuh"
@@ -49,24 +50,21 @@ __device__ inline void moments(const Tensor& x, long long* counts, Accum* means,
 }
 
 template <int OWNER, int THREADS, int CHUNKS>
-__device__ inline void apply(const Tensor& x, const Tensor& y, const Math* mean, const Math* rstd, const Math* delta_,
+__device__ inline void apply(const Tensor& x, const Tensor& y, const Math* mean, const Math* rstd, const Math* delta,
                              const Affine& parameters, const Epilogue& epilogue, const Tiles& tiles) {
     each_tile<OWNER, THREADS, CHUNKS>(tiles, y, true, [&](const Share<OWNER, THREADS>& share) {
         const AffineOfThread affine(share, parameters, tiles.channels);
-        Math center[P], delta[P], scale[P];
+        Normalization to;
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = share.n * tiles.channels + share.c + p;
             const bool exists = share.c + p < tiles.channels;
-            center[p] = exists ? load(mean + i) : 0;
-            delta[p] = exists ? load(delta_ + i) : 0;
-            scale[p] = exists ? load(rstd + i) * affine.weight[p] : 0;
+            to.set(p, exists ? load(mean + i) : 0, exists ? load(delta + i) : 0, exists ? load(rstd + i) : 0, affine);
         }
         Rest<REGISTERS, THREADS, CHUNKS> rest;
         rest.read(share, x, 0);
         write_tile(share, y, rest, CHUNKS, epilogue.residual, [&](int p, Math value, Math residual) {
-            const Math z = ((value - center[p]) - delta[p]) * scale[p] + affine.bias[p];
-            return activated(z, residual, epilogue.slope);
+            return activated(to.z(p, value), residual, epilogue.slope);
         });
     });
 }
@@ -79,7 +77,7 @@ __device__ inline void gradient(const Tensor& x, const Tensor& dy, const Math* m
     unsigned char* shared = shared_memory();
     each_tile<OWNER, THREADS, CHUNKS>(tiles, x, false, [&](const Share<OWNER, THREADS>& share) {
         Rest<REGISTERS, THREADS, CHUNKS> rest_x, rest_dy;
-        const Statistics stat(share, mean, delta, rstd, affine, tiles.channels);
+        const Statistics stat(share, true, mean, delta, rstd, affine, tiles.channels);
         Math sums[3 * P];
         gradient_sums<OWNER>(share, x, dy, epilogue, dresidual, rest_x, rest_dy, CHUNKS, stat, sums, (Math*)shared);
         share.each_plane(tiles.channels, [&](int p, long long i) {
@@ -96,7 +94,7 @@ __device__ inline void apply_gradient(const Tensor& x, const Tensor& dy, const T
                                       const Epilogue& epilogue, const Math* more, const Math* sum_dy,
                                       const Math* sum_dy_xhat, const Tiles& tiles) {
     each_tile<OWNER, THREADS, CHUNKS>(tiles, dx, true, [&](const Share<OWNER, THREADS>& share) {
-        const Statistics stat(share, mean, delta, rstd, affine, tiles.channels);
+        const Statistics stat(share, true, mean, delta, rstd, affine, tiles.channels);
         Gradient g;
         #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -179,7 +177,7 @@ KERNEL(MERGE_THREADS, 1) merge_moments(const long long* counts, const Accum* mea
     const Math rounded = (Math)all.mean;
     store(mean + plane, rounded);
     store(delta + plane, (Math)(all.mean - rounded));
-    store(rstd + plane, (Math)(1 / sqrt(all.squares / all.count + eps)));
+    store(rstd + plane, rstd_of(all.squares / all.count + eps));
     if (variance) store(variance + plane, (Math)(all.squares / (all.count - 1)));
 }
 
@@ -189,8 +187,8 @@ struct ThreeSums { Accum dy, dyc, c; };
 // eval_gradient_* are sum(dy) and sum(dy * xhat) already, and only need adding up. The sums may also be wanted where
 // they are gradients (dbias, dweight); each pointer may be null.
 KERNEL(MERGE_THREADS, 1) merge_gradient(const Math* partial, long long all_planes, long long tiles, long long first,
-                                        long long planes, long long spatial, const Math* rstd, Math* sum_dy,
-                                        Math* sum_dy_xhat, Math* delta, void* dbias, void* dweight, int flags) {
+                                        long long planes, long long spatial, Math* sum_dy, Math* sum_dy_xhat,
+                                        Math* delta, void* dbias, void* dweight, int flags) {
     unsigned char* shared = shared_memory();
     const long long plane = first + blockIdx.x + (long long)gridDim.x * blockIdx.y;
     if (plane >= first + planes) return;
@@ -209,7 +207,7 @@ KERNEL(MERGE_THREADS, 1) merge_gradient(const Math* partial, long long all_plane
     if (delta) {
         const Accum mean_c = all.c / spatial;
         store(delta + plane, (Math)mean_c);
-        dot = (Math)((all.dyc - mean_c * all.dy) * load(rstd + plane));
+        dot = (Math)(all.dyc - mean_c * all.dy);
     }
     Sums{sum_dy, sum_dy_xhat, 0}.set(plane, (Math)all.dy, dot);
     Sums{dbias, dweight, flags}.set(plane, (Math)all.dy, dot);

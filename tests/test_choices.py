@@ -266,23 +266,52 @@ def test_which_arrays_are_computed_with_where_they_lie(rng: np.random.Generator)
 
 @pytest.mark.parametrize(("size", "far"), [(128, 1.0), (129, 2.0)])
 def test_from_how_large_a_mean_on_it_is_subtracted(size: int, far: float):
-    """More than one deviation, or two of planes whose sums are made in float64."""
+    """More than one deviation, or two of planes whose sums are made in float64; the deviation is without eps."""
     work = on_numpy((1, 4, size))
     planes = slice(None), slice(None)
-    work.call.rstd[...] = 0.5
-    more = np.nextafter(np.float32(2 * far), np.float32(9))
-    for values, those in (
-        ([1, -1, 2 * far, -2 * far], [0, 0, 0, 0]), ([more, -more, 1, 0], [1, 1, 0, 0]), ([1, 1, -9, 1], [0, 0, 1, 0]),
-    ):  # fmt: skip
-        work.call.mean[...] = values
-        work.call.delta[...] = 2**-30
-        pivot, rest = work._pivot(planes)
-        assert (pivot is None) == (not any(those))
-        subtracted = work.call.mean * np.array([those], np.float32)
-        if pivot is not None:
-            assert_equal(pivot, subtracted)
-        assert_equal(rest, (work.call.mean - subtracted) + work.call.delta.astype(work.wide))
-        assert rest.dtype == (np.float64 if size > 128 else np.float32)
+    for eps, rstd in ((0.0, 0.5), (1e-5, 0.5), (12.0, 0.25)):  # the deviation is 2
+        work.call.rstd[...], work.call.eps = rstd, eps
+        most, more = (np.float32(2 * far * (1 + by)) for by in (-1e-5, 1e-5))
+        for values, those in (
+            ([1, -1, most, -most], [0, 0, 0, 0]), ([more, -more, 1, 0], [1, 1, 0, 0]), ([1, 1, -9, 1], [0, 0, 1, 0]),
+        ):  # fmt: skip
+            work.call.mean[...] = values
+            work.call.delta[...] = 2**-30
+            pivot, unit, rest, r = work._standard(planes)
+            assert (pivot is None) == (not any(those))
+            subtracted = work.call.mean * np.array([those], np.float32)
+            if pivot is not None:
+                assert_equal(pivot, subtracted)
+            assert_equal(rest, (work.call.mean - subtracted) + work.call.delta.astype(work.wide))
+            assert rest.dtype == (np.float64 if size > 128 else np.float32)
+            assert unit is None
+            assert_equal(r, work.call.rstd)
+
+
+def test_running_means_are_always_subtracted():
+    """Nothing is known of how far from them x is."""
+    work = on_numpy((1, 4, 200))
+    work.call.rstd[...], work.call.training, work.call.delta = 1, False, None
+    work.call.mean[...] = [0, 1e-6, -3, 0]
+    pivot, _, rest, _ = work._standard((slice(None), slice(None)))
+    assert_equal(pivot, work.call.mean)
+    assert not rest.any()
+
+
+@pytest.mark.parametrize("rstd", [2.0**-31, 3e-36, 1e-38, 2.0**31, 1e30, 3e38])
+def test_units_of_numpy_planes(rstd: float):
+    """A power of two near rstd where that is far from 1; the mean is a number in it, and other planes' is 1."""
+    work = on_numpy((1, 4, 200))
+    work.call.rstd[...], work.call.eps = [[1, rstd, 2.0**-29, rstd]], 0.0
+    work.call.mean[...] = [[5, 1, 0, 3e30]]
+    with np.errstate(over="ignore"):
+        _, unit, _, r = work._standard((slice(None), slice(None)))
+    assert unit is not None
+    assert unit[0, 0] == unit[0, 2] == 1
+    assert_equal(unit * r, work.call.rstd)
+    assert_equal(np.frexp(unit)[0], 0.5)
+    assert 0.5 <= r[0, 1] < 1 or rstd > 1e38 or rstd < 1e-37
+    assert np.isfinite(unit * work.call.mean).all()
 
 
 @pytest.mark.parametrize(("eps", "some"), [(0.0, True), (9e-31, True), (1e-30, False)])

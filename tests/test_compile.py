@@ -40,7 +40,7 @@ FIRST_WITH_CLUSTERS = 90  # older ones have no kernels of the groups "cluster" a
 ELSEWHERE, FEW = 224, 16
 SPILLED = {
     ("forward", "part", "registers"): 8,
-    ("forward", "block", "registers"): 0,
+    ("forward", "block", "registers"): 8,
     ("forward", "cluster", "registers"): 36,
     ("forward", "grid", "registers"): 52,
     ("backward", "block", "registers"): 40,

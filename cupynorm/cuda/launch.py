@@ -142,7 +142,7 @@ class Launcher:
             if keep is not None:
                 saved = Saved(
                     x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope,
-                    residual if activation is not None else None, residual is not None,
+                    residual if activation is not None else None, residual is not None, eps=eps,
                 )  # fmt: skip
                 writes = keep(saved)
             if x.size == 0:
@@ -228,7 +228,7 @@ class Launcher:
 
             def merge_gradient(merge: Step, of_tiles: Array, some: tuple[int, int], *sums: np.uintp) -> None:
                 sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(some), call.spatial)
-                call.run(merge, call.pointer(of_tiles), *sizes, statistics[1], *sums, *merged, flags_)
+                call.run(merge, call.pointer(of_tiles), *sizes, *sums, *merged, flags_)
 
             if op == "eval_gradient":
                 if step.tiles == 1:

@@ -1,0 +1,40 @@
+// The unit of a plane: a power of two near its rstd.
+//
+// Deviations between 1e-38 and 3e38 are numbers of float, but their products with dy, with a weight or with each other
+// need not be. So the distance of x from the mean is taken in this unit, in which it is near 1: x * unit - mean * unit
+// is x - mean with the same digits, and costs one instruction as well.
+
+struct Unit {
+    Math unit, rstd;        // rstd is in this unit: 1 to 2, as a rule
+};
+
+#if !defined(STORAGE_FLOAT64)
+// count * 2^-149, a number below 2^-126: arithmetic would flush it to 0.
+__device__ inline Math denormal(Math count) { return __uint_as_float((unsigned)(count + 0.5f)); }
+
+// Smaller than rstd where mean * unit would be too large: x is close to the mean then. Neither the unit nor its inverse
+// is denormal; rstd may be.
+__device__ inline Unit unit_of(Math mean, Math rstd) {
+    const unsigned bits = __float_as_uint(rstd);
+    const int of_mean = (int)(__float_as_uint(mean) << 1 >> 24);
+    const int exponent = max(1, min(min((int)(bits >> 23), 253), 376 - of_mean));
+    const Math inverse = __uint_as_float((unsigned)(254 - exponent) << 23);
+    return {__uint_as_float((unsigned)exponent << 23), bits < 0x800000 ? (Math)bits * 1.1920929e-7f : rstd * inverse};
+}
+#else
+__device__ inline Unit unit_of(Math, Math rstd) { return {1, rstd}; }       // its squares must be in range anyway
+#endif
+
+// What y, or the epilogue's z, is made of, for a thread's planes: xhat * weight + bias, with xhat = (x - mean) - delta.
+struct Normalization {
+    Math unit[P], mean[P], scale[P], shift[P];
+
+    __device__ void set(int p, Math mean_, Math delta, Math rstd, const AffineOfThread& affine) {
+        const Unit u = unit_of(mean_, rstd);
+        unit[p] = u.unit;
+        mean[p] = mean_ * u.unit;
+        scale[p] = u.rstd * affine.weight[p];
+        shift[p] = affine.bias[p] - delta * u.unit * scale[p];
+    }
+    __device__ Math z(int p, Math x) const { return (x * unit[p] - mean[p]) * scale[p] + shift[p]; }
+};

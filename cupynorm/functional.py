@@ -228,14 +228,42 @@ def _as_host(array: Array) -> np.ndarray:
     return np.asarray(Memory())
 
 
+def _bounds_meet(a: Array, b: Array) -> bool:
+    """numpy.may_share_memory of CuPy arrays. CuPy's own takes memory that came in by two ways for two memories."""
+    ends = []
+    for array in (a, b):
+        if array.size == 0:
+            return False
+        reach = [stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True)]
+        start = array.data.ptr
+        ends.append((start + sum(step for step in reach if step < 0), start + sum(step for step in reach if step > 0)))
+    (low, high), (other_low, other_high) = ends
+    return low < other_high + b.itemsize and other_low < high + a.itemsize
+
+
 def overlap(a: Array, b: Array) -> bool:
     """Whether two arrays have memory in common; True also where that is too hard to tell."""
-    if kind_of(a, "array") != kind_of(b, "array") or a.size == 0 or b.size == 0:
+    host = isinstance(a, np.ndarray)
+    if host != isinstance(b, np.ndarray) or not (np.may_share_memory(a, b) if host else _bounds_meet(a, b)):
         return False
     try:
         return bool(np.shares_memory(_as_host(a), _as_host(b), max_work=100_000))  # type: ignore[arg-type]  # any integer
     except np.exceptions.TooHardError:
         return True
+
+
+def check_apart(written: Sequence[tuple[str, Array]], others: Sequence[tuple[str, Array | None]]) -> None:
+    """Arrays (C,) that are updated in place: each has memory of its own, and none of the others'."""
+    for number, (name, array) in enumerate(written):
+        if array.size > 1 and abs(array.strides[0]) < array.itemsize:
+            raise ValueError(
+                f"{name} is to be updated and has strides {array.strides}: several of its elements are the same memory"
+            )
+        for other_name, other in (*written[:number], *others):
+            if other is not None and overlap(other, array):
+                raise ValueError(
+                    f"{other_name} and {name} share memory, and {name} is to be updated: give each an array of its own"
+                )
 
 
 def _same_memory(a: Array, b: Array) -> bool:
@@ -335,8 +363,9 @@ def instance_norm(
     Raises:
         TypeError: an argument of another type, dtype or array class.
         ValueError: shapes that do not fit, arrays on several devices, one running statistic without the other,
-            one spatial element with use_input_stats, an activation of another name, or an out that overlaps an array
-            without being it. Nothing has been written then.
+            one spatial element with use_input_stats, an activation of another name, an out that overlaps an array
+            without being it, or running statistics that are updated and share memory with each other, with the
+            parameters or the input. Nothing has been written then.
     """
     y, _ = checked_forward(
         input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps,
@@ -405,8 +434,8 @@ def checked_forward(
         raise ValueError(f"running_mean and running_var go together, but {missing} is None")
     if not use_input_stats and running_mean is None:
         raise ValueError("use_input_stats=False needs running_mean and running_var")
+    updated = running_mean is not None and use_input_stats and momentum != 0
     if running_mean is not None:
-        updated = use_input_stats and momentum != 0
         check_per_channel(running_mean, "running_mean", x, written=updated)
         check_per_channel(running_var, "running_var", x, written=updated)
     if weight is not None:
@@ -417,9 +446,12 @@ def checked_forward(
         _check_like(residual, "residual", x)
     if use_input_stats and math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+    inputs = ("input", x), ("residual", residual), ("weight", weight), ("bias", bias)
+    statistics = ("running_mean", running_mean), ("running_var", running_var)
+    if updated:
+        check_apart(statistics, inputs)
     if out is not None:
-        inputs = ("input", x), ("residual", residual), ("weight", weight), ("bias", bias)
-        _check_out(out, x, (*inputs, ("running_mean", running_mean), ("running_var", running_var)))
+        _check_out(out, x, (*inputs, *statistics))
 
     def told(saved: Saved) -> tuple[partial[Any], ...]:
         _spoil(saved, out)

@@ -18,6 +18,7 @@ from .functional import (
     Saved,
     at_once,
     check_activation,
+    check_apart,
     check_dtype,
     check_eps,
     check_number,
@@ -320,8 +321,13 @@ class _InstanceNorm:
         kind_of(dy, "dy")
         if out is not None:
             kind_of(out, "out")
-        for name, trained in self.namedparams():
-            _check_gradient(name.lstrip("/"), trained)
+        named = [(name.lstrip("/"), trained) for name, trained in self.namedparams()]
+        for name, trained in named:
+            _check_gradient(name, trained)
+        check_apart(
+            [(f"{name}.grad", trained.grad) for name, trained in named if trained.grad is not None],
+            [(name, trained.data) for name, trained in named],
+        )
         shape = call.x.shape[1:] if unbatched else call.x.shape
         if dy.shape != shape:
             raise ValueError(f"dy has shape {dy.shape}; needed is the last input's, {shape}")

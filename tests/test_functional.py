@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from helpers.backends import Backend
-from helpers.compare import BFLOAT16, assert_allclose, assert_equal, assert_same, bits
+from helpers.backends import Backend, on
+from helpers.compare import BFLOAT16, Bits, assert_allclose, assert_equal, assert_same, bits
 from optional import imported
 from reference import LAYOUTS, assert_close
 
@@ -284,6 +284,90 @@ def test_out_that_overlaps_itself_is_refused(backend: Backend, rng: np.random.Ge
     with pytest.raises(ValueError, match="out has strides"):
         cn.instance_norm(x, out=backend.array(out))
     assert not small.any()
+
+
+#: Two slices of one array of 7, three elements each.
+MEETING = {"the same": (np.s_[:3], np.s_[:3]), "shifted": (np.s_[:3], np.s_[2:5]), "steps": (np.s_[:6:2], np.s_[4:]),
+           "reversed": (np.s_[:3], np.s_[4:1:-1])}  # fmt: skip
+APART = {"beside": (np.s_[:3], np.s_[3:6]), "between": (np.s_[:6:2], np.s_[1:7:2])}
+
+
+@pytest.mark.parametrize("slices", MEETING)
+@pytest.mark.parametrize("first", ["running_mean", "input", "residual", "weight", "bias"])
+@pytest.mark.parametrize("second", ["running_mean", "running_var"])
+def test_statistics_that_share_memory_are_refused(
+    backend: Backend, rng: np.random.Generator, first: str, second: str, slices: str
+) -> None:
+    """Where they are updated: nothing has been written then. Where nothing is written, they may share it."""
+    if first == second:
+        return
+    given: dict[str, Any] = {name: backend.array(normal(rng, (2, 3, 4, 7))) for name in ("input", "residual")}
+    given |= dict.fromkeys(("weight", "bias"), backend.array(np.ones(3, np.float32)))  # these two may be one
+    given |= {name: backend.array(np.ones(3, np.float32)) for name in ("running_mean", "running_var")}
+    memory = given[first][1, 2, 3] if first in ("input", "residual") else backend.array(np.ones(7, np.float32))
+    places = MEETING[slices]
+    given[second] = memory[places[1]]
+    if first not in ("input", "residual"):
+        given[first] = given[second] if slices == "the same" else memory[places[0]]
+
+    def pictures() -> dict[str, Bits]:
+        return {name: Bits(array) for name, array in given.items()}
+
+    before = pictures()
+    for momentum in (0.1, 1.0):
+        with pytest.raises(ValueError, match=f"^{first} and {second} share memory, and {second} is to be updated"):
+            cn.instance_norm(**given, momentum=momentum)
+    cn.instance_norm(**given, momentum=0)
+    cn.instance_norm(**given, use_input_stats=False)
+    assert pictures() == before
+
+
+@pytest.mark.parametrize("slices", APART)
+@pytest.mark.parametrize("names", [("running_mean", "running_var"), ("bias", "running_mean")], ids=str)
+def test_statistics_may_lie_between_others(
+    backend: Backend, rng: np.random.Generator, names: tuple[str, str], slices: str
+) -> None:
+    x = backend.array(normal(rng, SHAPE))
+    given = {name: backend.array(np.ones(3, np.float32)) for name in ("bias", "running_mean", "running_var")}
+    others = {name: array.copy() for name, array in given.items()}
+    memory = backend.array(np.ones(7, np.float32))
+    given |= {name: memory[place] for name, place in zip(names, APART[slices], strict=True)}
+    cn.instance_norm(x, **given)
+    cn.instance_norm(x, **others)
+    for name, array in given.items():
+        assert_same(backend.host(array), backend.host(others[name]), name)
+
+
+@on("cupy")
+def test_memory_that_others_own_is_compared_by_address(backend: Backend, rng: np.random.Generator) -> None:
+    """As it is where arrays come from another library, each in a memory object of its own."""
+    import cupy
+
+    memory = backend.array(np.ones(7, np.float32))
+
+    def foreign(start: int) -> Any:
+        owner = cupy.cuda.UnownedMemory(memory.data.ptr + 4 * start, 12, memory)
+        return cupy.ndarray((3,), np.float32, cupy.cuda.MemoryPointer(owner, 0))
+
+    x = backend.array(normal(rng, SHAPE))
+    with pytest.raises(ValueError, match=r"^running_mean and running_var share memory"):
+        cn.instance_norm(x, foreign(0), foreign(2))
+    assert (backend.host(memory) == 1).all()
+    cn.instance_norm(x, foreign(0), foreign(3))
+    assert backend.host(memory)[6] == 1
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_statistics_that_overlap_themselves_are_refused(backend: Backend, rng: np.random.Generator, name: str) -> None:
+    x = backend.array(normal(rng, SHAPE))
+    once = np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (3,), (0,))
+    given = {key: backend.array(np.ones(3, np.float32)) for key in ("running_mean", "running_var")}
+    given |= {name: backend.array(once)}
+    with pytest.raises(ValueError, match=f"^{name} is to be updated and has strides"):
+        cn.instance_norm(x, **given)
+    assert all((backend.host(array) == 1).all() for array in given.values())
+    expected = cn.instance_norm(x, *(backend.array(np.ones(3, np.float32)) for _ in range(2)), use_input_stats=False)
+    assert_same(backend.host(cn.instance_norm(x, **given, use_input_stats=False)), backend.host(expected))
 
 
 @pytest.mark.parametrize(

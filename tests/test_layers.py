@@ -351,6 +351,23 @@ def test_gradients_that_cannot_be_added_to(rng: np.random.Generator, grad: Any) 
     layer.backward(x)
 
 
+@pytest.mark.parametrize("other", ["bias.grad", "weight", "bias"])
+def test_gradients_that_share_memory_are_refused(backend: Backend, rng: np.random.Generator, other: str) -> None:
+    """Each addition would be to the other as well."""
+    layer = full(device=backend.device)
+    x = backend.array(normal(rng, SHAPES[2]))
+    layer.backward(layer.forward(x))
+    layer.weight.grad = {"bias.grad": layer.bias.grad, "weight": layer.weight.data, "bias": layer.bias.data}[other]
+    before = contents(layer)
+    with pytest.raises(ValueError, match=r"share memory, and (weight|bias)\.grad is to be updated") as caught:
+        layer.backward(x)
+    assert "weight.grad" in str(caught.value)
+    assert other in str(caught.value)
+    assert contents(layer) == before
+    layer.weight.grad = None
+    layer.backward(x)
+
+
 # Forward and backward
 
 

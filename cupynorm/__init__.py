@@ -13,6 +13,7 @@ from .functional import (
     instance_norm_forward,
     warmup,
 )
+from .inference import inference_mode
 from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Parameter
 from .memory import get_memory_limit, set_memory_limit
 from .threads import get_num_threads, set_num_threads
@@ -29,6 +30,7 @@ __all__ = [
     "get_batch_invariant",
     "get_memory_limit",
     "get_num_threads",
+    "inference_mode",
     "instance_norm",
     "instance_norm_backward",
     "instance_norm_double_backward",

@@ -394,7 +394,7 @@ def instance_norm_forward(
     Arguments, defaults and errors are those of `instance_norm`. Saved refers to x, weight, bias and, with an
     activation, residual, not to copies: change none of them before the backward. If out is x, or the residual of an
     activation, the backward is refused. Nothing of x's size is kept beside them: the backward recomputes what the
-    activation's derivative is taken at.
+    activation's derivative is taken at. `inference_mode` is for layers: here Saved is returned within it, too.
 
     Returns:
         (y, saved)

@@ -27,6 +27,7 @@ from .functional import (
     kind_of,
     place_of,
 )
+from .inference import inferring
 
 
 class Parameter:
@@ -139,7 +140,8 @@ class _InstanceNorm:
         running_mean, running_var, num_batches_tracked: arrays, updated in place, or None. num_batches_tracked is
             always 0, as PyTorch's is.
         training: True at first.
-        saved: what the last forward kept for its backward; None before it. See `backward`.
+        saved: what the last forward kept for its backward; None before it, and after one within
+            `cupynorm.inference_mode`. See `backward`.
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
@@ -149,6 +151,7 @@ class _InstanceNorm:
     _spatial_rank: int
     _parameters = ("weight", "bias")
     _buffers = ("running_mean", "running_var", "num_batches_tracked")
+    _inferred = False  # whether saved is None since the last forward ran in inference_mode
 
     def __init__(
         self,
@@ -216,7 +219,7 @@ class _InstanceNorm:
 
         In training, and in eval without running statistics, with x's own statistics; in eval with running statistics,
         with those. Keeps what backward needs: x itself (not a copy), two or three numbers a plane, and what was given
-        beside x.
+        beside x; within `cupynorm.inference_mode` nothing.
 
         Args:
             x: NumPy or CuPy array on the layer's device; the dtype of the layer, or float16 or bfloat16 for a float32
@@ -268,6 +271,12 @@ class _InstanceNorm:
                     stacklevel=_level_of_caller(),
                 )
         use_input_stats = self.training or not self.track_running_stats
+        nothing = inferring()
+
+        def kept(saved: Saved) -> tuple[partial[Any], ...]:
+            pair = None if nothing else (saved, unbatched)
+            return partial(setattr, self, "saved", pair), partial(setattr, self, "_inferred", nothing)
+
         y, _ = checked_forward(
             x[None] if unbatched else x,
             weight if self.weight is None else self.weight.data,
@@ -281,7 +290,7 @@ class _InstanceNorm:
             self.negative_slope,
             residual[None] if unbatched and residual is not None else residual,
             out[None] if unbatched and out is not None else out,
-            keep=lambda saved: (partial(setattr, self, "saved", (saved, unbatched)),),
+            keep=kept,
         )
         if out is not None:
             return out
@@ -308,11 +317,16 @@ class _InstanceNorm:
             is dy itself where there is no activation and out is not dy (for one sample, a view of dy).
 
         Raises:
-            RuntimeError: there was no forward.
+            RuntimeError: there was no forward, or the last one ran within `cupynorm.inference_mode`.
             TypeError, ValueError: saved is something else; see also `cupynorm.instance_norm_backward`. Nothing has been
                 written then.
         """
         kept = self.saved if saved is None else saved
+        if kept is None and self._inferred:
+            raise RuntimeError(
+                "backward needs what a forward keeps, and the last one kept nothing, as it ran within "
+                "cupynorm.inference_mode(): do the forward again outside of it"
+            )
         if kept is None:
             raise RuntimeError("backward needs a forward before it")
         if not (isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[0], Saved)):
@@ -464,13 +478,13 @@ class _InstanceNorm:
         arrays = [(p, name, getattr(p, name)) for p in self.params() for name in ("_data", "grad")]
         arrays += [(self, name, getattr(self, name)) for name in self._buffers]
         moved = [(o, n, devices.to_device(devices.to_host(a), device)) for o, n, a in arrays if a is not None]
-        facts = (("device", device), ("saved", None), ("_anywhere", False))
+        facts = (("device", device), ("saved", None), ("_inferred", False), ("_anywhere", False))
         at_once(*(partial(setattr, *each) for each in (*moved, *((self, *fact) for fact in facts))))
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         # What the last forward kept belongs to that call, not to a copy of the layer.
-        return self.__dict__ | {"saved": None}
+        return self.__dict__ | {"saved": None, "_inferred": False}
 
     def __repr__(self) -> str:
         epilogue = "" if self.activation is None else f", activation={self.activation!r}"

@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from helpers.compare import Bits, assert_equal, bits
 import cupynorm as cn
 from cupynorm import cpu, devices, functional, memory, threads
 from cupynorm.cuda.plan import Device
+from cupynorm.inference import inferring
 
 SHAPE = (3, 4, 6, 7)
 #: A device whose plans split planes of SHAPE or of LARGE: several launches a call.
@@ -52,6 +54,7 @@ class Held:
         self.other = made(shape)
         self.state: dict[str, np.ndarray] = {}
         self.strided = False
+        self.context = copy_context()  # for modes that are of a context
 
     def picture(self) -> dict[str, Any]:
         """Identity and bits of what lasts."""
@@ -62,7 +65,7 @@ class Held:
         seen: dict[str, Any] = {name: None if a is None else (id(a), Bits(a)) for name, a in arrays.items()}
         saved = layer.saved
         seen["saved"] = None if saved is None else (id(saved), id(saved[0]), saved[0].overwritten)
-        seen["settings"] = (layer.device, layer.training, layer.eps, layer.momentum, layer._anywhere)
+        seen["settings"] = (layer.device, layer.training, layer.eps, layer.momentum, layer._anywhere, layer._inferred)
         for name in ("x", "residual", "dy", "other"):
             seen[name] = self.bits(name)
         return seen
@@ -77,6 +80,18 @@ def _forward(held: Held) -> None:
 
 def _eval_forward(held: Held) -> None:
     held.layer.forward(held.other, out=held.out)
+
+
+def _infer(held: Held) -> None:
+    held.context.run(cn.inference_mode().__enter__)
+
+
+def _forward_there(held: Held) -> None:
+    held.context.run(_forward, held)
+
+
+def _reset(held: Held) -> None:
+    held.layer.reset_parameters()
 
 
 def _backward(held: Held) -> None:
@@ -119,6 +134,7 @@ CALLS: dict[str, tuple[Callable[[Held], None], list[Callable[[Held], None]]]] = 
     "forward": (_forward, [_eval]),  # what was saved before is of another forward
     "first forward": (_forward, []),
     "forward in eval": (_eval_forward, [_eval]),
+    "forward in inference_mode": (_forward_there, [_forward, _infer]),
     "statistics with strides": (_strided_statistics, [_strided]),
     "first backward": (_backward, [_forward]),
     "second backward": (_backward, [_forward, _backward]),
@@ -230,6 +246,23 @@ def test_interrupts(backend: Backend, rng: np.random.Generator, name: str, where
         assert not finished or now == after
     assert number > 5
     assert seen == {"before", "after"}
+
+
+def test_an_interrupted_inference_mode_is_not_entered() -> None:
+    mode, number, finished = cn.inference_mode(), 0, False
+    while not finished:
+        number += 1
+        try:
+            with faults.interrupts(Faults(number)):
+                mode.__enter__()
+        except KeyboardInterrupt:
+            assert not inferring()
+        else:
+            finished = True
+    assert inferring()
+    mode.__exit__()
+    assert not inferring()
+    assert number > 2
 
 
 # Writes that belong together

@@ -64,16 +64,45 @@ def resolve(device: str | None) -> str:
     return f"cuda:{index}"
 
 
-def to_host(array: Any) -> np.ndarray:
-    """A NumPy array of the same contents; a PyTorch tensor's bfloat16 as float32, which holds every value of it."""
+def to_host(array: Any, name: str = "array") -> np.ndarray:
+    """A NumPy array of the same contents; a PyTorch tensor's bfloat16 and float8 as float32, which holds them."""
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy.asnumpy(array)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        return _of_torch(array, name, torch)
     return np.asarray(array)
+
+
+def _of_torch(tensor: Any, name: str, torch: Any) -> np.ndarray:
+    """The numbers of a PyTorch tensor; a TypeError that names it if it has none, or none that NumPy has arrays for."""
+    refused = ""
+    if torch.nn.parameter.is_lazy(tensor):
+        refused = "is not initialized: save the state after a first forward of its model"
+    elif tensor.is_meta:
+        refused = "is on the device meta and has no values: load the file with map_location='cpu'"
+    elif tensor.is_nested:
+        refused = "is nested: take one of its parts, tensor.unbind()[i]"
+    elif tensor.layout != torch.strided:
+        refused = f"has the layout {tensor.layout}: convert it with tensor.to_dense()"
+    elif tensor.is_quantized:
+        refused = f"is quantized ({tensor.dtype}): convert it with tensor.dequantize()"
+    elif tensor.is_complex():
+        refused = f"is complex ({tensor.dtype}); needed are real numbers: take tensor.real or tensor.imag"
+    elif tensor.numel() and not tensor.untyped_storage().nbytes():
+        refused = "has no values, as its memory has been freed: gather it (FSDP's full state_dict) before saving it"
+    if refused:
+        raise TypeError(f"{name} is a PyTorch tensor that {refused}")
+    tensor = tensor.detach().cpu()
+    narrow = tensor.dtype == torch.bfloat16 or (tensor.dtype.is_floating_point and tensor.element_size() == 1)
+    try:
+        return (tensor.float() if narrow else tensor).numpy(force=True)
+    except (TypeError, RuntimeError) as error:  # a dtype that NumPy lacks, or a subclass with a meaning
+        kind = f"{type(tensor).__module__}.{type(tensor).__qualname__} of {tensor.dtype}"
+        raise TypeError(
+            f"{name} is a {kind}, which NumPy has no array for ({error}): convert it to a plain tensor of torch.float32"
+        ) from error
 
 
 def to_device(array: np.ndarray, device: str) -> Any:

@@ -13,7 +13,6 @@ import numpy as np
 
 from . import devices
 from .functional import (
-    DTYPES,
     Array,
     Saved,
     at_once,
@@ -53,6 +52,7 @@ class Parameter:
             return
         if isinstance(self._data, np.ndarray) or type(value) is not type(self._data):
             value = devices.to_device(_numbers(value, "data"), place_of(self._data, "data"))
+        _check_real(value.dtype, "data")
         if value.shape != self._data.shape:
             raise ValueError(f"data has shape {self._data.shape}, got {value.shape}")
         self._data[...] = value.astype(self._data.dtype, copy=False)
@@ -84,10 +84,23 @@ def _numbers(value: Any, name: str) -> np.ndarray:
     torch = sys.modules.get("torch")
     if not (_plain(value) or (torch is not None and isinstance(value, torch.Tensor))):
         kind_of(value, name)
-    host = devices.to_host(value)
-    if host.dtype.kind not in "biuf" and host.dtype.name not in DTYPES:
-        raise TypeError(f"{name} has dtype {host.dtype}; needed are real numbers")
+    host = devices.to_host(value, name)
+    _check_real(host.dtype, name)
     return host
+
+
+def _check_real(dtype: np.dtype, name: str) -> None:
+    if dtype.kind not in "biuf" and not dtype.name.startswith(("bfloat16", "float8_")):
+        raise TypeError(f"{name} has dtype {dtype}; needed are real numbers")
+
+
+def _write(own: Mapping[str, Array], values: Mapping[str, np.ndarray], layer: _InstanceNorm) -> None:
+    """Copy values into a layer's own arrays of the same names, cast to their dtypes: all of them or none."""
+    for name in values:
+        if isinstance(own[name], np.ndarray) and not own[name].flags.writeable:
+            raise ValueError(f"{name} of {layer!r} is read-only, and is to be written")
+    moved = {name: devices.to_device(v.astype(own[name].dtype), layer.device) for name, v in values.items()}
+    at_once(*(partial(operator.setitem, own[name], ..., value) for name, value in moved.items()))
 
 
 def _plain(value: Any) -> bool:
@@ -95,6 +108,17 @@ def _plain(value: Any) -> bool:
     if type(value) in (list, tuple):
         return all(map(_plain, value))
     return type(value) in (bool, int, float) or isinstance(value, np.number)
+
+
+def _way_out(statistics: list[str]) -> str:
+    """What to do with running statistics for a layer that tracks none."""
+    if not statistics:
+        return ""
+    return (
+        f". {' and '.join(statistics)} are running statistics, which the layer does not track; files from before "
+        "PyTorch 0.4.0 have them of every layer. Remove these keys from the state (strict=False passes over them), or, "
+        "if the statistics are needed, make the layer with track_running_stats=True"
+    )
 
 
 def _check_gradient(name: str, parameter: Parameter) -> None:
@@ -418,26 +442,29 @@ class _InstanceNorm:
         """Copy arrays into the layer's own, from either device, cast to the layer's dtype.
 
         Args:
-            state: by the keys of `state_dict`; NumPy or CuPy arrays, PyTorch tensors (of any device and dtype, bfloat16
-                included), or numbers in lists. Nothing is unpickled, and no method of any other object is called.
-            strict: whether missing and unexpected keys are errors.
+            state: by the keys of `state_dict`; NumPy or CuPy arrays, PyTorch tensors (of any device; bfloat16 and
+                float8 too), or numbers in lists. Nothing is unpickled, and no method of any other object is called.
+            strict: whether missing and unexpected keys are errors; num_batches_tracked, which nothing reads and files
+                from before PyTorch 0.4.1 do not have, may be missing, and then stays as it is.
             prefix: where in the checkpoint of a whole model the layer is: entries of other prefixes are others' and
                 not looked at. "" is a state of this layer alone.
 
         Raises:
             KeyError: missing or unexpected keys, named.
-            TypeError: entries that are no arrays of numbers, named.
+            TypeError: entries that are no arrays of real numbers, named: sparse, quantized, nested and complex tensors,
+                and those without values (of the device meta, say) among them.
             ValueError: entries of another shape, or arrays of the layer that are read-only, named. Nothing has been
                 loaded then.
         """
         own = {prefix + name: array for name, array in self._state().items()}
         if strict:
-            missing = [name for name in own if name not in state]
+            missing = [name for name in own if name not in state and name != f"{prefix}num_batches_tracked"]
             unexpected = [name for name in state if name.startswith(prefix) and name not in own]
+            statistics = [name for name in unexpected if name.removeprefix(prefix) in self._buffers]
             if missing or unexpected:
                 raise KeyError(
                     f"state_dict does not fit {self!r}: missing {missing or 'nothing'}, "
-                    f"unexpected {unexpected or 'nothing'}"
+                    f"unexpected {unexpected or 'nothing'}" + _way_out(statistics)
                 )
         given = {name: _numbers(state[name], name) for name in own if name in state}
         wrong = [
@@ -447,11 +474,28 @@ class _InstanceNorm:
         ]
         if wrong:
             raise ValueError(f"state_dict does not fit {self!r}: the shape of {'; of '.join(wrong)}")
-        for name in given:
-            if isinstance(own[name], np.ndarray) and not own[name].flags.writeable:
-                raise ValueError(f"{name} of {self!r} is read-only, and is to be loaded")
-        loaded = {name: devices.to_device(v.astype(own[name].dtype), self.device) for name, v in given.items()}
-        at_once(*(partial(operator.setitem, own[name], ..., value) for name, value in loaded.items()))
+        _write(own, given, self)
+
+    def reset_running_stats(self) -> None:
+        """Set running_mean to 0, running_var to 1 and num_batches_tracked to 0, in place, where they are tracked.
+
+        Raises:
+            ValueError: one of them is read-only. Nothing has been written then.
+        """
+        self._reset(self._buffers)
+
+    def reset_parameters(self) -> None:
+        """Set weight to 1 and bias to 0, in place, and do what `reset_running_stats` does. Gradients stay.
+
+        Raises:
+            ValueError: an array of the layer is read-only. Nothing has been written then.
+        """
+        self._reset(self._parameters + self._buffers)
+
+    def _reset(self, names: tuple[str, ...]) -> None:
+        own = self._state()
+        ones = ("weight", "running_var")
+        _write(own, {name: np.full(own[name].shape, name in ones) for name in names if name in own}, self)
 
     def to_gpu(self, device: Any = None) -> _InstanceNorm:
         """Move parameters, gradients and statistics to a GPU: a number, "cuda:<number>", or None for the current one.

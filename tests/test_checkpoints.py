@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-from helpers.compare import BFLOAT16
+from helpers.compare import BFLOAT16, assert_equal
 from optional import required
 from reference import assert_close
 
@@ -132,6 +133,111 @@ def test_half_checkpoints_into_float32_layers(rng: np.random.Generator, tmp_path
     save_file(theirs.to(getattr(torch, dtype)).state_dict(), tmp_path / "model.safetensors")
     load(through_file, files.load_file(tmp_path / "model.safetensors"))
     assert bits(state_of(through_file)) == bits(state_of(direct))
+
+
+# Tensors of other kinds
+
+
+@pytest.mark.parametrize("dtype", [name for name in dir(torch) if name.startswith("float8_")])
+@pytest.mark.parametrize("how", ["load", "data", "numpy"])
+@pytest.mark.parametrize("wanted", ["float32", "float64"])
+def test_every_float8_value_is_loaded_exactly(dtype: str, how: str, wanted: str) -> None:
+    """From PyTorch, and from NumPy arrays of ml_dtypes; against ml_dtypes."""
+    codes, kind = np.arange(256, dtype=np.uint8), getattr(ml_dtypes, dtype)
+    tensor = torch.from_numpy(codes.copy()).view(getattr(torch, dtype))
+    norm = cn.InstanceNorm2d(256, affine=True, bias=False, device="cpu", dtype=wanted)
+    with np.errstate(invalid="ignore"):  # of a signalling NaN
+        if how == "data":
+            norm.weight.data = tensor
+        else:
+            norm.load_state_dict({"weight": tensor if how == "load" else codes.view(kind)})
+        assert_equal(norm.weight.data, codes.view(kind).astype(wanted))
+
+
+def freed() -> Any:
+    """As FSDP leaves its parameters."""
+    tensor = torch.ones(3)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def fake() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode().from_tensor(torch.ones(3))
+
+
+#: Tensors that cannot be loaded, and what is said of them.
+ODD: dict[str, tuple[Any, str]] = {
+    "sparse": (lambda: torch.ones(3).to_sparse(), r"layout torch.sparse_coo.*to_dense\(\)"),
+    "compressed": (lambda: torch.eye(3).to_sparse_csr(), r"layout torch.sparse_csr.*to_dense\(\)"),
+    "quantized": (lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), r"qint8.*dequantize\(\)"),
+    "meta": (lambda: torch.ones(3, device="meta"), "meta.*no values.*map_location='cpu'"),
+    "freed": (freed, "no values.*freed"),
+    "bfloat16, freed": (lambda: freed().view(torch.bfloat16), "no values.*freed"),
+    "complex": (lambda: torch.ones(3, dtype=torch.complex64), r"complex \(torch.complex64\).*tensor.real"),
+    "half complex": (lambda: torch.ones(3).to(torch.complex32), r"complex \(torch.complex32\).*tensor.real"),
+    "conjugate": (lambda: torch.ones(3, dtype=torch.complex64).conj(), "complex.*tensor.real"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), r"nested.*unbind\(\)"),
+    "lazy": (torch.nn.UninitializedParameter, "not initialized.*forward"),
+    "int4": (lambda: torch.empty(3, dtype=torch.int4), "Tensor of torch.int4.*torch.float32"),
+    "float4": (lambda: torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "float4.*torch.float32"),
+    "fake": (fake, "FakeTensor of torch.float32.*plain tensor"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch, for what it calls beta or a prototype
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("strict", [True, False])
+def test_tensors_without_numbers_are_refused(kind: str, strict: bool) -> None:
+    """By the name of their entry, with what to do; and nothing is loaded."""
+    make, said = ODD[kind]
+    try:
+        odd = make()
+    except (AttributeError, RuntimeError) as why:
+        pytest.skip(f"this PyTorch has no such tensor: {why}")
+    norm = our_layers()["stem.1"]
+    state = {f"stem.1.{name}": array + 1 for name, array in norm.state_dict().items()}
+    before = bits(norm.state_dict())
+    with pytest.raises(TypeError, match=f"^stem.1.running_mean is a .*{said}"):
+        norm.load_state_dict(state | {"stem.1.running_mean": odd}, strict, prefix="stem.1.")
+    with pytest.raises(TypeError, match=f"^data is a .*{said}"):
+        norm.weight.data = odd
+    assert bits(norm.state_dict()) == before
+
+
+PLAIN_VALUES = {
+    "negated": lambda t: torch.complex(t, -t).conj().imag,  # a view with PyTorch's negative bit
+    "a view": lambda t: torch.stack([t, -t], 1)[:, 0],
+    "reversed": lambda t: t.flip(0).flip(0),
+    "requires a gradient": lambda t: t.clone().requires_grad_() * 1,
+    "parameter": lambda t: torch.nn.Parameter(t.clone()),
+    "of inference_mode": lambda t: torch.inference_mode()(t.clone)(),
+    "integers": lambda t: t.to(torch.uint16),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN_VALUES)
+def test_tensors_with_numbers_are_loaded(kind: str) -> None:
+    tensor = PLAIN_VALUES[kind](torch.tensor([1.0, 2, 3]))
+    norm = our_layers()["stem.1"]
+    norm.load_state_dict({"weight": tensor}, strict=False)
+    norm.bias.data = tensor
+    assert norm.weight.data.tolist() == norm.bias.data.tolist() == [1, 2, 3]
+
+
+def test_a_file_from_before_the_counter(rng: np.random.Generator, tmp_path: Path) -> None:
+    """As PyTorch 0.4.0 saved models: within a whole one, through a file."""
+    theirs, layers = torch_model(rng), our_layers()
+    old = {key: value for key, value in theirs.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "model.pt")
+    load(layers, torch.load(tmp_path / "model.pt", weights_only=True))
+    assert bits(state_of(layers)) == bits(theirs.state_dict())
+    torch_model(rng).load_state_dict(old)
+    del old["stem.1.running_var"]
+    with pytest.raises(KeyError, match=r"missing \['stem.1.running_var'\], unexpected nothing"):
+        layers["stem.1"].load_state_dict(old, prefix="stem.1.")
 
 
 def test_strict_within_the_prefix(rng: np.random.Generator) -> None:

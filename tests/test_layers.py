@@ -255,6 +255,14 @@ def test_data_of_another_shape_is_refused(value: Any) -> None:
     assert parameter.data.tolist() == [1, 1, 1]
 
 
+def test_complex_data_is_refused(backend: Backend) -> None:
+    """From an array of the parameter's own kind, too."""
+    parameter = full(device=backend.device).weight
+    with pytest.raises(TypeError, match="data has dtype complex64; needed are real numbers"):
+        parameter.data = backend.array(np.full(3, 2 + 1j, np.complex64))
+    assert backend.host(parameter.data).tolist() == [1, 1, 1]
+
+
 def test_parameter_by_itself() -> None:
     data = np.arange(3, dtype=np.float32)
     parameter = cn.Parameter(data)
@@ -769,6 +777,42 @@ def test_loading_keeps_gradients_and_the_last_forward(rng: np.random.Generator) 
     assert layer.weight.grad is grad
     assert_same(grad, before)
     layer.backward(x)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_reset_of_read_only_arrays_changes_nothing(rng: np.random.Generator, name: str) -> None:
+    layer = full()
+    fill(layer, rng)
+    before = contents(layer)
+    arrays_of(layer)[name].flags.writeable = False
+    with pytest.raises(ValueError, match=f"^{name} of InstanceNorm2d.* is read-only, and is to be written"):
+        layer.reset_parameters()
+    if name in ("weight", "bias"):
+        assert contents(layer) == before
+        layer.reset_running_stats()  # these are not its affair
+        assert layer.running_var.tolist() == [1, 1, 1]
+    else:
+        with pytest.raises(ValueError, match="read-only"):
+            layer.reset_running_stats()
+        assert contents(layer) == before
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float64], ids=str)
+def test_a_reset_of_other_dtypes(rng: np.random.Generator, dtype: Any) -> None:
+    layer = full(dtype=dtype)
+    fill(layer, rng)
+    layer.reset_parameters()
+    assert [array.tolist() for array in arrays_of(layer).values()] == [
+        array.tolist() for array in arrays_of(full(dtype=dtype)).values()
+    ]
+
+
+def test_a_reset_keeps_the_last_forward(rng: np.random.Generator) -> None:
+    layer = full()
+    layer.forward(normal(rng, SHAPES[2]))
+    saved = layer.saved
+    layer.reset_parameters()
+    assert layer.saved is saved
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -140,6 +140,7 @@ CALLS: dict[str, tuple[Callable[[Held], None], list[Callable[[Held], None]]]] = 
     "second backward": (_backward, [_forward, _backward]),
     "backward in eval": (_backward, [_eval, _backward]),
     "load_state_dict": (_load, [_forward, _prepare_load]),
+    "reset_parameters": (_reset, [_forward, _backward]),
     "data": (_assign, [_prepare_load]),
 }
 

@@ -767,6 +767,96 @@ def test_bad_states_are_refused(backend: Backend) -> None:
         layer.load_state_dict({"gamma": np.ones(3)} | {k: v for k, v in good.items() if k != "weight"})
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_files_without_a_counter(backend: Backend, strict: bool) -> None:
+    layer = full_layer(backend)
+    layer.num_batches_tracked[...] = 5
+    state = {name: backend.host(array) + 1 for name, array in layer.state_dict().items()}
+    del state["num_batches_tracked"]
+    layer.load_state_dict(state, strict=strict)
+    loaded = layer.state_dict()
+    assert int(loaded.pop("num_batches_tracked")) == 5
+    for name, array in loaded.items():
+        assert_equal(backend.host(array), state[name])
+    if torch:
+        theirs = torch_layer(2, 3, affine=True, track_running_stats=True)
+        theirs.num_batches_tracked.fill_(5)
+        theirs.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()}, strict=strict)
+        assert int(theirs.num_batches_tracked) == 5
+
+
+@pytest.mark.parametrize("prefix", ["", "stem.1."])
+@pytest.mark.parametrize("names", [["running_mean", "running_var"], ["running_var"],
+                                   ["running_mean", "running_var", "num_batches_tracked"]], ids=len)  # fmt: skip
+def test_statistics_for_an_untracked_layer(backend: Backend, prefix: str, names: list[str]) -> None:
+    layer = LAYERS[2](3, affine=True, device=backend.device)
+    state = {prefix + name: np.full(3, 2.0) for name in ("weight", "bias", *names)}
+    said = f"{' and '.join(prefix + name for name in names)} are running statistics"
+    with refused(backend, KeyError, f"{re.escape(said)}.*Remove these keys.*track_running_stats=True", layer):
+        layer.load_state_dict(state, prefix=prefix)
+    if torch:
+        theirs = torch_layer(2, 3, affine=True)
+        with pytest.raises(RuntimeError, match="track_running_stats=True"):
+            theirs.load_state_dict({name.removeprefix(prefix): torch.from_numpy(a) for name, a in state.items()})
+    layer.load_state_dict(state, strict=False, prefix=prefix)
+    assert layer.running_mean is None
+    assert_equal(backend.host(layer.weight.data), [2, 2, 2])
+    for bad in ({"gamma": np.ones(3)}, {}):  # of no statistics nothing is said
+        with pytest.raises(KeyError) as caught:
+            layer.load_state_dict(bad)
+        assert "track_running_stats=True" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["reset_running_stats", "reset_parameters"])
+@pytest.mark.parametrize("tracked", [True, False])
+def test_resetting(backend: Backend, what: str, tracked: bool) -> None:
+    arguments = {"affine": True, "track_running_stats": tracked}
+    layer = full_layer(backend) if tracked else LAYERS[2](3, **arguments, device=backend.device)
+    state = {name: np.full(array.shape, start) for start, (name, array) in enumerate(layer.state_dict().items(), 2)}
+    layer.load_state_dict(state)
+    before = {name: (id(array), Bits(array)) for name, array in held(layer).items()}
+    expected = {name: array.flat[0] for name, array in state.items()}
+    if tracked:
+        expected |= {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+    if what == "reset_parameters":
+        expected |= {"weight": 1, "bias": 0}
+    assert getattr(layer, what)() is None
+    assert list(layer.state_dict()) == list(expected)
+    for name, array in layer.state_dict().items():
+        assert_equal(backend.host(array), expected[name])
+    for name, array in held(layer).items():
+        assert id(array) == before[name][0]
+        assert not name.endswith("grad") or Bits(array) == before[name][1]
+    if torch:
+        theirs = torch_layer(2, 3, **arguments)
+        theirs.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+        getattr(theirs, what)()
+        for name, values in theirs.state_dict().items():
+            assert_equal(values.numpy(), expected[name])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_inference_mode(backend: Backend, rng: np.random.Generator, training: bool) -> None:
+    host = normal(rng, (2, 3, 4, 5))
+    layer, twin = (full_layer(backend).train(training) for _ in range(2))
+    expected = twin.forward(backend.array(host))
+    with cn.inference_mode():
+        assert_same(backend.host(layer.forward(backend.array(host))), backend.host(expected))
+    for name, array in held(layer).items():
+        assert_same(backend.host(array), backend.host(held(twin)[name]))
+    assert layer.saved is None
+    with refused(backend, RuntimeError, r"within cupynorm.inference_mode\(\).*outside", layer):
+        layer.backward(backend.array(host))
+    if torch:
+        theirs = torch_layer(2, 3, affine=True, track_running_stats=True).train(training)
+        before = theirs.running_mean.clone()
+        with torch.inference_mode():
+            y = theirs(torch.from_numpy(host))
+        assert bool((theirs.running_mean != before).all()) == training
+        with pytest.raises(RuntimeError, match="grad"):
+            y.sum().backward()
+
+
 def test_wrong_shapes_are_refused(backend: Backend) -> None:
     layer = full_layer(backend)
     wrong = {name: backend.host(array) + 1 for name, array in layer.state_dict().items()}
@@ -822,4 +912,4 @@ def test_the_documentation_names_each_of_these_tests() -> None:
     text = (Path(__file__).parents[1] / "docs" / "semantics.md").read_text(encoding="utf-8")
     here = {name for name in globals() if name.startswith("test_") and "documentation" not in name}
     assert sorted(re.findall(r"`(test_\w+)`", text)) == sorted(here)
-    assert [int(n) for n in re.findall(r"^(\d+)\. ", text, re.M)] == list(range(1, 25))
+    assert [int(n) for n in re.findall(r"^(\d+)\. ", text, re.M)] == list(range(1, 27))

@@ -654,7 +654,7 @@ def test_inference_mode_as_a_decorator() -> None:
             cn.inference_mode()(function)
 
 
-@pytest.mark.parametrize("mode", [None, 1, "yes", keeps, np.True_], ids=str)
+@pytest.mark.parametrize("mode", [None, 1, "yes", keeps, np.True_], ids=["None", "1", "yes", "function", "np.True_"])
 def test_modes_that_are_refused(mode: Any) -> None:
     with pytest.raises(TypeError, match=r"mode must be a bool.*@cupynorm.inference_mode\(\)"):
         cn.inference_mode(mode)

@@ -82,7 +82,7 @@ class _Job:
         self.work = work
         self.settled = settled
         self.tasks = deque(range(tasks))
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # this call's own: a handler's calls, in the middle of it, have others
         self.active = 0  # helpers at work
         self.closed = False  # nobody begins any more
         self.over = False  # and nobody is at work
@@ -153,7 +153,7 @@ class _Pool:
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.helpers: list[threading.Thread] = []
-        self.lock = threading.Lock()
+        self.starting: dict[str, object] = {}  # who starts helpers, under "who"
         self.ended = False
 
     def _serve(self, who: int) -> None:
@@ -172,8 +172,13 @@ class _Pool:
         job.lead(offer)
 
     def _start(self, number: int) -> None:
-        with self.lock:
-            while len(self.helpers) < number and not self.ended:
+        """Start helpers, unless somebody is at it: another thread, or what a signal handler has come in the middle of.
+
+        Nobody waits, for then the handler would for ever; the call does without those that are not there yet.
+        """
+        me = object()
+        try:
+            while self.starting.setdefault("who", me) is me and len(self.helpers) < number and not self.ended:
                 who = len(self.helpers) + 1
                 thread = threading.Thread(target=self._serve, args=(who,), name="cupynorm", daemon=True)
                 try:
@@ -181,15 +186,20 @@ class _Pool:
                 except RuntimeError:  # no more threads, or the interpreter is ending: the caller does it all
                     break
                 self.helpers.append(thread)
+                if self.ended:  # while it was started
+                    self.jobs.put(None)
+        finally:
+            if self.starting.get("who") is me:
+                del self.starting["who"]
 
     def end(self) -> None:
-        with self.lock:
-            self.ended = True
-            for _ in self.helpers:
-                self.jobs.put(None)
-            for thread in self.helpers:
-                thread.join()
-            self.helpers.clear()
+        self.ended = True
+        helpers = list(self.helpers)
+        for _ in helpers:
+            self.jobs.put(None)
+        for thread in helpers:
+            thread.join()
+        self.helpers.clear()
 
 
 class _State:

@@ -59,7 +59,7 @@ GOAL = 0.95
 
 BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
 #: Of "the rest", what needs a GPU or Chainer, or is a command of its own, is left out.
-REST = ("devices", "explain", "functional", "layers", "memory", "scalars", "thinc", "threads")
+REST = ("devices", "explain", "functional", "layers", "memory", "running", "scalars", "thinc", "threads")
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
     "backends": BACKENDS,
@@ -425,6 +425,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "functional": "functional refusals semantics properties double_backward epilogue layers",
         "layers": "layers loops checkpoints refusals together functional",
         "memory": "memory cpu together",
+        "running": "together refusals semantics cpu",
         "thinc": "thinc",
         "threads": "cpu together info memory",
     }[name]

@@ -36,15 +36,13 @@ try:
         raise ImportError("CUPYNORM_COMPILED=0")
     import numba
 
+    from .compiling import INLINE, WITHIN, kept
     from .scalars import (
-        INLINE,
         SAMPLES,
-        WITHIN,
         activate,
         add,
         begin,
         end,
-        kept,
         line_of,
         memory,
         narrow,

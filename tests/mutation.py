@@ -59,7 +59,7 @@ GOAL = 0.95
 
 BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
 #: Of "the rest", what needs a GPU or Chainer, or is a command of its own, is left out.
-REST = ("devices", "explain", "functional", "layers", "memory", "running", "scalars", "thinc", "threads")
+REST = ("compiling", "devices", "explain", "functional", "layers", "memory", "running", "scalars", "thinc", "threads")
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
     "backends": BACKENDS,
@@ -415,6 +415,8 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
             ("tests/test_accuracy.py", "tests/test_semantics.py", "tests/test_epilogue.py", "tests/test_properties.py",
              "-m", "compiled"),
         ]  # fmt: skip
+    if name == "compiling":
+        return [("tests/test_compiling.py",)]
     files = {
         "cpu": "choices cpu double_backward plan epilogue semantics functional accuracy layers together",
         "launch": "launch plan semantics functional refusals invariance together",

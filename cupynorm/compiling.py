@@ -21,6 +21,12 @@ try:
 except ImportError:  # a numba that has them elsewhere: nothing is kept
     FunctionCache = IndexDataCacheFile = object  # type: ignore[assignment,misc]
 
+# Neither can be done without, once it is asked for: see cupynorm.cpu.without_numba.
+if numba.config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT turns numba's compiler off")
+if numba.config.BOUNDSCHECK:
+    raise ImportError("NUMBA_BOUNDSCHECK has numba refuse the addresses that the loops compute")
+
 #: Files of the package that compiled code is made from.
 SOURCES = ("compiling.py", "cpu.py", "scalars.py")
 

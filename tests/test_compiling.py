@@ -193,3 +193,41 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch: pytest.Monkey
     function = compiling.kept(plus)
     assert function(np.float32(1)) == 2
     assert function.stats.cache_path is None
+
+
+# Settings
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["DISABLE_JIT", "BOUNDSCHECK"])
+@pytest.mark.parametrize("way", ["environment", "configuration"])
+def test_settings_that_the_loops_cannot_be_with(tmp_path: Path, name: str, way: str) -> None:
+    """Calls are computed by NumPy then, and `info` says why."""
+    code = f"""
+import numpy as np
+if {way == "configuration"}:
+    import numba
+    numba.config.{name} = 1
+import cupynorm as cn
+from cupynorm import cpu, info
+x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+print(cpu.compiled, cn.instance_norm(x).std().round(3), cn.instance_norm(x[:, :, ::-1]).std().round(3))
+print(info.report())
+"""
+    environment = {f"NUMBA_{name}": "1"} if way == "environment" else {}
+    first, *report = said(code, PACKAGE.parent, NUMBA_CACHE_DIR=str(tmp_path), **environment).splitlines()
+    assert first == "False 1.0 1.0"
+    assert f"compiled loops: no (NUMBA_{name} " in "\n".join(report)
+    assert "loop cache      no compiled loops" in report
+    assert ("NUMBA_BOUNDSCHECK=1" in "\n".join(report)) == (way == "environment" and name == "BOUNDSCHECK")
+    assert not list(tmp_path.rglob("*.nb[ic]"))
+
+
+def test_info_says_where_loops_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba.core import caching
+
+    from cupynorm import info
+
+    assert info.loop_cache().startswith(str(folder))
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    assert info.loop_cache().startswith("none, the loops are compiled anew in each process: cannot cache function")

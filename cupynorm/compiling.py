@@ -21,10 +21,10 @@ try:
 except ImportError:  # a numba that has them elsewhere: nothing is kept
     FunctionCache = IndexDataCacheFile = object  # type: ignore[assignment,misc]
 
-# Neither can be done without, once it is asked for: see cupynorm.cpu.without_numba.
-if numba.config.DISABLE_JIT:
+_config: Any = numba.config
+if _config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT turns numba's compiler off")
-if numba.config.BOUNDSCHECK:
+if _config.BOUNDSCHECK:
     raise ImportError("NUMBA_BOUNDSCHECK has numba refuse the addresses that the loops compute")
 
 #: Files of the package that compiled code is made from.
@@ -90,7 +90,7 @@ class Cache(FunctionCache):
         self._cache_file = _Files(self._cache_path, name, _stamp())
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
-        settings = tuple(repr(getattr(numba.config, name, None)) for name in SETTINGS)
+        settings = tuple(repr(getattr(_config, name, None)) for name in SETTINGS)
         return (*super()._index_key(sig, codegen), settings)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:

@@ -26,10 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from . import running
+from . import forks, running
 from .functional import Array, Keep, Saved, at_once, empty_like, math_dtype, overlap
 from .memory import empty
 from .threads import get_num_threads, share
+
+forks.prepare()
 
 try:
     if os.environ.get("CUPYNORM_COMPILED", "1") == "0":

@@ -59,7 +59,19 @@ GOAL = 0.95
 
 BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
 #: Of "the rest", what needs a GPU or Chainer, or is a command of its own, is left out.
-REST = ("compiling", "devices", "explain", "functional", "layers", "memory", "running", "scalars", "thinc", "threads")
+REST = (
+    "compiling",
+    "devices",
+    "explain",
+    "forks",
+    "functional",
+    "layers",
+    "memory",
+    "running",
+    "scalars",
+    "thinc",
+    "threads",
+)
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
     "backends": BACKENDS,
@@ -424,6 +436,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "source": "plan package",
         "devices": "functional layers checkpoints refusals info package",
         "explain": "functional info plan invariance semantics",
+        "forks": "together",
         "functional": "functional refusals semantics properties double_backward epilogue layers",
         "layers": "layers loops checkpoints refusals together functional",
         "memory": "memory cpu together",

@@ -25,7 +25,7 @@ from helpers.compare import Bits, assert_same, bits
 from helpers.tiers import amount
 
 import cupynorm as cn
-from cupynorm import cpu, memory, running, threads
+from cupynorm import cpu, forks, memory, running, threads
 from cupynorm.cuda import launch, plan
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def test_first_calls_at_the_same_moment_compile_once(monkeypatch: pytest.MonkeyP
     use_compiled(monkeypatch, True)
     code = """
 import threading, numpy as np, cupynorm as cn
-from cupynorm import cpu, memory, running, threads
+from cupynorm import cpu, forks, memory, running, threads
 from numba.core import event
 compiled = []
 class Listener(event.Listener):
@@ -351,6 +351,116 @@ def test_workers(backend: Backend, rng: np.random.Generator, method: str) -> Non
         _begin(was, given[1], "")
 
 
+#: What the child of a fork does, while another thread of the parent is within `busy`.
+FORK = """
+import os, signal, sys, threading, time
+import numpy as np, cupynorm as cn
+assert "logging" not in sys.modules  # which takes its lock for a fork, too
+x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+{setup}
+import logging
+begun = threading.Event()
+def busy():
+{busy}
+other = threading.Thread(target=busy)
+other.start()
+begun.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+{child}
+    os._exit(0)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+other.join()
+busy()  # the parent goes on
+print(status)
+"""
+
+#: Locks of numba, and what takes them.
+COMPILING = {
+    "numba": ("from numba.core.compiler_lock import global_compiler_lock as lock", "lock"),
+    "llvmlite": ("from llvmlite.binding import ffi; lock = ffi.lib._lock", "lock"),
+    "both": (
+        "from numba.core.compiler_lock import global_compiler_lock as lock; from llvmlite.binding import ffi",
+        "lock, ffi.lib._lock",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("locks", COMPILING)
+def test_a_fork_while_another_thread_compiles(locks: str) -> None:
+    setup, held = COMPILING[locks]
+    # It asks a logger, as numba does, for which a fork holds a lock.
+    busy = f"    with {held}:\n        begun.set(); time.sleep(0.5); logging.getLogger('mine').debug('')"
+    child = "    import numba\n    assert numba.njit(lambda a: a + 1)(1) == 2"
+    ran = run(FORK.format(setup=f"from cupynorm import cpu\n{setup}", busy=busy, child=child))
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+@pytest.mark.long
+@pytest.mark.compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_in_the_middle_of_compiling() -> None:
+    """By the thread that compiles: it waits for nobody."""
+    code = """
+import os, signal
+from llvmlite.binding import ffi
+from numba.core.compiler_lock import global_compiler_lock as lock
+import cupynorm, threading
+with lock, ffi.lib._lock:
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        with lock, ffi.lib._lock:
+            os._exit(0)
+def take():
+    with lock, ffi.lib._lock:
+        pass
+thread = threading.Thread(target=take)
+thread.start()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    ran = run(code)
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_imports_the_backend() -> None:
+    setup = """
+import builtins
+usual = builtins.__import__
+def slowly(name, scope=None, *rest):
+    if scope and scope.get("__name__") == "cupynorm.cpu" and name == "numba":
+        begun.set()
+        time.sleep(0.5)
+        logging.getLogger("mine").debug("")
+        raise ImportError("is not installed")
+    return usual(name, scope, *rest)
+builtins.__import__ = slowly
+"""
+    call = "    assert abs(cn.instance_norm(x).std() - 1) < 1e-3"
+    ran = run(FORK.format(setup=setup, busy=call, child=call), CUPYNORM_COMPILED="1")
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+def test_what_a_fork_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what has been imported, and of numba what this version has."""
+    from types import SimpleNamespace
+
+    for module, _ in forks.LOCKS:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert forks._locks() == []
+    monkeypatch.setitem(sys.modules, "numba.core.compiler_lock", SimpleNamespace(global_compiler_lock=object()))
+    lock = threading.RLock()
+    monkeypatch.setitem(sys.modules, "llvmlite.binding.ffi", SimpleNamespace(lib=SimpleNamespace(_lock=lock)))
+    assert forks._locks() == [lock]
+
+
 @pytest.mark.gpu
 def test_pickles_between_devices(rng: np.random.Generator) -> None:
     """A layer on a GPU comes back on the GPU; one that was moved to the CPU first has NumPy arrays."""
@@ -379,7 +489,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 BUSY = """
 import numpy as np, cupynorm as cn, threading, time, sys, os
-from cupynorm import cpu, memory, running, threads
+from cupynorm import cpu, forks, memory, running, threads
 cpu.compiled = cpu.compiled and {way!r} == "compiled"
 cn.set_num_threads(3)
 x = np.random.default_rng(1).standard_normal((8, 64, 64, 65), dtype=np.float32)

@@ -20,32 +20,32 @@ import itertools
 import math
 import operator
 import os
-import threading
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial, reduce
+from functools import cache, lru_cache, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import forks, running
 from .functional import Array, Keep, Saved, at_once, empty_like, math_dtype, overlap
 from .memory import empty
 from .threads import get_num_threads, share
+
+forks.prepare()
 
 try:
     if os.environ.get("CUPYNORM_COMPILED", "1") == "0":
         raise ImportError("CUPYNORM_COMPILED=0")
     import numba
 
+    from .compiling import INLINE, WITHIN, kept
     from .scalars import (
-        INLINE,
         SAMPLES,
-        WITHIN,
         activate,
         add,
         begin,
         copy,
         end,
-        kept,
         line_of,
         memory,
         narrow,
@@ -113,17 +113,14 @@ def forward(
     if activation is None:
         call.residual = None
     writes = () if keep is None else keep(call)
-    if variance is None:
-        if writes:
-            at_once(*writes)
-    else:
+    if variance is not None:
         count = math.prod(x.shape[2:])
-        with _statistics.lock:  # no batch is lost where several threads call
-            with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
-                exact = np.add(mean, delta, dtype=np.float64)  # type: ignore[arg-type]
-                unbiased = variance * dtype.type(count / (count - 1))
-                moves = _moved(running_mean, exact, momentum), _moved(running_var, unbiased, momentum)
-            at_once(*moves, *writes)
+        with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
+            exact = np.add(mean, delta, dtype=np.float64).mean(0)  # type: ignore[arg-type]
+            unbiased = (variance * dtype.type(count / (count - 1))).mean(0, dtype=np.float64)
+        running.move(((running_mean, exact), (running_var, unbiased)), momentum, writes)
+    elif writes:
+        at_once(*writes)
     return y, None if keep is None else call
 
 
@@ -168,27 +165,6 @@ def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None
         if 1 in ranks:
             by_rank[1] = sums[:, 0] if sums.shape[1] == 1 else sums.astype(np.float64).sum(1)
         return [None if p is None else by_rank[p.ndim][i].astype(p.dtype) for i, p in enumerate(parameters)]
-
-
-def _moved(running: Array, values: np.ndarray, momentum: float) -> partial[None]:
-    """running <- (1 - momentum) * running + momentum * mean over the batch, in float64: all but the writing."""
-    moved = (1 - momentum) * running.astype(np.float64) + momentum * values.mean(0, dtype=np.float64)
-    return partial(operator.setitem, running, ..., moved.astype(running.dtype))
-
-
-class _Statistics:
-    lock = threading.Lock()  # of everybody's running statistics
-
-
-_statistics = _Statistics()
-
-
-def _after_fork() -> None:
-    _statistics.lock = threading.Lock()  # another thread of the parent may hold it
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 # Blocks, and how threads share them
@@ -1216,7 +1192,7 @@ def _move(array, stage, i, places, runs, shape, first, planes, tile, back):
         alike = min(planes - done, channels - c)  # channels of a sample
         near = abs(between) < abs(places[i, 2])
         together = alike if near else 1
-        colours = between == 1 and (k == 3 or k == 4 or k == 8) and together == places[i, 2]
+        colours = between == 1 and places[i, 2] in (3, 4, 8) and together == places[i, 2]
         for j in range(0, alike, together):
             start = _start(i, n, c + j, places)
             p = np.uint64((done + j) * count)

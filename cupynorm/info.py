@@ -22,7 +22,7 @@ from .threads import get_num_threads
 
 CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 OPTIONAL = {"cpu": ("numba",), "bf16": ("ml_dtypes",), "demo": ("matplotlib", "rich", "sklearn")}  # extra: its modules
-ENVIRONMENT = re.compile("CUPYNORM_|CUPY_|CUDA_|NVIDIA_VISIBLE_DEVICES$")
+ENVIRONMENT = re.compile("CUPYNORM_|CUPY_|CUDA_|NUMBA_|NVIDIA_VISIBLE_DEVICES$|OMP_")
 
 
 def attempt(fact: Callable[[], str]) -> str:
@@ -151,6 +151,20 @@ def kernel_cache() -> str:
     return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
 
 
+def loop_cache() -> str:
+    """Numba's folder of the CPU backend's compiled loops."""
+    from . import cpu
+
+    if cpu.numba is None:
+        return "no compiled loops"
+    from .compiling import Cache
+
+    try:
+        return Cache(cpu.settled.py_func).cache_path
+    except Exception as error:
+        return f"none, the loops are compiled anew in each process: {error}"
+
+
 def environment() -> str:
     return "\n".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if ENVIRONMENT.match(k)) or "nothing set"
 
@@ -200,6 +214,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "backends": backends,
     "kernel sources": kernel_sources,
     "kernel cache": kernel_cache,
+    "loop cache": loop_cache,
     "environment": environment,
     "missing": missing,
 }

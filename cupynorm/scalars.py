@@ -7,7 +7,6 @@ it. Everything here is free of branches, so that loops over it are turned into v
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numba
 import numpy as np
@@ -16,9 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
-#: Of what compiled code alone calls: to compile a way in for Python takes a sixth more time.
-WITHIN: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-INLINE: Any = {"forceinline": True, **WITHIN}  # a call left in a loop keeps it from becoming vector instructions
+from .compiling import INLINE, WITHIN, kept
 
 #: A sample of what elements are stored as, by name of dtype: it carries the type.
 SAMPLES = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
@@ -27,14 +24,6 @@ SAMPLES = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float
 def computing(stored):
     """The numba type that a stored type computes in."""
     return types.float64 if stored == types.float64 else types.float32
-
-
-def kept(function: Any, **options: Any) -> Any:
-    """The function compiled, for each kind of call when it is met first, and kept on disk."""
-    try:
-        return numba.njit(function, error_model="numpy", cache=True, **options)
-    except RuntimeError:  # no folder can be written: compiled anew in each process
-        return numba.njit(function, error_model="numpy", **options)
 
 
 @intrinsic

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +21,41 @@ from .functional import (
     kind_of,
 )
 
-# thinc's threads share a model. Held for a few additions of (nI,) arrays at a time, never while planes are computed.
-_lock = threading.Lock()
+
+class _Changes:
+    """Changes of models' arrays, one at a time: thinc's threads share a model.
+
+    The lock is held for a few additions of (nI,) arrays at a time, never while planes are computed. A signal handler
+    may come in the middle of a change: those that it asks for are made right after that one.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.due: deque[Callable[[], None]] = deque()  # for the thread that holds the lock
+
+    def make(self, change: Callable[[], None]) -> None:
+        with self.lock:
+            outermost = not self.due
+            try:
+                self.due.append(change)
+                while outermost and self.due:
+                    self.due[0]()
+                    self.due.popleft()
+            finally:
+                if outermost:
+                    self.due.clear()
+
+
+_changes = _Changes()
+
+
+def _after_fork() -> None:
+    global _changes  # noqa: PLW0603
+    _changes = _Changes()  # another thread of the parent may hold the lock
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def InstanceNorm(  # noqa: N802  # layers of thinc are functions with the names of classes
@@ -109,7 +144,7 @@ def forward(model: Model[Array, Array], X: Any, is_train: bool) -> tuple[Any, Ca
     if unset:
         raise ValueError(f"the model has no {', '.join(unset)} yet: call initialize, with X or with nI given")
     attrs = model.attrs
-    with _lock:
+    with _changes.lock:
         own = {name: model.get_param(name) for name in model.param_names}
     if is_train:  # optimisers write into the arrays themselves
         own |= {name: own[name].copy() for name in ("G", "b") if name in own}
@@ -130,21 +165,27 @@ def forward(model: Model[Array, Array], X: Any, is_train: bool) -> tuple[Any, Ca
         activation=attrs["activation"],
         negative_slope=attrs["negative_slope"],
     )
+
+    def move() -> None:
+        moved = {
+            name: (1 - attrs["momentum"]) * model.get_param(name) + attrs["momentum"] * new
+            for name, new in (("running_mean", mean), ("running_var", var))
+        }
+        for name, value in moved.items():
+            model.set_param(name, value)
+
     if updated and X.shape[0]:
-        with _lock:
-            moved = {
-                name: (1 - attrs["momentum"]) * model.get_param(name) + attrs["momentum"] * new
-                for name, new in (("running_mean", mean), ("running_var", var))
-            }
-            for name, value in moved.items():
-                model.set_param(name, value)
+        _changes.make(move)
 
     def backprop(dY: Any) -> Any:  # noqa: N803
         dX, *gradients = instance_norm_backward(dY, saved)  # noqa: N806
-        with _lock:
+
+        def add() -> None:
             for name, gradient in zip(("G", "b"), gradients, strict=True):
                 if gradient is not None:
                     model.inc_grad(name, gradient)
+
+        _changes.make(add)
         return dX
 
     return Y, backprop

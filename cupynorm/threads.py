@@ -10,10 +10,12 @@ import atexit
 import math
 import os
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from .functional import check_count
 
@@ -51,20 +53,27 @@ def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
 
 
 def get_num_threads() -> int:
-    """How many threads a call on NumPy arrays may use, its own among them."""
-    if _state.number is None:
-        text = os.environ.get("CUPYNORM_NUM_THREADS", "").strip()
-        if text and not (text.isdecimal() and int(text) > 0):
-            raise ValueError(f"CUPYNORM_NUM_THREADS must be a positive integer, got {text!r}")
-        _state.number = int(text) if text else available_cpus()
-    return _state.number
+    """How many threads a call on NumPy arrays may use at this moment, its own among them: see `set_num_threads`."""
+    if _state.number is not None:
+        return _state.number
+    if _state.default is None:
+        _state.default = _default()
+    return min(_state.default, *limits) if (limits := _limits()) else _state.default
 
 
 def set_num_threads(number: int) -> None:
     """Set how many threads a call on NumPy arrays may use, its own among them; it uses fewer where they do not pay.
 
-    The default is CUPYNORM_NUM_THREADS from the environment, or the processors this process may use (affinity and
-    container limits). Results do not depend on it, bit by bit.
+    Where it is not set, it is the least of these, as far as there are such:
+
+    - CUPYNORM_NUM_THREADS from the environment, or else the processors this process may use (affinity and container
+      limits);
+    - OMP_NUM_THREADS (the first number of a list) and OMP_THREAD_LIMIT from the environment, which joblib and dask set
+      for their workers; anything but positive integers is ignored there;
+    - once threadpoolctl has been imported, what it says BLAS and OpenMP libraries may use now: `threadpool_limits`;
+    - in workers of a PyTorch DataLoader, `torch.get_num_threads()`, which is 1 there by default.
+
+    The environment is asked at first use. Results do not depend on the number, bit by bit.
 
     Args:
         number: at least 1.
@@ -75,6 +84,35 @@ def set_num_threads(number: int) -> None:
     _state.number = check_count(number, "number of threads", 1)
 
 
+def _default() -> int:
+    """What the environment and the system say."""
+    text = os.environ.get("CUPYNORM_NUM_THREADS", "").strip()
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise ValueError(f"CUPYNORM_NUM_THREADS must be a positive integer, got {text!r}")
+    numbers = [int(text) if text else available_cpus()]
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        first = os.environ.get(name, "").partition(",")[0].strip()
+        if first.isdecimal() and int(first) > 0:
+            numbers.append(int(first))
+    return min(numbers)
+
+
+def _limits() -> list[int]:
+    """What libraries say that this process has imported, and which limit threads."""
+    found: list[int] = []
+    threadpoolctl, data = sys.modules.get("threadpoolctl"), sys.modules.get("torch.utils.data")
+    try:  # whatever goes by these names
+        if threadpoolctl is not None:
+            if _state.controller is None:  # to make one takes longer than to ask it
+                _state.controller = threadpoolctl.ThreadpoolController()
+            found += [number for library in _state.controller.lib_controllers if (number := library.num_threads)]
+        if data is not None and data.get_worker_info() is not None:
+            found.append(sys.modules["torch"].get_num_threads())
+    except Exception:
+        pass
+    return found
+
+
 class _Job:
     """One call's tasks. Whoever takes part calls work with an iterator that hands each task to one, and who it is."""
 
@@ -82,7 +120,7 @@ class _Job:
         self.work = work
         self.settled = settled
         self.tasks = deque(range(tasks))
-        self.lock = threading.Lock()
+        self.lock = threading.Lock()  # this call's own: a handler's calls, in the middle of it, have others
         self.active = 0  # helpers at work
         self.closed = False  # nobody begins any more
         self.over = False  # and nobody is at work
@@ -153,7 +191,7 @@ class _Pool:
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.helpers: list[threading.Thread] = []
-        self.lock = threading.Lock()
+        self.starting: dict[str, object] = {}  # who starts helpers, under "who"
         self.ended = False
 
     def _serve(self, who: int) -> None:
@@ -172,8 +210,13 @@ class _Pool:
         job.lead(offer)
 
     def _start(self, number: int) -> None:
-        with self.lock:
-            while len(self.helpers) < number and not self.ended:
+        """Start helpers, unless somebody is at it: another thread, or what a signal handler has come in the middle of.
+
+        Nobody waits, for then the handler would for ever; the call does without those that are not there yet.
+        """
+        me = object()
+        try:
+            while self.starting.setdefault("who", me) is me and len(self.helpers) < number and not self.ended:
                 who = len(self.helpers) + 1
                 thread = threading.Thread(target=self._serve, args=(who,), name="cupynorm", daemon=True)
                 try:
@@ -181,19 +224,26 @@ class _Pool:
                 except RuntimeError:  # no more threads, or the interpreter is ending: the caller does it all
                     break
                 self.helpers.append(thread)
+                if self.ended:  # while it was started
+                    self.jobs.put(None)
+        finally:
+            if self.starting.get("who") is me:
+                del self.starting["who"]
 
     def end(self) -> None:
-        with self.lock:
-            self.ended = True
-            for _ in self.helpers:
-                self.jobs.put(None)
-            for thread in self.helpers:
-                thread.join()
-            self.helpers.clear()
+        self.ended = True
+        helpers = list(self.helpers)
+        for _ in helpers:
+            self.jobs.put(None)
+        for thread in helpers:
+            thread.join()
+        self.helpers.clear()
 
 
 class _State:
-    number: int | None = None  # of threads, as set or found; None: not asked yet
+    number: int | None = None  # of threads, as set
+    default: int | None = None  # from the environment; None: not asked yet
+    controller: Any = None  # threadpoolctl's
     pool = _Pool()
 
 
@@ -219,6 +269,7 @@ def share(
 
 def _after_fork() -> None:
     _state.pool = _Pool()  # the parent's helpers are not here, and its locks may be held
+    _state.default = None  # workers may have an environment of their own
 
 
 if hasattr(os, "register_at_fork"):

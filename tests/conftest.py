@@ -104,9 +104,9 @@ def run_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.fixture
 def threads_as_they_were():
-    before = threads.get_num_threads()
+    before = threads._state.number
     yield
-    threads.set_num_threads(before)
+    threads._state.number = before
 
 
 @pytest.fixture

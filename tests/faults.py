@@ -1,8 +1,9 @@
-"""Faults at every point of a call: memory that cannot be had, launches that fail, and interrupts."""
+"""Faults at every point of a call: memory that cannot be had, launches that fail, interrupts and signals."""
 
 from __future__ import annotations
 
 import inspect
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -96,16 +97,45 @@ def failures(backend: Backend, faults: Faults) -> Iterator[None]:
 
 
 @contextmanager
-def interrupts(faults: Faults) -> Iterator[None]:
-    """KeyboardInterrupt where Python looks for it in the package: as a function begins, and as one in C has ended."""
+def handled(faults: Faults, handler: Callable[[], Any], *folders: str) -> Iterator[None]:
+    """A signal handler's call where Python makes it in the package, or in files of other folders that it calls: as a
+    function begins, and as one in C has ended."""
 
     def look(frame: FrameType, event: str, function: Any) -> None:
         if event == "c_return" and function.__name__ in WITH:
             return
         if event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR:
             return  # perhaps as it is closed, when nobody hears of an error
-        if event in ("call", "c_return") and _of_package(frame) and faults.due():
-            raise KeyboardInterrupt
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith((PACKAGE, *folders)) and faults.due():
+            handler()
 
     with _watching(look):
         yield
+
+
+def interrupts(faults: Faults) -> Any:
+    """KeyboardInterrupt wherever Python can raise it in the package."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    return handled(faults, interrupt)
+
+
+@contextmanager
+def ending(seconds: float = 60.0) -> Iterator[None]:
+    """A TimeoutError where what is done waits for ever, in the main thread, for a lock."""
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def end(*_: Any) -> None:
+        raise TimeoutError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -59,7 +59,20 @@ GOAL = 0.95
 
 BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
 #: Of "the rest", what needs a GPU or Chainer, or is a command of its own, is left out.
-REST = ("devices", "explain", "functional", "inference", "layers", "memory", "scalars", "thinc", "threads")
+REST = (
+    "compiling",
+    "devices",
+    "explain",
+    "forks",
+    "functional",
+    "inference",
+    "layers",
+    "memory",
+    "running",
+    "scalars",
+    "thinc",
+    "threads",
+)
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
     "backends": BACKENDS,
@@ -416,6 +429,8 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
             ("tests/test_accuracy.py", "tests/test_semantics.py", "tests/test_epilogue.py", "tests/test_properties.py",
              "-m", "compiled"),
         ]  # fmt: skip
+    if name == "compiling":
+        return [("tests/test_compiling.py",)]
     files = {
         "cpu": "choices cpu double_backward plan epilogue semantics functional accuracy layers together",
         "launch": "launch plan semantics functional refusals invariance together",
@@ -423,10 +438,12 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "source": "plan package",
         "devices": "functional layers checkpoints refusals info package",
         "explain": "functional info plan invariance semantics",
+        "forks": "together",
         "functional": "functional refusals semantics properties double_backward epilogue layers",
         "inference": "layers semantics refusals",
         "layers": "layers loops checkpoints refusals together functional",
         "memory": "memory cpu together",
+        "running": "together refusals semantics cpu",
         "thinc": "thinc",
         "threads": "cpu together info memory",
     }[name]

@@ -642,7 +642,8 @@ stop.set()
 """,
     "fork while statistics are written": """
 running = np.zeros(64, np.float32), np.ones(64, np.float32)
-cpu._statistics.lock.acquire()  # as another thread does
+from cupynorm.running import _present
+_present.clear()  # as another thread does
 child = os.fork()
 if child == 0:
     cn.instance_norm(x, *running)
@@ -710,8 +711,8 @@ def test_number_of_threads():
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert 1 <= threads.available_cpus() <= (usable or 1)
     ask = "import cupynorm; print(cupynorm.get_num_threads())"
-    assert said(ask, CUPYNORM_NUM_THREADS="7").stdout == "7\n"
-    assert said(ask, CUPYNORM_NUM_THREADS="").stdout == f"{threads.available_cpus()}\n"
+    assert said(ask, CUPYNORM_NUM_THREADS="7", OMP_NUM_THREADS="").stdout == "7\n"
+    assert said(ask, CUPYNORM_NUM_THREADS="", OMP_NUM_THREADS="").stdout == f"{threads.available_cpus()}\n"
     if hasattr(os, "sched_setaffinity"):
         pinned = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
         assert said(pinned + ask, CUPYNORM_NUM_THREADS="").stdout == "1\n"
@@ -724,6 +725,99 @@ def test_number_of_threads():
         with pytest.raises(error, match="number of threads must be"):
             cn.set_num_threads(number)  # type: ignore[arg-type]
     assert cn.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "3"}, 3),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "30"}, 7),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": " 4 , 2"}, 4),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_THREAD_LIMIT": "5", "OMP_NUM_THREADS": "6"}, 5),
+        ({"OMP_NUM_THREADS": "1"}, 1),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "0"}, 7),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "-2"}, 7),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "many"}, 7),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": ",2", "OMP_THREAD_LIMIT": "1.5"}, 7),
+    ],
+)
+def test_limits_from_the_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], number: int):
+    """As joblib and dask set them for their workers: asked once, at first use. What is set by a call counts alone."""
+    for name in ("CUPYNORM_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(threads, "_limits", lambda: [])
+    monkeypatch.setattr(threads, "available_cpus", lambda: 8)
+    monkeypatch.setattr(threads._state, "default", None)
+    monkeypatch.setattr(threads._state, "number", None)
+    assert cn.get_num_threads() == number
+    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "1")
+    assert cn.get_num_threads() == number
+    cn.set_num_threads(9)
+    assert cn.get_num_threads() == 9
+
+
+def test_limits_of_threadpoolctl(monkeypatch: pytest.MonkeyPatch):
+    """As they are at the moment, for whoever has imported it."""
+    control = pytest.importorskip("threadpoolctl")
+    monkeypatch.setattr(threads._state, "default", 64)
+    monkeypatch.setattr(threads._state, "number", None)
+    monkeypatch.setattr(threads._state, "controller", None)
+    usual = min(library["num_threads"] for library in control.threadpool_info())
+    assert cn.get_num_threads() == min(64, usual)
+    with control.threadpool_limits(1):
+        assert cn.get_num_threads() == 1
+        cn.set_num_threads(5)
+        assert cn.get_num_threads() == 5
+        monkeypatch.setattr(threads._state, "number", None)
+    assert cn.get_num_threads() == min(64, usual)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)  # not imported
+    assert cn.get_num_threads() == 64
+    monkeypatch.setitem(sys.modules, "threadpoolctl", object())  # something else of the name
+    monkeypatch.setattr(threads._state, "controller", None)
+    assert cn.get_num_threads() == 64
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_children_ask_their_own_environment():
+    code = """
+import os, cupynorm as cn
+before = cn.get_num_threads()
+def child():
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pid = os.fork()
+    if not pid:
+        os._exit(cn.get_num_threads())
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print(before, child(), cn.get_num_threads())
+cn.set_num_threads(3)
+print(child())
+"""
+    ran = said(code, CUPYNORM_NUM_THREADS="4", OMP_NUM_THREADS="")
+    assert (ran.stdout, ran.stderr) == ("4 1 4\n3\n", "")
+
+
+def test_workers_of_a_data_loader():
+    """PyTorch has each compute with one thread. What it may use in the main process does not matter."""
+    pytest.importorskip("torch")
+    code = """
+import sys, warnings
+import cupynorm as cn
+assert "torch" not in sys.modules
+first = cn.get_num_threads()
+import torch.utils.data
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, index): return cn.get_num_threads()
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found = [int(n) for n in torch.utils.data.DataLoader(Numbers(), batch_size=None, num_workers=1)]
+    print(first, cn.get_num_threads(), found)
+"""
+    ran = said(code, CUPYNORM_NUM_THREADS="4", OMP_NUM_THREADS="4")
+    assert (ran.stdout, ran.stderr) == ("4 4 [1, 1]\n", "")
 
 
 @pytest.mark.parametrize("version", [1, 2])

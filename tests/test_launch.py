@@ -139,8 +139,8 @@ def test_what_is_copied(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPa
     for given in (gaps, unaligned):
         first, *rest = copied(x, given, c)
         assert first[1] is given and all(source is given for _, source in rest)
-        first, second = copied(x, running_mean=given, running_var=c.copy())
-        assert first[1] is given and second[0] is given and second[1] is first[0]
+        first, again, back = copied(x, running_mean=given, running_var=c.copy())
+        assert first[1] is given and [*map(id, again)] == [*map(id, first)] and back[0] is given and back[1] is first[0]
     assert [source is odd for _, source in copied(odd)] == [True] * 2
     [(target, _)] = copied(x, out=odd)
     assert target is odd

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from faults import ending
 
 from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import Module, all_modules, core_modules
@@ -124,6 +125,43 @@ def test_a_module_is_loaded_once_whoever_else_asks(fake: tuple[Any, Cupy]) -> No
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(loaded.load, [module] * 8))
     assert [done[2] for done in cupy.done if done[0] == "compile"] == list(module.kernels)
+
+
+def test_a_handler_loads_a_module_in_the_middle_of_its_loading(
+    fake: tuple[Any, Cupy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler's call does not wait for the one that it has come in the middle of."""
+    runtime, cupy = fake
+    loaded, module = runtime.CupyRuntime(), core_modules()[0]
+    nested: list[int] = []
+
+    def handler() -> None:
+        if not nested:
+            nested.append(1)
+            loaded.load(module)
+            nested.append(len(loaded._kernels))
+
+    def version() -> tuple[int, int]:
+        handler()
+        return Cupy.version(cupy)
+
+    raw = cupy.raw
+
+    def compiling(*given: Any) -> Any:
+        handler()
+        return raw(*given)
+
+    for name, stand_in in (("nvrtc", version), ("RawKernel", compiling)):
+        nested.clear()
+        loaded = runtime.CupyRuntime()
+        with monkeypatch.context() as patch, ending():
+            if name == "nvrtc":
+                patch.setattr(sys.modules["cupy"].cuda.nvrtc, "getVersion", stand_in)
+            else:
+                patch.setattr(sys.modules["cupy"], name, stand_in)
+            loaded.load(module)
+        assert nested == [1, len(module.kernels)]
+        assert sorted(name for *_, name in loaded._kernels) == sorted(module.kernels)
 
 
 def test_the_smallest_module_is_loaded_first_and_alone(fake: tuple[Any, Cupy]) -> None:

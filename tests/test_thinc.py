@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
+from faults import Faults, ending, handled
 from helpers.compare import Bits, assert_allclose, assert_equal, assert_same
 from reference import assert_close
 
 from cupynorm import devices
 
 thinc = pytest.importorskip("thinc.api")
+import cupynorm.thinc  # noqa: E402
 from cupynorm.thinc import InstanceNorm  # noqa: E402
 
 SHAPES = {1: (4, 3, 20), 2: (4, 3, 5, 6), 3: (4, 3, 2, 3, 7)}
@@ -341,6 +345,59 @@ def test_no_update_of_statistics_is_lost(rng: np.random.Generator) -> None:
     for name, value in zip(("running_mean", "running_var"), moved, strict=True):
         expected = kept * before[name] + (1 - kept) * value.astype(float)
         assert_allclose(model.get_param(name), expected, rtol=1e-4)
+
+
+def test_a_handler_calls_at_any_point(rng: np.random.Generator) -> None:
+    """Within changes, too, and thinc's own code for them: no update of a statistic and no gradient is lost."""
+    ops, x = thinc.NumpyOps(), normal(rng)
+    folder = str(Path(thinc.__file__).parent)
+
+    def called(model: Any) -> None:
+        y, backprop = model(x, is_train=True)
+        backprop(y)
+
+    twice = made(ops, track_running_stats=True)
+    called(twice)
+    called(twice)
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        model = made(ops, track_running_stats=True)
+        fault = Faults(number)
+        with ending(), handled(fault, lambda model=model: called(model), folder):
+            called(model)
+        finished = fault.count < number
+        if finished:
+            called(model)
+        assert kept(params(model)) == kept(params(twice)), f"handler at point {number}"
+        for name in ("G", "b"):
+            assert_same(model.get_grad(name), twice.get_grad(name))
+    assert number > 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_of_a_process_in_the_middle_of_a_change(rng: np.random.Generator) -> None:
+    """Its lock is held there for ever, by a thread that the child does not have."""
+    model, x = made(thinc.NumpyOps(), track_running_stats=True), normal(rng)
+    held, over = threading.Event(), threading.Event()
+
+    def change() -> None:
+        held.set()
+        over.wait(60)
+
+    other = threading.Thread(target=cupynorm.thinc._changes.make, args=(change,))
+    other.start()
+    held.wait(60)
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        before = kept(params(model))
+        model.begin_update(x)
+        os._exit(kept(params(model)) == before)
+    over.set()
+    other.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # Refusals

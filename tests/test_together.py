@@ -1,4 +1,4 @@
-"""Calls side by side and one after another: threads, processes, ends, and thousands of calls."""
+"""Calls side by side, within others, and one after another: threads, signals, processes, thousands of calls."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from helpers.backends import Backend, use_compiled
+from faults import Faults, ending, handled
+from helpers.backends import Backend, on_cpu, use_compiled
 from helpers.compare import Bits, assert_same, bits
 from helpers.tiers import amount
 
 import cupynorm as cn
-from cupynorm import cpu
+from cupynorm import cpu, forks, memory, running, threads
 from cupynorm.cuda import launch, plan
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,7 @@ def test_no_batch_is_lost_from_the_running_statistics(
     def work() -> list[Bits]:
         return [Bits(layer.forward(x)) for _ in range(times)]
 
-    moved = cpu._moved
+    moved = running._moved
 
     def slowly(*given: Any) -> Any:
         """Others have time to read what is about to be moved."""
@@ -88,7 +89,7 @@ def test_no_batch_is_lost_from_the_running_statistics(
         time.sleep(1e-3)
         return result
 
-    monkeypatch.setattr(cpu, "_moved", slowly)
+    monkeypatch.setattr(running, "_moved", slowly)
     results = side_by_side([work] * threads)
     assert {r for some in results for r in some} == {y}
     assert bits(*layer.state_dict().values()) == expected
@@ -117,7 +118,7 @@ def test_first_calls_at_the_same_moment_compile_once(monkeypatch: pytest.MonkeyP
     use_compiled(monkeypatch, True)
     code = """
 import threading, numpy as np, cupynorm as cn
-from cupynorm import cpu
+from cupynorm import cpu, forks, memory, running, threads
 from numba.core import event
 compiled = []
 class Listener(event.Listener):
@@ -197,6 +198,104 @@ print(len(results), len(set(results)))
     assert (ran.stdout, ran.stderr) == ("8 1\n", "")
 
 
+# Signal handlers and finalisers, which run in the middle of other calls
+
+
+@pytest.mark.full(simt=lambda given: given["strided"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_handler_calls_at_any_point_of_a_forward(backend: Backend, rng: np.random.Generator, strided: bool) -> None:
+    """Both batches move the running statistics, and both results are right."""
+    x = normal(backend, rng)
+    start = [rng.normal(size=8).astype(np.float32), rng.uniform(1, 2, 8).astype(np.float32)]
+
+    def statistics() -> list[Any]:
+        return [backend.array(a.copy())[::-2] if strided else backend.array(a[:4].copy()) for a in start]
+
+    expected = statistics()
+    for _ in range(2):
+        y = Bits(cn.instance_norm(x, *expected))
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        own, nested = statistics(), []
+
+        def handler(own: Any = own, nested: Any = nested) -> None:
+            nested.append(Bits(cn.instance_norm(x, *own)))
+
+        with ending(), handled(Faults(number), handler):
+            result = cn.instance_norm(x, *own)
+        if not nested:
+            finished = True
+            cn.instance_norm(x, *own)
+        assert bits(*own) == bits(*expected), f"handler at point {number}"
+        assert {Bits(result), *nested} == {y}
+    assert number > 10
+
+
+@on_cpu
+def test_a_finaliser_calls_as_a_forward_ends(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last forward kept goes as the statistics have been written; its memory is given back by Python code."""
+    layer, once = (cn.InstanceNorm2d(4, momentum=0.5, track_running_stats=True, device="cpu") for _ in range(2))
+    x = normal(backend, rng, (8, 4, 64, 64))
+    for _ in range(3):
+        y = Bits(once.forward(x))
+    back, nested = memory._Memory._back, []
+
+    def called(*given: Any) -> None:
+        back(*given)
+        if not nested:
+            nested.append(None)
+            with ending():
+                nested.append(Bits(layer.forward(x)))
+
+    monkeypatch.setattr(memory, "_memory", memory._Memory(2**30))
+    monkeypatch.setattr(memory._Memory, "_back", called)
+    kept = cn.instance_norm(x)
+    result = layer.forward(kept)
+    layer.running_mean[...], layer.running_var[...] = 0, 1
+    del kept  # now the layer alone holds it
+    assert not nested
+    assert Bits(layer.forward(x)) == y
+    assert nested == [None, y]
+    layer.forward(x)
+    del result
+    assert bits(layer.running_mean, layer.running_var) == bits(once.running_mean, once.running_var)
+
+
+@on_cpu
+@pytest.mark.usefixtures("threads_as_they_were")
+def test_a_handler_calls_as_helpers_are_started_and_ended(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool is in the middle of starting threads, with Python's own locks of threads held, or of ending them."""
+    monkeypatch.setattr(cpu._Interpreted, "pays", 1)
+    monkeypatch.setattr(cpu, "PAYS", 1)
+    cpu._layout.cache_clear()
+    x = normal(backend, rng, (6, 4, 9, 9))
+    expected = Bits(cn.instance_norm(x))
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        pool = threads._Pool()
+        monkeypatch.setattr(threads._state, "pool", pool)
+        cn.set_num_threads(3)
+        results: list[Bits] = []
+
+        def handler(results: list[Bits] = results) -> None:
+            results.append(Bits(cn.instance_norm(x)))
+
+        with ending(), handled(Faults(number), handler, threading.__file__):
+            result = cn.instance_norm(x)
+            pool.end()
+        finished = not results
+        assert {Bits(result), *results} == {expected}, f"handler at point {number}"
+        assert pool.helpers == []
+    assert number > 20
+    cpu._layout.cache_clear()
+
+
 # Processes
 
 
@@ -252,6 +351,116 @@ def test_workers(backend: Backend, rng: np.random.Generator, method: str) -> Non
         _begin(was, given[1], "")
 
 
+#: What the child of a fork does, while another thread of the parent is within `busy`.
+FORK = """
+import os, signal, sys, threading, time
+import numpy as np, cupynorm as cn
+assert "logging" not in sys.modules  # which takes its lock for a fork, too
+x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+{setup}
+import logging
+begun = threading.Event()
+def busy():
+{busy}
+other = threading.Thread(target=busy)
+other.start()
+begun.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+{child}
+    os._exit(0)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+other.join()
+busy()  # the parent goes on
+print(status)
+"""
+
+#: Locks of numba, and what takes them.
+COMPILING = {
+    "numba": ("from numba.core.compiler_lock import global_compiler_lock as lock", "lock"),
+    "llvmlite": ("from llvmlite.binding import ffi; lock = ffi.lib._lock", "lock"),
+    "both": (
+        "from numba.core.compiler_lock import global_compiler_lock as lock; from llvmlite.binding import ffi",
+        "lock, ffi.lib._lock",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("locks", COMPILING)
+def test_a_fork_while_another_thread_compiles(locks: str) -> None:
+    setup, held = COMPILING[locks]
+    # It asks a logger, as numba does, for which a fork holds a lock.
+    busy = f"    with {held}:\n        begun.set(); time.sleep(0.5); logging.getLogger('mine').debug('')"
+    child = "    import numba\n    assert numba.njit(lambda a: a + 1)(1) == 2"
+    ran = run(FORK.format(setup=f"from cupynorm import cpu\n{setup}", busy=busy, child=child))
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+@pytest.mark.long
+@pytest.mark.compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_in_the_middle_of_compiling() -> None:
+    """By the thread that compiles: it waits for nobody."""
+    code = """
+import os, signal
+from llvmlite.binding import ffi
+from numba.core.compiler_lock import global_compiler_lock as lock
+import cupynorm, threading
+with lock, ffi.lib._lock:
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        with lock, ffi.lib._lock:
+            os._exit(0)
+def take():
+    with lock, ffi.lib._lock:
+        pass
+thread = threading.Thread(target=take)
+thread.start()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    ran = run(code)
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_imports_the_backend() -> None:
+    setup = """
+import builtins
+usual = builtins.__import__
+def slowly(name, scope=None, *rest):
+    if scope and scope.get("__name__") == "cupynorm.cpu" and name == "numba":
+        begun.set()
+        time.sleep(0.5)
+        logging.getLogger("mine").debug("")
+        raise ImportError("is not installed")
+    return usual(name, scope, *rest)
+builtins.__import__ = slowly
+"""
+    call = "    assert abs(cn.instance_norm(x).std() - 1) < 1e-3"
+    ran = run(FORK.format(setup=setup, busy=call, child=call), CUPYNORM_COMPILED="1")
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+def test_what_a_fork_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what has been imported, and of numba what this version has."""
+    from types import SimpleNamespace
+
+    for module, _ in forks.LOCKS:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert forks._locks() == []
+    monkeypatch.setitem(sys.modules, "numba.core.compiler_lock", SimpleNamespace(global_compiler_lock=object()))
+    lock = threading.RLock()
+    monkeypatch.setitem(sys.modules, "llvmlite.binding.ffi", SimpleNamespace(lib=SimpleNamespace(_lock=lock)))
+    assert forks._locks() == [lock]
+
+
 @pytest.mark.gpu
 def test_pickles_between_devices(rng: np.random.Generator) -> None:
     """A layer on a GPU comes back on the GPU; one that was moved to the CPU first has NumPy arrays."""
@@ -280,7 +489,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 BUSY = """
 import numpy as np, cupynorm as cn, threading, time, sys, os
-from cupynorm import cpu
+from cupynorm import cpu, forks, memory, running, threads
 cpu.compiled = cpu.compiled and {way!r} == "compiled"
 cn.set_num_threads(3)
 x = np.random.default_rng(1).standard_normal((8, 64, 64, 65), dtype=np.float32)

@@ -176,8 +176,9 @@ class Launcher:
             if update:
                 batch = (np.int64(x.shape[0]), call.channels, np.float64(momentum))
                 move = call.ready(rest[0], *call.pointers(mean, variance), *batch, *running, np.int32(flags))
-                pairs = ((running_mean, mean_), (running_var, var_))
-                writes = (move, *(_assignment(a, b) for a, b in pairs if a is not None and a is not b), *writes)
+                copies = [(a, b) for a, b in ((running_mean, mean_), (running_var, var_)) if a is not b]
+                again = [_assignment(b, a) for a, b in copies]  # others may have moved them since
+                writes = (*again, move, *(_assignment(a, b) for a, b in copies), *writes)
             return call.result(*writes), saved
 
     def backward(

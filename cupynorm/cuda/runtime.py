@@ -58,8 +58,10 @@ class CupyRuntime:
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, Module, str], _Kernel] = {}
         self._devices: dict[int, Device] = {}
-        self._locks: defaultdict[tuple[int, Module], threading.Lock] = defaultdict(threading.Lock)
-        self._lock = threading.Lock()
+        # Held while Python code runs, so that others wait for what is compiled once. A signal handler in the middle may
+        # take them again, and does all of it by itself: what is found out or loaded twice is the same.
+        self._locks: defaultdict[tuple[int, Module], Any] = defaultdict(threading.RLock)
+        self._lock = threading.RLock()
         self._has_nvrtc = False
         self._thread = threading.local()  # contexts: the devices that a thread has used
 

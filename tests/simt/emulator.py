@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -196,9 +196,13 @@ class Emulator:
         bounds: dict[int, tuple[int, int]] = self._local.__dict__.setdefault("bounds", {})
         return bounds
 
-    def on(self, array: Any) -> AbstractContextManager[Any]:
-        self._bounds.clear()
-        return nullcontext()
+    @contextmanager
+    def on(self, array: Any) -> Iterator[None]:
+        before, self._local.bounds = self._bounds, {}
+        try:
+            yield
+        finally:
+            self._local.bounds = before  # of the call that this one came in the middle of
 
     def device(self) -> Device:
         return self._device

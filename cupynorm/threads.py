@@ -7,6 +7,7 @@ the pool. Helpers start when they are first needed, a forked child starts its ow
 from __future__ import annotations
 
 import atexit
+import ctypes
 import math
 import os
 import queue
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +115,34 @@ def _limits() -> list[int]:
     return found
 
 
+_library: Any = None
+with suppress(Exception):  # a C library without these
+    _found = ctypes.PyDLL(None)
+    if _found.fegetenv and _found.fesetenv:
+        _library = _found
+
+
+def _mode() -> Any:
+    """This thread's floating-point mode: whether it flushes denormals to zero, and how it rounds."""
+    if _library is None:
+        return None
+    mode = ctypes.create_string_buffer(256)  # more than any fenv_t
+    _library.fegetenv(mode)
+    return mode
+
+
+def _set_mode(mode: Any) -> None:
+    if mode is not None:
+        _library.fesetenv(mode)
+
+
 class _Job:
     """One call's tasks. Whoever takes part calls work with an iterator that hands each task to one, and who it is."""
 
     def __init__(self, work: Callable[[Iterator[int], int], None], tasks: int, settled: Callable[[], bool] | None):
         self.work = work
         self.settled = settled
+        self.mode = _mode()  # the caller's, which helpers compute in: results do not depend on who does what
         self.tasks = deque(range(tasks))
         self.lock = threading.Lock()  # this call's own: a handler's calls, in the middle of it, have others
         self.active = 0  # helpers at work
@@ -143,12 +167,15 @@ class _Job:
             if self.closed:
                 return
             self.active += 1
+        own = _mode()
         try:
+            _set_mode(self.mode)
             self.work(self._next(who), who)
         except BaseException as failure:
             self.failure = failure
             self.closed = True
         finally:
+            _set_mode(own)
             with self.lock:
                 self.active -= 1
                 if self.closed and not self.active:

@@ -329,7 +329,7 @@ def test_which_planes_are_too_small_for_their_squares(eps: float, some: bool):
 
 #: What loops know of samples of 5 planes of 7 runs of 30 positions: a plane at a time, or groups of 2 channels; in one
 #: tile, in tiles of 3 runs, and of 12 positions of a run.
-SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0)
+SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0, 210, 0)
          for group in (1, 2) for runs, length in ((7, 30), (3, 30), (1, 12))]  # fmt: skip
 
 
@@ -363,7 +363,7 @@ def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monk
     """Where they begin, and their weights and biases, from any plane on and over the end of a sample."""
     use_compiled(monkeypatch, True)
     function = compiled(cpu._short_planes)
-    places = np.array([(-100, 7, 1), (64, -9, 3)])
+    places = np.array([(-100, 7, 1, 0), (64, -9, 3, 5)])
     for of_samples in (False, True):
         weight, bias = rng.standard_normal((2, 4, 5))
         over = (5, 1, 5, 1) if of_samples else (0, 1, 0, 1)
@@ -373,8 +373,8 @@ def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monk
             offsets, scale, shift = np.zeros((2, 64), np.uint64), np.full(64, np.nan), np.full(64, np.nan)
             function(first, planes, SIZES[0], places, offsets, over, weight.ravel(), bias.ravel(), scale, shift)
             those = slice(first, first + planes)
-            for i, (of_n, of_c, _) in enumerate(places):
-                assert_equal(offsets[i, :planes].view(np.int64), (n * of_n + c * of_c)[those])
+            for i, (of_n, of_c, _, begin) in enumerate(places):
+                assert_equal(offsets[i, :planes].view(np.int64), (begin + n * of_n + c * of_c)[those])
             assert_equal(scale[:planes], expected[0].ravel()[those])
             assert_equal(shift[:planes], expected[1].ravel()[those])
             assert not offsets[:, planes:].any() and np.isnan(scale[planes:]).all()
@@ -414,10 +414,12 @@ def test_how_tiles_are_put_together(
         if wanted:
             assert_allclose(variance, np.where(those, exact.var(-1), 7), rtol=2e-7)
         sum_g, sum_g_xhat = np.full((2, 3, 5), 7, np.float32)
-        backward(sizes, first, last, part[2], part[1], rstd, sum_g, sum_g_xhat)
+        backward(sizes, first, last, part[2], part[1], mean, delta, rstd, sum_g, sum_g_xhat)
         of_planes = sums.reshape(3, 3, -1, tiles, group).sum(3).reshape(3, 3, -1)[:, :, :5]
         assert_allclose(sum_g, np.where(those, of_planes[2], 7), rtol=2e-7)
-        assert_allclose(sum_g_xhat, np.where(those, of_planes[1] * rstd, 7), rtol=1e-6, atol=1e-9)
+        unit = 2.0 ** np.floor(np.log2(rstd))  # of_planes[1] are products with x - mean in it
+        dots = (of_planes[1] / unit - of_planes[2] * delta) * rstd
+        assert_allclose(sum_g_xhat, np.where(those, dots, 7), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.compiled

@@ -6,6 +6,7 @@ import ast
 import itertools
 import math
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -1024,3 +1025,42 @@ def test_public_names_of_the_steps():
     called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     assert kernels
     assert kernels <= called
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="sets the mode of x86 processors")
+@on_cpu
+def test_helpers_compute_in_the_mode_of_the_caller(backend: Backend, rng: np.random.Generator) -> None:
+    """Denormals are flushed by all threads of a call, or by none."""
+    own = threads._mode()
+    if own is None:
+        pytest.skip("this C library has no floating-point environment")
+    flushing = threads._mode()
+    mxcsr = np.frombuffer(flushing, np.uint32)[7:8]
+    mxcsr |= 0x8040  # results and operands
+    x = (1e-39 * rng.standard_normal((8, 8, 160, 160))).astype(np.float32)
+
+    def results() -> list[Any]:
+        found = []
+        for number in (1, 2, 5):
+            cn.set_num_threads(number)
+            y, saved = cn.instance_norm_forward(x, eps=1e-5)
+            found.append((y, *cn.instance_norm_backward(x, saved)[:1]))
+        return found
+
+    before = cn.get_num_threads()
+    try:
+        plain = results()
+        threads._set_mode(flushing)
+        try:
+            flushed = results()
+        finally:
+            threads._set_mode(own)
+        again = results()
+    finally:
+        cn.set_num_threads(before)
+    assert np.any(plain[0][0] != flushed[0][0])
+    for each in (plain, flushed, again):
+        for one, more in zip(each[0] * 2, each[1] + each[2], strict=True):
+            assert_same(more, one)
+    for one, more in zip(plain[0], again[0], strict=True):
+        assert_same(more, one)

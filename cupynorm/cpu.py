@@ -44,7 +44,6 @@ try:
         activate,
         add,
         begin,
-        copy,
         end,
         line_of,
         memory,
@@ -997,9 +996,9 @@ def half_erfcx(degree: int) -> list[float]:
 # Compiled by numba. In the loops an array is all memory from its first element on, and an offset in elements, unsigned:
 # with signed ones the compiler would have to mind negative indices, and would not use vector instructions.
 #
-# `like` is a sample of the stored type; of `staged` (planes are moved together first), `lanes` (channels are side by
-# side), `inplace` (y is x), `residual` and `training` only whether they are None matters: each combination that is met
-# is compiled for itself, once, and kept on disk.
+# `like` is a sample of the stored type; of `step` (positions are not next to each other), `lanes` (channels are),
+# `inplace` (y is x), `residual` and `training` only whether they are None matters: each combination that is met is
+# compiled for itself, once, and kept on disk.
 
 
 def _loop(function: Any) -> Any:
@@ -1015,10 +1014,7 @@ def _kernel(function: Any) -> Any:
 
 
 TILE = 65536  # positions; no less than FORWARD_SHORT
-STAGE = 2**19  # bytes of all arrays that are moved together at a time where they are not; FORWARD_SHORT elements, too
-MOVED = 512  # of a plane, where others lie between its elements
-FEW = 12  # channels: of fewer side by side, each is moved together
-LINE = 64  # bytes of a cache line
+MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
 LANES_PARTIAL = 64
 PAYS = 2**18  # elements from which on a second thread does
@@ -1036,7 +1032,7 @@ PIECES, PIECE = 8, 8  # places in a tile, and elements of each, from which its m
 @_loop
 def _borders(tile, shape):
     """Runs and positions of a tile, and how many elements those are."""
-    tiles, runs, length, tile_runs, tile_length = shape[2:7]
+    _, _, tiles, runs, length, tile_runs, tile_length, _ = shape
     if tiles == 1:
         return 0, runs, 0, length, runs * length
     along = (length + tile_length - 1) // tile_length
@@ -1074,20 +1070,14 @@ def _before(n, c, tile, shape):
 
 
 @_loop
-def _start(i, n, c, places):
-    """Where a plane of the i-th array begins."""
-    return np.uint64(places[i, 3] + n * places[i, 0] + c * places[i, 1])
+def _at(offset, i, stride, step):
+    return offset + i if step is None else offset + i * stride
 
 
 @_loop
-def _run_start(i, r, runs):
-    """Where a plane's r-th run begins in the i-th array, counted from the plane's beginning."""
-    row, offset = (i + 1 if i >= 0 else i), 0
-    for axis in range(runs.shape[1] - 1, -1, -1):
-        further = r // runs[0, axis]
-        offset += (r - further * runs[0, axis]) * runs[row, axis]
-        r = further
-    return offset
+def _start(i, n, c, r, places, runs):
+    """Where a run of the i-th array begins."""
+    return np.uint64(n * places[i, 0] + c * places[i, 1] + runs[i, r])
 
 
 @_loop
@@ -1099,185 +1089,45 @@ def _plane(n, c, weight, bias, over, mean, delta, rstd):
 
 
 @_loop
-def _gather(array, o, step, k, stage, p, runs, size):
-    """Copy runs that begin `step` apart, whose elements are k apart, one after the other to the stage."""
-    if k == 1:
-        for r in range(runs):
-            copy(stage, p + r * size, array, o + r * step, size)
-        return
-    for r in range(runs):
-        at, to = o + r * step, p + r * size
-        for i in range(size):
-            stage[to + i] = array[at + i * k]
-
-
-@_loop
-def _scatter(array, o, step, k, stage, p, runs, size):
-    """_gather the other way."""
-    if k == 1:
-        for r in range(runs):
-            copy(array, o + r * step, stage, p + r * size, size)
-        return
-    for r in range(runs):
-        at, to = o + r * step, p + r * size
-        for i in range(size):
-            array[at + i * k] = stage[to + i]
-
-
-@_loop
-def _gather_colours(array, o, k, stage, p, apart, size):
-    """A run of 3, 4 or 8 planes whose elements lie between each other. Written out, it becomes vector instructions."""
-    if k == 3:
-        for i in range(size):
-            stage[p + i + np.uint64(0) * apart] = array[o + np.uint64(3) * i + np.uint64(0)]
-            stage[p + i + np.uint64(1) * apart] = array[o + np.uint64(3) * i + np.uint64(1)]
-            stage[p + i + np.uint64(2) * apart] = array[o + np.uint64(3) * i + np.uint64(2)]
-    elif k == 4:
-        for i in range(size):
-            stage[p + i + np.uint64(0) * apart] = array[o + np.uint64(4) * i + np.uint64(0)]
-            stage[p + i + np.uint64(1) * apart] = array[o + np.uint64(4) * i + np.uint64(1)]
-            stage[p + i + np.uint64(2) * apart] = array[o + np.uint64(4) * i + np.uint64(2)]
-            stage[p + i + np.uint64(3) * apart] = array[o + np.uint64(4) * i + np.uint64(3)]
-    else:
-        for i in range(size):
-            stage[p + i + np.uint64(0) * apart] = array[o + np.uint64(8) * i + np.uint64(0)]
-            stage[p + i + np.uint64(1) * apart] = array[o + np.uint64(8) * i + np.uint64(1)]
-            stage[p + i + np.uint64(2) * apart] = array[o + np.uint64(8) * i + np.uint64(2)]
-            stage[p + i + np.uint64(3) * apart] = array[o + np.uint64(8) * i + np.uint64(3)]
-            stage[p + i + np.uint64(4) * apart] = array[o + np.uint64(8) * i + np.uint64(4)]
-            stage[p + i + np.uint64(5) * apart] = array[o + np.uint64(8) * i + np.uint64(5)]
-            stage[p + i + np.uint64(6) * apart] = array[o + np.uint64(8) * i + np.uint64(6)]
-            stage[p + i + np.uint64(7) * apart] = array[o + np.uint64(8) * i + np.uint64(7)]
-
-
-@_loop
-def _scatter_colours(array, o, k, stage, p, apart, size):
-    if k == 3:
-        for i in range(size):
-            array[o + np.uint64(3) * i + np.uint64(0)] = stage[p + i + np.uint64(0) * apart]
-            array[o + np.uint64(3) * i + np.uint64(1)] = stage[p + i + np.uint64(1) * apart]
-            array[o + np.uint64(3) * i + np.uint64(2)] = stage[p + i + np.uint64(2) * apart]
-    elif k == 4:
-        for i in range(size):
-            array[o + np.uint64(4) * i + np.uint64(0)] = stage[p + i + np.uint64(0) * apart]
-            array[o + np.uint64(4) * i + np.uint64(1)] = stage[p + i + np.uint64(1) * apart]
-            array[o + np.uint64(4) * i + np.uint64(2)] = stage[p + i + np.uint64(2) * apart]
-            array[o + np.uint64(4) * i + np.uint64(3)] = stage[p + i + np.uint64(3) * apart]
-    else:
-        for i in range(size):
-            array[o + np.uint64(8) * i + np.uint64(0)] = stage[p + i + np.uint64(0) * apart]
-            array[o + np.uint64(8) * i + np.uint64(1)] = stage[p + i + np.uint64(1) * apart]
-            array[o + np.uint64(8) * i + np.uint64(2)] = stage[p + i + np.uint64(2) * apart]
-            array[o + np.uint64(8) * i + np.uint64(3)] = stage[p + i + np.uint64(3) * apart]
-            array[o + np.uint64(8) * i + np.uint64(4)] = stage[p + i + np.uint64(4) * apart]
-            array[o + np.uint64(8) * i + np.uint64(5)] = stage[p + i + np.uint64(5) * apart]
-            array[o + np.uint64(8) * i + np.uint64(6)] = stage[p + i + np.uint64(6) * apart]
-            array[o + np.uint64(8) * i + np.uint64(7)] = stage[p + i + np.uint64(7) * apart]
-
-
-@_loop
-def _move(array, stage, i, places, runs, shape, first, planes, tile, back):
-    """A tile of some planes from where they lie to the stage, one after the other; or back.
-
-    Planes next to each other share cache lines: of those a piece of each is moved before the next piece.
-    """
-    channels, between, k = shape[0], places[i, 1], np.uint64(places[i, 2])
-    r0, r1, l0, l1, count = _borders(tile, shape)
-    axes = runs.shape[1]
-    row = i + 1 if i >= 0 else i
-    inner, step = (runs[0, axes - 1], np.uint64(runs[row, axes - 1])) if axes else (r1, np.uint64(0))
-    n, c = first // channels, first % channels
-    done = 0
-    while done < planes:
-        alike = min(planes - done, channels - c)  # channels of a sample
-        near = abs(between) < abs(places[i, 2])
-        together = alike if near else 1
-        colours = between == 1 and places[i, 2] in (3, 4, 8) and together == places[i, 2]
-        for j in range(0, alike, together):
-            start = _start(i, n, c + j, places)
-            p = np.uint64((done + j) * count)
-            r = r0
-            while r < r1:  # as many runs as differ in the innermost axis alone
-                some = min(inner - r % inner, r1 - r)
-                at = start + np.uint64(_run_start(i, r, runs) + l0 * places[i, 2])
-                if near:
-                    for s in range(some):
-                        for lo in range(0, l1 - l0, MOVED):
-                            size = np.uint64(min(l1 - l0 - lo, MOVED))
-                            o, to = at + np.uint64(s) * step + np.uint64(lo) * k, p + np.uint64(s * (l1 - l0) + lo)
-                            if colours and back:
-                                _scatter_colours(array, o, k, stage, to, np.uint64(count), size)
-                            elif colours:
-                                _gather_colours(array, o, k, stage, to, np.uint64(count), size)
-                            else:
-                                for q in range(together):
-                                    o_, to_ = o + np.uint64(q * between), to + np.uint64(q * count)
-                                    if back:
-                                        _scatter(array, o_, step, k, stage, to_, np.uint64(1), size)
-                                    else:
-                                        _gather(array, o_, step, k, stage, to_, np.uint64(1), size)
-                elif back:
-                    _scatter(array, at, step, k, stage, p, np.uint64(some), np.uint64(l1 - l0))
-                else:
-                    _gather(array, at, step, k, stage, p, np.uint64(some), np.uint64(l1 - l0))
-                p += np.uint64(some * (l1 - l0))
-                r += some
-        done += alike
-        n, c = n + 1, 0
-
-
-@_loop
-def _set_stage(staged, first, shape, tile):
-    """Set where a tile of planes from the first on begins in the stages; the shape there."""
-    channels, count = shape[0], _borders(tile, shape)[4]
-    for i in range(len(staged)):
-        staged[i, 0], staged[i, 1], staged[i, 2], staged[i, 3] = channels * count, count, 1, -first * count
-    return channels, 1, 1, 1, count, 1, count, 0, shape[8], shape[9]
-
-
-@_loop
-def _stages(x, places, shape):
-    """A stage for each array, and places for the planes there."""
-    return np.empty((len(places), shape[9]), x.dtype), np.zeros((len(places), 4), np.int64)
-
-
-@_loop
-def _mean_run(x, o, lo, hi, share, zero):
+def _mean_run(x, o, k, lo, hi, step, share, zero):
     """The mean of a few elements, each of which is made smaller first: their sum may be too large."""
     total = zero
     for i in range(lo, hi):
-        total = add(total, widen(x[o + i]) * share)
+        total = add(total, widen(x[_at(o, i, k, step)]) * share)
     return total
 
 
 @_loop
-def _centred_run(x, o, lo, hi, mean, delta, zero):
+def _centred_run(x, o, k, lo, hi, step, mean, delta, zero):
     total = squares = zero
     for i in range(lo, hi):
-        c = (widen(x[o + i]) - mean) - delta
+        c = (widen(x[_at(o, i, k, step)]) - mean) - delta
         total = add(total, c)
         squares = add(squares, c * c)
     return total, squares
 
 
 @_loop
-def _fetch(x, o, lo, hi):
+def _fetch(x, o, lo, hi, step):
     """Have a piece of a run brought near that will be read soon: the processor by itself stops at each page."""
-    for i in range(lo, hi, line_of(x[0])):
-        prefetch(x, o + np.uint64(i))
+    if step is None:
+        for i in range(lo, hi, line_of(x[0])):
+            prefetch(x, o + np.uint64(i))
 
 
 @_loop
-def _centred(x, o, l0, l1, mean, delta, zero):
+def _centred(x, o, k, run, shape, tile, step, mean, delta, zero):
     """The sums of a tile's centred values and of their squares."""
+    r0, r1, l0, l1, _ = _borders(tile, shape)
     total = squares = 0.0
-    at = np.uint64(o)
-    for lo in range(l0, l1, PARTIAL):
-        hi = min(lo + PARTIAL, l1)
-        _fetch(x, at + np.uint64(AHEAD), lo, hi)
-        s, q = _centred_run(x, at, np.uint64(lo), np.uint64(hi), mean, delta, zero)
-        total += s
-        squares += q
+    for r in range(r0, r1):
+        at = np.uint64(o + run[r])
+        for lo in range(l0, l1, PARTIAL):
+            hi = min(lo + PARTIAL, l1)
+            _fetch(x, at + np.uint64(AHEAD), lo, hi, step)
+            s, q = _centred_run(x, at, k, np.uint64(lo), np.uint64(hi), step, mean, delta, zero)
+            total += s
+            squares += q
     return total, squares
 
 
@@ -1289,26 +1139,26 @@ def _spread(i, tile, shape):
 
 
 @_loop
-def _guess(x, o, shape, tile):
+def _guess(x, o, k, run, shape, tile, step):
     """The mean of some elements of a tile, which is rarely far from that of all."""
     _, _, l0, l1, _ = _borders(tile, shape)
     size = min(l1 - l0, PIECE)
     total = 0.0
-    at = np.uint64(o)
     for i in range(PIECES):
-        _, lo = _spread(i, tile, shape)
+        r, lo = _spread(i, tile, shape)
+        at = np.uint64(o + run[r])
         for j in range(np.uint64(lo), np.uint64(lo + size)):
-            total = add(total, np.float64(widen(x[at + j])))
+            total = add(total, np.float64(widen(x[_at(at, j, k, step)])))
     return total / (size * PIECES)
 
 
 @_loop
-def _guess_lanes(x, o, k, runs, shape, tile, width, mean):
+def _guess_lanes(x, o, k, run, shape, tile, width, mean):
     """_guess for channels side by side: of one position in each place."""
     mean[:] = 0
     for i in range(PIECES):
         r, lo = _spread(i, tile, shape)
-        at = np.uint64(o + _run_start(0, r, runs)) + np.uint64(lo) * k
+        at = np.uint64(o + run[r]) + np.uint64(lo) * k
         for j in range(width):
             mean[j] += widen(x[at + j])
     for j in range(width):
@@ -1316,7 +1166,7 @@ def _guess_lanes(x, o, k, runs, shape, tile, width, mean):
 
 
 @_rare
-def _wide_moments(x, o, k, runs, shape, tile):
+def _wide_moments(x, o, k, run, shape, tile):
     """A tile's mean, what is lacking, and its squares about both, all in float64: for squares that float32 has not."""
     r0, r1, l0, l1, count = _borders(tile, shape)
     mean = total = square = 0.0
@@ -1324,27 +1174,25 @@ def _wide_moments(x, o, k, runs, shape, tile):
         mean += total / count
         total = square = 0.0
         for r in range(r0, r1):
-            at = np.uint64(o + _run_start(0, r, runs))
             for i in range(np.uint64(l0), np.uint64(l1)):
-                c = np.float64(widen(x[at + i * k])) - mean
+                c = np.float64(widen(x[np.uint64(o + run[r]) + i * k])) - mean
                 total += c
                 square += c * c
     return mean, total / count, square - total * (total / count)
 
 
 @_loop
-def _moments(x, o, runs, shape, tile, mean, zero, least):
+def _moments(x, o, k, run, shape, tile, step, mean, zero, count, least):
     """A tile's mean as a number in computing precision and what is lacking, and its squares about both, from a guess.
 
     sum c**2 - count * delta**2 loses a bit at most where delta is within the deviation. Else the guess was bad, or the
     mean's rounding is most of what is left in a nearly constant tile: once more about the mean, then without its
     rounding.
     """
-    _, _, l0, l1, count = _borders(tile, shape)
     delta = zero
     total = square = excess = 0.0
     for turn in range(3):
-        total, square = _centred(x, o, l0, l1, mean, delta, zero)
+        total, square = _centred(x, o, k, run, shape, tile, step, mean, delta, zero)
         excess = total / count
         if not total * excess > 0.5 * square:
             break
@@ -1353,47 +1201,50 @@ def _moments(x, o, runs, shape, tile, mean, zero, least):
         elif turn == 1:
             delta = typed(excess, zero)
     if not least * count <= square < math.inf:
-        exact, rest, square = _wide_moments(x, o, np.uint64(1), runs, shape, tile)
+        exact, rest, square = _wide_moments(x, o, k, run, shape, tile)
         mean = typed(exact, zero)
         return mean, (exact - mean) + rest, square
     return mean, delta + excess, square - total * excess
 
 
 @_loop
-def _reduce_forward_rows(x, places, runs, shape, first, last, zero, least, means, deltas, squares):
+def _reduce_forward_rows(x, place, run, shape, step, first, last, zero, least, means, deltas, squares):
+    k = np.uint64(place[2])
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
-        o = np.int64(_start(0, n, c, places))
-        guess = typed(_guess(x, o, shape, tile), zero)
-        means[unit], deltas[unit], squares[unit] = _moments(x, o, runs, shape, tile, guess, zero, least)
+        o = n * place[0] + c * place[1]
+        guess = typed(_guess(x, o, k, run, shape, tile, step), zero)
+        count = _borders(tile, shape)[4]
+        means[unit], deltas[unit], squares[unit] = _moments(
+            x, o, k, run, shape, tile, step, guess, zero, count, least
+        )  # fmt: skip
         n, c, tile = _next(n, c, tile, shape)
 
 
 @_loop
-def _reduce_forward_lanes(x, places, runs, shape, first, last, zero, least, means, deltas, squares):
+def _reduce_forward_lanes(x, place, run, shape, first, last, zero, least, means, deltas, squares):
     """_guess and _moments of channels side by side."""
     channels, group = shape[:2]
-    k = np.uint64(places[0, 2])
+    k = np.uint64(place[2])
     mean, delta, a, b = np.empty((4, group), zero.dtype)
     total, square = np.empty((2, group))
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
         width = np.uint64(min(group, channels - c))
-        o = np.int64(_start(0, n, c, places))
+        o = n * place[0] + c
         r0, r1, l0, l1, count = _borders(tile, shape)
-        _guess_lanes(x, o, k, runs, shape, tile, width, total)
+        _guess_lanes(x, o, k, run, shape, tile, width, total)
         for j in range(width):
             mean[j], delta[j] = total[j], zero[0]
         for turn in range(3):
             total[:] = 0
             square[:] = 0
             for r in range(r0, r1):
-                run = np.uint64(o + _run_start(0, r, runs))
                 for lo in range(l0, l1, LANES_PARTIAL):
                     a[:] = zero[0]
                     b[:] = zero[0]
                     for i in range(lo, min(lo + LANES_PARTIAL, l1)):
-                        at = run + np.uint64(i) * k
+                        at = np.uint64(o + run[r]) + np.uint64(i) * k
                         for j in range(width):
                             d = (widen(x[at + j]) - mean[j]) - delta[j]
                             a[j] += d
@@ -1419,15 +1270,15 @@ def _reduce_forward_lanes(x, places, runs, shape, first, last, zero, least, mean
             squares[unit * group + j] = square[j] - total[j] * excess
             if not least * count <= square[j] < math.inf:
                 at = unit * group + j
-                means[at], deltas[at], squares[at] = _wide_moments(x, o + j, k, runs, shape, tile)
+                means[at], deltas[at], squares[at] = _wide_moments(x, o + j, k, run, shape, tile)
         n, c, tile = _next(n, c, tile, shape)
 
 
 @_loop
 def _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
     """Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, means as distances from the first one's."""
-    channels, group, tiles = shape[:3]
-    share_of_one = 1 / shape[8]
+    channels, group, tiles, runs, length = shape[:5]
+    share_of_one = 1 / (runs * length)
     n, c, _ = _locate(first * tiles, shape)
     for owner in range(last - first):
         for j in range(min(group, channels - c)):
@@ -1452,42 +1303,53 @@ def _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, 
 
 
 @_loop
-def _result_run(like, x, y, res, offsets, lo, hi, residual, act, unit, m, scale, shift):
+def _result_run(like, x, y, res, offsets, strides, lo, hi, step, residual, act, unit, m, scale, shift):
     """y of a piece of a run of one plane."""
     o0, o1, o2 = offsets
+    k0, k1, k2 = strides
     for i in range(lo, hi):
-        z = scaled(widen(x[o0 + i]), unit, m) * scale + shift
+        z = scaled(widen(x[_at(o0, i, k0, step)]), unit, m) * scale + shift
         if residual is not None:
-            z = z + widen(res[o2 + i])
-        y[o1 + i] = narrow(activate(z, act), like)
+            z = z + widen(res[_at(o2, i, k2, step)])
+        y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
 
 
 @_loop
 def _apply_forward_rows(
-    like, x, y, res, places, shape, inplace, residual, act, first, last,
+    like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
     weight, bias, over, mean, delta, rstd, follows, piece,
 ):  # fmt: skip
     """Where a plane follows, x is fetched there: reading would idle while this writes."""
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     away = np.uint64(places[0, 1])
     streams = shape[7]
     zero = np.uint64(0)
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):  # what was read last is still in the cache
-        _, _, l0, l1, _ = _borders(tile, shape)
-        values = _plane(n, c, weight, bias, over, mean, delta, rstd)
-        o0, o1, o2 = _start(0, n, c, places), _start(1, n, c, places), _start(-1, n, c, places)
-        if inplace is not None:
-            o1 = o0
-        for lo in range(l0, l1, PARTIAL):
-            hi = min(lo + PARTIAL, l1)
-            if follows:
-                _fetch(x, o0 + away, lo, hi)
-            if streams:
-                at, size = np.uint64(lo), np.uint64(hi - lo)
-                _result_run(like, x, piece, res, (o0 + at, zero, o2 + at), zero, size, residual, act, *values)
-                stream(piece, size, y, o1 + at)
-            else:
-                _result_run(like, x, y, res, (o0, o1, o2), np.uint64(lo), np.uint64(hi), residual, act, *values)
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        unit, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
+        for r in range(r0, r1):
+            o0 = _start(0, n, c, r, places, runs)
+            o1 = _start(1, n, c, r, places, runs)
+            o2 = _start(-1, n, c, r, places, runs)
+            if inplace is not None:
+                o1 = o0
+            for lo in range(l0, l1, PARTIAL):
+                hi = min(lo + PARTIAL, l1)
+                if follows:
+                    _fetch(x, o0 + away, lo, hi, step)
+                if streams:
+                    at, size = np.uint64(lo), np.uint64(hi - lo)
+                    _result_run(
+                        like, x, piece, res, (o0 + at, zero, o2 + at), (k0, k1, k2), zero, size, None, residual, act,
+                        unit, m, scale, shift,
+                    )  # fmt: skip
+                    stream(piece, size, y, o1 + at)
+                else:
+                    _result_run(
+                        like, x, y, res, (o0, o1, o2), (k0, k1, k2), np.uint64(lo), np.uint64(hi), step, residual, act,
+                        unit, m, scale, shift,
+                    )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -1511,9 +1373,9 @@ def _apply_forward_lanes(
         _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
-            b0 = _start(0, n, c, places) + np.uint64(_run_start(0, r, runs))
-            b1 = _start(1, n, c, places) + np.uint64(_run_start(1, r, runs))
-            b2 = _start(-1, n, c, places) + np.uint64(_run_start(-1, r, runs))
+            b0 = _start(0, n, c, r, places, runs)
+            b1 = _start(1, n, c, r, places, runs)
+            b2 = _start(-1, n, c, r, places, runs)
             for i in range(np.uint64(l0), np.uint64(l1)):
                 o0, o1, o2 = b0 + i * k0, b1 + i * k1, b2 + i * k2
                 if inplace is not None:
@@ -1540,9 +1402,9 @@ def _short_planes(first, planes, shape, places, offsets, over, weight, bias, sca
     while j < planes:
         alike = min(planes - j, shape[0] - c)  # channels of a sample
         for i in range(len(places)):
-            start = _start(i, n, c, places)
+            start = n * places[i, 0] + c * places[i, 1]
             for k in range(alike):
-                offsets[i, j + k] = start + np.uint64(k * places[i, 1])
+                offsets[i, j + k] = np.uint64(start + k * places[i, 1])
         for k in range(alike):
             scale[j + k] = weight[n * over[0] + (c + k) * over[1]]
             shift[j + k] = bias[n * over[2] + (c + k) * over[3]]
@@ -1560,13 +1422,14 @@ def _middle(size):
 
 @_loop
 def _forward_short_rows(
-    like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
+    like, x, y, res, places, run, shape, step, inplace, residual, act, first, last,
     eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     """All of the forward for planes so short that what is done once for each counts: it is done for many at a time."""
     size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
     # Planes of 4 x 4 are frequent, and a quarter faster by loops whose length is known.
     origin, sixteen = np.uint64(0), np.uint64(16)
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     m, d, q, r, unit, scale, shift = np.zeros((7, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
     exact = np.empty(TOGETHER)
@@ -1579,16 +1442,16 @@ def _forward_short_rows(
         _short_planes(start, planes, shape, places, offsets, over, weight, bias, scale, shift)
         for j in range(planes):
             if size == sixteen:
-                m[j] = _mean_run(x, offsets[0, j], origin, sixteen, share_of_some, zero)
+                m[j] = _mean_run(x, offsets[0, j], k0, origin, sixteen, step, share_of_some, zero)
             else:
-                m[j] = _mean_run(x, offsets[0, j], lo, hi, share_of_some, zero)
+                m[j] = _mean_run(x, offsets[0, j], k0, lo, hi, step, share_of_some, zero)
         for j in range(planes):
             if size == sixteen:
-                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, sixteen)
-                d[j], q[j] = _centred_run(x, offsets[0, j], origin, sixteen, m[j], zero, zero)
+                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, sixteen, step)
+                d[j], q[j] = _centred_run(x, offsets[0, j], k0, origin, sixteen, step, m[j], zero, zero)
             else:
-                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, size)
-                d[j], q[j] = _centred_run(x, offsets[0, j], origin, size, m[j], zero, zero)
+                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, size, step)
+                d[j], q[j] = _centred_run(x, offsets[0, j], k0, origin, size, step, m[j], zero, zero)
         for j in range(TOGETHER):
             share = d[j] / count
             r[j] = typed(0.5, zero) * q[j] - d[j] * share
@@ -1602,7 +1465,9 @@ def _forward_short_rows(
                     again = True
                     for i in range(TOGETHER):  # slices of arrays take a second to compile
                         exact[i] = -1
-                m[j], d[j], exact[j] = _moments(x, np.int64(offsets[0, j]), runs, shape, 0, m[j], zero, least)
+                m[j], d[j], exact[j] = _moments(
+                    x, np.int64(offsets[0, j]), k0, run, shape, 0, step, m[j], zero, shape[4], least
+                )  # fmt: skip
                 q[j] = exact[j]
         for j in range(TOGETHER):  # the mean is moved to the number next to it, by Knuth's exact sum
             total = m[j] + d[j]
@@ -1629,86 +1494,23 @@ def _forward_short_rows(
             o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[-1, j]
             if inplace is not None:
                 o1 = o0
-            at, values = (o0, o1, o2), (unit[j], m[j], scale[j], shift[j])
+            at, k, values = (o0, o1, o2), (k0, k1, k2), (unit[j], m[j], scale[j], shift[j])
             if size == sixteen:
-                _result_run(like, x, y, res, at, origin, sixteen, residual, act, *values)
+                _result_run(like, x, y, res, at, k, origin, sixteen, step, residual, act, *values)
             else:
-                _result_run(like, x, y, res, at, origin, size, residual, act, *values)
-
-
-@_loop
-def _forward_rows(
-    like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-    eps, least, weight, bias, over, mean, delta, rstd, variance, means, deltas, squares, piece,
-):  # fmt: skip
-    """All of the forward for some owners."""
-    if shape[4] <= FORWARD_SHORT:
-        _forward_short_rows(
-            like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-            eps, least, weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), variance.ravel(),
-        )  # fmt: skip
-        return
-    tiles = shape[2]
-    for owner in range(first, last):
-        u0, u1 = owner * tiles, (owner + 1) * tiles
-        _reduce_forward_rows(x, places, runs, shape, u0, u1, zero_of(like), least, means, deltas, squares)
-        _join_forward(shape, owner, owner + 1, means, deltas, squares, eps, mean, delta, rstd, variance)
-        _apply_forward_rows(
-            like, x, y, res, places, shape, inplace, residual, act, u0, u1,
-            weight, bias, over, mean, delta, rstd, owner + 1 < last and shape[4] <= NEAR, piece,
-        )  # fmt: skip
-
-
-@_loop
-def _reduce_forward_staged(like, x, stage, staged, places, runs, shape, first, last, least, means, deltas, squares):
-    channels, group = shape[:2]
-    n, c, tile = _locate(first, shape)
-    for unit in range(last - first):
-        start, width, at = n * channels + c, min(group, channels - c), unit * group
-        _move(x, stage[0], 0, places, runs, shape, start, width, tile, False)
-        there = _set_stage(staged, start, shape, tile)
-        _reduce_forward_rows(
-            stage[0], staged, runs, there, start, start + width, zero_of(like), least,
-            means[at:], deltas[at:], squares[at:],
-        )  # fmt: skip
-        n, c, tile = _next(n, c, tile, shape)
-
-
-@_loop
-def _apply_forward_staged(
-    like, x, y, res, stage, staged, places, runs, shape, residual, act, first, last,
-    weight, bias, over, mean, delta, rstd, piece,
-):  # fmt: skip
-    channels, group = shape[:2]
-    n, c, tile = _locate(last - 1, shape)
-    for _ in range(last - first):
-        start, width = n * channels + c, min(group, channels - c)
-        _move(x, stage[0], 0, places, runs, shape, start, width, tile, False)
-        if residual is not None:
-            _move(res, stage[-1], -1, places, runs, shape, start, width, tile, False)
-        there = _set_stage(staged, start, shape, tile)
-        _apply_forward_rows(
-            like, stage[0], stage[1], stage[-1], staged, there, None, residual, act, start, start + width,
-            weight, bias, over, mean, delta, rstd, False, piece,
-        )  # fmt: skip
-        _move(y, stage[1], 1, places, runs, shape, start, width, tile, True)
-        n, c, tile = _before(n, c, tile, shape)
+                _result_run(like, x, y, res, at, k, origin, size, step, residual, act, *values)
 
 
 @_kernel
-def _forward_tiles(turns, like, at, places, runs, shape, staged, lanes, least, means, deltas, squares):
+def _forward_tiles(turns, like, at, places, runs, shape, step, lanes, least, means, deltas, squares):
     x, group = memory(at[0], like), shape[1]
-    if staged is not None:
-        stage, there = _stages(x, places, shape)
     first, last = begin(turns)
     while first < last:
         sums = means[first * group :], deltas[first * group :], squares[first * group :]
-        if staged is not None:
-            _reduce_forward_staged(like, x, stage, there, places, runs, shape, first, last, least, *sums)
-        elif lanes is not None:
-            _reduce_forward_lanes(x, places, runs, shape, first, last, zeros_of(like), least, *sums)
+        if lanes is None:
+            _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), least, *sums)
         else:
-            _reduce_forward_rows(x, places, runs, shape, first, last, zero_of(like), least, *sums)
+            _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), least, *sums)
         first, last = end(turns)
 
 
@@ -1719,111 +1521,69 @@ def _forward_join(shape, first, last, means, deltas, squares, eps, mean, delta, 
 
 @_kernel
 def _forward_results(
-    turns, like, at, places, runs, shape, staged, lanes, inplace, residual, act,
+    turns, like, at, places, runs, shape, step, lanes, inplace, residual, act,
     weight, bias, over, mean, delta, rstd,
 ):  # fmt: skip
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
     res = memory(at[-1], like)
     piece = np.empty(PARTIAL, y.dtype)
-    if staged is not None:
-        stage, there = _stages(x, places, shape)
     first, last = begin(turns)
     while first < last:
-        if staged is not None:
-            _apply_forward_staged(
-                like, x, y, res, stage, there, places, runs, shape, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd, piece,
+        if lanes is None:
+            _apply_forward_rows(
+                like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
+                weight, bias, over, mean, delta, rstd, False, piece,
             )  # fmt: skip
-        elif lanes is not None:
+        else:
             _apply_forward_lanes(
                 like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
                 weight, bias, over, mean, delta, rstd,
             )  # fmt: skip
-        else:
-            _apply_forward_rows(
-                like, x, y, res, places, shape, inplace, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd, False, piece,
-            )  # fmt: skip
         first, last = end(turns)
-
-
-@_loop
-def _forward_staged(
-    like, x, y, res, stage, staged, places, runs, shape, residual, act, first, last,
-    eps, least, weight, bias, over, mean, delta, rstd, variance, means, deltas, squares, piece,
-):  # fmt: skip
-    """All of the forward for some owners, as many at a time as the stage holds; or a tile at a time."""
-    group, tiles = shape[1], shape[2]
-    if tiles == 1 and group == 1:
-        most = shape[9] // shape[8]
-        for start in range(first, last, most):
-            planes = min(most, last - start)
-            _move(x, stage[0], 0, places, runs, shape, start, planes, 0, False)
-            if residual is not None:
-                _move(res, stage[-1], -1, places, runs, shape, start, planes, 0, False)
-            there = _set_stage(staged, start, shape, 0)
-            _forward_rows(
-                like, stage[0], stage[1], stage[-1], staged, runs, there, None, residual, act, start, start + planes,
-                eps, least, weight, bias, over, mean, delta, rstd, variance, means, deltas, squares, piece,
-            )  # fmt: skip
-            _move(y, stage[1], 1, places, runs, shape, start, planes, 0, True)
-        return
-    for owner in range(first, last):
-        u0, u1 = owner * tiles, (owner + 1) * tiles
-        _reduce_forward_staged(like, x, stage, staged, places, runs, shape, u0, u1, least, means, deltas, squares)
-        _join_forward(shape, owner, owner + 1, means, deltas, squares, eps, mean, delta, rstd, variance)
-        _apply_forward_staged(
-            like, x, y, res, stage, staged, places, runs, shape, residual, act, u0, u1,
-            weight, bias, over, mean, delta, rstd, piece,
-        )  # fmt: skip
-
-
-@_loop
-def _forward_lanes(
-    like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-    eps, least, weight, bias, over, mean, delta, rstd, variance, means, deltas, squares,
-):  # fmt: skip
-    tiles = shape[2]
-    for owner in range(first, last):
-        u0, u1 = owner * tiles, (owner + 1) * tiles
-        _reduce_forward_lanes(x, places, runs, shape, u0, u1, zeros_of(like), least, means, deltas, squares)
-        _join_forward(shape, owner, owner + 1, means, deltas, squares, eps, mean, delta, rstd, variance)
-        _apply_forward_lanes(
-            like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
-            weight, bias, over, mean, delta, rstd,
-        )  # fmt: skip
 
 
 @_kernel
 def _forward_planes(
-    turns, like, at, places, runs, shape, staged, lanes, inplace, residual, act,
+    turns, like, at, places, runs, shape, step, lanes, inplace, residual, act,
     eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
     res = memory(at[-1], like)
-    means, deltas, squares = np.empty((3, shape[2] * shape[1]))
+    tiles = shape[2]
+    means, deltas, squares = np.empty((3, tiles * shape[1]))
     piece = np.empty(PARTIAL, y.dtype)
-    if staged is not None:
-        stage, there = _stages(x, places, shape)
     first, last = begin(turns)
     while first < last:
-        if staged is not None:
-            _forward_staged(
-                like, x, y, res, stage, there, places, runs, shape, residual, act, first, last,
-                eps, least, weight, bias, over, mean, delta, rstd, variance, means, deltas, squares, piece,
+        if lanes is None and shape[3] == 1 and shape[4] <= FORWARD_SHORT:
+            _forward_short_rows(
+                like, x, y, res, places, runs[0], shape, step, inplace, residual, act, first, last,
+                eps, least, weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), variance.ravel(),
             )  # fmt: skip
-        elif lanes is not None:
-            _forward_lanes(
-                like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-                eps, least, weight, bias, over, mean, delta, rstd, variance, means, deltas, squares,
-            )  # fmt: skip
-        else:
-            _forward_rows(
-                like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-                eps, least, weight, bias, over, mean, delta, rstd, variance, means, deltas, squares, piece,
-            )  # fmt: skip
+            last = first
+        for owner in range(first, last):
+            u0, u1 = owner * tiles, (owner + 1) * tiles
+            follows = owner + 1 < last and shape[3] * shape[4] <= NEAR
+            if lanes is None:
+                _reduce_forward_rows(
+                    x, places[0], runs[0], shape, step, u0, u1, zero_of(like), least, means, deltas, squares
+                )
+            else:
+                _reduce_forward_lanes(
+                    x, places[0], runs[0], shape, u0, u1, zeros_of(like), least, means, deltas, squares
+                )
+            _join_forward(shape, owner, owner + 1, means, deltas, squares, eps, mean, delta, rstd, variance)
+            if lanes is None:
+                _apply_forward_rows(
+                    like, x, y, res, places, runs, shape, step, inplace, residual, act, u0, u1,
+                    weight, bias, over, mean, delta, rstd, follows, piece,
+                )  # fmt: skip
+            else:
+                _apply_forward_lanes(
+                    like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
+                    weight, bias, over, mean, delta, rstd,
+                )  # fmt: skip
         first, last = end(turns)
 
 
@@ -1838,12 +1598,16 @@ def _gradient_at(x, dy, res, o0, o2, o3, residual, act, unit, m, scale, shift):
 
 
 @_loop
-def _sums_run(x, dy, res, offsets, lo, hi, residual, act, zero, unit, m, scale, shift):
+def _sums_run(x, dy, res, offsets, strides, lo, hi, step, residual, act, zero, unit, m, scale, shift):
     """Sums of g and of g times what is centred, of a piece of a run of one plane."""
     o0, o2, o3 = offsets
+    k0, k2, k3 = strides
     total = dot = zero
     for i in range(lo, hi):
-        g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, shift)
+        g, centred = _gradient_at(
+            x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+            residual, act, unit, m, scale, shift,
+        )  # fmt: skip
         total = add(total, g)
         dot = add(dot, g * centred)
     return total, dot
@@ -1851,23 +1615,30 @@ def _sums_run(x, dy, res, offsets, lo, hi, residual, act, zero, unit, m, scale, 
 
 @_loop
 def _reduce_backward_rows(
-    like, x, dy, res, places, shape, residual, act, first, last,
+    like, x, dy, res, places, runs, shape, step, residual, act, first, last,
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     zero = zero_of(like)
+    k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[-2, 2])
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
-        _, _, l0, l1, _ = _borders(tile, shape)
-        values = _plane(n, c, weight, bias, over, mean, delta, rstd)
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        u, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
         total = dot = 0.0
-        o0, o2, o3 = _start(0, n, c, places), _start(2, n, c, places), _start(-2, n, c, places)
-        for lo in range(l0, l1, PARTIAL):
-            hi = min(lo + PARTIAL, l1)
-            _fetch(x, o0 + np.uint64(AHEAD), lo, hi)
-            _fetch(dy, o2 + np.uint64(AHEAD), lo, hi)
-            s, q = _sums_run(x, dy, res, (o0, o2, o3), np.uint64(lo), np.uint64(hi), residual, act, zero, *values)
-            total += s
-            dot += q
+        for r in range(r0, r1):
+            o0 = _start(0, n, c, r, places, runs)
+            o2 = _start(2, n, c, r, places, runs)
+            o3 = _start(-2, n, c, r, places, runs)
+            for lo in range(l0, l1, PARTIAL):
+                hi = min(lo + PARTIAL, l1)
+                _fetch(x, o0 + np.uint64(AHEAD), lo, hi, step)
+                _fetch(dy, o2 + np.uint64(AHEAD), lo, hi, step)
+                s, q = _sums_run(
+                    x, dy, res, (o0, o2, o3), (k0, k2, k3), np.uint64(lo), np.uint64(hi), step, residual, act, zero,
+                    u, m, scale, shift,
+                )  # fmt: skip
+                total += s
+                dot += q
         totals[unit] = total
         dots[unit] = dot
         n, c, tile = _next(n, c, tile, shape)
@@ -1892,9 +1663,9 @@ def _reduce_backward_lanes(
         totals[at : at + width] = 0
         dots[at : at + width] = 0
         for r in range(r0, r1):
-            b0 = _start(0, n, c, places) + np.uint64(_run_start(0, r, runs))
-            b2 = _start(2, n, c, places) + np.uint64(_run_start(2, r, runs))
-            b3 = _start(-2, n, c, places) + np.uint64(_run_start(-2, r, runs))
+            b0 = _start(0, n, c, r, places, runs)
+            b2 = _start(2, n, c, r, places, runs)
+            b3 = _start(-2, n, c, r, places, runs)
             for lo in range(l0, l1, LANES_PARTIAL):
                 a[:] = zeros[0]
                 b[:] = zeros[0]
@@ -1934,7 +1705,7 @@ def _join_backward(shape, first, last, totals, dots, mean, delta, rstd, sum_g, s
 @_loop
 def _slope_and_constant(shape, unit, r, delta, sum_g, sum_g_xhat):
     """dx = (g + (centred * slope + constant)) * scale * unit, with rstd as r in the unit."""
-    count = typed(shape[8], r)
+    count = typed(shape[3] * shape[4], r)
     slope = -(sum_g_xhat / count * r)
     return slope, -(sum_g / count) - delta * unit * slope
 
@@ -1947,48 +1718,64 @@ def _slopes(n, c, shape, mean, delta, rstd, sum_g, sum_g_xhat):
 
 @_loop
 def _gradient_run(
-    like, x, dx, dy, res, dres, offsets, lo, hi, residual, act, training, unit, m, scale, shift, slope, constant
+    like, x, dx, dy, res, dres, offsets, strides, lo, hi, step, residual, act, training,
+    unit, m, scale, shift, slope, constant,
 ):  # fmt: skip
     """dx, and a residual's gradient, of a piece of a run of one plane."""
     o0, o1, o2, o3, o4 = offsets
+    k0, k1, k2, k3, k4 = strides
     for i in range(lo, hi):
-        g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, shift)
+        g, centred = _gradient_at(
+            x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
+            residual, act, unit, m, scale, shift,
+        )  # fmt: skip
         if residual is not None:
-            dres[o4 + i] = narrow(g, like)
+            dres[_at(o4, i, k4, step)] = narrow(g, like)
         if training is not None:
             g = g + (centred * slope + constant)
-        dx[o1 + i] = narrow(g * scale * unit, like)
+        dx[_at(o1, i, k1, step)] = narrow(g * scale * unit, like)
 
 
 @_loop
 def _apply_backward_rows(
-    like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
+    like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
 ):  # fmt: skip
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
+    k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
     away, away2 = np.uint64(places[0, 1]), np.uint64(places[2, 1])
     streams = shape[7]
     zero = np.uint64(0)
-    arrays, kinds = (x, dx, dy, res, dres), (residual, act, training)
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
-        _, _, l0, l1, _ = _borders(tile, shape)
-        values = _plane(n, c, weight, bias, over, mean, delta, rstd)
-        slopes = _slopes(n, c, shape, mean, delta, rstd, sum_g, sum_g_xhat)
-        o0, o1, o2 = _start(0, n, c, places), _start(1, n, c, places), _start(2, n, c, places)
-        o3, o4 = _start(-2, n, c, places), _start(-1, n, c, places)
-        for lo in range(l0, l1, PARTIAL):
-            hi = min(lo + PARTIAL, l1)
-            if follows:
-                _fetch(x, o0 + away, lo, hi)
-                _fetch(dy, o2 + away2, lo, hi)
-            if streams:
-                at, size = np.uint64(lo), np.uint64(hi - lo)
-                offsets = (o0 + at, zero, o2 + at, o3 + at, o4 + at)
-                _gradient_run(like, x, piece, dy, res, dres, offsets, zero, size, *kinds, *values, *slopes)
-                stream(piece, size, dx, o1 + at)
-            else:
-                offsets = (o0, o1, o2, o3, o4)
-                _gradient_run(like, *arrays, offsets, np.uint64(lo), np.uint64(hi), *kinds, *values, *slopes)
+        r0, r1, l0, l1, _ = _borders(tile, shape)
+        unit, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
+        slope, constant = _slopes(n, c, shape, mean, delta, rstd, sum_g, sum_g_xhat)
+        for r in range(r0, r1):
+            o0 = _start(0, n, c, r, places, runs)
+            o1 = _start(1, n, c, r, places, runs)
+            o2 = _start(2, n, c, r, places, runs)
+            o3 = _start(-2, n, c, r, places, runs)
+            o4 = _start(-1, n, c, r, places, runs)
+            for lo in range(l0, l1, PARTIAL):
+                hi = min(lo + PARTIAL, l1)
+                if follows:
+                    _fetch(x, o0 + away, lo, hi, step)
+                    _fetch(dy, o2 + away2, lo, hi, step)
+                if streams:
+                    at, size = np.uint64(lo), np.uint64(hi - lo)
+                    _gradient_run(
+                        like, x, piece, dy, res, dres, (o0 + at, zero, o2 + at, o3 + at, o4 + at),
+                        (k0, k1, k2, k3, k4), zero, size, None, residual, act, training,
+                        unit, m, scale, shift, slope, constant,
+                    )  # fmt: skip
+                    stream(piece, size, dx, o1 + at)
+                else:
+                    _gradient_run(
+                        like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), (k0, k1, k2, k3, k4),
+                        np.uint64(lo), np.uint64(hi), step, residual, act, training,
+                        unit, m, scale, shift, slope, constant,
+                    )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
 
 
@@ -2010,11 +1797,11 @@ def _apply_backward_lanes(
             slope[j], constant[j] = _slopes(n, c + j, shape, mean, delta, rstd, sum_g, sum_g_xhat)
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
-            b0 = _start(0, n, c, places) + np.uint64(_run_start(0, r, runs))
-            b1 = _start(1, n, c, places) + np.uint64(_run_start(1, r, runs))
-            b2 = _start(2, n, c, places) + np.uint64(_run_start(2, r, runs))
-            b3 = _start(-2, n, c, places) + np.uint64(_run_start(-2, r, runs))
-            b4 = _start(-1, n, c, places) + np.uint64(_run_start(-1, r, runs))
+            b0 = _start(0, n, c, r, places, runs)
+            b1 = _start(1, n, c, r, places, runs)
+            b2 = _start(2, n, c, r, places, runs)
+            b3 = _start(-2, n, c, r, places, runs)
+            b4 = _start(-1, n, c, r, places, runs)
             for i in range(np.uint64(l0), np.uint64(l1)):
                 o0, o1, o2, o3, o4 = b0 + i * k0, b1 + i * k1, b2 + i * k2, b3 + i * k3, b4 + i * k4
                 for j in range(np.uint64(width)):
@@ -2031,12 +1818,14 @@ def _apply_backward_lanes(
 
 @_loop
 def _backward_short_rows(
-    like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
+    like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     """All of the backward for short planes, as _forward_short_rows."""
     size, zero = np.uint64(shape[4]), zero_of(like)
     origin, sixteen = np.uint64(0), np.uint64(16)  # as there
+    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
+    k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
     unit, m, d, r, scale, shift, total, dot = np.zeros((8, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
     most = _at_a_time(size)
@@ -2051,14 +1840,14 @@ def _backward_short_rows(
             scale[j] *= r[j]
             shift[j] -= d[j] * unit[j] * scale[j]
         for j in range(planes):
-            at = offsets[0, j], offsets[2, j], offsets[-2, j]
+            at, k = (offsets[0, j], offsets[2, j], offsets[-2, j]), (k0, k2, k3)
             values = unit[j], m[j], scale[j], shift[j]
             if size == sixteen:  # for longer ones the processor reads ahead well enough by itself
-                _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen)
-                _fetch(dy, at[1] + np.uint64(AHEAD), origin, sixteen)
-                total[j], dot[j] = _sums_run(x, dy, res, at, origin, sixteen, residual, act, zero, *values)
+                _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen, step)
+                _fetch(dy, at[1] + np.uint64(AHEAD), origin, sixteen, step)
+                total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, sixteen, step, residual, act, zero, *values)
             else:
-                total[j], dot[j] = _sums_run(x, dy, res, at, origin, size, residual, act, zero, *values)
+                total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, size, step, residual, act, zero, *values)
         for j in range(TOGETHER):
             dot[j] = (dot[j] - total[j] * (d[j] * unit[j])) * r[j]
         for j in range(planes):
@@ -2066,168 +1855,33 @@ def _backward_short_rows(
         for j in range(TOGETHER):
             dot[j], total[j] = _slope_and_constant(shape, unit[j], r[j], d[j], total[j], dot[j])
         for j in range(planes):
-            at = offsets[0, j], offsets[1, j], offsets[2, j], offsets[-2, j], offsets[-1, j]
+            at, k = (offsets[0, j], offsets[1, j], offsets[2, j], offsets[-2, j], offsets[-1, j]), (k0, k1, k2, k3, k4)
             values = unit[j], m[j], scale[j], shift[j], dot[j], total[j]
-            arrays, kinds = (like, x, dx, dy, res, dres), (residual, act, training)
+            arrays, kinds = (like, x, dx, dy, res, dres), (step, residual, act, training)
             if size == sixteen:
-                _gradient_run(*arrays, at, origin, sixteen, *kinds, *values)
+                _gradient_run(*arrays, at, k, origin, sixteen, *kinds, *values)
             else:
-                _gradient_run(*arrays, at, origin, size, *kinds, *values)
-
-
-@_loop
-def _backward_rows(
-    like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, totals, dots, piece,
-):  # fmt: skip
-    """All of the backward for some owners."""
-    if shape[4] <= BACKWARD_SHORT:
-        _backward_short_rows(
-            like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
-            weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), sum_g.ravel(), sum_g_xhat.ravel(),
-        )  # fmt: skip
-        return
-    tiles = shape[2]
-    for owner in range(first, last):
-        u0, u1 = owner * tiles, (owner + 1) * tiles
-        _reduce_backward_rows(
-            like, x, dy, res, places, shape, residual, act, u0, u1,
-            weight, bias, over, mean, delta, rstd, totals, dots,
-        )  # fmt: skip
-        _join_backward(shape, owner, owner + 1, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
-        _apply_backward_rows(
-            like, x, dx, dy, res, dres, places, shape, residual, act, training, u0, u1,
-            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, owner + 1 < last and shape[4] <= NEAR, piece,
-        )  # fmt: skip
-
-
-@_loop
-def _stage_backward(x, dy, res, stage, places, runs, shape, residual, start, planes, tile):
-    _move(x, stage[0], 0, places, runs, shape, start, planes, tile, False)
-    _move(dy, stage[2], 2, places, runs, shape, start, planes, tile, False)
-    if residual is not None:
-        _move(res, stage[-2], -2, places, runs, shape, start, planes, tile, False)
-
-
-@_loop
-def _unstage_backward(dx, dres, stage, places, runs, shape, residual, start, planes, tile):
-    _move(dx, stage[1], 1, places, runs, shape, start, planes, tile, True)
-    if residual is not None:
-        _move(dres, stage[-1], -1, places, runs, shape, start, planes, tile, True)
-
-
-@_loop
-def _reduce_backward_staged(
-    like, x, dy, res, stage, staged, places, runs, shape, residual, act, first, last,
-    weight, bias, over, mean, delta, rstd, totals, dots,
-):  # fmt: skip
-    channels, group = shape[:2]
-    n, c, tile = _locate(first, shape)
-    for unit in range(last - first):
-        start, width, at = n * channels + c, min(group, channels - c), unit * group
-        _stage_backward(x, dy, res, stage, places, runs, shape, residual, start, width, tile)
-        there = _set_stage(staged, start, shape, tile)
-        _reduce_backward_rows(
-            like, stage[0], stage[2], stage[-2], staged, there, residual, act, start, start + width,
-            weight, bias, over, mean, delta, rstd, totals[at:], dots[at:],
-        )  # fmt: skip
-        n, c, tile = _next(n, c, tile, shape)
-
-
-@_loop
-def _apply_backward_staged(
-    like, x, dx, dy, res, dres, stage, staged, places, runs, shape, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, piece,
-):  # fmt: skip
-    channels, group = shape[:2]
-    n, c, tile = _locate(last - 1, shape)
-    for _ in range(last - first):
-        start, width = n * channels + c, min(group, channels - c)
-        _stage_backward(x, dy, res, stage, places, runs, shape, residual, start, width, tile)
-        there = _set_stage(staged, start, shape, tile)
-        _apply_backward_rows(
-            like, stage[0], stage[1], stage[2], stage[-2], stage[-1], staged, there, residual, act, training,
-            start, start + width, weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, False, piece,
-        )  # fmt: skip
-        _unstage_backward(dx, dres, stage, places, runs, shape, residual, start, width, tile)
-        n, c, tile = _before(n, c, tile, shape)
-
-
-@_loop
-def _backward_staged(
-    like, x, dx, dy, res, dres, stage, staged, places, runs, shape, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, totals, dots, piece,
-):  # fmt: skip
-    group, tiles = shape[1], shape[2]
-    if tiles == 1 and group == 1:
-        most = shape[9] // shape[8]
-        for start in range(first, last, most):
-            planes = min(most, last - start)
-            _stage_backward(x, dy, res, stage, places, runs, shape, residual, start, planes, 0)
-            there = _set_stage(staged, start, shape, 0)
-            _backward_rows(
-                like, stage[0], stage[1], stage[2], stage[-2], stage[-1], staged, there, residual, act, training,
-                start, start + planes, weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, totals, dots, piece,
-            )  # fmt: skip
-            _unstage_backward(dx, dres, stage, places, runs, shape, residual, start, planes, 0)
-        return
-    for owner in range(first, last):
-        u0, u1 = owner * tiles, (owner + 1) * tiles
-        _reduce_backward_staged(
-            like, x, dy, res, stage, staged, places, runs, shape, residual, act, u0, u1,
-            weight, bias, over, mean, delta, rstd, totals, dots,
-        )  # fmt: skip
-        _join_backward(shape, owner, owner + 1, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
-        _apply_backward_staged(
-            like, x, dx, dy, res, dres, stage, staged, places, runs, shape, residual, act, training, u0, u1,
-            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, piece,
-        )  # fmt: skip
-
-
-@_loop
-def _backward_lanes(
-    like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, totals, dots,
-):  # fmt: skip
-    tiles = shape[2]
-    for owner in range(first, last):
-        u0, u1 = owner * tiles, (owner + 1) * tiles
-        _reduce_backward_lanes(
-            like, x, dy, res, places, runs, shape, residual, act, u0, u1,
-            weight, bias, over, mean, delta, rstd, totals, dots,
-        )  # fmt: skip
-        _join_backward(shape, owner, owner + 1, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
-        _apply_backward_lanes(
-            like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
-            weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
-        )  # fmt: skip
+                _gradient_run(*arrays, at, k, origin, size, *kinds, *values)
 
 
 @_kernel
 def _backward_tiles(
-    turns, like, at, places, runs, shape, staged, lanes, residual, act,
+    turns, like, at, places, runs, shape, step, lanes, residual, act,
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     x, dy, res = memory(at[0], like), memory(at[2], like), memory(at[-2], like)
     group = shape[1]
-    if staged is not None:
-        stage, there = _stages(x, places, shape)
     first, last = begin(turns)
     while first < last:
         sums = totals[first * group :], dots[first * group :]
-        if staged is not None:
-            _reduce_backward_staged(
-                like, x, dy, res, stage, there, places, runs, shape, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd, *sums,
-            )  # fmt: skip
-        elif lanes is not None:
-            _reduce_backward_lanes(
-                like, x, dy, res, places, runs, shape, residual, act, first, last,
+        if lanes is None:
+            _reduce_backward_rows(
+                like, x, dy, res, places, runs, shape, step, residual, act, first, last,
                 weight, bias, over, mean, delta, rstd, *sums,
             )  # fmt: skip
         else:
-            _reduce_backward_rows(
-                like, x, dy, res, places, shape, residual, act, first, last,
+            _reduce_backward_lanes(
+                like, x, dy, res, places, runs, shape, residual, act, first, last,
                 weight, bias, over, mean, delta, rstd, *sums,
             )  # fmt: skip
         first, last = end(turns)
@@ -2240,62 +1894,69 @@ def _backward_join(shape, first, last, totals, dots, mean, delta, rstd, sum_g, s
 
 @_kernel
 def _backward_results(
-    turns, like, at, places, runs, shape, staged, lanes, residual, act, training,
+    turns, like, at, places, runs, shape, step, lanes, residual, act, training,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
     res, dres = memory(at[-2], like), memory(at[-1], like)
     piece = np.empty(PARTIAL, dx.dtype)
-    if staged is not None:
-        stage, there = _stages(x, places, shape)
     first, last = begin(turns)
     while first < last:
-        if staged is not None:
-            _apply_backward_staged(
-                like, x, dx, dy, res, dres, stage, there, places, runs, shape, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, piece,
+        if lanes is None:
+            _apply_backward_rows(
+                like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
+                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, False, piece,
             )  # fmt: skip
-        elif lanes is not None:
+        else:
             _apply_backward_lanes(
                 like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
                 weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
-            )  # fmt: skip
-        else:
-            _apply_backward_rows(
-                like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, False, piece,
             )  # fmt: skip
         first, last = end(turns)
 
 
 @_kernel
 def _backward_planes(
-    turns, like, at, places, runs, shape, staged, lanes, residual, act, training,
+    turns, like, at, places, runs, shape, step, lanes, residual, act, training,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
     res, dres = memory(at[-2], like), memory(at[-1], like)
-    totals, dots = np.empty((2, shape[2] * shape[1]))
+    tiles = shape[2]
+    totals, dots = np.empty((2, tiles * shape[1]))
     piece = np.empty(PARTIAL, dx.dtype)
-    if staged is not None:
-        stage, there = _stages(x, places, shape)
     first, last = begin(turns)
     while first < last:
-        if staged is not None:
-            _backward_staged(
-                like, x, dx, dy, res, dres, stage, there, places, runs, shape, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, totals, dots, piece,
+        if lanes is None and shape[3] == 1 and shape[4] <= BACKWARD_SHORT:
+            _backward_short_rows(
+                like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
+                weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), sum_g.ravel(), sum_g_xhat.ravel(),
             )  # fmt: skip
-        elif lanes is not None:
-            _backward_lanes(
-                like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, totals, dots,
-            )  # fmt: skip
-        else:
-            _backward_rows(
-                like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, totals, dots, piece,
-            )  # fmt: skip
+            last = first
+        for owner in range(first, last):
+            u0, u1 = owner * tiles, (owner + 1) * tiles
+            follows = owner + 1 < last and shape[3] * shape[4] <= NEAR
+            if lanes is None:
+                _reduce_backward_rows(
+                    like, x, dy, res, places, runs, shape, step, residual, act, u0, u1,
+                    weight, bias, over, mean, delta, rstd, totals, dots,
+                )  # fmt: skip
+            else:
+                _reduce_backward_lanes(
+                    like, x, dy, res, places, runs, shape, residual, act, u0, u1,
+                    weight, bias, over, mean, delta, rstd, totals, dots,
+                )  # fmt: skip
+            _join_backward(shape, owner, owner + 1, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
+            if lanes is None:
+                _apply_backward_rows(
+                    like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, u0, u1,
+                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
+                )  # fmt: skip
+            else:
+                _apply_backward_lanes(
+                    like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
+                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+                )  # fmt: skip
         first, last = end(turns)
 
 
@@ -2308,50 +1969,38 @@ class _Layout:
 
     def __init__(self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], backward: bool):
         itemsize = dtype.itemsize
-        self.usable = all(stride % itemsize == 0 for each in strides for stride in each)
+        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
+        arrays = _merged(stand_ins)
+        n, c, *outer, length = arrays[0].shape
+        runs, plane = math.prod(outer), math.prod(outer) * length
+        self.usable = runs <= MOST_RUNS and all(s % itemsize == 0 for a in arrays for s in a.strides)
         if not self.usable:
             return
-        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
-        # Runs go along the axis whose elements are closest together, in the most arrays. They are in the order of x:
-        # those which share its cache lines follow each other.
-        axes = [axis for axis in range(2, len(shape)) if shape[axis] > 1] or [len(shape) - 1]
-        along = min(reversed(axes), key=lambda axis: sum(min(abs(each[axis]), LINE) for each in strides))
-        outside = sorted(set(range(2, len(shape))) - {along}, key=lambda axis: -abs(strides[0][axis]))
-        arrays = _merged([each.transpose(0, 1, *outside, along) for each in stand_ins])
-        n, c, *outer, length = arrays[0].shape
-        plane = math.prod(outer) * length
-        rows = not outer and all(a.strides[-1] == itemsize or length == 1 for a in arrays)
-        lanes = not rows and c >= FEW and all(a.strides[1] == itemsize for a in arrays)
+        rows = all(a.strides[-1] == itemsize or length == 1 for a in arrays)
+        lanes = not rows and c > 1 and all(a.strides[1] == itemsize for a in arrays)
         self.residual = True if len(arrays) == (5 if backward else 3) else None
-        places = np.array([[*(a.strides[i] // itemsize for i in (0, 1, -1)), 0] for a in arrays], np.int64)
-        steps = [[a.strides[axis] // itemsize for axis in range(2, a.ndim - 1)] for a in arrays]
+        places = np.array([[a.strides[i] // itemsize for i in (0, 1, -1)] for a in arrays], np.int64)
+        table = np.zeros((len(arrays), runs), np.int64)
+        for axis, size in enumerate(outer, 2):
+            offsets = np.array([np.arange(size) * (a.strides[axis] // itemsize) for a in arrays])
+            inner = math.prod(outer[axis - 1 :])
+            table += np.tile(np.repeat(offsets, inner, 1), runs // (size * inner))
         self.alike = strides[0] == strides[1]  # of x and y
         group, positions = 1, TILE
-        stage = STAGE // itemsize // len(arrays)
         if lanes:
             group = min(c, max(16, 2 * TILE // plane // 16 * 16), 256)
             positions = plane if plane * group <= 2 * TILE else max(TILE // group, 1)
-        elif not rows:
-            few = min(c, FEW)
-            if few * plane > 2 * stage and all(abs(a.strides[1]) < abs(a.strides[-1]) for a in arrays):
-                group = few
-            positions = stage // group
         tile_length = min(length, positions)
-        tile_runs = min(max(positions // length, 1), math.prod(outer))
-        self.tiles = -(-length // tile_length) * -(-math.prod(outer) // tile_runs)
+        tile_runs = min(max(positions // length, 1), runs)
+        self.tiles = -(-length // tile_length) * -(-runs // tile_runs)
         self.blocks = n * -(-c // group)
         self.group = group
         self.lanes = lanes
-        self.staged = not (rows or lanes)
         self.streams = rows and length >= LONG_RUN and n * c * plane * itemsize >= STREAM
-        self.shape = (
-            c, group, self.tiles, math.prod(outer), length, tile_runs, tile_length, int(self.streams), plane,
-            min(stage, n * c * plane),
-        )  # fmt: skip
+        self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(self.streams))
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
         self.like = SAMPLES[dtype.name]
-        runs = np.array([outer, *steps], np.int64).reshape(1 + len(arrays), len(outer))
-        self.where = (places, runs, self.shape, True if self.staged else None, True if lanes else None)
+        self.where = (places, table, self.shape, None if rows else True, True if lanes else None)
 
 
 _layout = lru_cache(maxsize=1024)(_Layout)
@@ -2407,8 +2056,7 @@ class _Compiled(_Work):
     def __str__(self) -> str:
         if self.layout.lanes:
             return f"compiled loops over {self.blocks} group(s) of {self.layout.group} channels side by side"
-        moved = ", moved together first" if self.layout.staged else ""
-        return f"compiled loops over {self.blocks} plane(s){moved}"
+        return f"compiled loops over {self.blocks} plane(s)"
 
     # Forward
 

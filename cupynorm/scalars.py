@@ -12,7 +12,6 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from .compiling import INLINE, WITHIN, kept
@@ -70,21 +69,6 @@ def _put_line(typingctx, array, index, source, at):
         return context.get_dummy_value()
 
     return types.none(array, index, source, at), generate
-
-
-@intrinsic
-def copy(typingctx, target, p, source, o, count):
-    """Copy elements that lie together, as memcpy does."""
-
-    def generate(context, builder, signature, args):
-        kinds = signature.args
-        to, at = (context.make_array(kinds[i])(context, builder, args[i]).data for i in (0, 2))
-        size = context.get_abi_sizeof(context.get_data_type(kinds[0].dtype))
-        bytes_ = builder.mul(args[4], ir.IntType(64)(size))
-        cgutils.raw_memcpy(builder, builder.gep(to, [args[1]]), builder.gep(at, [args[3]]), bytes_, 1)
-        return context.get_dummy_value()
-
-    return types.none(target, p, source, o, count), generate
 
 
 @numba.njit(**WITHIN)

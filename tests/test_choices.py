@@ -329,7 +329,7 @@ def test_which_planes_are_too_small_for_their_squares(eps: float, some: bool):
 
 #: What loops know of samples of 5 planes of 7 runs of 30 positions: a plane at a time, or groups of 2 channels; in one
 #: tile, in tiles of 3 runs, and of 12 positions of a run.
-SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0, 210, 0)
+SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0)
          for group in (1, 2) for runs, length in ((7, 30), (3, 30), (1, 12))]  # fmt: skip
 
 
@@ -363,7 +363,7 @@ def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monk
     """Where they begin, and their weights and biases, from any plane on and over the end of a sample."""
     use_compiled(monkeypatch, True)
     function = compiled(cpu._short_planes)
-    places = np.array([(-100, 7, 1, 0), (64, -9, 3, 5)])
+    places = np.array([(-100, 7, 1), (64, -9, 3)])
     for of_samples in (False, True):
         weight, bias = rng.standard_normal((2, 4, 5))
         over = (5, 1, 5, 1) if of_samples else (0, 1, 0, 1)
@@ -373,8 +373,8 @@ def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monk
             offsets, scale, shift = np.zeros((2, 64), np.uint64), np.full(64, np.nan), np.full(64, np.nan)
             function(first, planes, SIZES[0], places, offsets, over, weight.ravel(), bias.ravel(), scale, shift)
             those = slice(first, first + planes)
-            for i, (of_n, of_c, _, begin) in enumerate(places):
-                assert_equal(offsets[i, :planes].view(np.int64), (begin + n * of_n + c * of_c)[those])
+            for i, (of_n, of_c, _) in enumerate(places):
+                assert_equal(offsets[i, :planes].view(np.int64), (n * of_n + c * of_c)[those])
             assert_equal(scale[:planes], expected[0].ravel()[those])
             assert_equal(shift[:planes], expected[1].ravel()[those])
             assert not offsets[:, planes:].any() and np.isnan(scale[planes:]).all()
@@ -452,56 +452,53 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops_backward(
     """As forward: of each run by itself, 512 elements or 64."""
     use_compiled(monkeypatch, True)
     assert cpu.numba is not None
-    shape, steps = ((1, 24, 2, 600), (30000, 1, 601 * 24, 24)) if lanes else ((1, 2, 1200), (2404, 1202, 1))
-    layout = layout_with(shape, steps)
-    places, runs, sizes, *_ = layout.where
+    layout = layout_with((1, 2, 2, 600), (2404, 1, 1202, 2) if lanes else (2404, 1202, 601, 1))
+    places, runs, sizes, step, _ = layout.where
     places, runs = np.concatenate([places, places[:1]]), np.concatenate([runs, runs[:1]])
     function = compiled(cpu._reduce_backward_lanes if lanes else cpu._reduce_backward_rows)
     most = 64 if lanes else 512
     for one, other, together in (
         (0, most - 1, True), (0, most, False), (most + 8, most, True), (most - 8, most, False), (599, 0, False),
-        (0, 600, False), *(((600, 599 + most, True), (600, 600 + most, False)) if lanes else ()),
+        (0, 600, False), (600, 599 + most, True), (600, 600 + most, False),
     ):  # fmt: skip
-        x, dy = rng.standard_normal(30000).astype(np.float32), np.zeros(30000, np.float32)
-        at = np.lib.stride_tricks.as_strided(dy, shape, [4 * step for step in steps])[0, 1]
+        x, dy = rng.standard_normal(3000).astype(np.float32), np.zeros(3000, np.float32)
         for position, value in ((one, BIG), (other, 1)):
-            at[(position // 600, position % 600) if lanes else position] = value
-        channels = shape[1]
-        totals, dots = np.full((2, channels), np.nan)
-        ones = np.ones((3, 1, channels), np.float32)
-        numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), *ones
-        where = (places, runs, sizes) if lanes else (places, sizes)
-        function(np.float32(0), x, dy, x, *where, None, None, 0, layout.tiles * layout.blocks, *numbers, totals, dots)
+            dy[places[1, 1] + runs[0, position // 600] + position % 600 * places[0, 2]] = value
+        totals, dots = np.full((2, 2), np.nan)
+        numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), *np.ones((3, 1, 2), np.float32)
+        kind = (None, None) if lanes else (step, None, None)
+        function(np.float32(0), x, dy, x, places, runs, sizes, *kind, 0, layout.tiles * layout.blocks, *numbers,
+                 totals, dots)  # fmt: skip
         print(one, other, totals, dots)
-        assert (totals == [0, BIG + np.float64(not together), *np.zeros(channels - 2)]).all()
+        assert (totals == [0, BIG + np.float64(not together)]).all()
 
 
 def summed(
     monkeypatch: pytest.MonkeyPatch, planes: np.ndarray, guess: float, lanes: bool, least: float = 0.0
 ) -> list[tuple[float, float, float]]:
-    """What the loops find of planes (lanes: in two runs) from a guess of their means: mean, what it lacks, squares."""
+    """What the loops find of planes, each in two runs, from a guess of their means: mean, what it lacks, squares."""
     assert cpu.numba is not None
     count, size = planes.shape
     half, dtype = size // 2, planes.dtype
-    memory = np.full(2 * (half + 8) * count + 5, 7, dtype)
+    runs = (half + 3) * np.arange(2) * (count if lanes else 1) + 5
+    memory = np.full(2 * (half + 8) * count, 7, dtype)
+    step = count if lanes else 1
+    shape = (count, count, 1, 2, half, 2, half, 0) if lanes else (count, 1, 1, 2, half, 2, half, 0)
+    for j, plane in enumerate(planes):
+        begin = j if lanes else j * 2 * (half + 8)
+        for r in range(2):
+            memory[begin + runs[r] :][: half * step : step] = plane[r * half : (r + 1) * half]
     if lanes:
-        runs, shape = np.array([[2], [(half + 3) * count]]), (count, count, 1, 2, half, 2, half, 0, size, 0)
-        for j, plane in enumerate(planes):
-            for r in range(2):
-                part = memory[5 + j + r * runs[1, 0] :][: half * count : count]
-                part[...] = plane[r * half : (r + 1) * half]
         guesses = cpu.numba.njit(lambda x, o, k, run, shape, tile, width, mean: mean.fill(guess))
         monkeypatch.setattr(cpu, "_guess_lanes", guesses)
         found = np.zeros((3, count))
-        places = np.array([[0, 1, count, 5]])
-        compiled(cpu._reduce_forward_lanes)(memory, places, runs, shape, 0, 1, np.zeros(1, dtype), least, *found)
+        place = np.array([0, 1, count])
+        compiled(cpu._reduce_forward_lanes)(memory, place, runs, shape, 0, 1, np.zeros(1, dtype), least, *found)
         return [(float(mean), float(rest), float(square)) for mean, rest, square in found.T]
-    runs, shape = np.zeros((2, 0), np.int64), (count, 1, 1, 1, size, 1, size, 0, size, 0)
-    for j, plane in enumerate(planes):
-        memory[5 + j * (size + 8) :][:size] = plane
     function = compiled(cpu._moments)
     return [
-        function(memory, 5 + j * (size + 8), runs, shape, 0, dtype.type(guess), dtype.type(0), least)
+        function(memory, j * 2 * (half + 8), np.uint64(1), runs, shape, 0, None, dtype.type(guess), dtype.type(0), size,
+                 least)
         for j in range(count)
     ]  # fmt: skip
 
@@ -563,10 +560,10 @@ def test_sums_of_tiles_go_where_they_belong(rng: np.random.Generator, monkeypatc
     """From any unit on: those of each tile, and of each channel of a group."""
     use_compiled(monkeypatch, True)
     monkeypatch.setattr(cpu, "TILE", 70 if lanes else 20)
-    x, dy = rng.standard_normal((2, 2, 21, *((3, 8) if lanes else (1, 24)))).astype(np.float32) + np.float32(3)
+    x, dy = rng.standard_normal((2, 2, 21, 3, 8)).astype(np.float32) + np.float32(3)
     steps = (3 * 9 * 22, 1, 9 * 22, 22) if lanes else (21 * 3 * 9, 3 * 9, 9, 1)
     layout = layout_with(x.shape, steps)
-    places, runs, sizes, *_ = layout.where
+    places, runs, sizes, step, _ = layout.where
     group, tiles = sizes[1:3]
     assert (group, tiles) == ((16, 6) if lanes else (1, 2))
     memories = np.zeros((2, 2 * 3 * 9 * 22), np.float32)
@@ -581,10 +578,10 @@ def test_sums_of_tiles_go_where_they_belong(rng: np.random.Generator, monkeypatc
     for first, last in ((0, layout.blocks * tiles), (3, 8), (layout.blocks * tiles - 7, layout.blocks * tiles)):
         found = np.full((3, (last - first) * group), np.nan)
         zero = np.zeros(1, np.float32) if lanes else np.float32(0)
-        forward(memories[0], places, runs, sizes, first, last, zero, 0.0, *found)
+        kind = () if lanes else (step,)
+        forward(memories[0], places[0], runs[0], sizes, *kind, first, last, zero, 0.0, *found)
         sums = np.full((2, (last - first) * group), np.nan)
-        where = (*three, sizes) if lanes else (three[0], sizes)
-        backward(np.float32(0), memories[0], memories[1], memories[0], *where, None, None, first, last,
+        backward(np.float32(0), memories[0], memories[1], memories[0], *three, sizes, *kind, None, None, first, last,
                  *numbers, *sums)  # fmt: skip
         for unit in range(last - first):
             n, c, tile = locate(first + unit, sizes)
@@ -606,7 +603,7 @@ def test_sums_in_float64(rng: np.random.Generator, monkeypatch: pytest.MonkeyPat
     use_compiled(monkeypatch, True)
     base = 2.0**26
     x = base + spread * rng.standard_normal(2000)
-    runs, shape = np.array([[2], [1000]]), (1, 1, 1, 2, 1000, 2, 1000, 0, 2000, 0)
+    runs, shape = np.array([0, 1000]), (1, 1, 1, 2, 1000, 2, 1000, 0)
     mean, rest, square = compiled(cpu._wide_moments)(x, 0, np.uint64(1), runs, shape, 0)
     exact = x - base  # no digit is lost
     assert abs(((mean - base) - math.fsum(exact) / 2000) + rest) < 1e-15 * spread
@@ -621,7 +618,9 @@ def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
     """By itself, and what is found so is what counts: here it is no sum, but numbers to be recognised."""
     use_compiled(monkeypatch, True)
     assert cpu.numba is not None
-    told = cpu.numba.njit(lambda x, o, runs, shape, tile, mean, zero, least: (mean + 512, 2.0**-30, 900.0))
+    told = cpu.numba.njit(
+        lambda x, o, k, run, shape, tile, step, mean, zero, count, least: (mean + 512, 2.0**-30, 900.0)
+    )
     monkeypatch.setattr(cpu, "_moments", told)
     function = compiled(cpu._forward_short_rows)
     inner = min(size, 64)
@@ -645,11 +644,11 @@ def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
         x[j], again[j], guess[j] = value * np.where(np.arange(size) % 2, 1, -1), odd, 0
     x = x.astype(np.float32)
     y, stats, variance = np.full_like(x, 7), np.full((3, 7), 7, np.float32), np.full(7, 7, np.float32)
-    places, shape = np.array([[7 * size, size, 1, 0]] * 2), (7, 1, 1, 1, size, 1, size, 0, size, 0)
+    places, shape = np.array([[7 * size, size, 1]] * 2), (7, 1, 1, 1, size, 1, size, 0)
     numbers = np.full(1, 3, np.float32), np.full(1, 0.5, np.float32), (0, 0, 0, 0)
     eps = 2.0**-120
-    like, runs, kind = np.float32(0), np.zeros((3, 0), np.int64), (None, None, None)
-    function(like, x.ravel(), y.ravel(), x.ravel(), places, runs, shape, *kind, 0, 7, eps, 2.0**-100, *numbers, *stats,
+    like, run, kind = np.float32(0), np.zeros(1, np.int64), (None, None, None, None)
+    function(like, x.ravel(), y.ravel(), x.ravel(), places, run, shape, *kind, 0, 7, eps, 2.0**-100, *numbers, *stats,
              variance)  # fmt: skip
     mean, rest, rstd = stats
     exact = np.where(again, guess + 512, x.astype(float).mean(1))

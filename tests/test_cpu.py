@@ -939,36 +939,25 @@ def test_layouts_reach_every_element_in_its_turn(
         made = cpu._Layout(dtype, shape, tuple(strides), backward)
         print(shape, strides, cpu.TILE)
         assert made.usable
-        places, outside, numbers, staged, lanes = made.where
-        planes_of, group, tiles, runs, length, tile_runs, tile_length, streams, plane, stage = numbers
-        assert planes_of == c and runs * length == plane == np.prod(spatial)
-        assert runs == np.prod(outside[0], dtype=int)
+        places, table, numbers, step, lanes = made.where
+        planes_of, group, tiles, runs, length, tile_runs, tile_length, streams = numbers
+        assert planes_of == c and runs * length == np.prod(spatial)
         assert made.residual is (True if fused else None)
-        found, wanted = [], []  # where each element is in all arrays; runs may go along any axis
-        for (of_n, of_c, of_s, begin), of_runs, each in zip(places, outside[1:], strides, strict=True):
+        for (of_n, of_c, of_s), begins, each in zip(places, table, strides, strict=True):
             expected = sum(i * s for i, s in zip(np.indices(shape), each, strict=True)) // dtype.itemsize
-            zeros = np.zeros(outside[0], int)
-            begins = sum((i * s for i, s in zip(np.indices(outside[0]), of_runs, strict=True)), zeros)
-            along = begins.reshape(-1, 1) + np.arange(length) * of_s
-            got = begin + np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along.ravel()
-            found.append(got)
-            wanted.append(expected.reshape(got.shape))
-        for i, j in np.ndindex(n, c):
-            got_, wanted_ = (np.stack([a[i, j] for a in arrays]) for arrays in (found, wanted))
-            assert_equal(got_[:, np.lexsort(got_)], wanted_[:, np.lexsort(wanted_)])
-        rows = runs == 1 and (length == 1 or (places[:, 2] == 1).all())
-        assert streams == (rows and length >= cpu.LONG_RUN and bytes_of_one >= cpu.STREAM)
-        assert lanes is (True if not rows and c >= cpu.FEW and (places[:, 1] == 1).all() else None)
-        assert staged is (None if rows or lanes else True)
-        assert stage * len(strides) * dtype.itemsize <= cpu.STAGE
-        assert not staged or group * tile_runs * tile_length <= stage
-        assert made.blocks == n * -(-c // group) and made.group == group
-        assert group in (1, c, cpu.FEW) or (group % 16 == 0 and group <= 256)
+            along = begins[:, None] + np.arange(length) * of_s
+            got = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along.ravel()
+            assert_equal(got, expected.reshape(got.shape))
+        assert step is (None if length == 1 or (places[:, 2] == 1).all() else True)
+        assert streams == (step is None and length >= cpu.LONG_RUN and bytes_of_one >= cpu.STREAM)
+        assert lanes is (True if step and c > 1 and (places[:, 1] == 1).all() else None)
+        assert (group > 1) <= bool(lanes) and made.blocks == n * -(-c // group) and made.group == group
+        assert group in (1, c) or (group % 16 == 0 and group <= 256)
         assert tiles == -(-runs // tile_runs) * -(-length // tile_length) == made.tiles
         assert tile_runs == 1 or tile_length == length
         assert tile_runs * tile_length * group <= max(2 * cpu.TILE, group)
         together = group * runs * length  # is not cut where there is room for it
-        assert tiles == 1 or together > (stage if staged else cpu.TILE)
+        assert tiles == 1 or together > cpu.TILE
         assert made.alike == (strides[0] == strides[1])
 
 

@@ -144,10 +144,23 @@ def kernel_sources() -> str:
 
 def kernel_cache() -> str:
     """CuPy's folder of compiled kernels, which other users of CuPy share."""
-    folder = Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))
+    return cache(Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")), "*")
+
+
+def loop_cache() -> str:
+    """Where numba keeps the CPU backend's compiled loops, one file for each kind of call."""
+    from . import cpu
+
+    if cpu.numba is None:
+        return f"no compiled loops ({cpu.without_numba})"
+    folder = cpu._forward_planes.stats.cache_path
+    return cache(Path(folder), "*.nbc") if folder else "none: no folder can be written"
+
+
+def cache(folder: Path, files: str) -> str:
     if not folder.is_dir():
         return f"{folder} (does not exist)"
-    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in folder.rglob(files) if path.is_file()]
     return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
 
 
@@ -200,6 +213,7 @@ FACTS: dict[str, Callable[[], str]] = {
     "backends": backends,
     "kernel sources": kernel_sources,
     "kernel cache": kernel_cache,
+    "loop cache": loop_cache,
     "environment": environment,
     "missing": missing,
 }

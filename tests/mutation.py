@@ -59,7 +59,7 @@ GOAL = 0.95
 
 BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
 #: Of "the rest", what needs a GPU or Chainer, or is a command of its own, is left out.
-REST = ("devices", "explain", "functional", "inference", "layers", "memory", "scalars", "thinc", "threads")
+REST = ("devices", "explain", "functional", "inference", "layers", "memory", "scalars", "thinc", "threads", "warm")
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
     "backends": BACKENDS,
@@ -352,7 +352,7 @@ SPEED = {
     "PATIENCE", "LEAST", "_guess", "_guess_lanes", "_middle",
 }  # fmt: skip
 #: What only calls of the compiled loops show.
-FOR_LOOPS = {"_choose", "_Layout", "_Compiled"}
+FOR_LOOPS = {"_choose", "_Layout", "_Compiled", "_Rehearsal", "rehearsals"}
 #: What makes a function one of numba's.
 NUMBA = {"_loop", "_rare", "_kernel", "numba.njit", "overload", "register_jitable", "intrinsic"}
 
@@ -398,6 +398,11 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     if mutant.file.startswith("kernels/"):
         return _kernel_stages(name)
     without = ("-m", "not simt and not compiled and not nvrtc")
+    if mutant.compiled in ("_Rehearsal", "rehearsals"):
+        return [
+            ("tests/test_warmup.py", "-m", "compiled", "-k", "not really and not afterwards"),
+            ("tests/test_warmup.py",),
+        ]
     if mutant.compiled or name == "scalars":
         small = "test_small and compiled and float32"
         kind = re.search("lanes|short", mutant.compiled)
@@ -428,6 +433,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "memory": "memory cpu together",
         "thinc": "thinc",
         "threads": "cpu together info memory",
+        "warm": "warmup plan",
     }[name]
     own = tuple((f"tests/test_{file}.py", *without) for file in files.split())
     if name == "cpu":

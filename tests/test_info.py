@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cupynorm
-from cupynorm import devices, info
+from cupynorm import cpu, devices, info
 from cupynorm.__main__ import main
 
 
@@ -114,6 +114,23 @@ def test_kernel_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "(1 files, 1.0 MiB)" in facts()["kernel cache"]
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "nowhere"))
     assert "does not exist" in facts()["kernel cache"]
+
+
+@pytest.mark.compiled
+def test_loop_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu._forward_planes._cache, "_cache_path", str(tmp_path))
+    (tmp_path / "cpu._forward_planes-1.py311.1.nbc").write_bytes(bytes(2**20))
+    (tmp_path / "cpu._forward_planes-1.py311.nbi").write_bytes(bytes(2**20))
+    assert facts()["loop cache"].endswith("(1 files, 1.0 MiB)")
+    assert tmp_path.name in facts()["loop cache"]
+    monkeypatch.setattr(cpu._forward_planes._cache, "_cache_path", None)
+    assert facts()["loop cache"] == "none: no folder can be written"
+
+
+def test_without_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "numba", None)
+    monkeypatch.setattr(cpu, "without_numba", "for a reason", raising=False)
+    assert facts()["loop cache"] == "no compiled loops (for a reason)"
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:

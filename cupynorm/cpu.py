@@ -31,9 +31,41 @@ from .functional import Array, Keep, Saved, at_once, empty_like, math_dtype, ove
 from .memory import empty
 from .threads import get_num_threads, share
 
+
+def _load_numba() -> None:
+    """Import numba, with what it leaves to the first compilation, so that an interrupt cannot break it.
+
+    Some of its modules cannot be executed twice: an interrupt among them, and no call in this process could compile any
+    more. Interrupts come to the main thread, so another imports them, and goes on even if this one does not wait.
+    """
+    failures: list[Exception] = []
+
+    def load() -> None:
+        try:
+            import numba
+            import numba.core.boxing  # noqa: F401
+            from numba.core.registry import cpu_target
+
+            cpu_target.typing_context.refresh()
+            cpu_target.target_context.refresh()
+        except Exception as failure:
+            failures.append(failure)
+
+    loading = threading.Thread(target=load, name="cupynorm imports numba", daemon=True)
+    try:
+        loading.start()
+    except RuntimeError:  # no more threads
+        load()
+    else:
+        loading.join()
+    if failures:
+        raise failures[0]
+
+
 try:
     if os.environ.get("CUPYNORM_COMPILED", "1") == "0":
         raise ImportError("CUPYNORM_COMPILED=0")
+    _load_numba()
     import numba
 
     from .scalars import (

@@ -11,12 +11,12 @@ from .functional import (
     instance_norm_backward,
     instance_norm_double_backward,
     instance_norm_forward,
-    warmup,
 )
 from .inference import inference_mode
 from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Parameter
 from .memory import get_memory_limit, set_memory_limit
 from .threads import get_num_threads, set_num_threads
+from .warm import warmup
 
 __version__ = "0.1.0"
 

@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "info",
         help="versions, devices, backends, what is missing: text for a bug report",
-        description="Print versions, devices, usable backends, the kernel cache, the environment variables that "
-        "matter, and what is missing with the line that installs it: text to paste into a bug report.",
+        description="Print versions, devices, usable backends, the caches of compiled code, the environment variables "
+        "that matter, and what is missing with the line that installs it: text to paste into a bug report.",
     )
     return parser
 

@@ -20,8 +20,9 @@ import itertools
 import math
 import operator
 import os
+import threading
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, reduce
+from functools import cache, lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +34,41 @@ from .threads import get_num_threads, share
 
 forks.prepare()
 
+
+def _load_numba() -> None:
+    """Import numba, with what it leaves to the first compilation, so that an interrupt cannot break it.
+
+    Some of its modules cannot be executed twice: an interrupt among them, and no call in this process could compile any
+    more. Interrupts come to the main thread, so another imports them, and goes on even if this one does not wait.
+    """
+    failures: list[Exception] = []
+
+    def load() -> None:
+        try:
+            import numba
+            import numba.core.boxing  # noqa: F401
+            from numba.core.registry import cpu_target
+
+            cpu_target.typing_context.refresh()
+            cpu_target.target_context.refresh()
+        except Exception as failure:
+            failures.append(failure)
+
+    loading = threading.Thread(target=load, name="cupynorm imports numba", daemon=True)
+    try:
+        loading.start()
+    except RuntimeError:  # no more threads
+        load()
+    else:
+        loading.join()
+    if failures:
+        raise failures[0]
+
+
 try:
     if os.environ.get("CUPYNORM_COMPILED", "1") == "0":
         raise ImportError("CUPYNORM_COMPILED=0")
+    _load_numba()
     import numba
 
     from .compiling import INLINE, WITHIN, kept
@@ -2108,3 +2141,58 @@ class _Compiled(_Work):
         _backward_planes(
             turns, *self.where, *self.options, self.training, *self.planes, *self.sums
         )  # fmt: skip
+
+
+class _Rehearsal(_Compiled):
+    """A call of no planes. `steps` are calls of all loops that one of its kind may go through, however many planes and
+    threads there are: what is called is compiled."""
+
+    def __init__(self, *what: Any):
+        super().__init__(*what)
+        self.partial = np.empty((3, 0))
+        self.steps: list[Callable[[], Any]] = [partial(settled, turns_of(0, 0, 1))]
+
+    def share(self, step: Callable[..., None], count: int) -> None:
+        self.steps.append(partial(step, (turns_of(0, 0, 1), 0)))
+
+    def run(
+        self, reduce: Callable[..., None], join: Callable[..., None], apply: Callable[..., None], whole: Any
+    ) -> None:
+        self.steps.append(partial(join, 0, 0))
+        for step in (reduce, apply, whole):
+            self.share(step, 0)
+
+
+def rehearsals(
+    x: Array, activation: str | None, negative_slope: float, residual: Array | None
+) -> list[tuple[str, Callable[[], Any]]]:
+    """What compiles the loops for calls on arrays like x, one after the other; nothing where NumPy alone does them.
+
+    Results and dy lie as a new result does, or results in x itself. No array's contents are read or written.
+    """
+    if not x.size:
+        return []
+    found: list[tuple[str, Callable[[], Any]]] = []
+    y, none = empty_like(x, np.empty), np.empty((0, x.shape[1]), math_dtype(x.dtype))
+
+    def rehearse(what: str, training: bool, arrays: list[Array | None], backward: bool = False) -> None:
+        call = Saved(x, none, none, None, None, training, none, activation, negative_slope)
+        work = _choose(call, [array for array in arrays if array is not None], backward)
+        if isinstance(work, _Compiled):
+            rehearsal = _Rehearsal(call, work.layout, work.where[1])
+            if backward:
+                rehearsal.backward(none, none)
+            elif training:
+                rehearsal.forward(0.0, None)
+            else:
+                rehearsal.evaluate()
+            found.extend((what, step) for step in rehearsal.steps)
+
+    trained = math.prod(x.shape[2:]) > 1
+    rehearse("forward", trained, [x, y, residual])  # running statistics need no other loops
+    rehearse("forward in place", trained, [x, x, residual])
+    gradients = [y, residual, y] if residual is not None and activation is not None else [y]
+    if trained:
+        rehearse("backward", True, [x, y, *gradients], backward=True)
+    rehearse("backward with running statistics", False, [x, y, *gradients], backward=True)
+    return found

@@ -201,7 +201,7 @@ def check_per_channel(array: Array, name: str, x: Array, *, per_sample: bool = F
         raise ValueError(f"{name} is read-only, and is to be updated")
 
 
-def _check_like(array: Array, name: str, x: Array) -> None:
+def check_like(array: Array, name: str, x: Array) -> None:
     """dy and the residual: shape, dtype and device of x, any strides."""
     if place_of(array, name) != place_of(x, "input"):
         raise ValueError(f"{name} is on {place_of(array, name)} and the input on {place_of(x, 'input')}")
@@ -443,7 +443,7 @@ def checked_forward(
     if bias is not None:
         check_per_channel(bias, "bias", x, per_sample=True)
     if residual is not None:
-        _check_like(residual, "residual", x)
+        check_like(residual, "residual", x)
     if use_input_stats and math.prod(x.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
     inputs = ("input", x), ("residual", residual), ("weight", weight), ("bias", bias)
@@ -502,7 +502,7 @@ def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None)
     """
     _check_saved(saved)
     x = saved.x
-    _check_like(dy, "dy", x)
+    check_like(dy, "dy", x)
     if out is not None:
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
         _check_out(out, x, (*inputs, ("mean", saved.mean), ("rstd", saved.rstd), ("delta", saved.delta)))
@@ -557,11 +557,11 @@ def instance_norm_double_backward(
     _check_saved(saved)
     x = saved.x
     check_no_activation(saved.activation)
-    _check_like(dy, "dy", x)
+    check_like(dy, "dy", x)
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are all None; needed is one of them at least")
     if ddx is not None:
-        _check_like(ddx, "ddx", x)
+        check_like(ddx, "ddx", x)
     for gradient, parameter, name in ((ddweight, saved.weight, "weight"), (ddbias, saved.bias, "bias")):
         if gradient is None:
             continue
@@ -590,65 +590,3 @@ def _check_saved(saved: Any) -> None:
         raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
     if saved.overwritten:
         raise ValueError("the forward's input or residual, which the backward needs, has been written over (as out)")
-
-
-def warmup(
-    x: Array,
-    *,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    residual: Array | None = None,
-    double_backward: bool = False,
-) -> None:
-    """Make calls on arrays like x ready for CUDA-graph capture, on the current stream.
-
-    Runs forward and backward, in training and with running statistics, with affine parameters and without, on scratch
-    arrays: afterwards every kernel they need is compiled and CuPy's memory pool has the blocks they allocate. The
-    contents of x do not matter and are not written. On NumPy arrays there is nothing to do.
-
-    What a call allocates beside its results is given back to the pool when it returns, and a graph goes on using it:
-    warm up and capture with an allocator of the graph's own, and keep that pool as long as the graph,
-
-        pool = cupy.cuda.MemoryPool()
-        with cupy.cuda.using_allocator(pool.malloc), stream:
-            cupynorm.warmup(x)
-            stream.begin_capture()
-            y, saved = cupynorm.instance_norm_forward(x)
-            dx, _, _ = cupynorm.instance_norm_backward(dy, saved)
-            graph = stream.end_capture()
-
-    Args:
-        x: an array of the shape, dtype, layout and device to come.
-        activation, negative_slope, residual: of the calls to come; of the residual, too, only the layout matters.
-        double_backward: run `instance_norm_double_backward` as well, with all of its gradients given.
-
-    Raises:
-        TypeError, ValueError: x cannot be normalised, the rest does not fit, or a double backward with an activation.
-    """
-    check_input(x)
-    check_activation(activation)
-    check_number(negative_slope, "negative_slope")
-    if double_backward:
-        check_no_activation(activation)
-    if residual is not None:
-        _check_like(residual, "residual", x)
-    if kind_of(x, "input") == "numpy":
-        return
-    import cupy
-
-    with x.device:
-        ones = cupy.ones(x.shape[1], math_dtype(x.dtype))
-        dy = cupy.zeros_like(x)
-        for use_input_stats in (True, False):
-            if use_input_stats and math.prod(x.shape[2:]) == 1:
-                continue
-            for affine in (None, ones):
-                y, saved = instance_norm_forward(
-                    x, affine, affine, running_mean=ones.copy(), running_var=ones.copy(),
-                    use_input_stats=use_input_stats, activation=activation, negative_slope=negative_slope,
-                    residual=residual,
-                )  # fmt: skip
-                gradients = instance_norm_backward(dy, saved)
-                if double_backward:
-                    gradients = instance_norm_double_backward(dy, affine, affine, dy, saved)
-                del y, saved, gradients

@@ -72,6 +72,7 @@ REST = (
     "scalars",
     "thinc",
     "threads",
+    "warm",
 )
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
@@ -365,7 +366,7 @@ SPEED = {
     "PATIENCE", "LEAST", "_guess", "_guess_lanes", "_middle",
 }  # fmt: skip
 #: What only calls of the compiled loops show.
-FOR_LOOPS = {"_choose", "_Layout", "_Compiled"}
+FOR_LOOPS = {"_choose", "_Layout", "_Compiled", "_Rehearsal", "rehearsals"}
 #: What makes a function one of numba's.
 NUMBA = {"_loop", "_rare", "_kernel", "numba.njit", "overload", "register_jitable", "intrinsic"}
 
@@ -411,6 +412,11 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     if mutant.file.startswith("kernels/"):
         return _kernel_stages(name)
     without = ("-m", "not simt and not compiled and not nvrtc")
+    if mutant.compiled in ("_Rehearsal", "rehearsals"):
+        return [
+            ("tests/test_warmup.py", "-m", "compiled", "-k", "not really and not afterwards"),
+            ("tests/test_warmup.py",),
+        ]
     if mutant.compiled or name == "scalars":
         small = "test_small and compiled and float32"
         kind = re.search("lanes|short", mutant.compiled)
@@ -445,6 +451,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "running": "together refusals semantics cpu",
         "thinc": "thinc",
         "threads": "cpu together info memory",
+        "warm": "warmup plan",
     }[name]
     own = tuple((f"tests/test_{file}.py", *without) for file in files.split())
     if name == "cpu":

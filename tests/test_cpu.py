@@ -868,6 +868,34 @@ def test_with_a_numba_that_does_not_import(tmp_path: Path, how: str):
 
 
 @pytest.mark.compiled
+def test_an_interrupt_while_numba_is_imported(monkeypatch: pytest.MonkeyPatch):
+    """Later calls compile as if it had not been: modules of numba that register something cannot be imported twice."""
+    use_compiled(monkeypatch, True)
+    code = """
+import signal, numpy as np, cupynorm as cn, numba.core.pythonapi as api
+register, pressed = api.unbox, []
+def unbox(kind):
+    def decorated(function):
+        register(kind)(function)
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return function
+    return decorated
+api.unbox = unbox
+x = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
+try:
+    cn.instance_norm(x)
+except KeyboardInterrupt:
+    print("interrupted")
+from cupynorm import cpu
+print(cpu.compiled, cn.instance_norm(x).std().round(3))
+"""
+    done = said(code)
+    assert done.stdout == "interrupted\nTrue 1.0\n", done.stderr
+
+
+@pytest.mark.compiled
 def test_where_no_folder_for_compiled_code_can_be_written(monkeypatch: pytest.MonkeyPatch):
     use_compiled(monkeypatch, True)
     code = (

@@ -1,0 +1,247 @@
+"""`warmup` on NumPy arrays: what it compiles is what calls need, and nothing else. Its CUDA side is in test_gpu."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers.backends import Backend, on, use_compiled
+from helpers.compare import Bits
+from helpers.pairwise import pairwise
+
+import cupynorm as cn
+from cupynorm import cpu, warm
+from cupynorm.functional import math_dtype
+
+pytestmark = pytest.mark.usefixtures("threads_as_they_were")
+
+Kinds = set[tuple[str, Any]]
+
+
+def loops() -> dict[str, Any]:
+    """The compiled loops that Python calls."""
+    assert cpu.numba is not None
+    functions = {name: value for name, value in vars(cpu).items() if hasattr(value, "targetoptions")}
+    return {name: each for name, each in functions.items() if "no_cpython_wrapper" not in each.targetoptions}
+
+
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> Kinds:
+    """The kinds of calls that loops get, each of which would be compiled by itself. The loops do nothing."""
+    use_compiled(monkeypatch, True)
+    kinds: Kinds = set()
+    for name in loops():
+        noted = lambda *given, name=name: kinds.add((name, tuple(map(cpu.numba.typeof, given))))  # noqa: E731
+        monkeypatch.setattr(cpu, name, noted)
+    return kinds
+
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "contiguous": lambda a: a,
+    "channels_last": lambda a: np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1),
+    "crop": lambda a: np.pad(a, [(0, 0)] * (a.ndim - 1) + [(1, 2)])[..., 1:-2],
+    "every second": lambda a: np.repeat(a, 2, -1)[..., ::2],
+    "backwards": lambda a: np.ascontiguousarray(a[..., ::-1])[..., ::-1],
+}
+#: Short planes, longer ones, many, large ones; few that are cut into tiles, which threads share.
+SHAPES = [(2, 3, 4, 4), (3, 2, 70), (2, 2, 5, 6, 7), (80, 50, 8, 8), (2, 3, 80, 90), (1, 2, 512, 300)]
+
+
+def use(x: np.ndarray, residual: np.ndarray | None = None, activation: str | None = None) -> None:
+    """All sorts of calls on an array."""
+    n, c = x.shape[:2]
+    own, wide = np.ones(c, x.dtype), np.ones(c, math_dtype(x.dtype))
+    per_sample, read_only = np.ones((c, n), wide.dtype).T, wide.copy()
+    read_only.flags.writeable = False
+    statistics = {"running_mean": wide.copy(), "running_var": wide.copy()}
+    given = {"activation": activation, "residual": residual}
+    options = [{"use_input_stats": False, **statistics}]
+    if x[0, 0].size > 1:
+        options += [{}, statistics, {"momentum": 0.0, **statistics}]
+    for weight, bias in ((None, None), (own, None), (None, wide[::-1]), (per_sample, own), (read_only, read_only)):
+        for more in options:
+            y, saved = cn.instance_norm_forward(x, weight, bias, **more, **given)
+            cn.instance_norm_backward(y, saved)
+            cn.instance_norm_backward(y, saved, out=y)
+            cn.instance_norm_backward(x, saved)
+            if activation is None and x.size < 10_000:  # in NumPy alone
+                cn.instance_norm_double_backward(y, None, None, y, saved)
+            if residual is not None and residual.flags.writeable:
+                cn.instance_norm_forward(x, weight, bias, out=residual, **more, **given)
+            if x.flags.writeable:
+                cn.instance_norm_forward(x, weight, bias, out=x, **more, **given)
+
+
+@pytest.mark.compiled
+@pairwise(
+    dtype=["float32", "float16", "bfloat16", "float64"],
+    layout=[*LAYOUTS],
+    activation=[None, "relu", "leaky_relu", "silu", "gelu"],
+    residual=[None, "contiguous", "channels_last"],
+)
+def test_what_calls_need(met: Kinds, dtype: str, layout: str, activation: str | None, residual: str | None) -> None:
+    """For other sizes, several threads and one, and parameters of all kinds, no loop is missing, and none too much."""
+
+    def arrays(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
+        ones = np.ones(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        return LAYOUTS[layout](ones), None if residual is None else LAYOUTS[residual](ones.copy())
+
+    cn.set_num_threads(1)
+    x, other = arrays((3, 5, 7, 9))
+    x.flags.writeable = False
+    cn.warmup(x, activation=activation, residual=other)
+    compiled = met.copy()
+    met.clear()
+    cn.set_num_threads(3)
+    for shape in SHAPES:
+        use(*arrays(shape), activation)
+    cn.set_num_threads(1)
+    use(*arrays(SHAPES[-1]), activation)
+    assert met == compiled
+
+
+@pytest.mark.compiled
+def test_one_position_is_not_trained_on(met: Kinds) -> None:
+    cn.warmup(np.zeros((5, 3, 1, 1), np.float32))
+    compiled = met.copy()
+    met.clear()
+    use(np.zeros((2, 3, 1, 1), np.float32))
+    cn.set_num_threads(2)
+    use(np.zeros((300, 200, 1, 1), np.float32))
+    assert met <= compiled
+    assert "_forward_planes" not in {name for name, _ in compiled}
+
+
+@pytest.mark.compiled
+def test_nothing_is_compiled_where_numpy_is_alone(met: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.zeros((2, 3, 4, 5), np.float32)
+    unaligned = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
+    records = np.zeros(x.shape, [("a", np.float32), ("b", np.int8)])["a"]
+    for array in (unaligned, records, x[:0], x[..., :0]):
+        cn.warmup(array)
+        assert not met
+    monkeypatch.setattr(cpu, "compiled", False)
+    cn.warmup(x)
+    assert not met
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("dtype", "activation"), [("float32", None), pytest.param("float16", "silu", marks=pytest.mark.full)]
+)
+def test_calls_afterwards_compile_nothing(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator, dtype: str, activation: str | None
+) -> None:
+    use_compiled(monkeypatch, True)
+    x = rng.standard_normal((2, 3, 4, 5)).astype(dtype)
+    before = Bits(x)
+    cn.set_num_threads(1)
+    cn.warmup(x, activation=activation)
+    assert Bits(x) == before
+    signatures = {name: loop.signatures for name, loop in loops().items()}
+    assert all(signatures.values())
+    cn.set_num_threads(3)
+    for shape in SHAPES:
+        use(rng.standard_normal(shape).astype(x.dtype), None, activation)
+    assert {name: loop.signatures for name, loop in loops().items()} == signatures
+
+
+# Progress
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has been done, of steps in the place of loops to compile."""
+    done: list[str] = []
+    names = ["forward", "forward", "backward"]
+    monkeypatch.setattr(cpu, "rehearsals", lambda *_: [(name, lambda name=name: done.append(name)) for name in names])
+    return done
+
+
+X = np.zeros((2, 3, 4, 5), np.float32)
+
+
+def test_a_function_is_told_how_far_it_is(steps: list[str]) -> None:
+    told: list[Any] = []
+    cn.warmup(X, progress=lambda *how_far: told.append((*how_far, len(steps))))
+    assert told == [(0, 3, "forward", 0), (1, 3, "forward", 1), (2, 3, "backward", 2), (3, 3, "done", 3)]
+
+
+@on("compiled", "cupy")
+def test_progress_of_what_is_really_done(backend: Backend) -> None:
+    told: list[Any] = []
+    cn.warmup(backend.array(X), progress=lambda *how_far: told.append(how_far))
+    total = len(told) - 1
+    assert [done for done, _, _ in told] == [*range(total + 1)]
+    assert {of for _, of, _ in told} == {total}
+    assert [what for _, _, what in told].index("done") == total > 3
+
+
+@pytest.mark.parametrize(
+    ("progress", "terminal", "quiet", "says"),
+    [
+        (True, False, 1e9, True), (True, True, 1e9, True), (False, True, 0, False), (None, True, 0, True),
+        (None, True, 1e9, False), (None, False, 0, False),
+    ],
+)  # fmt: skip
+def test_what_is_said(
+    steps: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    progress: bool | None, terminal: bool, quiet: float, says: bool,
+) -> None:  # fmt: skip
+    """A line for each thing that takes several steps, on stderr alone."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr(warm, "QUIET", quiet)
+    cn.warmup(X, progress=progress)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert [line.rsplit(",", 1)[0] for line in said.err.splitlines()] == says * [
+        "cupynorm.warmup: forward, 0 of 3", "cupynorm.warmup: backward, 2 of 3", "cupynorm.warmup: done, 3 of 3",
+    ]  # fmt: skip
+
+
+def test_without_a_stderr(
+    steps: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under pythonw: nothing is said, least of all on stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    for progress in (None, True):
+        cn.warmup(X, progress=progress)
+    assert len(steps) == 6
+    assert capsys.readouterr().out == ""
+
+
+def test_where_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "compiled", False)
+    told: list[Any] = []
+    cn.warmup(X, progress=lambda *how_far: told.append(how_far))
+    assert told == [(0, 0, "done")]
+
+
+def test_an_interrupt_ends_it(steps: list[str]) -> None:
+    def interrupted(done: int, total: int, what: str) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cn.warmup(X, progress=interrupted)
+    assert steps == ["forward"]
+
+
+def test_refusals_come_before_anything(steps: list[str]) -> None:
+    for error, message, wrong in [
+        (TypeError, "progress must be None, a bool or a function", {"progress": "bar"}),
+        (TypeError, "progress must be None, a bool or a function", {"progress": 1}),
+        (ValueError, "activation must be None or one of", {"activation": "tanh"}),
+        (TypeError, "negative_slope must be a number", {"negative_slope": "steep"}),
+        (ValueError, "residual has shape", {"residual": X[:1]}),
+        (ValueError, "no double backward through", {"activation": "relu", "double_backward": True}),
+    ]:
+        with pytest.raises(error, match=message):
+            cn.warmup(X, **wrong)
+    with pytest.raises(ValueError, match="at least 3 dimensions"):
+        cn.warmup(X[0, 0])
+    assert not steps

@@ -59,7 +59,7 @@ GOAL = 0.95
 
 BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
 #: Of "the rest", what needs a GPU or Chainer, or is a command of its own, is left out.
-REST = ("devices", "explain", "functional", "inference", "layers", "memory", "scalars", "thinc", "threads")
+REST = ("devices", "explain", "functional", "halves", "inference", "layers", "memory", "scalars", "thinc", "threads")
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
     "backends": BACKENDS,
@@ -349,7 +349,7 @@ AHEAD = {"_fetch", "AHEAD", "NEAR", "away", "away2", "follows"}
 SPEED = {
     "BLOCK_BYTES", "SHORT_ROW", "TILE", "MOST_RUNS", "PAYS", "pays", "STREAM", "LONG_RUN", "PLANE_COSTS",
     "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "PIECES", "TILE_BYTES", "STRIPE_BYTES", "FEW_THREADS",
-    "PATIENCE", "LEAST", "_guess", "_guess_lanes", "_middle",
+    "PATIENCE", "LEAST", "FEW", "CHUNK", "_guess", "_guess_lanes", "_middle",
 }  # fmt: skip
 #: What only calls of the compiled loops show.
 FOR_LOOPS = {"_choose", "_Layout", "_Compiled"}
@@ -423,6 +423,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "devices": "functional layers checkpoints refusals info package",
         "explain": "functional info plan invariance semantics",
         "functional": "functional refusals semantics properties double_backward epilogue layers",
+        "halves": "halves cpu",
         "inference": "layers semantics refusals",
         "layers": "layers loops checkpoints refusals together functional",
         "memory": "memory cpu together",

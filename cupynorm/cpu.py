@@ -502,7 +502,9 @@ class _Interpreted(_Work):
             if last or not far.any():
                 break
             before = np.zeros(far.shape, self.dtype) if pivot is None else pivot
-            pivot, most = np.where(far, (before + mean).astype(self.dtype), before), np.where(far, 0.5, most)
+            # Squares too small to be told from 0 say nothing: about the first mean is near enough then.
+            enough = np.where(squares < size * 2.0**-100, math.inf, 0.5) if pivot is None else 0.5
+            pivot, most = np.where(far, (before + mean).astype(self.dtype), before), np.where(far, enough, most)
             if self.lanes or 4 * np.count_nonzero(far) > far.size:
                 centred = np.subtract(x, pivot[:, :, None], out=self._room(x, scratch[G]))
                 total, squares = self._sums(centred), self._dots(centred, centred, scratch[PRODUCT])

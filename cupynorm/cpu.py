@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import forks, running
+from . import forks, halves, running
 from .functional import Array, Keep, Saved, at_once, empty_like, math_dtype, overlap
 from .memory import empty
 from .threads import get_num_threads, share
@@ -402,12 +402,21 @@ class _Interpreted(_Work):
         if self._in_place(part) and not copy:
             return part
         block = self._room(part, buffer)
-        block.reshape(part.shape)[...] = part
+        if halves.pays_to_widen(part):
+            codes = halves.codes_in(buffer, part.size)
+            self._room(part, codes).reshape(part.shape)[...] = part.view(np.uint16)
+            halves.widen(buffer, part.size)
+        else:
+            block.reshape(part.shape)[...] = part
         return block
 
-    def _write(self, array: np.ndarray, index: Index, block: np.ndarray) -> None:
+    def _write(self, array: np.ndarray, index: Index, block: np.ndarray, buffer: np.ndarray) -> None:
         part = array[index]
-        if not np.may_share_memory(part, block):
+        if halves.pays_to_narrow(block, part):
+            values = block.transpose(0, 2, 1) if self.lanes else block
+            codes = halves.narrow(values.reshape(-1), buffer)
+            part.view(np.uint16)[...] = self._room(part, codes).reshape(part.shape)
+        elif not np.may_share_memory(part, block):
             part[...] = block.reshape(part.shape)
 
     def _target(self, array: np.ndarray, index: Index, buffer: np.ndarray) -> np.ndarray:
@@ -501,7 +510,9 @@ class _Interpreted(_Work):
             if last or not far.any():
                 break
             before = np.zeros(far.shape, self.dtype) if pivot is None else pivot
-            pivot, most = np.where(far, (before + mean).astype(self.dtype), before), np.where(far, 0.5, most)
+            # Squares too small to be told from 0 say nothing: about the first mean is near enough then.
+            enough = np.where(squares < size * 2.0**-100, math.inf, 0.5) if pivot is None else 0.5
+            pivot, most = np.where(far, (before + mean).astype(self.dtype), before), np.where(far, enough, most)
             if self.lanes or 4 * np.count_nonzero(far) > far.size:
                 centred = np.subtract(x, pivot[:, :, None], out=self._room(x, scratch[G]))
                 total, squares = self._sums(centred), self._dots(centred, centred, scratch[PRODUCT])
@@ -602,7 +613,7 @@ class _Interpreted(_Work):
         self._add_up(index, planes, x, out, scratch[PRODUCT])
         if call.activation is not None:
             _activate(out, call.activation, call.negative_slope, self._rooms(out, scratch[self.rooms :]))
-        self._write(self.y, index, out)
+        self._write(self.y, index, out, scratch[PRODUCT])
 
     def _in_tiles(self, block: int, scratch: np.ndarray, reduce: Any, join: Any, apply: Any) -> None:
         """All of a block, the tile that was read last first again: it is still in the cache."""
@@ -682,7 +693,7 @@ class _Interpreted(_Work):
         """dx = scale * (g - xhat * mean of g * xhat - mean of g), x first, in place."""
         call = self.call
         if len(self.arrays) == 5:
-            self._write(self.arrays[4], index, g)
+            self._write(self.arrays[4], index, g, scratch[PRODUCT])
         out = self._target(self.y, index, scratch[X]) if self.work_in_dx else self._room(self.y[index], scratch[X])
         if call.training:
             slope = self.sum_g_xhat[planes] / -self.spatial * standard.rstd
@@ -694,7 +705,7 @@ class _Interpreted(_Work):
         self._each(np.multiply, g, self._weighted(planes, standard.rstd), out)
         if standard.unit is not None:
             self._each(np.multiply, out, standard.unit, out)
-        self._write(self.y, index, out)
+        self._write(self.y, index, out, scratch[PRODUCT])
 
     def whole_backward(self, block: int, scratch: np.ndarray) -> None:
         if self.tiles > 1:
@@ -883,7 +894,7 @@ class _DoubleBackward(_Interpreted):
         self._each(np.add, out, rest.astype(self.dtype), out)
         if scale is not None and terms:
             self._each(np.multiply, out, scale, out)
-        self._write(array, index, out)
+        self._write(array, index, out, scratch[PRODUCT])
 
 
 def _least(eps: float) -> float:

@@ -65,6 +65,7 @@ REST = (
     "explain",
     "forks",
     "functional",
+    "halves",
     "inference",
     "layers",
     "memory",
@@ -363,7 +364,7 @@ AHEAD = {"_fetch", "AHEAD", "NEAR", "away", "away2", "follows"}
 SPEED = {
     "BLOCK_BYTES", "SHORT_ROW", "TILE", "MOST_RUNS", "PAYS", "pays", "STREAM", "LONG_RUN", "PLANE_COSTS",
     "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "PIECES", "TILE_BYTES", "STRIPE_BYTES", "FEW_THREADS",
-    "PATIENCE", "LEAST", "_guess", "_guess_lanes", "_middle",
+    "PATIENCE", "LEAST", "FEW", "CHUNK", "_guess", "_guess_lanes", "_middle",
 }  # fmt: skip
 #: What only calls of the compiled loops show.
 FOR_LOOPS = {"_choose", "_Layout", "_Compiled", "_Rehearsal", "rehearsals"}
@@ -445,6 +446,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         "explain": "functional info plan invariance semantics",
         "forks": "together",
         "functional": "functional refusals semantics properties double_backward epilogue layers",
+        "halves": "halves cpu",
         "inference": "layers semantics refusals",
         "layers": "layers loops checkpoints refusals together functional",
         "memory": "memory cpu together",

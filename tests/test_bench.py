@@ -20,7 +20,7 @@ from helpers.compare import assert_allclose, assert_equal
 
 import cupynorm
 from bench import __main__ as bench
-from bench import aims, cases, claims, dram, host, passes, peers, prime, report, smoke, summary, timing
+from bench import aims, cases, claims, dram, host, passes, peers, prime, report, smoke, summary, timing, values
 from cupynorm import cpu, devices
 from cupynorm.cuda.plan import DEVICES, fresh
 from cupynorm.cuda.variants import ITEMSIZE
@@ -564,6 +564,20 @@ def test_passes_are_told(capsys: pytest.CaptureFixture[str]):
         assert abs(sum(map(int, parts.values())) - int(found[1])) <= len(each)
     with pytest.raises(SystemExit):
         passes.main(["2,3"])
+
+
+def test_values_are_told(capsys: pytest.CaptureFixture[str]):
+    compiled, threads = cpu.compiled, cupynorm.get_num_threads()
+    assert values.main(["--rounds", "1", "2,3,5,5"]) == 0
+    assert (cpu.compiled, cupynorm.get_num_threads()) == (compiled, threads)
+    lines = iter(capsys.readouterr().out.splitlines())
+    for dtype, sizes in values.SIZES.items():
+        for op in ("forward", "backward"):
+            cells = ", ".join(rf"{re.escape(f'{size:g}')}: [\d.]+ ms \([\d.]+x\)" for size in sizes)
+            assert re.fullmatch(f"2,3,5,5 {dtype}, {op}: {cells}", next(lines))
+    assert not list(lines)
+    with pytest.raises(SystemExit):
+        values.main(["2,3"])
 
 
 #: What ncu --csv --print-units base logs: a case of one kernel, one of two, and a kernel before the first mark.

@@ -173,6 +173,26 @@ def test_from_how_large_a_mean_on_planes_are_centred(
         assert counted == [planes for planes in passes for _ in range(1 + lanes)]  # of lanes squares too
 
 
+@pytest.mark.parametrize(("scale", "times"), [(1, 1), (1e-12, 1), (1e-25, 2), (1e-40, 2)])
+def test_how_often_planes_of_tiny_numbers_are_added_up(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, scale: float, times: int
+):
+    """Squares that are 0 do not say that a mean is near; about a number next to it they need not."""
+    use_compiled(monkeypatch, False)
+    counted = 0
+    made = cpu._Interpreted._sums
+
+    def sums(self: Any, block: np.ndarray) -> np.ndarray:
+        nonlocal counted
+        counted += 1
+        return made(self, block)
+
+    x = (scale * rng.standard_normal((2, 8, 4096))).astype(np.float32)
+    monkeypatch.setattr(cpu._Interpreted, "_sums", sums)
+    cn.instance_norm(x)
+    assert counted == times
+
+
 @pytest.mark.parametrize("size", [1, 16, 64, 65, 128, 241, 512, 1024, 2048])
 def test_short_planes_that_are_done_together_fit_the_first_cache(size: int):
     """32 KB of each array."""

@@ -24,7 +24,7 @@ from helpers.pairwise import pairwise
 from helpers.tiers import amount
 
 import cupynorm as cn
-from cupynorm import cpu, threads
+from cupynorm import cpu, halves, threads
 
 pytestmark = [pytest.mark.usefixtures("threads_as_they_were"), on_cpu, pytest.mark.long]
 ROOT = Path(__file__).parents[1]
@@ -511,10 +511,12 @@ def of_another_kind(given: dict[str, Any]) -> bool:
 def test_a_call_takes_a_few_blocks_beside_its_results(
     way: str, monkeypatch: pytest.MonkeyPatch, kind: str, training: bool, activation: str | None
 ):
-    """Blocks are an eighth as large as usual. Beside results: for each of two threads up to 6 blocks, which are twice
-    as large where they hold several planes, and one more where these are small; and some numbers for each plane."""
+    """Blocks, and what halves are converted in, are an eighth as large as usual. Beside results: for each of two
+    threads up to 6 blocks, which are twice as large where they hold several planes, and one more where these are small;
+    and some numbers for each plane."""
     let_threads_pay(monkeypatch)
     monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
+    monkeypatch.setattr(halves, "CHUNK", halves.CHUNK // 8)
     shape, dtype, layout = MEMORY[kind]
     cn.set_num_threads(2)
     x = laid(np.ones(shape, dtype), layout)

@@ -296,6 +296,8 @@ BLOCK_BYTES = 2**21  # of an array in computing precision: smaller ones cost mor
 # threads go on only where it has more than 500 rows.
 ROW = 512
 STRIPE = 32  # the same for lanes, whose sums are plain
+LANES = 24  # channels side by side: fewer are moved apart, for NumPy's loops would be as short
+WIDE_LANES = 64  # and of more so many at least are done together
 SHORT_ROW = 128  # elements of a plane up to which it pays to spread its numbers over a block of their own
 FAR = 2.0  # mean over deviation from which on x is centred: below, two bits at most are lost without
 UNITS = 30  # up to 2**30, and from 2**-30 on, deviations are worked with as they are
@@ -332,7 +334,7 @@ class _Interpreted(_Work):
         self.limit = BLOCK_BYTES // self.dtype.itemsize
         n, c, *spatial = self.x.shape
         strides, itemsize = self.y.strides, self.y.itemsize
-        self.lanes = c > 1 and strides[1] == itemsize and strides[-1] != itemsize
+        self.lanes = c >= LANES and strides[1] == itemsize and strides[-1] != itemsize
         plane = self.spatial = math.prod(spatial)
         self.wide = np.dtype(np.float64) if plane > SHORT_ROW else self.dtype  # of what is computed once for a plane
         self.far = FAR if self.wide != self.dtype else FAR / 2  # where no sum is made in higher precision
@@ -341,8 +343,10 @@ class _Interpreted(_Work):
         every = slice(None)
         self.planes: list[Index]
         if (self.lanes and plane * c > self.limit) or plane > self.limit:
-            self.tile = list(_tiles(spatial, max(self.limit // (c if self.lanes else 1), 1)))
-            groups = [every] if self.lanes else [slice(j, j + 1) for j in range(c)]
+            width = min(c, max(self.limit // plane, WIDE_LANES)) if self.lanes else 1
+            if plane * width > self.limit:
+                self.tile = list(_tiles(spatial, max(self.limit // width, 1)))
+            groups = [slice(j, min(j + width, c)) for j in range(0, c, width)]
             self.planes = [(slice(i, i + 1), group) for i in range(n) for group in groups]
         elif self.lanes or (plane * c <= most and n >= self.threads):
             self.planes = [(part, every) for part in self._cut(n, plane * c, most)]
@@ -350,7 +354,7 @@ class _Interpreted(_Work):
             groups = self._cut(c, plane, most, n)
             self.planes = [(slice(i, i + 1), group) for i in range(n) for group in groups]
         self.blocks, self.tiles = len(self.planes), len(self.tile)
-        self.room = most if self.tiles == 1 else max(self.limit, c)
+        self.room = most if self.tiles == 1 else max(self.limit, WIDE_LANES)
         if self.tiles > 1:
             self.partial = np.empty((4, self.tiles, n, c))
         # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
@@ -415,9 +419,17 @@ class _Interpreted(_Work):
         if halves.pays_to_narrow(block, part):
             values = block.transpose(0, 2, 1) if self.lanes else block
             codes = halves.narrow(values.reshape(-1), buffer)
-            part.view(np.uint16)[...] = self._room(part, codes).reshape(part.shape)
+            self._move(self._room(part, codes), part.view(np.uint16))
         elif not np.may_share_memory(part, block):
-            part[...] = block.reshape(part.shape)
+            self._move(block, part)
+
+    def _move(self, block: np.ndarray, part: np.ndarray) -> None:
+        block = block.reshape(part.shape)
+        if self.lanes or abs(part.strides[1]) >= abs(part.strides[-1]):
+            part[...] = block
+            return
+        for channel in range(part.shape[1]):  # NumPy's loop would be over the channels, which are few
+            part[:, channel] = block[:, channel]
 
     def _target(self, array: np.ndarray, index: Index, buffer: np.ndarray) -> np.ndarray:
         part = array[index]
@@ -506,7 +518,7 @@ class _Interpreted(_Work):
         for last in (False, False, False, True):
             mean = np.divide(total, size, dtype=self.wide)
             lost = mean * total
-            far = lost > most * squares
+            far = np.multiply(mean, total, dtype=np.float64) > most * squares  # in float32 both may be 0
             if last or not far.any():
                 break
             before = np.zeros(far.shape, self.dtype) if pivot is None else pivot

@@ -362,7 +362,8 @@ AHEAD = {"_fetch", "AHEAD", "NEAR", "away", "away2", "follows"}
 #: Where something is faster, and what a mean is guessed from to save a pass: no result shows it, and tests repeat no
 #: measured numbers.
 SPEED = {
-    "BLOCK_BYTES", "SHORT_ROW", "TILE", "MOST_RUNS", "PAYS", "pays", "STREAM", "LONG_RUN", "PLANE_COSTS",
+    "BLOCK_BYTES", "LANES", "WIDE_LANES",
+    "SHORT_ROW", "TILE", "MOST_RUNS", "PAYS", "pays", "STREAM", "LONG_RUN", "PLANE_COSTS",
     "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "PIECES", "TILE_BYTES", "STRIPE_BYTES", "FEW_THREADS",
     "PATIENCE", "LEAST", "FEW", "CHUNK", "_guess", "_guess_lanes", "_middle",
 }  # fmt: skip

@@ -39,6 +39,11 @@ def steps_of(shape: tuple[int, ...], lanes: bool = False) -> list[int]:
     return [steps[axis] for axis in range(len(shape))]
 
 
+@pytest.fixture(autouse=True)
+def few_channels_side_by_side_are_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "LANES", 2)
+
+
 def on_numpy(shape: tuple[int, ...], lanes: bool = False, activation: str | None = None) -> Any:
     call = saved_of(shape, steps_of(shape, lanes), activation)
     return cpu._Interpreted(call, cpu._merged([call.x] * 2))

@@ -403,6 +403,9 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
     for _ in range(amount(50, 200)):
         let_blocks_be_small(rng, monkeypatch)
         n, c, h, w = shape = tuple(map(int, rng.integers(1, (9, 40, 16, 16))))
+        least = int(rng.choice([2, cpu.LANES]))
+        monkeypatch.setattr(cpu, "LANES", least)
+        monkeypatch.setattr(cpu, "WIDE_LANES", int(rng.choice([8, 64])))
         x = laid(np.zeros(shape, np.float32), layout)
         if rng.random() < 0.3:  # just what a block holds
             monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * h * w * int(rng.choice([1, c])))
@@ -416,11 +419,15 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
             sizes.append(seen[index].size)
         assert (seen == 1).all()
         lanes = work.lanes
-        assert lanes == (layout == "channels_last" and c > 1 and w * h > 1) or 1 in (w, h)  # which may look otherwise
-        together = h * w * c if lanes else h * w  # is not cut where there is room for it
-        assert (work.tiles > 1) == (together > limit)
+        if 1 not in (w, h):  # which may look otherwise
+            assert lanes == (layout == "channels_last" and c >= least and w * h > 1)
+        width = min(c, max(limit // (h * w), cpu.WIDE_LANES)) if lanes else 1
+        assert (work.tiles > 1) == (h * w * width > limit)  # what there is room for is not cut
         if work.tiles > 1:
-            assert max(sizes) <= max(limit, c if lanes else 1)
+            assert max(sizes) <= max(limit, width)
+            continue
+        if lanes and h * w * c > limit:
+            assert max(sizes) <= limit and work.blocks == n * -(-c // width)
             continue
         most = limit if number == 1 else 2 * limit
         assert max(sizes) <= most
@@ -1083,3 +1090,25 @@ def test_helpers_compute_in_the_mode_of_the_caller(backend: Backend, rng: np.ran
             assert_same(more, one)
     for one, more in zip(plain[0], again[0], strict=True):
         assert_same(more, one)
+
+
+@on_cpu
+@pairwise(
+    shape=[(2, 30, 5, 6), (2, 3, 5, 6), (1, 70, 20, 30), (3, 9, 40, 30), (1, 3000, 4, 6)], blocks=[2**21, 2**12],
+    activation=[None, "gelu"], dtype=["float32", "float16"],
+)  # fmt: skip
+def test_few_and_many_channels_side_by_side(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], blocks: int,
+    activation: str | None, dtype: str,
+) -> None:  # fmt: skip
+    """Few are moved apart, block by block; of many some are done together."""
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", blocks)
+    x, dy = (laid((3 + rng.standard_normal(shape)).astype(dtype), "channels_last") for _ in range(2))
+    y, saved = cn.instance_norm_forward(x, activation=activation)
+    dx, *_ = cn.instance_norm_backward(dy, saved)
+    assert y.strides == dx.strides == x.strides
+    given = {"activation": activation}
+    exact = reference.forward(x, **given), reference.backward(dy, x, **given)[0]
+    digits = 2e-6 if dtype == "float32" else 2e-3
+    for got, value in zip((y, dx), exact, strict=True):
+        assert_within(got, value, digits * (np.abs(value) + 3))

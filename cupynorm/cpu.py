@@ -346,15 +346,18 @@ class _Interpreted(_Work):
             width = min(c, max(self.limit // plane, WIDE_LANES)) if self.lanes else 1
             if plane * width > self.limit:
                 self.tile = list(_tiles(spatial, max(self.limit // width, 1)))
-            groups = [slice(j, min(j + width, c)) for j in range(0, c, width)]
-            self.planes = [(slice(i, i + 1), group) for i in range(n) for group in groups]
+            parts = [slice(j, min(j + width, c)) for j in range(0, c, width)]
+            self.planes, size = [(slice(i, i + 1), part) for i in range(n) for part in parts], plane
         elif self.lanes or (plane * c <= most and n >= self.threads):
-            self.planes = [(part, every) for part in self._cut(n, plane * c, most)]
+            parts = self._cut(n, plane * c, most)
+            self.planes, size = [(part, every) for part in parts], plane * c
         else:
-            groups = self._cut(c, plane, most, n)
-            self.planes = [(slice(i, i + 1), group) for i in range(n) for group in groups]
+            parts = self._cut(c, plane, most, n)
+            self.planes, size = [(slice(i, i + 1), part) for i in range(n) for part in parts], plane
         self.blocks, self.tiles = len(self.planes), len(self.tile)
-        self.room = most if self.tiles == 1 else max(self.limit, WIDE_LANES)
+        self.room = max(self.limit, WIDE_LANES)
+        if self.tiles == 1:  # no more than is needed: each thread has its own
+            self.room = size * max(part.stop - part.start for part in parts)
         if self.tiles > 1:
             self.partial = np.empty((4, self.tiles, n, c))
         # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
@@ -1071,6 +1074,7 @@ def _kernel(function: Any) -> Any:
 
 TILE = 65536  # positions; no less than FORWARD_SHORT
 MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
+SMALL_TABLE = 2**14  # bytes of such tables up to which many layouts are kept
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
 LANES_PARTIAL = 64
 PAYS = 2**18  # elements from which on a second thread does
@@ -2059,7 +2063,19 @@ class _Layout:
         self.where = (places, table, self.shape, None if rows else True, True if lanes else None)
 
 
-_layout = lru_cache(maxsize=1024)(_Layout)
+@lru_cache(maxsize=1024)
+def _small_layout(*given: Any) -> _Layout | None:
+    """A layout; None where its table is too large for as many to be kept."""
+    layout = _Layout(*given)
+    return layout if not layout.usable or layout.where[1].nbytes <= SMALL_TABLE else None
+
+
+_large_layout = lru_cache(maxsize=4)(_Layout)
+
+
+def _layout(*given: Any) -> _Layout:
+    return _small_layout(*given) or _large_layout(*given)
+
 
 #: What stands for weight, bias, and their strides over N and C where there are none.
 _no_parameters = cache(lambda dtype: (np.ones(1, dtype), np.zeros(1, dtype), (0, 0, 0, 0)))

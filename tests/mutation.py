@@ -363,7 +363,7 @@ AHEAD = {"_fetch", "AHEAD", "NEAR", "away", "away2", "follows"}
 #: measured numbers.
 SPEED = {
     "BLOCK_BYTES", "LANES", "WIDE_LANES",
-    "SHORT_ROW", "TILE", "MOST_RUNS", "PAYS", "pays", "STREAM", "LONG_RUN", "PLANE_COSTS",
+    "SHORT_ROW", "TILE", "MOST_RUNS", "SMALL_TABLE", "PAYS", "pays", "STREAM", "LONG_RUN", "PLANE_COSTS",
     "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "PIECES", "TILE_BYTES", "STRIPE_BYTES", "FEW_THREADS",
     "PATIENCE", "LEAST", "FEW", "CHUNK", "_guess", "_guess_lanes", "_middle",
 }  # fmt: skip

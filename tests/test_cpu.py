@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -473,10 +474,10 @@ def test_how_a_call_is_shared_out_is_told(way: str):
         ]  # fmt: skip
     else:
         assert told(1, 5, 1, 367, 500) == [
-            "NumPy, 3 block(s) of planes, in float32 of at most 2097152 B at a time", "one thread of 1",
+            "NumPy, 3 block(s) of planes, in float32 of at most 1468000 B at a time", "one thread of 1",
         ]  # fmt: skip
         assert told(2, 5, 1, 367, 500) == [
-            "NumPy, 2 block(s) of planes, in float32 of at most 4194304 B at a time", "up to 2 threads of 2",
+            "NumPy, 2 block(s) of planes, in float32 of at most 2202000 B at a time", "up to 2 threads of 2",
         ]  # fmt: skip
         assert told(2, 1, 2, 1024, 1024) == [
             "NumPy, 2 block(s) of planes, in float32 of at most 2097152 B at a time, each in 2 tiles, "
@@ -486,7 +487,7 @@ def test_how_a_call_is_shared_out_is_told(way: str):
     cn.set_num_threads(1)
     *more, double, threads = cpu.describe(np.empty((5, 1, 367, 500), np.float16), double_backward=True)
     assert more == told(1, 5, 1, 367, 500)
-    assert double == "double backward: NumPy, 3 block(s) of planes, in float32 of at most 2097152 B at a time"
+    assert double == "double backward: NumPy, 3 block(s) of planes, in float32 of at most 1468000 B at a time"
     assert threads == "one thread of 1"
 
 
@@ -1036,7 +1037,37 @@ def test_layouts_are_kept_only_so_many(monkeypatch: pytest.MonkeyPatch):
     use_compiled(monkeypatch, True)
     for n, c in itertools.product(range(1, 40), range(1, 40)):
         cn.instance_norm(np.ones((n, c, 2), np.float32))
-    assert cpu._layout.cache_info().currsize <= cpu._layout.cache_info().maxsize == 1024
+    caches = cpu._small_layout.cache_info(), cpu._large_layout.cache_info()
+    assert [cache.maxsize for cache in caches] == [1024, 4]
+    assert all(cache.currsize <= cache.maxsize for cache in caches)
+
+
+@pytest.mark.compiled
+def test_tables_of_layouts_take_only_so_much_memory(monkeypatch: pytest.MonkeyPatch):
+    """Of planes in many pieces they are large: 1.5 MiB for three arrays at most."""
+    use_compiled(monkeypatch, True)
+    strides = np.empty((1, 1, 360, 230, 5), np.float32).strides
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for i in range(160, 280):
+            layout = cpu._layout(np.dtype(np.float32), (1, 1, i, 230, 4), (strides,) * 3, False)
+            assert layout.usable and layout.where[1].nbytes == 3 * 8 * 230 * i
+        assert tracemalloc.get_traced_memory()[0] - before < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("threads", [2, 64])
+@pytest.mark.parametrize("shape", [(1, 64, 256, 256), (64, 1, 256, 256), (1, 1, 2048, 2048)], ids=str)
+def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, shape: tuple[int, ...]):
+    """As much as their blocks together: three times the input at most, however many threads there are."""
+    use_compiled(monkeypatch, False)
+    let_threads_pay(monkeypatch)
+    cn.set_num_threads(threads)
+    x = np.zeros(shape, np.float32)
+    work = cpu._Interpreted(cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False), cpu._merged([x, x]))
+    assert min(threads, work.blocks * work.tiles) * work.room <= x.size
 
 
 @pytest.mark.compiled

@@ -281,7 +281,7 @@ def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
     """
     if compiled:
         x = arrays[0]
-        layout = _layout(x.dtype, x.shape, tuple([a.strides for a in arrays]), backward)
+        layout = _layout_of(x.dtype, x.shape, tuple([a.strides for a in arrays]), backward)
         if layout.usable:
             at = [_address(a) for a in arrays]
             if not reduce(operator.or_, at) % x.itemsize:
@@ -2064,7 +2064,7 @@ class _Layout:
 
 
 @lru_cache(maxsize=1024)
-def _small_layout(*given: Any) -> _Layout | None:
+def _layout(*given: Any) -> _Layout | None:
     """A layout; None where its table is too large for as many to be kept."""
     layout = _Layout(*given)
     return layout if not layout.usable or layout.where[1].nbytes <= SMALL_TABLE else None
@@ -2073,8 +2073,8 @@ def _small_layout(*given: Any) -> _Layout | None:
 _large_layout = lru_cache(maxsize=4)(_Layout)
 
 
-def _layout(*given: Any) -> _Layout:
-    return _small_layout(*given) or _large_layout(*given)
+def _layout_of(*given: Any) -> _Layout:
+    return _layout(*given) or _large_layout(*given)
 
 
 #: What stands for weight, bias, and their strides over N and C where there are none.

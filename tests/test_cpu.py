@@ -1037,7 +1037,7 @@ def test_layouts_are_kept_only_so_many(monkeypatch: pytest.MonkeyPatch):
     use_compiled(monkeypatch, True)
     for n, c in itertools.product(range(1, 40), range(1, 40)):
         cn.instance_norm(np.ones((n, c, 2), np.float32))
-    caches = cpu._small_layout.cache_info(), cpu._large_layout.cache_info()
+    caches = cpu._layout.cache_info(), cpu._large_layout.cache_info()
     assert [cache.maxsize for cache in caches] == [1024, 4]
     assert all(cache.currsize <= cache.maxsize for cache in caches)
 
@@ -1051,7 +1051,7 @@ def test_tables_of_layouts_take_only_so_much_memory(monkeypatch: pytest.MonkeyPa
     try:
         before = tracemalloc.get_traced_memory()[0]
         for i in range(160, 280):
-            layout = cpu._layout(np.dtype(np.float32), (1, 1, i, 230, 4), (strides,) * 3, False)
+            layout = cpu._layout_of(np.dtype(np.float32), (1, 1, i, 230, 4), (strides,) * 3, False)
             assert layout.usable and layout.where[1].nbytes == 3 * 8 * 230 * i
         assert tracemalloc.get_traced_memory()[0] - before < 8 * 2**20
     finally:

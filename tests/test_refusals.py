@@ -484,7 +484,7 @@ def test_helpers_are_done_when_an_interrupt_is_raised(
     use_compiled(monkeypatch, kind == "compiled")
     monkeypatch.setattr(cpu._Interpreted, "pays", 1)
     monkeypatch.setattr(cpu, "PAYS", 1)
-    cpu._small_layout.cache_clear()
+    cpu._layout.cache_clear()
     jobs: list[Any] = []
     lead = threads._Job.lead
 
@@ -534,7 +534,7 @@ def test_helpers_are_done_when_an_interrupt_is_raised(
         assert Bits(out) == expected
     finally:
         cn.set_num_threads(before)
-        cpu._small_layout.cache_clear()
+        cpu._layout.cache_clear()
 
 
 def test_interrupts_cost_no_kept_memory(rng: np.random.Generator) -> None:

@@ -272,7 +272,7 @@ def test_a_handler_calls_as_helpers_are_started_and_ended(
     """The pool is in the middle of starting threads, with Python's own locks of threads held, or of ending them."""
     monkeypatch.setattr(cpu._Interpreted, "pays", 1)
     monkeypatch.setattr(cpu, "PAYS", 1)
-    cpu._small_layout.cache_clear()
+    cpu._layout.cache_clear()
     x = normal(backend, rng, (6, 4, 9, 9))
     expected = Bits(cn.instance_norm(x))
     number, finished = 0, False
@@ -293,7 +293,7 @@ def test_a_handler_calls_as_helpers_are_started_and_ended(
         assert {Bits(result), *results} == {expected}, f"handler at point {number}"
         assert pool.helpers == []
     assert number > 20
-    cpu._small_layout.cache_clear()
+    cpu._layout.cache_clear()
 
 
 # Processes
@@ -581,7 +581,7 @@ def test_many_shapes_in_turn(backend: Backend, rng: np.random.Generator, monkeyp
     by_shape = {
         name: cache for name, cache in caches.items()
         if name.rsplit(".", 1)[1]
-        in ("_small_layout", "_large_layout", "_rows", "_prepare", "arrange", "layout", "plan", "_accepted", "fresh")
+        in ("_layout", "_large_layout", "_rows", "_prepare", "arrange", "layout", "plan", "_accepted", "fresh")
     }  # fmt: skip
     for name, cache in by_shape.items():
         assert cache.cache_parameters()["maxsize"] is not None, f"{name} may grow without end"

@@ -355,10 +355,10 @@ class _Interpreted(_Work):
             parts = self._cut(c, plane, most, n)
             self.planes, size = [(slice(i, i + 1), part) for i in range(n) for part in parts], plane
         self.blocks, self.tiles = len(self.planes), len(self.tile)
-        self.room = max(self.limit, WIDE_LANES)
-        if self.tiles == 1:  # no more than is needed: each thread has its own
+        if self.tiles == 1:  # scratch is no more than is needed: each thread has its own
             self.room = size * max(part.stop - part.start for part in parts)
-        if self.tiles > 1:
+        else:
+            self.room = max(self.limit, WIDE_LANES)
             self.partial = np.empty((4, self.tiles, n, c))
         # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
         inner = c if self.lanes else plane

@@ -1,8 +1,9 @@
 """Running statistics of arrays on the CPU: each batch moves them once, whichever threads and signal handlers call.
 
-There is no lock: a signal handler, or a finaliser, runs between two steps of the Python code that it interrupts, and a
-call made there would wait for ever for what that code holds. New values are computed from what is there, and written in
-a single step in C. That step breaks off before it writes anything if others have written since; then all is done again.
+There is no lock. A signal handler or a finaliser runs between two steps of the Python code that it interrupts: a call
+made there would wait for ever for a lock that this code holds. New values are computed from the present ones, and
+written in a single step in C. If others have written since, that step stops before it writes anything, and all is done
+again.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def warmup(
 def _calls(
     x: Array, activation: str | None, negative_slope: float, residual: Array | None, double_backward: bool
 ) -> list[tuple[str, Callable[[], Any]]]:
-    """Calls on a GPU, with all that they are told apart by."""
+    """The calls to run on a GPU, each with its name."""
     import cupy
 
     def call(use_input_stats: bool, affine: bool) -> None:

@@ -21,10 +21,9 @@ __device__ inline bool has_room(Math squares, Math count) {
     return squares >= LEAST_SQUARES * count && squares <= MOST_SQUARES;
 }
 __device__ inline Math room_for(Math squares) { return squares <= 1 ? 1.2089258e24f : 8.2718061e-25f; }  // 2^80, 2^-80
-__device__ inline Math root_of(Math kept) { return kept > -1 ? kept : kept * 1048576; }
+template <class T> __device__ inline T root_of(Math kept) { return kept > -1 ? (T)kept : (T)kept * 1048576; }
 __device__ inline Accum wide_squares(Math kept) {
-    const Accum root = kept > -1 ? kept : (Accum)kept * 1048576;
-    return kept < 0 ? root * root : kept;
+    return kept < 0 ? root_of<Accum>(kept) * root_of<Accum>(kept) : kept;
 }
 // (In float: a double's root needs registers that the widest variants do not have.)
 __device__ inline Math kept_squares(Accum squares) {
@@ -43,7 +42,7 @@ __device__ inline Math rstd_of(Math kept, Math count, Math eps) {
     return unit < 1 && scaled < 1.4210855e-14f ? denormal(scaled * 5.9029581e20f) : scaled * unit;      // 2^-46, 2^69
 }
 __device__ inline Math variance_of(Math kept, Math count) {
-    return kept < 0 ? root_of(kept) / count * root_of(kept) : kept / count;
+    return kept < 0 ? root_of<Math>(kept) / count * root_of<Math>(kept) : kept / count;
 }
 __device__ inline Math rstd_of(Accum square) {
     const Accum rstd = 1 / sqrt(square);

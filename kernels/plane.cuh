@@ -195,11 +195,6 @@ template <int THREADS, int CHUNKS> struct Packs<REGISTERS, THREADS, CHUNKS> {
     __device__ Packs(Pack*) {}
     __device__ Pack get(int k) const { return pack[k]; }
     __device__ void set(int k, const Pack& p) { pack[k] = p; }
-    // Let the compiler know nothing of the elements: else it would keep them widened between two passes.
-    __device__ void unknown() {
-        #pragma unroll
-        for (int k = 0; k < CHUNKS; k++) unknown_words(pack[k]);
-    }
     template <class F> static __device__ void each(int, F f) {
         #pragma unroll
         for (int k = 0; k < CHUNKS; k++) f(k);
@@ -212,7 +207,6 @@ template <int THREADS, int CHUNKS> struct Packs<SHARED, THREADS, CHUNKS> {
     __device__ Packs(Pack* shared) : slot(shared + threadIdx.x) {}
     __device__ Pack get(int k) const { return slot[k * THREADS]; }
     __device__ void set(int k, const Pack& p) { slot[k * THREADS] = p; }
-    __device__ void unknown() {}
     template <class F> static __device__ void each(int chunks, F f) {
         #pragma unroll READ_AHEAD < 2 && sizeof(Math) == 8 ? 1 : 2
         for (int k = 0; k < chunks; k++) f(k);

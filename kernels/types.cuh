@@ -114,15 +114,6 @@ template <class T> __device__ inline void store_words(T* p, const T& value) {
     } else asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
 }
 __device__ inline void store(Wide* p, const Wide& value) { store_words(p, value); }
-template <class T> __device__ inline void unknown_words(T& value) {
-    if constexpr (sizeof(T) % 4 == 0) {
-        unsigned w[sizeof(T) / 4];
-        memcpy(w, &value, sizeof(T));
-        #pragma unroll
-        for (int i = 0; i < sizeof(T) / 4; i++) asm volatile("" : "+r"(w[i]));
-        memcpy(&value, w, sizeof(T));
-    } else asm volatile("" : "+h"(*(unsigned short*)&value));
-}
 #if V > 1
 __device__ inline void store(Pack* p, const Pack& value) { store_words(p, value); }
 #endif

@@ -46,18 +46,6 @@ size_t place_in_shared(const void* p, size_t size) {
     return a - low;
 }
 
-static float of_bits(uint32_t u) {
-    float f;
-    memcpy(&f, &u, 4);
-    return f;
-}
-
-static uint32_t bits_of(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    return u;
-}
-
 float widen_bfloat16(uint16_t bits) { return of_bits((uint32_t)bits << 16); }
 
 uint16_t narrow_bfloat16(float f) {

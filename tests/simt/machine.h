@@ -121,6 +121,17 @@ Range& check(const void* p, size_t size, size_t alignment);
 size_t place_in_shared(const void* p, size_t size);
 void wait_until(const unsigned* counter, unsigned target, int site);
 
+inline float of_bits(uint32_t u) {
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
+inline uint32_t bits_of(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+
 float widen_float16(uint16_t bits);
 float widen_bfloat16(uint16_t bits);
 // Rounded to nearest even.

@@ -57,7 +57,6 @@ template <class T> inline void store(T* p, T value) {
     simt::check(p, sizeof(T), alignof(T)).written += sizeof(T);
     *p = value;
 }
-template <class T> inline void unknown_words(T&) {}
 template <class T> inline T& in_shared(T* p) {
     if (simt::place_in_shared(p, sizeof(T)) % sizeof(T)) simt::fail("%zu bytes in shared memory are not aligned", sizeof(T));
     return *p;
@@ -66,16 +65,8 @@ template <class T> inline T load_fresh(const T* p) { return load(p); }
 inline float reciprocal_sqrt(float f) { return (float)(1 / std::sqrt((double)f)); }
 inline double reciprocal_sqrt(double d) { return 1 / std::sqrt(d); }
 inline float reciprocal(float f) { return 1 / f; }
-inline unsigned __float_as_uint(float f) {
-    unsigned bits;
-    memcpy(&bits, &f, 4);
-    return bits;
-}
-inline float __uint_as_float(unsigned bits) {
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
+inline unsigned __float_as_uint(float f) { return simt::bits_of(f); }
+inline float __uint_as_float(unsigned bits) { return simt::of_bits(bits); }
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 // The C library has none. Behind 26, where erfc is denormal, the first term of the asymptotic series is exact enough.

@@ -28,7 +28,7 @@ if _config.BOUNDSCHECK:
     raise ImportError("NUMBA_BOUNDSCHECK has numba refuse the addresses that the loops compute")
 
 #: Files of the package that compiled code is made from.
-SOURCES = ("compiling.py", "cpu.py", "scalars.py")
+SOURCES = ("compiling.py", "cpu.py", "moves.py", "scalars.py")
 
 #: Of numba's settings those that change the code, besides processors' names and features, which numba looks at itself.
 SETTINGS = (

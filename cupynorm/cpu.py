@@ -72,6 +72,7 @@ try:
     import numba
 
     from .compiling import INLINE, WITHIN, kept
+    from .moves import Windows, go_through
     from .scalars import (
         SAMPLES,
         activate,
@@ -81,6 +82,7 @@ try:
         line_of,
         memory,
         narrow,
+        own_address,
         prefetch,
         scaled,
         settled,
@@ -245,19 +247,17 @@ class _Work:
     """A call, and how its blocks are shared out. A subclass does the steps.
 
     It sets `blocks`, `tiles` (of each) and `threads`, and has `reduce`, `join`, `apply` and `whole` (all three of a
-    block) for every pass.
+    block) for every pass: of NumPy alone a function, compiled a loop and its arguments.
     """
 
     blocks: int
     tiles: int
     threads: int
 
-    def share(self, step: Callable[..., None], count: int) -> None:
+    def share(self, step: Any, count: int) -> None:
         """step over 0 … count, in parts that the threads share out among themselves."""
 
-    def run(
-        self, reduce: Callable[..., None], join: Callable[..., None], apply: Callable[..., None], whole: Any
-    ) -> None:
+    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
         if self.threads == 1 or self.tiles == 1 or self.blocks >= 4 * self.threads:
             self.share(whole, self.blocks)
         else:
@@ -285,7 +285,7 @@ def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
         if layout.usable:
             at = [_address(a) for a in arrays]
             if not reduce(operator.or_, at) % x.itemsize:
-                return _Compiled(call, layout, tuple(at))
+                return (_Moved if layout.windows else _Compiled)(call, layout, np.array(at))
     return _Interpreted(call, _merged(arrays))
 
 
@@ -1055,9 +1055,9 @@ def half_erfcx(degree: int) -> list[float]:
 # Compiled by numba. In the loops an array is all memory from its first element on, and an offset in elements, unsigned:
 # with signed ones the compiler would have to mind negative indices, and would not use vector instructions.
 #
-# `like` is a sample of the stored type; of `step` (positions are not next to each other), `lanes` (channels are),
-# `inplace` (y is x), `residual` and `training` only whether they are None matters: each combination that is met is
-# compiled for itself, once, and kept on disk.
+# `like` is a sample of the stored type; of `lanes` (channels are side by side), `inplace` (y is x), `residual` and
+# `training` only whether they are None matters: each combination that is met is compiled for itself, once, and kept on
+# disk.
 
 
 def _loop(function: Any) -> Any:
@@ -1073,13 +1073,15 @@ def _kernel(function: Any) -> Any:
 
 
 TILE = 65536  # positions; no less than FORWARD_SHORT
-MOST_RUNS = 65536  # pieces that a plane may consist of: each array has a table of them
+MOST_RUNS = 65536  # pieces that a plane may be read in: each array has a table of them
+LANES_LEAST = 16  # channels side by side: of fewer, or less than a cache line, planes are moved together first
+SPARE = 14  # and where more than one channel in so many is left over from whole half cache lines
 SMALL_TABLE = 2**14  # bytes of such tables up to which many layouts are kept
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
 LANES_PARTIAL = 64
 PAYS = 2**18  # elements from which on a second thread does
 STREAM = 3 * 2**23  # bytes of a result from which on it goes past the caches, which would not keep it
-LONG_RUN = 128  # elements of a run from which on: shorter ones have few whole lines
+LONG_RUN = 128  # elements of a run from which on, for it has few lines in part; planes of shorter ones are moved first
 PLANE_COSTS = 25  # what a plane costs in itself, in elements
 FORWARD_SHORT = 2048  # elements of a plane up to which it is done together with others
 TOGETHER = 64  # short planes at most
@@ -1092,7 +1094,7 @@ PIECES, PIECE = 8, 8  # places in a tile, and elements of each, from which its m
 @_loop
 def _borders(tile, shape):
     """Runs and positions of a tile, and how many elements those are."""
-    _, _, tiles, runs, length, tile_runs, tile_length, _ = shape
+    tiles, runs, length, tile_runs, tile_length = shape[2:7]
     if tiles == 1:
         return 0, runs, 0, length, runs * length
     along = (length + tile_length - 1) // tile_length
@@ -1130,11 +1132,6 @@ def _before(n, c, tile, shape):
 
 
 @_loop
-def _at(offset, i, stride, step):
-    return offset + i if step is None else offset + i * stride
-
-
-@_loop
 def _start(i, n, c, r, places, runs):
     """Where a run of the i-th array begins."""
     return np.uint64(n * places[i, 0] + c * places[i, 1] + runs[i, r])
@@ -1149,34 +1146,33 @@ def _plane(n, c, weight, bias, over, mean, delta, rstd):
 
 
 @_loop
-def _mean_run(x, o, k, lo, hi, step, share, zero):
+def _mean_run(x, o, lo, hi, share, zero):
     """The mean of a few elements, each of which is made smaller first: their sum may be too large."""
     total = zero
     for i in range(lo, hi):
-        total = add(total, widen(x[_at(o, i, k, step)]) * share)
+        total = add(total, widen(x[o + i]) * share)
     return total
 
 
 @_loop
-def _centred_run(x, o, k, lo, hi, step, mean, delta, zero):
+def _centred_run(x, o, lo, hi, mean, delta, zero):
     total = squares = zero
     for i in range(lo, hi):
-        c = (widen(x[_at(o, i, k, step)]) - mean) - delta
+        c = (widen(x[o + i]) - mean) - delta
         total = add(total, c)
         squares = add(squares, c * c)
     return total, squares
 
 
 @_loop
-def _fetch(x, o, lo, hi, step):
+def _fetch(x, o, lo, hi):
     """Have a piece of a run brought near that will be read soon: the processor by itself stops at each page."""
-    if step is None:
-        for i in range(lo, hi, line_of(x[0])):
-            prefetch(x, o + np.uint64(i))
+    for i in range(lo, hi, line_of(x[0])):
+        prefetch(x, o + np.uint64(i))
 
 
 @_loop
-def _centred(x, o, k, run, shape, tile, step, mean, delta, zero):
+def _centred(x, o, run, shape, tile, mean, delta, zero):
     """The sums of a tile's centred values and of their squares."""
     r0, r1, l0, l1, _ = _borders(tile, shape)
     total = squares = 0.0
@@ -1184,8 +1180,8 @@ def _centred(x, o, k, run, shape, tile, step, mean, delta, zero):
         at = np.uint64(o + run[r])
         for lo in range(l0, l1, PARTIAL):
             hi = min(lo + PARTIAL, l1)
-            _fetch(x, at + np.uint64(AHEAD), lo, hi, step)
-            s, q = _centred_run(x, at, k, np.uint64(lo), np.uint64(hi), step, mean, delta, zero)
+            _fetch(x, at + np.uint64(AHEAD), lo, hi)
+            s, q = _centred_run(x, at, np.uint64(lo), np.uint64(hi), mean, delta, zero)
             total += s
             squares += q
     return total, squares
@@ -1199,7 +1195,7 @@ def _spread(i, tile, shape):
 
 
 @_loop
-def _guess(x, o, k, run, shape, tile, step):
+def _guess(x, o, run, shape, tile):
     """The mean of some elements of a tile, which is rarely far from that of all."""
     _, _, l0, l1, _ = _borders(tile, shape)
     size = min(l1 - l0, PIECE)
@@ -1208,7 +1204,7 @@ def _guess(x, o, k, run, shape, tile, step):
         r, lo = _spread(i, tile, shape)
         at = np.uint64(o + run[r])
         for j in range(np.uint64(lo), np.uint64(lo + size)):
-            total = add(total, np.float64(widen(x[_at(at, j, k, step)])))
+            total = add(total, np.float64(widen(x[at + j])))
     return total / (size * PIECES)
 
 
@@ -1242,7 +1238,7 @@ def _wide_moments(x, o, k, run, shape, tile):
 
 
 @_loop
-def _moments(x, o, k, run, shape, tile, step, mean, zero, count, least):
+def _moments(x, o, run, shape, tile, mean, zero, count, least):
     """A tile's mean as a number in computing precision and what is lacking, and its squares about both, from a guess.
 
     sum c**2 - count * delta**2 loses a bit at most where delta is within the deviation. Else the guess was bad, or the
@@ -1252,7 +1248,7 @@ def _moments(x, o, k, run, shape, tile, step, mean, zero, count, least):
     delta = zero
     total = square = excess = 0.0
     for turn in range(3):
-        total, square = _centred(x, o, k, run, shape, tile, step, mean, delta, zero)
+        total, square = _centred(x, o, run, shape, tile, mean, delta, zero)
         excess = total / count
         if not total * excess > 0.5 * square:
             break
@@ -1261,23 +1257,20 @@ def _moments(x, o, k, run, shape, tile, step, mean, zero, count, least):
         elif turn == 1:
             delta = typed(excess, zero)
     if not least * count <= square < math.inf:
-        exact, rest, square = _wide_moments(x, o, k, run, shape, tile)
+        exact, rest, square = _wide_moments(x, o, np.uint64(1), run, shape, tile)
         mean = typed(exact, zero)
         return mean, (exact - mean) + rest, square
     return mean, delta + excess, square - total * excess
 
 
 @_loop
-def _reduce_forward_rows(x, place, run, shape, step, first, last, zero, least, means, deltas, squares):
-    k = np.uint64(place[2])
+def _reduce_forward_rows(x, place, run, shape, first, last, zero, least, means, deltas, squares):
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
         o = n * place[0] + c * place[1]
-        guess = typed(_guess(x, o, k, run, shape, tile, step), zero)
+        guess = typed(_guess(x, o, run, shape, tile), zero)
         count = _borders(tile, shape)[4]
-        means[unit], deltas[unit], squares[unit] = _moments(
-            x, o, k, run, shape, tile, step, guess, zero, count, least
-        )  # fmt: skip
+        means[unit], deltas[unit], squares[unit] = _moments(x, o, run, shape, tile, guess, zero, count, least)
         n, c, tile = _next(n, c, tile, shape)
 
 
@@ -1335,17 +1328,26 @@ def _reduce_forward_lanes(x, place, run, shape, first, last, zero, least, means,
 
 
 @_loop
-def _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
+def _counts(shape):
+    """The elements of each tile."""
+    counts = np.empty(shape[2], np.int64)
+    for tile in range(shape[2]):
+        counts[tile] = _borders(tile, shape)[4]
+    return counts
+
+
+@_loop
+def _join_forward(shape, counts, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
     """Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, means as distances from the first one's."""
-    channels, group, tiles, runs, length = shape[:5]
-    share_of_one = 1 / (runs * length)
+    channels, group, tiles = shape[:3]
+    share_of_one = 1 / shape[8]
     n, c, _ = _locate(first * tiles, shape)
     for owner in range(last - first):
         for j in range(min(group, channels - c)):
             at = owner * tiles * group + j
-            pooled, square, count = deltas[at], squares[at], _borders(0, shape)[4]
+            pooled, square, count = deltas[at], squares[at], counts[0]
             for tile in range(1, tiles):
-                more = _borders(tile, shape)[4]
+                more = counts[tile]
                 share = more / (count + more)
                 distance = (means[at + tile * group] - means[at]) + deltas[at + tile * group] - pooled
                 pooled += distance * share
@@ -1363,24 +1365,22 @@ def _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, 
 
 
 @_loop
-def _result_run(like, x, y, res, offsets, strides, lo, hi, step, residual, act, unit, m, scale, shift):
+def _result_run(like, x, y, res, offsets, lo, hi, residual, act, unit, m, scale, shift):
     """y of a piece of a run of one plane."""
     o0, o1, o2 = offsets
-    k0, k1, k2 = strides
     for i in range(lo, hi):
-        z = scaled(widen(x[_at(o0, i, k0, step)]), unit, m) * scale + shift
+        z = scaled(widen(x[o0 + i]), unit, m) * scale + shift
         if residual is not None:
-            z = z + widen(res[_at(o2, i, k2, step)])
-        y[_at(o1, i, k1, step)] = narrow(activate(z, act), like)
+            z = z + widen(res[o2 + i])
+        y[o1 + i] = narrow(activate(z, act), like)
 
 
 @_loop
 def _apply_forward_rows(
-    like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
+    like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
     weight, bias, over, mean, delta, rstd, follows, piece,
 ):  # fmt: skip
     """Where a plane follows, x is fetched there: reading would idle while this writes."""
-    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     away = np.uint64(places[0, 1])
     streams = shape[7]
     zero = np.uint64(0)
@@ -1397,17 +1397,16 @@ def _apply_forward_rows(
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
                 if follows:
-                    _fetch(x, o0 + away, lo, hi, step)
+                    _fetch(x, o0 + away, lo, hi)
                 if streams:
                     at, size = np.uint64(lo), np.uint64(hi - lo)
                     _result_run(
-                        like, x, piece, res, (o0 + at, zero, o2 + at), (k0, k1, k2), zero, size, None, residual, act,
-                        unit, m, scale, shift,
-                    )  # fmt: skip
+                        like, x, piece, res, (o0 + at, zero, o2 + at), zero, size, residual, act, unit, m, scale, shift
+                    )
                     stream(piece, size, y, o1 + at)
                 else:
                     _result_run(
-                        like, x, y, res, (o0, o1, o2), (k0, k1, k2), np.uint64(lo), np.uint64(hi), step, residual, act,
+                        like, x, y, res, (o0, o1, o2), np.uint64(lo), np.uint64(hi), residual, act,
                         unit, m, scale, shift,
                     )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
@@ -1482,14 +1481,13 @@ def _middle(size):
 
 @_loop
 def _forward_short_rows(
-    like, x, y, res, places, run, shape, step, inplace, residual, act, first, last,
+    like, x, y, res, places, run, shape, inplace, residual, act, first, last,
     eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     """All of the forward for planes so short that what is done once for each counts: it is done for many at a time."""
     size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
     # Planes of 4 x 4 are frequent, and a quarter faster by loops whose length is known.
     origin, sixteen = np.uint64(0), np.uint64(16)
-    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     m, d, q, r, unit, scale, shift = np.zeros((7, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
     exact = np.empty(TOGETHER)
@@ -1502,16 +1500,16 @@ def _forward_short_rows(
         _short_planes(start, planes, shape, places, offsets, over, weight, bias, scale, shift)
         for j in range(planes):
             if size == sixteen:
-                m[j] = _mean_run(x, offsets[0, j], k0, origin, sixteen, step, share_of_some, zero)
+                m[j] = _mean_run(x, offsets[0, j], origin, sixteen, share_of_some, zero)
             else:
-                m[j] = _mean_run(x, offsets[0, j], k0, lo, hi, step, share_of_some, zero)
+                m[j] = _mean_run(x, offsets[0, j], lo, hi, share_of_some, zero)
         for j in range(planes):
             if size == sixteen:
-                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, sixteen, step)
-                d[j], q[j] = _centred_run(x, offsets[0, j], k0, origin, sixteen, step, m[j], zero, zero)
+                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, sixteen)
+                d[j], q[j] = _centred_run(x, offsets[0, j], origin, sixteen, m[j], zero, zero)
             else:
-                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, size, step)
-                d[j], q[j] = _centred_run(x, offsets[0, j], k0, origin, size, step, m[j], zero, zero)
+                _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, size)
+                d[j], q[j] = _centred_run(x, offsets[0, j], origin, size, m[j], zero, zero)
         for j in range(TOGETHER):
             share = d[j] / count
             r[j] = typed(0.5, zero) * q[j] - d[j] * share
@@ -1525,9 +1523,7 @@ def _forward_short_rows(
                     again = True
                     for i in range(TOGETHER):  # slices of arrays take a second to compile
                         exact[i] = -1
-                m[j], d[j], exact[j] = _moments(
-                    x, np.int64(offsets[0, j]), k0, run, shape, 0, step, m[j], zero, shape[4], least
-                )  # fmt: skip
+                m[j], d[j], exact[j] = _moments(x, np.int64(offsets[0, j]), run, shape, 0, m[j], zero, shape[4], least)
                 q[j] = exact[j]
         for j in range(TOGETHER):  # the mean is moved to the number next to it, by Knuth's exact sum
             total = m[j] + d[j]
@@ -1554,34 +1550,36 @@ def _forward_short_rows(
             o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[-1, j]
             if inplace is not None:
                 o1 = o0
-            at, k, values = (o0, o1, o2), (k0, k1, k2), (unit[j], m[j], scale[j], shift[j])
+            at, values = (o0, o1, o2), (unit[j], m[j], scale[j], shift[j])
             if size == sixteen:
-                _result_run(like, x, y, res, at, k, origin, sixteen, step, residual, act, *values)
+                _result_run(like, x, y, res, at, origin, sixteen, residual, act, *values)
             else:
-                _result_run(like, x, y, res, at, k, origin, size, step, residual, act, *values)
+                _result_run(like, x, y, res, at, origin, size, residual, act, *values)
 
 
 @_kernel
-def _forward_tiles(turns, like, at, places, runs, shape, step, lanes, least, means, deltas, squares):
+def _forward_tiles(turns, like, at, places, runs, shape, lanes, least, means, deltas, squares):
     x, group = memory(at[0], like), shape[1]
     first, last = begin(turns)
     while first < last:
-        sums = means[first * group :], deltas[first * group :], squares[first * group :]
+        of = shape[9] + first * group
+        sums = means[of:], deltas[of:], squares[of:]
         if lanes is None:
-            _reduce_forward_rows(x, places[0], runs[0], shape, step, first, last, zero_of(like), least, *sums)
+            _reduce_forward_rows(x, places[0], runs[0], shape, first, last, zero_of(like), least, *sums)
         else:
             _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), least, *sums)
         first, last = end(turns)
+    return own_address()
 
 
 @_kernel
-def _forward_join(shape, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
-    _join_forward(shape, first, last, means, deltas, squares, eps, mean, delta, rstd, variance)
+def _forward_join(shape, counts, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
+    _join_forward(shape, counts, first, last, means, deltas, squares, eps, mean, delta, rstd, variance)
 
 
 @_kernel
 def _forward_results(
-    turns, like, at, places, runs, shape, step, lanes, inplace, residual, act,
+    turns, like, at, places, runs, shape, lanes, inplace, residual, act,
     weight, bias, over, mean, delta, rstd,
 ):  # fmt: skip
     x = memory(at[0], like)
@@ -1592,7 +1590,7 @@ def _forward_results(
     while first < last:
         if lanes is None:
             _apply_forward_rows(
-                like, x, y, res, places, runs, shape, step, inplace, residual, act, first, last,
+                like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
                 weight, bias, over, mean, delta, rstd, False, piece,
             )  # fmt: skip
         else:
@@ -1601,24 +1599,25 @@ def _forward_results(
                 weight, bias, over, mean, delta, rstd,
             )  # fmt: skip
         first, last = end(turns)
+    return own_address()
 
 
 @_kernel
 def _forward_planes(
-    turns, like, at, places, runs, shape, step, lanes, inplace, residual, act,
+    turns, like, at, places, runs, shape, lanes, inplace, residual, act,
     eps, least, weight, bias, over, mean, delta, rstd, variance,
 ):  # fmt: skip
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
     res = memory(at[-1], like)
-    tiles = shape[2]
+    tiles, counts = shape[2], _counts(shape)
     means, deltas, squares = np.empty((3, tiles * shape[1]))
     piece = np.empty(PARTIAL, y.dtype)
     first, last = begin(turns)
     while first < last:
         if lanes is None and shape[3] == 1 and shape[4] <= FORWARD_SHORT:
             _forward_short_rows(
-                like, x, y, res, places, runs[0], shape, step, inplace, residual, act, first, last,
+                like, x, y, res, places, runs[0], shape, inplace, residual, act, first, last,
                 eps, least, weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), variance.ravel(),
             )  # fmt: skip
             last = first
@@ -1626,17 +1625,15 @@ def _forward_planes(
             u0, u1 = owner * tiles, (owner + 1) * tiles
             follows = owner + 1 < last and shape[3] * shape[4] <= NEAR
             if lanes is None:
-                _reduce_forward_rows(
-                    x, places[0], runs[0], shape, step, u0, u1, zero_of(like), least, means, deltas, squares
-                )
+                _reduce_forward_rows(x, places[0], runs[0], shape, u0, u1, zero_of(like), least, means, deltas, squares)
             else:
                 _reduce_forward_lanes(
                     x, places[0], runs[0], shape, u0, u1, zeros_of(like), least, means, deltas, squares
                 )
-            _join_forward(shape, owner, owner + 1, means, deltas, squares, eps, mean, delta, rstd, variance)
+            _join_forward(shape, counts, owner, owner + 1, means, deltas, squares, eps, mean, delta, rstd, variance)
             if lanes is None:
                 _apply_forward_rows(
-                    like, x, y, res, places, runs, shape, step, inplace, residual, act, u0, u1,
+                    like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
                     weight, bias, over, mean, delta, rstd, follows, piece,
                 )  # fmt: skip
             else:
@@ -1645,6 +1642,7 @@ def _forward_planes(
                     weight, bias, over, mean, delta, rstd,
                 )  # fmt: skip
         first, last = end(turns)
+    return own_address()
 
 
 @_loop
@@ -1658,16 +1656,12 @@ def _gradient_at(x, dy, res, o0, o2, o3, residual, act, unit, m, scale, shift):
 
 
 @_loop
-def _sums_run(x, dy, res, offsets, strides, lo, hi, step, residual, act, zero, unit, m, scale, shift):
+def _sums_run(x, dy, res, offsets, lo, hi, residual, act, zero, unit, m, scale, shift):
     """Sums of g and of g times what is centred, of a piece of a run of one plane."""
     o0, o2, o3 = offsets
-    k0, k2, k3 = strides
     total = dot = zero
     for i in range(lo, hi):
-        g, centred = _gradient_at(
-            x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-            residual, act, unit, m, scale, shift,
-        )  # fmt: skip
+        g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, shift)
         total = add(total, g)
         dot = add(dot, g * centred)
     return total, dot
@@ -1675,11 +1669,10 @@ def _sums_run(x, dy, res, offsets, strides, lo, hi, step, residual, act, zero, u
 
 @_loop
 def _reduce_backward_rows(
-    like, x, dy, res, places, runs, shape, step, residual, act, first, last,
+    like, x, dy, res, places, runs, shape, residual, act, first, last,
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     zero = zero_of(like)
-    k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[-2, 2])
     n, c, tile = _locate(first, shape)
     for unit in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
@@ -1691,10 +1684,10 @@ def _reduce_backward_rows(
             o3 = _start(-2, n, c, r, places, runs)
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
-                _fetch(x, o0 + np.uint64(AHEAD), lo, hi, step)
-                _fetch(dy, o2 + np.uint64(AHEAD), lo, hi, step)
+                _fetch(x, o0 + np.uint64(AHEAD), lo, hi)
+                _fetch(dy, o2 + np.uint64(AHEAD), lo, hi)
                 s, q = _sums_run(
-                    x, dy, res, (o0, o2, o3), (k0, k2, k3), np.uint64(lo), np.uint64(hi), step, residual, act, zero,
+                    x, dy, res, (o0, o2, o3), np.uint64(lo), np.uint64(hi), residual, act, zero,
                     u, m, scale, shift,
                 )  # fmt: skip
                 total += s
@@ -1765,7 +1758,7 @@ def _join_backward(shape, first, last, totals, dots, mean, delta, rstd, sum_g, s
 @_loop
 def _slope_and_constant(shape, unit, r, delta, sum_g, sum_g_xhat):
     """dx = (g + (centred * slope + constant)) * scale * unit, with rstd as r in the unit."""
-    count = typed(shape[3] * shape[4], r)
+    count = typed(shape[8], r)
     slope = -(sum_g_xhat / count * r)
     return slope, -(sum_g / count) - delta * unit * slope
 
@@ -1778,31 +1771,25 @@ def _slopes(n, c, shape, mean, delta, rstd, sum_g, sum_g_xhat):
 
 @_loop
 def _gradient_run(
-    like, x, dx, dy, res, dres, offsets, strides, lo, hi, step, residual, act, training,
+    like, x, dx, dy, res, dres, offsets, lo, hi, residual, act, training,
     unit, m, scale, shift, slope, constant,
 ):  # fmt: skip
     """dx, and a residual's gradient, of a piece of a run of one plane."""
     o0, o1, o2, o3, o4 = offsets
-    k0, k1, k2, k3, k4 = strides
     for i in range(lo, hi):
-        g, centred = _gradient_at(
-            x, dy, res, _at(o0, i, k0, step), _at(o2, i, k2, step), _at(o3, i, k3, step),
-            residual, act, unit, m, scale, shift,
-        )  # fmt: skip
+        g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, shift)
         if residual is not None:
-            dres[_at(o4, i, k4, step)] = narrow(g, like)
+            dres[o4 + i] = narrow(g, like)
         if training is not None:
             g = g + (centred * slope + constant)
-        dx[_at(o1, i, k1, step)] = narrow(g * scale * unit, like)
+        dx[o1 + i] = narrow(g * scale * unit, like)
 
 
 @_loop
 def _apply_backward_rows(
-    like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
+    like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
 ):  # fmt: skip
-    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
-    k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
     away, away2 = np.uint64(places[0, 1]), np.uint64(places[2, 1])
     streams = shape[7]
     zero = np.uint64(0)
@@ -1820,20 +1807,20 @@ def _apply_backward_rows(
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
                 if follows:
-                    _fetch(x, o0 + away, lo, hi, step)
-                    _fetch(dy, o2 + away2, lo, hi, step)
+                    _fetch(x, o0 + away, lo, hi)
+                    _fetch(dy, o2 + away2, lo, hi)
                 if streams:
                     at, size = np.uint64(lo), np.uint64(hi - lo)
                     _gradient_run(
-                        like, x, piece, dy, res, dres, (o0 + at, zero, o2 + at, o3 + at, o4 + at),
-                        (k0, k1, k2, k3, k4), zero, size, None, residual, act, training,
+                        like, x, piece, dy, res, dres, (o0 + at, zero, o2 + at, o3 + at, o4 + at), zero, size,
+                        residual, act, training,
                         unit, m, scale, shift, slope, constant,
                     )  # fmt: skip
                     stream(piece, size, dx, o1 + at)
                 else:
                     _gradient_run(
-                        like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), (k0, k1, k2, k3, k4),
-                        np.uint64(lo), np.uint64(hi), step, residual, act, training,
+                        like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), np.uint64(lo), np.uint64(hi),
+                        residual, act, training,
                         unit, m, scale, shift, slope, constant,
                     )  # fmt: skip
         n, c, tile = _before(n, c, tile, shape)
@@ -1878,14 +1865,12 @@ def _apply_backward_lanes(
 
 @_loop
 def _backward_short_rows(
-    like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
+    like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     """All of the backward for short planes, as _forward_short_rows."""
     size, zero = np.uint64(shape[4]), zero_of(like)
     origin, sixteen = np.uint64(0), np.uint64(16)  # as there
-    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
-    k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
     unit, m, d, r, scale, shift, total, dot = np.zeros((8, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
     most = _at_a_time(size)
@@ -1900,14 +1885,14 @@ def _backward_short_rows(
             scale[j] *= r[j]
             shift[j] -= d[j] * unit[j] * scale[j]
         for j in range(planes):
-            at, k = (offsets[0, j], offsets[2, j], offsets[-2, j]), (k0, k2, k3)
+            at = offsets[0, j], offsets[2, j], offsets[-2, j]
             values = unit[j], m[j], scale[j], shift[j]
             if size == sixteen:  # for longer ones the processor reads ahead well enough by itself
-                _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen, step)
-                _fetch(dy, at[1] + np.uint64(AHEAD), origin, sixteen, step)
-                total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, sixteen, step, residual, act, zero, *values)
+                _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen)
+                _fetch(dy, at[1] + np.uint64(AHEAD), origin, sixteen)
+                total[j], dot[j] = _sums_run(x, dy, res, at, origin, sixteen, residual, act, zero, *values)
             else:
-                total[j], dot[j] = _sums_run(x, dy, res, at, k, origin, size, step, residual, act, zero, *values)
+                total[j], dot[j] = _sums_run(x, dy, res, at, origin, size, residual, act, zero, *values)
         for j in range(TOGETHER):
             dot[j] = (dot[j] - total[j] * (d[j] * unit[j])) * r[j]
         for j in range(planes):
@@ -1915,28 +1900,29 @@ def _backward_short_rows(
         for j in range(TOGETHER):
             dot[j], total[j] = _slope_and_constant(shape, unit[j], r[j], d[j], total[j], dot[j])
         for j in range(planes):
-            at, k = (offsets[0, j], offsets[1, j], offsets[2, j], offsets[-2, j], offsets[-1, j]), (k0, k1, k2, k3, k4)
+            at = offsets[0, j], offsets[1, j], offsets[2, j], offsets[-2, j], offsets[-1, j]
             values = unit[j], m[j], scale[j], shift[j], dot[j], total[j]
-            arrays, kinds = (like, x, dx, dy, res, dres), (step, residual, act, training)
+            arrays, kinds = (like, x, dx, dy, res, dres), (residual, act, training)
             if size == sixteen:
-                _gradient_run(*arrays, at, k, origin, sixteen, *kinds, *values)
+                _gradient_run(*arrays, at, origin, sixteen, *kinds, *values)
             else:
-                _gradient_run(*arrays, at, k, origin, size, *kinds, *values)
+                _gradient_run(*arrays, at, origin, size, *kinds, *values)
 
 
 @_kernel
 def _backward_tiles(
-    turns, like, at, places, runs, shape, step, lanes, residual, act,
+    turns, like, at, places, runs, shape, lanes, residual, act,
     weight, bias, over, mean, delta, rstd, totals, dots,
 ):  # fmt: skip
     x, dy, res = memory(at[0], like), memory(at[2], like), memory(at[-2], like)
     group = shape[1]
     first, last = begin(turns)
     while first < last:
-        sums = totals[first * group :], dots[first * group :]
+        of = shape[9] + first * group
+        sums = totals[of:], dots[of:]
         if lanes is None:
             _reduce_backward_rows(
-                like, x, dy, res, places, runs, shape, step, residual, act, first, last,
+                like, x, dy, res, places, runs, shape, residual, act, first, last,
                 weight, bias, over, mean, delta, rstd, *sums,
             )  # fmt: skip
         else:
@@ -1945,6 +1931,7 @@ def _backward_tiles(
                 weight, bias, over, mean, delta, rstd, *sums,
             )  # fmt: skip
         first, last = end(turns)
+    return own_address()
 
 
 @_kernel
@@ -1954,7 +1941,7 @@ def _backward_join(shape, first, last, totals, dots, mean, delta, rstd, sum_g, s
 
 @_kernel
 def _backward_results(
-    turns, like, at, places, runs, shape, step, lanes, residual, act, training,
+    turns, like, at, places, runs, shape, lanes, residual, act, training,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
@@ -1964,7 +1951,7 @@ def _backward_results(
     while first < last:
         if lanes is None:
             _apply_backward_rows(
-                like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, first, last,
+                like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
                 weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, False, piece,
             )  # fmt: skip
         else:
@@ -1973,11 +1960,12 @@ def _backward_results(
                 weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
             )  # fmt: skip
         first, last = end(turns)
+    return own_address()
 
 
 @_kernel
 def _backward_planes(
-    turns, like, at, places, runs, shape, step, lanes, residual, act, training,
+    turns, like, at, places, runs, shape, lanes, residual, act, training,
     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
@@ -1989,7 +1977,7 @@ def _backward_planes(
     while first < last:
         if lanes is None and shape[3] == 1 and shape[4] <= BACKWARD_SHORT:
             _backward_short_rows(
-                like, x, dx, dy, res, dres, places, shape, step, residual, act, training, first, last,
+                like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
                 weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), sum_g.ravel(), sum_g_xhat.ravel(),
             )  # fmt: skip
             last = first
@@ -1998,7 +1986,7 @@ def _backward_planes(
             follows = owner + 1 < last and shape[3] * shape[4] <= NEAR
             if lanes is None:
                 _reduce_backward_rows(
-                    like, x, dy, res, places, runs, shape, step, residual, act, u0, u1,
+                    like, x, dy, res, places, runs, shape, residual, act, u0, u1,
                     weight, bias, over, mean, delta, rstd, totals, dots,
                 )  # fmt: skip
             else:
@@ -2009,7 +1997,7 @@ def _backward_planes(
             _join_backward(shape, owner, owner + 1, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
             if lanes is None:
                 _apply_backward_rows(
-                    like, x, dx, dy, res, dres, places, runs, shape, step, residual, act, training, u0, u1,
+                    like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
                     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
                 )  # fmt: skip
             else:
@@ -2018,6 +2006,7 @@ def _backward_planes(
                     weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
                 )  # fmt: skip
         first, last = end(turns)
+    return own_address()
 
 
 class _Layout:
@@ -2025,42 +2014,61 @@ class _Layout:
 
     The arrays are x and y, then a residual; or, backward, x, dx and dy, then a residual and its gradient. The loops
     count a residual's from the end, where without one some array is too.
+
+    Planes in one piece, or in long ones, are read where they lie, and channels side by side (`lanes`) too; others are
+    moved together first, in `windows`.
     """
 
     def __init__(self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], backward: bool):
         itemsize = dtype.itemsize
-        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
-        arrays = _merged(stand_ins)
-        n, c, *outer, length = arrays[0].shape
-        runs, plane = math.prod(outer), math.prod(outer) * length
-        self.usable = runs <= MOST_RUNS and all(s % itemsize == 0 for a in arrays for s in a.strides)
+        self.like: Any = SAMPLES[dtype.name]
+        self.usable = all(step % itemsize == 0 for each in strides for step in each)
         if not self.usable:
             return
-        rows = all(a.strides[-1] == itemsize or length == 1 for a in arrays)
-        lanes = not rows and c > 1 and all(a.strides[1] == itemsize for a in arrays)
-        self.residual = True if len(arrays) == (5 if backward else 3) else None
-        places = np.array([[a.strides[i] // itemsize for i in (0, 1, -1)] for a in arrays], np.int64)
-        table = np.zeros((len(arrays), runs), np.int64)
-        for axis, size in enumerate(outer, 2):
-            offsets = np.array([np.arange(size) * (a.strides[axis] // itemsize) for a in arrays])
-            inner = math.prod(outer[axis - 1 :])
-            table += np.tile(np.repeat(offsets, inner, 1), runs // (size * inner))
-        self.alike = strides[0] == strides[1]  # of x and y
-        group, positions = 1, TILE
-        if lanes:
-            group = min(c, max(16, 2 * TILE // plane // 16 * 16), 256)
-            positions = plane if plane * group <= 2 * TILE else max(TILE // group, 1)
-        tile_length = min(length, positions)
-        tile_runs = min(max(positions // length, 1), runs)
-        self.tiles = -(-length // tile_length) * -(-runs // tile_runs)
+        # Positions are taken in the order in which they lie in x.
+        order = sorted(range(2, len(shape)), key=lambda axis: -abs(strides[0][axis]))
+        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
+        arrays = _merged([each.transpose(0, 1, *order) for each in stand_ins])
+        n, c, *outer, length = arrays[0].shape
+        runs, plane = math.prod(outer), math.prod(outer) * length
+        steps = [[step // itemsize for step in a.strides] for a in arrays]
+        rows = all(each[-1] == 1 or length == 1 for each in steps) and (runs == 1 or length >= LONG_RUN)
+        line = max(LANES_LEAST, 64 // itemsize)
+        lanes = not rows and c >= line and c % (line // 2) * SPARE <= c and all(each[1] == 1 for each in steps)
+        group, positions, streams, sums = 1, TILE, False, 0
+        table = np.zeros((len(arrays), 1), np.int64)
+        self.windows: Windows | None = None
+        if (rows or lanes) and runs <= MOST_RUNS:
+            for axis, size in enumerate(outer, 2):
+                further = np.arange(size) * np.array([[each[axis]] for each in steps])
+                table = (table[:, :, None] + further[:, None]).reshape(len(arrays), -1)
+            if lanes:
+                group = min(c, max(line, 2 * TILE // plane // line * line), 256)
+                group = max(group, -(-c // ((4 * c + 3 * group) // (4 * group))))  # rather than a quarter by itself
+                positions = plane if plane * group <= 2 * TILE else max(TILE // group, 1)
+            else:
+                streams = length >= LONG_RUN and n * c * plane * itemsize >= STREAM
+            tile_length = min(length, positions)
+            tile_runs = min(max(positions // length, 1), runs)
+            grid = [(runs, tile_runs), (length, tile_length)]
+        else:
+            self.windows = Windows(self.like, [n, c, *outer, length], steps)
+            lanes, sums = False, n * c
+            runs, tile_runs, length, tile_length = 1, 1, plane, plane
+            grid = [*zip(self.windows.shape, self.windows.extents, strict=True)][2:]
+        self.counts = np.ones(1, np.int64)  # elements of each tile
+        for size, extent in grid:
+            of_axis = np.minimum(extent, size - np.arange(0, size, extent))
+            self.counts = np.multiply.outer(self.counts, of_axis).ravel()
+        self.tiles = len(self.counts)
         self.blocks = n * -(-c // group)
-        self.group = group
-        self.lanes = lanes
-        self.streams = rows and length >= LONG_RUN and n * c * plane * itemsize >= STREAM
-        self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(self.streams))
+        self.group, self.lanes = group, lanes
+        self.residual = True if len(arrays) == (5 if backward else 3) else None
+        self.alike = self.windows is None and strides[0] == strides[1]  # x and y
+        self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(streams), plane, sums)
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
-        self.like = SAMPLES[dtype.name]
-        self.where = (places, table, self.shape, None if rows else True, True if lanes else None)
+        places = np.array([[each[i] for i in (0, 1, -1)] for each in steps], np.int64)
+        self.where = (places, table, self.shape, True if lanes else None)
 
 
 @lru_cache(maxsize=1024)
@@ -2085,12 +2093,11 @@ _nothing = cache(lambda dtype: np.empty((0, 0), dtype))
 class _Compiled(_Work):
     """The steps as compiled loops over planes; of lanes, over groups of channels."""
 
-    def __init__(self, call: Saved, layout: _Layout, addresses: tuple[int, ...]):
+    def __init__(self, call: Saved, layout: _Layout, addresses: np.ndarray):
         self.call, self.layout = call, layout
         self.blocks, self.tiles = layout.blocks, layout.tiles
         self.threads = get_num_threads() if layout.pays else 1
-        if self.tiles > 1:
-            self.partial = np.empty((3, self.blocks * self.tiles * layout.group))
+        self.partial = np.empty((3, self.blocks * self.tiles * layout.group if self.tiles > 1 else 0))
         self.where = (layout.like, addresses, *layout.where)
         self.dtype = dtype = call.rstd.dtype
         # A value whose type tells the loops which activation it is.
@@ -2119,11 +2126,14 @@ class _Compiled(_Work):
             over += (0, 1) if array.ndim == 1 else (given.shape[1], 1)
         return *flat, over
 
-    def share(self, step: Callable[..., None], count: int) -> None:
+    def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         """The loops take the parts themselves: a helper that comes late, or a thread that is slow, takes fewer."""
+        loop, rest = step
         parts = 1 if self.threads == 1 else min(count, 8 * self.threads)
         turns = turns_of(count, parts, self.threads)
-        share(lambda _, who: step((turns, who)), parts, self.threads, lambda: bool(settled(turns)))
+        share(
+            lambda _, who: loop((turns, who), *self.where, *rest), parts, self.threads, lambda: bool(settled(turns))
+        )  # fmt: skip
 
     def __str__(self) -> str:
         if self.layout.lanes:
@@ -2132,54 +2142,78 @@ class _Compiled(_Work):
 
     # Forward
 
-    def _begin(self) -> None:
-        layout, at = self.layout, self.where[1]
-        self.options: tuple[Any, ...] = (True if layout.alike and at[0] == at[1] else None, layout.residual, self.act)
+    def _kind(self) -> tuple[Any, ...]:
+        at = self.where[1]
+        return (True if self.layout.alike and at[0] == at[1] else None, self.layout.residual, self.act)
 
     def forward(self, eps: float, variance: np.ndarray | None) -> None:
-        self._begin()
-        self.eps, self.variance = eps, _nothing(self.dtype) if variance is None else variance
-        self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
+        kind, least = self._kind(), _least(eps)
+        variance = _nothing(self.dtype) if variance is None else variance
+
+        def join(first: int, last: int) -> None:
+            shape, counts = self.layout.shape, self.layout.counts
+            _forward_join(shape, counts, first, last, *self.partial, eps, *self.planes[3:], variance)
+
+        self.run(
+            (_forward_tiles, (least, *self.partial)), join, (_forward_results, (*kind, *self.planes)),
+            (_forward_planes, (*kind, eps, least, *self.planes, variance)),
+        )  # fmt: skip
 
     def evaluate(self) -> None:
-        self._begin()
-        self.share(self.apply_forward, self.blocks * self.tiles)
-
-    def reduce_forward(self, turns: Any) -> None:
-        _forward_tiles(turns, *self.where, _least(self.eps), *self.partial)
-
-    def join_forward(self, first: int, last: int) -> None:
-        _forward_join(self.layout.shape, first, last, *self.partial, self.eps, *self.planes[3:], self.variance)
-
-    def apply_forward(self, turns: Any) -> None:
-        _forward_results(turns, *self.where, *self.options, *self.planes)
-
-    def whole_forward(self, turns: Any) -> None:
-        _forward_planes(
-            turns, *self.where, *self.options, self.eps, _least(self.eps), *self.planes, self.variance
-        )  # fmt: skip
+        self.share((_forward_results, (*self._kind(), *self.planes)), self.blocks * self.tiles)
 
     # Backward
 
     def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        self.options = (self.layout.residual, self.act)
-        self.training = True if self.call.training else None
-        self.sums = (sum_g, sum_g_xhat)
-        self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
+        kind, sums = (self.layout.residual, self.act), (sum_g, sum_g_xhat)
+        training = True if self.call.training else None
 
-    def reduce_backward(self, turns: Any) -> None:
-        _backward_tiles(turns, *self.where, *self.options, *self.planes, *self.partial[:2])
+        def join(first: int, last: int) -> None:
+            _backward_join(self.layout.shape, first, last, *self.partial[:2], *self.planes[3:], *sums)
 
-    def join_backward(self, first: int, last: int) -> None:
-        _backward_join(self.layout.shape, first, last, *self.partial[:2], *self.planes[3:], *self.sums)
-
-    def apply_backward(self, turns: Any) -> None:
-        _backward_results(turns, *self.where, *self.options, self.training, *self.planes, *self.sums)
-
-    def whole_backward(self, turns: Any) -> None:
-        _backward_planes(
-            turns, *self.where, *self.options, self.training, *self.planes, *self.sums
+        results = (*kind, training, *self.planes, *sums)
+        self.run(
+            (_backward_tiles, (*kind, *self.planes, *self.partial[:2])), join, (_backward_results, results),
+            (_backward_planes, results),
         )  # fmt: skip
+
+
+class _Moved(_Compiled):
+    """Planes are moved together, a window of them at a time, and what comes of them is moved to its place.
+
+    In a window they have the numbers that they have in the arrays: the loops get addresses as if all the others lay
+    around them. Planes that are too large for a window are added up tile by tile first.
+    """
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, moved together first"
+
+    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
+        if self.tiles == 1:
+            self.share(whole, self.blocks)
+            return
+        self.share(reduce, self.blocks * self.tiles)
+        # The sums of a tile of all planes lie together, but a plane's are joined.
+        self.partial = self.partial.reshape(3, self.tiles, -1).transpose(0, 2, 1).reshape(3, -1)
+        join(0, self.blocks)
+        self.share(apply, self.blocks * self.tiles)
+
+    def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
+        loop, rest = step
+        like, addresses, _, runs, shape, _ = self.where
+        windows = self.layout.windows
+        assert windows is not None
+        boxes = windows.boxes(self.threads)
+        address = loop((turns_of(0, 0, 1), 0), *self.where, *rest)
+        number = len(boxes.table)
+        turns = turns_of(number, number, self.threads)
+        writes = loop not in (_forward_tiles, _backward_tiles)
+
+        def work(_: Iterator[int], who: int) -> None:
+            room = np.empty(len(addresses) * windows.room, like.dtype)
+            go_through((turns, who), address, writes, like, addresses, room, boxes, runs, shape, rest)
+
+        share(work, number, self.threads, lambda: bool(settled(turns)))
 
 
 class _Rehearsal(_Compiled):
@@ -2191,12 +2225,20 @@ class _Rehearsal(_Compiled):
         self.partial = np.empty((3, 0))
         self.steps: list[Callable[[], Any]] = [partial(settled, turns_of(0, 0, 1))]
 
-    def share(self, step: Callable[..., None], count: int) -> None:
-        self.steps.append(partial(step, (turns_of(0, 0, 1), 0)))
+    def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
+        loop, rest = step
+        turns = turns_of(0, 0, 1), 0
+        self.steps.append(partial(loop, turns, *self.where, *rest))
+        windows = self.layout.windows
+        if windows is not None:
+            like, addresses, _, runs, shape, _ = self.where
+            room = np.empty(0, like.dtype)
+            self.steps.extend(windows.rehearsals())
+            self.steps.append(
+                lambda: go_through(turns, 0, True, like, addresses, room, windows.boxes(1), runs, shape, rest)
+            )
 
-    def run(
-        self, reduce: Callable[..., None], join: Callable[..., None], apply: Callable[..., None], whole: Any
-    ) -> None:
+    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
         self.steps.append(partial(join, 0, 0))
         for step in (reduce, apply, whole):
             self.share(step, 0)

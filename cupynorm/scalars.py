@@ -12,6 +12,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
 from .compiling import INLINE, WITHIN, kept
@@ -37,6 +38,39 @@ def _pointer(typingctx, address, like):
 def memory(address, like):
     """All memory from an address on, as an array of like's type; offsets below 0 are unsigned numbers that wrap."""
     return numba.carray(_pointer(address, like), 1 << 40)
+
+
+@intrinsic
+def own_address(typingctx):
+    """Where the compiled function is that asks."""
+
+    def generate(context, builder, signature, args):
+        return builder.ptrtoint(builder.function, ir.IntType(64))
+
+    return types.int64(), generate
+
+
+@intrinsic
+def call(typingctx, address, arguments):
+    """Call the compiled function at an address: one that returns where it is, and takes arguments of these types.
+
+    To call it by its name, the compiler would take all of it into the caller, and compile it once more.
+    """
+    kinds = tuple(types.unliteral(kind) for kind in arguments.types)
+
+    def generate(context, builder, signature, args):
+        kind = context.call_conv.get_function_type(types.int64, kinds)
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        values = [
+            context.cast(builder, value, *pair)
+            for value, *pair in zip(cgutils.unpack_tuple(builder, args[1]), signature.args[1].types, kinds, strict=True)
+        ]
+        status, result = context.call_conv.call_function(builder, function, types.int64, kinds, values)
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return result
+
+    return types.int64(types.int64, arguments), generate
 
 
 @intrinsic
@@ -69,6 +103,77 @@ def _put_line(typingctx, array, index, source, at):
         return context.get_dummy_value()
 
     return types.none(array, index, source, at), generate
+
+
+def _copy(size):
+    """Compiled (target, p, source, o): so many bytes from source[o] on are copied to target[p]."""
+
+    @intrinsic
+    def copy(typingctx, target, p, source, o):
+        def generate(context, builder, signature, args):
+            kind = ir.VectorType(ir.IntType(8), size).as_pointer()
+            target, source = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2))
+            target, source = builder.gep(target, [args[1]]), builder.gep(source, [args[3]])
+            builder.store(builder.load(builder.bitcast(source, kind), align=1), builder.bitcast(target, kind), align=1)
+            return context.get_dummy_value()
+
+        return types.none(target, p, source, o), generate
+
+    return copy
+
+
+_copy_32, _copy_8 = _copy(32), _copy(8)
+
+
+def transposition(size):
+    """Compiled (source, o, apart, target, p, width): size x size elements, in rows `apart` in the source, are written
+    as columns of rows that are `width` apart in the target."""
+
+    @intrinsic
+    def transpose(typingctx, source, o, apart, target, p, width):
+        def generate(context, builder, signature, args):
+            source, target = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3))
+            kind = ir.VectorType(source.type.pointee, size).as_pointer()
+
+            def row(memory, start, step, i):
+                index = builder.add(start, builder.mul(step, step.type(i)))
+                return builder.bitcast(builder.gep(memory, [index]), kind)
+
+            rows = [builder.load(row(source, args[1], args[2], i), align=1) for i in range(size)]
+            far = size // 2
+            while far:  # in squares of twice this size, the two that lie across from each other change places
+                lower = [j if not j & far else size + j - far for j in range(size)]
+                upper = [j + far if not j & far else size + j for j in range(size)]
+                masks = [ir.Constant(ir.VectorType(ir.IntType(32), size), mask) for mask in (lower, upper)]
+                for i in range(size):
+                    if not i & far:
+                        pair = rows[i], rows[i + far]
+                        rows[i], rows[i + far] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+                far //= 2
+            for i, value in enumerate(rows):
+                builder.store(value, row(target, args[4], args[5], i), align=1)
+            return context.get_dummy_value()
+
+        return types.none(source, o, apart, target, p, width), generate
+
+    return transpose
+
+
+@numba.njit(**INLINE)
+def copy_row(a, o, b, p, size):
+    """Copy elements that lie together from a[o] on to b[p]: several at a time, the last of them perhaps twice."""
+    wide, narrow = np.uint64(32 // a.itemsize), np.uint64(8 // a.itemsize)
+    if size >= wide:
+        for i in range(np.uint64(0), size - wide, wide):
+            _copy_32(b, p + i, a, o + i)
+        _copy_32(b, p + size - wide, a, o + size - wide)
+    elif size >= narrow:
+        for i in range(np.uint64(0), size - narrow, narrow):
+            _copy_8(b, p + i, a, o + i)
+        _copy_8(b, p + size - narrow, a, o + size - narrow)
+    else:
+        for i in range(size):
+            b[p + i] = a[o + i]
 
 
 @numba.njit(**WITHIN)
@@ -120,7 +225,7 @@ def _bits(typingctx, value):
 # own, counted in a line of its own too, and goes on to those of others: what a core's caches have from the last call it
 # then need not fetch from another core's. A thread's turns are these numbers and its own number.
 
-BEGUN, PARTS, COUNT, ENDED, RANGES = 0, 1, 2, 8, 16
+BEGUN, PARTS, COUNT, FIRST, ENDED, RANGES = 0, 1, 2, 3, 8, 16
 PATIENCE = 20_000  # looks at a counter, some 20 microseconds
 
 
@@ -141,10 +246,10 @@ def _atomic(operation):
 _add_to, _exchange = _atomic("add"), _atomic("xchg")
 
 
-def turns_of(count, parts, threads):
-    """The numbers for a call of so many things to do, in so many parts, by so many threads."""
+def turns_of(count, parts, threads, first=0):
+    """The numbers for a call of so many things to do, from the first on, in so many parts, by so many threads."""
     numbers = np.zeros(RANGES + 8 * threads, np.int64)
-    numbers[PARTS], numbers[COUNT] = parts, count
+    numbers[PARTS], numbers[COUNT], numbers[FIRST] = parts, count, first
     return numbers
 
 
@@ -152,15 +257,15 @@ def turns_of(count, parts, threads):
 def begin(turns):
     """Take a part: the first thing to do and the one after the last, which are the same where no part is left."""
     numbers, who = turns
-    parts, count, ranges = numbers[PARTS], numbers[COUNT], (len(numbers) - RANGES) // 8
+    parts, count, first, ranges = numbers[PARTS], numbers[COUNT], numbers[FIRST], (len(numbers) - RANGES) // 8
     if _add_to(numbers, BEGUN, 1) >= parts:
-        return count, count
+        return first, first
     while True:  # one is left for everybody who was counted in
         who %= ranges
         part = parts * who // ranges + _add_to(numbers, RANGES + 8 * who, 1)
         who += 1
         if part < parts * who // ranges:
-            return count * part // parts, count * (part + 1) // parts
+            return first + count * part // parts, first + count * (part + 1) // parts
 
 
 @numba.njit(**WITHIN)

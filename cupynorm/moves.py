@@ -1,0 +1,355 @@
+"""Planes moved together: from where they lie in an array to a window, one after the other, and back.
+
+What moves is a box: whole planes, or a tile of some. The loops are compiled by numba. NumPy's own copies go along the
+axis whose elements are closest together where they write, which for results of three channels side by side makes loops
+of three.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+
+from .compiling import INLINE, kept
+from .scalars import (
+    BEGUN,
+    COUNT,
+    ENDED,
+    FIRST,
+    PARTS,
+    RANGES,
+    begin,
+    call,
+    copy_row,
+    end,
+    line_of,
+    memory,
+    own_address,
+    transposition,
+)
+
+NOTHING = np.zeros((3, 3), np.int64)  # axes of no box
+FEW = 3  # rows side by side up to which they have loops of their own,
+NEAR = 8  # and elements from one of a row to the next
+AT_A_TIME = 4096  # elements of rows that lie between each other: as many of each are moved as are in so many
+WINDOW = 2**18  # bytes that an array's window has, so that several stay in the second cache,
+LARGER = 4  # or so many times as many for it to hold whole planes: they are moved once then, not once for their sums
+KEPT = 128  # boxes, about 15 KB, up to which they are kept for the next call
+FAIR = 2**14  # elements of a window below which it does not pay to give a thread more windows
+
+
+class Boxes(NamedTuple):
+    """All boxes of a call, as `go_through` reads them; of a kind are boxes of the same size, and there is at least one.
+
+    A row of the table has the first plane (they are numbered from sample to sample), the tile, the kind, the tile's
+    first position; and, in elements, where the box begins in each array.
+    """
+
+    table: np.ndarray
+    planes: np.ndarray  # of each kind: into how many parts of consecutive planes it falls, how many those are
+    sizes: np.ndarray  # elements of a plane, or of a tile
+    places: np.ndarray  # and for each array: steps from sample to sample and from plane to plane where the loops go
+    moves: np.ndarray  # addresses of what moves it to the window and back, 0 where it stays
+    axes: np.ndarray  # what those go along, as `_move` takes it
+
+
+class Windows:
+    """How arrays of a shape (N, C, *spatial), all axes merged that can be, are cut into boxes.
+
+    Planes too large for a window are cut into tiles, each the same part of a plane: where that does for the cache lines
+    of all arrays, a part in one piece. Arrays with planes in one piece then need not be moved.
+
+    Args:
+        like: a sample of what elements are stored as.
+        shape: of the arrays.
+        steps: of each array, in elements, for each axis.
+    """
+
+    def __init__(self, like: Any, shape: list[int], steps: list[list[int]]):
+        most = self.most = WINDOW // like.itemsize
+        self.like, self.shape, self.steps = like, shape, steps
+        spatial = shape[2:]
+        self.plane = math.prod(spatial)
+        self.in_one_piece = [math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))]
+        self.moved = [each[2:] != self.in_one_piece for each in steps]
+        near = [each for each, moved in zip(steps, self.moved, strict=True) if moved]
+        line = 64 // like.itemsize
+        #: What a box has of each axis at least: the elements of a cache line.
+        self.least = [max(parts) for parts in zip(*(_line_of(shape, each, line) for each in near), strict=True)]
+        self.extents = _grown(self.least, shape, most)
+        if self.extents[2:] != spatial:  # to move planes once, rather than for the sums and for the results
+            larger = _grown(self.least, shape, LARGER * most)
+            self.extents = larger if larger[2:] == spatial else self.extents
+        outer = next(axis for axis in range(2, len(shape)) if self.extents[axis] > 1 or axis == len(shape) - 1)
+        if self.extents[outer + 1 :] != shape[outer + 1 :]:
+            self.moved = [True] * len(steps)
+        self.room = -(-math.prod(self.extents) // 64) * 64 + 64  # elements to have of each array, for whole lines
+        self._last: tuple[int, Boxes] | None = None
+
+    def boxes(self, threads: int) -> Boxes:
+        """The boxes for so many threads."""
+        last = self._last
+        if last is not None and last[0] == threads:
+            return last[1]
+        extents = self.extents
+        if threads > 1 and extents[2:] == self.shape[2:]:
+            fair = max(-(-math.prod(self.shape) // (4 * threads)), FAIR)
+            extents = [*_grown(self.least[:2], self.shape[:2], min(self.most, fair) // self.plane), *extents[2:]]
+        boxes = self._cut(extents)
+        if len(boxes.table) <= KEPT:
+            self._last = threads, boxes
+        return boxes
+
+    def _cut(self, extents: list[int]) -> Boxes:
+        """Boxes of such extents, of which those at the ends may have less."""
+        shape, extent = np.array(self.shape)[:, None], np.array(extents)[:, None]
+        grid = [-(-size // part) for size, part in zip(self.shape, extents, strict=True)]
+        start = np.indices(grid).reshape(len(grid), -1) * extent
+        kinds, kind = np.unique(np.minimum(extent, shape - start), axis=1, return_inverse=True)
+        begins, there = np.dot(self.in_one_piece, start[2:]), np.dot(self.steps, start)
+        tile = np.arange(start.shape[1]) % math.prod(grid[2:])
+        table = np.stack([start[0] * shape[1] + start[1], tile, kind.ravel(), begins, *there], 1)
+        axes = [[_axes(sizes, each) for each in self.steps] for sizes in kinds.T.tolist()]
+        moves = [
+            [self._moves(*each[0][-2:]) if moved else (0, 0) for each, moved in zip(of_kind, self.moved, strict=True)]
+            for of_kind in axes
+        ]
+        c, sizes = self.shape[1], kinds[2:].prod(0).tolist()
+        planes = [(1, i * j) if j == c else (i, j) for i, j in kinds[:2].T.tolist()]
+        places = [
+            [
+                (c * size, size, 1) if moved else (each[0], each[1], 1)
+                for each, moved in zip(self.steps, self.moved, strict=True)
+            ]
+            for size in sizes
+        ]
+        return Boxes(table, *map(np.array, (planes, sizes, places, moves, axes)))
+
+    def _moves(self, rows: list[int], along: list[int]) -> tuple[int, int]:
+        """The addresses of what moves boxes of such rows there and back."""
+        least, step = min(rows[0], along[0]), along[1]
+        loops = _move, _move
+        if rows[1] == 1 and 1 < rows[0] <= min(FEW, step) and step <= NEAR:
+            loops = _side_by_side(rows[0], step)
+        elif rows[1] == 1 and least >= 4 and step > 1:
+            loops = (_transposed(8 if least >= 8 and self.like.itemsize < 8 else 4),) * 2
+        return loops[0](self.like, 0, 0, NOTHING), loops[1](self.like, 0, 0, NOTHING)
+
+    def rehearsals(self) -> list[Callable[[], Any]]:
+        """Calls of what may move such arrays, whatever their sizes: what is called is compiled."""
+        loops = [_move, _transposed(4), *([_transposed(8)] if self.like.itemsize < 8 else [])]
+        for each, moved in zip(self.steps, self.moved, strict=True):
+            if moved and each[1] == 1 and 1 < self.shape[1] <= min(FEW, each[-1]) and each[-1] <= NEAR:
+                loops += _side_by_side(self.shape[1], each[-1])
+        return [partial(loop, self.like, 0, 0, NOTHING) for loop in loops]
+
+
+def _line_of(shape: list[int], steps: list[int], line: int) -> list[int]:
+    """Of each axis of an array as many elements as lie in a cache line of so many, or next to each other."""
+    extents, together = [1] * len(shape), 1
+    for axis in sorted(range(len(shape)), key=lambda axis: abs(steps[axis])):
+        extents[axis] = min(shape[axis], -(-line // together))
+        together *= extents[axis]
+    return extents
+
+
+def _grown(least: list[int], shape: list[int], most: int) -> list[int]:
+    """Extents of a box of at most so many elements, or of the least: the last axes grow first, all parts alike."""
+    extents = list(least)
+    for axis in range(len(shape) - 1, -1, -1):
+        size, others = shape[axis], math.prod(extents) // extents[axis]
+        extents[axis] = -(-size // -(-size // max(most // others, extents[axis])))
+    return extents
+
+
+def _axes(sizes: list[int], steps: list[int]) -> list[list[list[int]]]:
+    """Sizes and steps of a box's axes in the source and the target: from an array to a window, and back.
+
+    The last two are rows, and elements of a row. Rows are those closest together in the array if they lie between each
+    other. All other axes come before.
+    """
+    together = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    merged: list[list[int]] = []
+    for size, there, here in zip(sizes, steps, together, strict=True):
+        if size == 1:
+            continue
+        joins = merged and merged[-1][1:] == [there * size, here * size]
+        merged.append([merged.pop()[0] * size if joins else size, there, here])
+    *outer, along = merged or [[1, 1, 1]]
+    rows = min(outer, key=lambda axis: abs(axis[1]), default=along)
+    if abs(rows[1]) < abs(along[1]):
+        outer.remove(rows)
+        outer.append(rows)
+    axes = [*[[1, 0, 0]] * (len(sizes) - len(outer) - 1), *outer, along]
+    return [axes, [[size, here, there] for size, there, here in axes]]
+
+
+def _loop(function: Any) -> Any:
+    return numba.njit(function, error_model="numpy", **INLINE)
+
+
+@_loop
+def _boxes(axes):
+    """How many boxes there are of rows, the last two axes."""
+    number = 1
+    for axis in range(len(axes) - 2):
+        number *= axes[axis, 0]
+    return number
+
+
+@_loop
+def _start(box, axes):
+    """Where a box of rows begins in the source and in the target."""
+    o = p = 0
+    for axis in range(len(axes) - 3, -1, -1):
+        further = box // axes[axis, 0] if axis else 0
+        i = box - further * axes[axis, 0]
+        o, p = o + i * axes[axis, 1], p + i * axes[axis, 2]
+        box = further
+    return np.uint64(o), np.uint64(p)
+
+
+@_loop
+def _rows_of(axes):
+    """Sizes and steps of the last two axes: rows, size, the source's steps, the target's."""
+    (rows, from_row, to_row), (size, j, k) = axes[-2], axes[-1]
+    return np.uint64(rows), np.uint64(size), np.uint64(from_row), np.uint64(j), np.uint64(to_row), np.uint64(k)
+
+
+@_loop
+def _piece(a, o, j, b, p, k, size):
+    """Copy elements of a row. Backwards has a loop of its own, which becomes vector instructions."""
+    one = np.uint64(1)
+    if k == one and j == ~np.uint64(0):
+        for i in range(size):
+            b[p + i] = a[o - i]
+    elif j == one and k == ~np.uint64(0):
+        for i in range(size):
+            b[p - i] = a[o + i]
+    else:
+        for i in range(size):
+            b[p + i * k] = a[o + i * j]
+
+
+@partial(kept, nogil=True)
+def _move(like, source, target, axes):
+    a, b = memory(source, like), memory(target, like)
+    rows, size, from_row, j, to_row, k = _rows_of(axes)
+    (_, m, n), (_, q, r) = axes[-2], axes[-1]
+    some = size
+    if abs(m) < abs(q) or abs(n) < abs(r):  # rows lie between each other
+        some = np.uint64(max(AT_A_TIME // max(abs(q), abs(r)), 16))
+    one = np.uint64(1)
+    for box in range(_boxes(axes)):
+        o, p = _start(box, axes)
+        if j == one and k == one:
+            for _ in range(rows):
+                copy_row(a, o, b, p, size)
+                o, p = o + from_row, p + to_row
+        else:
+            for lo in range(np.uint64(0), size, some):
+                for row in range(rows):
+                    at, to = o + row * from_row + lo * j, p + row * to_row + lo * k
+                    _piece(a, at, j, b, to, k, min(some, size - lo))
+    return own_address()
+
+
+@cache
+def _transposed(block: int) -> Any:
+    """_move of rows each next to the one before, or back, in blocks of so many and as many of their elements; the last
+    blocks lie over others where there are no more."""
+    transpose, block_ = transposition(block), np.uint64(block)
+
+    def move(like, source, target, axes):
+        a, b = memory(source, like), memory(target, like)
+        rows, size, from_row, j, to_row, k = _rows_of(axes)
+        apart, width = max(from_row, j), max(to_row, k)  # the others are 1
+        some = max(np.uint64(AT_A_TIME) // max(j, k), block_)
+        for box in range(_boxes(axes)):
+            o, p = _start(box, axes)
+            for lo in range(np.uint64(0), size, some):
+                for first in range(np.uint64(0), rows, block_):
+                    row = min(first, rows - block_)
+                    for at in range(lo, min(lo + some, size), block_):
+                        i = min(at, size - block_)
+                        transpose(a, o + row * from_row + i * j, apart, b, p + row * to_row + i * k, width)
+        return own_address()
+
+    return kept(move, nogil=True)
+
+
+@cache
+def _side_by_side(rows: int, step: int) -> tuple[Any, Any]:
+    """_move of so many rows, each next to the one before, whose own elements are `step` apart; and back.
+
+    As numbers that the compiler knows, they become vector instructions.
+    """
+    many, step_ = np.uint64(rows), np.uint64(step)
+
+    def gather(like, source, target, axes):
+        a, b = memory(source, like), memory(target, like)
+        _, size, _, _, to_row, _ = _rows_of(axes)
+        for box in range(_boxes(axes)):
+            o, p = _start(box, axes)
+            for i in range(size):
+                for row in range(many):
+                    b[p + i + row * to_row] = a[o + step_ * i + row]
+        return own_address()
+
+    def scatter(like, source, target, axes):
+        a, b = memory(source, like), memory(target, like)
+        _, size, from_row, _, _, _ = _rows_of(axes)
+        for box in range(_boxes(axes)):
+            o, p = _start(box, axes)
+            for i in range(size):
+                for row in range(many):
+                    b[p + step_ * i + row] = a[o + i + row * from_row]
+        return own_address()
+
+    return kept(gather, nogil=True), kept(scatter, nogil=True)
+
+
+@partial(kept, nogil=True)
+def go_through(turns, loop, writes, like, addresses, room, boxes, runs, shape, rest):
+    """Boxes by turns: move them to windows, call a loop of the CPU backend's for them, move results back.
+
+    Addresses are those of the arrays, x and y or x, dx and dy first; the room has a window for each, from its first
+    whole cache line on. like, runs, shape and rest are the loop's.
+    """
+    table, planes, sizes, places, moves, axes = boxes
+    arrays, itemsize = len(addresses), np.int64(64 // line_of(like))
+    at, windows = np.empty((2, arrays), np.int64)
+    window = (np.int64(room.ctypes.data) + 63) // 64 * 64
+    for i in range(arrays):
+        windows[i] = window if moves[0, i, 0] else addresses[i]
+        window += len(room) // arrays // 64 * 64 * itemsize
+    inner = np.zeros(RANGES + 8, np.int64)
+    inner[PARTS] = 1
+    begun, ended = begin(turns)
+    while begun < ended:
+        for box in range(begun, ended):
+            tile, kind, begins = table[box, 1], table[box, 2], table[box, 3]
+            for i in range(arrays):
+                if moves[kind, i, 0] and i not in (1, 4):
+                    there = addresses[i] + table[box, 4 + i] * itemsize
+                    call(moves[kind, i, 0], (like, there, windows[i], axes[kind, i, 0]))
+            size = sizes[kind]
+            numbers = shape[0], 1, 1, 1, size, 1, size, 0, shape[8], shape[9] * tile
+            for part in range(planes[kind, 0]):
+                first, count = table[box, 0] + part * shape[0], planes[kind, 1]
+                for i in range(arrays):
+                    further = (part * count - first) * size if moves[kind, i, 0] else begins
+                    at[i] = windows[i] + further * itemsize
+                inner[BEGUN], inner[ENDED], inner[RANGES], inner[COUNT], inner[FIRST] = 0, 0, 0, count, first
+                call(loop, ((inner, 0), like, at, places[kind], runs, numbers, None, *rest))
+            if writes:
+                for i in range(1, arrays, 3):
+                    if moves[kind, i, 1]:
+                        there = addresses[i] + table[box, 4 + i] * itemsize
+                        call(moves[kind, i, 1], (like, windows[i], there, axes[kind, i, 1]))
+        begun, ended = end(turns)

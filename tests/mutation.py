@@ -69,6 +69,7 @@ REST = (
     "inference",
     "layers",
     "memory",
+    "moves",
     "running",
     "scalars",
     "thinc",
@@ -363,12 +364,13 @@ AHEAD = {"_fetch", "AHEAD", "NEAR", "away", "away2", "follows"}
 #: measured numbers.
 SPEED = {
     "BLOCK_BYTES", "LANES", "WIDE_LANES",
-    "SHORT_ROW", "TILE", "MOST_RUNS", "SMALL_TABLE", "PAYS", "pays", "STREAM", "LONG_RUN", "PLANE_COSTS",
-    "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "PIECES", "TILE_BYTES", "STRIPE_BYTES", "FEW_THREADS",
+    "SHORT_ROW", "TILE", "MOST_RUNS", "LANES_LEAST", "SPARE", "SMALL_TABLE", "PAYS", "pays", "STREAM", "LONG_RUN",
+    "PLANE_COSTS", "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "PIECES", "TILE_BYTES", "STRIPE_BYTES", "FEW_THREADS",
     "PATIENCE", "LEAST", "FEW", "CHUNK", "_guess", "_guess_lanes", "_middle",
+    "NEAR", "AT_A_TIME", "KEPT", "FAIR", "WINDOW", "LARGER",
 }  # fmt: skip
 #: What only calls of the compiled loops show.
-FOR_LOOPS = {"_choose", "_Layout", "_Compiled", "_Rehearsal", "rehearsals"}
+FOR_LOOPS = {"_choose", "_Layout", "_Compiled", "_Moved", "_Rehearsal", "rehearsals"}
 #: What makes a function one of numba's.
 NUMBA = {"_loop", "_rare", "_kernel", "numba.njit", "overload", "register_jitable", "intrinsic"}
 
@@ -419,13 +421,16 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
             ("tests/test_warmup.py", "-m", "compiled", "-k", "not really and not afterwards"),
             ("tests/test_warmup.py",),
         ]
-    if mutant.compiled or name == "scalars":
+    if mutant.compiled or name in ("moves", "scalars"):
         small = "test_small and compiled and float32"
+        moves = mutant.compiled == "_Moved" or name == "moves"
         kind = re.search("lanes|short", mutant.compiled)
-        case = {"lanes": "2x8x5x6", "short": "2x3x5x7"}[kind[0]] if kind else "1x2x100x100"
+        case = f"{small} and {'2x8x5x6' if moves else '1x2x100x100'}"
+        if kind:
+            case = {"lanes": "test_table and compiled and 9x33x2x3", "short": f"{small} and 2x3x5x7"}[kind[0]]
         layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, as the next
-        choices = ("tests/test_choices.py",)
-        quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", f"{small} and {case}"))
+        choices = (f"tests/test_{'moves' if moves else 'choices'}.py", "CUPYNORM_COMPILED=1")
+        quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", case))
         chooses = mutant.compiled in ("_at_a_time", "_choose", "_Compiled", "_Layout")
         return [
             *[layouts] * (mutant.compiled == "_Layout"),

@@ -354,7 +354,7 @@ def test_which_planes_are_too_small_for_their_squares(eps: float, some: bool):
 
 #: What loops know of samples of 5 planes of 7 runs of 30 positions: a plane at a time, or groups of 2 channels; in one
 #: tile, in tiles of 3 runs, and of 12 positions of a run.
-SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0)
+SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0, 7 * 30, 0)
          for group in (1, 2) for runs, length in ((7, 30), (3, 30), (1, 12))]  # fmt: skip
 
 
@@ -362,11 +362,12 @@ SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_tiles_hold_each_position_once(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]):
     use_compiled(monkeypatch, True)
-    borders = compiled(cpu._borders)
+    borders, counts = compiled(cpu._borders), compiled(cpu._counts)(sizes)
+    assert counts.shape == sizes[2:3]
     seen = np.zeros((7, 30), int)
     for tile in range(sizes[2]):
         r0, r1, l0, l1, count = borders(tile, sizes)
-        assert 0 < r1 - r0 <= sizes[5] and 0 < l1 - l0 <= sizes[6] and count == (r1 - r0) * (l1 - l0)
+        assert 0 < r1 - r0 <= sizes[5] and 0 < l1 - l0 <= sizes[6] and count == (r1 - r0) * (l1 - l0) == counts[tile]
         seen[r0:r1, l0:l1] += 1
     assert (seen == 1).all()
 
@@ -417,6 +418,7 @@ def test_how_tiles_are_put_together(
     group, tiles = sizes[1:3]
     x = rng.standard_normal((3, 5, 7, 30)) + rng.choice([0, 1000], (3, 5, 1, 1))
     owners = [(n, c) for n in range(3) for c in range(0, 5, group)]
+    counts = np.array([borders(tile, sizes)[4] for tile in range(tiles)])
     sums = np.full((3, len(owners) * tiles * group), np.nan)
     for unit, ((n, c), tile) in enumerate((owner, tile) for owner in owners for tile in range(tiles)):
         r0, r1, l0, l1, _ = borders(tile, sizes)
@@ -431,7 +433,7 @@ def test_how_tiles_are_put_together(
         part = sums[:, first * tiles * group :]
         mean, delta, rstd = np.full((3, 3, 5), 7, np.float32)
         variance = np.full((3, 5) if wanted else (0, 0), 7, np.float32)
-        forward(sizes, first, last, *part, 0.5, mean, delta, rstd, variance)
+        forward(sizes, counts, first, last, *part, 0.5, mean, delta, rstd, variance)
         nearest = exact.mean(-1).astype(np.float32)
         assert_equal(mean, np.where(those, nearest, 7))
         assert_allclose(delta, np.where(those, exact.mean(-1) - nearest, 7), atol=1e-12)
@@ -452,13 +454,14 @@ def test_how_tiles_are_put_together(
     ((1, 2, 2048), False, 0, 2047, True),  # a short plane
     ((1, 2, 2049), False, 100, 511, True), ((1, 2, 2049), False, 100, 512, False),
     ((1, 2, 2049), False, 520, 512, True),
-    ((1, 2, 2048), True, 10, 63, True), ((1, 2, 2048), True, 10, 64, False), ((1, 2, 2048), True, 70, 64, True),
+    ((1, 16, 2048), True, 10, 63, True), ((1, 16, 2048), True, 10, 64, False), ((1, 16, 2048), True, 70, 64, True),
 ])  # fmt: skip
 def test_how_much_is_added_up_in_computing_precision_by_compiled_loops(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], lanes: bool, one: int, other: int, together: bool
 ):
     """Forward, a short plane, 512 elements of others, or 64 where channels lie side by side."""
     use_compiled(monkeypatch, True)
+    assert layout_of(shape, lanes).lanes == lanes
     x = np.zeros(shape, np.float32)
     x[0, 1, [one, other]] = BIG, 1
     if lanes:
@@ -477,8 +480,10 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops_backward(
     """As forward: of each run by itself, 512 elements or 64."""
     use_compiled(monkeypatch, True)
     assert cpu.numba is not None
-    layout = layout_with((1, 2, 2, 600), (2404, 1, 1202, 2) if lanes else (2404, 1202, 601, 1))
-    places, runs, sizes, step, _ = layout.where
+    c = 16 if lanes else 2
+    layout = layout_with((1, c, 2, 600), (1202 * c, 1, 601 * c, c) if lanes else (2404, 1202, 601, 1))
+    assert layout.lanes == lanes and layout.windows is None
+    places, runs, sizes, _ = layout.where
     places, runs = np.concatenate([places, places[:1]]), np.concatenate([runs, runs[:1]])
     function = compiled(cpu._reduce_backward_lanes if lanes else cpu._reduce_backward_rows)
     most = 64 if lanes else 512
@@ -486,16 +491,15 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops_backward(
         (0, most - 1, True), (0, most, False), (most + 8, most, True), (most - 8, most, False), (599, 0, False),
         (0, 600, False), (600, 599 + most, True), (600, 600 + most, False),
     ):  # fmt: skip
-        x, dy = rng.standard_normal(3000).astype(np.float32), np.zeros(3000, np.float32)
+        x, dy = rng.standard_normal(1300 * c).astype(np.float32), np.zeros(1300 * c, np.float32)
         for position, value in ((one, BIG), (other, 1)):
             dy[places[1, 1] + runs[0, position // 600] + position % 600 * places[0, 2]] = value
-        totals, dots = np.full((2, 2), np.nan)
-        numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), *np.ones((3, 1, 2), np.float32)
-        kind = (None, None) if lanes else (step, None, None)
-        function(np.float32(0), x, dy, x, places, runs, sizes, *kind, 0, layout.tiles * layout.blocks, *numbers,
+        totals, dots = np.full((2, c), np.nan)
+        numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), *np.ones((3, 1, c), np.float32)
+        function(np.float32(0), x, dy, x, places, runs, sizes, None, None, 0, layout.tiles * layout.blocks, *numbers,
                  totals, dots)  # fmt: skip
         print(one, other, totals, dots)
-        assert (totals == [0, BIG + np.float64(not together)]).all()
+        assert (totals == [0, BIG + np.float64(not together), *[0] * (c - 2)]).all()
 
 
 def summed(
@@ -508,7 +512,7 @@ def summed(
     runs = (half + 3) * np.arange(2) * (count if lanes else 1) + 5
     memory = np.full(2 * (half + 8) * count, 7, dtype)
     step = count if lanes else 1
-    shape = (count, count, 1, 2, half, 2, half, 0) if lanes else (count, 1, 1, 2, half, 2, half, 0)
+    shape = (count, count if lanes else 1, 1, 2, half, 2, half, 0, 2 * half, 0)
     for j, plane in enumerate(planes):
         begin = j if lanes else j * 2 * (half + 8)
         for r in range(2):
@@ -522,10 +526,9 @@ def summed(
         return [(float(mean), float(rest), float(square)) for mean, rest, square in found.T]
     function = compiled(cpu._moments)
     return [
-        function(memory, j * 2 * (half + 8), np.uint64(1), runs, shape, 0, None, dtype.type(guess), dtype.type(0), size,
-                 least)
+        function(memory, j * 2 * (half + 8), runs, shape, 0, dtype.type(guess), dtype.type(0), size, least)
         for j in range(count)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.compiled
@@ -585,33 +588,36 @@ def test_sums_of_tiles_go_where_they_belong(rng: np.random.Generator, monkeypatc
     """From any unit on: those of each tile, and of each channel of a group."""
     use_compiled(monkeypatch, True)
     monkeypatch.setattr(cpu, "TILE", 70 if lanes else 20)
-    x, dy = rng.standard_normal((2, 2, 21, 3, 8)).astype(np.float32) + np.float32(3)
-    steps = (3 * 9 * 22, 1, 9 * 22, 22) if lanes else (21 * 3 * 9, 3 * 9, 9, 1)
+    monkeypatch.setattr(cpu, "LONG_RUN", 8)
+    channels = 41 if lanes else 21
+    x, dy = rng.standard_normal((2, 2, channels, 3, 8)).astype(np.float32) + np.float32(3)
+    steps = (3 * 9 * 42, 1, 9 * 42, 42) if lanes else (21 * 3 * 9, 3 * 9, 9, 1)
     layout = layout_with(x.shape, steps)
-    places, runs, sizes, step, _ = layout.where
+    assert layout.lanes == lanes and layout.windows is None
+    places, runs, sizes, _ = layout.where
     group, tiles = sizes[1:3]
     assert (group, tiles) == ((16, 6) if lanes else (1, 2))
-    memories = np.zeros((2, 2 * 3 * 9 * 22), np.float32)
+    memories = np.zeros((2, 2 * 3 * 9 * 42), np.float32)
     for memory, array in zip(memories, (x, dy), strict=True):
         np.lib.stride_tricks.as_strided(memory, x.shape, [4 * step for step in steps])[...] = array
     forward = compiled(cpu._reduce_forward_lanes if lanes else cpu._reduce_forward_rows)
     backward = compiled(cpu._reduce_backward_lanes if lanes else cpu._reduce_backward_rows)
     locate, borders = compiled(cpu._locate), compiled(cpu._borders)
-    mean, delta, rstd = rng.uniform(2, 3, (3, 2, 21)).astype(np.float32)
+    assert [*layout.counts] == [borders(tile, sizes)[4] for tile in range(tiles)]
+    mean, delta, rstd = rng.uniform(2, 3, (3, 2, channels)).astype(np.float32)
     numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), mean, delta - 2, rstd
     three = np.concatenate([places, places[:1]]), np.concatenate([runs, runs[:1]])
     for first, last in ((0, layout.blocks * tiles), (3, 8), (layout.blocks * tiles - 7, layout.blocks * tiles)):
         found = np.full((3, (last - first) * group), np.nan)
         zero = np.zeros(1, np.float32) if lanes else np.float32(0)
-        kind = () if lanes else (step,)
-        forward(memories[0], places[0], runs[0], sizes, *kind, first, last, zero, 0.0, *found)
+        forward(memories[0], places[0], runs[0], sizes, first, last, zero, 0.0, *found)
         sums = np.full((2, (last - first) * group), np.nan)
-        backward(np.float32(0), memories[0], memories[1], memories[0], *three, sizes, *kind, None, None, first, last,
+        backward(np.float32(0), memories[0], memories[1], memories[0], *three, sizes, None, None, first, last,
                  *numbers, *sums)  # fmt: skip
         for unit in range(last - first):
             n, c, tile = locate(first + unit, sizes)
             r0, r1, l0, l1, _ = borders(tile, sizes)
-            width = min(group, 21 - c)
+            width = min(group, channels - c)
             part, of_dy = (a[n, c : c + width, r0:r1, l0:l1].reshape(width, -1).astype(float) for a in (x, dy))
             at = slice(unit * group, unit * group + width)
             assert_allclose(found[0, at] + found[1, at], part.mean(1), rtol=1e-6)
@@ -628,7 +634,7 @@ def test_sums_in_float64(rng: np.random.Generator, monkeypatch: pytest.MonkeyPat
     use_compiled(monkeypatch, True)
     base = 2.0**26
     x = base + spread * rng.standard_normal(2000)
-    runs, shape = np.array([0, 1000]), (1, 1, 1, 2, 1000, 2, 1000, 0)
+    runs, shape = np.array([0, 1000]), (1, 1, 1, 2, 1000, 2, 1000, 0, 2000, 0)
     mean, rest, square = compiled(cpu._wide_moments)(x, 0, np.uint64(1), runs, shape, 0)
     exact = x - base  # no digit is lost
     assert abs(((mean - base) - math.fsum(exact) / 2000) + rest) < 1e-15 * spread
@@ -643,9 +649,7 @@ def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
     """By itself, and what is found so is what counts: here it is no sum, but numbers to be recognised."""
     use_compiled(monkeypatch, True)
     assert cpu.numba is not None
-    told = cpu.numba.njit(
-        lambda x, o, k, run, shape, tile, step, mean, zero, count, least: (mean + 512, 2.0**-30, 900.0)
-    )
+    told = cpu.numba.njit(lambda x, o, run, shape, tile, mean, zero, count, least: (mean + 512, 2.0**-30, 900.0))
     monkeypatch.setattr(cpu, "_moments", told)
     function = compiled(cpu._forward_short_rows)
     inner = min(size, 64)
@@ -669,10 +673,10 @@ def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
         x[j], again[j], guess[j] = value * np.where(np.arange(size) % 2, 1, -1), odd, 0
     x = x.astype(np.float32)
     y, stats, variance = np.full_like(x, 7), np.full((3, 7), 7, np.float32), np.full(7, 7, np.float32)
-    places, shape = np.array([[7 * size, size, 1]] * 2), (7, 1, 1, 1, size, 1, size, 0)
+    places, shape = np.array([[7 * size, size, 1]] * 2), (7, 1, 1, 1, size, 1, size, 0, size, 0)
     numbers = np.full(1, 3, np.float32), np.full(1, 0.5, np.float32), (0, 0, 0, 0)
     eps = 2.0**-120
-    like, run, kind = np.float32(0), np.zeros(1, np.int64), (None, None, None, None)
+    like, run, kind = np.float32(0), np.zeros(1, np.int64), (None, None, None)
     function(like, x.ravel(), y.ravel(), x.ravel(), places, run, shape, *kind, 0, 7, eps, 2.0**-100, *numbers, *stats,
              variance)  # fmt: skip
     mean, rest, rstd = stats

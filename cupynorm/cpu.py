@@ -20,6 +20,7 @@ import itertools
 import math
 import operator
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, partial, reduce
@@ -2019,7 +2020,10 @@ class _Layout:
     moved together first, in `windows`.
     """
 
-    def __init__(self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], backward: bool):
+    def __init__(
+        self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], backward: bool,
+        long_run: int | None = None,
+    ):  # fmt: skip
         itemsize = dtype.itemsize
         self.like: Any = SAMPLES[dtype.name]
         self.usable = all(step % itemsize == 0 for each in strides for step in each)
@@ -2032,7 +2036,8 @@ class _Layout:
         n, c, *outer, length = arrays[0].shape
         runs, plane = math.prod(outer), math.prod(outer) * length
         steps = [[step // itemsize for step in a.strides] for a in arrays]
-        rows = all(each[-1] == 1 or length == 1 for each in steps) and (runs == 1 or length >= LONG_RUN)
+        long_run = LONG_RUN if long_run is None else long_run
+        rows = all(each[-1] == 1 or length == 1 for each in steps) and (runs == 1 or length >= long_run)
         line = max(LANES_LEAST, 64 // itemsize)
         lanes = not rows and c >= line and c % (line // 2) * SPARE <= c and all(each[1] == 1 for each in steps)
         group, positions, streams, sums = 1, TILE, False, 0
@@ -2062,9 +2067,11 @@ class _Layout:
             self.counts = np.multiply.outer(self.counts, of_axis).ravel()
         self.tiles = len(self.counts)
         self.blocks = n * -(-c // group)
-        self.group, self.lanes = group, lanes
+        self.group, self.lanes, self.streams = group, lanes, streams
         self.residual = True if len(arrays) == (5 if backward else 3) else None
         self.alike = self.windows is None and strides[0] == strides[1]  # x and y
+        # Channels, those in a group, tiles; runs and elements of each, in a plane and in a tile; whether results go
+        # past the caches; a plane's elements; and, where planes are moved, how many they are.
         self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(streams), plane, sums)
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
         places = np.array([[each[i] for i in (0, 1, -1)] for each in steps], np.int64)
@@ -2199,6 +2206,7 @@ class _Moved(_Compiled):
         self.share(apply, self.blocks * self.tiles)
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
+        """The boxes are shared out, whatever number of planes or tiles that is."""
         loop, rest = step
         like, addresses, _, runs, shape, _ = self.where
         windows = self.layout.windows
@@ -2207,11 +2215,12 @@ class _Moved(_Compiled):
         address = loop((turns_of(0, 0, 1), 0), *self.where, *rest)
         number = len(boxes.table)
         turns = turns_of(number, number, self.threads)
+        reads = 1 if loop is _forward_tiles else len(addresses)
         writes = loop not in (_forward_tiles, _backward_tiles)
 
         def work(_: Iterator[int], who: int) -> None:
-            room = np.empty(len(addresses) * windows.room, like.dtype)
-            go_through((turns, who), address, writes, like, addresses, room, boxes, runs, shape, rest)
+            room = np.empty(len(addresses) * boxes.room, like.dtype)
+            go_through((turns, who), address, reads, writes, like, addresses, room, boxes, runs, shape, rest)
 
         share(work, number, self.threads, lambda: bool(settled(turns)))
 
@@ -2235,7 +2244,7 @@ class _Rehearsal(_Compiled):
             room = np.empty(0, like.dtype)
             self.steps.extend(windows.rehearsals())
             self.steps.append(
-                lambda: go_through(turns, 0, True, like, addresses, room, windows.boxes(1), runs, shape, rest)
+                lambda: go_through(turns, 0, 0, True, like, addresses, room, windows.boxes(1), runs, shape, rest)
             )
 
     def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
@@ -2258,9 +2267,17 @@ def rehearsals(
 
     def rehearse(what: str, training: bool, arrays: list[Array | None], backward: bool = False) -> None:
         call = Saved(x, none, none, None, None, training, none, activation, negative_slope)
-        work = _choose(call, [array for array in arrays if array is not None], backward)
-        if isinstance(work, _Compiled):
-            rehearsal = _Rehearsal(call, work.layout, work.where[1])
+        given = [array for array in arrays if array is not None]
+        work = _choose(call, given, backward)
+        if not isinstance(work, _Compiled):
+            return
+        layouts = [work.layout]
+        moved = work.layout.windows is not None
+        other = _Layout(x.dtype, x.shape, tuple(a.strides for a in given), backward, 1 if moved else sys.maxsize)
+        if (other.windows is not None) != moved:  # runs may be longer, or shorter
+            layouts.append(other)
+        for layout in layouts:
+            rehearsal = _Rehearsal(call, layout, work.where[1])
             if backward:
                 rehearsal.backward(none, none)
             elif training:

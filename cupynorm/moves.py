@@ -33,9 +33,10 @@ from .scalars import (
     transposition,
 )
 
+RESULTS = 1, 4  # of the arrays: y, or dx and a residual's gradient
 NOTHING = np.zeros((3, 3), np.int64)  # axes of no box
 FEW = 3  # rows side by side up to which they have loops of their own,
-NEAR = 8  # and elements from one of a row to the next
+CLOSE = 8  # and elements from one of a row to the next
 AT_A_TIME = 4096  # elements of rows that lie between each other: as many of each are moved as are in so many
 WINDOW = 2**18  # bytes that an array's window has, so that several stay in the second cache,
 LARGER = 4  # or so many times as many for it to hold whole planes: they are moved once then, not once for their sums
@@ -51,6 +52,7 @@ class Boxes(NamedTuple):
     """
 
     table: np.ndarray
+    room: int  # elements to have for each array: of the largest box, and for it to begin with a cache line
     planes: np.ndarray  # of each kind: into how many parts of consecutive planes it falls, how many those are
     sizes: np.ndarray  # elements of a plane, or of a tile
     places: np.ndarray  # and for each array: steps from sample to sample and from plane to plane where the loops go
@@ -88,7 +90,6 @@ class Windows:
         outer = next(axis for axis in range(2, len(shape)) if self.extents[axis] > 1 or axis == len(shape) - 1)
         if self.extents[outer + 1 :] != shape[outer + 1 :]:
             self.moved = [True] * len(steps)
-        self.room = -(-math.prod(self.extents) // 64) * 64 + 64  # elements to have of each array, for whole lines
         self._last: tuple[int, Boxes] | None = None
 
     def boxes(self, threads: int) -> Boxes:
@@ -116,7 +117,7 @@ class Windows:
         table = np.stack([start[0] * shape[1] + start[1], tile, kind.ravel(), begins, *there], 1)
         axes = [[_axes(sizes, each) for each in self.steps] for sizes in kinds.T.tolist()]
         moves = [
-            [self._moves(*each[0][-2:]) if moved else (0, 0) for each, moved in zip(of_kind, self.moved, strict=True)]
+            [self._moves(i, *each[0][-2:]) if self.moved[i] else (0, 0) for i, each in enumerate(of_kind)]
             for of_kind in axes
         ]
         c, sizes = self.shape[1], kinds[2:].prod(0).tolist()
@@ -128,24 +129,32 @@ class Windows:
             ]
             for size in sizes
         ]
-        return Boxes(table, *map(np.array, (planes, sizes, places, moves, axes)))
+        room = -(-kinds.prod(0).max() // 64) * 64 + 64
+        return Boxes(table, int(room), *map(np.array, (planes, sizes, places, moves, axes)))
 
-    def _moves(self, rows: list[int], along: list[int]) -> tuple[int, int]:
-        """The addresses of what moves boxes of such rows there and back."""
-        least, step = min(rows[0], along[0]), along[1]
+    def _moves(self, array: int, rows: list[int], along: list[int]) -> tuple[int, int]:
+        """The addresses of what moves an array's boxes of such rows there and back."""
+        least = min(rows[0], along[0])
         loops = _move, _move
-        if rows[1] == 1 and 1 < rows[0] <= min(FEW, step) and step <= NEAR:
-            loops = _side_by_side(rows[0], step)
-        elif rows[1] == 1 and least >= 4 and step > 1:
-            loops = (_transposed(8 if least >= 8 and self.like.itemsize < 8 else 4),) * 2
+        if self._few_channels(array) and rows[:2] == [self.shape[1], 1] and along[1] == self.steps[array][-1]:
+            loops = _side_by_side(rows[0], along[1])
+        elif rows[1] == 1 and least >= 4 and along[1] > 1:
+            loops = (_transposed(8 if least >= 8 and 8 * self.like.itemsize < 64 else 4),) * 2
         return loops[0](self.like, 0, 0, NOTHING), loops[1](self.like, 0, 0, NOTHING)
+
+    def _few_channels(self, array: int) -> bool:
+        """Whether an array's channels lie side by side and have loops of their own."""
+        steps = self.steps[array]
+        return steps[1] == 1 and 1 < self.shape[1] <= min(FEW, steps[-1]) and steps[-1] <= CLOSE
 
     def rehearsals(self) -> list[Callable[[], Any]]:
         """Calls of what may move such arrays, whatever their sizes: what is called is compiled."""
-        loops = [_move, _transposed(4), *([_transposed(8)] if self.like.itemsize < 8 else [])]
-        for each, moved in zip(self.steps, self.moved, strict=True):
-            if moved and each[1] == 1 and 1 < self.shape[1] <= min(FEW, each[-1]) and each[-1] <= NEAR:
-                loops += _side_by_side(self.shape[1], each[-1])
+        loops = {_move}
+        for array, steps in enumerate(self.steps):
+            if self.moved[array] and self._few_channels(array):
+                loops.update(_side_by_side(self.shape[1], steps[-1]))
+            elif self.moved[array] and 1 in steps[:-1]:
+                loops.update(_transposed(size) for size in (4, 8) if size * self.like.itemsize < 64)
         return [partial(loop, self.like, 0, 0, NOTHING) for loop in loops]
 
 
@@ -315,13 +324,14 @@ def _side_by_side(rows: int, step: int) -> tuple[Any, Any]:
 
 
 @partial(kept, nogil=True)
-def go_through(turns, loop, writes, like, addresses, room, boxes, runs, shape, rest):
+def go_through(turns, loop, reads, writes, like, addresses, room, boxes, runs, shape, rest):
     """Boxes by turns: move them to windows, call a loop of the CPU backend's for them, move results back.
 
-    Addresses are those of the arrays, x and y or x, dx and dy first; the room has a window for each, from its first
-    whole cache line on. like, runs, shape and rest are the loop's.
+    Addresses are those of the arrays, in the order of a layout's; the loop reads the first so many, but for results,
+    and writes these or not. The room has a window for each, from its first whole cache line on. like, runs, shape and
+    rest are the loop's.
     """
-    table, planes, sizes, places, moves, axes = boxes
+    table, _, planes, sizes, places, moves, axes = boxes
     arrays, itemsize = len(addresses), np.int64(64 // line_of(like))
     at, windows = np.empty((2, arrays), np.int64)
     window = (np.int64(room.ctypes.data) + 63) // 64 * 64
@@ -334,8 +344,8 @@ def go_through(turns, loop, writes, like, addresses, room, boxes, runs, shape, r
     while begun < ended:
         for box in range(begun, ended):
             tile, kind, begins = table[box, 1], table[box, 2], table[box, 3]
-            for i in range(arrays):
-                if moves[kind, i, 0] and i not in (1, 4):
+            for i in range(reads):
+                if moves[kind, i, 0] and i not in RESULTS:
                     there = addresses[i] + table[box, 4 + i] * itemsize
                     call(moves[kind, i, 0], (like, there, windows[i], axes[kind, i, 0]))
             size = sizes[kind]
@@ -348,8 +358,8 @@ def go_through(turns, loop, writes, like, addresses, room, boxes, runs, shape, r
                 inner[BEGUN], inner[ENDED], inner[RANGES], inner[COUNT], inner[FIRST] = 0, 0, 0, count, first
                 call(loop, ((inner, 0), like, at, places[kind], runs, numbers, None, *rest))
             if writes:
-                for i in range(1, arrays, 3):
-                    if moves[kind, i, 1]:
+                for i in range(arrays):
+                    if moves[kind, i, 1] and i in RESULTS:
                         there = addresses[i] + table[box, 4 + i] * itemsize
                         call(moves[kind, i, 1], (like, windows[i], there, axes[kind, i, 1]))
         begun, ended = end(turns)

@@ -66,8 +66,8 @@ def warmup(
     An interrupt leaves what has been compiled until then.
 
     Args:
-        x: an array of the shape, dtype, layout and device to come. Of NumPy arrays the sizes do not matter, but that
-            one channel, or one position, is not what channels-last arrays of several are.
+        x: an array of the shape, dtype, layout and device to come. Of NumPy arrays the sizes do not matter, but the
+            number of channels does where they lie side by side, and one position is not what several are.
         activation, negative_slope, residual: of the calls to come; of the residual, too, only the layout matters.
         double_backward: run `instance_norm_double_backward` as well, with all of its gradients given.
         progress: whether to say on stderr how far it is; None: if stderr is a terminal and it takes more than two

@@ -288,6 +288,11 @@ TABLE = [
     *(Case((2, 3, 45, 47), dtype, data="offset") for dtype in ("float32", "float64")),
     *(Case((2, 8, 30, 30), "float32", layout, data) for layout in ("contiguous", "channels_last")
       for data in ("offset", "far", "constant", "outlier", "checkerboard", "tiny")),
+    # As many channels as the CPU's compiled loops take side by side; one whose planes are cut into tiles.
+    *(Case((2, 32, 5, 6), dtype, "channels_last") for dtype in ITEMSIZE),
+    *(Case((1, 32, 30, 30), "float32", "channels_last", data)
+      for data in ("offset", "far", "constant", "outlier", "checkerboard", "tiny")),
+    Case((1, 17, 90, 110), "float32", "channels_last", "offset"),
     *(Case((1, 2, 47, 49), "float32", data=data) for data in ("far", "constant", "outlier", "checkerboard", "tiny")),
     *(Case((1, 2, 47, 49), "float16", data=data) for data in ("near_max", "small_values")),
     *(Case((2, 3, 16, 17), "float16", layout, data) for layout in ("contiguous", "channels_last")

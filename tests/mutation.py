@@ -359,7 +359,7 @@ class _OfPython(ast.NodeVisitor):
 
 
 #: What has memory fetched ahead: the function, what it is called with, and when.
-AHEAD = {"_fetch", "AHEAD", "NEAR", "away", "away2", "follows"}
+AHEAD = {"_fetch", "AHEAD", "NEAR", "CLOSE", "away", "away2", "follows"}
 #: Where something is faster, and what a mean is guessed from to save a pass: no result shows it, and tests repeat no
 #: measured numbers.
 SPEED = {

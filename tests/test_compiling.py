@@ -63,7 +63,7 @@ def test_code_is_kept_until_what_it_is_made_from_changes(tmp_path: Path) -> None
 
     assert [found(), found()] == [False, True]
     kept = sorted(path.name for path in package.rglob("*.nb[ic]"))
-    for name in ("scalars.py", "cpu.py", "compiling.py"):
+    for name in ("scalars.py", "moves.py", "cpu.py", "compiling.py"):
         change(name)
         assert [found(), found()] == [False, True], name
     change("memory.py")
@@ -84,12 +84,12 @@ def test_every_file_that_code_is_made_from_is_known() -> None:
     """Compiled functions are in these files, and use no function and no number of another of the package."""
     from numba.core.dispatcher import Dispatcher
 
-    from cupynorm import compiling, cpu, scalars
+    from cupynorm import compiling, cpu, moves, scalars
 
     for module in [module for name, module in sys.modules.items() if name.startswith("cupynorm.")]:
         loops = [value.py_func for value in vars(module).values() if isinstance(value, Dispatcher)]
         assert {Path(loop.__code__.co_filename).name for loop in loops} <= {*compiling.SOURCES}, module.__name__
-    for module in (cpu, scalars):
+    for module in (cpu, moves, scalars):
         foreign = {
             alias.asname or alias.name
             for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))
@@ -99,6 +99,8 @@ def test_every_file_that_code_is_made_from_is_known() -> None:
         loops = [value.py_func for value in vars(module).values() if isinstance(value, Dispatcher)]
         if module is scalars:  # its overloads are compiled as well
             loops += [value for value in vars(module).values() if isinstance(value, FunctionType)]
+        if module is moves:  # these make loops
+            loops += [moves._side_by_side.__wrapped__, moves._transposed.__wrapped__]
         assert len(loops) > 5
         for loop in loops:
             assert not foreign & globals_of(loop.__code__), loop.__name__

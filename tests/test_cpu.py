@@ -27,6 +27,9 @@ from helpers.tiers import amount
 import cupynorm as cn
 from cupynorm import cpu, halves, threads
 
+if cpu.numba is not None:
+    from cupynorm import moves
+
 pytestmark = [pytest.mark.usefixtures("threads_as_they_were"), on_cpu, pytest.mark.long]
 ROOT = Path(__file__).parents[1]
 
@@ -469,9 +472,11 @@ def test_how_a_call_is_shared_out_is_told(way: str):
         assert told(3, 1, 2, 300, 500) == [
             "compiled loops over 2 plane(s), each in 3 tiles, put together in a fixed order", "up to 3 threads of 3",
         ]  # fmt: skip
-        assert told(1, 2, 40, 4, 5, layout="channels_last") == [
-            "compiled loops over 2 group(s) of 40 channels side by side", "one thread of 1",
+        assert told(1, 2, 64, 4, 5, layout="channels_last") == [
+            "compiled loops over 2 group(s) of 64 channels side by side", "one thread of 1",
         ]  # fmt: skip
+        for few in ("channels_last", "crop", "transposed"):
+            assert told(1, 2, 7, 4, 5, layout=few)[0] == "compiled loops over 14 plane(s), moved together first"
     else:
         assert told(1, 5, 1, 367, 500) == [
             "NumPy, 3 block(s) of planes, in float32 of at most 1468000 B at a time", "one thread of 1",
@@ -510,7 +515,7 @@ MEMORY = {
 
 
 def of_another_kind(given: dict[str, Any]) -> bool:
-    """The loops take no blocks, whatever the call; each kind of call is compiled for itself."""
+    """The loops take no blocks, or always windows, whatever the call; each kind of call is compiled for itself."""
     return given["activation"] is not None or not (given["training"] or given["kind"] == "planes")
 
 
@@ -519,11 +524,13 @@ def of_another_kind(given: dict[str, Any]) -> bool:
 def test_a_call_takes_a_few_blocks_beside_its_results(
     way: str, monkeypatch: pytest.MonkeyPatch, kind: str, training: bool, activation: str | None
 ):
-    """Blocks, and what halves are converted in, are an eighth as large as usual. Beside results: for each of two
-    threads up to 6 blocks, which are twice as large where they hold several planes, and one more where these are small;
-    and some numbers for each plane."""
+    """Blocks, windows, and what halves are converted in, are an eighth as large as usual. Beside results: for each of
+    two threads up to 6 blocks, which are twice as large where they hold several planes, and one more where these are
+    small; or a window for each array; and some numbers for each plane."""
     let_threads_pay(monkeypatch)
     monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
+    if way == "compiled":
+        monkeypatch.setattr(moves, "WINDOW", moves.WINDOW // 8)
     monkeypatch.setattr(halves, "CHUNK", halves.CHUNK // 8)
     shape, dtype, layout = MEMORY[kind]
     cn.set_num_threads(2)
@@ -532,6 +539,8 @@ def test_a_call_takes_a_few_blocks_beside_its_results(
     blocks = {"numpy": 3.25 if activation is None else 6.25, "compiled": 0}[way] + (kind == "small planes")
     several = 2 if np.prod(shape[2:]) * 4 <= cpu.BLOCK_BYTES else 1
     most = 2 * several * blocks * cpu.BLOCK_BYTES + 2**17 + 64 * shape[0] * shape[1]
+    if way == "compiled" and layout != "contiguous":
+        most += 2 * 3 * moves.LARGER * moves.WINDOW
     mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
     options: Any = {"activation": activation, "use_input_stats": training, "running_mean": mean, "running_var": var}
     y, saved = cn.instance_norm_forward(x, **options)  # compiles, starts threads
@@ -559,7 +568,7 @@ def ready(rng: np.random.Generator) -> tuple[np.ndarray, Bits]:
 def test_helpers_take_part(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     x, expected = ready(rng)
     seen = set()
-    kind, name = (cpu._Compiled, "whole_forward") if way == "compiled" else (cpu._Interpreted, "work")
+    kind, name = (cpu, "_forward_planes") if way == "compiled" else (cpu._Interpreted, "work")
     work = getattr(kind, name)
 
     def watched(*given: Any) -> None:
@@ -925,7 +934,7 @@ def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: p
     views = [x, x[:, ::2], x[::-1], x[..., ::-1], x[..., 1:-1], x[:, :, ::2, ::3], x.swapaxes(2, 3), x.T]
     for view in (*views, last, last[:, 1:4], np.broadcast_to(x[:1, :1], x.shape)):
         y = np.empty(view.shape, np.float32)
-        assert type(work_of(view, y)) is cpu._Compiled
+        assert isinstance(work_of(view, y), cpu._Compiled)
         cn.instance_norm(view, out=y)
         reference.assert_close(y, reference.forward(view), "float32")
     odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)  # not aligned
@@ -955,48 +964,69 @@ def test_addresses(rng: np.random.Generator, tmp_path: Path):
 def test_layouts_reach_every_element_in_its_turn(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, backward: bool
 ):
-    """The loops' tables lead to where the strides say, whatever these are; tiles hold each position of a plane once."""
+    """The loops' tables lead to where the strides say, whatever these are; tiles hold each position of a plane once.
+
+    Positions are in the same order in all arrays. What is moved has tables of its own, in test_moves.
+    """
     use_compiled(monkeypatch, True)
-    for _ in range(300):
+    seen = {"rows": 0, "lanes": 0, "moved": 0}
+    monkeypatch.setattr(cpu, "LANES_LEAST", 1)
+    for _ in range(400):
         monkeypatch.setattr(cpu, "TILE", int(np.exp2(rng.uniform(0, 8))))
         dtype = cn.devices.dtype_of(str(rng.choice(["float16", "bfloat16", "float32", "float64"])))
-        n, c, *spatial = shape = tuple(map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3)))
+        n, c, *spatial = map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3))
+        c *= 16 if rng.random() < 0.3 else 1
+        shape = (n, c, *spatial)
         bytes_of_one = math.prod(shape) * dtype.itemsize
         monkeypatch.setattr(cpu, "STREAM", bytes_of_one + int(rng.integers(-1, 2)))
         monkeypatch.setattr(cpu, "LONG_RUN", int(rng.choice([1, 5, 25])))
         count, fused = (3, 5) if backward else (2, 3), rng.random() < 0.5
         strides = []
+        usual = rng.random() < 0.8
         for _ in range(count[fused]):
             steps, order = [dtype.itemsize] * len(shape), rng.permutation(len(shape))
-            if rng.random() < 0.7:  # the usual orders, now and then with gaps
-                order = np.array([*range(len(shape))] if rng.random() < 0.5 else [0, *range(2, len(shape)), 1])
+            if usual:  # the same order for all, now and then with gaps
+                order = np.array([*range(len(shape))] if c % 16 else [0, *range(2, len(shape)), 1])
             for i in reversed(range(len(shape) - 1)):
                 after = order[i + 1]
                 steps[order[i]] = steps[after] * (shape[after] + int(rng.random() < 0.1))
-            strides.append(tuple(-s if rng.random() < 0.05 else s for s in steps))
+            strides.append(tuple(-s if rng.random() < 0.02 else s for s in steps))
         made = cpu._Layout(dtype, shape, tuple(strides), backward)
         print(shape, strides, cpu.TILE)
         assert made.usable
-        places, table, numbers, step, lanes = made.where
-        planes_of, group, tiles, runs, length, tile_runs, tile_length, streams = numbers
-        assert planes_of == c and runs * length == np.prod(spatial)
+        places, table, numbers, lanes = made.where
+        planes_of, group, tiles, runs, length, tile_runs, tile_length, streams, plane, sums = numbers
+        assert planes_of == c and runs * length == np.prod(spatial) == plane == made.counts.sum()
         assert made.residual is (True if fused else None)
+        assert len(made.counts) == tiles == made.tiles and (made.counts > 0).all()
+        seen["moved" if made.windows else "lanes" if lanes else "rows"] += 1
+        if made.windows:
+            assert lanes is None and group == 1 and made.blocks == n * c == sums and not (streams or made.alike)
+            continue
+        assert sums == 0
+        first: Any = None
         for (of_n, of_c, of_s), begins, each in zip(places, table, strides, strict=True):
-            expected = sum(i * s for i, s in zip(np.indices(shape), each, strict=True)) // dtype.itemsize
-            along = begins[:, None] + np.arange(length) * of_s
-            got = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along.ravel()
-            assert_equal(got, expected.reshape(got.shape))
-        assert step is (None if length == 1 or (places[:, 2] == 1).all() else True)
-        assert streams == (step is None and length >= cpu.LONG_RUN and bytes_of_one >= cpu.STREAM)
-        assert lanes is (True if step and c > 1 and (places[:, 1] == 1).all() else None)
+            offsets = sum(i * s for i, s in zip(np.indices(shape), each, strict=True)) // dtype.itemsize
+            along = (begins[:, None] + np.arange(length) * of_s).ravel()
+            reached = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along
+            expected = offsets.reshape(n, c, -1)
+            if first is None:  # in which order x's positions come: its offsets are all different
+                first = np.argsort(expected[0, 0])[np.argsort(np.argsort(along))]
+            assert_equal(reached, expected[:, :, first])
+        contiguous = length == 1 or (places[:, 2] == 1).all()
+        assert contiguous and (runs == 1 or length >= cpu.LONG_RUN) if lanes is None else (places[:, 1] == 1).all()
+        assert streams == (lanes is None and length >= cpu.LONG_RUN and bytes_of_one >= cpu.STREAM) == made.streams
         assert (group > 1) <= bool(lanes) and made.blocks == n * -(-c // group) and made.group == group
-        assert group in (1, c) or (group % 16 == 0 and group <= 256)
-        assert tiles == -(-runs // tile_runs) * -(-length // tile_length) == made.tiles
+        line = 64 // dtype.itemsize
+        assert group == 1 or line <= group <= max(256, line * 5 // 4)
+        assert c % group == 0 or c % group >= min(group, line) // 4
+        assert tiles == -(-runs // tile_runs) * -(-length // tile_length)
         assert tile_runs == 1 or tile_length == length
         assert tile_runs * tile_length * group <= max(2 * cpu.TILE, group)
         together = group * runs * length  # is not cut where there is room for it
         assert tiles == 1 or together > cpu.TILE
         assert made.alike == (strides[0] == strides[1])
+    assert min(seen.values()) > 10, seen
 
 
 @pytest.mark.compiled
@@ -1046,12 +1076,12 @@ def test_layouts_are_kept_only_so_many(monkeypatch: pytest.MonkeyPatch):
 def test_tables_of_layouts_take_only_so_much_memory(monkeypatch: pytest.MonkeyPatch):
     """Of planes in many pieces they are large: 1.5 MiB for three arrays at most."""
     use_compiled(monkeypatch, True)
-    strides = np.empty((1, 1, 360, 230, 5), np.float32).strides
+    strides = 4 * 129 * 230 * 360, 4 * 129 * 230 * 360, 4 * 129 * 230, 4 * 129, 4
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         for i in range(160, 280):
-            layout = cpu._layout_of(np.dtype(np.float32), (1, 1, i, 230, 4), (strides,) * 3, False)
+            layout = cpu._layout_of(np.dtype(np.float32), (1, 1, i, 230, 128), (strides,) * 3, False)
             assert layout.usable and layout.where[1].nbytes == 3 * 8 * 230 * i
         assert tracemalloc.get_traced_memory()[0] - before < 8 * 2**20
     finally:
@@ -1071,17 +1101,13 @@ def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, 
 
 
 @pytest.mark.compiled
-def test_public_names_of_the_steps():
-    """Both implementations have all steps, and what the loops take is what they are called with."""
-    steps = {f"{step}_{op}" for step in ("reduce", "join", "apply", "whole") for op in ("forward", "backward")}
-    for kind in cpu._Work.__subclasses__():
-        assert steps <= set(vars(kind))
+def test_every_loop_is_used():
     tree = ast.parse(Path(cpu.__file__).read_text(encoding="utf-8"))
     kernels = {f.name for f in tree.body if isinstance(f, ast.FunctionDef) and f.decorator_list
                and getattr(f.decorator_list[0], "id", "") == "_kernel"}  # fmt: skip
-    called = {n.func.id for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     assert kernels
-    assert kernels <= called
+    assert kernels <= used
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="sets the mode of x86 processors")

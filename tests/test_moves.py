@@ -1,0 +1,220 @@
+"""Planes moved together: boxes hold every element once, and what moves them moves those and no others."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.compare import assert_equal
+
+import cupynorm as cn
+from cupynorm import cpu
+
+if cpu.numba is not None:
+    from cupynorm import moves
+    from cupynorm.scalars import SAMPLES
+
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("threads_as_they_were")]
+
+LAYOUTS = ("contiguous", "channels_last", "fortran", "any order", "reversed", "steps", "crop", "broadcast")
+
+
+def laid(rng: np.random.Generator, shape: tuple[int, ...], layout: str, dtype: Any) -> np.ndarray:
+    """An array of different numbers: a view in the middle of memory that nothing else may be written to."""
+    order = {"contiguous": [*range(len(shape))], "channels_last": [0, *range(2, len(shape)), 1]}.get(layout)
+    order = [*range(len(shape))][::-1] if layout == "fortran" else order or list(map(int, rng.permutation(len(shape))))
+    around = [int(rng.integers(1, 4)) if layout in ("steps", "crop") else 0 for _ in shape]
+    step = [int(rng.integers(1, 4)) if layout == "steps" else 1 for _ in shape]
+    whole = [size * s + margin for size, s, margin in zip(shape, step, around, strict=True)]
+    memory = np.zeros(math.prod(whole) + 128, dtype)
+    memory[:] = np.arange(memory.size) % 60000
+    array = memory[64:-64].reshape([whole[axis] for axis in order]).transpose(np.argsort(order))
+    parts = zip(shape, step, around, strict=True)
+    array = array[tuple(slice(margin // 2, margin // 2 + size * s, s) for size, s, margin in parts)]
+    if layout == "reversed":
+        array = array[tuple(slice(None, None, int(rng.choice([-1, 1]))) for _ in shape)]
+    if layout == "broadcast":
+        array = np.broadcast_to(array[:, :, :1], shape)
+    assert array.shape == shape
+    return array
+
+
+def shapes(rng: np.random.Generator) -> tuple[int, ...]:
+    shape = tuple(map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3)))
+    return shape if rng.random() < 0.5 else (shape[0], int(rng.integers(1, 40)), *shape[2:])
+
+
+STAND_INS: dict[str, Any] = {
+    "_move": lambda *_: 1, "_side_by_side": lambda *_: [lambda *_: 1] * 2, "_transposed": lambda _: lambda *_: 1,
+}  # fmt: skip
+
+
+def whole(view: np.ndarray) -> np.ndarray:
+    """The memory that it is a view of."""
+    while isinstance(view.base, np.ndarray):
+        view = view.base
+    return view
+
+
+def loops_of(windows: Any, axes: Any) -> list[Any]:
+    """The loops that move boxes of such axes there and back."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = moves._side_by_side, moves._transposed, moves._move
+        met: list[Any] = []
+
+        def noting(loop: Any) -> Any:
+            return lambda *_: met.append(loop) or 0
+
+        patch.setattr(moves, "_side_by_side", lambda *rows: tuple(map(noting, real[0](*rows))))
+        patch.setattr(moves, "_transposed", lambda size: noting(real[1](size)))
+        patch.setattr(moves, "_move", noting(real[2]))
+        windows._moves(0, *axes[-2:])
+    return met
+
+
+def reached(axes: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Of each element of a box: where it is in the array, and in the window."""
+    there, here = np.zeros((2, 1), int)
+    for size, step, apart in axes.tolist():
+        there = (there[:, None] + np.arange(size) * step).ravel()
+        here = (here[:, None] + np.arange(size) * apart).ravel()
+    return there, here
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int):
+    """And the same elements in the same order in the windows of all arrays, and in those that are not moved."""
+    monkeypatch.setattr(moves, "FAIR", 64)
+    for name in ("_move", "_side_by_side", "_transposed"):  # need not be compiled
+        monkeypatch.setattr(moves, name, STAND_INS[name])
+    seen = {"tiles": 0, "in place": 0, "parts": 0, "windows": 0}
+    for _ in range(300):
+        monkeypatch.setattr(moves, "WINDOW", int(np.exp2(rng.uniform(5, 12))))
+        shape = shapes(rng)
+        if math.prod(shape) > 2000:  # takes long
+            continue
+        dtype = np.dtype(rng.choice(["float16", "float32", "float64"]))
+        layouts = [str(rng.choice(LAYOUTS[:-1])), *map(str, rng.choice(LAYOUTS, 2))]
+        strides = tuple(laid(rng, shape, layout, dtype).strides for layout in layouts)
+        windows = cpu._Layout(dtype, shape, strides, True).windows
+        if windows is None:
+            continue
+        _, c, *spatial = windows.shape
+        print(shape, layouts, moves.WINDOW, windows.extents)
+        boxes = windows.boxes(threads)
+        assert windows.boxes(threads).table.tobytes() == boxes.table.tobytes()
+        every = np.indices(windows.shape).reshape(len(windows.shape), -1)
+        offsets = np.dot(windows.steps, every)  # of each element, in each array
+        element = dict(zip(offsets[0].tolist(), range(math.prod(shape)), strict=True))
+        held: list[int] = []
+        of_tile: dict[int, list[int]] = {}
+        for first, tile, kind, begins, *there in boxes.table.tolist():
+            parts, many = boxes.planes[kind].tolist()
+            size = int(boxes.sizes[kind])
+            assert parts * many * size <= boxes.room - 64
+            planes = np.concatenate([np.arange(many) + first + i * c for i in range(parts)])
+            elements: Any = None
+            for array, moved in enumerate(windows.moved):
+                steps = boxes.places[kind, array]
+                if moved:
+                    at, together = reached(boxes.axes[kind, array, 0])
+                    box = np.full(parts * many * size, -1)
+                    box[together] = there[array] + at
+                    assert_equal(boxes.axes[kind, array, 1], boxes.axes[kind, array, 0][:, [0, 2, 1]])
+                    assert_equal(steps, [c * size, size, 1])
+                    assert boxes.moves[kind, array].all()
+                else:
+                    box = (planes // c * steps[0] + planes % c * steps[1])[:, None] + begins + np.arange(size)
+                    assert steps[2] == 1 and not boxes.moves[kind, array].any()
+                    seen["in place"] += 1
+                if elements is None:
+                    elements = np.array([element[offset] for offset in box.ravel().tolist()]).reshape(len(planes), size)
+                    assert_equal(elements // math.prod(spatial), np.broadcast_to(planes[:, None], elements.shape))
+                assert_equal(box.ravel(), offsets[array][elements.ravel()])
+            assert_equal(elements % math.prod(spatial), np.broadcast_to(
+                of_tile.setdefault(tile, (elements[0] % math.prod(spatial)).tolist()), elements.shape
+            ))  # fmt: skip
+            held += elements.ravel().tolist()
+            seen["parts"] += parts > 1
+        assert_equal(np.sort(held), np.arange(math.prod(shape)))
+        seen["tiles"] += len(of_tile) > 1
+        seen["windows"] += 1
+    assert min(seen.values()) > 5, seen
+
+
+def test_windows_hold_all_boxes(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    """Of more threads, too: their boxes are smaller on the whole, but may have more samples."""
+    for name, loop in STAND_INS.items():
+        monkeypatch.setattr(moves, name, loop)
+    for threads in (1, 2, 3, 5, 16):
+        for n in range(8, 40):
+            c, spatial = int(rng.integers(1, 130)), int(rng.integers(2, 40)) ** 2
+            steps = [[1, spatial * n, n], [c * spatial, spatial, 1]]
+            boxes = moves.Windows(np.float32(0), [n, c, spatial], steps).boxes(threads)
+            assert (boxes.planes.prod(1) * boxes.sizes).max() + 64 <= boxes.room, (n, c, spatial)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.full), "float32",
+                                   pytest.param("float64", marks=pytest.mark.full)])  # fmt: skip
+def test_boxes_are_moved_there_and_back(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):
+    """As NumPy copies them, and no element beside them is read into the window or written."""
+    monkeypatch.setattr(moves, "CLOSE", 4)  # each number is compiled for itself
+    used: set[Any] = set()
+    for _ in range(300):
+        shape = shapes(rng)
+        array = laid(rng, shape, str(rng.choice(LAYOUTS)), dtype)
+        steps = [step // array.itemsize for step in array.strides]
+        if steps[2:] == [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]:
+            continue  # in one piece
+        windows = moves.Windows(SAMPLES[dtype], list(shape), [steps])
+        there, back = moves._axes(list(shape), steps)
+        gather, scatter = loops_of(windows, there)
+        window = np.full(array.size + 128, -1, dtype)
+        expected = array.copy()
+        gather(SAMPLES[dtype], array.ctypes.data, window[64:].ctypes.data, np.array(there))
+        assert_equal(window[64:-64].reshape(shape), expected)
+        assert (window[:64] == -1).all() and (window[-64:] == -1).all()
+        used.add(gather)
+        if array.flags.writeable:
+            memory = whole(array)
+            before = memory.copy()
+            window[64:-64] += 1
+            scatter(SAMPLES[dtype], window[64:].ctypes.data, array.ctypes.data, np.array(back))
+            assert_equal(array, window[64:-64].reshape(shape))
+            array[...] = expected
+            assert_equal(memory, before)
+    assert {moves._move, moves._transposed(4), *([] if dtype == "float64" else [moves._transposed(8)])} < used
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_results_have_the_bits_of_planes_in_one_piece(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int
+):
+    """Where positions come in the same order; and nothing beside a result is written."""
+    monkeypatch.setattr(cpu, "PAYS", 1)
+    monkeypatch.setattr(moves, "FAIR", 64)
+    monkeypatch.setattr(moves, "CLOSE", 4)
+    monkeypatch.setattr(cpu, "_layout", lru_cache(cpu._Layout))
+    cn.set_num_threads(threads)
+    moved = 0
+    for _ in range(150):
+        shape = shapes(rng)
+        x = laid(rng, shape, str(rng.choice(["steps", "crop", "reversed", "contiguous"])), "float32")
+        y = laid(rng, shape, str(rng.choice(LAYOUTS[:-1])), "float32")
+        order = sorted(range(2, x.ndim), key=lambda axis: -abs(x.strides[axis]))
+        if math.prod(shape[2:]) == 1 or order != sorted(order):
+            continue
+        memory = whole(y)
+        before = memory.copy()
+        cn.instance_norm(x, out=y)
+        assert_equal(y, cn.instance_norm(np.ascontiguousarray(x)))
+        y[...] = 0
+        beside = memory.copy()
+        memory[:] = before
+        y[...] = 0
+        assert_equal(beside, memory)
+        moved += cpu._Layout(x.dtype, shape, (x.strides, y.strides), False).windows is not None
+    assert moved > 20

@@ -133,7 +133,7 @@ def transposition(size):
     def transpose(typingctx, source, o, apart, target, p, width):
         def generate(context, builder, signature, args):
             source, target = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3))
-            kind = ir.VectorType(source.type.pointee, size).as_pointer()
+            kind = ir.VectorType(context.get_data_type(signature.args[0].dtype), size).as_pointer()
 
             def row(memory, start, step, i):
                 index = builder.add(start, builder.mul(step, step.type(i)))

@@ -1076,7 +1076,7 @@ def _kernel(function: Any) -> Any:
 TILE = 65536  # positions; no less than FORWARD_SHORT
 MOST_RUNS = 65536  # pieces that a plane may be read in: each array has a table of them
 LANES_LEAST = 16  # channels side by side: of fewer, or less than a cache line, planes are moved together first
-SPARE = 14  # and where more than one channel in so many is left over from whole half cache lines
+SPARE = 14  # and where more than one channel in so many is left over from half cache lines, or one of 16 bits
 SMALL_TABLE = 2**14  # bytes of such tables up to which many layouts are kept
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
 LANES_PARTIAL = 64
@@ -2039,7 +2039,9 @@ class _Layout:
         long_run = LONG_RUN if long_run is None else long_run
         rows = all(each[-1] == 1 or length == 1 for each in steps) and (runs == 1 or length >= long_run)
         line = max(LANES_LEAST, 64 // itemsize)
-        lanes = not rows and c >= line and c % (line // 2) * SPARE <= c and all(each[1] == 1 for each in steps)
+        over = c % (line // 2)
+        fit = c >= line and (over == 0 or (itemsize > 2 and over * SPARE <= c))
+        lanes = not rows and fit and all(each[1] == 1 for each in steps)
         group, positions, streams, sums = 1, TILE, False, 0
         table = np.zeros((len(arrays), 1), np.int64)
         self.windows: Windows | None = None

@@ -427,7 +427,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         kind = re.search("lanes|short", mutant.compiled)
         case = f"{small} and {'2x8x5x6' if moves else '1x2x100x100'}"
         if kind:
-            case = {"lanes": "test_table and compiled and 9x33x2x3", "short": f"{small} and 2x3x5x7"}[kind[0]]
+            case = {"lanes": "test_table and compiled and 2x32x5x6", "short": f"{small} and 2x3x5x7"}[kind[0]]
         layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, as the next
         choices = (f"tests/test_{'moves' if moves else 'choices'}.py", "CUPYNORM_COMPILED=1")
         quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", case))

@@ -103,6 +103,11 @@ class Cache(FunctionCache):
             super().save_overload(sig, data)
 
 
+def inlined(function: Any) -> Any:
+    """The function compiled into those that call it."""
+    return numba.njit(function, error_model="numpy", **INLINE)
+
+
 def kept(function: Any, **options: Any) -> Any:
     """The function compiled, for each kind of call when it is met first, and kept on disk where that can be."""
     made = numba.njit(function, error_model="numpy", **options)

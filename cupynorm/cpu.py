@@ -72,7 +72,7 @@ try:
     _load_numba()
     import numba
 
-    from .compiling import INLINE, WITHIN, kept
+    from .compiling import WITHIN, inlined, kept
     from .moves import Windows, go_through
     from .scalars import (
         SAMPLES,
@@ -1062,7 +1062,7 @@ def half_erfcx(degree: int) -> list[float]:
 
 
 def _loop(function: Any) -> Any:
-    return function if numba is None else numba.njit(function, error_model="numpy", **INLINE)
+    return function if numba is None else inlined(function)
 
 
 def _rare(function: Any) -> Any:
@@ -2208,7 +2208,7 @@ class _Moved(_Compiled):
         self.share(apply, self.blocks * self.tiles)
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
-        """The boxes are shared out, whatever number of planes or tiles that is."""
+        """Threads share the boxes; how many planes or tiles there are does not matter."""
         loop, rest = step
         like, addresses, _, runs, shape, _ = self.where
         windows = self.layout.windows
@@ -2235,6 +2235,8 @@ class _Rehearsal(_Compiled):
         super().__init__(*what)
         self.partial = np.empty((3, 0))
         self.steps: list[Callable[[], Any]] = [partial(settled, turns_of(0, 0, 1))]
+        if self.layout.windows is not None:
+            self.steps += self.layout.windows.rehearsals()
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         loop, rest = step
@@ -2244,7 +2246,6 @@ class _Rehearsal(_Compiled):
         if windows is not None:
             like, addresses, _, runs, shape, _ = self.where
             room = np.empty(0, like.dtype)
-            self.steps.extend(windows.rehearsals())
             self.steps.append(
                 lambda: go_through(turns, 0, 0, True, like, addresses, room, windows.boxes(1), runs, shape, rest)
             )

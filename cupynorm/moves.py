@@ -12,10 +12,9 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
-from .compiling import INLINE, kept
+from .compiling import inlined, kept
 from .scalars import (
     BEGUN,
     COUNT,
@@ -77,7 +76,7 @@ class Windows:
         self.like, self.shape, self.steps = like, shape, steps
         spatial = shape[2:]
         self.plane = math.prod(spatial)
-        self.in_one_piece = [math.prod(spatial[axis + 1 :]) for axis in range(len(spatial))]
+        self.in_one_piece = _in_one_piece(spatial)
         self.moved = [each[2:] != self.in_one_piece for each in steps]
         near = [each for each, moved in zip(steps, self.moved, strict=True) if moved]
         line = 64 // like.itemsize
@@ -137,7 +136,7 @@ class Windows:
         least = min(rows[0], along[0])
         loops = _move, _move
         if self._few_channels(array) and rows[:2] == [self.shape[1], 1] and along[1] == self.steps[array][-1]:
-            loops = _side_by_side(rows[0], along[1])
+            loops = _side_by_side(rows[0], along[1], 1), _side_by_side(rows[0], 1, along[1])
         elif rows[1] == 1 and least >= 4 and along[1] > 1:
             loops = (_transposed(8 if least >= 8 and 8 * self.like.itemsize < 64 else 4),) * 2
         return loops[0](self.like, 0, 0, NOTHING), loops[1](self.like, 0, 0, NOTHING)
@@ -152,10 +151,15 @@ class Windows:
         loops = {_move}
         for array, steps in enumerate(self.steps):
             if self.moved[array] and self._few_channels(array):
-                loops.update(_side_by_side(self.shape[1], steps[-1]))
+                loops |= {_side_by_side(self.shape[1], steps[-1], 1), _side_by_side(self.shape[1], 1, steps[-1])}
             elif self.moved[array] and 1 in steps[:-1]:
-                loops.update(_transposed(size) for size in (4, 8) if size * self.like.itemsize < 64)
+                loops |= {_transposed(size) for size in (4, 8) if size * self.like.itemsize < 64}
         return [partial(loop, self.like, 0, 0, NOTHING) for loop in loops]
+
+
+def _in_one_piece(sizes: list[int]) -> list[int]:
+    """Steps of an array of such sizes in one piece, in elements."""
+    return [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
 
 
 def _line_of(shape: list[int], steps: list[int], line: int) -> list[int]:
@@ -182,9 +186,8 @@ def _axes(sizes: list[int], steps: list[int]) -> list[list[list[int]]]:
     The last two are rows, and elements of a row. Rows are those closest together in the array if they lie between each
     other. All other axes come before.
     """
-    together = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
     merged: list[list[int]] = []
-    for size, there, here in zip(sizes, steps, together, strict=True):
+    for size, there, here in zip(sizes, steps, _in_one_piece(sizes), strict=True):
         if size == 1:
             continue
         joins = merged and merged[-1][1:] == [there * size, here * size]
@@ -198,11 +201,7 @@ def _axes(sizes: list[int], steps: list[int]) -> list[list[list[int]]]:
     return [axes, [[size, here, there] for size, there, here in axes]]
 
 
-def _loop(function: Any) -> Any:
-    return numba.njit(function, error_model="numpy", **INLINE)
-
-
-@_loop
+@inlined
 def _boxes(axes):
     """How many boxes there are of rows, the last two axes."""
     number = 1
@@ -211,7 +210,7 @@ def _boxes(axes):
     return number
 
 
-@_loop
+@inlined
 def _start(box, axes):
     """Where a box of rows begins in the source and in the target."""
     o = p = 0
@@ -223,14 +222,14 @@ def _start(box, axes):
     return np.uint64(o), np.uint64(p)
 
 
-@_loop
+@inlined
 def _rows_of(axes):
     """Sizes and steps of the last two axes: rows, size, the source's steps, the target's."""
     (rows, from_row, to_row), (size, j, k) = axes[-2], axes[-1]
     return np.uint64(rows), np.uint64(size), np.uint64(from_row), np.uint64(j), np.uint64(to_row), np.uint64(k)
 
 
-@_loop
+@inlined
 def _piece(a, o, j, b, p, k, size):
     """Copy elements of a row. Backwards has a loop of its own, which becomes vector instructions."""
     one = np.uint64(1)
@@ -293,34 +292,26 @@ def _transposed(block: int) -> Any:
 
 
 @cache
-def _side_by_side(rows: int, step: int) -> tuple[Any, Any]:
-    """_move of so many rows, each next to the one before, whose own elements are `step` apart; and back.
+def _side_by_side(rows: int, j: int, k: int) -> Any:
+    """_move of so many rows, whose elements are j apart in the source and k in the target. One of these is 1; with the
+    other, each row is next to the one before.
 
     As numbers that the compiler knows, they become vector instructions.
     """
-    many, step_ = np.uint64(rows), np.uint64(step)
+    one, many, j_, k_ = map(np.uint64, (1, rows, j, k))
 
-    def gather(like, source, target, axes):
+    def move(like, source, target, axes):
         a, b = memory(source, like), memory(target, like)
-        _, size, _, _, to_row, _ = _rows_of(axes)
+        _, size, from_row, _, to_row, _ = _rows_of(axes)
+        from_row, to_row = (one if j_ > one else from_row), (one if k_ > one else to_row)
         for box in range(_boxes(axes)):
             o, p = _start(box, axes)
             for i in range(size):
                 for row in range(many):
-                    b[p + i + row * to_row] = a[o + step_ * i + row]
+                    b[p + k_ * i + row * to_row] = a[o + j_ * i + row * from_row]
         return own_address()
 
-    def scatter(like, source, target, axes):
-        a, b = memory(source, like), memory(target, like)
-        _, size, from_row, _, _, _ = _rows_of(axes)
-        for box in range(_boxes(axes)):
-            o, p = _start(box, axes)
-            for i in range(size):
-                for row in range(many):
-                    b[p + step_ * i + row] = a[o + i + row * from_row]
-        return own_address()
-
-    return kept(gather, nogil=True), kept(scatter, nogil=True)
+    return kept(move, nogil=True)
 
 
 @partial(kept, nogil=True)

@@ -246,10 +246,10 @@ def _atomic(operation):
 _add_to, _exchange = _atomic("add"), _atomic("xchg")
 
 
-def turns_of(count, parts, threads, first=0):
-    """The numbers for a call of so many things to do, from the first on, in so many parts, by so many threads."""
+def turns_of(count, parts, threads):
+    """The numbers for a call of so many things to do, from 0 on, in so many parts, by so many threads."""
     numbers = np.zeros(RANGES + 8 * threads, np.int64)
-    numbers[PARTS], numbers[COUNT], numbers[FIRST] = parts, count, first
+    numbers[PARTS], numbers[COUNT] = parts, count
     return numbers
 
 

@@ -48,7 +48,7 @@ def shapes(rng: np.random.Generator) -> tuple[int, ...]:
 
 
 STAND_INS: dict[str, Any] = {
-    "_move": lambda *_: 1, "_side_by_side": lambda *_: [lambda *_: 1] * 2, "_transposed": lambda _: lambda *_: 1,
+    "_move": lambda *_: 1, "_side_by_side": lambda *_: lambda *_: 1, "_transposed": lambda _: lambda *_: 1,
 }  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def loops_of(windows: Any, axes: Any) -> list[Any]:
         def noting(loop: Any) -> Any:
             return lambda *_: met.append(loop) or 0
 
-        patch.setattr(moves, "_side_by_side", lambda *rows: tuple(map(noting, real[0](*rows))))
+        patch.setattr(moves, "_side_by_side", lambda *rows: noting(real[0](*rows)))
         patch.setattr(moves, "_transposed", lambda size: noting(real[1](size)))
         patch.setattr(moves, "_move", noting(real[2]))
         windows._moves(0, *axes[-2:])

@@ -48,8 +48,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> Kinds:
         for name in loops(module):
             monkeypatch.setattr(module, name, noting(name))
     monkeypatch.setattr(moves, "_transposed", cache(lambda size: noting(f"move {size} x {size}")))
-    few = cache(lambda *rows: (noting(f"move together {rows}"), noting(f"move back {rows}")))
-    monkeypatch.setattr(moves, "_side_by_side", few)
+    monkeypatch.setattr(moves, "_side_by_side", cache(lambda *rows: noting(f"move side by side {rows}")))
     monkeypatch.setattr(cpu, "_layout", lru_cache(cpu._layout.__wrapped__))  # others know the loops' addresses
     return kinds
 
@@ -99,8 +98,10 @@ def use(x: np.ndarray, residual: np.ndarray | None = None, activation: str | Non
     residual=[None, "contiguous", "channels_last"],
 )
 def test_what_calls_need(met: Kinds, dtype: str, layout: str, activation: str | None, residual: str | None) -> None:
-    """For other sizes, several threads and one, and parameters of all kinds, no loop is missing, and none too much but
-    some of those that move: planes may be too short for them."""
+    """For other sizes, several threads and one, and parameters of all kinds, no loop is missing.
+
+    None is too many, except loops that move: planes may be too short to need all of these.
+    """
 
     def arrays(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
         ones = np.ones(shape, ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)

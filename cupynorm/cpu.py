@@ -495,8 +495,8 @@ class _Interpreted(_Work):
         if call.training:  # mean**2 > far**2 * variance, where 1 / rstd**2 is variance + eps
             pivot = mean * (np.hypot(mean, self.far * math.sqrt(call.eps)) * rstd > self.far * (1 - 2.0**-20))
         rest = mean - pivot
-        if call.delta is not None:
-            rest = np.add(rest, call.delta[planes], dtype=self.wide)
+        if call.mean_lo is not None:
+            rest = np.add(rest, call.mean_lo[planes], dtype=self.wide)
         unit = None
         least, most = np.minimum.reduce(rstd, None), np.maximum.reduce(rstd, None)
         if self.dtype == np.float32 and not (least >= 2.0**-UNITS and most <= 2.0**UNITS):
@@ -611,7 +611,7 @@ class _Interpreted(_Work):
 
     def _keep(self, planes: Index, mean: np.ndarray, delta: np.ndarray, variance: np.ndarray) -> None:
         call = self.call
-        call.mean[planes], call.delta[planes] = mean, delta  # type: ignore[index]
+        call.mean[planes], call.mean_lo[planes] = mean, delta  # type: ignore[index]
         call.rstd[planes] = 1 / np.sqrt(variance.astype(self.wide, copy=False) + self.eps)
         if variance.dtype != self.wide:  # some of it may not be a number of self.wide
             odd = ~((variance >= _least(self.eps)) & (variance < np.finfo(self.wide).max))
@@ -777,7 +777,7 @@ class _DoubleBackward(_Interpreted):
 
     def _xhat(self, index: Index, planes: Index, room: np.ndarray) -> np.ndarray:
         call = self.call
-        centres = (call.mean[planes],) if call.delta is None else (call.mean[planes], call.delta[planes])
+        centres = (call.mean[planes],) if call.mean_lo is None else (call.mean[planes], call.mean_lo[planes])
         block: np.ndarray = self._scaled(self.x, index, room, centres, call.rstd[planes])
         return block
 
@@ -2117,7 +2117,7 @@ class _Compiled(_Work):
         parameters = _no_parameters(dtype)
         if call.weight is not None or call.bias is not None:
             parameters = self._parameters(*parameters)
-        delta = np.zeros_like(call.mean) if call.delta is None else call.delta
+        delta = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
         self.planes = (*parameters, call.mean, delta, call.rstd)
 
     def _parameters(self, *defaults: Any) -> tuple[Any, ...]:

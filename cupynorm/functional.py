@@ -37,8 +37,8 @@ class Saved:
     mean and rstd have shape (N, C), in float32 (float64 for float64 input). training: whether they are the input's own
     statistics.
 
-    delta is what rounding took from mean, in its shape and dtype, where mean is the input's own; None stands for 0. On
-    the GPU it is kept only where an activation follows. z = ((x - mean) - delta) * rstd * weight + bias + residual is
+    mean_lo is what rounding took from mean, in its shape and dtype, where mean is the input's own; None means 0. On
+    the GPU it is kept only where an activation follows. z = ((x - mean) - mean_lo) * rstd * weight + bias + residual is
     then found as the forward did, bit by bit, so the backward sees every kink of the activation where the forward saw
     it. residual is kept for that alone: without an activation it is None, and with_residual tells of it.
     """
@@ -49,7 +49,7 @@ class Saved:
     weight: Array | None
     bias: Array | None
     training: bool
-    delta: Array | None = None
+    mean_lo: Array | None = None
     activation: str | None = None
     negative_slope: float = 0.01
     residual: Array | None = None
@@ -505,7 +505,7 @@ def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None)
     check_like(dy, "dy", x)
     if out is not None:
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
-        _check_out(out, x, (*inputs, ("mean", saved.mean), ("rstd", saved.rstd), ("delta", saved.delta)))
+        _check_out(out, x, (*inputs, ("mean", saved.mean), ("rstd", saved.rstd), ("mean_lo", saved.mean_lo)))
     _spoil(saved, out)  # before anything is written: a call that is broken off may have begun to
     gradients: tuple[Array, ...] = backend_of(x).backward(dy, saved, out=out)
     return gradients if saved.with_residual else gradients[:3]

@@ -301,13 +301,13 @@ def test_from_how_large_a_mean_on_it_is_subtracted(size: int, far: float):
             ([1, -1, most, -most], [0, 0, 0, 0]), ([more, -more, 1, 0], [1, 1, 0, 0]), ([1, 1, -9, 1], [0, 0, 1, 0]),
         ):  # fmt: skip
             work.call.mean[...] = values
-            work.call.delta[...] = 2**-30
+            work.call.mean_lo[...] = 2**-30
             pivot, unit, rest, r = work._standard(planes)
             assert (pivot is None) == (not any(those))
             subtracted = work.call.mean * np.array([those], np.float32)
             if pivot is not None:
                 assert_equal(pivot, subtracted)
-            assert_equal(rest, (work.call.mean - subtracted) + work.call.delta.astype(work.wide))
+            assert_equal(rest, (work.call.mean - subtracted) + work.call.mean_lo.astype(work.wide))
             assert rest.dtype == (np.float64 if size > 128 else np.float32)
             assert unit is None
             assert_equal(r, work.call.rstd)
@@ -316,7 +316,7 @@ def test_from_how_large_a_mean_on_it_is_subtracted(size: int, far: float):
 def test_running_means_are_always_subtracted():
     """Nothing is known of how far from them x is."""
     work = on_numpy((1, 4, 200))
-    work.call.rstd[...], work.call.training, work.call.delta = 1, False, None
+    work.call.rstd[...], work.call.training, work.call.mean_lo = 1, False, None
     work.call.mean[...] = [0, 1e-6, -3, 0]
     pivot, _, rest, _ = work._standard((slice(None), slice(None)))
     assert_equal(pivot, work.call.mean)
@@ -467,7 +467,7 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops(
     if lanes:
         x = channels_last(x)
     saved = cn.instance_norm_forward(x)[1]
-    total = (saved.mean[0, 1].astype(float) + saved.delta[0, 1]) * shape[2]
+    total = (saved.mean[0, 1].astype(float) + saved.mean_lo[0, 1]) * shape[2]
     print(total - BIG)
     assert abs(total - BIG - (not together)) < 0.2
 
@@ -789,12 +789,12 @@ def test_how_tiles_are_put_together_on_numpy_alone(rng: np.random.Generator, mon
         mean = (part.mean(2) + rng.standard_normal((2, 3))).astype(np.float32).astype(float)
         work.partial[:, tile] = mean, part.mean(2) - mean, part.var(2) * (last - first), np.full((2, 3), last - first)
     call, those = work.call, np.zeros((2, 3), bool)
-    call.mean[...] = call.rstd[...] = call.delta[...] = 7
+    call.mean[...] = call.rstd[...] = call.mean_lo[...] = 7
     those[0, 2] = those[1, :2] = True
     work.join_forward(2, 5)
     nearest = x.mean(2).astype(np.float32)
     assert_equal(call.mean, np.where(those, nearest, 7))
-    assert_allclose(call.delta, np.where(those, x.mean(2) - nearest, 7), atol=1e-12)
+    assert_allclose(call.mean_lo, np.where(those, x.mean(2) - nearest, 7), atol=1e-12)
     assert_allclose(call.rstd, np.where(those, (x.var(2) + 0.5) ** -0.5, 7), rtol=2e-7)
     assert_allclose(work.variance, np.where(those, x.var(2), 7), rtol=2e-7)
 

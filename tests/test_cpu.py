@@ -269,13 +269,13 @@ def test_nearly_constant_planes_keep_their_digits(way: str, rng: np.random.Gener
 def test_saved_mean_is_the_number_next_to_the_mean(
     way: str, rng: np.random.Generator, size: int, offset: float, layout: str
 ):
-    """And delta is what it lacks: y needs their sum alone, who reads what was saved needs each."""
+    """And mean_lo is what it lacks: y needs their sum alone, who reads what was saved needs each."""
     x = laid((offset + rng.standard_normal((3, 4, size))).astype(np.float32), layout)
     saved = cn.instance_norm_forward(x)[1]
-    assert saved.delta is not None
+    assert saved.mean_lo is not None
     exact = x.astype(np.longdouble).mean(-1)
     assert_within(saved.mean, exact, 0.51 * np.spacing(np.abs(saved.mean)) + 1e-6)
-    assert np.abs((saved.mean - exact) + saved.delta).max() <= 2e-6
+    assert np.abs((saved.mean - exact) + saved.mean_lo).max() <= 2e-6
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 16, 17), (1, 2, 400, 401)], ids=str)
@@ -283,8 +283,8 @@ def test_saved_mean_of_planes_whose_squares_overflow(way: str, rng: np.random.Ge
     x = 1e200 * (1e6 + rng.standard_normal(shape))
     saved = cn.instance_norm_forward(x)[1]
     exact = x.astype(np.longdouble).mean((2, 3))
-    assert saved.delta is not None
-    assert_within((saved.mean.astype(np.longdouble) + saved.delta) / exact, 1, 2.0**-60)
+    assert saved.mean_lo is not None
+    assert_within((saved.mean.astype(np.longdouble) + saved.mean_lo) / exact, 1, 2.0**-60)
 
 
 def let_blocks_be_small(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,16 +392,16 @@ def test_saved_keeps_no_array_of_its_own_but_statistics(
     assert saved.residual is (None if activation is None else residual)
     assert saved.with_residual
     assert saved.mean.shape == saved.rstd.shape == (2, 3)
-    on_cpu = backend.name in ("numpy", "compiled")  # where delta is always kept
+    on_cpu = backend.name in ("numpy", "compiled")  # where mean_lo is always kept
     if not training or (activation is None and not on_cpu):
-        assert saved.delta is None
+        assert saved.mean_lo is None
     else:
-        assert (saved.delta.shape, saved.delta.dtype) == ((2, 3), np.float32)
-        mean = reference.wide(backend.host(saved.mean)) + reference.wide(backend.host(saved.delta))
+        assert (saved.mean_lo.shape, saved.mean_lo.dtype) == ((2, 3), np.float32)
+        mean = reference.wide(backend.host(saved.mean)) + reference.wide(backend.host(saved.mean_lo))
         assert_allclose(mean, reference.statistics(inputs.x)[0], rtol=0, atol=1e-6)
     y, saved = cn.instance_norm_forward(x)
     assert (saved.residual, saved.with_residual) == (None, False)
-    assert (saved.delta is None) is not on_cpu
+    assert (saved.mean_lo is None) is not on_cpu
     assert len(cn.instance_norm_backward(y, saved)) == 3
 
 

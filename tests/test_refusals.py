@@ -202,7 +202,7 @@ def without_identities(held: Held) -> dict[str, Any]:
         name: value[1] if isinstance(value, tuple) else value for name, value in held.picture().items()
     }
     saved = held.layer.saved
-    found["saved"] = None if saved is None else bits(saved[0].mean, saved[0].rstd, saved[0].delta)
+    found["saved"] = None if saved is None else bits(saved[0].mean, saved[0].rstd, saved[0].mean_lo)
     found["out"] = held.bits("out")
     return found
 

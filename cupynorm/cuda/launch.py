@@ -216,7 +216,7 @@ class Launcher:
             epilogue_: tuple[Any, ...] = ()
             if epilogue:
                 slope = np.float64(_rectifier_slope(activation, saved.negative_slope))
-                epilogue_ = (*call.residual, slope, *call.extra, *call.pointers(saved.delta, bias))
+                epilogue_ = (*call.residual, slope, *call.extra, *call.pointers(saved.mean_lo, bias))
             affine = (*statistics, call.pointer(weight), flags_, *epilogue_)
             arrays = call.tensors
             step, *rest = call.plan.steps

@@ -37,8 +37,8 @@ SETTINGS = (
 )  # fmt: skip
 
 #: Of what compiled code alone calls: to compile a way in for Python takes a sixth more time.
-WITHIN: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-INLINE: Any = {"forceinline": True, **WITHIN}  # a call left in a loop keeps it from becoming vector instructions
+INTERNAL: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+INLINE: Any = {"forceinline": True, **INTERNAL}  # a call left in a loop keeps it from becoming vector instructions
 
 
 @cache
@@ -108,7 +108,7 @@ def inlined(function: Any) -> Any:
     return numba.njit(function, error_model="numpy", **INLINE)
 
 
-def kept(function: Any, **options: Any) -> Any:
+def disk_cached(function: Any, **options: Any) -> Any:
     """The function compiled, for each kind of call when it is met first, and kept on disk where that can be."""
     made = numba.njit(function, error_model="numpy", **options)
     with suppress(Exception):  # compiled anew in each process; `info` says why

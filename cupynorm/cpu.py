@@ -6,11 +6,11 @@ put together in a fixed order, so results have the same bits for any number of t
 call, or the tiles where there are few planes; small calls have one thread.
 
 What there is to do comes in three steps: `reduce` a tile of a block to sums, `join` the sums of all tiles, `apply` what
-follows from them to a tile. The digits are the CUDA kernels', in a pass less: x - pivot and its squares are added up at
-once, about a pivot near the mean, and the mean of x - pivot is the correction. Where the pivot turns out to be a
+follows from them to a tile. The digits are the CUDA kernels', in a pass less: x - shift and its squares are added up at
+once, about a shift near the mean, and the mean of x - shift is the correction. Where the shift turns out to be a
 deviation or two from the mean, the plane is added up again about the mean. float16 and bfloat16 compute in float32.
 
-In a block planes lie as in the result: each in one piece ("rows"), or side by side (channels-last, "lanes").
+In a block planes lie as in the result: each in one piece ("rows"), or side by side ("channels last").
 """
 
 from __future__ import annotations
@@ -72,24 +72,24 @@ try:
     _load_numba()
     import numba
 
-    from .compiling import WITHIN, inlined, kept
+    from .compiling import INTERNAL, disk_cached, inlined
     from .moves import Windows, go_through
     from .scalars import (
         SAMPLES,
         activate,
         add,
-        begin,
-        end,
+        drain,
         line_of,
         memory,
         narrow,
+        new_queue,
+        next_tasks,
         own_address,
         prefetch,
         scaled,
-        settled,
         stream,
+        task_done,
         times_slope,
-        turns_of,
         typed,
         unit_of,
         widen,
@@ -128,10 +128,10 @@ def forward(
     y = empty_like(x, empty) if out is None else out
     planes, dtype = x.shape[:2], math_dtype(x.dtype)
     mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
-    delta = np.empty(planes, dtype) if use_input_stats else None
+    mean_lo = np.empty(planes, dtype) if use_input_stats else None
     call = Saved(
-        x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope, residual, residual is not None,
-        eps=eps,
+        x, mean, rstd, weight, bias, use_input_stats, mean_lo, activation, negative_slope, residual,
+        residual is not None, eps=eps,
     )  # fmt: skip
     variance = None
     if use_input_stats:
@@ -144,14 +144,14 @@ def forward(
         with np.errstate(all="ignore"):
             rstd[...] = 1 / np.sqrt(running_var.astype(dtype) + dtype.type(eps))
         if x.size:
-            _choose(call, [x, y] if residual is None else [x, y, residual]).evaluate()
+            _choose(call, [x, y] if residual is None else [x, y, residual]).normalize()
     if activation is None:
         call.residual = None
     writes = () if keep is None else keep(call)
     if variance is not None:
         count = math.prod(x.shape[2:])
         with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
-            exact = np.add(mean, delta, dtype=np.float64).mean(0)  # type: ignore[arg-type]
+            exact = np.add(mean, mean_lo, dtype=np.float64).mean(0)  # type: ignore[arg-type]
             unbiased = (variance * dtype.type(count / (count - 1))).mean(0, dtype=np.float64)
         running.move(((running_mean, exact), (running_var, unbiased)), momentum, writes)
     elif writes:
@@ -296,26 +296,26 @@ BLOCK_BYTES = 2**21  # of an array in computing precision: smaller ones cost mor
 # Elements at most that are added up in computing precision; sums of these are added in float64. A gufunc lets other
 # threads go on only where it has more than 500 rows.
 ROW = 512
-STRIPE = 32  # the same for lanes, whose sums are plain
-LANES = 24  # channels side by side: fewer are moved apart, for NumPy's loops would be as short
-WIDE_LANES = 64  # and of more so many at least are done together
+ROW_CHANNELS_LAST = 32  # the same for lanes, whose sums are plain
+MIN_CHANNELS = 24  # channels side by side: fewer are moved apart, for NumPy's loops would be as short
+MIN_CHANNEL_TILE = 64  # and of more so many at least are done together
 SHORT_ROW = 128  # elements of a plane up to which it pays to spread its numbers over a block of their own
-FAR = 2.0  # mean over deviation from which on x is centred: below, two bits at most are lost without
+CENTRE_RATIO = 2.0  # mean over deviation from which on x is centred: below, two bits at most are lost without
 UNITS = 30  # up to 2**30, and from 2**-30 on, deviations are worked with as they are
 # Blocks of scratch, by what is in them; forward, x less a mean takes that of g. Further ones are the activation's.
 PRODUCT, G, X, V, RESULT = range(5)
 
 
-class _Standard(NamedTuple):
-    """Of a block's planes, as (N, C): xhat = ((x - pivot) * unit - rest) * rstd.
+class _Stats(NamedTuple):
+    """Of a block's planes, as (N, C): xhat = ((x - shift) * unit - remainder) * rstd.
 
     The unit is a power of two near 1 / deviation (kernels/unit.cuh says what for), and None where it is 1 for all
-    planes, as it nearly always is; so is a pivot that is 0 for all.
+    planes, as it nearly always is; so is a shift that is 0 for all.
     """
 
-    pivot: np.ndarray | None
+    shift: np.ndarray | None
     unit: np.ndarray | None
-    rest: np.ndarray
+    remainder: np.ndarray
     rstd: np.ndarray
 
 
@@ -326,30 +326,32 @@ class _Interpreted(_Work):
     """
 
     pays = 2**19  # elements from which on a second thread does: to wake one takes as long as 50 microseconds
-    rooms = 3  # blocks of scratch, besides the activation's
+    buffers = 3  # blocks of scratch, besides the activation's
 
     def __init__(self, call: Saved, arrays: list[Array]):
         self.call, self.arrays, self.dtype = call, arrays, call.rstd.dtype
-        self.x, self.y = arrays[:2]
+        self.x, self.result = arrays[:2]
         self.threads = 1 if self.x.size < self.pays else get_num_threads()
         self.limit = BLOCK_BYTES // self.dtype.itemsize
         n, c, *spatial = self.x.shape
-        strides, itemsize = self.y.strides, self.y.itemsize
-        self.lanes = c >= LANES and strides[1] == itemsize and strides[-1] != itemsize
+        strides, itemsize = self.result.strides, self.result.itemsize
+        self.channels_last = c >= MIN_CHANNELS and strides[1] == itemsize and strides[-1] != itemsize
         plane = self.spatial = math.prod(spatial)
-        self.wide = np.dtype(np.float64) if plane > SHORT_ROW else self.dtype  # of what is computed once for a plane
-        self.far = FAR if self.wide != self.dtype else FAR / 2  # where no sum is made in higher precision
+        # The dtype of what is computed once for a plane.
+        self.plane_dtype = np.dtype(np.float64) if plane > SHORT_ROW else self.dtype
+        # Half where no sum is made in higher precision.
+        self.centre_ratio = CENTRE_RATIO if self.plane_dtype != self.dtype else CENTRE_RATIO / 2
         most = self.limit if self.threads == 1 else 2 * self.limit  # threads wait for each other between calls
         self.tile: list[Index] = [()]  # all of it
         every = slice(None)
         self.planes: list[Index]
-        if (self.lanes and plane * c > self.limit) or plane > self.limit:
-            width = min(c, max(self.limit // plane, WIDE_LANES)) if self.lanes else 1
+        if (self.channels_last and plane * c > self.limit) or plane > self.limit:
+            width = min(c, max(self.limit // plane, MIN_CHANNEL_TILE)) if self.channels_last else 1
             if plane * width > self.limit:
                 self.tile = list(_tiles(spatial, max(self.limit // width, 1)))
             parts = [slice(j, min(j + width, c)) for j in range(0, c, width)]
             self.planes, size = [(slice(i, i + 1), part) for i in range(n) for part in parts], plane
-        elif self.lanes or (plane * c <= most and n >= self.threads):
+        elif self.channels_last or (plane * c <= most and n >= self.threads):
             parts = self._cut(n, plane * c, most)
             self.planes, size = [(part, every) for part in parts], plane * c
         else:
@@ -357,16 +359,16 @@ class _Interpreted(_Work):
             self.planes, size = [(slice(i, i + 1), part) for i in range(n) for part in parts], plane
         self.blocks, self.tiles = len(self.planes), len(self.tile)
         if self.tiles == 1:  # scratch is no more than is needed: each thread has its own
-            self.room = size * max(part.stop - part.start for part in parts)
+            self.buffer_size = size * max(part.stop - part.start for part in parts)
         else:
-            self.room = max(self.limit, WIDE_LANES)
-            self.partial = np.empty((4, self.tiles, n, c))
+            self.buffer_size = max(self.limit, MIN_CHANNEL_TILE)
+            self.partials = np.empty((4, self.tiles, n, c))
         # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
-        inner = c if self.lanes else plane
-        self.buffered = 16 if inner >= 512 else 8192
+        inner = c if self.channels_last else plane
+        self.ufunc_buffer = 16 if inner >= 512 else 8192
 
     def __str__(self) -> str:
-        most = self.room * self.dtype.itemsize
+        most = self.buffer_size * self.dtype.itemsize
         return f"NumPy, {self.blocks} block(s) of planes, in {self.dtype} of at most {most} B at a time"
 
     def _cut(self, count: int, size: int, most: int, times: int = 1) -> list[slice]:
@@ -384,35 +386,37 @@ class _Interpreted(_Work):
 
     def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
         """One thread's share: step of each block or tile in the ranges."""
-        scratch = np.empty((self.rooms + _scratch(self.call.activation), min(self.x.size, self.room)), self.dtype)
+        scratch = np.empty(
+            (self.buffers + _scratch(self.call.activation), min(self.x.size, self.buffer_size)), self.dtype
+        )
         with np.errstate(all="ignore"):  # also what puts the buffers' size back
-            np.setbufsize(self.buffered)
+            np.setbufsize(self.ufunc_buffer)
             for first, last in ranges:
                 for i in range(first, last):
                     step(i, scratch)
 
     # Blocks and what is computed of them
 
-    def _room(self, part: np.ndarray, buffer: np.ndarray) -> np.ndarray:
+    def _in_buffer(self, part: np.ndarray, buffer: np.ndarray) -> np.ndarray:
         """A block for a part of an array, in scratch."""
         n, c = part.shape[:2]
-        if self.lanes:
+        if self.channels_last:
             return buffer[: part.size].reshape(n, -1, c).transpose(0, 2, 1)
         return buffer[: part.size].reshape(n, c, -1)
 
     def _in_place(self, part: np.ndarray) -> bool:
         """Whether a part of an array can be computed with where it lies."""
-        step = part.strides[1] if self.lanes else part.strides[-1]
+        step = part.strides[1] if self.channels_last else part.strides[-1]
         return part.ndim == 3 and part.dtype == self.dtype and step == part.itemsize and part.flags.aligned
 
     def _read(self, array: np.ndarray, index: Index, buffer: np.ndarray, copy: bool = False) -> np.ndarray:
         part = array[index]
         if self._in_place(part) and not copy:
             return part
-        block = self._room(part, buffer)
+        block = self._in_buffer(part, buffer)
         if halves.pays_to_widen(part):
             codes = halves.codes_in(buffer, part.size)
-            self._room(part, codes).reshape(part.shape)[...] = part.view(np.uint16)
+            self._in_buffer(part, codes).reshape(part.shape)[...] = part.view(np.uint16)
             halves.widen(buffer, part.size)
         else:
             block.reshape(part.shape)[...] = part
@@ -421,15 +425,15 @@ class _Interpreted(_Work):
     def _write(self, array: np.ndarray, index: Index, block: np.ndarray, buffer: np.ndarray) -> None:
         part = array[index]
         if halves.pays_to_narrow(block, part):
-            values = block.transpose(0, 2, 1) if self.lanes else block
+            values = block.transpose(0, 2, 1) if self.channels_last else block
             codes = halves.narrow(values.reshape(-1), buffer)
-            self._move(self._room(part, codes), part.view(np.uint16))
+            self._move(self._in_buffer(part, codes), part.view(np.uint16))
         elif not np.may_share_memory(part, block):
             self._move(block, part)
 
     def _move(self, block: np.ndarray, part: np.ndarray) -> None:
         block = block.reshape(part.shape)
-        if self.lanes or abs(part.strides[1]) >= abs(part.strides[-1]):
+        if self.channels_last or abs(part.strides[1]) >= abs(part.strides[-1]):
             part[...] = block
             return
         for channel in range(part.shape[1]):  # NumPy's loop would be over the channels, which are few
@@ -437,15 +441,15 @@ class _Interpreted(_Work):
 
     def _target(self, array: np.ndarray, index: Index, buffer: np.ndarray) -> np.ndarray:
         part = array[index]
-        return part if self._in_place(part) else self._room(part, buffer)
+        return part if self._in_place(part) else self._in_buffer(part, buffer)
 
     def _sums(self, block: np.ndarray) -> np.ndarray:
         """Of each plane of a block. What a plane is put together with, and where it lies, changes no bit of its sum."""
         n, c, size = block.shape
-        if self.lanes:
-            whole = size // STRIPE * STRIPE
-            stripes = block[:, :, :whole].reshape(n, c, -1, STRIPE)
-            total = np.add.reduce(stripes, axis=3).sum(2, dtype=np.float64)
+        if self.channels_last:
+            whole = size // ROW_CHANNELS_LAST * ROW_CHANNELS_LAST
+            rows = block[:, :, :whole].reshape(n, c, -1, ROW_CHANNELS_LAST)
+            total = np.add.reduce(rows, axis=3).sum(2, dtype=np.float64)
             return total + np.add.reduce(block[:, :, whole:], axis=2)
         if size < 128:
             return np.einsum("ncs->nc", block)
@@ -455,8 +459,8 @@ class _Interpreted(_Work):
     def _dots(self, a: np.ndarray, b: np.ndarray, scratch: np.ndarray | None = None) -> np.ndarray:
         """The dot product of each plane of a with that of b, or with a row of ROW elements."""
         n, c, size = a.shape
-        if scratch is not None and self.lanes:
-            return self._sums(np.multiply(a, b, out=self._room(a, scratch)))
+        if scratch is not None and self.channels_last:
+            return self._sums(np.multiply(a, b, out=self._in_buffer(a, scratch)))
         if scratch is not None and size < 128:
             return np.einsum("ncs,ncs->nc", a, b)
         if size <= ROW:
@@ -471,103 +475,110 @@ class _Interpreted(_Work):
 
     def _each(self, operation: np.ufunc, block: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
         """out <- operation(block, the value of each plane)."""
-        if self.lanes or block.shape[2] > SHORT_ROW:
+        if self.channels_last or block.shape[2] > SHORT_ROW:
             values = values[:, :, None]
         else:  # a ufunc would take each row for itself
             values = values.repeat(block.shape[2]).reshape(block.shape)
         operation(block, values, out=out)
 
-    def _of_planes(self, parameter: Array, planes: Index) -> np.ndarray:
+    def _per_plane(self, parameter: Array, planes: Index) -> np.ndarray:
         return parameter[planes if parameter.ndim == 2 else planes[1]].astype(self.dtype, copy=False)
 
     def _weighted(self, planes: Index, rstd: np.ndarray) -> np.ndarray:
-        return rstd if self.call.weight is None else rstd * self._of_planes(self.call.weight, planes)
+        return rstd if self.call.weight is None else rstd * self._per_plane(self.call.weight, planes)
 
-    def _standard(self, planes: Index) -> _Standard:
+    def _stats(self, planes: Index) -> _Stats:
         """How xhat follows from x in a block's planes: the same in both passes.
 
-        The pivot is the mean of a plane where that is far from 0, as seen from its deviation (rstd has eps in it, too);
+        The shift is the mean of a plane where that is far from 0, as seen from its deviation (rstd has eps in it, too);
         else 0. What else is in running statistics' planes is not known: there it is the mean.
         """
         call = self.call
         mean, rstd = call.mean[planes], call.rstd[planes]
-        pivot = mean
+        shift = mean
         if call.training:  # mean**2 > far**2 * variance, where 1 / rstd**2 is variance + eps
-            pivot = mean * (np.hypot(mean, self.far * math.sqrt(call.eps)) * rstd > self.far * (1 - 2.0**-20))
-        rest = mean - pivot
+            ratio = self.centre_ratio
+            shift = mean * (np.hypot(mean, ratio * math.sqrt(call.eps)) * rstd > ratio * (1 - 2.0**-20))
+        remainder = mean - shift
         if call.mean_lo is not None:
-            rest = np.add(rest, call.mean_lo[planes], dtype=self.wide)
+            remainder = np.add(remainder, call.mean_lo[planes], dtype=self.plane_dtype)
         unit = None
         least, most = np.minimum.reduce(rstd, None), np.maximum.reduce(rstd, None)
         if self.dtype == np.float32 and not (least >= 2.0**-UNITS and most <= 2.0**UNITS):
             exponent = np.frexp(rstd)[1]
             inside = (rstd >= 2.0**-UNITS) & (rstd <= 2.0**UNITS)
             # Where it is less than rstd, the mean would be too large in it; x is close to the mean then.
-            exponent = np.minimum(np.clip(exponent, -125, 126), 124 - np.frexp(pivot)[1])
+            exponent = np.minimum(np.clip(exponent, -125, 126), 124 - np.frexp(shift)[1])
             unit = np.ldexp(np.float32(1), np.where(inside, 0, exponent))
-            rest, rstd = rest * unit, np.ldexp(rstd, np.where(inside, 0, -exponent))
-        return _Standard(pivot if pivot.any() else None, unit, rest, rstd)
+            remainder, rstd = remainder * unit, np.ldexp(rstd, np.where(inside, 0, -exponent))
+        return _Stats(shift if shift.any() else None, unit, remainder, rstd)
 
-    def _statistics(self, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _moments(self, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """mean, what rounding took from it, and variance, of a block's planes, as (N, C).
 
-        From the sums of x - pivot and of its squares. They cancel where the mean is far from pivot, which is 0 first,
+        From the sums of x - shift and of its squares. They cancel where the mean is far from shift, which is 0 first,
         then, for these planes, the mean as known so far; once more where a plane is so nearly constant that this is not
         the number next to its mean.
         """
         size = x.shape[2]
-        total, squares = self._sums(x), self._dots(x, x, scratch[PRODUCT])
-        pivot: Any = None
-        most: Any = self.far**2 / (1 + self.far**2)  # of the squares, lost to the mean's
+        total, sum_sq = self._sums(x), self._dots(x, x, scratch[PRODUCT])
+        shift: Any = None
+        most: Any = self.centre_ratio**2 / (1 + self.centre_ratio**2)  # of the squares, lost to the mean's
         for last in (False, False, False, True):
-            mean = np.divide(total, size, dtype=self.wide)
+            mean = np.divide(total, size, dtype=self.plane_dtype)
             lost = mean * total
-            far = np.multiply(mean, total, dtype=np.float64) > most * squares  # in float32 both may be 0
-            if last or not far.any():
+            recentre = np.multiply(mean, total, dtype=np.float64) > most * sum_sq  # in float32 both may be 0
+            if last or not recentre.any():
                 break
-            before = np.zeros(far.shape, self.dtype) if pivot is None else pivot
+            before = np.zeros(recentre.shape, self.dtype) if shift is None else shift
             # Squares too small to be told from 0 say nothing: about the first mean is near enough then.
-            enough = np.where(squares < size * 2.0**-100, math.inf, 0.5) if pivot is None else 0.5
-            pivot, most = np.where(far, (before + mean).astype(self.dtype), before), np.where(far, enough, most)
-            if self.lanes or 4 * np.count_nonzero(far) > far.size:
-                centred = np.subtract(x, pivot[:, :, None], out=self._room(x, scratch[G]))
-                total, squares = self._sums(centred), self._dots(centred, centred, scratch[PRODUCT])
+            enough = np.where(sum_sq < size * 2.0**-100, math.inf, 0.5) if shift is None else 0.5
+            shift, most = (
+                np.where(recentre, (before + mean).astype(self.dtype), before),
+                np.where(recentre, enough, most),
+            )
+            if self.channels_last or 4 * np.count_nonzero(recentre) > recentre.size:
+                centred = np.subtract(x, shift[:, :, None], out=self._in_buffer(x, scratch[G]))
+                total, sum_sq = self._sums(centred), self._dots(centred, centred, scratch[PRODUCT])
             else:
-                centred = (x[far] - pivot[far][:, None])[None]
-                total[far], squares[far] = self._sums(centred)[0], self._dots(centred, centred, scratch[PRODUCT])[0]
-        variance = squares - lost
+                centred = (x[recentre] - shift[recentre][:, None])[None]
+                total[recentre], sum_sq[recentre] = (
+                    self._sums(centred)[0],
+                    self._dots(centred, centred, scratch[PRODUCT])[0],
+                )
+        variance = sum_sq - lost
         variance /= size
         np.maximum(variance, 0, out=variance)
-        if pivot is None:
-            pivot = np.zeros((), self.dtype)
-        nearest = (pivot + mean).astype(self.dtype, copy=False)
-        rest = (pivot - nearest) + mean
+        if shift is None:
+            shift = np.zeros((), self.dtype)
+        nearest = (shift + mean).astype(self.dtype, copy=False)
+        mean_lo = (shift - nearest) + mean
         least = size * _least(self.eps)
-        if not squares.max() < math.inf or (least and squares.min() < least):
-            odd = ~((squares >= least) & (squares < math.inf))
+        if not sum_sq.max() < math.inf or (least and sum_sq.min() < least):
+            odd = ~((sum_sq >= least) & (sum_sq < math.inf))
             exact = x[odd].astype(np.float64)
             mean = exact.mean(1)
             exact -= mean[:, None]
             more = exact.mean(1)
             exact *= exact
             nearest[odd] = mean
-            rest[odd] = (mean - nearest[odd]) + more
+            mean_lo[odd] = (mean - nearest[odd]) + more
             variance = variance.astype(np.float64)
             variance[odd] = exact.mean(1) - more * more
-        return nearest, rest, variance
+        return nearest, mean_lo, variance
 
     def _add_up(self, index: Index, planes: Index, x: np.ndarray, out: np.ndarray, buffer: np.ndarray) -> None:
-        """z = (x - pivot) * unit * scale + shift + residual, into out, which may be x: the same bits in both passes."""
-        standard = self._standard(planes)
-        scale = self._weighted(planes, standard.rstd)
-        shift = None
+        """z = (x - shift) * unit * scale + shift + residual, into out, which may be x: the same bits in both passes."""
+        stats = self._stats(planes)
+        scale = self._weighted(planes, stats.rstd)
+        intercept = None
         if self.call.bias is not None:
-            shift = self._of_planes(self.call.bias, planes) - standard.rest * scale
-        elif standard.rest.any():
-            shift = -standard.rest * scale
-        self._each(np.multiply, self._centre(standard, x, out), scale, out)
-        if shift is not None:
-            self._each(np.add, out, shift.astype(self.dtype, copy=False), out)
+            intercept = self._per_plane(self.call.bias, planes) - stats.remainder * scale
+        elif stats.remainder.any():
+            intercept = -stats.remainder * scale
+        self._each(np.multiply, self._centre(stats, x, out), scale, out)
+        if intercept is not None:
+            self._each(np.add, out, intercept.astype(self.dtype, copy=False), out)
         if self.call.residual is not None:
             out += self._read(self.arrays[2 if len(self.arrays) == 3 else 3], index, buffer)
 
@@ -575,73 +586,77 @@ class _Interpreted(_Work):
 
     def forward(self, eps: float, variance: np.ndarray | None) -> None:
         self.eps, self.variance = eps, variance
-        self.work_in_y = self.call.residual is None or not overlap(self.y, self.arrays[2])
+        self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays[2])
         self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
 
-    def evaluate(self) -> None:
-        self.work_in_y = self.call.residual is None or not overlap(self.y, self.arrays[2])
+    def normalize(self) -> None:
+        self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays[2])
         self.share(self.apply_forward, self.blocks * self.tiles)
 
-    def _index(self, unit: int) -> tuple[Index, Index, int]:
+    def _index(self, item: int) -> tuple[Index, Index, int]:
         """Planes of a block, the index of one of its tiles, and that tile's number."""
-        block, tile = divmod(unit, self.tiles)
+        block, tile = divmod(item, self.tiles)
         return self.planes[block], self.planes[block] + self.tile[tile], tile
 
-    def reduce_forward(self, unit: int, scratch: np.ndarray) -> None:
-        planes, index, tile = self._index(unit)
+    def reduce_forward(self, item: int, scratch: np.ndarray) -> None:
+        planes, index, tile = self._index(item)
         x = self._read(self.x, index, scratch[X])
-        mean, delta, variance = self._statistics(x, scratch)
-        for each, value in zip(self.partial, (mean, delta, variance * x.shape[2], x.shape[2]), strict=True):
+        mean, mean_lo, variance = self._moments(x, scratch)
+        for each, value in zip(self.partials, (mean, mean_lo, variance * x.shape[2], x.shape[2]), strict=True):
             each[(tile, *planes)] = value
 
     def join_forward(self, first: int, last: int) -> None:
         """Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, in float64, means as distances from the first's."""
         for planes in self.planes[first:last]:
-            means, deltas, squares, counts = (each[(slice(None), *planes)] for each in self.partial)
-            pooled, total, count = deltas[0], squares[0], counts[0]
+            means, means_lo, m2s, counts = (each[(slice(None), *planes)] for each in self.partials)
+            pooled, m2, count = means_lo[0], m2s[0], counts[0]
             for tile in range(1, self.tiles):
                 share = counts[tile] / (count + counts[tile])
-                distance = (means[tile] - means[0]) + deltas[tile] - pooled
+                distance = (means[tile] - means[0]) + means_lo[tile] - pooled
                 pooled = pooled + distance * share
-                total = total + squares[tile] + distance * distance * (count * share)
+                m2 = m2 + m2s[tile] + distance * distance * (count * share)
                 count = count + counts[tile]
             mean = (means[0] + pooled).astype(self.dtype)
-            delta = ((means[0] - mean) + pooled).astype(self.dtype)
-            self._keep(planes, mean, delta, total / count)
+            mean_lo = ((means[0] - mean) + pooled).astype(self.dtype)
+            self._store_stats(planes, mean, mean_lo, m2 / count)
 
-    def _keep(self, planes: Index, mean: np.ndarray, delta: np.ndarray, variance: np.ndarray) -> None:
+    def _store_stats(self, planes: Index, mean: np.ndarray, mean_lo: np.ndarray, variance: np.ndarray) -> None:
         call = self.call
-        call.mean[planes], call.mean_lo[planes] = mean, delta  # type: ignore[index]
-        call.rstd[planes] = 1 / np.sqrt(variance.astype(self.wide, copy=False) + self.eps)
-        if variance.dtype != self.wide:  # some of it may not be a number of self.wide
-            odd = ~((variance >= _least(self.eps)) & (variance < np.finfo(self.wide).max))
+        call.mean[planes], call.mean_lo[planes] = mean, mean_lo  # type: ignore[index]
+        call.rstd[planes] = 1 / np.sqrt(variance.astype(self.plane_dtype, copy=False) + self.eps)
+        if variance.dtype != self.plane_dtype:  # some of it may not be a number of self.plane_dtype
+            odd = ~((variance >= _least(self.eps)) & (variance < np.finfo(self.plane_dtype).max))
             call.rstd[planes] = np.where(odd, 1 / np.sqrt(variance + self.eps), call.rstd[planes])
         if self.variance is not None:
             self.variance[planes] = variance
 
-    def apply_forward(self, unit: int, scratch: np.ndarray) -> None:
-        planes, index, _ = self._index(unit)
+    def apply_forward(self, item: int, scratch: np.ndarray) -> None:
+        planes, index, _ = self._index(item)
         self._finish(index, planes, self._read(self.x, index, scratch[X]), scratch)
 
     def _finish(self, index: Index, planes: Index, x: np.ndarray, scratch: np.ndarray) -> None:
         call = self.call
-        out = self._target(self.y, index, scratch[X]) if self.work_in_y else self._room(self.y[index], scratch[X])
+        out = (
+            self._target(self.result, index, scratch[X])
+            if self.work_in_result
+            else self._in_buffer(self.result[index], scratch[X])
+        )
         self._add_up(index, planes, x, out, scratch[PRODUCT])
         if call.activation is not None:
-            _activate(out, call.activation, call.negative_slope, self._rooms(out, scratch[self.rooms :]))
-        self._write(self.y, index, out, scratch[PRODUCT])
+            _activate(out, call.activation, call.negative_slope, self._in_buffers(out, scratch[self.buffers :]))
+        self._write(self.result, index, out, scratch[PRODUCT])
 
     def _in_tiles(self, block: int, scratch: np.ndarray, reduce: Any, join: Any, apply: Any) -> None:
         """All of a block, the tile that was read last first again: it is still in the cache."""
-        units = range(block * self.tiles, (block + 1) * self.tiles)
-        for unit in units:
-            reduce(unit, scratch)
+        items = range(block * self.tiles, (block + 1) * self.tiles)
+        for item in items:
+            reduce(item, scratch)
         join(block, block + 1)
-        for unit in reversed(units):
-            apply(unit, scratch)
+        for item in reversed(items):
+            apply(item, scratch)
 
-    def _rooms(self, block: np.ndarray, scratch: Any) -> list[np.ndarray]:
-        return [self._room(block, each) for each in scratch]
+    def _in_buffers(self, block: np.ndarray, scratch: Any) -> list[np.ndarray]:
+        return [self._in_buffer(block, each) for each in scratch]
 
     def whole_forward(self, block: int, scratch: np.ndarray) -> None:
         if self.tiles > 1:
@@ -649,14 +664,14 @@ class _Interpreted(_Work):
             return
         planes, index, _ = self._index(block)
         x = self._read(self.x, index, scratch[X])
-        self._keep(planes, *self._statistics(x, scratch))
+        self._store_stats(planes, *self._moments(x, scratch))
         self._finish(index, planes, x, scratch)
 
     # Backward
 
     def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
         self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
-        self.work_in_dx = not overlap(self.y, self.arrays[2])
+        self.work_in_result = not overlap(self.result, self.arrays[2])
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
 
     def _load(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -665,63 +680,71 @@ class _Interpreted(_Work):
         g = dy = self._read(self.arrays[2], index, scratch[G])
         x = self._read(self.x, index, scratch[X])
         if call.activation is not None:
-            z, g, rooms = self._room(x, scratch[PRODUCT]), self._room(x, scratch[G]), scratch[self.rooms :]
-            self._add_up(index, planes, x, z, rooms[0])
-            _times_slope(dy, z, call.activation, call.negative_slope, g, self._rooms(z, rooms))
+            z, g, buffers = (
+                self._in_buffer(x, scratch[PRODUCT]),
+                self._in_buffer(x, scratch[G]),
+                scratch[self.buffers :],
+            )
+            self._add_up(index, planes, x, z, buffers[0])
+            _times_slope(dy, z, call.activation, call.negative_slope, g, self._in_buffers(z, buffers))
         return g, x
 
-    def _centre(self, standard: _Standard, x: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """(x - pivot) * unit: x itself where that is it, else in out, which may be x."""
-        for operation, values in ((np.subtract, standard.pivot), (np.multiply, standard.unit)):
+    def _centre(self, stats: _Stats, x: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """(x - shift) * unit: x itself where that is it, else in out, which may be x."""
+        for operation, values in ((np.subtract, stats.shift), (np.multiply, stats.unit)):
             if values is not None:
                 self._each(operation, x, values, out)
                 x = out
         return x
 
-    def _centred(self, planes: Index, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, _Standard]:
-        standard = self._standard(planes)
-        return self._centre(standard, x, self._room(x, scratch[X])), standard
+    def _centred(self, planes: Index, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, _Stats]:
+        stats = self._stats(planes)
+        return self._centre(stats, x, self._in_buffer(x, scratch[X])), stats
 
-    def reduce_backward(self, unit: int, scratch: np.ndarray) -> None:
-        planes, index, tile = self._index(unit)
+    def reduce_backward(self, item: int, scratch: np.ndarray) -> None:
+        planes, index, tile = self._index(item)
         g, x = self._load(index, planes, scratch)
         centred, _ = self._centred(planes, x, scratch)
-        self.partial[0][(tile, *planes)] = self._sums(g)
-        self.partial[1][(tile, *planes)] = self._dots(g, centred, scratch[PRODUCT])
+        self.partials[0][(tile, *planes)] = self._sums(g)
+        self.partials[1][(tile, *planes)] = self._dots(g, centred, scratch[PRODUCT])
 
     def join_backward(self, first: int, last: int) -> None:
         for planes in self.planes[first:last]:
-            total, dot = (self.partial[i][(slice(None), *planes)].sum(0) for i in (0, 1))
-            self._keep_sums(planes, total, dot, self._standard(planes))
+            total, dot = (self.partials[i][(slice(None), *planes)].sum(0) for i in (0, 1))
+            self._store_sums(planes, total, dot, self._stats(planes))
 
-    def _keep_sums(self, planes: Index, total: np.ndarray, dot: np.ndarray, standard: _Standard) -> None:
+    def _store_sums(self, planes: Index, total: np.ndarray, dot: np.ndarray, stats: _Stats) -> None:
         self.sum_g[planes] = total
-        self.sum_g_xhat[planes] = (dot - standard.rest * total) * standard.rstd
+        self.sum_g_xhat[planes] = (dot - stats.remainder * total) * stats.rstd
 
-    def apply_backward(self, unit: int, scratch: np.ndarray) -> None:
-        planes, index, _ = self._index(unit)
+    def apply_backward(self, item: int, scratch: np.ndarray) -> None:
+        planes, index, _ = self._index(item)
         g, x = self._load(index, planes, scratch)
         self._differentiate(index, planes, g, *self._centred(planes, x, scratch), scratch)
 
     def _differentiate(
-        self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, standard: _Standard, scratch: np.ndarray
+        self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, stats: _Stats, scratch: np.ndarray
     ) -> None:
         """dx = scale * (g - xhat * mean of g * xhat - mean of g), x first, in place."""
         call = self.call
         if len(self.arrays) == 5:
             self._write(self.arrays[4], index, g, scratch[PRODUCT])
-        out = self._target(self.y, index, scratch[X]) if self.work_in_dx else self._room(self.y[index], scratch[X])
+        out = (
+            self._target(self.result, index, scratch[X])
+            if self.work_in_result
+            else self._in_buffer(self.result[index], scratch[X])
+        )
         if call.training:
-            slope = self.sum_g_xhat[planes] / -self.spatial * standard.rstd
-            constant = (-standard.rest * slope - self.sum_g[planes] / self.spatial).astype(self.dtype, copy=False)
+            slope = self.sum_g_xhat[planes] / -self.spatial * stats.rstd
+            constant = (-stats.remainder * slope - self.sum_g[planes] / self.spatial).astype(self.dtype, copy=False)
             self._each(np.multiply, centred, slope, out)
             out += g
             self._each(np.add, out, constant, out)
             g = out
-        self._each(np.multiply, g, self._weighted(planes, standard.rstd), out)
-        if standard.unit is not None:
-            self._each(np.multiply, out, standard.unit, out)
-        self._write(self.y, index, out, scratch[PRODUCT])
+        self._each(np.multiply, g, self._weighted(planes, stats.rstd), out)
+        if stats.unit is not None:
+            self._each(np.multiply, out, stats.unit, out)
+        self._write(self.result, index, out, scratch[PRODUCT])
 
     def whole_backward(self, block: int, scratch: np.ndarray) -> None:
         if self.tiles > 1:
@@ -729,9 +752,9 @@ class _Interpreted(_Work):
             return
         planes, index, _ = self._index(block)
         g, x = self._load(index, planes, scratch)
-        centred, standard = self._centred(planes, x, scratch)
-        self._keep_sums(planes, self._sums(g), self._dots(g, centred, scratch[PRODUCT]), standard)
-        self._differentiate(index, planes, g, centred, standard, scratch)
+        centred, stats = self._centred(planes, x, scratch)
+        self._store_sums(planes, self._sums(g), self._dots(g, centred, scratch[PRODUCT]), stats)
+        self._differentiate(index, planes, g, centred, stats, scratch)
 
 
 class _DoubleBackward(_Interpreted):
@@ -743,11 +766,11 @@ class _DoubleBackward(_Interpreted):
         dx = rstd * (q * g - weight * c * v + r * xhat),   r = weight * (a * c - s) - q * c
 
     with the means a of v * xhat, c of g * xhat, and s of v * g, less a * c. In tracked eval no mean is taken away, and
-    a, c and s are 0. A mean is taken away as rounded first, the pivot, so that a large one costs no digits; then its
+    a, c and s are 0. A mean is taken away as rounded first, the shift, so that a large one costs no digits; then its
     rest.
     """
 
-    rooms = 5  # for xhat, g, v, a product, and a result that cannot be worked in
+    buffers = 5  # for xhat, g, v, a product, and a result that cannot be worked in
 
     def __init__(self, call: Saved, arrays: list[Array], ddweight: Array | None, ddbias: Array | None):
         super().__init__(call, arrays)
@@ -760,104 +783,108 @@ class _DoubleBackward(_Interpreted):
             self.share(self.apply_double, self.blocks * self.tiles)
             return
         if self.tiles > 1:
-            self.partial = np.empty((9, self.tiles, *sums.shape))
+            self.partials = np.empty((9, self.tiles, *sums.shape))
             self.joined = np.empty((8, *sums.shape))
         self.run(self.reduce_double, self.join_double, self.apply_double, self.whole_double)
 
-    def _scaled(self, array: Array, index: Index, room: np.ndarray, centres: Any, scale: Any = None) -> Any:
+    def _scaled(self, array: Array, index: Index, buffer: np.ndarray, centres: Any, scale: Any = None) -> Any:
         """(array - centres) * scale of a block, in scratch; None where there is no array."""
         if array is None:
             return None
-        block = self._read(array, index, room, copy=True)
+        block = self._read(array, index, buffer, copy=True)
         for centre in centres:
             self._each(np.subtract, block, centre, block)
         if scale is not None:
             self._each(np.multiply, block, scale, block)
         return block
 
-    def _xhat(self, index: Index, planes: Index, room: np.ndarray) -> np.ndarray:
+    def _xhat(self, index: Index, planes: Index, buffer: np.ndarray) -> np.ndarray:
         call = self.call
         centres = (call.mean[planes],) if call.mean_lo is None else (call.mean[planes], call.mean_lo[planes])
-        block: np.ndarray = self._scaled(self.x, index, room, centres, call.rstd[planes])
+        block: np.ndarray = self._scaled(self.x, index, buffer, centres, call.rstd[planes])
         return block
 
-    def _blocks(self, index: Index, planes: Index, scratch: np.ndarray, pivots: tuple[Any, ...]) -> tuple[Any, ...]:
-        """xhat, g and v of a block, the last two about these pivots; v is None where there is no ddx."""
+    def _blocks(self, index: Index, planes: Index, scratch: np.ndarray, shifts: tuple[Any, ...]) -> tuple[Any, ...]:
+        """xhat, g and v of a block, the last two about these shifts; v is None where there is no ddx."""
         return (
             self._xhat(index, planes, scratch[X]),
-            self._scaled(self.g, index, scratch[G], pivots[:1]),
-            self._scaled(self.u, index, scratch[V], pivots[1:], self.call.rstd[planes]),
+            self._scaled(self.g, index, scratch[G], shifts[:1]),
+            self._scaled(self.u, index, scratch[V], shifts[1:], self.call.rstd[planes]),
         )
 
-    def _about_mean(self, array: Array, index: Index, room: np.ndarray) -> tuple[Any, Any, Any]:
-        """A block less the means of its planes as rounded, the pivots; these, and the sums of what is left."""
+    def _about_mean(self, array: Array, index: Index, buffer: np.ndarray) -> tuple[Any, Any, Any]:
+        """A block less the means of its planes as rounded, the shifts; these, and the sums of what is left."""
         if array is None:
             return None, 0.0, 0.0
-        block = self._read(array, index, room, copy=True)
-        pivot = (self._sums(block) / block.shape[2]).astype(self.dtype, copy=False)
-        self._each(np.subtract, block, pivot, block)
-        return block, pivot, self._sums(block)
+        block = self._read(array, index, buffer, copy=True)
+        shift = (self._sums(block) / block.shape[2]).astype(self.dtype, copy=False)
+        self._each(np.subtract, block, shift, block)
+        return block, shift, self._sums(block)
 
     def _reduced(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """xhat, g and v of a tile about its own pivots; and what `_joined` takes of it."""
+        """xhat, g and v of a tile about its own shifts; and what `_joined` takes of it."""
         size = math.prod(self.x[index].shape[2:])
         if not self.call.training:
             blocks = self._blocks(index, planes, scratch, ())
             return blocks, (size, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, self._dots(blocks[2], blocks[1], scratch[PRODUCT]))
-        g, pivot_g, sum_g = self._about_mean(self.g, index, scratch[G])
-        v, pivot_u, sum_u = self._about_mean(self.u, index, scratch[V])
+        g, shift_g, sum_g = self._about_mean(self.g, index, scratch[G])
+        v, shift_u, sum_u = self._about_mean(self.u, index, scratch[V])
         xhat = self._xhat(index, planes, scratch[X])
         dots: tuple[Any, ...] = (self._dots(g, xhat, scratch[PRODUCT]), 0.0, 0.0)
         if v is not None:
             self._each(np.multiply, v, self.call.rstd[planes], v)
             dots = (dots[0], self._dots(v, xhat, scratch[PRODUCT]), self._dots(v, g, scratch[PRODUCT]))
-        return (xhat, g, v), (size, self._sums(xhat), pivot_g, sum_g, pivot_u, sum_u, *dots)
+        return (xhat, g, v), (size, self._sums(xhat), shift_g, sum_g, shift_u, sum_u, *dots)
 
-    def _joined(self, planes: Index, parts: np.ndarray) -> tuple[Any, ...]:
-        """Pivots of g and u, their rests, that of xhat, and a, c and s: from what there is of each tile, in float64.
+    def _joined(self, planes: Index, partials: np.ndarray) -> tuple[Any, ...]:
+        """Shifts of g and u, their rests, that of xhat, and a, c and s: from what there is of each tile, in float64.
 
-        parts: count, sum of xhat, pivot and what it left of g, the same of u, and the dots g xhat, v xhat and v g. The
-        distances of the tiles' pivots from the means add to the dots (Chan, Golub, LeVeque 1983, for products).
+        parts: count, sum of xhat, shift and what it left of g, the same of u, and the dots g xhat, v xhat and v g. The
+        distances of the tiles' shifts from the means add to the dots (Chan, Golub, LeVeque 1983, for products).
         """
-        count, sum_x, pivot_g, sum_g, pivot_u, sum_u, dot_gx, dot_vx, dot_vg = parts
+        count, sum_x, shift_g, sum_g, shift_u, sum_u, dot_gx, dot_vx, dot_vg = partials
         rstd = self.call.rstd[planes].astype(np.float64)
         size = self.spatial
-        far_g, far_u = pivot_g - pivot_g[0], pivot_u - pivot_u[0]
-        rest_g, rest_u = (count * far_g + sum_g).sum(0) / size, (count * far_u + sum_u).sum(0) / size
+        gap_g, gap_u = shift_g - shift_g[0], shift_u - shift_u[0]
+        remainder_g, remainder_u = (count * gap_g + sum_g).sum(0) / size, (count * gap_u + sum_u).sum(0) / size
         if self.call.training:
-            far_g, far_u = far_g - rest_g, rstd * (far_u - rest_u)
+            gap_g, gap_u = gap_g - remainder_g, rstd * (gap_u - remainder_u)
             sum_v = rstd * sum_u
-            a, c = (dot_vx + far_u * sum_x).sum(0) / size, (dot_gx + far_g * sum_x).sum(0) / size
-            s = (dot_vg + far_u * sum_g + far_g * sum_v + count * far_u * far_g).sum(0) / size - a * c
+            a, c = (dot_vx + gap_u * sum_x).sum(0) / size, (dot_gx + gap_g * sum_x).sum(0) / size
+            s = (dot_vg + gap_u * sum_g + gap_g * sum_v + count * gap_u * gap_g).sum(0) / size - a * c
             self.sums[planes] = s * size
         else:
-            a = c = s = 0 * rest_g
+            a = c = s = 0 * remainder_g
             self.sums[planes] = dot_vg.sum(0)
-        bases, rests = (pivot_g[0], pivot_u[0]), (rest_g, rest_u)
-        pivots = bases
+        bases, remainders = (shift_g[0], shift_u[0]), (remainder_g, remainder_u)
+        shifts = bases
         if self.tiles > 1:
-            pivots = tuple((base + rest).astype(self.dtype) for base, rest in zip(bases, rests, strict=True))
-            rests = tuple((base - pivot) + rest for base, pivot, rest in zip(bases, pivots, rests, strict=True))
-        return *pivots, *rests, sum_x.sum(0) / size, a, c, s
+            shifts = tuple(
+                (base + remainder).astype(self.dtype) for base, remainder in zip(bases, remainders, strict=True)
+            )
+            remainders = tuple(
+                (base - shift) + remainder for base, shift, remainder in zip(bases, shifts, remainders, strict=True)
+            )
+        return *shifts, *remainders, sum_x.sum(0) / size, a, c, s
 
-    def reduce_double(self, unit: int, scratch: np.ndarray) -> None:
-        planes, index, tile = self._index(unit)
-        for each, value in zip(self.partial, self._reduced(index, planes, scratch)[1], strict=True):
+    def reduce_double(self, item: int, scratch: np.ndarray) -> None:
+        planes, index, tile = self._index(item)
+        for each, value in zip(self.partials, self._reduced(index, planes, scratch)[1], strict=True):
             each[(tile, *planes)] = value
 
     def join_double(self, first: int, last: int) -> None:
         for planes in self.planes[first:last]:
-            parts = self.partial[(slice(None), slice(None), *planes)]
+            parts = self.partials[(slice(None), slice(None), *planes)]
             for each, value in zip(self.joined, self._joined(planes, parts), strict=True):
                 each[planes] = value
 
-    def apply_double(self, unit: int, scratch: np.ndarray) -> None:
-        planes, index, _ = self._index(unit)
-        pivots, numbers = (), (0.0,) * 6
+    def apply_double(self, item: int, scratch: np.ndarray) -> None:
+        planes, index, _ = self._index(item)
+        shifts, numbers = (), (0.0,) * 6
         if self.call.training:
             joined = [each[planes] for each in self.joined]
-            pivots, numbers = tuple(each.astype(self.dtype) for each in joined[:2]), tuple(joined[2:])
-        self._finish_double(index, planes, self._blocks(index, planes, scratch, pivots), numbers, scratch)
+            shifts, numbers = tuple(each.astype(self.dtype) for each in joined[:2]), tuple(joined[2:])
+        self._finish_double(index, planes, self._blocks(index, planes, scratch, shifts), numbers, scratch)
 
     def whole_double(self, block: int, scratch: np.ndarray) -> None:
         if self.tiles > 1:
@@ -874,28 +901,28 @@ class _DoubleBackward(_Interpreted):
         self, index: Index, planes: Index, blocks: tuple[Any, ...], numbers: tuple[Any, ...], scratch: np.ndarray
     ) -> None:
         xhat, g, v = blocks
-        rest_g, rest_u, rest_x, a, c, s = numbers
+        remainder_g, remainder_u, remainder_x, a, c, s = numbers
         shape = self.sums[planes].shape
         rstd = self.call.rstd[planes]
         weight, ddweight, ddbias = (
-            np.broadcast_to(default if given is None else self._of_planes(given, planes), shape).astype(np.float64)
+            np.broadcast_to(default if given is None else self._per_plane(given, planes), shape).astype(np.float64)
             for given, default in ((self.call.weight, 1.0), (self.ddweight, 0.0), (self.ddbias, 0.0))
         )
-        q, rest_y, rest, more = ddweight, ddbias, np.zeros(shape), []
+        q, constant_y, constant, more = ddweight, ddbias, np.zeros(shape), []
         if self.call.training:
-            q, rest_v = ddweight - weight * a, rstd * rest_u
+            q, remainder_v = ddweight - weight * a, rstd * remainder_u
             r = weight * (a * c - s) - q * c
-            rest_y = ddbias - weight * rest_v - q * rest_x
-            rest = weight * c * rest_v - q * rest_g - r * rest_x
+            constant_y = ddbias - weight * remainder_v - q * remainder_x
+            constant = weight * c * remainder_v - q * remainder_g - r * remainder_x
             more = [(v, -weight * c), (xhat, r)]
         if self.ddweight is None and (v is None or not self.call.training):
             g = xhat = None  # q is 0, and they may be infinite
             more = []
-        self._combine(self.ddy, index, scratch, [(v, weight), (xhat, q)], rest_y)
-        self._combine(self.y, index, scratch, [(g, q), *more], rest, rstd)
+        self._combine(self.ddy, index, scratch, [(v, weight), (xhat, q)], constant_y)
+        self._combine(self.result, index, scratch, [(g, q), *more], constant, rstd)
 
     def _combine(
-        self, array: Array, index: Index, scratch: np.ndarray, terms: Any, rest: np.ndarray, scale: Any = None
+        self, array: Array, index: Index, scratch: np.ndarray, terms: Any, constant: np.ndarray, scale: Any = None
     ) -> None:
         """array <- (the sum of block * number, for each (block, number), + rest) * scale, by planes."""
         terms = [term for term in terms if term[0] is not None]
@@ -903,11 +930,11 @@ class _DoubleBackward(_Interpreted):
         if not terms:
             out[...] = 0
         for i, (block, number) in enumerate(terms):
-            product = self._room(block, scratch[PRODUCT]) if i else out
+            product = self._in_buffer(block, scratch[PRODUCT]) if i else out
             self._each(np.multiply, block, number.astype(self.dtype), product)
             if i:
                 out += product
-        self._each(np.add, out, rest.astype(self.dtype), out)
+        self._each(np.add, out, constant.astype(self.dtype), out)
         if scale is not None and terms:
             self._each(np.multiply, out, scale, out)
         self._write(array, index, out, scratch[PRODUCT])
@@ -936,8 +963,8 @@ def _tiles(spatial: list[int], limit: int) -> Iterator[Index]:
     row = math.prod(inner)
     if row > limit:
         for i in range(size):
-            for rest in _tiles(inner, limit):
-                yield (slice(i, i + 1), *rest)
+            for tail in _tiles(inner, limit):
+                yield (slice(i, i + 1), *tail)
     else:
         step = max(limit // row, 1)
         for i in range(0, size, step):
@@ -978,14 +1005,14 @@ def _times_slope(
         rises = np.less_equal(z, 0).view(np.int8)
         rises -= 1
         slope, bits = scratch[0], f"i{z.itemsize}"
-        kept = slope.view(bits)
-        np.copyto(kept, rises)
+        mask = slope.view(bits)
+        np.copyto(mask, rises)
         if activation == "relu":
-            np.bitwise_and(dy.view(bits), kept, out=g.view(bits))
+            np.bitwise_and(dy.view(bits), mask, out=g.view(bits))
             return
         one, other = np.array([1, negative_slope], z.dtype).view(bits)
-        kept &= one ^ other
-        kept ^= other
+        mask &= one ^ other
+        mask ^= other
         np.multiply(dy, slope, out=g)
         return
     # For z > 0, F(z) + z F'(z) = 1 + h with h = |z| F'(|z|) - (1 - F(|z|)); for z < 0 it is -h.
@@ -1013,8 +1040,8 @@ def _distribution(z: np.ndarray, activation: str, scratch: list[np.ndarray]) -> 
         np.divide(tail, density, out=density)
         return size, tail, density
     first, *others = half_erfcx(20 if z.dtype == np.float64 else 10)
-    np.add(size, PIVOT, out=tail)
-    np.subtract(size, PIVOT, out=density)
+    np.add(size, ERFCX_CENTRE, out=tail)
+    np.subtract(size, ERFCX_CENTRE, out=density)
     density /= tail
     tail[...] = first
     for coefficient in others:
@@ -1028,7 +1055,7 @@ def _distribution(z: np.ndarray, activation: str, scratch: list[np.ndarray]) -> 
     return size, tail, density
 
 
-PIVOT = 4.0  # the |z| that the polynomial below is about
+ERFCX_CENTRE = 4.0  # the |z| that the polynomial below is about
 
 
 @cache
@@ -1042,12 +1069,12 @@ def half_erfcx(degree: int) -> list[float]:
     from numpy.polynomial import Chebyshev, Polynomial  # a light import of cupynorm does without
 
     count = degree + 1
-    end = (37 - PIVOT) / (37 + PIVOT)
+    end = (37 - ERFCX_CENTRE) / (37 + ERFCX_CENTRE)
     # Row k is T_k at the points; its angles are reduced as integers, for theirs would be rounded.
     angles = np.outer(np.arange(count), 2 * np.arange(count) + 1) % (4 * count)
     cosines = np.cos(np.pi / (2 * count) * angles)
     t = (cosines[1] + 1) * (end + 1) / 2 - 1
-    values = [math.erfc(z / math.sqrt(2)) * math.exp(z * z / 2) / 2 for z in PIVOT * (1 + t) / (1 - t)]
+    values = [math.erfc(z / math.sqrt(2)) * math.exp(z * z / 2) / 2 for z in ERFCX_CENTRE * (1 + t) / (1 - t)]
     series = cosines @ values * 2 / count
     series[0] /= 2
     return [float(c) for c in Chebyshev(series, domain=[-1, end]).convert(kind=Polynomial).coef[::-1]]
@@ -1066,20 +1093,21 @@ def _loop(function: Any) -> Any:
 
 
 def _rare(function: Any) -> Any:
-    return function if numba is None else numba.njit(function, error_model="numpy", inline="never", **WITHIN)
+    return function if numba is None else numba.njit(function, error_model="numpy", inline="never", **INTERNAL)
 
 
 def _kernel(function: Any) -> Any:
-    return function if numba is None else kept(function, nogil=True)
+    return function if numba is None else disk_cached(function, nogil=True)
 
 
 TILE = 65536  # positions; no less than FORWARD_SHORT
 MOST_RUNS = 65536  # pieces that a plane may be read in: each array has a table of them
-LANES_LEAST = 16  # channels side by side: of fewer, or less than a cache line, planes are moved together first
+# Channels side by side: of fewer, or less than a cache line, planes are moved together first.
+MIN_CHANNELS_COMPILED = 16
 SPARE = 14  # and where more than one channel in so many is left over from half cache lines, or one of 16 bits
 SMALL_TABLE = 2**14  # bytes of such tables up to which many layouts are kept
 PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
-LANES_PARTIAL = 64
+PARTIAL_CHANNELS_LAST = 64
 PAYS = 2**18  # elements from which on a second thread does
 STREAM = 3 * 2**23  # bytes of a result from which on it goes past the caches, which would not keep it
 LONG_RUN = 128  # elements of a run from which on, for it has few lines in part; planes of shorter ones are moved first
@@ -1089,7 +1117,7 @@ TOGETHER = 64  # short planes at most
 BACKWARD_SHORT = 512  # longer ones take as long by themselves
 AHEAD = 4096  # elements by which reading is ahead of the sums, beyond the end of a plane too
 NEAR = 32768  # elements of a plane that is fetched while the one before is written: both fit the second cache
-PIECES, PIECE = 8, 8  # places in a tile, and elements of each, from which its mean is guessed
+GUESS_PLACES, GUESS_LENGTH = 8, 8  # places in a tile, and elements of each, from which its mean is guessed
 
 
 @_loop
@@ -1106,13 +1134,13 @@ def _borders(tile, shape):
 
 
 @_loop
-def _locate(unit, shape):
+def _locate(item, shape):
     """The sample, first channel and tile of a unit: a tile of an owner, which is a plane or a group of channels."""
     channels, group, tiles = shape[:3]
     groups = (channels + group - 1) // group
-    owner = unit // tiles
-    n = owner // groups
-    return n, (owner - n * groups) * group, unit - owner * tiles
+    block = item // tiles
+    n = block // groups
+    return n, (block - n * groups) * group, item - block * tiles
 
 
 @_loop
@@ -1124,7 +1152,7 @@ def _next(n, c, tile, shape):
 
 
 @_loop
-def _before(n, c, tile, shape):
+def _previous(n, c, tile, shape):
     if tile:
         return n, c, tile - 1
     if c:
@@ -1139,11 +1167,16 @@ def _start(i, n, c, r, places, runs):
 
 
 @_loop
-def _plane(n, c, weight, bias, over, mean, delta, rstd):
+def _coefficients(n, c, weight, bias, param_strides, mean, mean_lo, rstd):
     """How z follows from x in a plane: (x * unit - m) * scale + shift."""
     unit, r = unit_of(mean[n, c], rstd[n, c])
-    scale = r * weight[n * over[0] + c * over[1]]
-    return unit, mean[n, c] * unit, scale, bias[n * over[2] + c * over[3]] - delta[n, c] * unit * scale
+    scale = r * weight[n * param_strides[0] + c * param_strides[1]]
+    return (
+        unit,
+        mean[n, c] * unit,
+        scale,
+        bias[n * param_strides[2] + c * param_strides[3]] - mean_lo[n, c] * unit * scale,
+    )
 
 
 @_loop
@@ -1156,13 +1189,13 @@ def _mean_run(x, o, lo, hi, share, zero):
 
 
 @_loop
-def _centred_run(x, o, lo, hi, mean, delta, zero):
-    total = squares = zero
+def _centred_run(x, o, lo, hi, mean, mean_lo, zero):
+    total = sum_sq = zero
     for i in range(lo, hi):
-        c = (widen(x[o + i]) - mean) - delta
+        c = (widen(x[o + i]) - mean) - mean_lo
         total = add(total, c)
-        squares = add(squares, c * c)
-    return total, squares
+        sum_sq = add(sum_sq, c * c)
+    return total, sum_sq
 
 
 @_loop
@@ -1173,158 +1206,158 @@ def _fetch(x, o, lo, hi):
 
 
 @_loop
-def _centred(x, o, run, shape, tile, mean, delta, zero):
+def _centred(x, o, run, shape, tile, mean, mean_lo, zero):
     """The sums of a tile's centred values and of their squares."""
     r0, r1, l0, l1, _ = _borders(tile, shape)
-    total = squares = 0.0
+    total = sum_sq = 0.0
     for r in range(r0, r1):
         at = np.uint64(o + run[r])
         for lo in range(l0, l1, PARTIAL):
             hi = min(lo + PARTIAL, l1)
             _fetch(x, at + np.uint64(AHEAD), lo, hi)
-            s, q = _centred_run(x, at, np.uint64(lo), np.uint64(hi), mean, delta, zero)
+            s, q = _centred_run(x, at, np.uint64(lo), np.uint64(hi), mean, mean_lo, zero)
             total += s
-            squares += q
-    return total, squares
+            sum_sq += q
+    return total, sum_sq
 
 
 @_loop
-def _spread(i, tile, shape):
+def _guess_place(i, tile, shape):
     """Of PIECES places in a tile the i-th: its run and its first position, PIECE before the end or further."""
     r0, r1, l0, l1, _ = _borders(tile, shape)
-    return r0 + (r1 - r0) * i // PIECES, l0 + max(l1 - l0 - PIECE, 0) * i // (PIECES - 1)
+    return r0 + (r1 - r0) * i // GUESS_PLACES, l0 + max(l1 - l0 - GUESS_LENGTH, 0) * i // (GUESS_PLACES - 1)
 
 
 @_loop
 def _guess(x, o, run, shape, tile):
     """The mean of some elements of a tile, which is rarely far from that of all."""
     _, _, l0, l1, _ = _borders(tile, shape)
-    size = min(l1 - l0, PIECE)
+    size = min(l1 - l0, GUESS_LENGTH)
     total = 0.0
-    for i in range(PIECES):
-        r, lo = _spread(i, tile, shape)
+    for i in range(GUESS_PLACES):
+        r, lo = _guess_place(i, tile, shape)
         at = np.uint64(o + run[r])
         for j in range(np.uint64(lo), np.uint64(lo + size)):
             total = add(total, np.float64(widen(x[at + j])))
-    return total / (size * PIECES)
+    return total / (size * GUESS_PLACES)
 
 
 @_loop
-def _guess_lanes(x, o, k, run, shape, tile, width, mean):
+def _guess_channels(x, o, k, run, shape, tile, width, mean):
     """_guess for channels side by side: of one position in each place."""
     mean[:] = 0
-    for i in range(PIECES):
-        r, lo = _spread(i, tile, shape)
+    for i in range(GUESS_PLACES):
+        r, lo = _guess_place(i, tile, shape)
         at = np.uint64(o + run[r]) + np.uint64(lo) * k
         for j in range(width):
             mean[j] += widen(x[at + j])
     for j in range(width):
-        mean[j] /= PIECES
+        mean[j] /= GUESS_PLACES
 
 
 @_rare
-def _wide_moments(x, o, k, run, shape, tile):
+def _moments_float64(x, o, k, run, shape, tile):
     """A tile's mean, what is lacking, and its squares about both, all in float64: for squares that float32 has not."""
     r0, r1, l0, l1, count = _borders(tile, shape)
-    mean = total = square = 0.0
+    mean = total = sum_sq = 0.0
     for _ in range(2):
         mean += total / count
-        total = square = 0.0
+        total = sum_sq = 0.0
         for r in range(r0, r1):
             for i in range(np.uint64(l0), np.uint64(l1)):
                 c = np.float64(widen(x[np.uint64(o + run[r]) + i * k])) - mean
                 total += c
-                square += c * c
-    return mean, total / count, square - total * (total / count)
+                sum_sq += c * c
+    return mean, total / count, sum_sq - total * (total / count)
 
 
 @_loop
 def _moments(x, o, run, shape, tile, mean, zero, count, least):
     """A tile's mean as a number in computing precision and what is lacking, and its squares about both, from a guess.
 
-    sum c**2 - count * delta**2 loses a bit at most where delta is within the deviation. Else the guess was bad, or the
+    sum c**2 - count * mean_lo**2 loses a bit at most if mean_lo is within the deviation. Else the guess was bad, or the
     mean's rounding is most of what is left in a nearly constant tile: once more about the mean, then without its
     rounding.
     """
-    delta = zero
-    total = square = excess = 0.0
-    for turn in range(3):
-        total, square = _centred(x, o, run, shape, tile, mean, delta, zero)
+    mean_lo = zero
+    total = sum_sq = excess = 0.0
+    for attempt in range(3):
+        total, sum_sq = _centred(x, o, run, shape, tile, mean, mean_lo, zero)
         excess = total / count
-        if not total * excess > 0.5 * square:
+        if not total * excess > 0.5 * sum_sq:
             break
-        if turn == 0:
+        if attempt == 0:
             mean = typed(mean + excess, zero)
-        elif turn == 1:
-            delta = typed(excess, zero)
-    if not least * count <= square < math.inf:
-        exact, rest, square = _wide_moments(x, o, np.uint64(1), run, shape, tile)
+        elif attempt == 1:
+            mean_lo = typed(excess, zero)
+    if not least * count <= sum_sq < math.inf:
+        exact, exact_lo, sum_sq = _moments_float64(x, o, np.uint64(1), run, shape, tile)
         mean = typed(exact, zero)
-        return mean, (exact - mean) + rest, square
-    return mean, delta + excess, square - total * excess
+        return mean, (exact - mean) + exact_lo, sum_sq
+    return mean, mean_lo + excess, sum_sq - total * excess
 
 
 @_loop
-def _reduce_forward_rows(x, place, run, shape, first, last, zero, least, means, deltas, squares):
+def _reduce_forward_rows(x, place, run, shape, first, last, zero, least, means, means_lo, m2s):
     n, c, tile = _locate(first, shape)
-    for unit in range(last - first):
+    for item in range(last - first):
         o = n * place[0] + c * place[1]
         guess = typed(_guess(x, o, run, shape, tile), zero)
         count = _borders(tile, shape)[4]
-        means[unit], deltas[unit], squares[unit] = _moments(x, o, run, shape, tile, guess, zero, count, least)
+        means[item], means_lo[item], m2s[item] = _moments(x, o, run, shape, tile, guess, zero, count, least)
         n, c, tile = _next(n, c, tile, shape)
 
 
 @_loop
-def _reduce_forward_lanes(x, place, run, shape, first, last, zero, least, means, deltas, squares):
+def _reduce_forward_channels(x, place, run, shape, first, last, zero, least, means, means_lo, m2s):
     """_guess and _moments of channels side by side."""
     channels, group = shape[:2]
     k = np.uint64(place[2])
-    mean, delta, a, b = np.empty((4, group), zero.dtype)
-    total, square = np.empty((2, group))
+    mean, mean_lo, a, b = np.empty((4, group), zero.dtype)
+    total, sum_sq = np.empty((2, group))
     n, c, tile = _locate(first, shape)
-    for unit in range(last - first):
+    for item in range(last - first):
         width = np.uint64(min(group, channels - c))
         o = n * place[0] + c
         r0, r1, l0, l1, count = _borders(tile, shape)
-        _guess_lanes(x, o, k, run, shape, tile, width, total)
+        _guess_channels(x, o, k, run, shape, tile, width, total)
         for j in range(width):
-            mean[j], delta[j] = total[j], zero[0]
-        for turn in range(3):
+            mean[j], mean_lo[j] = total[j], zero[0]
+        for attempt in range(3):
             total[:] = 0
-            square[:] = 0
+            sum_sq[:] = 0
             for r in range(r0, r1):
-                for lo in range(l0, l1, LANES_PARTIAL):
+                for lo in range(l0, l1, PARTIAL_CHANNELS_LAST):
                     a[:] = zero[0]
                     b[:] = zero[0]
-                    for i in range(lo, min(lo + LANES_PARTIAL, l1)):
+                    for i in range(lo, min(lo + PARTIAL_CHANNELS_LAST, l1)):
                         at = np.uint64(o + run[r]) + np.uint64(i) * k
                         for j in range(width):
-                            d = (widen(x[at + j]) - mean[j]) - delta[j]
+                            d = (widen(x[at + j]) - mean[j]) - mean_lo[j]
                             a[j] += d
                             b[j] += d * d
                     for j in range(width):
                         total[j] += a[j]
-                        square[j] += b[j]
-            far = False
+                        sum_sq[j] += b[j]
+            again = False
             for j in range(width):
                 excess = total[j] / count
-                if total[j] * excess > 0.5 * square[j] and turn < 2:
-                    far = True
-                    if turn == 0:
+                if total[j] * excess > 0.5 * sum_sq[j] and attempt < 2:
+                    again = True
+                    if attempt == 0:
                         mean[j] += excess
                     else:
-                        delta[j] = excess
-            if not far:
+                        mean_lo[j] = excess
+            if not again:
                 break
         for j in range(width):
             excess = total[j] / count
-            means[unit * group + j] = mean[j]
-            deltas[unit * group + j] = delta[j] + excess
-            squares[unit * group + j] = square[j] - total[j] * excess
-            if not least * count <= square[j] < math.inf:
-                at = unit * group + j
-                means[at], deltas[at], squares[at] = _wide_moments(x, o + j, k, run, shape, tile)
+            means[item * group + j] = mean[j]
+            means_lo[item * group + j] = mean_lo[j] + excess
+            m2s[item * group + j] = sum_sq[j] - total[j] * excess
+            if not least * count <= sum_sq[j] < math.inf:
+                at = item * group + j
+                means[at], means_lo[at], m2s[at] = _moments_float64(x, o + j, k, run, shape, tile)
         n, c, tile = _next(n, c, tile, shape)
 
 
@@ -1338,39 +1371,39 @@ def _counts(shape):
 
 
 @_loop
-def _join_forward(shape, counts, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
+def _join_forward(shape, counts, first, last, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance):
     """Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, means as distances from the first one's."""
     channels, group, tiles = shape[:3]
-    share_of_one = 1 / shape[8]
+    inverse_count = 1 / shape[8]
     n, c, _ = _locate(first * tiles, shape)
-    for owner in range(last - first):
+    for block in range(last - first):
         for j in range(min(group, channels - c)):
-            at = owner * tiles * group + j
-            pooled, square, count = deltas[at], squares[at], counts[0]
+            at = block * tiles * group + j
+            pooled, m2, count = means_lo[at], m2s[at], counts[0]
             for tile in range(1, tiles):
                 more = counts[tile]
                 share = more / (count + more)
-                distance = (means[at + tile * group] - means[at]) + deltas[at + tile * group] - pooled
+                distance = (means[at + tile * group] - means[at]) + means_lo[at + tile * group] - pooled
                 pooled += distance * share
-                square += squares[at + tile * group] + distance * distance * (count * share)
+                m2 += m2s[at + tile * group] + distance * distance * (count * share)
                 count += more
-            square = 0.0 if square <= 0 else square * share_of_one  # NaN stays
+            var = 0.0 if m2 <= 0 else m2 * inverse_count  # NaN stays
             mean[n, c + j] = means[at] + pooled
-            delta[n, c + j] = (means[at] - mean[n, c + j]) + pooled
-            rstd[n, c + j] = 1 / math.sqrt(square + eps)
+            mean_lo[n, c + j] = (means[at] - mean[n, c + j]) + pooled
+            rstd[n, c + j] = 1 / math.sqrt(var + eps)
             if variance.size:
-                variance[n, c + j] = square
+                variance[n, c + j] = var
         c += group
         if c >= channels:
             n, c = n + 1, 0
 
 
 @_loop
-def _result_run(like, x, y, res, offsets, lo, hi, residual, act, unit, m, scale, shift):
+def _result_run(like, x, y, res, offsets, lo, hi, residual, act, unit, m, scale, intercept):
     """y of a piece of a run of one plane."""
     o0, o1, o2 = offsets
     for i in range(lo, hi):
-        z = scaled(widen(x[o0 + i]), unit, m) * scale + shift
+        z = scaled(widen(x[o0 + i]), unit, m) * scale + intercept
         if residual is not None:
             z = z + widen(res[o2 + i])
         y[o1 + i] = narrow(activate(z, act), like)
@@ -1379,7 +1412,7 @@ def _result_run(like, x, y, res, offsets, lo, hi, residual, act, unit, m, scale,
 @_loop
 def _apply_forward_rows(
     like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-    weight, bias, over, mean, delta, rstd, follows, piece,
+    weight, bias, param_strides, mean, mean_lo, rstd, follows, buffer,
 ):  # fmt: skip
     """Where a plane follows, x is fetched there: reading would idle while this writes."""
     away = np.uint64(places[0, 1])
@@ -1388,7 +1421,7 @@ def _apply_forward_rows(
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):  # what was read last is still in the cache
         r0, r1, l0, l1, _ = _borders(tile, shape)
-        unit, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
+        unit, m, scale, intercept = _coefficients(n, c, weight, bias, param_strides, mean, mean_lo, rstd)
         for r in range(r0, r1):
             o0 = _start(0, n, c, r, places, runs)
             o1 = _start(1, n, c, r, places, runs)
@@ -1402,35 +1435,39 @@ def _apply_forward_rows(
                 if streams:
                     at, size = np.uint64(lo), np.uint64(hi - lo)
                     _result_run(
-                        like, x, piece, res, (o0 + at, zero, o2 + at), zero, size, residual, act, unit, m, scale, shift
-                    )
-                    stream(piece, size, y, o1 + at)
+                        like, x, buffer, res, (o0 + at, zero, o2 + at), zero, size, residual, act,
+                        unit, m, scale, intercept,
+                    )  # fmt: skip
+                    stream(buffer, size, y, o1 + at)
                 else:
                     _result_run(
                         like, x, y, res, (o0, o1, o2), np.uint64(lo), np.uint64(hi), residual, act,
-                        unit, m, scale, shift,
+                        unit, m, scale, intercept,
                     )  # fmt: skip
-        n, c, tile = _before(n, c, tile, shape)
+        n, c, tile = _previous(n, c, tile, shape)
 
 
 @_loop
-def _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table):
+def _coefficients_of_channels(n, c, width, weight, bias, param_strides, mean, mean_lo, rstd, table):
     """_plane of a group of channels, side by side."""
     for j in range(width):
-        table[0, j], table[1, j], table[2, j], table[3, j] = _plane(n, c + j, weight, bias, over, mean, delta, rstd)
+        table[0, j], table[1, j], table[2, j], table[3, j] = _coefficients(
+            n, c + j, weight, bias, param_strides, mean, mean_lo, rstd
+        )
 
 
 @_loop
-def _apply_forward_lanes(
-    like, x, y, res, places, runs, shape, inplace, residual, act, first, last, weight, bias, over, mean, delta, rstd
+def _apply_forward_channels(
+    like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
+    weight, bias, param_strides, mean, mean_lo, rstd,
 ):  # fmt: skip
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
     table = np.empty((4, shape[1]), mean.dtype)
-    unit, m, scale, shift = table
+    unit, m, scale, intercept = table
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         width = min(shape[1], shape[0] - c)
-        _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
+        _coefficients_of_channels(n, c, width, weight, bias, param_strides, mean, mean_lo, rstd, table)
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
             b0 = _start(0, n, c, r, places, runs)
@@ -1441,11 +1478,11 @@ def _apply_forward_lanes(
                 if inplace is not None:
                     o1 = o0
                 for j in range(np.uint64(width)):
-                    z = scaled(widen(x[o0 + j]), unit[j], m[j]) * scale[j] + shift[j]
+                    z = scaled(widen(x[o0 + j]), unit[j], m[j]) * scale[j] + intercept[j]
                     if residual is not None:
                         z = z + widen(res[o2 + j])
                     y[o1 + j] = narrow(activate(z, act), like)
-        n, c, tile = _before(n, c, tile, shape)
+        n, c, tile = _previous(n, c, tile, shape)
 
 
 @_loop
@@ -1455,7 +1492,7 @@ def _at_a_time(size):
 
 
 @_loop
-def _short_planes(first, planes, shape, places, offsets, over, weight, bias, scale, shift):
+def _short_planes(first, planes, shape, places, offsets, param_strides, weight, bias, scale, intercept):
     """Where `planes` planes from the first on begin in each array, and their weights and biases, side by side."""
     n, c, _ = _locate(first, shape)
     j = 0
@@ -1466,8 +1503,8 @@ def _short_planes(first, planes, shape, places, offsets, over, weight, bias, sca
             for k in range(alike):
                 offsets[i, j + k] = np.uint64(start + k * places[i, 1])
         for k in range(alike):
-            scale[j + k] = weight[n * over[0] + (c + k) * over[1]]
-            shift[j + k] = bias[n * over[2] + (c + k) * over[3]]
+            scale[j + k] = weight[n * param_strides[0] + (c + k) * param_strides[1]]
+            intercept[j + k] = bias[n * param_strides[2] + (c + k) * param_strides[3]]
         j += alike
         n, c = n + 1, 0
 
@@ -1475,35 +1512,35 @@ def _short_planes(first, planes, shape, places, offsets, over, weight, bias, sca
 @_loop
 def _middle(size):
     """From where to where a short plane's mean is guessed from: 64 elements at most, since borders are often 0."""
-    some = min(size, np.uint64(64))
-    lo = (size - some) // np.uint64(2)
-    return lo, lo + some
+    count = min(size, np.uint64(64))
+    lo = (size - count) // np.uint64(2)
+    return lo, lo + count
 
 
 @_loop
 def _forward_short_rows(
     like, x, y, res, places, run, shape, inplace, residual, act, first, last,
-    eps, least, weight, bias, over, mean, delta, rstd, variance,
+    eps, least, weight, bias, param_strides, mean, mean_lo, rstd, variance,
 ):  # fmt: skip
     """All of the forward for planes so short that what is done once for each counts: it is done for many at a time."""
     size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
     # Planes of 4 x 4 are frequent, and a quarter faster by loops whose length is known.
     origin, sixteen = np.uint64(0), np.uint64(16)
-    m, d, q, r, unit, scale, shift = np.zeros((7, TOGETHER), mean.dtype)
+    m, d, q, r, unit, scale, intercept = np.zeros((7, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
     exact = np.empty(TOGETHER)
     lowest, highest = typed(least * shape[4], zero), typed(math.inf, zero)
     lo, hi = _middle(size)
-    share_of_some = typed(1 / (hi - lo), zero)
+    inverse_middle = typed(1 / (hi - lo), zero)
     most = _at_a_time(size)
     for start in range(first, last, most):
         planes = min(most, last - start)
-        _short_planes(start, planes, shape, places, offsets, over, weight, bias, scale, shift)
+        _short_planes(start, planes, shape, places, offsets, param_strides, weight, bias, scale, intercept)
         for j in range(planes):
             if size == sixteen:
-                m[j] = _mean_run(x, offsets[0, j], origin, sixteen, share_of_some, zero)
+                m[j] = _mean_run(x, offsets[0, j], origin, sixteen, inverse_middle, zero)
             else:
-                m[j] = _mean_run(x, offsets[0, j], lo, hi, share_of_some, zero)
+                m[j] = _mean_run(x, offsets[0, j], lo, hi, inverse_middle, zero)
         for j in range(planes):
             if size == sixteen:
                 _fetch(x, offsets[0, j] + np.uint64(AHEAD), origin, sixteen)
@@ -1538,7 +1575,7 @@ def _forward_short_rows(
                 if exact[j] >= 0:  # which may be more than q can hold
                     r[j] = 1 / math.sqrt(exact[j] / shape[4] + eps)
         for j in range(planes):
-            mean[start + j], delta[start + j], rstd[start + j] = m[j], d[j], r[j]
+            mean[start + j], mean_lo[start + j], rstd[start + j] = m[j], d[j], r[j]
         if variance.size:
             for j in range(planes):
                 variance[start + j] = q[j]
@@ -1546,12 +1583,12 @@ def _forward_short_rows(
             unit[j], r[j] = unit_of(m[j], r[j])
             m[j] *= unit[j]
             scale[j] *= r[j]
-            shift[j] -= d[j] * unit[j] * scale[j]
+            intercept[j] -= d[j] * unit[j] * scale[j]
         for j in range(planes):
             o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[-1, j]
             if inplace is not None:
                 o1 = o0
-            at, values = (o0, o1, o2), (unit[j], m[j], scale[j], shift[j])
+            at, values = (o0, o1, o2), (unit[j], m[j], scale[j], intercept[j])
             if size == sixteen:
                 _result_run(like, x, y, res, at, origin, sixteen, residual, act, *values)
             else:
@@ -1559,110 +1596,110 @@ def _forward_short_rows(
 
 
 @_kernel
-def _forward_tiles(turns, like, at, places, runs, shape, lanes, least, means, deltas, squares):
+def _forward_tiles(queue, like, at, places, runs, shape, channels_last, least, means, means_lo, m2s):
     x, group = memory(at[0], like), shape[1]
-    first, last = begin(turns)
+    first, last = next_tasks(queue)
     while first < last:
-        of = shape[9] + first * group
-        sums = means[of:], deltas[of:], squares[of:]
-        if lanes is None:
+        start = shape[9] + first * group
+        sums = means[start:], means_lo[start:], m2s[start:]
+        if channels_last is None:
             _reduce_forward_rows(x, places[0], runs[0], shape, first, last, zero_of(like), least, *sums)
         else:
-            _reduce_forward_lanes(x, places[0], runs[0], shape, first, last, zeros_of(like), least, *sums)
-        first, last = end(turns)
+            _reduce_forward_channels(x, places[0], runs[0], shape, first, last, zeros_of(like), least, *sums)
+        first, last = task_done(queue)
     return own_address()
 
 
 @_kernel
-def _forward_join(shape, counts, first, last, means, deltas, squares, eps, mean, delta, rstd, variance):
-    _join_forward(shape, counts, first, last, means, deltas, squares, eps, mean, delta, rstd, variance)
+def _forward_join(shape, counts, first, last, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance):
+    _join_forward(shape, counts, first, last, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance)
 
 
 @_kernel
 def _forward_results(
-    turns, like, at, places, runs, shape, lanes, inplace, residual, act,
-    weight, bias, over, mean, delta, rstd,
+    queue, like, at, places, runs, shape, channels_last, inplace, residual, act,
+    weight, bias, param_strides, mean, mean_lo, rstd,
 ):  # fmt: skip
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
     res = memory(at[-1], like)
-    piece = np.empty(PARTIAL, y.dtype)
-    first, last = begin(turns)
+    buffer = np.empty(PARTIAL, y.dtype)
+    first, last = next_tasks(queue)
     while first < last:
-        if lanes is None:
+        if channels_last is None:
             _apply_forward_rows(
                 like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd, False, piece,
+                weight, bias, param_strides, mean, mean_lo, rstd, False, buffer,
             )  # fmt: skip
         else:
-            _apply_forward_lanes(
+            _apply_forward_channels(
                 like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd,
+                weight, bias, param_strides, mean, mean_lo, rstd,
             )  # fmt: skip
-        first, last = end(turns)
+        first, last = task_done(queue)
     return own_address()
 
 
 @_kernel
 def _forward_planes(
-    turns, like, at, places, runs, shape, lanes, inplace, residual, act,
-    eps, least, weight, bias, over, mean, delta, rstd, variance,
+    queue, like, at, places, runs, shape, channels_last, inplace, residual, act,
+    eps, least, weight, bias, param_strides, mean, mean_lo, rstd, variance,
 ):  # fmt: skip
     x = memory(at[0], like)
     y = x if inplace is not None else memory(at[1], like)
     res = memory(at[-1], like)
     tiles, counts = shape[2], _counts(shape)
-    means, deltas, squares = np.empty((3, tiles * shape[1]))
-    piece = np.empty(PARTIAL, y.dtype)
-    first, last = begin(turns)
+    means, means_lo, m2s = np.empty((3, tiles * shape[1]))
+    buffer = np.empty(PARTIAL, y.dtype)
+    first, last = next_tasks(queue)
     while first < last:
-        if lanes is None and shape[3] == 1 and shape[4] <= FORWARD_SHORT:
+        if channels_last is None and shape[3] == 1 and shape[4] <= FORWARD_SHORT:
             _forward_short_rows(
                 like, x, y, res, places, runs[0], shape, inplace, residual, act, first, last,
-                eps, least, weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), variance.ravel(),
+                eps, least, weight, bias, param_strides, mean.ravel(), mean_lo.ravel(), rstd.ravel(), variance.ravel(),
             )  # fmt: skip
             last = first
-        for owner in range(first, last):
-            u0, u1 = owner * tiles, (owner + 1) * tiles
-            follows = owner + 1 < last and shape[3] * shape[4] <= NEAR
-            if lanes is None:
-                _reduce_forward_rows(x, places[0], runs[0], shape, u0, u1, zero_of(like), least, means, deltas, squares)
+        for block in range(first, last):
+            u0, u1 = block * tiles, (block + 1) * tiles
+            follows = block + 1 < last and shape[3] * shape[4] <= NEAR
+            if channels_last is None:
+                _reduce_forward_rows(x, places[0], runs[0], shape, u0, u1, zero_of(like), least, means, means_lo, m2s)
             else:
-                _reduce_forward_lanes(
-                    x, places[0], runs[0], shape, u0, u1, zeros_of(like), least, means, deltas, squares
+                _reduce_forward_channels(
+                    x, places[0], runs[0], shape, u0, u1, zeros_of(like), least, means, means_lo, m2s
                 )
-            _join_forward(shape, counts, owner, owner + 1, means, deltas, squares, eps, mean, delta, rstd, variance)
-            if lanes is None:
+            _join_forward(shape, counts, block, block + 1, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance)
+            if channels_last is None:
                 _apply_forward_rows(
                     like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
-                    weight, bias, over, mean, delta, rstd, follows, piece,
+                    weight, bias, param_strides, mean, mean_lo, rstd, follows, buffer,
                 )  # fmt: skip
             else:
-                _apply_forward_lanes(
+                _apply_forward_channels(
                     like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
-                    weight, bias, over, mean, delta, rstd,
+                    weight, bias, param_strides, mean, mean_lo, rstd,
                 )  # fmt: skip
-        first, last = end(turns)
+        first, last = task_done(queue)
     return own_address()
 
 
 @_loop
-def _gradient_at(x, dy, res, o0, o2, o3, residual, act, unit, m, scale, shift):
+def _gradient_at(x, dy, res, o0, o2, o3, residual, act, unit, m, scale, intercept):
     """g, and x - mean in the plane's unit."""
     centred = scaled(widen(x[o0]), unit, m)
-    z = centred * scale + shift
+    z = centred * scale + intercept
     if residual is not None:
         z = z + widen(res[o3])
     return times_slope(widen(dy[o2]), z, act), centred
 
 
 @_loop
-def _sums_run(x, dy, res, offsets, lo, hi, residual, act, zero, unit, m, scale, shift):
+def _sums_run(x, dy, res, offsets, lo, hi, residual, act, zero, unit, m, scale, intercept):
     """Sums of g and of g times what is centred, of a piece of a run of one plane."""
     o0, o2, o3 = offsets
     total = dot = zero
     for i in range(lo, hi):
-        g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, shift)
+        g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, intercept)
         total = add(total, g)
         dot = add(dot, g * centred)
     return total, dot
@@ -1671,13 +1708,13 @@ def _sums_run(x, dy, res, offsets, lo, hi, residual, act, zero, unit, m, scale, 
 @_loop
 def _reduce_backward_rows(
     like, x, dy, res, places, runs, shape, residual, act, first, last,
-    weight, bias, over, mean, delta, rstd, totals, dots,
+    weight, bias, param_strides, mean, mean_lo, rstd, totals, dots,
 ):  # fmt: skip
     zero = zero_of(like)
     n, c, tile = _locate(first, shape)
-    for unit in range(last - first):
+    for item in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
-        u, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
+        u, m, scale, intercept = _coefficients(n, c, weight, bias, param_strides, mean, mean_lo, rstd)
         total = dot = 0.0
         for r in range(r0, r1):
             o0 = _start(0, n, c, r, places, runs)
@@ -1689,45 +1726,45 @@ def _reduce_backward_rows(
                 _fetch(dy, o2 + np.uint64(AHEAD), lo, hi)
                 s, q = _sums_run(
                     x, dy, res, (o0, o2, o3), np.uint64(lo), np.uint64(hi), residual, act, zero,
-                    u, m, scale, shift,
+                    u, m, scale, intercept,
                 )  # fmt: skip
                 total += s
                 dot += q
-        totals[unit] = total
-        dots[unit] = dot
+        totals[item] = total
+        dots[item] = dot
         n, c, tile = _next(n, c, tile, shape)
 
 
 @_loop
-def _reduce_backward_lanes(
+def _reduce_backward_channels(
     like, x, dy, res, places, runs, shape, residual, act, first, last,
-    weight, bias, over, mean, delta, rstd, totals, dots,
+    weight, bias, param_strides, mean, mean_lo, rstd, totals, dots,
 ):  # fmt: skip
     group, zeros = shape[1], zeros_of(like)
     k0, k2, k3 = np.uint64(places[0, 2]), np.uint64(places[2, 2]), np.uint64(places[-2, 2])
     table = np.empty((4, group), mean.dtype)
-    u, m, scale, shift = table
+    u, m, scale, intercept = table
     a, b = np.empty((2, group), mean.dtype)
     n, c, tile = _locate(first, shape)
-    for unit in range(last - first):
+    for item in range(last - first):
         width = min(group, shape[0] - c)
-        _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
+        _coefficients_of_channels(n, c, width, weight, bias, param_strides, mean, mean_lo, rstd, table)
         r0, r1, l0, l1, _ = _borders(tile, shape)
-        at = unit * group
+        at = item * group
         totals[at : at + width] = 0
         dots[at : at + width] = 0
         for r in range(r0, r1):
             b0 = _start(0, n, c, r, places, runs)
             b2 = _start(2, n, c, r, places, runs)
             b3 = _start(-2, n, c, r, places, runs)
-            for lo in range(l0, l1, LANES_PARTIAL):
+            for lo in range(l0, l1, PARTIAL_CHANNELS_LAST):
                 a[:] = zeros[0]
                 b[:] = zeros[0]
-                for i in range(np.uint64(lo), np.uint64(min(lo + LANES_PARTIAL, l1))):
+                for i in range(np.uint64(lo), np.uint64(min(lo + PARTIAL_CHANNELS_LAST, l1))):
                     o0, o2, o3 = b0 + i * k0, b2 + i * k2, b3 + i * k3
                     for j in range(np.uint64(width)):
                         g, centred = _gradient_at(
-                            x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, u[j], m[j], scale[j], shift[j]
+                            x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, u[j], m[j], scale[j], intercept[j]
                         )
                         a[j] += g
                         b[j] += g * centred
@@ -1738,47 +1775,47 @@ def _reduce_backward_lanes(
 
 
 @_loop
-def _join_backward(shape, first, last, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat):
+def _join_backward(shape, first, last, totals, dots, mean, mean_lo, rstd, sum_g, sum_g_xhat):
     channels, group, tiles = shape[:3]
     n, c, _ = _locate(first * tiles, shape)
-    for owner in range(last - first):
+    for block in range(last - first):
         for j in range(min(group, channels - c)):
-            at = owner * tiles * group + j
+            at = block * tiles * group + j
             total = dot = 0.0
             for tile in range(tiles):
                 total += totals[at + tile * group]
                 dot += dots[at + tile * group]
             sum_g[n, c + j] = total
             unit, r = unit_of(mean[n, c + j], rstd[n, c + j])
-            sum_g_xhat[n, c + j] = (dot - total * (delta[n, c + j] * unit)) * r
+            sum_g_xhat[n, c + j] = (dot - total * (mean_lo[n, c + j] * unit)) * r
         c += group
         if c >= channels:
             n, c = n + 1, 0
 
 
 @_loop
-def _slope_and_constant(shape, unit, r, delta, sum_g, sum_g_xhat):
+def _slope_and_constant(shape, unit, r, mean_lo, sum_g, sum_g_xhat):
     """dx = (g + (centred * slope + constant)) * scale * unit, with rstd as r in the unit."""
     count = typed(shape[8], r)
     slope = -(sum_g_xhat / count * r)
-    return slope, -(sum_g / count) - delta * unit * slope
+    return slope, -(sum_g / count) - mean_lo * unit * slope
 
 
 @_loop
-def _slopes(n, c, shape, mean, delta, rstd, sum_g, sum_g_xhat):
+def _slopes(n, c, shape, mean, mean_lo, rstd, sum_g, sum_g_xhat):
     unit, r = unit_of(mean[n, c], rstd[n, c])
-    return _slope_and_constant(shape, unit, r, delta[n, c], sum_g[n, c], sum_g_xhat[n, c])
+    return _slope_and_constant(shape, unit, r, mean_lo[n, c], sum_g[n, c], sum_g_xhat[n, c])
 
 
 @_loop
 def _gradient_run(
     like, x, dx, dy, res, dres, offsets, lo, hi, residual, act, training,
-    unit, m, scale, shift, slope, constant,
+    unit, m, scale, intercept, slope, constant,
 ):  # fmt: skip
     """dx, and a residual's gradient, of a piece of a run of one plane."""
     o0, o1, o2, o3, o4 = offsets
     for i in range(lo, hi):
-        g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, shift)
+        g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, intercept)
         if residual is not None:
             dres[o4 + i] = narrow(g, like)
         if training is not None:
@@ -1789,7 +1826,7 @@ def _gradient_run(
 @_loop
 def _apply_backward_rows(
     like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
+    weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat, follows, buffer,
 ):  # fmt: skip
     away, away2 = np.uint64(places[0, 1]), np.uint64(places[2, 1])
     streams = shape[7]
@@ -1797,8 +1834,8 @@ def _apply_backward_rows(
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         r0, r1, l0, l1, _ = _borders(tile, shape)
-        unit, m, scale, shift = _plane(n, c, weight, bias, over, mean, delta, rstd)
-        slope, constant = _slopes(n, c, shape, mean, delta, rstd, sum_g, sum_g_xhat)
+        unit, m, scale, intercept = _coefficients(n, c, weight, bias, param_strides, mean, mean_lo, rstd)
+        slope, constant = _slopes(n, c, shape, mean, mean_lo, rstd, sum_g, sum_g_xhat)
         for r in range(r0, r1):
             o0 = _start(0, n, c, r, places, runs)
             o1 = _start(1, n, c, r, places, runs)
@@ -1813,36 +1850,36 @@ def _apply_backward_rows(
                 if streams:
                     at, size = np.uint64(lo), np.uint64(hi - lo)
                     _gradient_run(
-                        like, x, piece, dy, res, dres, (o0 + at, zero, o2 + at, o3 + at, o4 + at), zero, size,
+                        like, x, buffer, dy, res, dres, (o0 + at, zero, o2 + at, o3 + at, o4 + at), zero, size,
                         residual, act, training,
-                        unit, m, scale, shift, slope, constant,
+                        unit, m, scale, intercept, slope, constant,
                     )  # fmt: skip
-                    stream(piece, size, dx, o1 + at)
+                    stream(buffer, size, dx, o1 + at)
                 else:
                     _gradient_run(
                         like, x, dx, dy, res, dres, (o0, o1, o2, o3, o4), np.uint64(lo), np.uint64(hi),
                         residual, act, training,
-                        unit, m, scale, shift, slope, constant,
+                        unit, m, scale, intercept, slope, constant,
                     )  # fmt: skip
-        n, c, tile = _before(n, c, tile, shape)
+        n, c, tile = _previous(n, c, tile, shape)
 
 
 @_loop
-def _apply_backward_lanes(
+def _apply_backward_channels(
     like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+    weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[2, 2])
     k3, k4 = np.uint64(places[-2, 2]), np.uint64(places[-1, 2])
     table = np.empty((4, shape[1]), mean.dtype)
-    unit, m, scale, shift = table
+    unit, m, scale, intercept = table
     slope, constant = np.empty((2, shape[1]), mean.dtype)
     n, c, tile = _locate(last - 1, shape)
     for _ in range(last - first):
         width = min(shape[1], shape[0] - c)
-        _lanes(n, c, width, weight, bias, over, mean, delta, rstd, table)
+        _coefficients_of_channels(n, c, width, weight, bias, param_strides, mean, mean_lo, rstd, table)
         for j in range(width):
-            slope[j], constant[j] = _slopes(n, c + j, shape, mean, delta, rstd, sum_g, sum_g_xhat)
+            slope[j], constant[j] = _slopes(n, c + j, shape, mean, mean_lo, rstd, sum_g, sum_g_xhat)
         r0, r1, l0, l1, _ = _borders(tile, shape)
         for r in range(r0, r1):
             b0 = _start(0, n, c, r, places, runs)
@@ -1854,40 +1891,40 @@ def _apply_backward_lanes(
                 o0, o1, o2, o3, o4 = b0 + i * k0, b1 + i * k1, b2 + i * k2, b3 + i * k3, b4 + i * k4
                 for j in range(np.uint64(width)):
                     g, centred = _gradient_at(
-                        x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, unit[j], m[j], scale[j], shift[j]
+                        x, dy, res, o0 + j, o2 + j, o3 + j, residual, act, unit[j], m[j], scale[j], intercept[j]
                     )
                     if residual is not None:
                         dres[o4 + j] = narrow(g, like)
                     if training is not None:
                         g = g + (centred * slope[j] + constant[j])
                     dx[o1 + j] = narrow(g * scale[j] * unit[j], like)
-        n, c, tile = _before(n, c, tile, shape)
+        n, c, tile = _previous(n, c, tile, shape)
 
 
 @_loop
 def _backward_short_rows(
     like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+    weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     """All of the backward for short planes, as _forward_short_rows."""
     size, zero = np.uint64(shape[4]), zero_of(like)
     origin, sixteen = np.uint64(0), np.uint64(16)  # as there
-    unit, m, d, r, scale, shift, total, dot = np.zeros((8, TOGETHER), mean.dtype)
+    unit, m, d, r, scale, intercept, total, dot = np.zeros((8, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
     most = _at_a_time(size)
     for start in range(first, last, most):
         planes = min(most, last - start)
-        _short_planes(start, planes, shape, places, offsets, over, weight, bias, scale, shift)
+        _short_planes(start, planes, shape, places, offsets, param_strides, weight, bias, scale, intercept)
         for j in range(planes):
-            m[j], d[j], r[j] = mean[start + j], delta[start + j], rstd[start + j]
+            m[j], d[j], r[j] = mean[start + j], mean_lo[start + j], rstd[start + j]
         for j in range(TOGETHER):  # _plane
             unit[j], r[j] = unit_of(m[j], r[j])
             m[j] *= unit[j]
             scale[j] *= r[j]
-            shift[j] -= d[j] * unit[j] * scale[j]
+            intercept[j] -= d[j] * unit[j] * scale[j]
         for j in range(planes):
             at = offsets[0, j], offsets[2, j], offsets[-2, j]
-            values = unit[j], m[j], scale[j], shift[j]
+            values = unit[j], m[j], scale[j], intercept[j]
             if size == sixteen:  # for longer ones the processor reads ahead well enough by itself
                 _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen)
                 _fetch(dy, at[1] + np.uint64(AHEAD), origin, sixteen)
@@ -1902,7 +1939,7 @@ def _backward_short_rows(
             dot[j], total[j] = _slope_and_constant(shape, unit[j], r[j], d[j], total[j], dot[j])
         for j in range(planes):
             at = offsets[0, j], offsets[1, j], offsets[2, j], offsets[-2, j], offsets[-1, j]
-            values = unit[j], m[j], scale[j], shift[j], dot[j], total[j]
+            values = unit[j], m[j], scale[j], intercept[j], dot[j], total[j]
             arrays, kinds = (like, x, dx, dy, res, dres), (residual, act, training)
             if size == sixteen:
                 _gradient_run(*arrays, at, origin, sixteen, *kinds, *values)
@@ -1912,101 +1949,102 @@ def _backward_short_rows(
 
 @_kernel
 def _backward_tiles(
-    turns, like, at, places, runs, shape, lanes, residual, act,
-    weight, bias, over, mean, delta, rstd, totals, dots,
+    queue, like, at, places, runs, shape, channels_last, residual, act,
+    weight, bias, param_strides, mean, mean_lo, rstd, totals, dots,
 ):  # fmt: skip
     x, dy, res = memory(at[0], like), memory(at[2], like), memory(at[-2], like)
     group = shape[1]
-    first, last = begin(turns)
+    first, last = next_tasks(queue)
     while first < last:
-        of = shape[9] + first * group
-        sums = totals[of:], dots[of:]
-        if lanes is None:
+        start = shape[9] + first * group
+        sums = totals[start:], dots[start:]
+        if channels_last is None:
             _reduce_backward_rows(
                 like, x, dy, res, places, runs, shape, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd, *sums,
+                weight, bias, param_strides, mean, mean_lo, rstd, *sums,
             )  # fmt: skip
         else:
-            _reduce_backward_lanes(
+            _reduce_backward_channels(
                 like, x, dy, res, places, runs, shape, residual, act, first, last,
-                weight, bias, over, mean, delta, rstd, *sums,
+                weight, bias, param_strides, mean, mean_lo, rstd, *sums,
             )  # fmt: skip
-        first, last = end(turns)
+        first, last = task_done(queue)
     return own_address()
 
 
 @_kernel
-def _backward_join(shape, first, last, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat):
-    _join_backward(shape, first, last, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
+def _backward_join(shape, first, last, totals, dots, mean, mean_lo, rstd, sum_g, sum_g_xhat):
+    _join_backward(shape, first, last, totals, dots, mean, mean_lo, rstd, sum_g, sum_g_xhat)
 
 
 @_kernel
 def _backward_results(
-    turns, like, at, places, runs, shape, lanes, residual, act, training,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+    queue, like, at, places, runs, shape, channels_last, residual, act, training,
+    weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
     res, dres = memory(at[-2], like), memory(at[-1], like)
-    piece = np.empty(PARTIAL, dx.dtype)
-    first, last = begin(turns)
+    buffer = np.empty(PARTIAL, dx.dtype)
+    first, last = next_tasks(queue)
     while first < last:
-        if lanes is None:
+        if channels_last is None:
             _apply_backward_rows(
                 like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, False, piece,
+                weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat, False, buffer,
             )  # fmt: skip
         else:
-            _apply_backward_lanes(
+            _apply_backward_channels(
                 like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, first, last,
-                weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+                weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat,
             )  # fmt: skip
-        first, last = end(turns)
+        first, last = task_done(queue)
     return own_address()
 
 
 @_kernel
 def _backward_planes(
-    turns, like, at, places, runs, shape, lanes, residual, act, training,
-    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+    queue, like, at, places, runs, shape, channels_last, residual, act, training,
+    weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
     x, dx, dy = memory(at[0], like), memory(at[1], like), memory(at[2], like)
     res, dres = memory(at[-2], like), memory(at[-1], like)
     tiles = shape[2]
     totals, dots = np.empty((2, tiles * shape[1]))
-    piece = np.empty(PARTIAL, dx.dtype)
-    first, last = begin(turns)
+    buffer = np.empty(PARTIAL, dx.dtype)
+    first, last = next_tasks(queue)
     while first < last:
-        if lanes is None and shape[3] == 1 and shape[4] <= BACKWARD_SHORT:
+        if channels_last is None and shape[3] == 1 and shape[4] <= BACKWARD_SHORT:
             _backward_short_rows(
                 like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
-                weight, bias, over, mean.ravel(), delta.ravel(), rstd.ravel(), sum_g.ravel(), sum_g_xhat.ravel(),
+                weight, bias, param_strides, mean.ravel(), mean_lo.ravel(), rstd.ravel(),
+                sum_g.ravel(), sum_g_xhat.ravel(),
             )  # fmt: skip
             last = first
-        for owner in range(first, last):
-            u0, u1 = owner * tiles, (owner + 1) * tiles
-            follows = owner + 1 < last and shape[3] * shape[4] <= NEAR
-            if lanes is None:
+        for block in range(first, last):
+            u0, u1 = block * tiles, (block + 1) * tiles
+            follows = block + 1 < last and shape[3] * shape[4] <= NEAR
+            if channels_last is None:
                 _reduce_backward_rows(
                     like, x, dy, res, places, runs, shape, residual, act, u0, u1,
-                    weight, bias, over, mean, delta, rstd, totals, dots,
+                    weight, bias, param_strides, mean, mean_lo, rstd, totals, dots,
                 )  # fmt: skip
             else:
-                _reduce_backward_lanes(
+                _reduce_backward_channels(
                     like, x, dy, res, places, runs, shape, residual, act, u0, u1,
-                    weight, bias, over, mean, delta, rstd, totals, dots,
+                    weight, bias, param_strides, mean, mean_lo, rstd, totals, dots,
                 )  # fmt: skip
-            _join_backward(shape, owner, owner + 1, totals, dots, mean, delta, rstd, sum_g, sum_g_xhat)
-            if lanes is None:
+            _join_backward(shape, block, block + 1, totals, dots, mean, mean_lo, rstd, sum_g, sum_g_xhat)
+            if channels_last is None:
                 _apply_backward_rows(
                     like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
-                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat, follows, piece,
+                    weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat, follows, buffer,
                 )  # fmt: skip
             else:
-                _apply_backward_lanes(
+                _apply_backward_channels(
                     like, x, dx, dy, res, dres, places, runs, shape, residual, act, training, u0, u1,
-                    weight, bias, over, mean, delta, rstd, sum_g, sum_g_xhat,
+                    weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat,
                 )  # fmt: skip
-        first, last = end(turns)
+        first, last = task_done(queue)
     return own_address()
 
 
@@ -2038,18 +2076,18 @@ class _Layout:
         steps = [[step // itemsize for step in a.strides] for a in arrays]
         long_run = LONG_RUN if long_run is None else long_run
         rows = all(each[-1] == 1 or length == 1 for each in steps) and (runs == 1 or length >= long_run)
-        line = max(LANES_LEAST, 64 // itemsize)
-        over = c % (line // 2)
-        fit = c >= line and (over == 0 or (itemsize > 2 and over * SPARE <= c))
-        lanes = not rows and fit and all(each[1] == 1 for each in steps)
+        line = max(MIN_CHANNELS_COMPILED, 64 // itemsize)
+        leftover = c % (line // 2)
+        fit = c >= line and (leftover == 0 or (itemsize > 2 and leftover * SPARE <= c))
+        channels_last = not rows and fit and all(each[1] == 1 for each in steps)
         group, positions, streams, sums = 1, TILE, False, 0
         table = np.zeros((len(arrays), 1), np.int64)
         self.windows: Windows | None = None
-        if (rows or lanes) and runs <= MOST_RUNS:
+        if (rows or channels_last) and runs <= MOST_RUNS:
             for axis, size in enumerate(outer, 2):
                 further = np.arange(size) * np.array([[each[axis]] for each in steps])
                 table = (table[:, :, None] + further[:, None]).reshape(len(arrays), -1)
-            if lanes:
+            if channels_last:
                 group = min(c, max(line, 2 * TILE // plane // line * line), 256)
                 group = max(group, -(-c // ((4 * c + 3 * group) // (4 * group))))  # rather than a quarter by itself
                 positions = plane if plane * group <= 2 * TILE else max(TILE // group, 1)
@@ -2060,7 +2098,7 @@ class _Layout:
             grid = [(runs, tile_runs), (length, tile_length)]
         else:
             self.windows = Windows(self.like, [n, c, *outer, length], steps)
-            lanes, sums = False, n * c
+            channels_last, sums = False, n * c
             runs, tile_runs, length, tile_length = 1, 1, plane, plane
             grid = [*zip(self.windows.shape, self.windows.extents, strict=True)][2:]
         self.counts = np.ones(1, np.int64)  # elements of each tile
@@ -2069,7 +2107,7 @@ class _Layout:
             self.counts = np.multiply.outer(self.counts, of_axis).ravel()
         self.tiles = len(self.counts)
         self.blocks = n * -(-c // group)
-        self.group, self.lanes, self.streams = group, lanes, streams
+        self.group, self.channels_last, self.streams = group, channels_last, streams
         self.residual = True if len(arrays) == (5 if backward else 3) else None
         self.alike = self.windows is None and strides[0] == strides[1]  # x and y
         # Channels, those in a group, tiles; runs and elements of each, in a plane and in a tile; whether results go
@@ -2077,7 +2115,7 @@ class _Layout:
         self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(streams), plane, sums)
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
         places = np.array([[each[i] for i in (0, 1, -1)] for each in steps], np.int64)
-        self.where = (places, table, self.shape, True if lanes else None)
+        self.where = (places, table, self.shape, True if channels_last else None)
 
 
 @lru_cache(maxsize=1024)
@@ -2106,7 +2144,7 @@ class _Compiled(_Work):
         self.call, self.layout = call, layout
         self.blocks, self.tiles = layout.blocks, layout.tiles
         self.threads = get_num_threads() if layout.pays else 1
-        self.partial = np.empty((3, self.blocks * self.tiles * layout.group if self.tiles > 1 else 0))
+        self.partials = np.empty((3, self.blocks * self.tiles * layout.group if self.tiles > 1 else 0))
         self.where = (layout.like, addresses, *layout.where)
         self.dtype = dtype = call.rstd.dtype
         # A value whose type tells the loops which activation it is.
@@ -2117,35 +2155,36 @@ class _Compiled(_Work):
         parameters = _no_parameters(dtype)
         if call.weight is not None or call.bias is not None:
             parameters = self._parameters(*parameters)
-        delta = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
-        self.planes = (*parameters, call.mean, delta, call.rstd)
+        mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
+        self.planes = (*parameters, call.mean, mean_lo, call.rstd)
 
     def _parameters(self, *defaults: Any) -> tuple[Any, ...]:
         flat: list[Any] = []
-        over: tuple[int, ...] = ()
+        param_strides: tuple[int, ...] = ()
         for given, default in zip((self.call.weight, self.call.bias), defaults, strict=False):
             if given is None:
                 flat.append(default)
-                over += (0, 0)
+                param_strides += (0, 0)
                 continue
             # The loops' types tell read-only arrays from others.
             same = given.dtype == self.dtype and given.flags.carray
             array = given if same else np.array(given, self.dtype)
             flat.append(array if array.ndim == 1 else array.reshape(-1))
-            over += (0, 1) if array.ndim == 1 else (given.shape[1], 1)
-        return *flat, over
+            param_strides += (0, 1) if array.ndim == 1 else (given.shape[1], 1)
+        return *flat, param_strides
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         """The loops take the parts themselves: a helper that comes late, or a thread that is slow, takes fewer."""
-        loop, rest = step
+        loop, arguments = step
         parts = 1 if self.threads == 1 else min(count, 8 * self.threads)
-        turns = turns_of(count, parts, self.threads)
+        queue = new_queue(count, parts, self.threads)
         share(
-            lambda _, who: loop((turns, who), *self.where, *rest), parts, self.threads, lambda: bool(settled(turns))
+            lambda _, worker: loop((queue, worker), *self.where, *arguments), parts, self.threads,
+            lambda: bool(drain(queue)),
         )  # fmt: skip
 
     def __str__(self) -> str:
-        if self.layout.lanes:
+        if self.layout.channels_last:
             return f"compiled loops over {self.blocks} group(s) of {self.layout.group} channels side by side"
         return f"compiled loops over {self.blocks} plane(s)"
 
@@ -2161,14 +2200,14 @@ class _Compiled(_Work):
 
         def join(first: int, last: int) -> None:
             shape, counts = self.layout.shape, self.layout.counts
-            _forward_join(shape, counts, first, last, *self.partial, eps, *self.planes[3:], variance)
+            _forward_join(shape, counts, first, last, *self.partials, eps, *self.planes[3:], variance)
 
         self.run(
-            (_forward_tiles, (least, *self.partial)), join, (_forward_results, (*kind, *self.planes)),
+            (_forward_tiles, (least, *self.partials)), join, (_forward_results, (*kind, *self.planes)),
             (_forward_planes, (*kind, eps, least, *self.planes, variance)),
         )  # fmt: skip
 
-    def evaluate(self) -> None:
+    def normalize(self) -> None:
         self.share((_forward_results, (*self._kind(), *self.planes)), self.blocks * self.tiles)
 
     # Backward
@@ -2178,11 +2217,11 @@ class _Compiled(_Work):
         training = True if self.call.training else None
 
         def join(first: int, last: int) -> None:
-            _backward_join(self.layout.shape, first, last, *self.partial[:2], *self.planes[3:], *sums)
+            _backward_join(self.layout.shape, first, last, *self.partials[:2], *self.planes[3:], *sums)
 
         results = (*kind, training, *self.planes, *sums)
         self.run(
-            (_backward_tiles, (*kind, *self.planes, *self.partial[:2])), join, (_backward_results, results),
+            (_backward_tiles, (*kind, *self.planes, *self.partials[:2])), join, (_backward_results, results),
             (_backward_planes, results),
         )  # fmt: skip
 
@@ -2203,28 +2242,28 @@ class _Moved(_Compiled):
             return
         self.share(reduce, self.blocks * self.tiles)
         # The sums of a tile of all planes lie together, but a plane's are joined.
-        self.partial = self.partial.reshape(3, self.tiles, -1).transpose(0, 2, 1).reshape(3, -1)
+        self.partials = self.partials.reshape(3, self.tiles, -1).transpose(0, 2, 1).reshape(3, -1)
         join(0, self.blocks)
         self.share(apply, self.blocks * self.tiles)
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         """Threads share the boxes; how many planes or tiles there are does not matter."""
-        loop, rest = step
+        loop, arguments = step
         like, addresses, _, runs, shape, _ = self.where
         windows = self.layout.windows
         assert windows is not None
         boxes = windows.boxes(self.threads)
-        address = loop((turns_of(0, 0, 1), 0), *self.where, *rest)
+        address = loop((new_queue(0, 0, 1), 0), *self.where, *arguments)
         number = len(boxes.table)
-        turns = turns_of(number, number, self.threads)
+        queue = new_queue(number, number, self.threads)
         reads = 1 if loop is _forward_tiles else len(addresses)
         writes = loop not in (_forward_tiles, _backward_tiles)
 
-        def work(_: Iterator[int], who: int) -> None:
-            room = np.empty(len(addresses) * boxes.room, like.dtype)
-            go_through((turns, who), address, reads, writes, like, addresses, room, boxes, runs, shape, rest)
+        def work(_: Iterator[int], worker: int) -> None:
+            buffer = np.empty(len(addresses) * boxes.buffer_size, like.dtype)
+            go_through((queue, worker), address, reads, writes, like, addresses, buffer, boxes, runs, shape, arguments)
 
-        share(work, number, self.threads, lambda: bool(settled(turns)))
+        share(work, number, self.threads, lambda: bool(drain(queue)))
 
 
 class _Rehearsal(_Compiled):
@@ -2233,21 +2272,21 @@ class _Rehearsal(_Compiled):
 
     def __init__(self, *what: Any):
         super().__init__(*what)
-        self.partial = np.empty((3, 0))
-        self.steps: list[Callable[[], Any]] = [partial(settled, turns_of(0, 0, 1))]
+        self.partials = np.empty((3, 0))
+        self.steps: list[Callable[[], Any]] = [partial(drain, new_queue(0, 0, 1))]
         if self.layout.windows is not None:
             self.steps += self.layout.windows.rehearsals()
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
-        loop, rest = step
-        turns = turns_of(0, 0, 1), 0
-        self.steps.append(partial(loop, turns, *self.where, *rest))
+        loop, arguments = step
+        queue = new_queue(0, 0, 1), 0
+        self.steps.append(partial(loop, queue, *self.where, *arguments))
         windows = self.layout.windows
         if windows is not None:
             like, addresses, _, runs, shape, _ = self.where
-            room = np.empty(0, like.dtype)
+            buffer = np.empty(0, like.dtype)
             self.steps.append(
-                lambda: go_through(turns, 0, 0, True, like, addresses, room, windows.boxes(1), runs, shape, rest)
+                lambda: go_through(queue, 0, 0, True, like, addresses, buffer, windows.boxes(1), runs, shape, arguments)
             )
 
     def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
@@ -2286,7 +2325,7 @@ def rehearsals(
             elif training:
                 rehearsal.forward(0.0, None)
             else:
-                rehearsal.evaluate()
+                rehearsal.normalize()
             found.extend((what, step) for step in rehearsal.steps)
 
     trained = math.prod(x.shape[2:]) > 1

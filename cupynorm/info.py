@@ -160,7 +160,7 @@ def loop_cache() -> str:
     from .compiling import Cache
 
     try:
-        return Cache(cpu.settled.py_func).cache_path
+        return Cache(cpu.drain.py_func).cache_path
     except Exception as error:
         return f"none, the loops are compiled anew in each process: {error}"
 

@@ -20,17 +20,17 @@ LEAST = 2**18  # bytes of a result; the C library keeps smaller pieces by itself
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
-class _Piece(np.ndarray):
+class _Block(np.ndarray):
     """Bytes. A class of its own since NumPy has an array refer to the owner of its memory, past views of one class."""
 
     start: int  # the first byte that is aligned
 
 
-class _Loan(weakref.ref[_Piece]):
+class _Lease(weakref.ref[_Block]):
     """A reference to the view of a piece that the arrays in it refer to."""
 
-    __slots__ = ("piece",)
-    piece: _Piece
+    __slots__ = ("block",)
+    block: _Block
     __hash__ = object.__hash__  # an array has none
 
     def __eq__(self, other: object) -> bool:
@@ -46,41 +46,41 @@ class _Memory:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit  # bytes of free pieces; None: not asked yet
-        self.free: dict[int, _Piece] = {}  # by id
-        self.lent: set[_Loan] = set()
+        self.free: dict[int, _Block] = {}  # by id
+        self.leased: set[_Lease] = set()
 
-    def take(self, size: int) -> _Piece:
+    def take(self, size: int) -> _Block:
         """A piece of `size` bytes or some more: the one that came back last, since the caches may have it, or new."""
-        for piece in reversed(list(self.free.values())):
-            if size <= piece.nbytes <= size + size // 8 and self.free.pop(id(piece), None) is not None:
-                return piece
-        piece = _Piece(size, np.uint8)
-        piece.start = -piece.__array_interface__["data"][0] % ALIGNMENT
-        return piece
+        for block in reversed(list(self.free.values())):
+            if size <= block.nbytes <= size + size // 8 and self.free.pop(id(block), None) is not None:
+                return block
+        block = _Block(size, np.uint8)
+        block.start = -block.__array_interface__["data"][0] % ALIGNMENT
+        return block
 
-    def lend(self, size: int) -> _Piece:
+    def lease(self, size: int) -> _Block:
         """A view of at least `size` bytes, aligned, to which its piece belongs as long as anything refers to it."""
-        piece = self.take(size + ALIGNMENT)
-        view: Any = piece[piece.start :]
-        loan = _Loan(view, self._back)
-        loan.piece = piece
-        self.lent.add(loan)
+        block = self.take(size + ALIGNMENT)
+        view: Any = block[block.start :]
+        lease = _Lease(view, self._give_back)
+        lease.block = block
+        self.leased.add(lease)
         return view
 
-    def _back(self, loan: _Loan) -> None:
-        self.lent.discard(loan)
-        self.free[id(loan.piece)] = loan.piece
-        self.let_go(get_memory_limit())
+    def _give_back(self, lease: _Lease) -> None:
+        self.leased.discard(lease)
+        self.free[id(lease.block)] = lease.block
+        self.trim(get_memory_limit())
 
-    def let_go(self, limit: int) -> None:
+    def trim(self, limit: int) -> None:
         """Free pieces over the limit, the oldest first."""
-        pieces = list(self.free.values())
-        over = sum(piece.nbytes for piece in pieces) - limit
-        for piece in pieces:
-            if over <= 0:
+        blocks = list(self.free.values())
+        excess = sum(block.nbytes for block in blocks) - limit
+        for block in blocks:
+            if excess <= 0:
                 break
-            over -= piece.nbytes
-            self.free.pop(id(piece), None)
+            excess -= block.nbytes
+            self.free.pop(id(block), None)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -89,7 +89,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST or not get_memory_limit():
         return np.empty(shape, dtype)
-    return np.ndarray(shape, dtype, _memory.lend(size))
+    return np.ndarray(shape, dtype, _memory.lease(size))
 
 
 def get_memory_limit() -> int:
@@ -115,7 +115,7 @@ def set_memory_limit(limit: int) -> None:
         TypeError: not an integer. ValueError: less than 0. The limit stays as it was then.
     """
     _memory.limit = check_count(limit, "memory limit", 0)
-    _memory.let_go(_memory.limit)
+    _memory.trim(_memory.limit)
 
 
 _memory = _Memory(None)

@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiling import inlined, kept
+from .compiling import disk_cached, inlined
 from .scalars import (
-    BEGUN,
     COUNT,
-    ENDED,
+    FINISHED,
     FIRST,
     PARTS,
     RANGES,
-    begin,
+    STARTED,
     call,
     copy_row,
-    end,
     line_of,
     memory,
+    next_tasks,
     own_address,
+    task_done,
     transposition,
 )
 
@@ -39,7 +39,7 @@ CLOSE = 8  # and elements from one of a row to the next
 AT_A_TIME = 4096  # elements of rows that lie between each other: as many of each are moved as are in so many
 WINDOW = 2**18  # bytes that an array's window has, so that several stay in the second cache,
 LARGER = 4  # or so many times as many for it to hold whole planes: they are moved once then, not once for their sums
-KEPT = 128  # boxes, about 15 KB, up to which they are kept for the next call
+CACHED_BOXES = 128  # boxes, about 15 KB, up to which they are kept for the next call
 FAIR = 2**14  # elements of a window below which it does not pay to give a thread more windows
 
 
@@ -51,7 +51,7 @@ class Boxes(NamedTuple):
     """
 
     table: np.ndarray
-    room: int  # elements to have for each array: of the largest box, and for it to begin with a cache line
+    buffer_size: int  # elements to have for each array: of the largest box, and for it to begin with a cache line
     planes: np.ndarray  # of each kind: into how many parts of consecutive planes it falls, how many those are
     sizes: np.ndarray  # elements of a plane, or of a tile
     places: np.ndarray  # and for each array: steps from sample to sample and from plane to plane where the loops go
@@ -76,8 +76,8 @@ class Windows:
         self.like, self.shape, self.steps = like, shape, steps
         spatial = shape[2:]
         self.plane = math.prod(spatial)
-        self.in_one_piece = _in_one_piece(spatial)
-        self.moved = [each[2:] != self.in_one_piece for each in steps]
+        self.contiguous_steps = _contiguous_steps(spatial)
+        self.moved = [each[2:] != self.contiguous_steps for each in steps]
         near = [each for each, moved in zip(steps, self.moved, strict=True) if moved]
         line = 64 // like.itemsize
         #: What a box has of each axis at least: the elements of a cache line.
@@ -101,7 +101,7 @@ class Windows:
             fair = max(-(-math.prod(self.shape) // (4 * threads)), FAIR)
             extents = [*_grown(self.least[:2], self.shape[:2], min(self.most, fair) // self.plane), *extents[2:]]
         boxes = self._cut(extents)
-        if len(boxes.table) <= KEPT:
+        if len(boxes.table) <= CACHED_BOXES:
             self._last = threads, boxes
         return boxes
 
@@ -111,7 +111,7 @@ class Windows:
         grid = [-(-size // part) for size, part in zip(self.shape, extents, strict=True)]
         start = np.indices(grid).reshape(len(grid), -1) * extent
         kinds, kind = np.unique(np.minimum(extent, shape - start), axis=1, return_inverse=True)
-        begins, there = np.dot(self.in_one_piece, start[2:]), np.dot(self.steps, start)
+        begins, there = np.dot(self.contiguous_steps, start[2:]), np.dot(self.steps, start)
         tile = np.arange(start.shape[1]) % math.prod(grid[2:])
         table = np.stack([start[0] * shape[1] + start[1], tile, kind.ravel(), begins, *there], 1)
         axes = [[_axes(sizes, each) for each in self.steps] for sizes in kinds.T.tolist()]
@@ -128,8 +128,8 @@ class Windows:
             ]
             for size in sizes
         ]
-        room = -(-kinds.prod(0).max() // 64) * 64 + 64
-        return Boxes(table, int(room), *map(np.array, (planes, sizes, places, moves, axes)))
+        buffer_size = -(-kinds.prod(0).max() // 64) * 64 + 64
+        return Boxes(table, int(buffer_size), *map(np.array, (planes, sizes, places, moves, axes)))
 
     def _moves(self, array: int, rows: list[int], along: list[int]) -> tuple[int, int]:
         """The addresses of what moves an array's boxes of such rows there and back."""
@@ -157,7 +157,7 @@ class Windows:
         return [partial(loop, self.like, 0, 0, NOTHING) for loop in loops]
 
 
-def _in_one_piece(sizes: list[int]) -> list[int]:
+def _contiguous_steps(sizes: list[int]) -> list[int]:
     """Steps of an array of such sizes in one piece, in elements."""
     return [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
 
@@ -187,7 +187,7 @@ def _axes(sizes: list[int], steps: list[int]) -> list[list[list[int]]]:
     other. All other axes come before.
     """
     merged: list[list[int]] = []
-    for size, there, here in zip(sizes, steps, _in_one_piece(sizes), strict=True):
+    for size, there, here in zip(sizes, steps, _contiguous_steps(sizes), strict=True):
         if size == 1:
             continue
         joins = merged and merged[-1][1:] == [there * size, here * size]
@@ -230,7 +230,7 @@ def _rows_of(axes):
 
 
 @inlined
-def _piece(a, o, j, b, p, k, size):
+def _copy_strided(a, o, j, b, p, k, size):
     """Copy elements of a row. Backwards has a loop of its own, which becomes vector instructions."""
     one = np.uint64(1)
     if k == one and j == ~np.uint64(0):
@@ -244,14 +244,14 @@ def _piece(a, o, j, b, p, k, size):
             b[p + i * k] = a[o + i * j]
 
 
-@partial(kept, nogil=True)
+@partial(disk_cached, nogil=True)
 def _move(like, source, target, axes):
     a, b = memory(source, like), memory(target, like)
     rows, size, from_row, j, to_row, k = _rows_of(axes)
     (_, m, n), (_, q, r) = axes[-2], axes[-1]
-    some = size
+    chunk = size
     if abs(m) < abs(q) or abs(n) < abs(r):  # rows lie between each other
-        some = np.uint64(max(AT_A_TIME // max(abs(q), abs(r)), 16))
+        chunk = np.uint64(max(AT_A_TIME // max(abs(q), abs(r)), 16))
     one = np.uint64(1)
     for box in range(_boxes(axes)):
         o, p = _start(box, axes)
@@ -260,10 +260,10 @@ def _move(like, source, target, axes):
                 copy_row(a, o, b, p, size)
                 o, p = o + from_row, p + to_row
         else:
-            for lo in range(np.uint64(0), size, some):
+            for lo in range(np.uint64(0), size, chunk):
                 for row in range(rows):
                     at, to = o + row * from_row + lo * j, p + row * to_row + lo * k
-                    _piece(a, at, j, b, to, k, min(some, size - lo))
+                    _copy_strided(a, at, j, b, to, k, min(chunk, size - lo))
     return own_address()
 
 
@@ -277,18 +277,18 @@ def _transposed(block: int) -> Any:
         a, b = memory(source, like), memory(target, like)
         rows, size, from_row, j, to_row, k = _rows_of(axes)
         apart, width = max(from_row, j), max(to_row, k)  # the others are 1
-        some = max(np.uint64(AT_A_TIME) // max(j, k), block_)
+        chunk = max(np.uint64(AT_A_TIME) // max(j, k), block_)
         for box in range(_boxes(axes)):
             o, p = _start(box, axes)
-            for lo in range(np.uint64(0), size, some):
+            for lo in range(np.uint64(0), size, chunk):
                 for first in range(np.uint64(0), rows, block_):
                     row = min(first, rows - block_)
-                    for at in range(lo, min(lo + some, size), block_):
+                    for at in range(lo, min(lo + chunk, size), block_):
                         i = min(at, size - block_)
                         transpose(a, o + row * from_row + i * j, apart, b, p + row * to_row + i * k, width)
         return own_address()
 
-    return kept(move, nogil=True)
+    return disk_cached(move, nogil=True)
 
 
 @cache
@@ -311,11 +311,11 @@ def _side_by_side(rows: int, j: int, k: int) -> Any:
                     b[p + k_ * i + row * to_row] = a[o + j_ * i + row * from_row]
         return own_address()
 
-    return kept(move, nogil=True)
+    return disk_cached(move, nogil=True)
 
 
-@partial(kept, nogil=True)
-def go_through(turns, loop, reads, writes, like, addresses, room, boxes, runs, shape, rest):
+@partial(disk_cached, nogil=True)
+def go_through(queue, loop, reads, writes, like, addresses, buffer, boxes, runs, shape, arguments):
     """Boxes by turns: move them to windows, call a loop of the CPU backend's for them, move results back.
 
     Addresses are those of the arrays, in the order of a layout's; the loop reads the first so many, but for results,
@@ -325,15 +325,15 @@ def go_through(turns, loop, reads, writes, like, addresses, room, boxes, runs, s
     table, _, planes, sizes, places, moves, axes = boxes
     arrays, itemsize = len(addresses), np.int64(64 // line_of(like))
     at, windows = np.empty((2, arrays), np.int64)
-    window = (np.int64(room.ctypes.data) + 63) // 64 * 64
+    window = (np.int64(buffer.ctypes.data) + 63) // 64 * 64
     for i in range(arrays):
         windows[i] = window if moves[0, i, 0] else addresses[i]
-        window += len(room) // arrays // 64 * 64 * itemsize
+        window += len(buffer) // arrays // 64 * 64 * itemsize
     inner = np.zeros(RANGES + 8, np.int64)
     inner[PARTS] = 1
-    begun, ended = begin(turns)
-    while begun < ended:
-        for box in range(begun, ended):
+    start, stop = next_tasks(queue)
+    while start < stop:
+        for box in range(start, stop):
             tile, kind, begins = table[box, 1], table[box, 2], table[box, 3]
             for i in range(reads):
                 if moves[kind, i, 0] and i not in RESULTS:
@@ -346,11 +346,11 @@ def go_through(turns, loop, reads, writes, like, addresses, room, boxes, runs, s
                 for i in range(arrays):
                     further = (part * count - first) * size if moves[kind, i, 0] else begins
                     at[i] = windows[i] + further * itemsize
-                inner[BEGUN], inner[ENDED], inner[RANGES], inner[COUNT], inner[FIRST] = 0, 0, 0, count, first
-                call(loop, ((inner, 0), like, at, places[kind], runs, numbers, None, *rest))
+                inner[STARTED], inner[FINISHED], inner[RANGES], inner[COUNT], inner[FIRST] = 0, 0, 0, count, first
+                call(loop, ((inner, 0), like, at, places[kind], runs, numbers, None, *arguments))
             if writes:
                 for i in range(arrays):
                     if moves[kind, i, 1] and i in RESULTS:
                         there = addresses[i] + table[box, 4 + i] * itemsize
                         call(moves[kind, i, 1], (like, windows[i], there, axes[kind, i, 1]))
-        begun, ended = end(turns)
+        start, stop = task_done(queue)

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
 
-from .compiling import INLINE, WITHIN, kept
+from .compiling import INLINE, INTERNAL, disk_cached
 
 #: A sample of what elements are stored as, by name of dtype: it carries the type.
 SAMPLES = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
@@ -34,7 +34,7 @@ def _pointer(typingctx, address, like):
     return types.CPointer(like)(types.int64, like), generate
 
 
-@numba.njit(**WITHIN)
+@numba.njit(**INTERNAL)
 def memory(address, like):
     """All memory from an address on, as an array of like's type; offsets below 0 are unsigned numbers that wrap."""
     return numba.carray(_pointer(address, like), 1 << 40)
@@ -140,16 +140,16 @@ def transposition(size):
                 return builder.bitcast(builder.gep(memory, [index]), kind)
 
             rows = [builder.load(row(source, args[1], args[2], i), align=1) for i in range(size)]
-            far = size // 2
-            while far:  # in squares of twice this size, the two that lie across from each other change places
-                lower = [j if not j & far else size + j - far for j in range(size)]
-                upper = [j + far if not j & far else size + j for j in range(size)]
+            half = size // 2
+            while half:  # in squares of twice this size, the two that lie across from each other change places
+                lower = [j if not j & half else size + j - half for j in range(size)]
+                upper = [j + half if not j & half else size + j for j in range(size)]
                 masks = [ir.Constant(ir.VectorType(ir.IntType(32), size), mask) for mask in (lower, upper)]
                 for i in range(size):
-                    if not i & far:
-                        pair = rows[i], rows[i + far]
-                        rows[i], rows[i + far] = (builder.shuffle_vector(*pair, mask) for mask in masks)
-                far //= 2
+                    if not i & half:
+                        pair = rows[i], rows[i + half]
+                        rows[i], rows[i + half] = (builder.shuffle_vector(*pair, mask) for mask in masks)
+                half //= 2
             for i, value in enumerate(rows):
                 builder.store(value, row(target, args[4], args[5], i), align=1)
             return context.get_dummy_value()
@@ -176,8 +176,8 @@ def copy_row(a, o, b, p, size):
             b[p + i] = a[o + i]
 
 
-@numba.njit(**WITHIN)
-def stream(piece, size, array, index):
+@numba.njit(**INTERNAL)
+def stream(buffer, size, array, index):
     """Copy the first elements of a piece to where index is in an array, whole cache lines past the caches.
 
     Lines written in the ordinary way are read first. The threads' atomic steps see to it that others find these too.
@@ -186,11 +186,11 @@ def stream(piece, size, array, index):
     first = min(np.uint64(-(array.ctypes.data // np.uint64(array.itemsize) + index) % line), size)
     last = first + (size - first) // line * line
     for i in range(first):
-        array[index + i] = piece[i]
+        array[index + i] = buffer[i]
     for i in range(first, last, line):
-        _put_line(array, index + i, piece, i)
+        _put_line(array, index + i, buffer, i)
     for i in range(last, size):
-        array[index + i] = piece[i]
+        array[index + i] = buffer[i]
 
 
 def line_of(like):
@@ -225,8 +225,8 @@ def _bits(typingctx, value):
 # own, counted in a line of its own too, and goes on to those of others: what a core's caches have from the last call it
 # then need not fetch from another core's. A thread's turns are these numbers and its own number.
 
-BEGUN, PARTS, COUNT, FIRST, ENDED, RANGES = 0, 1, 2, 3, 8, 16
-PATIENCE = 20_000  # looks at a counter, some 20 microseconds
+STARTED, PARTS, COUNT, FIRST, FINISHED, RANGES = 0, 1, 2, 3, 8, 16
+SPIN_LIMIT = 20_000  # looks at a counter, some 20 microseconds
 
 
 def _atomic(operation):
@@ -246,43 +246,43 @@ def _atomic(operation):
 _add_to, _exchange = _atomic("add"), _atomic("xchg")
 
 
-def turns_of(count, parts, threads):
+def new_queue(count, parts, threads):
     """The numbers for a call of so many things to do, from 0 on, in so many parts, by so many threads."""
     numbers = np.zeros(RANGES + 8 * threads, np.int64)
     numbers[PARTS], numbers[COUNT] = parts, count
     return numbers
 
 
-@numba.njit(**WITHIN)
-def begin(turns):
+@numba.njit(**INTERNAL)
+def next_tasks(queue):
     """Take a part: the first thing to do and the one after the last, which are the same where no part is left."""
-    numbers, who = turns
+    numbers, worker = queue
     parts, count, first, ranges = numbers[PARTS], numbers[COUNT], numbers[FIRST], (len(numbers) - RANGES) // 8
-    if _add_to(numbers, BEGUN, 1) >= parts:
+    if _add_to(numbers, STARTED, 1) >= parts:
         return first, first
     while True:  # one is left for everybody who was counted in
-        who %= ranges
-        part = parts * who // ranges + _add_to(numbers, RANGES + 8 * who, 1)
-        who += 1
-        if part < parts * who // ranges:
+        worker %= ranges
+        part = parts * worker // ranges + _add_to(numbers, RANGES + 8 * worker, 1)
+        worker += 1
+        if part < parts * worker // ranges:
             return first + count * part // parts, first + count * (part + 1) // parts
 
 
-@numba.njit(**WITHIN)
-def end(turns):
+@numba.njit(**INTERNAL)
+def task_done(queue):
     """A part is done; take another."""
-    _add_to(turns[0], ENDED, 1)
-    return begin(turns)
+    _add_to(queue[0], FINISHED, 1)
+    return next_tasks(queue)
 
 
-@kept
-def settled(numbers):
+@disk_cached
+def drain(numbers):
     """Let nobody begin any more; whether all that was begun is done, or so after a little patience."""
-    begun = min(_exchange(numbers, BEGUN, numbers[PARTS]), numbers[PARTS])
-    looks = 0
-    while _add_to(numbers, ENDED, 0) < begun and looks < PATIENCE:
-        looks += 1
-    return looks < PATIENCE
+    started = min(_exchange(numbers, STARTED, numbers[PARTS]), numbers[PARTS])
+    spins = 0
+    while _add_to(numbers, FINISHED, 0) < started and spins < SPIN_LIMIT:
+        spins += 1
+    return spins < SPIN_LIMIT
 
 
 def zero_of(like):
@@ -338,13 +338,13 @@ def _unit_of(mean, rstd):
     return single
 
 
-@numba.njit(fastmath={"contract"}, **WITHIN)
+@numba.njit(fastmath={"contract"}, **INTERNAL)
 def scaled(x, unit, offset):
     """x * unit - offset, in one instruction where there is one: with a power of two the bits are the same."""
     return x * unit - offset
 
 
-@numba.njit(fastmath={"reassoc", "nsz"}, **WITHIN)
+@numba.njit(fastmath={"reassoc", "nsz"}, **INTERNAL)
 def add(a, b):
     """a + b, of which sums may be made in any order: the one licence the compiler is given."""
     return a + b
@@ -470,11 +470,11 @@ def _tail_and_density(size, act):
 
 @overload(_tail_and_density, jit_options=INLINE)
 def _tail_and_density_overload(size, act):
-    from .cpu import PIVOT, half_erfcx  # which imports this module
+    from .cpu import ERFCX_CENTRE, half_erfcx  # which imports this module
 
     double = size == types.float64
     kind = np.float64 if double else np.float32
-    one, half, pivot, scale = kind(1), kind(-0.5), kind(PIVOT), kind(1 / math.sqrt(2 * math.pi))
+    one, half, centre, scale = kind(1), kind(-0.5), kind(ERFCX_CENTRE), kind(1 / math.sqrt(2 * math.pi))
     if isinstance(act, types.Integer):
 
         def logistic(size, act):
@@ -487,7 +487,7 @@ def _tail_and_density_overload(size, act):
 
     def normal(size, act):
         e = _exp(half * (size * size))
-        return scaled_tail((size - pivot) / (size + pivot)) * e, e * scale
+        return scaled_tail((size - centre) / (size + centre)) * e, e * scale
 
     return normal
 

@@ -139,22 +139,22 @@ def _set_mode(mode: Any) -> None:
 class _Job:
     """One call's tasks. Whoever takes part calls work with an iterator that hands each task to one, and who it is."""
 
-    def __init__(self, work: Callable[[Iterator[int], int], None], tasks: int, settled: Callable[[], bool] | None):
+    def __init__(self, work: Callable[[Iterator[int], int], None], tasks: int, drain: Callable[[], bool] | None):
         self.work = work
-        self.settled = settled
+        self.drain = drain
         self.mode = _mode()  # the caller's, which helpers compute in: results do not depend on who does what
         self.tasks = deque(range(tasks))
         self.lock = threading.Lock()  # this call's own: a handler's calls, in the middle of it, have others
         self.active = 0  # helpers at work
         self.closed = False  # nobody begins any more
-        self.over = False  # and nobody is at work
+        self.drained = False  # and nobody is at work
         self.finished = threading.Lock()  # held until the last helper has ended after closing
         self.finished.acquire()
         self.failure: BaseException | None = None
 
-    def _next(self, who: int) -> Iterator[int]:
+    def _next(self, worker: int) -> Iterator[int]:
         # The caller's from one end, helpers' from the other: a core's caches have what it worked on in the last call.
-        take = self.tasks.pop if who else self.tasks.popleft
+        take = self.tasks.pop if worker else self.tasks.popleft
         while True:
             with self.lock:
                 task = None if self.closed or not self.tasks else take()
@@ -162,7 +162,7 @@ class _Job:
                 return
             yield task
 
-    def help(self, who: int) -> None:
+    def help(self, worker: int) -> None:
         with self.lock:
             if self.closed:
                 return
@@ -170,7 +170,7 @@ class _Job:
         own = _mode()
         try:
             _set_mode(self.mode)
-            self.work(self._next(who), who)
+            self.work(self._next(worker), worker)
         except BaseException as failure:
             self.failure = failure
             self.closed = True
@@ -197,15 +197,15 @@ class _Job:
     def _close(self) -> None:
         """Wait for the helpers, whatever interrupts: nobody may be writing into the call's arrays when it ends."""
         interrupt: BaseException | None = None
-        while not self.over:
+        while not self.drained:
             try:
                 self.closed = True
-                if self.settled is None or not self.settled():
+                if self.drain is None or not self.drain():
                     with self.lock:
                         idle = not self.active
                     if not idle:
                         self.finished.acquire()
-                self.over = True
+                self.drained = True
             except KeyboardInterrupt as pressed:
                 interrupt = pressed
         if interrupt is not None:
@@ -221,9 +221,9 @@ class _Pool:
         self.starting: dict[str, object] = {}  # who starts helpers, under "who"
         self.ended = False
 
-    def _serve(self, who: int) -> None:
+    def _serve(self, worker: int) -> None:
         while (job := self.jobs.get()) is not None:
-            job.help(who)
+            job.help(worker)
             del job  # it refers to the arrays of a call
 
     def run(self, job: _Job, helpers: int) -> None:
@@ -244,8 +244,8 @@ class _Pool:
         me = object()
         try:
             while self.starting.setdefault("who", me) is me and len(self.helpers) < number and not self.ended:
-                who = len(self.helpers) + 1
-                thread = threading.Thread(target=self._serve, args=(who,), name="cupynorm", daemon=True)
+                worker = len(self.helpers) + 1
+                thread = threading.Thread(target=self._serve, args=(worker,), name="cupynorm", daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:  # no more threads, or the interpreter is ending: the caller does it all
@@ -278,7 +278,7 @@ _state = _State()
 
 
 def share(
-    work: Callable[[Iterator[int], int], None], tasks: int, threads: int, settled: Callable[[], bool] | None = None
+    work: Callable[[Iterator[int], int], None], tasks: int, threads: int, drain: Callable[[], bool] | None = None
 ) -> None:
     """Have work(iterator, who) called by up to `threads` threads until its iterator has handed out all tasks 0, 1, ….
 
@@ -289,7 +289,7 @@ def share(
     way back.
     """
     if threads > 1 and tasks > 1:
-        _state.pool.run(_Job(work, tasks, settled), min(threads, tasks) - 1)
+        _state.pool.run(_Job(work, tasks, drain), min(threads, tasks) - 1)
     else:
         work(iter(range(tasks)), 0)
 

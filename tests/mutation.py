@@ -363,11 +363,12 @@ AHEAD = {"_fetch", "AHEAD", "NEAR", "CLOSE", "away", "away2", "follows"}
 #: Where something is faster, and what a mean is guessed from to save a pass: no result shows it, and tests repeat no
 #: measured numbers.
 SPEED = {
-    "BLOCK_BYTES", "LANES", "WIDE_LANES",
-    "SHORT_ROW", "TILE", "MOST_RUNS", "LANES_LEAST", "SPARE", "SMALL_TABLE", "PAYS", "pays", "STREAM", "LONG_RUN",
-    "PLANE_COSTS", "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "PIECES", "TILE_BYTES", "STRIPE_BYTES", "FEW_THREADS",
-    "PATIENCE", "LEAST", "FEW", "CHUNK", "_guess", "_guess_lanes", "_middle",
-    "NEAR", "AT_A_TIME", "KEPT", "FAIR", "WINDOW", "LARGER",
+    "BLOCK_BYTES", "MIN_CHANNELS", "MIN_CHANNEL_TILE",
+    "SHORT_ROW", "TILE", "MOST_RUNS", "MIN_CHANNELS_COMPILED", "SPARE", "SMALL_TABLE", "PAYS", "pays", "STREAM",
+    "LONG_RUN", "PLANE_COSTS", "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "GUESS_PLACES", "TILE_BYTES",
+    "STRIPE_BYTES", "FEW_THREADS",
+    "SPIN_LIMIT", "LEAST", "FEW", "CHUNK", "_guess", "_guess_channels", "_middle",
+    "NEAR", "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
 }  # fmt: skip
 #: What only calls of the compiled loops show.
 FOR_LOOPS = {"_choose", "_Layout", "_Compiled", "_Moved", "_Rehearsal", "rehearsals"}
@@ -424,10 +425,10 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     if mutant.compiled or name in ("moves", "scalars"):
         small = "test_small and compiled and float32"
         moves = mutant.compiled == "_Moved" or name == "moves"
-        kind = re.search("lanes|short", mutant.compiled)
+        kind = re.search("channels|short", mutant.compiled)
         case = f"{small} and {'2x8x5x6' if moves else '1x2x100x100'}"
         if kind:
-            case = {"lanes": "test_table and compiled and 2x32x5x6", "short": f"{small} and 2x3x5x7"}[kind[0]]
+            case = {"channels": "test_table and compiled and 2x32x5x6", "short": f"{small} and 2x3x5x7"}[kind[0]]
         layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, as the next
         choices = (f"tests/test_{'moves' if moves else 'choices'}.py", "CUPYNORM_COMPILED=1")
         quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", case))

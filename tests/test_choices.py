@@ -19,7 +19,7 @@ from cupynorm import cpu
 pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 
 
-def channels_last(x: np.ndarray) -> np.ndarray:
+def as_channels_last(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
 
 
@@ -30,9 +30,9 @@ def saved_of(shape: tuple[int, ...], steps: Sequence[int], activation: str | Non
     return cn.Saved(x, *stats[:2], None, None, True, stats[2], activation)
 
 
-def steps_of(shape: tuple[int, ...], lanes: bool = False) -> list[int]:
+def steps_of(shape: tuple[int, ...], channels_last: bool = False) -> list[int]:
     """Strides in elements where there are no gaps; lanes: channels-last."""
-    order = [0, *range(2, len(shape)), 1] if lanes else range(len(shape))
+    order = [0, *range(2, len(shape)), 1] if channels_last else range(len(shape))
     steps = dict(
         zip(order, (math.prod(shape[axis] for axis in order[i + 1 :]) for i in range(len(shape))), strict=True)
     )
@@ -41,11 +41,11 @@ def steps_of(shape: tuple[int, ...], lanes: bool = False) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def few_channels_side_by_side_are_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "LANES", 2)
+    monkeypatch.setattr(cpu, "MIN_CHANNELS", 2)
 
 
-def on_numpy(shape: tuple[int, ...], lanes: bool = False, activation: str | None = None) -> Any:
-    call = saved_of(shape, steps_of(shape, lanes), activation)
+def on_numpy(shape: tuple[int, ...], channels_last: bool = False, activation: str | None = None) -> Any:
+    call = saved_of(shape, steps_of(shape, channels_last), activation)
     return cpu._Interpreted(call, cpu._merged([call.x] * 2))
 
 
@@ -55,8 +55,8 @@ def layout_with(shape: tuple[int, ...], steps: Sequence[int], dtype: Any = np.fl
     return cpu._Layout(dtype, shape, (tuple(dtype.itemsize * step for step in steps),) * 2, False)
 
 
-def layout_of(shape: tuple[int, ...], lanes: bool = False, dtype: Any = np.float32) -> Any:
-    return layout_with(shape, steps_of(shape, lanes), dtype)
+def layout_of(shape: tuple[int, ...], channels_last: bool = False, dtype: Any = np.float32) -> Any:
+    return layout_with(shape, steps_of(shape, channels_last), dtype)
 
 
 class Recorded:
@@ -76,8 +76,8 @@ def test_tiles_are_shared_where_blocks_are_few(threads: int, blocks: int, tiles:
     """A thread with four blocks or more has as much to do as the others."""
     work = Recorded(threads, blocks, tiles)
     cpu._Work.run(work, "reduce", lambda *given: work.did.append(("join", *given)), "apply", "whole")  # type: ignore
-    units = blocks * tiles
-    assert work.did == ([("whole", blocks)] if whole else [("reduce", units), ("join", 0, blocks), ("apply", units)])
+    items = blocks * tiles
+    assert work.did == ([("whole", blocks)] if whole else [("reduce", items), ("join", 0, blocks), ("apply", items)])
 
 
 @pytest.mark.parametrize("size", [2**19, 2**22])
@@ -99,28 +99,28 @@ def test_parts_of_a_call_on_numpy_alone(monkeypatch: pytest.MonkeyPatch, size: i
     assert max(last - first for first, last in ranges) - min(last - first for first, last in ranges) <= 1
 
 
-@pytest.mark.parametrize(("shape", "lanes", "elements"), [
+@pytest.mark.parametrize(("shape", "channels_last", "elements"), [
     ((1, 2, 511), False, 8192), ((1, 2, 512), False, 16), ((2, 511, 700), True, 8192), ((2, 512, 7), True, 16),
     ((1, 1, 2**22), False, 16),
 ])  # fmt: skip
-def test_buffer_and_scratch(shape: tuple[int, ...], lanes: bool, elements: int):
+def test_buffer_and_scratch(shape: tuple[int, ...], channels_last: bool, elements: int):
     """From 512 numbers in a row on a ufunc reads a number for all of them where it is; it would copy it else."""
     before = np.getbufsize()
     cn.set_num_threads(1)
-    for activation, rooms in ((None, 3), ("relu", 4), ("leaky_relu", 4), ("silu", 6), ("gelu", 6)):
-        work = on_numpy(shape, lanes=lanes, activation=activation)
+    for activation, buffers in ((None, 3), ("relu", 4), ("leaky_relu", 4), ("silu", 6), ("gelu", 6)):
+        work = on_numpy(shape, channels_last=channels_last, activation=activation)
         seen: list[Any] = []
         work.work(lambda i, scratch: seen.append((i, scratch.shape, np.getbufsize())), iter([(3, 5), (7, 8)]))  # noqa: B023
-        room = next(size for size in (math.prod(shape), math.prod(shape[1:]), 2**19) if size <= 2**19)
-        assert seen == [(i, (rooms, room), elements) for i in (3, 4, 7)]
+        buffer_size = next(size for size in (math.prod(shape), math.prod(shape[1:]), 2**19) if size <= 2**19)
+        assert seen == [(i, (buffers, buffer_size), elements) for i in (3, 4, 7)]
         assert np.getbufsize() == before
-    call = saved_of(shape, steps_of(shape, lanes))
+    call = saved_of(shape, steps_of(shape, channels_last))
     double = cpu._DoubleBackward(call, cpu._merged([call.x] * 5), None, None)
     double.work(lambda i, scratch: seen.append(scratch.shape), iter([(0, 1)]))
-    assert seen[-1] == (5, room)
+    assert seen[-1] == (5, buffer_size)
 
 
-@pytest.mark.parametrize(("shape", "steps", "lanes"), [
+@pytest.mark.parametrize(("shape", "steps", "channels_last"), [
     ((2, 3, 4, 5), (60, 20, 5, 1), False),
     ((2, 3, 4, 5), (60, 1, 15, 3), True),
     ((2, 2, 4, 5), (40, 1, 10, 2), True),
@@ -130,10 +130,10 @@ def test_buffer_and_scratch(shape: tuple[int, ...], lanes: bool, elements: int):
     ((2, 3, 4, 5), (60, 20, 1, 4), False),  # transposed
     ((2, 3, 1, 1), (3, 1, 1, 1), False),
 ])  # fmt: skip
-def test_where_channels_lie_side_by_side(shape: tuple[int, ...], steps: tuple[int, ...], lanes: bool):
+def test_where_channels_lie_side_by_side(shape: tuple[int, ...], steps: tuple[int, ...], channels_last: bool):
     call = saved_of(shape, steps)
     work = cpu._Interpreted(call, [call.x] * 2)
-    assert work.lanes == lanes
+    assert work.channels_last == channels_last
 
 
 @pytest.mark.parametrize("size", [129, 513, 1024, 1575, 1009, 129 * 521, 128 * 521, 35 * 45 * 512, 2**22 + 1])
@@ -146,9 +146,9 @@ def test_rows_divide_a_plane_where_they_can(size: int):
 
 
 @pytest.mark.parametrize(("size", "far"), [(128, 1.0), (129, 2.0)])
-@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_from_how_large_a_mean_on_planes_are_centred(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, size: int, far: float, lanes: bool
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, size: int, far: float, channels_last: bool
 ):
     """Those that need it, by themselves where they are a quarter of all or fewer."""
     counted: list[tuple[int, int]] = []
@@ -169,13 +169,13 @@ def test_from_how_large_a_mean_on_planes_are_centred(
         offset = np.zeros(16)
         offset[rng.permutation(16)[:moved]] = rng.choice([-1, 1]) * distance * far
         x = (z + offset.reshape(2, 8, 1)).astype(np.float32)
-        if lanes:
-            x = channels_last(x)
+        if channels_last:
+            x = as_channels_last(x)
         counted.clear()
         cn.instance_norm(x)
         print(size, distance, moved)
-        passes = [(2, 8)] if again is None else [(2, 8), (2, 8) if lanes else again]
-        assert counted == [planes for planes in passes for _ in range(1 + lanes)]  # of lanes squares too
+        passes = [(2, 8)] if again is None else [(2, 8), (2, 8) if channels_last else again]
+        assert counted == [planes for planes in passes for _ in range(1 + channels_last)]  # of lanes squares too
 
 
 @pytest.mark.parametrize(("scale", "times"), [(1, 1), (1e-12, 1), (1e-25, 2), (1e-40, 2)])
@@ -236,23 +236,23 @@ def are_added_up_together(sums: Any, size: int, one: int, other: int) -> bool:
     return bool(got == BIG)
 
 
-@pytest.mark.parametrize(("size", "lanes", "together"), [
+@pytest.mark.parametrize(("size", "channels_last", "together"), [
     (127, False, [(0, 126)]), (128, False, [(0, 127)]), (512, False, [(0, 511)]), (513, False, [(0, 170), (342, 512)]),
     (1009, False, [(0, 511), (512, 1008)]), (1025, False, [(0, 204)]), (1600, False, [(0, 399), (1200, 1599)]),
     (31, True, [(0, 30)]), (32, True, [(0, 31)]), (75, True, [(0, 31), (32, 63), (64, 74)]),
 ])  # fmt: skip
 @pytest.mark.parametrize("product", [False, True])
 def test_how_much_is_added_up_in_computing_precision_on_numpy_alone(
-    size: int, lanes: bool, together: list[tuple[int, int]], product: bool
+    size: int, channels_last: bool, together: list[tuple[int, int]], product: bool
 ):
     """512 elements at most, or 32 of lanes."""
-    work = on_numpy((1, 2, size), lanes=lanes)
+    work = on_numpy((1, 2, size), channels_last=channels_last)
     scratch = np.empty(2 * size, np.float32)
     ones = np.ones((1, 2, size), np.float32)
 
     def sums(x: np.ndarray) -> np.ndarray:
-        if lanes:
-            x = channels_last(x)
+        if channels_last:
+            x = as_channels_last(x)
         return work._dots(x, ones, scratch) if product else work._sums(x)
 
     for first, last in together:
@@ -274,11 +274,11 @@ def test_which_arrays_are_computed_with_where_they_lie(rng: np.random.Generator)
         "unaligned": unaligned, "float64": whole.astype(float), "float16": whole.astype(np.float16),
         "two axes": whole.reshape(4, 6, 2, 4), "two axes of last": last.reshape(4, 6, 2, 4),
     }  # fmt: skip
-    for lanes, those in (
+    for channels_last, those in (
         (False, ["whole", "part", "every second channel"]),
         (True, ["last", "part of last", "every second position of last"]),
     ):
-        work = on_numpy((4, 6, 8), lanes=lanes)
+        work = on_numpy((4, 6, 8), channels_last=channels_last)
         assert [name for name, array in arrays.items() if work._in_place(array)] == those
         for name, array in arrays.items():
             buffer = np.empty(array.size, np.float32)
@@ -302,13 +302,13 @@ def test_from_how_large_a_mean_on_it_is_subtracted(size: int, far: float):
         ):  # fmt: skip
             work.call.mean[...] = values
             work.call.mean_lo[...] = 2**-30
-            pivot, unit, rest, r = work._standard(planes)
-            assert (pivot is None) == (not any(those))
+            shift, unit, remainder, r = work._stats(planes)
+            assert (shift is None) == (not any(those))
             subtracted = work.call.mean * np.array([those], np.float32)
-            if pivot is not None:
-                assert_equal(pivot, subtracted)
-            assert_equal(rest, (work.call.mean - subtracted) + work.call.mean_lo.astype(work.wide))
-            assert rest.dtype == (np.float64 if size > 128 else np.float32)
+            if shift is not None:
+                assert_equal(shift, subtracted)
+            assert_equal(remainder, (work.call.mean - subtracted) + work.call.mean_lo.astype(work.plane_dtype))
+            assert remainder.dtype == (np.float64 if size > 128 else np.float32)
             assert unit is None
             assert_equal(r, work.call.rstd)
 
@@ -318,9 +318,9 @@ def test_running_means_are_always_subtracted():
     work = on_numpy((1, 4, 200))
     work.call.rstd[...], work.call.training, work.call.mean_lo = 1, False, None
     work.call.mean[...] = [0, 1e-6, -3, 0]
-    pivot, _, rest, _ = work._standard((slice(None), slice(None)))
-    assert_equal(pivot, work.call.mean)
-    assert not rest.any()
+    shift, _, remainder, _ = work._stats((slice(None), slice(None)))
+    assert_equal(shift, work.call.mean)
+    assert not remainder.any()
 
 
 @pytest.mark.parametrize("rstd", [2.0**-31, 3e-36, 1e-38, 2.0**31, 1e30, 3e38])
@@ -330,7 +330,7 @@ def test_units_of_numpy_planes(rstd: float):
     work.call.rstd[...], work.call.eps = [[1, rstd, 2.0**-29, rstd]], 0.0
     work.call.mean[...] = [[5, 1, 0, 3e30]]
     with np.errstate(over="ignore"):
-        _, unit, _, r = work._standard((slice(None), slice(None)))
+        _, unit, _, r = work._stats((slice(None), slice(None)))
     assert unit is not None
     assert unit[0, 0] == unit[0, 2] == 1
     assert_equal(unit * r, work.call.rstd)
@@ -346,10 +346,10 @@ def test_which_planes_are_too_small_for_their_squares(eps: float, some: bool):
     work.eps = eps
     for value, odd in ((2.0**-50, False), (2.0**-50 * (1 - 2**-20), some), (2.0**65, True)):
         x = np.array([[1, -1, -1, 1], [value, -value, -value, value]], np.float32)[None]
-        mean, rest, variance = work._statistics(x, np.empty((3, x.size), np.float32))
+        mean, mean_lo, variance = work._moments(x, np.empty((3, x.size), np.float32))
         assert variance.dtype == (np.float64 if odd else np.float32)
         assert_allclose(variance, x[..., 0].astype(float) ** 2, rtol=1e-6)
-        assert not mean.any() and not rest.any()
+        assert not mean.any() and not mean_lo.any()
 
 
 #: What loops know of samples of 5 planes of 7 runs of 30 positions: a plane at a time, or groups of 2 channels; in one
@@ -377,9 +377,9 @@ def test_tiles_hold_each_position_once(monkeypatch: pytest.MonkeyPatch, sizes: t
 def test_where_units_are(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]):
     """Tile by tile, a group of channels after the other."""
     use_compiled(monkeypatch, True)
-    locate, after, before = (compiled(each) for each in (cpu._locate, cpu._next, cpu._before))
+    locate, after, before = (compiled(each) for each in (cpu._locate, cpu._next, cpu._previous))
     every = [(n, c, tile) for n in range(3) for c in range(0, 5, sizes[1]) for tile in range(sizes[2])]
-    assert [locate(unit, sizes) for unit in range(len(every))] == every
+    assert [locate(item, sizes) for item in range(len(every))] == every
     assert [after(*place, sizes) for place in every[:-1]] == every[1:]
     assert [before(*place, sizes) for place in every[1:]] == every[:-1]
 
@@ -392,17 +392,19 @@ def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monk
     places = np.array([(-100, 7, 1), (64, -9, 3)])
     for of_samples in (False, True):
         weight, bias = rng.standard_normal((2, 4, 5))
-        over = (5, 1, 5, 1) if of_samples else (0, 1, 0, 1)
+        param_strides = (5, 1, 5, 1) if of_samples else (0, 1, 0, 1)
         n, c = np.divmod(np.arange(20), 5)
         expected = [a if of_samples else a[0].repeat(4).reshape(5, 4).T for a in (weight, bias)]
         for first, planes in ((0, 1), (0, 20), (3, 1), (4, 8), (13, 6)):
-            offsets, scale, shift = np.zeros((2, 64), np.uint64), np.full(64, np.nan), np.full(64, np.nan)
-            function(first, planes, SIZES[0], places, offsets, over, weight.ravel(), bias.ravel(), scale, shift)
+            offsets, scale, intercept = np.zeros((2, 64), np.uint64), np.full(64, np.nan), np.full(64, np.nan)
+            function(
+                first, planes, SIZES[0], places, offsets, param_strides, weight.ravel(), bias.ravel(), scale, intercept
+            )
             those = slice(first, first + planes)
             for i, (of_n, of_c, _) in enumerate(places):
                 assert_equal(offsets[i, :planes].view(np.int64), (n * of_n + c * of_c)[those])
             assert_equal(scale[:planes], expected[0].ravel()[those])
-            assert_equal(shift[:planes], expected[1].ravel()[those])
+            assert_equal(intercept[:planes], expected[1].ravel()[those])
             assert not offsets[:, planes:].any() and np.isnan(scale[planes:]).all()
 
 
@@ -417,55 +419,55 @@ def test_how_tiles_are_put_together(
     borders, forward, backward = (compiled(each) for each in (cpu._borders, cpu._join_forward, cpu._join_backward))
     group, tiles = sizes[1:3]
     x = rng.standard_normal((3, 5, 7, 30)) + rng.choice([0, 1000], (3, 5, 1, 1))
-    owners = [(n, c) for n in range(3) for c in range(0, 5, group)]
+    blocks = [(n, c) for n in range(3) for c in range(0, 5, group)]
     counts = np.array([borders(tile, sizes)[4] for tile in range(tiles)])
-    sums = np.full((3, len(owners) * tiles * group), np.nan)
-    for unit, ((n, c), tile) in enumerate((owner, tile) for owner in owners for tile in range(tiles)):
+    sums = np.full((3, len(blocks) * tiles * group), np.nan)
+    for item, ((n, c), tile) in enumerate((block, tile) for block in blocks for tile in range(tiles)):
         r0, r1, l0, l1, _ = borders(tile, sizes)
         for j, plane in enumerate(x[n, c : c + group, r0:r1, l0:l1]):
             mean = np.float64(np.float32(plane.mean() + rng.standard_normal()))
-            sums[:, unit * group + j] = mean, plane.mean() - mean, ((plane - plane.mean()) ** 2).sum()
+            sums[:, item * group + j] = mean, plane.mean() - mean, ((plane - plane.mean()) ** 2).sum()
     exact = x.reshape(3, 5, -1)
-    for first, last in ((0, len(owners)), (2, 3), (len(owners) - 2, len(owners))):
+    for first, last in ((0, len(blocks)), (2, 3), (len(blocks) - 2, len(blocks))):
         those = np.zeros((3, 5), bool)
-        for n, c in owners[first:last]:
+        for n, c in blocks[first:last]:
             those[n, c : c + group] = True
         part = sums[:, first * tiles * group :]
-        mean, delta, rstd = np.full((3, 3, 5), 7, np.float32)
+        mean, mean_lo, rstd = np.full((3, 3, 5), 7, np.float32)
         variance = np.full((3, 5) if wanted else (0, 0), 7, np.float32)
-        forward(sizes, counts, first, last, *part, 0.5, mean, delta, rstd, variance)
+        forward(sizes, counts, first, last, *part, 0.5, mean, mean_lo, rstd, variance)
         nearest = exact.mean(-1).astype(np.float32)
         assert_equal(mean, np.where(those, nearest, 7))
-        assert_allclose(delta, np.where(those, exact.mean(-1) - nearest, 7), atol=1e-12)
+        assert_allclose(mean_lo, np.where(those, exact.mean(-1) - nearest, 7), atol=1e-12)
         assert_allclose(rstd, np.where(those, (exact.var(-1) + 0.5) ** -0.5, 7), rtol=2e-7)
         if wanted:
             assert_allclose(variance, np.where(those, exact.var(-1), 7), rtol=2e-7)
         sum_g, sum_g_xhat = np.full((2, 3, 5), 7, np.float32)
-        backward(sizes, first, last, part[2], part[1], mean, delta, rstd, sum_g, sum_g_xhat)
+        backward(sizes, first, last, part[2], part[1], mean, mean_lo, rstd, sum_g, sum_g_xhat)
         of_planes = sums.reshape(3, 3, -1, tiles, group).sum(3).reshape(3, 3, -1)[:, :, :5]
         assert_allclose(sum_g, np.where(those, of_planes[2], 7), rtol=2e-7)
         unit = 2.0 ** np.floor(np.log2(rstd))  # of_planes[1] are products with x - mean in it
-        dots = (of_planes[1] / unit - of_planes[2] * delta) * rstd
+        dots = (of_planes[1] / unit - of_planes[2] * mean_lo) * rstd
         assert_allclose(sum_g_xhat, np.where(those, dots, 7), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("shape", "lanes", "one", "other", "together"), [
+@pytest.mark.parametrize(("shape", "channels_last", "one", "other", "together"), [
     ((1, 2, 2048), False, 0, 2047, True),  # a short plane
     ((1, 2, 2049), False, 100, 511, True), ((1, 2, 2049), False, 100, 512, False),
     ((1, 2, 2049), False, 520, 512, True),
     ((1, 16, 2048), True, 10, 63, True), ((1, 16, 2048), True, 10, 64, False), ((1, 16, 2048), True, 70, 64, True),
 ])  # fmt: skip
 def test_how_much_is_added_up_in_computing_precision_by_compiled_loops(
-    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], lanes: bool, one: int, other: int, together: bool
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], channels_last: bool, one: int, other: int, together: bool
 ):
     """Forward, a short plane, 512 elements of others, or 64 where channels lie side by side."""
     use_compiled(monkeypatch, True)
-    assert layout_of(shape, lanes).lanes == lanes
+    assert layout_of(shape, channels_last).channels_last == channels_last
     x = np.zeros(shape, np.float32)
     x[0, 1, [one, other]] = BIG, 1
-    if lanes:
-        x = channels_last(x)
+    if channels_last:
+        x = as_channels_last(x)
     saved = cn.instance_norm_forward(x)[1]
     total = (saved.mean[0, 1].astype(float) + saved.mean_lo[0, 1]) * shape[2]
     print(total - BIG)
@@ -473,20 +475,20 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops(
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_how_much_is_added_up_in_computing_precision_by_compiled_loops_backward(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, channels_last: bool
 ):
     """As forward: of each run by itself, 512 elements or 64."""
     use_compiled(monkeypatch, True)
     assert cpu.numba is not None
-    c = 16 if lanes else 2
-    layout = layout_with((1, c, 2, 600), (1202 * c, 1, 601 * c, c) if lanes else (2404, 1202, 601, 1))
-    assert layout.lanes == lanes and layout.windows is None
+    c = 16 if channels_last else 2
+    layout = layout_with((1, c, 2, 600), (1202 * c, 1, 601 * c, c) if channels_last else (2404, 1202, 601, 1))
+    assert layout.channels_last == channels_last and layout.windows is None
     places, runs, sizes, _ = layout.where
     places, runs = np.concatenate([places, places[:1]]), np.concatenate([runs, runs[:1]])
-    function = compiled(cpu._reduce_backward_lanes if lanes else cpu._reduce_backward_rows)
-    most = 64 if lanes else 512
+    function = compiled(cpu._reduce_backward_channels if channels_last else cpu._reduce_backward_rows)
+    most = 64 if channels_last else 512
     for one, other, together in (
         (0, most - 1, True), (0, most, False), (most + 8, most, True), (most - 8, most, False), (599, 0, False),
         (0, 600, False), (600, 599 + most, True), (600, 600 + most, False),
@@ -503,27 +505,27 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops_backward(
 
 
 def summed(
-    monkeypatch: pytest.MonkeyPatch, planes: np.ndarray, guess: float, lanes: bool, least: float = 0.0
+    monkeypatch: pytest.MonkeyPatch, planes: np.ndarray, guess: float, channels_last: bool, least: float = 0.0
 ) -> list[tuple[float, float, float]]:
     """What the loops find of planes, each in two runs, from a guess of their means: mean, what it lacks, squares."""
     assert cpu.numba is not None
     count, size = planes.shape
     half, dtype = size // 2, planes.dtype
-    runs = (half + 3) * np.arange(2) * (count if lanes else 1) + 5
+    runs = (half + 3) * np.arange(2) * (count if channels_last else 1) + 5
     memory = np.full(2 * (half + 8) * count, 7, dtype)
-    step = count if lanes else 1
-    shape = (count, count if lanes else 1, 1, 2, half, 2, half, 0, 2 * half, 0)
+    step = count if channels_last else 1
+    shape = (count, count if channels_last else 1, 1, 2, half, 2, half, 0, 2 * half, 0)
     for j, plane in enumerate(planes):
-        begin = j if lanes else j * 2 * (half + 8)
+        begin = j if channels_last else j * 2 * (half + 8)
         for r in range(2):
             memory[begin + runs[r] :][: half * step : step] = plane[r * half : (r + 1) * half]
-    if lanes:
+    if channels_last:
         guesses = cpu.numba.njit(lambda x, o, k, run, shape, tile, width, mean: mean.fill(guess))
-        monkeypatch.setattr(cpu, "_guess_lanes", guesses)
+        monkeypatch.setattr(cpu, "_guess_channels", guesses)
         found = np.zeros((3, count))
         place = np.array([0, 1, count])
-        compiled(cpu._reduce_forward_lanes)(memory, place, runs, shape, 0, 1, np.zeros(1, dtype), least, *found)
-        return [(float(mean), float(rest), float(square)) for mean, rest, square in found.T]
+        compiled(cpu._reduce_forward_channels)(memory, place, runs, shape, 0, 1, np.zeros(1, dtype), least, *found)
+        return [(float(mean), float(mean_lo), float(m2)) for mean, mean_lo, m2 in found.T]
     function = compiled(cpu._moments)
     return [
         function(memory, j * 2 * (half + 8), runs, shape, 0, dtype.type(guess), dtype.type(0), size, least)
@@ -532,9 +534,9 @@ def summed(
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_from_how_bad_a_guess_on_a_plane_is_added_up_again(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, channels_last: bool
 ):
     """From more than a deviation on: the mean is found then, else it stays the guess, and what that lacks is told."""
     use_compiled(monkeypatch, True)
@@ -544,87 +546,93 @@ def test_from_how_bad_a_guess_on_a_plane_is_added_up_again(
     for far, again in (([4.8, -4.8, 5], False), ([5.2, -5.2, np.nextafter(np.float32(5), 6)], True)):
         x = (z + np.array(far)[:, None]).astype(np.float32)
         exact = x.astype(np.longdouble)
-        for (mean, rest, square), plane, distance in zip(summed(monkeypatch, x, 0, lanes), exact, far, strict=True):
+        for (mean, mean_lo, m2), plane, distance in zip(
+            summed(monkeypatch, x, 0, channels_last), exact, far, strict=True
+        ):
             assert mean == (np.float32(mean) if again else 0)
             assert abs(mean - distance * again) < 1e-5
-            assert abs(mean + rest - plane.mean()) < 2e-6
-            assert abs(square / ((plane - plane.mean()) ** 2).sum() - 1) < 2e-6
+            assert abs(mean + mean_lo - plane.mean()) < 2e-6
+            assert abs(m2 / ((plane - plane.mean()) ** 2).sum() - 1) < 2e-6
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("offset", [0, 3, 1e6])
 def test_a_guess_that_leaves_no_digits(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool, offset: float
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, channels_last: bool, offset: float
 ):
     """The mean that follows from it is of none either; what that lacks is taken away with the next turn."""
     use_compiled(monkeypatch, True)
     x = (offset + rng.standard_normal((4, 200))).astype(np.float32)
     exact = x.astype(np.longdouble)
-    for (mean, rest, square), plane in zip(summed(monkeypatch, x, -3e8, lanes), exact, strict=True):
-        print(mean, rest)
-        assert abs(mean + rest - plane.mean()) < 1e-5
-        assert abs(square / ((plane - plane.mean()) ** 2).sum() - 1) < 1e-5
+    for (mean, mean_lo, m2), plane in zip(summed(monkeypatch, x, -3e8, channels_last), exact, strict=True):
+        print(mean, mean_lo)
+        assert abs(mean + mean_lo - plane.mean()) < 1e-5
+        assert abs(m2 / ((plane - plane.mean()) ** 2).sum() - 1) < 1e-5
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("lanes", [False, True])
-def test_which_squares_are_made_in_float64(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_which_squares_are_made_in_float64(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, channels_last: bool
+):
     """Where the mean square is below the least one, or a sum has no bound: the mean is no guess any more then."""
     use_compiled(monkeypatch, True)
     x = np.tile(np.array([[1, -1]], np.float32), (4, 50))
     x *= np.float32([[2.0**-50], [2.0**-50 * (1 - 2**-20)], [2.0**65], [2.0**50]])
-    found = summed(monkeypatch, x, 2.0**-60, lanes, 2.0**-100)
-    for (mean, rest, square), plane, wide in zip(found, x.astype(float), (False, True, True, False), strict=True):
+    found = summed(monkeypatch, x, 2.0**-60, channels_last, 2.0**-100)
+    for (mean, mean_lo, m2), plane, wide in zip(found, x.astype(float), (False, True, True, False), strict=True):
         assert mean == (0 if wide else 2.0**-60)
-        assert abs(mean + rest) < 1e-17 * plane.max()
-        assert abs(square / (plane**2).sum() - 1) < 1e-6
-    assert [mean for mean, _, _ in summed(monkeypatch, x, 2.0**-60, lanes)] == [2.0**-60, 2.0**-60, 0, 2.0**-60]
+        assert abs(mean + mean_lo) < 1e-17 * plane.max()
+        assert abs(m2 / (plane**2).sum() - 1) < 1e-6
+    assert [mean for mean, _, _ in summed(monkeypatch, x, 2.0**-60, channels_last)] == [2.0**-60, 2.0**-60, 0, 2.0**-60]
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("lanes", [False, True])
-def test_sums_of_tiles_go_where_they_belong(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, lanes: bool):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_sums_of_tiles_go_where_they_belong(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, channels_last: bool
+):
     """From any unit on: those of each tile, and of each channel of a group."""
     use_compiled(monkeypatch, True)
-    monkeypatch.setattr(cpu, "TILE", 70 if lanes else 20)
+    monkeypatch.setattr(cpu, "TILE", 70 if channels_last else 20)
     monkeypatch.setattr(cpu, "LONG_RUN", 8)
-    channels = 41 if lanes else 21
+    channels = 41 if channels_last else 21
     x, dy = rng.standard_normal((2, 2, channels, 3, 8)).astype(np.float32) + np.float32(3)
-    steps = (3 * 9 * 42, 1, 9 * 42, 42) if lanes else (21 * 3 * 9, 3 * 9, 9, 1)
+    steps = (3 * 9 * 42, 1, 9 * 42, 42) if channels_last else (21 * 3 * 9, 3 * 9, 9, 1)
     layout = layout_with(x.shape, steps)
-    assert layout.lanes == lanes and layout.windows is None
+    assert layout.channels_last == channels_last and layout.windows is None
     places, runs, sizes, _ = layout.where
     group, tiles = sizes[1:3]
-    assert (group, tiles) == ((16, 6) if lanes else (1, 2))
+    assert (group, tiles) == ((16, 6) if channels_last else (1, 2))
     memories = np.zeros((2, 2 * 3 * 9 * 42), np.float32)
     for memory, array in zip(memories, (x, dy), strict=True):
         np.lib.stride_tricks.as_strided(memory, x.shape, [4 * step for step in steps])[...] = array
-    forward = compiled(cpu._reduce_forward_lanes if lanes else cpu._reduce_forward_rows)
-    backward = compiled(cpu._reduce_backward_lanes if lanes else cpu._reduce_backward_rows)
+    forward = compiled(cpu._reduce_forward_channels if channels_last else cpu._reduce_forward_rows)
+    backward = compiled(cpu._reduce_backward_channels if channels_last else cpu._reduce_backward_rows)
     locate, borders = compiled(cpu._locate), compiled(cpu._borders)
     assert [*layout.counts] == [borders(tile, sizes)[4] for tile in range(tiles)]
-    mean, delta, rstd = rng.uniform(2, 3, (3, 2, channels)).astype(np.float32)
-    numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), mean, delta - 2, rstd
+    mean, mean_lo, rstd = rng.uniform(2, 3, (3, 2, channels)).astype(np.float32)
+    numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), mean, mean_lo - 2, rstd
     three = np.concatenate([places, places[:1]]), np.concatenate([runs, runs[:1]])
     for first, last in ((0, layout.blocks * tiles), (3, 8), (layout.blocks * tiles - 7, layout.blocks * tiles)):
         found = np.full((3, (last - first) * group), np.nan)
-        zero = np.zeros(1, np.float32) if lanes else np.float32(0)
+        zero = np.zeros(1, np.float32) if channels_last else np.float32(0)
         forward(memories[0], places[0], runs[0], sizes, first, last, zero, 0.0, *found)
         sums = np.full((2, (last - first) * group), np.nan)
         backward(np.float32(0), memories[0], memories[1], memories[0], *three, sizes, None, None, first, last,
                  *numbers, *sums)  # fmt: skip
-        for unit in range(last - first):
-            n, c, tile = locate(first + unit, sizes)
+        for item in range(last - first):
+            n, c, tile = locate(first + item, sizes)
             r0, r1, l0, l1, _ = borders(tile, sizes)
             width = min(group, channels - c)
             part, of_dy = (a[n, c : c + width, r0:r1, l0:l1].reshape(width, -1).astype(float) for a in (x, dy))
-            at = slice(unit * group, unit * group + width)
+            at = slice(item * group, item * group + width)
             assert_allclose(found[0, at] + found[1, at], part.mean(1), rtol=1e-6)
             assert_allclose(found[2, at], part.var(1) * part.shape[1], rtol=1e-5)
             centred = part - mean[n, c : c + width, None].astype(float)  # in a unit of 2, as rstd is 2 to 3
             assert_allclose(sums[:, at], [of_dy.sum(1), 2 * (of_dy * centred).sum(1)], rtol=1e-5, atol=1e-4)
-            assert np.isnan(found[:, at.stop : (unit + 1) * group]).all()
+            assert np.isnan(found[:, at.stop : (item + 1) * group]).all()
 
 
 @pytest.mark.compiled
@@ -635,10 +643,10 @@ def test_sums_in_float64(rng: np.random.Generator, monkeypatch: pytest.MonkeyPat
     base = 2.0**26
     x = base + spread * rng.standard_normal(2000)
     runs, shape = np.array([0, 1000]), (1, 1, 1, 2, 1000, 2, 1000, 0, 2000, 0)
-    mean, rest, square = compiled(cpu._wide_moments)(x, 0, np.uint64(1), runs, shape, 0)
+    mean, mean_lo, m2 = compiled(cpu._moments_float64)(x, 0, np.uint64(1), runs, shape, 0)
     exact = x - base  # no digit is lost
-    assert abs(((mean - base) - math.fsum(exact) / 2000) + rest) < 1e-15 * spread
-    assert abs(square / math.fsum((exact - exact.mean()) ** 2) - 1) < 1e-13
+    assert abs(((mean - base) - math.fsum(exact) / 2000) + mean_lo) < 1e-15 * spread
+    assert abs(m2 / math.fsum((exact - exact.mean()) ** 2) - 1) < 1e-13
 
 
 @pytest.mark.compiled
@@ -649,8 +657,10 @@ def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
     """By itself, and what is found so is what counts: here it is no sum, but numbers to be recognised."""
     use_compiled(monkeypatch, True)
     assert cpu.numba is not None
-    told = cpu.numba.njit(lambda x, o, run, shape, tile, mean, zero, count, least: (mean + 512, 2.0**-30, 900.0))
-    monkeypatch.setattr(cpu, "_moments", told)
+    found_moments = cpu.numba.njit(
+        lambda x, o, run, shape, tile, mean, zero, count, least: (mean + 512, 2.0**-30, 900.0)
+    )
+    monkeypatch.setattr(cpu, "_moments", found_moments)
     function = compiled(cpu._forward_short_rows)
     inner = min(size, 64)
     middle = slice((size - inner) // 2, (size + inner) // 2)
@@ -679,15 +689,15 @@ def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
     like, run, kind = np.float32(0), np.zeros(1, np.int64), (None, None, None)
     function(like, x.ravel(), y.ravel(), x.ravel(), places, run, shape, *kind, 0, 7, eps, 2.0**-100, *numbers, *stats,
              variance)  # fmt: skip
-    mean, rest, rstd = stats
+    mean, mean_lo, rstd = stats
     exact = np.where(again, guess + 512, x.astype(float).mean(1))
-    square = np.where(again, 900.0, x.astype(float).var(1) * size)
+    m2 = np.where(again, 900.0, x.astype(float).var(1) * size)
     print(mean, exact)
     assert_allclose(mean, exact, rtol=1e-7, atol=1e-7)
-    assert (rest[again] == 2.0**-30).all()
-    assert_allclose(variance, square / size, rtol=1e-4)
-    assert_allclose(rstd, (square / size + eps) ** -0.5, rtol=1e-4)
-    expected = (x - (mean + rest.astype(float))[:, None]) * 3 * rstd[:, None] + 0.5
+    assert (mean_lo[again] == 2.0**-30).all()
+    assert_allclose(variance, m2 / size, rtol=1e-4)
+    assert_allclose(rstd, (m2 / size + eps) ** -0.5, rtol=1e-4)
+    expected = (x - (mean + mean_lo.astype(float))[:, None]) * 3 * rstd[:, None] + 0.5
     assert_allclose(y, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -719,17 +729,17 @@ def test_which_axes_are_gone_through_as_one(
 
 
 def found_on_numpy(x: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, ...]:
-    """What `_statistics` makes of planes (N, C, S): mean, what it lacks, variance."""
+    """What `_moments` makes of planes (N, C, S): mean, what it lacks, variance."""
     call = cn.Saved(x, *np.zeros((2, *x.shape[:2]), x.dtype), None, None, True, np.zeros(x.shape[:2], x.dtype), None)
     work = cpu._Interpreted(call, [x, x])
     work.eps = eps
     with np.errstate(all="ignore"):
-        return work._statistics(x, np.empty((3, x.size), x.dtype))
+        return work._moments(x, np.empty((3, x.size), x.dtype))
 
 
-@pytest.mark.parametrize("lanes", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("size", [60, 600])
-def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator, size: int, lanes: bool):
+def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator, size: int, channels_last: bool):
     """Squares without a bound, about 0 or about the mean as well; a large mean; nearly constant ones; tiny ones. None
     of them takes digits, or changes bits, of another."""
     z = rng.standard_normal((1, 12, size))
@@ -743,21 +753,21 @@ def test_planes_that_need_different_things_in_one_block(rng: np.random.Generator
     z[:, 8] = 0
     z[:, 9] += 4
     x = z.astype(np.float32)
-    if lanes:
-        x = channels_last(x)
-    mean, rest, variance = (a[0].astype(np.longdouble) for a in found_on_numpy(x))
+    if channels_last:
+        x = as_channels_last(x)
+    mean, mean_lo, variance = (a[0].astype(np.longdouble) for a in found_on_numpy(x))
     exact = x[0].astype(np.longdouble)
     deviation = exact.std(1)
-    assert (np.abs((mean - exact.mean(1)) + rest) <= 1e-6 * deviation).all()
+    assert (np.abs((mean - exact.mean(1)) + mean_lo) <= 1e-6 * deviation).all()
     assert (np.abs(variance - deviation**2) <= 3e-6 * deviation**2).all()
     nearest = np.spacing(np.abs(mean).astype(np.float32))
-    assert (np.abs(rest) <= 0.51 * nearest + 1e-6 * deviation * (np.arange(12) % 4 > 2)).all()
+    assert (np.abs(mean_lo) <= 0.51 * nearest + 1e-6 * deviation * (np.arange(12) % 4 > 2)).all()
     for some in (slice(0, 1), slice(3, 5), slice(9, 12), slice(1, 4), [0, 5, 7, 8]):
         alone = x[:, some]
-        if lanes:
-            alone = channels_last(alone)
-        for a, b in zip(found_on_numpy(alone), (mean, rest, variance), strict=True):
-            if not lanes or alone.shape[1] > 1:  # a channel by itself is no lane
+        if channels_last:
+            alone = as_channels_last(alone)
+        for a, b in zip(found_on_numpy(alone), (mean, mean_lo, variance), strict=True):
+            if not channels_last or alone.shape[1] > 1:  # a channel by itself is no lane
                 assert_equal(a[0], b[some])
 
 
@@ -768,10 +778,10 @@ def test_planes_in_float64_that_need_more_than_that(rng: np.random.Generator, si
     x = z * 2.0**-52 + 1
     x[:, 1] = 2.0**600 * (1 + z[:, 1] * 2.0**-100 * 2.0**60)
     x[:, 2] = 2.0**-20 * x[:, 2]
-    mean, rest, variance = (a[0] for a in found_on_numpy(x))
+    mean, mean_lo, variance = (a[0] for a in found_on_numpy(x))
     for j, (base, grain) in enumerate(((1.0, 2.0**-52), (2.0**600, 2.0**560), (2.0**-20, 2.0**-72))):
         units = (x[0, j] - base) / grain  # whole numbers
-        assert abs(((mean[j] - base) + rest[j]) / grain - math.fsum(units) / size) < 1e-9
+        assert abs(((mean[j] - base) + mean_lo[j]) / grain - math.fsum(units) / size) < 1e-9
         if j != 1:
             assert abs(variance[j] / grain**2 / (math.fsum((units - units.mean()) ** 2) / size) - 1) < 1e-9
 
@@ -787,7 +797,7 @@ def test_how_tiles_are_put_together_on_numpy_alone(rng: np.random.Generator, mon
     for tile, (first, last) in enumerate(borders):
         part = x[:, :, first:last]
         mean = (part.mean(2) + rng.standard_normal((2, 3))).astype(np.float32).astype(float)
-        work.partial[:, tile] = mean, part.mean(2) - mean, part.var(2) * (last - first), np.full((2, 3), last - first)
+        work.partials[:, tile] = mean, part.mean(2) - mean, part.var(2) * (last - first), np.full((2, 3), last - first)
     call, those = work.call, np.zeros((2, 3), bool)
     call.mean[...] = call.rstd[...] = call.mean_lo[...] = 7
     those[0, 2] = those[1, :2] = True
@@ -808,14 +818,14 @@ def test_results_are_worked_in_where_nothing_is_read_there(monkeypatch: pytest.M
         call = saved_of((2, 3, 8), (24, 8, 1))
         call.residual = arrays[2] if len(arrays) == 3 else None
         work = cpu._Interpreted(call, arrays)
-        for forward in (lambda work=work: work.forward(1e-5, None), work.evaluate):
-            work.work_in_y = None
+        for forward in (lambda work=work: work.forward(1e-5, None), work.normalize):
+            work.work_in_result = None
             forward()
-            assert work.work_in_y is alone
+            assert work.work_in_result is alone
     for dx, dy, alone in ((x, y, True), (y, y, False)):
         work = cpu._Interpreted(saved_of((2, 3, 8), (24, 8, 1)), [other, dx, dy])
         work.backward(*np.zeros((2, 2, 3), np.float32))
-        assert work.work_in_dx is alone
+        assert work.work_in_result is alone
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -841,7 +851,7 @@ def test_how_many_coefficients_gelu_has(monkeypatch: pytest.MonkeyPatch, dtype: 
     cpu._activate(np.zeros((1, 1, 3), dtype), "gelu", 0.0, [*np.zeros((3, 1, 1, 3), dtype)])
     assert asked == [10 if dtype == np.float32 else 20]
     z = np.linspace(0, 12, 1000)
-    t = (z - cpu.PIVOT) / (z + cpu.PIVOT)
+    t = (z - cpu.ERFCX_CENTRE) / (z + cpu.ERFCX_CENTRE)
     exact = np.array([math.erfc(v / math.sqrt(2)) * math.exp(v * v / 2) / 2 for v in z])
     for degree, error in ((9, 2e-8), (10, 4e-9), (20, 4e-15)):
         assert len(cpu.half_erfcx(degree)) == degree + 1
@@ -857,10 +867,10 @@ def test_slopes_and_infinite_values(slope: float):
     dy = np.arange(1, 10, dtype=np.float32).reshape(1, 1, 9)
     for activation, below in (("relu", 0.0), ("leaky_relu", slope), ("silu", 0.0), ("gelu", 0.0)):
         some = np.abs(z) >= (5 if activation in ("silu", "gelu") else 0)
-        y, g, rooms = z.copy(), np.zeros_like(z), [*np.zeros((3, 1, 1, 9), np.float32)]
+        y, g, buffers = z.copy(), np.zeros_like(z), [*np.zeros((3, 1, 1, 9), np.float32)]
         with np.errstate(all="ignore"):
-            cpu._activate(y, activation, slope, rooms)
-            cpu._times_slope(dy, z.copy(), activation, slope, g, rooms)
+            cpu._activate(y, activation, slope, buffers)
+            cpu._times_slope(dy, z.copy(), activation, slope, g, buffers)
             expected = np.where(z < 0, z * below if below else 0, z)
         assert_allclose(y[some], expected[some], rtol=1e-6)
         assert_allclose(g[some], (dy * np.where(z > 0, 1, below))[some], rtol=1e-6)
@@ -889,19 +899,19 @@ def test_how_tiles_of_a_double_backward_are_put_together(rng: np.random.Generato
     parts = []
     for index in work.tile:
         part_x, part_g, part_u = (a[:, :, index[0]] for a in (xhat, g, u))
-        pivots = [(a.mean(2) + rng.standard_normal((2, 3))).astype(np.float32).astype(float) for a in (part_g, part_u)]
-        of_g, of_u = part_g - pivots[0][:, :, None], part_u - pivots[1][:, :, None]
+        shifts = [(a.mean(2) + rng.standard_normal((2, 3))).astype(np.float32).astype(float) for a in (part_g, part_u)]
+        of_g, of_u = part_g - shifts[0][:, :, None], part_u - shifts[1][:, :, None]
         v = rstd * of_u
         dots = [(a * b).sum(2) for a, b in ((of_g, part_x), (v, part_x), (v, of_g))]
         count = np.full((2, 3), float(part_x.shape[2]))
-        parts.append([count, part_x.sum(2), pivots[0], of_g.sum(2), pivots[1], of_u.sum(2), *dots])
-    pivot_g, pivot_u, rest_g, rest_u, *numbers = work._joined(
+        parts.append([count, part_x.sum(2), shifts[0], of_g.sum(2), shifts[1], of_u.sum(2), *dots])
+    shift_g, shift_u, remainder_g, remainder_u, *numbers = work._joined(
         (slice(None), slice(None)), np.array(parts).swapaxes(0, 1)
     )
-    for array, pivot, rest in ((g, pivot_g, rest_g), (u, pivot_u, rest_u)):
-        assert pivot.dtype == np.float32
-        assert_equal(pivot, array.mean(2).astype(np.float32))
-        assert_allclose(pivot + rest, array.mean(2), rtol=1e-14)
+    for array, shift, remainder in ((g, shift_g, remainder_g), (u, shift_u, remainder_u)):
+        assert shift.dtype == np.float32
+        assert_equal(shift, array.mean(2).astype(np.float32))
+        assert_allclose(shift + remainder, array.mean(2), rtol=1e-14)
     v, of_g = (rstd * (u - u.mean(2, keepdims=True))), g - g.mean(2, keepdims=True)
     a, c = (v * xhat).mean(2), (of_g * xhat).mean(2)
     s = (v * of_g).mean(2) - a * c

@@ -36,8 +36,8 @@ def said(code: str, folder: Path, **environment: str) -> str:
 USE = """
 import cupynorm
 from cupynorm import scalars
-assert scalars.settled(scalars.turns_of(1, 1, 1))
-print(cupynorm.__path__[0], sum(scalars.settled.stats.cache_hits.values()))
+assert scalars.drain(scalars.new_queue(1, 1, 1))
+print(cupynorm.__path__[0], sum(scalars.drain.stats.cache_hits.values()))
 """
 
 
@@ -192,7 +192,7 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch: pytest.Monkey
         compiling._stamp.cache_clear()
     else:
         monkeypatch.setattr(compiling, "IndexDataCacheFile", object)
-    function = compiling.kept(plus)
+    function = compiling.disk_cached(plus)
     assert function(np.float32(1)) == 2
     assert function.stats.cache_path is None
 

@@ -407,9 +407,9 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
     for _ in range(amount(50, 200)):
         let_blocks_be_small(rng, monkeypatch)
         n, c, h, w = shape = tuple(map(int, rng.integers(1, (9, 40, 16, 16))))
-        least = int(rng.choice([2, cpu.LANES]))
-        monkeypatch.setattr(cpu, "LANES", least)
-        monkeypatch.setattr(cpu, "WIDE_LANES", int(rng.choice([8, 64])))
+        least = int(rng.choice([2, cpu.MIN_CHANNELS]))
+        monkeypatch.setattr(cpu, "MIN_CHANNELS", least)
+        monkeypatch.setattr(cpu, "MIN_CHANNEL_TILE", int(rng.choice([8, 64])))
         x = laid(np.zeros(shape, np.float32), layout)
         if rng.random() < 0.3:  # just what a block holds
             monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * h * w * int(rng.choice([1, c])))
@@ -422,20 +422,20 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
             seen[index] += 1
             sizes.append(seen[index].size)
         assert (seen == 1).all()
-        lanes = work.lanes
+        channels_last = work.channels_last
         if 1 not in (w, h):  # which may look otherwise
-            assert lanes == (layout == "channels_last" and c >= least and w * h > 1)
-        width = min(c, max(limit // (h * w), cpu.WIDE_LANES)) if lanes else 1
+            assert channels_last == (layout == "channels_last" and c >= least and w * h > 1)
+        width = min(c, max(limit // (h * w), cpu.MIN_CHANNEL_TILE)) if channels_last else 1
         assert (work.tiles > 1) == (h * w * width > limit)  # what there is room for is not cut
         if work.tiles > 1:
             assert max(sizes) <= max(limit, width)
             continue
-        if lanes and h * w * c > limit:
+        if channels_last and h * w * c > limit:
             assert max(sizes) <= limit and work.blocks == n * -(-c // width)
             continue
         most = limit if number == 1 else 2 * limit
         assert max(sizes) <= most
-        if lanes or (h * w * c <= most and n >= number):
+        if channels_last or (h * w * c <= most and n >= number):
             count, times, size = n, 1, h * w * c
         else:
             count, times, size = c, n, h * w
@@ -593,7 +593,7 @@ def test_many_python_threads_at_once(way: str, rng: np.random.Generator):
 def taken(tasks: int, number: int) -> list[int]:
     done: list[int] = []
 
-    def work(mine: Any, who: int) -> None:
+    def work(mine: Any, worker: int) -> None:
         for task in mine:
             done.append(task)
 
@@ -605,7 +605,7 @@ def test_an_error_in_a_helper_is_raised_once_all_have_ended():
     running, most = [0], [0]
     both = threading.Barrier(2)
 
-    def work(tasks: Any, who: int) -> None:
+    def work(tasks: Any, worker: int) -> None:
         running[0] += 1
         both.wait(10)
         try:
@@ -969,8 +969,8 @@ def test_layouts_reach_every_element_in_its_turn(
     Positions are in the same order in all arrays. What is moved has tables of its own, in test_moves.
     """
     use_compiled(monkeypatch, True)
-    seen = {"rows": 0, "lanes": 0, "moved": 0}
-    monkeypatch.setattr(cpu, "LANES_LEAST", 1)
+    seen = {"rows": 0, "channels last": 0, "moved": 0}
+    monkeypatch.setattr(cpu, "MIN_CHANNELS_COMPILED", 1)
     for _ in range(400):
         monkeypatch.setattr(cpu, "TILE", int(np.exp2(rng.uniform(0, 8))))
         dtype = cn.devices.dtype_of(str(rng.choice(["float16", "bfloat16", "float32", "float64"])))
@@ -994,14 +994,14 @@ def test_layouts_reach_every_element_in_its_turn(
         made = cpu._Layout(dtype, shape, tuple(strides), backward)
         print(shape, strides, cpu.TILE)
         assert made.usable
-        places, table, numbers, lanes = made.where
+        places, table, numbers, channels_last = made.where
         planes_of, group, tiles, runs, length, tile_runs, tile_length, streams, plane, sums = numbers
         assert planes_of == c and runs * length == np.prod(spatial) == plane == made.counts.sum()
         assert made.residual is (True if fused else None)
         assert len(made.counts) == tiles == made.tiles and (made.counts > 0).all()
-        seen["moved" if made.windows else "lanes" if lanes else "rows"] += 1
+        seen["moved" if made.windows else "channels last" if channels_last else "rows"] += 1
         if made.windows:
-            assert lanes is None and group == 1 and made.blocks == n * c == sums and not (streams or made.alike)
+            assert channels_last is None and group == 1 and made.blocks == n * c == sums and not (streams or made.alike)
             continue
         assert sums == 0
         first: Any = None
@@ -1014,9 +1014,13 @@ def test_layouts_reach_every_element_in_its_turn(
                 first = np.argsort(expected[0, 0])[np.argsort(np.argsort(along))]
             assert_equal(reached, expected[:, :, first])
         contiguous = length == 1 or (places[:, 2] == 1).all()
-        assert contiguous and (runs == 1 or length >= cpu.LONG_RUN) if lanes is None else (places[:, 1] == 1).all()
-        assert streams == (lanes is None and length >= cpu.LONG_RUN and bytes_of_one >= cpu.STREAM) == made.streams
-        assert (group > 1) <= bool(lanes) and made.blocks == n * -(-c // group) and made.group == group
+        assert (
+            contiguous and (runs == 1 or length >= cpu.LONG_RUN) if channels_last is None else (places[:, 1] == 1).all()
+        )
+        assert (
+            streams == (channels_last is None and length >= cpu.LONG_RUN and bytes_of_one >= cpu.STREAM) == made.streams
+        )
+        assert (group > 1) <= bool(channels_last) and made.blocks == n * -(-c // group) and made.group == group
         line = 64 // dtype.itemsize
         assert group == 1 or line <= group <= max(256, line * 5 // 4)
         assert c % group == 0 or c % group >= min(group, line) // 4

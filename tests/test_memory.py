@@ -36,7 +36,7 @@ def address(array: np.ndarray) -> int:
 
 
 def kept() -> list[int]:
-    return [piece.nbytes // MIB for piece in memory._memory.free.values()]
+    return [block.nbytes // MIB for block in memory._memory.free.values()]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -153,10 +153,10 @@ def test_many_threads_at_once(rng: np.random.Generator):
 
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(work, range(6)))
-    assert not memory._memory.lent
+    assert not memory._memory.leased
 
 
-@pytest.mark.parametrize("ends_in", ["take", "let_go"])
+@pytest.mark.parametrize("ends_in", ["take", "trim"])
 def test_arrays_that_end_while_the_pieces_are_in_use(ends_in: str):
     """As in a collection of garbage within an allocation, or when pieces are let go."""
     results = [memory.empty((MIB,), np.float32) for _ in range(4)]

@@ -114,7 +114,7 @@ def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: py
         for first, tile, kind, begins, *there in boxes.table.tolist():
             parts, many = boxes.planes[kind].tolist()
             size = int(boxes.sizes[kind])
-            assert parts * many * size <= boxes.room - 64
+            assert parts * many * size <= boxes.buffer_size - 64
             planes = np.concatenate([np.arange(many) + first + i * c for i in range(parts)])
             elements: Any = None
             for array, moved in enumerate(windows.moved):
@@ -154,7 +154,7 @@ def test_windows_hold_all_boxes(rng: np.random.Generator, monkeypatch: pytest.Mo
             c, spatial = int(rng.integers(1, 130)), int(rng.integers(2, 40)) ** 2
             steps = [[1, spatial * n, n], [c * spatial, spatial, 1]]
             boxes = moves.Windows(np.float32(0), [n, c, spatial], steps).boxes(threads)
-            assert (boxes.planes.prod(1) * boxes.sizes).max() + 64 <= boxes.room, (n, c, spatial)
+            assert (boxes.planes.prod(1) * boxes.sizes).max() + 64 <= boxes.buffer_size, (n, c, spatial)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.full), "float32",

@@ -241,7 +241,7 @@ def test_a_finaliser_calls_as_a_forward_ends(
     x = normal(backend, rng, (8, 4, 64, 64))
     for _ in range(3):
         y = Bits(once.forward(x))
-    back, nested = memory._Memory._back, []
+    back, nested = memory._Memory._give_back, []
 
     def called(*given: Any) -> None:
         back(*given)
@@ -251,7 +251,7 @@ def test_a_finaliser_calls_as_a_forward_ends(
                 nested.append(Bits(layer.forward(x)))
 
     monkeypatch.setattr(memory, "_memory", memory._Memory(2**30))
-    monkeypatch.setattr(memory._Memory, "_back", called)
+    monkeypatch.setattr(memory._Memory, "_give_back", called)
     kept = cn.instance_norm(x)
     result = layer.forward(kept)
     layer.running_mean[...], layer.running_var[...] = 0, 1

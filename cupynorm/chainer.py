@@ -1,20 +1,19 @@
 """Instance normalisation for Chainer: functions and links, differentiable to any order, on NumPy and CuPy arrays.
 
-Importing this module brings Chainer 7.8.1 up on today's NumPy and CuPy (`cupynorm.chainer_import` says how), so it
-comes first:
+Importing this module makes Chainer 7.8.1 work with today's NumPy and CuPy (see `cupynorm.chainer_import`), so import it
+first:
 
     import cupynorm.chainer
     import chainer
 
 The names, defaults and conventions are those of Chainer's own `BatchNormalization`. Forward, backward and double
-backward are cupynorm's; from the third derivative on they are composed of Chainer's functions.
+backward are cupynorm's; the third and higher derivatives are composed of Chainer's functions.
 
-Where Chainer itself is wrong: in 7.8.1 the gradient of `deconvolution_2d` with respect to its W alone passes x and W
-where their shapes are needed (`self._set_cover_all(x, W)` in Deconvolution2DFunction.backward) and fails with "not
-enough values to unpack". The gradient of a `convolution_2d` is such a deconvolution, so a gradient penalty (WGAN-GP)
-meets it in a critic that ends with one, as the gradient it is given then depends on no parameter; so does a
-`Deconvolution2D` of data. End the critic with a linear layer, or use ConvolutionND and DeconvolutionND, which are
-right.
+A bug in Chainer 7.8.1: the gradient of `deconvolution_2d` with respect to W alone passes x and W where their shapes are
+needed (`self._set_cover_all(x, W)` in Deconvolution2DFunction.backward) and fails with "not enough values to unpack".
+The gradient of a `convolution_2d` is such a deconvolution. A gradient penalty (WGAN-GP) therefore fails if the critic
+ends with a `convolution_2d`, because the gradient passed to it depends on no parameter; so does a `Deconvolution2D`
+applied to data. End the critic with a linear layer, or use ConvolutionND and DeconvolutionND, which are correct.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ F = chainer.functions
 
 
 class InstanceNormalizationFunction(chainer.FunctionNode):
-    """x, and gamma and beta where they are given, to y. Chainer's hooks and graphs show these classes' names."""
+    """Map x, and gamma and beta if given, to y. Chainer's hooks and graphs show the names of these classes."""
 
     def __init__(self, affine: tuple[bool, bool], **options: Any):
         self._affine = affine
@@ -83,7 +82,7 @@ class InstanceNormalizationFunction(chainer.FunctionNode):
 
 
 class InstanceNormalizationGrad(chainer.FunctionNode):
-    """x, gamma where it is given, and gy to gx, and to ggamma and gbeta where those are given."""
+    """Map x, gamma if given, and gy to gx, and to ggamma and gbeta if gamma and beta are given."""
 
     def __init__(self, affine: tuple[bool, bool], saved: Saved, eps: float):
         self._affine = affine
@@ -105,8 +104,8 @@ class InstanceNormalizationGrad(chainer.FunctionNode):
 
 
 class InstanceNormalizationDoubleGrad(chainer.FunctionNode):
-    """x, gamma where it is given, gy, and those of ggx, gggamma and ggbeta that are not 0 (`present`), to gradients of
-    the loss with respect to x, gamma and gy."""
+    """Map x, gamma if given, gy, and the nonzero ones (`present`) among ggx, gggamma and ggbeta to the gradients of the
+    loss with respect to x, gamma and gy."""
 
     def __init__(self, affine: tuple[bool, bool], saved: Saved, eps: float, present: tuple[bool, ...]):
         self._affine = affine
@@ -115,7 +114,7 @@ class InstanceNormalizationDoubleGrad(chainer.FunctionNode):
         self._present = present
 
     def _named(self, inputs: tuple[Any, ...]) -> tuple[Any, Any, Any, list[Any]]:
-        """x, gamma or None, gy, and [ggx, gggamma, ggbeta], each of them or None."""
+        """Return x, gamma, gy, and [ggx, gggamma, ggbeta], with None for absent ones."""
         left = iter(inputs)
         x = next(left)
         gamma = next(left) if self._affine[0] else None
@@ -128,10 +127,10 @@ class InstanceNormalizationDoubleGrad(chainer.FunctionNode):
         return (gx, ggy) if ggamma is None else (gx, ggamma, ggy)
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The forward once more in Chainer's functions, and the gradient of its gradient's gradient."""
+        """Compose the forward of Chainer's functions, and differentiate it three times."""
         again = chainer.config.enable_backprop
         with chainer.force_backprop_mode():
-            # Variables of their own: x may be among what gy was computed from, and that is not this function's.
+            # New Variables: gy may have been computed from x, and that dependence is not part of this function.
             inputs = tuple(
                 F.identity(v) if v.requires_grad else chainer.Variable(v.array) for v in self.get_retained_inputs()
             )
@@ -145,7 +144,7 @@ class InstanceNormalizationDoubleGrad(chainer.FunctionNode):
 
 
 def _grad(outputs: Any, inputs: Any, grad_outputs: Any, *, again: bool) -> list[Any]:
-    """chainer.grad among Variables, each of which may be None; None, too, where an input has no influence."""
+    """Call chainer.grad for Variables or None. The gradient is also None for an input without influence."""
     pairs = [(y, gy) for y, gy in zip(outputs, grad_outputs, strict=True) if y is not None and gy is not None]
     there = [x for x in inputs if x is not None]
     gradients = iter([None] * len(there))
@@ -156,7 +155,7 @@ def _grad(outputs: Any, inputs: Any, grad_outputs: Any, *, again: bool) -> list[
 
 
 def _composed(x: Any, gamma: Any, beta: Any, fixed: Saved | None, eps: float) -> Any:
-    """y, in Chainer's functions: with the statistics of `fixed`, or x's own."""
+    """Compute y with Chainer's functions, from the statistics in `fixed`, or x's own if it is None."""
     axes = tuple(range(2, x.ndim))
     dtype = x.dtype
     wide = math_dtype(dtype)
@@ -205,15 +204,15 @@ def instance_normalization(
             In x's dtype, or float32 for float16 x, as are the running statistics.
         eps: added to the variance, not negative.
         running_mean, running_var: arrays (C,), both or neither, updated in place: running <- decay * running
-            + (1 - decay) * (mean over N of the planes' means and unbiased variances). Not where `chainer.functions.
-            forget` runs a forward once more.
-        decay: weight of what the running statistics were: 1 - momentum. At 1 they stay.
+            + (1 - decay) * (mean over N of the planes' means and unbiased variances). They are not updated when
+            `chainer.functions.forget` recomputes a forward.
+        decay: weight of the old running statistics, 1 - momentum. 1 leaves them as they are.
 
     Returns:
         A Variable of x's shape and dtype.
 
     Raises:
-        TypeError: an argument of another type or dtype, or inputs partly on a CPU and partly on a GPU.
+        TypeError: an argument has the wrong type or dtype, or some inputs are on a CPU and others on a GPU.
         ValueError: shapes that do not fit, one running statistic without the other or on another device, one spatial
             element. Nothing has been written then.
     """
@@ -230,7 +229,7 @@ def fixed_instance_normalization(
 ) -> Any:
     """Normalise every plane of x with given statistics: y = (x - mean) / sqrt(var + eps) * gamma + beta.
 
-    Differentiable with respect to every argument, mean and var included where they are Variables, to any order.
+    Differentiable with respect to every argument that is a Variable, mean and var included, to any order.
 
     Args:
         x, gamma, beta, eps: see `instance_normalization`.
@@ -252,7 +251,7 @@ def fixed_instance_normalization(
             check_per_channel(chainer.as_array(value), name, array, per_sample=name in ("gamma", "beta"))
     fixed_mean, fixed_var = chainer.as_array(mean), chainer.as_array(var)
     if any(isinstance(v, chainer.Variable) and v.requires_grad for v in (mean, var)) and chainer.config.enable_backprop:
-        # The same numbers, since the ratio is 1 and the difference 0, and every derivative with them.
+        # The ratio is 1 and the difference 0: y is unchanged, and gets its derivatives by mean and var.
         wide = math_dtype(array.dtype)
         mean, var = (F.cast(chainer.as_variable(v), wide) for v in (mean, var))
         scale = ((var.array + eps) / (var + eps)) ** 0.5
@@ -266,7 +265,7 @@ def fixed_instance_normalization(
 
 
 def _initializer(given: Any, default: float, dtype: numpy.dtype) -> Any:
-    """Chainer's initializer for what a user may give, with a dtype; his own object is left as it is."""
+    """Return Chainer's initializer for a user's argument, with a dtype, as a copy: the user's object is not changed."""
     initializer = copy.copy(chainer.initializers._get_initializer(default if given is None else given))
     initializer.dtype = dtype
     return initializer
@@ -275,16 +274,16 @@ def _initializer(given: Any, default: float, dtype: numpy.dtype) -> Any:
 class InstanceNormalization(chainer.Link):
     """Instance normalisation of (N, C, *spatial) input of any rank from 3 on.
 
-    In training (`chainer.config.train`) with the input's own statistics. In test mode with the averages where they are
-    tracked, as `torch.nn.InstanceNorm2d` does with track_running_stats, else also with the input's own.
+    Training (`chainer.config.train`) uses the input's own statistics. Test mode uses the averages if they are tracked,
+    as `torch.nn.InstanceNorm2d` does with track_running_stats, else the input's own statistics.
 
     Args:
-        size: C; None: taken from the first input, or from what is loaded.
-        decay: weight of what the averages were, 1 - momentum.
+        size: C; None takes it from the first input, or from a loaded file.
+        decay: weight of the old averages, 1 - momentum.
         eps: added to the biased variance.
         dtype: of parameters and averages: float16, float32 or float64; None: `chainer.config.dtype`, with float32 for
-            mixed16. Input has that dtype, or float16 for float32.
-        use_gamma, use_beta: a trained scale, and a trained shift, of each channel.
+            mixed16. Input must have that dtype; a float32 link also takes float16.
+        use_gamma, use_beta: train a scale (gamma), and a shift (beta), of each channel.
         initial_gamma, initial_beta: initializer, array or number; None: 1 and 0.
         track_avg_stats: keep averages of means and unbiased variances for test mode.
         initial_avg_mean, initial_avg_var: initializer, array or number; None: 0 and 1.
@@ -292,12 +291,12 @@ class InstanceNormalization(chainer.Link):
     Attributes:
         gamma, beta: `chainer.Parameter` (C,), or None.
         avg_mean, avg_var: arrays (C,), updated in place; persistent. None without track_avg_stats, and before the
-            first input where the size is not known.
-        N: how many batches finetuning has seen; persistent. 0 without track_avg_stats.
+            first input if the size is not known.
+        N: number of batches that finetuning has seen; persistent. 0 without track_avg_stats.
         decay, eps: as given; may be changed.
 
     Raises:
-        TypeError, ValueError: an argument of another type or value.
+        TypeError, ValueError: an argument has the wrong type or value.
     """
 
     gamma: Any = None
@@ -344,7 +343,7 @@ class InstanceNormalization(chainer.Link):
             self._initialize(self._size)
 
     def _initialize(self, size: int) -> None:
-        """Make what is not there yet."""
+        """Create the parameters and averages that do not exist yet."""
         for parameter in (self.gamma, self.beta):
             if parameter is not None and not parameter.is_initialized:
                 parameter.initialize((size,))
@@ -356,7 +355,7 @@ class InstanceNormalization(chainer.Link):
                 setattr(self, name, array)
 
     def _check(self, x: Any, use_input_stats: bool) -> None:
-        """Whether x can be normalised, before anything is made for it or counted."""
+        """Raise if x cannot be normalised, before anything is created or counted for it."""
         check_input(x, "x")
         if self._rank is not None and x.ndim != self._rank + 2:
             raise ValueError(f"expected {self._rank + 2}D input (got {x.ndim}D input)")
@@ -383,16 +382,15 @@ class InstanceNormalization(chainer.Link):
 
         Args:
             x: Variable or array (N, C, *spatial) on the link's device.
-            finetune: in training, count the averages anew over all batches since `start_finetuning` (or since the link
-                was made), each with the same weight: decay is 1 - 1 / N. Without track_avg_stats there are no averages
-                and it changes nothing.
+            finetune: in training, average over all batches since `start_finetuning` (or since the link was created)
+                with equal weights: decay is 1 - 1 / N. No effect without track_avg_stats.
 
         Returns:
             A Variable of x's shape and dtype.
 
         Raises:
-            TypeError, ValueError: see `instance_normalization`; x on another device, or of another rank or size.
-                Nothing has been made, counted or written then.
+            TypeError, ValueError: see `instance_normalization`; x has another device, rank or number of channels.
+                Nothing has been created, counted or written then.
         """
         training = bool(chainer.config.train)
         self._check(chainer.as_array(x), training or not self.track_avg_stats)
@@ -408,12 +406,12 @@ class InstanceNormalization(chainer.Link):
         return y
 
     def start_finetuning(self) -> None:
-        """Begin to count the batches anew: before finetuning a second time."""
+        """Reset the count of batches, N, before finetuning again."""
         self.N = 0
 
     def serialize(self, serializer: Any) -> None:
-        """Save, or load in place. Averages come to a link that has none, in its dtype and on its device; a file that
-        was saved before the size was known leaves them as they are."""
+        """Save, or load in place. A link without averages gets those of the file, in its own dtype and on its device; a
+        file saved before the size was known leaves the averages as they are."""
         before = {name: getattr(self, name) for name in self._initial_averages}
         super().serialize(serializer)
         for name, old in before.items():

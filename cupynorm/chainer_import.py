@@ -1,17 +1,18 @@
-"""Import Chainer 7.8.1, the last there is, beside today's NumPy and CuPy.
+"""Import Chainer 7.8.1, the last release, with today's NumPy and CuPy.
 
-Chainer asks NumPy 2 for three things that it no longer has: `numpy.sctypes` and `numpy.float`, each in one file, and
-`numpy.distutils`, in a check of the environment at import. That check also wants setuptools' `pkg_resources`, which is
-gone since setuptools 82, to warn of any CuPy later than 7. What is done about it:
+Chainer uses three names that NumPy 2 no longer has: `numpy.sctypes` and `numpy.float`, each in one file, and
+`numpy.distutils`, in a check of the environment at import. That check also uses `pkg_resources`, which setuptools
+removed in version 82, to warn of any CuPy later than 7. This module works around them:
 
-- `numpy.sctypes` is there while Chainer is imported, then gone again; the two files keep the names as their own.
-- The check is left out: `chainer._environment_check` is an empty module with a `check()`.
-- Without `pkg_resources`, Chainer's `gradient_check` and `testing` are imported at once with an empty module in its
-  place, which is then gone again; `chainer.testing.with_requires` and `without_requires` do not work.
-- The import's warnings are left out: of deprecation, of cuDNN, which CuPy 14 no longer has, of NCCL where it is not.
+- `numpy.sctypes` exists while Chainer is imported, and is removed afterwards; the two files keep references of their
+  own to the missing names.
+- The check is skipped: `chainer._environment_check` is an empty module with a `check()`.
+- Without `pkg_resources`, Chainer's `gradient_check` and `testing` are imported right away with an empty module in its
+  place, which is removed afterwards; `chainer.testing.with_requires` and `without_requires` do not work.
+- The import's warnings are suppressed: deprecations, missing cuDNN (CuPy 14 no longer has it), and missing NCCL.
 
-Nothing of NumPy, CuPy or setuptools is different afterwards. Where Chainer has been imported before, by whatever means,
-nothing is touched at all.
+NumPy, CuPy and setuptools are unchanged afterwards. If Chainer has already been imported, by whatever means, nothing is
+changed at all.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _MISSING = (
 
 
 class _Numpy:
-    """NumPy with names that it once had."""
+    """NumPy, with names that it no longer has."""
 
     def __init__(self, **names: Any):
         self.__dict__.update(names)
@@ -53,11 +54,11 @@ def _import() -> Any:
         return sys.modules["chainer"]
     if importlib.util.find_spec("chainer") is None:
         raise ModuleNotFoundError(_MISSING, name="chainer")
-    check = types.ModuleType("chainer._environment_check", "Left out by cupynorm.chainer_import.")
+    check = types.ModuleType("chainer._environment_check", "An empty stand-in by cupynorm.chainer_import.")
     check.check = lambda: None  # type: ignore[attr-defined]
     lent: dict[str, types.ModuleType] = {}
     if importlib.util.find_spec("pkg_resources") is None:
-        lent["pkg_resources"] = types.ModuleType("pkg_resources", "Empty: lent by cupynorm.chainer_import.")
+        lent["pkg_resources"] = types.ModuleType("pkg_resources", "An empty stand-in by cupynorm.chainer_import.")
     old = not hasattr(numpy, "sctypes")
     sys.modules[check.__name__] = check
     sys.modules |= lent
@@ -65,10 +66,10 @@ def _import() -> Any:
         numpy.sctypes = _SCTYPES  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
-            # Escapes in docstrings, where Python compiles the files anew.
+            # Invalid escapes in docstrings, reported when Python compiles the files.
             warnings.simplefilter("ignore", SyntaxWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
-            # Of CuPy 14: it has no cuDNN, and Chainer can do without NCCL.
+            # CuPy 14 has no cuDNN, and Chainer does not need NCCL.
             warnings.filterwarnings("ignore", "cuDNN is not enabled", UserWarning)
             warnings.filterwarnings("ignore", r"\s*nccl library could not be loaded", UserWarning)
             chainer = importlib.import_module("chainer")
@@ -85,7 +86,7 @@ def _import() -> Any:
     if old:
         importlib.import_module("chainer.functions.array.as_strided").np = _Numpy(sctypes=_SCTYPES)  # type: ignore[attr-defined]
     if not hasattr(numpy, "float"):
-        # This one function alone: the rest of its file asks whether its arrays' module is numpy.
+        # Patch this function only: other code in its file compares its arrays' module with numpy.
         module = importlib.import_module("chainer.functions.array.resize_images")
         function = module.compute_indices_and_weights
         module.compute_indices_and_weights = types.FunctionType(  # type: ignore[attr-defined]

@@ -10,40 +10,40 @@ from typing import Any, TypeVar
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
-# The modes that have been entered and not left. A context variable: every thread has its own, as with threading.local,
-# and so has every task of asyncio, so that one which awaits within the mode does not take others into it.
+# The modes that have been entered and not left. A context variable, because every thread has its own, as with
+# threading.local, and so has every asyncio task: a task that awaits within the mode does not affect other tasks.
 _entered: ContextVar[tuple[bool, ...]] = ContextVar("cupynorm.inference_mode", default=())
 
 
 def inferring() -> bool:
-    """Whether the caller is within `inference_mode`."""
+    """Return True if the caller is within `inference_mode`."""
     entered = _entered.get()
     return bool(entered) and entered[-1]
 
 
 class inference_mode(ContextDecorator):  # noqa: N801  # PyTorch's name
-    """Context manager, and decorator of functions, in which layers keep nothing of their forwards.
+    """Context manager and function decorator within which layers keep nothing for a backward.
 
-    A layer otherwise holds its last input, for its backward, until the next forward. Within this mode a forward leaves
-    the layer's `saved` as None and lets go of what it was; a backward then says so. Results are the same, and in
-    training the running statistics move, as in PyTorch's mode of this name. A forward that fails or is interrupted
-    leaves `saved` as it was.
+    Otherwise a layer holds its last input, for its backward, until the next forward. Within this mode a forward sets
+    the layer's `saved` to None and so releases the arrays in it; a backward then raises RuntimeError. Results are the
+    same, and in training the running statistics are updated, as in PyTorch's mode of this name. A forward that fails or
+    is interrupted leaves `saved` as it was.
 
         with cupynorm.inference_mode():
             y = model(x)
 
-    The mode is of the thread, and of the asyncio task, that has entered it. It can be nested. A generator that yields
-    within it leaves its caller in it, too.
+    The mode applies to the thread, and to the asyncio task, that entered it. It can be nested. If a generator yields
+    within it, the mode applies to the caller, too.
 
-    What functions return belongs to the caller in every mode: `instance_norm_forward` returns Saved, and thinc's layer
+    The mode changes no return value of a function: `instance_norm_forward` still returns Saved, and the layer for thinc
     its callback (`model.predict` drops it). Chainer has `chainer.no_backprop_mode`.
 
     Args:
-        mode: False: keep again, within a mode that is on.
+        mode: False turns an outer mode off.
 
     Raises:
-        TypeError: mode is no bool; or it decorates a generator or coroutine function, whose body runs after the call:
-            use `with` in the body.
+        TypeError: mode is not a bool; or the decorated function is a generator or coroutine function, whose body runs
+            after the call: use `with` in the body.
     """
 
     def __init__(self, mode: bool = True):

@@ -30,9 +30,9 @@ from .inference import inferring
 
 
 class Parameter:
-    """An array that is trained, and its gradient.
+    """A trained array and its gradient.
 
-    data: the array. It stays the same array as long as the layer stays on its device: assigning to it copies into it.
+    data: the array. Assigning to it copies the values into it; moving the layer to another device replaces it.
     grad: None, or an array of data's shape; backward adds into it.
     """
 
@@ -66,11 +66,11 @@ class Parameter:
         return self._data.dtype
 
     def cleargrad(self) -> None:
-        """Forget the gradient: the next backward puts an array of its own here."""
+        """Set the gradient to None; the next backward stores a new array."""
         self.grad = None
 
     def zerograd(self) -> None:
-        """Set the gradient to zeros, in the array that is there, so that references to it stay valid, or a new one."""
+        """Set the gradient to zeros: in place if there is one, so that references stay valid, else in a new array."""
         grad = self._data.copy() if self.grad is None else self.grad
         grad[...] = 0
         self.grad = grad
@@ -80,7 +80,7 @@ class Parameter:
 
 
 def _numbers(value: Any, name: str) -> np.ndarray:
-    """What is to be loaded, as a NumPy array, without any code of its own: objects are refused as they are."""
+    """Convert a value to a NumPy array of real numbers. No method of an unknown object is called: it is refused."""
     torch = sys.modules.get("torch")
     if not (_plain(value) or (torch is not None and isinstance(value, torch.Tensor))):
         kind_of(value, name)
@@ -98,45 +98,45 @@ def _write(own: Mapping[str, Array], values: Mapping[str, np.ndarray], layer: _I
     """Copy values into a layer's own arrays of the same names, cast to their dtypes: all of them or none."""
     for name in values:
         if isinstance(own[name], np.ndarray) and not own[name].flags.writeable:
-            raise ValueError(f"{name} of {layer!r} is read-only, and is to be written")
+            raise ValueError(f"{name} of {layer!r} is read-only; it must be writable")
     moved = {name: devices.to_device(v.astype(own[name].dtype), layer.device) for name, v in values.items()}
     at_once(*(partial(operator.setitem, own[name], ..., value) for name, value in moved.items()))
 
 
 def _plain(value: Any) -> bool:
-    """A number, or numbers in lists."""
+    """True for a number, or numbers in (nested) lists or tuples."""
     if type(value) in (list, tuple):
         return all(map(_plain, value))
     return type(value) in (bool, int, float) or isinstance(value, np.number)
 
 
 def _way_out(statistics: list[str]) -> str:
-    """What to do with running statistics for a layer that tracks none."""
+    """Advise on unexpected running statistics; "" without any."""
     if not statistics:
         return ""
     return (
-        f". {' and '.join(statistics)} are running statistics, which the layer does not track; files from before "
-        "PyTorch 0.4.0 have them of every layer. Remove these keys from the state (strict=False passes over them), or, "
-        "if the statistics are needed, make the layer with track_running_stats=True"
+        f". {' and '.join(statistics)} are running statistics, which this layer does not track; PyTorch before 0.4.0 "
+        "saved them for every layer. Remove these keys from the state (strict=False ignores them) or, if you need the "
+        "statistics, create the layer with track_running_stats=True"
     )
 
 
 def _check_gradient(name: str, parameter: Parameter) -> None:
-    """A gradient that someone put there must be one that backward can add to."""
+    """Raise if backward cannot add to the gradient, which users may have assigned."""
     grad, data = parameter.grad, parameter.data
     if grad is None:
         return
     if place_of(grad, f"{name}.grad") != place_of(data, name) or grad.shape != data.shape or grad.dtype != data.dtype:
         raise ValueError(
-            f"{name}.grad is {grad.shape} {grad.dtype} on {place_of(grad, name)}; needed to add to it is "
+            f"{name}.grad is {grad.shape} {grad.dtype} on {place_of(grad, name)}; backward adds to it and needs "
             f"{data.shape} {data.dtype} on {place_of(data, name)}, or None"
         )
     if isinstance(grad, np.ndarray) and not grad.flags.writeable:
-        raise ValueError(f"{name}.grad is read-only, and is to be added to")
+        raise ValueError(f"{name}.grad is read-only; backward adds to it")
 
 
 def _level_of_caller() -> int:
-    """The stacklevel of a warning for whoever called into this module."""
+    """Return the stacklevel of a warning that points at the caller of this module."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
         level, frame = level + 1, frame.f_back
@@ -150,32 +150,32 @@ class _InstanceNorm:
         num_features: C, the number of channels.
         eps: added to the variance, not negative.
         momentum: weight of a new observation in the running statistics; None or 0 leaves them as they are.
-        affine: whether there is a trained weight (ones at first) and bias (zeros at first), of shape (C,).
-        track_running_stats: whether running_mean and running_var are kept; eval() then uses them.
-        device: "cpu", "cuda" or "cuda:<number>"; None takes the GPU where one is usable, else the CPU.
+        affine: if True, the layer has a trained weight (initially ones) and bias (initially zeros), of shape (C,).
+        track_running_stats: if True, keep running_mean and running_var, and normalise with them in eval mode.
+        device: "cpu", "cuda" or "cuda:<number>"; None takes the GPU if one is usable, else the CPU.
         dtype: of parameters and running statistics: float16, bfloat16, float32 (default) or float64.
         bias: keyword only; False leaves the bias out of an affine layer.
-        activation: keyword only; what follows: None, "relu", "leaky_relu", "silu" or "gelu", as in
+        activation: keyword only; applied to the result: None, "relu", "leaky_relu", "silu" or "gelu", as in
             `cupynorm.instance_norm`.
-        negative_slope: keyword only; of "leaky_relu".
+        negative_slope: keyword only; slope of "leaky_relu" below 0.
 
     Attributes:
         weight, bias: Parameter or None.
         running_mean, running_var, num_batches_tracked: arrays, updated in place, or None. num_batches_tracked is
             always 0, as PyTorch's is.
-        training: True at first.
-        saved: what the last forward kept for its backward; None before it, and after one within
-            `cupynorm.inference_mode`. See `backward`.
+        training: True initially; set by `train` and `eval`.
+        saved: the state that the last forward kept for its backward; None before the first forward, and after one
+            within `cupynorm.inference_mode`. See `backward`.
 
     Raises:
-        TypeError, ValueError: an argument is not what it must be.
-        RuntimeError: a GPU is asked for and not usable.
+        TypeError, ValueError: an argument has the wrong type or value.
+        RuntimeError: a GPU is requested but not usable.
     """
 
     _spatial_rank: int
     _parameters = ("weight", "bias")
     _buffers = ("running_mean", "running_var", "num_batches_tracked")
-    _inferred = False  # whether saved is None since the last forward ran in inference_mode
+    _inferred = False  # True if saved is None because the last forward ran in inference_mode
 
     def __init__(
         self,
@@ -216,7 +216,7 @@ class _InstanceNorm:
         self.running_var: Array | None = None
         self.num_batches_tracked: Array | None = None
         self.saved: tuple[Saved, bool] | None = None
-        # A layer without arrays of its own follows its input, unless it was told where to be.
+        # A layer without arrays takes input on any device, unless the user named one.
         self._anywhere = device is None and not (self.affine or self.track_running_stats)
         shape = (self.num_features,)
         if self.affine:
@@ -241,25 +241,25 @@ class _InstanceNorm:
     ) -> Array:
         """Normalise x of shape (N, C, *spatial), or (C, *spatial) for one sample.
 
-        In training, and in eval without running statistics, with x's own statistics; in eval with running statistics,
-        with those. Keeps what backward needs: x itself (not a copy), two or three numbers a plane, and what was given
-        beside x; within `cupynorm.inference_mode` nothing.
+        Use the running statistics in eval mode if the layer tracks them, else x's own statistics. Keep for backward:
+        x itself (not a copy), two or three numbers per plane, and the weight, bias and (with an activation) residual of
+        the call; within `cupynorm.inference_mode` keep nothing.
 
         Args:
-            x: NumPy or CuPy array on the layer's device; the dtype of the layer, or float16 or bfloat16 for a float32
-                layer.
-            weight, bias: of this call, in the place of the layer's own: (C,), or (N, C) for each sample (adaptive
-                instance normalisation); for layers with affine=False alone.
-            residual: what is added before the activation: x's shape, dtype and device.
-            out: where to write the result; x itself is allowed, but then there can be no backward; so is the residual,
-                and then there can be one if there is no activation.
+            x: NumPy or CuPy array on the layer's device, in the layer's dtype; a float32 layer also takes float16 and
+                bfloat16.
+            weight, bias: scale and shift of this call, for layers with affine=False only: (C,), or (N, C) for each
+                sample (adaptive instance normalisation).
+            residual: added before the activation: x's shape, dtype and device.
+            out: array for the result. With x itself, backward is refused; with the residual, it is refused if the
+                layer has an activation.
 
         Returns:
             An array of x's shape and dtype: out, or a new one.
 
         Raises:
-            TypeError, ValueError: see `cupynorm.instance_norm`; weight or bias for an affine layer. Nothing has been
-                written then.
+            TypeError, ValueError: see `cupynorm.instance_norm`; weight or bias is given to an affine layer. Nothing
+                has been written then.
         """
         kind_of(x, "input")
         rank = self._spatial_rank
@@ -272,7 +272,7 @@ class _InstanceNorm:
                 f"{'cupy.asnumpy' if self.device == 'cpu' else 'cupy.asarray'}"
             )
         if self.affine and (weight is not None or bias is not None):
-            raise ValueError("weight and bias of a call are for layers with affine=False: this one has its own")
+            raise ValueError("weight and bias of a call need a layer with affine=False; this layer has its own")
         if residual is not None:
             kind_of(residual, "residual")
             if residual.shape != x.shape:
@@ -327,29 +327,30 @@ class _InstanceNorm:
     def backward(
         self, dy: Array, *, saved: tuple[Saved, bool] | None = None, out: Array | None = None
     ) -> Array | tuple[Array, ...]:
-        """The gradient of a forward's input; adds into weight.grad and bias.grad.
+        """Return the gradient of a forward's input, and add to weight.grad and bias.grad.
 
         Args:
             dy: gradient of the forward's output: its shape and dtype.
-            saved: which forward, where the layer is used several times before a backward (shared weights, pipelines,
-                recurrence): its `saved`, taken after that forward. None: the last forward. "Last" below means it.
-            out: where to write dx; dy itself is allowed.
+            saved: for a layer that is called several times before a backward (shared weights, pipelines,
+                recurrence), the layer's `saved` as it was after the forward in question. None: the last forward.
+            out: array for dx; it may be dy itself.
 
         Returns:
-            dx, where the last forward was given x alone (and out); else a tuple: dx, then the gradients of what it was
-            given, in the order weight, bias, residual, each of the shape and dtype of what was given. The residual's
-            is dy itself where there is no activation and out is not dy (for one sample, a view of dy).
+            dx, if that forward was called with x alone (and out); else a tuple: dx, then the gradients of the weight,
+            bias and residual given to that forward, in this order, each in the shape and dtype of its argument. The
+            gradient of the residual is dy itself (for one sample, a view of it) without an activation, unless out is
+            dy.
 
         Raises:
             RuntimeError: there was no forward, or the last one ran within `cupynorm.inference_mode`.
-            TypeError, ValueError: saved is something else; see also `cupynorm.instance_norm_backward`. Nothing has been
-                written then.
+            TypeError, ValueError: saved is not a layer's `saved`; see also `cupynorm.instance_norm_backward`. Nothing
+                has been written then.
         """
         kept = self.saved if saved is None else saved
         if kept is None and self._inferred:
             raise RuntimeError(
-                "backward needs what a forward keeps, and the last one kept nothing, as it ran within "
-                "cupynorm.inference_mode(): do the forward again outside of it"
+                "backward needs the state of a forward, but the last one ran within cupynorm.inference_mode(): "
+                "do the forward again outside of it"
             )
         if kept is None:
             raise RuntimeError("backward needs a forward before it")
@@ -376,7 +377,7 @@ class _InstanceNorm:
         writes = []
         for parameter, gradient in ((self.weight, dweight), (self.bias, dbias)):
             if parameter is None:
-                if gradient is not None:  # of what the forward was given
+                if gradient is not None:  # of the forward's own arguments
                     gradients.append(gradient)
             elif parameter.grad is None:
                 writes.append(partial(setattr, parameter, "grad", gradient))
@@ -399,62 +400,64 @@ class _InstanceNorm:
         return self.train(False)
 
     def namedparams(self) -> Iterator[tuple[str, Parameter]]:
-        """("/weight", weight) and ("/bias", bias), where they exist: the names are Chainer's paths."""
+        """Yield ("/weight", weight) and ("/bias", bias), if they exist. The names are Chainer's paths."""
         for name in self._parameters:
             parameter = getattr(self, name)
             if parameter is not None:
                 yield f"/{name}", parameter
 
     def params(self) -> Iterator[Parameter]:
-        """weight and bias, where they exist."""
+        """Yield weight and bias, if they exist."""
         for _, parameter in self.namedparams():
             yield parameter
 
     def cleargrads(self) -> None:
-        """Forget the gradients: the next backward begins anew."""
+        """Set the gradients to None; the next backward stores new arrays."""
         for parameter in self.params():
             parameter.cleargrad()
 
     def zerograds(self) -> None:
-        """Set the gradients to zeros, in place where there are arrays: for loops that hold on to those arrays."""
+        """Set the gradients to zeros: in place where they exist, so that references stay valid."""
         for parameter in self.params():
             parameter.zerograd()
 
     # State
 
     def _state(self) -> dict[str, Array]:
-        """The arrays themselves, by PyTorch's keys and in its order."""
+        """Return the arrays themselves, with PyTorch's keys and in its order."""
         state = {name.lstrip("/"): p.data for name, p in self.namedparams()}
         state |= {name: getattr(self, name) for name in self._buffers if getattr(self, name) is not None}
         return state
 
     def state_dict(self, prefix: str = "") -> dict[str, Array]:
-        """Copies of weight, bias, running_mean, running_var and num_batches_tracked, as far as they exist.
+        """Return copies of weight, bias, running_mean, running_var and num_batches_tracked, if they exist.
 
         Keys and order are PyTorch's; the copies are on the layer's device.
 
         Args:
-            prefix: put before every key: "down.1." for what a PyTorch model with the layer at model.down[1] calls it.
+            prefix: put before every key: "down.1." gives the keys of a PyTorch model with this layer at model.down[1].
         """
         return {prefix + name: array.copy() for name, array in self._state().items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, *, prefix: str = "") -> None:
-        """Copy arrays into the layer's own, from either device, cast to the layer's dtype.
+        """Copy a state into the layer's arrays, from any device, cast to the layer's dtype.
 
         Args:
-            state: by the keys of `state_dict`; NumPy or CuPy arrays, PyTorch tensors (of any device; bfloat16 and
-                float8 too), or numbers in lists. Nothing is unpickled, and no method of any other object is called.
-            strict: whether missing and unexpected keys are errors; num_batches_tracked, which nothing reads and files
-                from before PyTorch 0.4.1 do not have, may be missing, and then stays as it is.
-            prefix: where in the checkpoint of a whole model the layer is: entries of other prefixes are others' and
-                not looked at. "" is a state of this layer alone.
+            state: mapping with the keys of `state_dict` to NumPy or CuPy arrays, PyTorch tensors (on any device;
+                bfloat16 and float8 too), or numbers in lists. Nothing is unpickled, and no method of any other object
+                is called.
+            strict: if True, missing and unexpected keys are errors. num_batches_tracked may be missing, and then stays
+                as it is: nothing reads it, and files from before PyTorch 0.4.1 do not have it.
+            prefix: the prefix of this layer's keys in the checkpoint of a whole model; keys without it are ignored.
+                "" is for the state of this layer alone.
 
         Raises:
-            KeyError: missing or unexpected keys, named.
-            TypeError: entries that are no arrays of real numbers, named: sparse, quantized, nested and complex tensors,
-                and those without values (of the device meta, say) among them.
-            ValueError: entries of another shape, or arrays of the layer that are read-only, named. Nothing has been
-                loaded then.
+            KeyError: missing or unexpected keys.
+            TypeError: entries that are not arrays of real numbers, such as sparse, quantized, nested and complex
+                tensors, and tensors without values (on the meta device, say).
+            ValueError: entries of another shape, or read-only arrays of the layer.
+
+            The message names the entries, and nothing has been loaded then.
         """
         own = {prefix + name: array for name, array in self._state().items()}
         if strict:
@@ -485,7 +488,7 @@ class _InstanceNorm:
         self._reset(self._buffers)
 
     def reset_parameters(self) -> None:
-        """Set weight to 1 and bias to 0, in place, and do what `reset_running_stats` does. Gradients stay.
+        """Set weight to 1 and bias to 0, in place, and reset the running statistics. Gradients stay.
 
         Raises:
             ValueError: an array of the layer is read-only. Nothing has been written then.
@@ -500,7 +503,7 @@ class _InstanceNorm:
     def to_gpu(self, device: Any = None) -> _InstanceNorm:
         """Move parameters, gradients and statistics to a GPU: a number, "cuda:<number>", or None for the current one.
 
-        What the last forward kept is dropped. Returns the layer.
+        The state that the last forward kept is dropped. Returns the layer.
         """
         if device is None:
             device = "cuda"
@@ -527,7 +530,7 @@ class _InstanceNorm:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # What the last forward kept belongs to that call, not to a copy of the layer.
+        # The saved state belongs to the last forward, not to a copy of the layer.
         return self.__dict__ | {"saved": None, "_inferred": False}
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""The layer for thinc, which is what spaCy is built on: `pip install 'cupynorm[thinc]'`."""
+"""A layer for thinc, the library that spaCy is built on: `pip install 'cupynorm[thinc]'`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from .functional import (
 
 
 class _Changes:
-    """Changes of models' arrays, one at a time: thinc's threads share a model.
+    """Change the arrays of models, one change at a time: thinc's threads share a model.
 
     The lock is held for a few additions of (nI,) arrays at a time, never while planes are computed. A signal handler
-    may come in the middle of a change: those that it asks for are made right after that one.
+    may run in the middle of a change; the changes that it requests are made right after that one.
     """
 
     def __init__(self) -> None:
@@ -72,26 +72,28 @@ def InstanceNorm(  # noqa: N802  # layers of thinc are functions with the names 
     """Instance normalisation as a layer of thinc.
 
     Input and output are arrays (N, nI, *spatial) of float32 or float16 on the model's device; a layer without
-    parameters and statistics takes whatever `cupynorm.instance_norm` takes. `backprop` has its forward's statistics and
-    weights to itself, so calls of several threads do not mix, and it may be called after the weights have moved. The
-    input must be unchanged until then.
+    parameters and statistics takes any array that `cupynorm.instance_norm` takes. `backprop` uses the statistics and
+    weights of its own forward, so calls of several threads do not mix, and it may be called after the weights have been
+    updated. The input must be unchanged until then.
 
-    In config files it is `@layers = "cupynorm.InstanceNorm.v1"`, without an import.
+    In config files write `@layers = "cupynorm.InstanceNorm.v1"`; no import is needed.
 
     Args:
         nd: number of spatial axes, at least 1.
-        nI: number of channels; None takes it from the data that `initialize` is shown.
+        nI: number of channels; None takes it from the data passed to `initialize`.
         eps: added to the variance, not negative.
         momentum: weight of a new batch in the running statistics.
-        affine: whether there are parameters "G" (ones at first) and "b" (zeros), both (nI,), as thinc's LayerNorm has.
-        track_running_stats: whether "running_mean" (zeros at first) and "running_var" (ones; unbiased) are kept, both
-            (nI,), and used in place of the input's own where is_train is False. thinc keeps them as parameters that
-            have no gradient: they are saved, copied and moved with the model, and no optimiser touches them. A forward
-            with is_train puts new arrays in their place, both at once, and after everything else has gone well.
-        activation, negative_slope: what follows, fused, as in `cupynorm.instance_norm`.
+        affine: if True, the layer has parameters "G" (initially ones) and "b" (zeros), both (nI,), like thinc's
+            LayerNorm.
+        track_running_stats: if True, keep "running_mean" (initially zeros) and "running_var" (ones; unbiased), both
+            (nI,), and use them instead of the input's own statistics if is_train is False. thinc keeps them as
+            parameters without a gradient: they are saved, copied and moved with the model, and no optimiser changes
+            them. A forward with is_train replaces them by new arrays, both at once, after everything else has
+            succeeded.
+        activation, negative_slope: fused activation, as in `cupynorm.instance_norm`.
 
     Raises (here, at `initialize` and at calls):
-        TypeError, ValueError: an argument is not what it must be; X has another number of axes or channels, or the
+        TypeError, ValueError: an argument has the wrong type or value; X has another number of axes or channels, or the
             model has not been initialized; see also `cupynorm.instance_norm`. Nothing has been changed then.
     """
     check_activation(activation)
@@ -115,7 +117,7 @@ def InstanceNorm(  # noqa: N802  # layers of thinc are functions with the names 
 
 
 def init(model: Model[Array, Array], X: Any = None, Y: Any = None) -> None:  # noqa: N803
-    """Find the number of channels and allocate the parameters, anew if they were there."""
+    """Find the number of channels and allocate the parameters, in place of existing ones."""
     sample = X if X is not None else Y
     if sample is not None:
         _check(model, sample)
@@ -151,7 +153,7 @@ def forward(model: Model[Array, Array], X: Any, is_train: bool) -> tuple[Any, Ca
     use_input_stats = is_train or "running_mean" not in own
     mean, var = own.get("running_mean"), own.get("running_var")
     updated = is_train and mean is not None and attrs["momentum"] != 0
-    if updated:  # other threads may be at it, too: what this batch adds is found first, in arrays of its own
+    if updated:  # other threads may update them, too: compute this batch's statistics first, in new arrays
         mean, var = model.ops.xp.zeros_like(mean), model.ops.xp.zeros_like(var)
     Y, saved = instance_norm_forward(  # noqa: N806
         X,

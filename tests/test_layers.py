@@ -785,7 +785,7 @@ def test_a_reset_of_read_only_arrays_changes_nothing(rng: np.random.Generator, n
     fill(layer, rng)
     before = contents(layer)
     arrays_of(layer)[name].flags.writeable = False
-    with pytest.raises(ValueError, match=f"^{name} of InstanceNorm2d.* is read-only, and is to be written"):
+    with pytest.raises(ValueError, match=f"^{name} of InstanceNorm2d.* is read-only; it must be writable"):
         layer.reset_parameters()
     if name in ("weight", "bias"):
         assert contents(layer) == before

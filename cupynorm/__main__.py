@@ -9,11 +9,11 @@ from . import __version__, devices
 
 
 def _whole(minimum: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from minimum to 2**32 - 1, the seeds that scikit-learn takes."""
+    """Return an argument type: whole numbers from minimum to 2**32 - 1, scikit-learn's limit for seeds."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not minimum <= int(text) < 2**32:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} on, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a whole number from {minimum} to 2**32 - 1, got {text!r}")
         return int(text)
 
     return parse
@@ -29,30 +29,30 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train on real handwritten digits, with and without InstanceNorm2d, and compare",
         description="Train a small convolutional network on the 1797 handwritten digits of scikit-learn, with "
-        "InstanceNorm2d and without normalisation, and test both on images with another brightness and contrast: a "
-        "table and a picture. Needs pip install 'cupynorm[demo]'.",
+        "InstanceNorm2d and without normalisation, and test both on images with another brightness and contrast. "
+        "Prints a table and draws a picture. Needs pip install 'cupynorm[demo]'.",
     )
-    train.add_argument("--device", help="cpu, cuda or cuda:N; without it, the GPU if one is usable, else the CPU")
+    train.add_argument("--device", help="cpu, cuda or cuda:N; default: the GPU if one is usable, else the CPU")
     train.add_argument(
         "--epochs", type=_whole(1), default=20, help="passes over the training images, default %(default)s"
     )
     train.add_argument(
-        "--seed", type=_whole(0), default=0, help="of the split, the initial weights and the order, default %(default)s"
+        "--seed", type=_whole(0), default=0, help="seed of the split, initial weights and order, default %(default)s"
     )
     train.add_argument(
-        "--out", default=".", metavar="PATH", help="where the picture goes: a folder or a .png file, default: here"
+        "--out", default=".", metavar="PATH", help="path of the picture: a folder or a .png file, default: this folder"
     )
     commands.add_parser(
         "info",
-        help="versions, devices, backends, what is missing: text for a bug report",
-        description="Print versions, devices, usable backends, the caches of compiled code, the environment variables "
-        "that matter, and what is missing with the line that installs it: text to paste into a bug report.",
+        help="print versions, devices, backends and missing packages for a bug report",
+        description="Print versions, devices, usable backends, the caches of compiled code, the relevant environment "
+        "variables, and missing packages with the commands that install them, as text for a bug report.",
     )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command and return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.command is None:

@@ -1,8 +1,8 @@
-"""`python -m cupynorm train`: a small convolutional network on real handwritten digits, an explicit training loop.
+"""`python -m cupynorm train`: train a small convolutional network on handwritten digits in an explicit loop.
 
 The network is trained twice from the same initial weights, with InstanceNorm2d and without any normalisation, and
-tested on images whose brightness and contrast were changed. Every layer has `forward`, `backward` and `params`, as
-cupynorm's own have; the same code runs over NumPy and CuPy arrays.
+tested on images with changed brightness and contrast. Every layer has `forward`, `backward` and `params`, like
+cupynorm's own layers; the same code runs on NumPy and CuPy arrays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CLEAN: Change = (0.0, 1.0)
 
 
 def array_module(array: Array) -> Any:
-    """numpy or cupy, whichever the array is of."""
+    """Return the module of an array: numpy or cupy."""
     return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
 
 
@@ -67,7 +67,7 @@ class Conv2d:
         return self.weight, self.bias
 
     def _windows(self, h: int, w: int) -> Iterator[tuple[int, int, slice, slice]]:
-        """For every position in the kernel, the part of the input that it meets."""
+        """Yield each position in the kernel with the part of the input that it multiplies."""
         for i in range(self.size):
             for j in range(self.size):
                 yield i, j, slice(i, i + h), slice(j, j + w)
@@ -106,7 +106,7 @@ class ReLU:
 
 
 class Linear:
-    """A fully connected layer of (N, ...) with `inputs` numbers a sample to (N, outputs)."""
+    """A fully connected layer from (N, ...), with `inputs` numbers per sample, to (N, outputs)."""
 
     def __init__(self, rng: np.random.Generator, inputs: int, outputs: int, dtype: Any, device: str):
         self.weight = initial(rng, (inputs, outputs), inputs, dtype, device)
@@ -127,11 +127,10 @@ class Linear:
 
 
 class Network:
-    """Two convolutions, each followed by InstanceNorm2d (where asked for) and ReLU, and a classifier.
+    """Two convolutions, each followed by InstanceNorm2d (if normalise is True) and ReLU, and a classifier.
 
-    A change of brightness adds a constant to every plane that the first convolution makes, a change of contrast
-    multiplies it: InstanceNorm2d right behind it takes both away. Takes images of (N, 1, 8, 8), gives scores of
-    (N, CLASSES).
+    A change of brightness adds a constant to every plane of the first convolution's output, and a change of contrast
+    multiplies the plane: the InstanceNorm2d that follows removes both. Maps images (N, 1, 8, 8) to scores (N, CLASSES).
     """
 
     def __init__(self, normalise: bool, seed: int, device: str = "cpu", dtype: Any = np.float32, width: int = 16):
@@ -164,7 +163,7 @@ class Network:
 
 
 def cross_entropy(scores: Array, labels: Array) -> tuple[Array, Array]:
-    """The mean softmax cross-entropy of scores (N, CLASSES) for labels (N,), and its gradient."""
+    """Return the mean softmax cross-entropy of scores (N, CLASSES) for labels (N,), and its gradient."""
     xp = array_module(scores)
     samples = xp.arange(len(labels))
     shifted = scores - scores.max(axis=1, keepdims=True)
@@ -175,7 +174,7 @@ def cross_entropy(scores: Array, labels: Array) -> tuple[Array, Array]:
 
 
 class Adam:
-    """Kingma and Ba 2015."""
+    """The Adam optimiser (Kingma and Ba 2015)."""
 
     def __init__(self, params: Iterable[Parameter], rate: float = 2e-3):
         self.rate, self.steps = rate, 0
@@ -205,7 +204,7 @@ class Digits:
 
 
 def load_digits(seed: int, device: str) -> Digits:
-    """The 1797 handwritten digits that scikit-learn ships, a quarter of each class held back for the test."""
+    """Load the 1797 handwritten digits of scikit-learn; a quarter of each class is for the test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -237,7 +236,7 @@ def fit(network: Network, digits: Digits, epochs: int, seed: int, report: Callab
 
 
 def changed(images: Array, change: Change) -> Array:
-    """Images with another brightness and contrast, clipped to 0 … 1 as a camera would."""
+    """Change the brightness and contrast of images, and clip them to 0 … 1 as a camera would."""
     brightness, contrast = change
     return ((images - 0.5) * contrast + 0.5 + brightness).clip(0, 1)
 
@@ -247,7 +246,7 @@ def predict(network: Network, images: Array) -> Array:
 
 
 def accuracy(network: Network, digits: Digits, change: Change = CLEAN) -> float:
-    """The fraction of test images that are recognised."""
+    """Return the fraction of test images that the network recognises."""
     return float((predict(network, changed(digits.test_x, change)) == digits.test_y).mean())
 
 
@@ -255,14 +254,14 @@ def accuracy(network: Network, digits: Digits, change: Change = CLEAN) -> float:
 
 
 def check_extra() -> None:
-    """Raises ImportError where the packages of the extra `demo` are missing."""
+    """Raise ImportError if packages of the extra `demo` are missing."""
     missing = [name for name in ("matplotlib", "rich", "sklearn") if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{', '.join(missing)} not installed: pip install 'cupynorm[demo]'")
 
 
 def current(device: str) -> Any:
-    """A context in which new CuPy arrays are made on a device."""
+    """Return a context that creates new CuPy arrays on a device."""
     if device == "cpu":
         return contextlib.nullcontext()
     import cupy
@@ -271,7 +270,7 @@ def current(device: str) -> Any:
 
 
 def png_path(out: str | Path) -> Path:
-    """Where the picture goes: out itself if it ends in .png, else a file in the folder out. Makes the folder."""
+    """Return the path of the picture: out if it ends in .png, else a file in the folder out. Create the folder."""
     path = Path(out)
     path = path if path.suffix.lower() == ".png" else path / "cupynorm-digits.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -281,9 +280,9 @@ def png_path(out: str | Path) -> Path:
 def train(
     device: str = "cpu", epochs: int = 20, seed: int = 0, out: str | Path = "."
 ) -> dict[str, dict[Change, float]]:
-    """Train both networks, print the table and draw the picture. device is what `devices.resolve` returns.
+    """Train both networks, print the table and draw the picture. device is as returned by `devices.resolve`.
 
-    Returns the accuracy (0 to 1) by the network's name (NETWORKS) and the change of the test images.
+    Return the accuracies (0 to 1), keyed by the network's name (NETWORKS) and the change of the test images.
     """
     from rich.console import Console
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
@@ -291,7 +290,7 @@ def train(
     path = png_path(out)
     console = Console(highlight=False)
     began = time.perf_counter()
-    # Products this small gain nothing from BLAS threads, and lose much where other work has the cores.
+    # Matrix products this small gain nothing from BLAS threads, and lose much when the cores are busy.
     with threadpool_limits(1), current(device):
         digits = load_digits(seed, device)
         console.print(
@@ -350,7 +349,7 @@ def print_table(results: dict[str, dict[Change, float]], count: int, console: An
 
 
 def draw(results: dict[str, dict[Change, float]], networks: dict[str, Network], digits: Digits, path: Path) -> None:
-    """Accuracy over brightness and over contrast; below each level, how the first two test images look and are read."""
+    """Plot accuracy over brightness and contrast; below each level, the first two test images and their readings."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

@@ -13,13 +13,13 @@ import numpy as np
 
 @lru_cache(maxsize=None)
 def gpu_status() -> tuple[bool, str]:
-    """Whether a GPU is usable, and why not or which.
+    """Return whether a GPU is usable, and the reason if not, else the number of GPUs and the current one.
 
-    The driver is asked first, so that CuPy is imported only where there is a GPU for it.
+    The driver is queried first, so that CuPy is imported only on machines with a GPU.
     """
     try:
         missing = importlib.util.find_spec("cupy") is None
-    except (ImportError, ValueError):  # an import hook or a stub in its place
+    except (ImportError, ValueError):  # an import hook, or a stub in place of CuPy
         missing = True
     if missing:
         return False, "CuPy is not installed: pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
@@ -37,13 +37,13 @@ def gpu_status() -> tuple[bool, str]:
         import cupy
 
         current = cupy.cuda.Device().id
-    except Exception as error:  # CuPy has many ways not to start; each is a reason, none is ours to raise
+    except Exception as error:  # CuPy can fail to start in many ways: report the reason, never raise
         return False, f"CuPy does not start: {type(error).__name__}: {error}"
     return True, f"{count.value} visible, current is cuda:{current}"
 
 
 def resolve(device: str | None) -> str:
-    """'cpu' or 'cuda:<number>' for what a user may write; None is the GPU where one is usable, else the CPU."""
+    """Return 'cpu' or 'cuda:<number>' for a user's device; None is the GPU if one is usable, else the CPU."""
     if device is None:
         return resolve("cuda") if gpu_status()[0] else "cpu"
     if not isinstance(device, str):
@@ -65,7 +65,7 @@ def resolve(device: str | None) -> str:
 
 
 def to_host(array: Any, name: str = "array") -> np.ndarray:
-    """A NumPy array of the same contents; a PyTorch tensor's bfloat16 and float8 as float32, which holds them."""
+    """Return a NumPy array with the same values. bfloat16 and float8 of a PyTorch tensor become float32, exactly."""
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(array, cupy.ndarray):
         return cupy.asnumpy(array)
@@ -76,7 +76,7 @@ def to_host(array: Any, name: str = "array") -> np.ndarray:
 
 
 def _of_torch(tensor: Any, name: str, torch: Any) -> np.ndarray:
-    """The numbers of a PyTorch tensor; a TypeError that names it if it has none, or none that NumPy has arrays for."""
+    """Return a PyTorch tensor's numbers. Raise TypeError if it has none, or none that NumPy can represent."""
     refused = ""
     if torch.nn.parameter.is_lazy(tensor):
         refused = "is not initialized: save the state after a first forward of its model"
@@ -98,15 +98,15 @@ def _of_torch(tensor: Any, name: str, torch: Any) -> np.ndarray:
     narrow = tensor.dtype == torch.bfloat16 or (tensor.dtype.is_floating_point and tensor.element_size() == 1)
     try:
         return (tensor.float() if narrow else tensor).numpy(force=True)
-    except (TypeError, RuntimeError) as error:  # a dtype that NumPy lacks, or a subclass with a meaning
+    except (TypeError, RuntimeError) as error:  # a dtype that NumPy lacks, or a subclass with its own behaviour
         kind = f"{type(tensor).__module__}.{type(tensor).__qualname__} of {tensor.dtype}"
         raise TypeError(
-            f"{name} is a {kind}, which NumPy has no array for ({error}): convert it to a plain tensor of torch.float32"
+            f"{name} is a {kind}, which NumPy cannot represent ({error}): convert it to a plain tensor of torch.float32"
         ) from error
 
 
 def to_device(array: np.ndarray, device: str) -> Any:
-    """The contents of a NumPy array on a device ('cpu': the array itself)."""
+    """Copy a NumPy array to a device ('cpu': return the array itself)."""
     if device == "cpu":
         return array
     import cupy
@@ -116,7 +116,7 @@ def to_device(array: np.ndarray, device: str) -> Any:
 
 
 def dtype_of(dtype: Any) -> np.dtype:
-    """A NumPy dtype, also from the name 'bfloat16' (which needs ml_dtypes)."""
+    """Return a NumPy dtype, also for the name 'bfloat16' (which needs ml_dtypes)."""
     if dtype == "bfloat16" if isinstance(dtype, str) else False:
         try:
             import ml_dtypes

@@ -1,4 +1,4 @@
-"""What a call will do, in words."""
+"""Describe in words how a call will be computed."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ def explain(
     double_backward: bool = False,
     device: str | None = None,
 ) -> str:
-    """How the forward and backward of an array will be computed, and why so.
+    """Describe how the forward and backward of an array will be computed, and why.
 
     Args:
         x: NumPy or CuPy array (N, C, *spatial), as for `cupynorm.instance_norm`; only shape, strides, dtype and address
-            matter. All other arrays of the call (residual, dy, results) are taken to be new ones in the layout of x.
+            matter. All other arrays of the call (residual, dy, results) are assumed to be new, in the layout of x.
         activation: as for `cupynorm.instance_norm`.
-        residual: whether there is a residual.
-        double_backward: tell of `cupynorm.instance_norm_double_backward` as well.
-        device: a GPU to plan for that need not be there: "T4", "V100", "A100", "L4", "H100", "H200", "B200" or
-            "RTX 5090". None plans for where x is.
+        residual: True if the call has a residual.
+        double_backward: also describe `cupynorm.instance_norm_double_backward`.
+        device: a GPU to plan for, which this machine need not have: "T4", "V100", "A100", "L4", "H100", "H200", "B200"
+            or "RTX 5090". None plans for the device of x.
 
     Returns:
-        Text of a few lines: for CUDA the regime, the reason, whether arrays are read in place, the traffic in accesses
-        of an element's size per element, the launches, and what the bits of a sample's results depend on.
+        A few lines of text: for CUDA the regime, the reason for it, whether arrays are read in place, the memory
+        traffic in element-sized accesses per element, the launches, and the facts besides the sample itself that the
+        bits of its results depend on.
 
     Raises:
-        TypeError, ValueError: x cannot be normalised, the activation or the device is not known, or there is no double
-            backward, with an activation.
+        TypeError, ValueError: x cannot be normalised, the activation or the device is unknown, or double_backward is
+            combined with an activation.
     """
     check_input(x)
     check_activation(activation)
@@ -55,7 +56,7 @@ def explain(
         with x.device:
             on = runtime.device()
     else:
-        from . import cpu  # with numba, it takes its time to import
+        from . import cpu  # slow to import with numba
 
         return "\n".join([f"{title} on the CPU", *(f"  {line}" for line in cpu.describe(x, double_backward))])
     if x.size == 0:
@@ -77,7 +78,7 @@ def plan_for(
     residual: bool = False,
     invariant: bool = False,
 ) -> tuple[Plan, int]:
-    """The plan of a call whose other arrays are new ones in the layout of the first; and how many must be copied."""
+    """Return the plan of a call whose other arrays are new, in the layout of the first, and the number of copies."""
     kind, _, copied = arrange((memory,), invariant)
     new = fresh(memory.shape, memory.itemsize, kind)
     first = new if copied[0] else memory
@@ -108,7 +109,7 @@ def _described(
 
     made, copies = planned(memory.shape[0], get_batch_invariant())
     first, *rest = made.steps
-    # A warp moves the planes of its parts together, 16 bytes a thread, whatever their size and alignment.
+    # A warp moves the planes of its subwarps together, 16 bytes per thread, whatever their size and alignment.
     access = 16 if first.group == "part" else made.vector * ITEMSIZE[dtype]
     layout = "read in place"
     if copies:
@@ -135,7 +136,7 @@ def _described(
 
 
 def _bits(planned: Callable[[int, bool], tuple[Plan, int]], n: int, device: Device) -> str:
-    """What they depend on, besides the sample. planned: the plan for a number of samples, batch-invariant or not."""
+    """Return the facts the bits depend on, besides the sample. planned: the plan for n samples, invariant or not."""
     if get_batch_invariant():
         return "the same in every batch, as set"
 
@@ -143,7 +144,7 @@ def _bits(planned: Callable[[int, bool], tuple[Plan, int]], n: int, device: Devi
         step = planned(n, False)[0].steps[0]
         return step.name, step.tiles, step.chunks
 
-    # From so many stripes on nothing changes: all multiprocessors have work, and groups of a grid share evenly.
+    # From this number of channel tiles on nothing changes: all multiprocessors are busy, a grid's groups share evenly.
     most = 2 * device.sm_count
     if "_grid_" in order(1)[0] or "_grid_" in order(most)[0]:
         most = max(most, (device.sm_count // 2) ** 2)

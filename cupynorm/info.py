@@ -1,4 +1,4 @@
-"""`python -m cupynorm info`: facts for a bug report. A fact that cannot be had says why; nothing here raises."""
+"""`python -m cupynorm info`: facts for a bug report. An unknown fact gives the reason; nothing here raises."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENVIRONMENT = re.compile("CUPYNORM_|CUPY_|CUDA_|NUMBA_|NVIDIA_VISIBLE_DEVICES$|O
 
 
 def attempt(fact: Callable[[], str]) -> str:
-    """The fact, or why it cannot be had. The home folder is written ~: reports are published."""
+    """Return the fact, or why it is not known. The home folder becomes ~, since reports are published."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -170,7 +170,7 @@ def environment() -> str:
 
 
 def missing() -> str:
-    """What is not there, and the line that installs it."""
+    """List missing packages, each with the command that installs it."""
     lines = []
     packages = cupy_packages()
     try:
@@ -181,7 +181,7 @@ def missing() -> str:
     install = f"pip install 'cupynorm[{extra or 'cuda12'}]'"
     if len(packages) > 1:
         names = " ".join(package.partition("==")[0] for package in packages)
-        lines.append(f"more than one CuPy, which hide each other: pip uninstall -y {names} && {install}")
+        lines.append(f"more than one CuPy, and they conflict: pip uninstall -y {names} && {install}")
     elif not has("cupy"):
         lines.append(f"CuPy{'' if extra else ' (of no use without a GPU)'}: {install}")
     elif nvrtc_missing():
@@ -196,7 +196,7 @@ def missing() -> str:
 def nvrtc_missing() -> bool:
     try:
         return not nvrtc()
-    except Exception:  # whatever keeps it from loading, installing it is the advice
+    except Exception:  # whatever the reason is, the advice is to install it
         return True
 
 

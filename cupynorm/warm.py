@@ -1,4 +1,4 @@
-"""`warmup`: what calls on arrays of a kind need is compiled before the first of them."""
+"""`warmup`: compile the code for calls on a kind of array before the first call."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .functional import (
     math_dtype,
 )
 
-#: Told before each step, and once at the end: how many steps are done, how many there are, what comes now.
+#: Called before each step, and once at the end: with the number of steps done, their total, and the next step's name.
 Progress = Callable[[int, int, str], Any]
 
-QUIET = 2.0  # seconds without a word
+QUIET = 2.0  # seconds before the first message
 
 
 def warmup(
@@ -39,21 +39,20 @@ def warmup(
     double_backward: bool = False,
     progress: bool | Progress | None = None,
 ) -> None:
-    """Compile what calls on arrays like x need; on a GPU, make them ready for CUDA-graph capture.
+    """Compile the code for calls on arrays like x; on a GPU, also prepare CUDA-graph capture.
 
-    On NumPy arrays: the compiled loops for x's dtype and layout, whatever the sizes, the number of threads and the
-    parameters: forward, also with out=x, and backward, in training and with running statistics. No such call compiles
-    anything afterwards. That takes one to three minutes; the code is kept on disk, in the folder that
-    `python -m cupynorm info` names, and later processes load it in a second or two. x is neither read nor written.
-    There is nothing to do where NumPy alone computes: without numba, for double backwards, for arrays whose elements
-    are not aligned, and for empty ones.
+    For NumPy arrays, compile the loops for x's dtype and layout, for all sizes, numbers of threads and parameters:
+    forward, also with out=x, and backward, in training and with running statistics. No such call compiles anything
+    afterwards. This takes one to three minutes; the code is kept on disk, in the folder that `python -m cupynorm info`
+    names, and later processes load it in a second or two. x is neither read nor written. There is nothing to compile
+    where NumPy alone computes: without numba, for double backwards, for misaligned arrays, and for empty ones.
 
-    On CuPy arrays: runs forward and backward, in training and with running statistics, with affine parameters and
-    without, on scratch arrays and on the current stream: afterwards every kernel they need is compiled and CuPy's
+    For CuPy arrays, run forward and backward, in training and with running statistics, with and without affine
+    parameters, on scratch arrays and on the current stream. Afterwards every kernel they need is compiled and CuPy's
     memory pool has the blocks they allocate. The contents of x do not matter and are not written.
 
-    What a call allocates beside its results is given back to the pool when it returns, and a graph goes on using it:
-    warm up and capture with an allocator of the graph's own, and keep that pool as long as the graph,
+    A call returns its temporary memory to the pool, but a captured graph goes on using it: warm up and capture with a
+    memory pool of the graph's own, and keep that pool as long as the graph:
 
         pool = cupy.cuda.MemoryPool()
         with cupy.cuda.using_allocator(pool.malloc), stream:
@@ -63,18 +62,20 @@ def warmup(
             dx, _, _ = cupynorm.instance_norm_backward(dy, saved)
             graph = stream.end_capture()
 
-    An interrupt leaves what has been compiled until then.
+    After an interrupt, the code compiled so far is kept.
 
     Args:
-        x: an array of the shape, dtype, layout and device to come. Of NumPy arrays the sizes do not matter, but the
-            number of channels does where they lie side by side, and one position is not what several are.
-        activation, negative_slope, residual: of the calls to come; of the residual, too, only the layout matters.
-        double_backward: run `instance_norm_double_backward` as well, with all of its gradients given.
-        progress: whether to say on stderr how far it is; None: if stderr is a terminal and it takes more than two
-            seconds. Or a function (done, total, what), called before each step, and with done = total at the end.
+        x: an array with the shape, dtype, layout and device of the later calls. For NumPy arrays the sizes do not
+            matter, except the number of channels of a channels-last array, and one spatial position or several.
+        activation, negative_slope, residual: as in the later calls; of the residual, too, only the layout matters.
+        double_backward: also run `instance_norm_double_backward`, with all of its gradients given.
+        progress: if True, report progress on stderr; None reports it if stderr is a terminal and the work takes more
+            than two seconds. Or a function (done, total, what), called before each step, and with done = total at the
+            end.
 
     Raises:
-        TypeError, ValueError: x cannot be normalised, the rest does not fit, or a double backward with an activation.
+        TypeError, ValueError: x cannot be normalised, another argument does not fit x, or double_backward is combined
+            with an activation.
     """
     check_input(x)
     check_activation(activation)
@@ -105,7 +106,7 @@ def warmup(
 def _calls(
     x: Array, activation: str | None, negative_slope: float, residual: Array | None, double_backward: bool
 ) -> list[tuple[str, Callable[[], Any]]]:
-    """The calls to run on a GPU, each with its name."""
+    """Return the calls to run on a GPU, each with its name."""
     import cupy
 
     def call(use_input_stats: bool, affine: bool) -> None:
@@ -116,7 +117,7 @@ def _calls(
             x, parameter, parameter, running_mean=ones.copy(), running_var=ones.copy(),
             use_input_stats=use_input_stats, activation=activation, negative_slope=negative_slope, residual=residual,
         )  # fmt: skip
-        gradients = [instance_norm_backward(dy, y_saved[1])]  # held: the pool is to have the blocks of all of them
+        gradients = [instance_norm_backward(dy, y_saved[1])]  # kept alive, so that the pool gets blocks for all of them
         if double_backward:
             gradients += [instance_norm_double_backward(dy, parameter, parameter, dy, y_saved[1])]
 
@@ -129,8 +130,8 @@ def _calls(
 
 
 def _speaker(wanted: bool | None) -> Progress:
-    """Says on stderr what is being done and how far it is, whenever that is something else; a line each serves logs,
-    notebooks and terminals alike."""
+    """Return a function that prints each new step to stderr, one per line, which suits logs, notebooks and terminals
+    alike."""
     quiet = QUIET if wanted is None else 0.0
     speaks = sys.stderr is not None and (wanted or (wanted is None and sys.stderr.isatty()))
     begun, said = time.monotonic(), ""

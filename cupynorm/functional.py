@@ -31,16 +31,17 @@ ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
 
 @dataclass(eq=False, slots=True)  # not frozen: that costs a microsecond a call
 class Saved:
-    """What a forward keeps for its backward.
+    """The state that a forward keeps for its backward.
 
-    x is the input itself, not a copy: it must not be written before the backward; nor must weight, bias and residual.
-    mean and rstd have shape (N, C), in float32 (float64 for float64 input). training: whether they are the input's own
+    x, weight, bias and residual are the arrays themselves, not copies: do not change them before the backward. mean and
+    rstd have shape (N, C), in float32 (float64 for float64 input). training is True if they are the input's own
     statistics.
 
-    mean_lo is what rounding took from mean, in its shape and dtype, where mean is the input's own; None means 0. On
-    the GPU it is kept only where an activation follows. z = ((x - mean) - mean_lo) * rstd * weight + bias + residual is
-    then found as the forward did, bit by bit, so the backward sees every kink of the activation where the forward saw
-    it. residual is kept for that alone: without an activation it is None, and with_residual tells of it.
+    mean_lo is the low-order part of mean, lost in its rounding, in mean's shape and dtype, if mean is the input's own;
+    None stands for 0. On the GPU it is kept only with an activation. The backward then computes
+    z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the forward's bits, so that it sees every kink of
+    the activation where the forward saw it. residual is kept only for that: without an activation it is None, and
+    with_residual records that there was one.
     """
 
     x: Array
@@ -331,12 +332,12 @@ def instance_norm(
 ) -> Array:
     """Normalise every plane of an array: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-    The arguments and their order are those of torch.nn.functional.instance_norm, then come keyword-only ones. mean and
-    the biased var are taken over the spatial positions of each sample and channel (Ulyanov, Vedaldi, Lempitsky 2016),
-    or, without use_input_stats, from running_mean and running_var.
+    The positional arguments and their order are those of torch.nn.functional.instance_norm. mean and the biased var are
+    computed over the spatial positions of each sample and channel (Ulyanov, Vedaldi, Lempitsky 2016); without
+    use_input_stats they are running_mean and running_var.
 
     With a residual and an activation, y = activation(z), z = (x - mean) / sqrt(var + eps) * weight + bias + residual,
-    in the same pass over memory: 2 accesses an element where the plane rests on chip, 3 with a residual.
+    in the same pass over memory: 2 accesses per element if the plane stays on chip, 3 with a residual.
 
     Args:
         input: numpy.ndarray or cupy.ndarray (N, C, *spatial) of rank 3 or more; float16, bfloat16, float32 or float64;
@@ -348,11 +349,11 @@ def instance_norm(
         momentum: 0 leaves the running statistics as they are.
         eps: added to the variance, not negative.
         activation: None; "relu", max(z, 0); "leaky_relu", z for z > 0, else negative_slope * z; "silu",
-            z / (1 + exp(-z)) (Elfwing, Uchibe, Doya 2018); or "gelu", z * Phi(z) with the normal distribution's Phi
-            by the error function, not an approximation of it (Hendrycks, Gimpel 2016).
-        negative_slope: finite; of "leaky_relu" alone.
-        residual: what is added before the activation: shape, dtype and device of input; any strides.
-        out: where to write the result: shape and dtype of input, any strides; it may be input or residual itself.
+            z / (1 + exp(-z)) (Elfwing, Uchibe, Doya 2018); or "gelu", z * Phi(z), where Phi is the normal
+            distribution function, computed with the error function, not approximated (Hendrycks, Gimpel 2016).
+        negative_slope: finite; used by "leaky_relu" only.
+        residual: added before the activation: shape, dtype and device of input; any strides.
+        out: array for the result: shape and dtype of input, any strides; it may be input or residual itself.
 
         weight, bias and running statistics have the input's dtype, or float32 for float16 and bfloat16 input.
 
@@ -361,11 +362,11 @@ def instance_norm(
         C-contiguous.
 
     Raises:
-        TypeError: an argument of another type, dtype or array class.
+        TypeError: an argument has the wrong type, dtype or array class.
         ValueError: shapes that do not fit, arrays on several devices, one running statistic without the other,
-            one spatial element with use_input_stats, an activation of another name, an out that overlaps an array
-            without being it, or running statistics that are updated and share memory with each other, with the
-            parameters or the input. Nothing has been written then.
+            one spatial element with use_input_stats, an unknown activation, an out that overlaps another array
+            without being that array, or running statistics to be updated that share memory with each other, with the
+            parameters or with the input. Nothing has been written then.
     """
     y, _ = checked_forward(
         input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps,
@@ -389,12 +390,12 @@ def instance_norm_forward(
     residual: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """`instance_norm` that also returns what `instance_norm_backward` needs.
+    """Normalise as `instance_norm` does, and return the state that `instance_norm_backward` needs.
 
-    Arguments, defaults and errors are those of `instance_norm`. Saved refers to x, weight, bias and, with an
-    activation, residual, not to copies: change none of them before the backward. If out is x, or the residual of an
-    activation, the backward is refused. Nothing of x's size is kept beside them: the backward recomputes what the
-    activation's derivative is taken at. `inference_mode` is for layers: here Saved is returned within it, too.
+    Arguments, defaults and errors are those of `instance_norm`. Saved holds x, weight, bias and, with an activation,
+    residual themselves, not copies: do not change them before the backward. If out is x, or with an activation the
+    residual, the backward is refused. Saved holds no other array of x's size: the backward recomputes the activation's
+    argument. `inference_mode` has no effect here; it is for layers.
 
     Returns:
         (y, saved)
@@ -476,26 +477,26 @@ def checked_forward(
 
 
 def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None) -> tuple[Array, ...]:
-    """Gradients of `instance_norm_forward`.
+    """Return the gradients of `instance_norm_forward`.
 
-    With z as there, g = dy * activation'(z) (dy without an activation) and xhat = (x - mean) * rstd: in training
-    dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat)), with means over the plane; with running statistics
-    (tracked eval) they are constants and dx = weight * rstd * g. dweight = sum of g * xhat, dbias = sum of g, over the
-    plane and, for parameters of shape (C,), over N. dresidual = g. The derivative at a kink is the one to its left:
-    0 or negative_slope at z = 0.
+    Let z be as in `instance_norm`, g = dy * activation'(z) (dy without an activation) and xhat = (x - mean) * rstd. In
+    training dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat)), with means over the plane. With running
+    statistics (tracked eval) mean and rstd are constants, and dx = weight * rstd * g. dweight = sum of g * xhat,
+    dbias = sum of g, over the plane and, for parameters of shape (C,), over N. dresidual = g. At a kink the derivative
+    is the left one: 0 or negative_slope at z = 0.
 
-    Accesses an element where the planes rest on chip: 3 (x, dy, dx), also with a residual and no activation; with both
-    5, as the residual is read for z and its gradient written.
+    Accesses per element if the planes stay on chip: 3 (x, dy, dx), also with a residual but no activation; 5 with both,
+    because the residual is read to compute z and its gradient is written.
 
     Args:
-        dy: gradient of y: shape, dtype and device of x; any strides, 0 included.
-        saved: what the forward returned. May be used again, unless out is x or the residual.
-        out: where to write dx: shape and dtype of x, any strides; it may be dy, x or the residual itself.
+        dy: gradient of y: shape, dtype and device of x; any strides, including 0.
+        saved: as the forward returned it. It may be used again, unless out is x or the residual.
+        out: array for dx: shape and dtype of x, any strides; it may be dy, x or the residual itself.
 
     Returns:
-        (dx, dweight, dbias), or (dx, dweight, dbias, dresidual) where the forward had a residual. dweight and dbias
-        have the parameters' shapes and dtypes, None where there was no parameter. Without an activation dresidual is
-        dy itself, or a copy of it if out is dy; else a new array.
+        (dx, dweight, dbias), or (dx, dweight, dbias, dresidual) if the forward had a residual. dweight and dbias have
+        the parameters' shapes and dtypes, and are None for a missing parameter. Without an activation dresidual is dy
+        itself, or a copy of it if out is dy; with one it is a new array.
 
     Raises:
         TypeError, ValueError: dy, saved or out do not fit. Nothing has been written then.
@@ -514,45 +515,46 @@ def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None)
 def instance_norm_double_backward(
     ddx: Array | None, ddweight: Array | None, ddbias: Array | None, dy: Array, saved: Saved
 ) -> tuple[Array, Array, Array | None]:
-    """Gradients of `instance_norm_backward`: for losses that contain a gradient, as WGAN-GP's penalty does.
+    """Return the gradients of `instance_norm_backward`, for losses that contain a gradient, such as WGAN-GP's penalty.
 
-    A loss that depends on the backward's dx, dweight and dbias depends through them on dy, x and weight. Per plane of M
-    elements, with means over it, xhat = (x - mean) * rstd, g = dy, u = ddx, and
+    A loss that depends on the backward's dx, dweight and dbias depends through them on dy, x and weight. For a plane of
+    M elements, with means over the plane, let xhat = (x - mean) * rstd, g = dy, u = ddx, and
 
-        a = mean(u * xhat),   c = mean(g * xhat),   s = mean((u - mean(u)) * (g - mean(g))) - a * c,
+        a = mean(u * xhat),   c = mean(g * xhat),   s = mean((u - mean(u)) * (g - mean(g))) - a * c.
 
-    the backward's dx adds sum(u * dx) = weight * rstd * M * s to the loss, its dweight ddweight * M * c, and its dbias
-    ddbias * M * mean(g). Since d(M * c) / dx = rstd * (g - mean(g) - xhat * c), the same for a with u, and
-    d rstd / dx = -rstd^2 * xhat / M, this derives to, in training, with q = ddweight - weight * rstd * a,
+    The backward's dx adds sum(u * dx) = weight * rstd * M * s to the loss, its dweight ddweight * M * c, and its dbias
+    ddbias * M * mean(g). Since d(M * c) / dx = rstd * (g - mean(g) - xhat * c), likewise for a with u, and
+    d rstd / dx = -rstd^2 * xhat / M, the gradients are, in training, with q = ddweight - weight * rstd * a,
 
         ddy = weight * rstd * (u - mean(u)) + q * xhat + ddbias
         dweight = sum over the plane and, for a weight of shape (C,), over N, of rstd * M * s
         dx = rstd * (q * (g - mean(g) - xhat * c) - weight * rstd * (c * (u - mean(u) - xhat * a) + xhat * s)),
 
-    and with running statistics (tracked eval), which are constants, to
+    and with running statistics (tracked eval), which are constants,
 
         ddy = weight * rstd * u + ddweight * xhat + ddbias,   dweight = sum of rstd * u * g,   dx = ddweight * rstd * g.
 
-    Without a weight it is 1. The bias has no influence on any of this, nor has the residual of a forward without an
-    activation: of that, the backward's dresidual is dy itself, so the caller adds its gradient to ddy.
+    A forward without a weight counts as one with weight = 1. The bias has no influence, nor has the residual of a
+    forward without an activation: its gradient dresidual is dy itself, so the caller adds the gradient of the loss with
+    respect to dresidual to ddy.
 
-    float16 and bfloat16 compute in float32. Accesses an element where the planes rest on chip: 5 (x, dy, ddx, and both
-    results). The CUDA kernels are compiled when the first such call is met, or by `warmup`.
+    float16 and bfloat16 compute in float32. Accesses per element if the planes stay on chip: 5 (x, dy, ddx, and both
+    results). The CUDA kernels are compiled in the first such call, or by `warmup`.
 
     Args:
         ddx: gradient of the loss with respect to dx: shape, dtype and device of x; any strides. None stands for 0, as
-            it does for the next two; not all three may be None.
-        ddweight, ddbias: those with respect to dweight and dbias: shape of weight and bias, dtype of the input, or
-            float32 for float16 and bfloat16 input.
-        dy, saved: what the `instance_norm_backward` was given.
+            for ddweight and ddbias; at least one of the three must be given.
+        ddweight, ddbias: gradients of the loss with respect to dweight and dbias: shape of weight and bias, dtype of
+            the input, or float32 for float16 and bfloat16 input.
+        dy, saved: as given to `instance_norm_backward`.
 
     Returns:
-        (ddy, dx, dweight): the loss's gradients with respect to dy and to x, each new, of x's shape and dtype,
-        channels-last if x is; and to weight, in its shape and dtype, or None where there is none.
+        (ddy, dx, dweight): the gradients of the loss with respect to dy and x, new arrays of x's shape and dtype,
+        channels-last if x is; and with respect to weight, in its shape and dtype, or None without a weight.
 
     Raises:
-        TypeError, ValueError: an array does not fit; all three gradients are None; ddweight (ddbias) of a forward
-            without a weight (bias); or a forward with an activation: apply that as an operation of its own instead.
+        TypeError, ValueError: an array does not fit; all three gradients are None; ddweight (ddbias) for a forward
+            without a weight (bias); or a forward with an activation: apply the activation separately instead.
     """
     _check_saved(saved)
     x = saved.x

@@ -1,7 +1,7 @@
-"""How numba compiles the CPU backend's loops, and how they are kept on disk.
+"""Compile the CPU backend's loops with numba and cache them on disk.
 
-Numba keeps what it compiles until the file changes that the function stands in. But the loops are made from several
-files, by numba and LLVM of some version, with settings from the environment: all of these tell what may be used again.
+Numba invalidates cached code only if the file of the function changes. The loops are built from several files, by
+particular versions of numba and LLVM, with settings from the environment: the cache key covers all of these.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ import numpy as np
 
 try:
     from numba.core.caching import FunctionCache, IndexDataCacheFile
-except ImportError:  # a numba that has them elsewhere: nothing is kept
+except ImportError:  # this numba version has them elsewhere: no disk cache
     FunctionCache = IndexDataCacheFile = object  # type: ignore[assignment,misc]
 
 _config: Any = numba.config
 if _config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT turns numba's compiler off")
 if _config.BOUNDSCHECK:
-    raise ImportError("NUMBA_BOUNDSCHECK has numba refuse the addresses that the loops compute")
+    raise ImportError("NUMBA_BOUNDSCHECK makes numba reject the addresses that the loops compute")
 
-#: Files of the package that compiled code is made from.
+#: Files of the package that the compiled code is built from.
 SOURCES = ("compiling.py", "cpu.py", "moves.py", "scalars.py")
 
-#: Of numba's settings those that change the code, besides processors' names and features, which numba looks at itself.
+#: Numba settings that change the code. Numba itself checks the processor's name and features.
 SETTINGS = (
     "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "DISABLE_INTEL_SVML", "EXTEND_VARIABLE_LIFETIMES", "LLVM_REFPRUNE_FLAGS",
     "LLVM_REFPRUNE_PASS", "LOOP_VECTORIZE", "OPT", "SLP_VECTORIZE",
 )  # fmt: skip
 
-#: Of what compiled code alone calls: to compile a way in for Python takes a sixth more time.
+#: Options of functions that only compiled code calls: a wrapper for Python takes a sixth more time to compile.
 INTERNAL: Any = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-INLINE: Any = {"forceinline": True, **INTERNAL}  # a call left in a loop keeps it from becoming vector instructions
+INLINE: Any = {"forceinline": True, **INTERNAL}  # a call inside a loop prevents vectorisation
 
 
 @cache
 def _stamp() -> str:
-    """What code must have been made from to be used again; where it differs, the old is overwritten."""
+    """Return a hash of all sources and versions. Cached code with another stamp is overwritten."""
     made = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {np.__version__}".encode())
     for name in SOURCES:
         text = pkgutil.get_data(__package__, name)
@@ -54,7 +54,7 @@ def _stamp() -> str:
 
 
 class _Files(IndexDataCacheFile):
-    """An index, and a file for each kind of call, which says itself what it is: several processes may write them."""
+    """An index and one file per signature. Each file states its own key, as several processes may write at once."""
 
     def save(self, key: Any, data: Any) -> None:
         super().save(key, (self._source_stamp, key, data))
@@ -64,7 +64,7 @@ class _Files(IndexDataCacheFile):
             return super()._load_index()
         except OSError:
             raise
-        except Exception:  # it is broken, and may raise anything: it is written anew
+        except Exception:  # a broken index may raise anything; it is rewritten
             return {}
 
     def load(self, key: Any) -> Any:
@@ -73,19 +73,19 @@ class _Files(IndexDataCacheFile):
 
 
 class Cache(FunctionCache):
-    """Numba's cache of a function, which calls do without where files cannot be read or written.
+    """Numba's disk cache of a function. Calls go on without it if its files cannot be read or written.
 
     Raises:
-        RuntimeError, OSError: no folder can be written, or the package's files cannot be read.
-        Exception: this numba is made in another way.
+        RuntimeError, OSError: no folder is writable, or the package's files cannot be read.
+        Exception: the internals of this numba version differ.
     """
 
     def __init__(self, function: Any):
         super().__init__(function)
         known = hasattr(FunctionCache, "_index_key") and hasattr(IndexDataCacheFile, "load")
         if not known or type(self._cache_file) is not IndexDataCacheFile:
-            raise NotImplementedError(f"numba {numba.__version__} keeps code in another way")
-        # Without the number of the function's line, which an edit or an upgrade moves: old files would pile up.
+            raise NotImplementedError(f"numba {numba.__version__} caches code in another way")
+        # Omit the function's line number: edits and upgrades change it, and old files would accumulate.
         name = self._impl.filename_base.replace(f"-{self._impl.locator.get_disambiguator()}.", ".")
         self._cache_file = _Files(self._cache_path, name, _stamp())
 
@@ -104,13 +104,13 @@ class Cache(FunctionCache):
 
 
 def inlined(function: Any) -> Any:
-    """The function compiled into those that call it."""
+    """Compile the function inline into its callers."""
     return numba.njit(function, error_model="numpy", **INLINE)
 
 
 def disk_cached(function: Any, **options: Any) -> Any:
-    """The function compiled, for each kind of call when it is met first, and kept on disk where that can be."""
+    """Compile the function for each signature at its first call, and cache it on disk if possible."""
     made = numba.njit(function, error_model="numpy", **options)
-    with suppress(Exception):  # compiled anew in each process; `info` says why
+    with suppress(Exception):  # without a cache, each process compiles again; `info` gives the reason
         made._cache = Cache(function)
     return made

@@ -202,11 +202,11 @@ def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None
         return [None if p is None else by_rank[p.ndim][i].astype(p.dtype) for i, p in enumerate(parameters)]
 
 
-# Blocks, and how threads share them
+# Blocks, and their distribution over threads
 
 
 def describe(x: Array, double_backward: bool = False) -> list[str]:
-    """How calls on an array, with other arrays in its layout, go through its planes: a line or two for each."""
+    """Describe how calls process an array, with all arrays in its layout: a line or two per kind of call."""
     if not x.size:
         return ["empty, nothing is computed"]
     unused = np.empty(x.shape[:2], math_dtype(x.dtype))
@@ -225,7 +225,7 @@ def describe(x: Array, double_backward: bool = False) -> list[str]:
 
 
 def _merged(arrays: list[Array]) -> list[Array]:
-    """Views of the arrays with spatial axes put together where all of them allow it: (N, C, *fewer), at least one."""
+    """Return views (N, C, *spatial) with adjacent spatial axes merged where all arrays allow it, at least one left."""
     n, c, *spatial = arrays[0].shape
     if all(a.flags.c_contiguous for a in arrays):
         shape = [n, c, math.prod(spatial)]
@@ -245,10 +245,10 @@ def _merged(arrays: list[Array]) -> list[Array]:
 
 
 class _Work:
-    """A call, and how its blocks are shared out. A subclass does the steps.
+    """A call and the distribution of its blocks. Subclasses implement the steps.
 
-    It sets `blocks`, `tiles` (of each) and `threads`, and has `reduce`, `join`, `apply` and `whole` (all three of a
-    block) for every pass: of NumPy alone a function, compiled a loop and its arguments.
+    A subclass sets `blocks`, `tiles` (per block) and `threads`. Each pass has the steps `reduce`, `join`, `apply` and
+    `whole` (all three on one block): functions in NumPy, otherwise pairs of a compiled loop and its arguments.
     """
 
     blocks: int
@@ -256,7 +256,7 @@ class _Work:
     threads: int
 
     def share(self, step: Any, count: int) -> None:
-        """step over 0 … count, in parts that the threads share out among themselves."""
+        """Run step over the items 0 … count - 1, divided among the threads."""
 
     def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
         if self.threads == 1 or self.tiles == 1 or self.blocks >= 4 * self.threads:
@@ -268,17 +268,17 @@ class _Work:
 
 
 def _address(array: np.ndarray) -> int:
-    """That of the first element: in an array's object it comes after Python's header (NumPy's PyArrayObject).
+    """Return the address of the first element. It follows Python's object header (see NumPy's PyArrayObject).
 
-    __array_interface__ has it too, but takes a microsecond for all the rest. Only numba's calls ask, so it is CPython.
+    __array_interface__ also has it, but takes a microsecond more. numba requires CPython, so this is safe.
     """
     return ctypes.c_size_t.from_address(id(array) + object.__basicsize__).value
 
 
 def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
-    """The work of a call: compiled where that is to be had and the loops can address the arrays.
+    """Choose the implementation of a call: compiled if available and if the loops can address the arrays.
 
-    arrays are x and y, then a residual; or, backward, x, dx and dy, then a residual and its gradient.
+    arrays: x, y and a residual if given; backward x, dx, dy, and a residual and its gradient if given.
     """
     if compiled:
         x = arrays[0]
@@ -292,25 +292,25 @@ def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
 
 # NumPy alone
 
-BLOCK_BYTES = 2**21  # of an array in computing precision: smaller ones cost more in calls than they gain in cache
-# Elements at most that are added up in computing precision; sums of these are added in float64. A gufunc lets other
-# threads go on only where it has more than 500 rows.
+BLOCK_BYTES = 2**21  # of an array in computing precision; smaller blocks cost more in calls than they gain in cache
+# At most ROW elements are summed in computing precision; sums of rows are added in float64. A gufunc releases the
+# interpreter only if it has more than 500 rows.
 ROW = 512
-ROW_CHANNELS_LAST = 32  # the same for lanes, whose sums are plain
-MIN_CHANNELS = 24  # channels side by side: fewer are moved apart, for NumPy's loops would be as short
-MIN_CHANNEL_TILE = 64  # and of more so many at least are done together
-SHORT_ROW = 128  # elements of a plane up to which it pays to spread its numbers over a block of their own
-CENTRE_RATIO = 2.0  # mean over deviation from which on x is centred: below, two bits at most are lost without
-UNITS = 30  # up to 2**30, and from 2**-30 on, deviations are worked with as they are
-# Blocks of scratch, by what is in them; forward, x less a mean takes that of g. Further ones are the activation's.
+ROW_CHANNELS_LAST = 32  # the same for channels side by side, whose elements are summed one by one
+MIN_CHANNELS = 24  # with fewer channels side by side NumPy's inner loops would be too short: they are copied apart
+MIN_CHANNEL_TILE = 64  # at least so many channels side by side are processed together
+SHORT_ROW = 128  # in planes of up to so many elements it pays to expand per-plane values to a whole block
+CENTRE_RATIO = 2.0  # x is centred if |mean| / std exceeds this; below it at most 2 bits are lost
+UNITS = 30  # deviations from 2**-30 to 2**30 need no unit
+# Indices of the scratch blocks. In the forward, centred x uses block G. The activation has the blocks after these.
 PRODUCT, G, X, V, RESULT = range(5)
 
 
 class _Stats(NamedTuple):
-    """Of a block's planes, as (N, C): xhat = ((x - shift) * unit - remainder) * rstd.
+    """Statistics of a block's planes, as (N, C): xhat = ((x - shift) * unit - remainder) * rstd.
 
-    The unit is a power of two near 1 / deviation (kernels/unit.cuh says what for), and None where it is 1 for all
-    planes, as it nearly always is; so is a shift that is 0 for all.
+    unit is a power of two near 1 / deviation (see kernels/unit.cuh), or None if it is 1 for all planes, as in nearly
+    all cases. shift is None if it is 0 for all planes. remainder is the remaining mean, (mean - shift) * unit.
     """
 
     shift: np.ndarray | None
@@ -322,11 +322,12 @@ class _Stats(NamedTuple):
 class _Interpreted(_Work):
     """The steps as NumPy calls. A block is an index of (N, C) and an array (planes of N, of C, positions).
 
-    Arrays in computing precision are used where they lie, and y and dx are worked in; the rest goes through scratch.
+    Arrays in computing precision are used in place, y and dx also for intermediate values; others are copied to
+    scratch.
     """
 
-    pays = 2**19  # elements from which on a second thread does: to wake one takes as long as 50 microseconds
-    buffers = 3  # blocks of scratch, besides the activation's
+    pays = 2**19  # elements from which on a second thread pays: waking it takes up to 50 microseconds
+    buffers = 3  # scratch blocks, without the activation's
 
     def __init__(self, call: Saved, arrays: list[Array]):
         self.call, self.arrays, self.dtype = call, arrays, call.rstd.dtype
@@ -337,12 +338,12 @@ class _Interpreted(_Work):
         strides, itemsize = self.result.strides, self.result.itemsize
         self.channels_last = c >= MIN_CHANNELS and strides[1] == itemsize and strides[-1] != itemsize
         plane = self.spatial = math.prod(spatial)
-        # The dtype of what is computed once for a plane.
+        # The dtype of values computed once per plane.
         self.plane_dtype = np.dtype(np.float64) if plane > SHORT_ROW else self.dtype
-        # Half where no sum is made in higher precision.
+        # Half if no sum is computed in higher precision.
         self.centre_ratio = CENTRE_RATIO if self.plane_dtype != self.dtype else CENTRE_RATIO / 2
-        most = self.limit if self.threads == 1 else 2 * self.limit  # threads wait for each other between calls
-        self.tile: list[Index] = [()]  # all of it
+        most = self.limit if self.threads == 1 else 2 * self.limit  # as threads wait for each other between NumPy calls
+        self.tile: list[Index] = [()]  # the whole plane
         every = slice(None)
         self.planes: list[Index]
         if (self.channels_last and plane * c > self.limit) or plane > self.limit:
@@ -358,12 +359,12 @@ class _Interpreted(_Work):
             parts = self._cut(c, plane, most, n)
             self.planes, size = [(slice(i, i + 1), part) for i in range(n) for part in parts], plane
         self.blocks, self.tiles = len(self.planes), len(self.tile)
-        if self.tiles == 1:  # scratch is no more than is needed: each thread has its own
+        if self.tiles == 1:  # each thread has its own scratch, so it is no larger than needed
             self.buffer_size = size * max(part.stop - part.start for part in parts)
         else:
             self.buffer_size = max(self.limit, MIN_CHANNEL_TILE)
             self.partials = np.empty((4, self.tiles, n, c))
-        # A ufunc copies what it broadcasts into a buffer, unless this would hold less than a row.
+        # A ufunc copies broadcast operands into its buffer, unless the buffer is shorter than a row.
         inner = c if self.channels_last else plane
         self.ufunc_buffer = 16 if inner >= 512 else 8192
 
@@ -372,7 +373,7 @@ class _Interpreted(_Work):
         return f"NumPy, {self.blocks} block(s) of planes, in {self.dtype} of at most {most} B at a time"
 
     def _cut(self, count: int, size: int, most: int, times: int = 1) -> list[slice]:
-        """count things of a size in even parts of at most `most` elements, so many that no thread has fewer of them."""
+        """Cut `count` units of `size` elements into even parts of at most `most` elements, equally many per thread."""
         parts = -(-count // (most // size))
         fair = self.threads // math.gcd(self.threads, times)
         parts = min(count, -(-parts // fair) * fair)
@@ -385,27 +386,27 @@ class _Interpreted(_Work):
         share(lambda tasks, _: self.work(step, ((borders[i], borders[i + 1]) for i in tasks)), parts, self.threads)
 
     def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
-        """One thread's share: step of each block or tile in the ranges."""
+        """Run step on each block or tile in the ranges, in one thread."""
         scratch = np.empty(
             (self.buffers + _scratch(self.call.activation), min(self.x.size, self.buffer_size)), self.dtype
         )
-        with np.errstate(all="ignore"):  # also what puts the buffers' size back
+        with np.errstate(all="ignore"):  # also restores the ufunc buffer size
             np.setbufsize(self.ufunc_buffer)
             for first, last in ranges:
                 for i in range(first, last):
                     step(i, scratch)
 
-    # Blocks and what is computed of them
+    # Blocks and their sums
 
     def _in_buffer(self, part: np.ndarray, buffer: np.ndarray) -> np.ndarray:
-        """A block for a part of an array, in scratch."""
+        """Return a block in scratch, shaped for a part of an array."""
         n, c = part.shape[:2]
         if self.channels_last:
             return buffer[: part.size].reshape(n, -1, c).transpose(0, 2, 1)
         return buffer[: part.size].reshape(n, c, -1)
 
     def _in_place(self, part: np.ndarray) -> bool:
-        """Whether a part of an array can be computed with where it lies."""
+        """True if computations can use a part of an array in place."""
         step = part.strides[1] if self.channels_last else part.strides[-1]
         return part.ndim == 3 and part.dtype == self.dtype and step == part.itemsize and part.flags.aligned
 
@@ -436,7 +437,7 @@ class _Interpreted(_Work):
         if self.channels_last or abs(part.strides[1]) >= abs(part.strides[-1]):
             part[...] = block
             return
-        for channel in range(part.shape[1]):  # NumPy's loop would be over the channels, which are few
+        for channel in range(part.shape[1]):  # NumPy would make the few channels its inner loop
             part[:, channel] = block[:, channel]
 
     def _target(self, array: np.ndarray, index: Index, buffer: np.ndarray) -> np.ndarray:
@@ -444,7 +445,7 @@ class _Interpreted(_Work):
         return part if self._in_place(part) else self._in_buffer(part, buffer)
 
     def _sums(self, block: np.ndarray) -> np.ndarray:
-        """Of each plane of a block. What a plane is put together with, and where it lies, changes no bit of its sum."""
+        """Sum each plane. Bitwise independent of the other planes in the block and of its place."""
         n, c, size = block.shape
         if self.channels_last:
             whole = size // ROW_CHANNELS_LAST * ROW_CHANNELS_LAST
@@ -453,11 +454,11 @@ class _Interpreted(_Work):
             return total + np.add.reduce(block[:, :, whole:], axis=2)
         if size < 128:
             return np.einsum("ncs->nc", block)
-        # A dot product has the best loop; rows are too short for BLAS to share them out among threads of its own.
+        # A dot product has the fastest loop; rows are too short for BLAS to use its own threads.
         return self._dots(block, _ones(self.dtype))
 
     def _dots(self, a: np.ndarray, b: np.ndarray, scratch: np.ndarray | None = None) -> np.ndarray:
-        """The dot product of each plane of a with that of b, or with a row of ROW elements."""
+        """Return the dot product of each plane of a with the plane of b, or with a row of ROW elements."""
         n, c, size = a.shape
         if scratch is not None and self.channels_last:
             return self._sums(np.multiply(a, b, out=self._in_buffer(a, scratch)))
@@ -474,10 +475,10 @@ class _Interpreted(_Work):
         return total + np.vecdot(a[:, :, whole:], b[: size - whole] if b.ndim == 1 else b[..., whole:])
 
     def _each(self, operation: np.ufunc, block: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
-        """out <- operation(block, the value of each plane)."""
+        """Compute out <- operation(block, values), with one value per plane."""
         if self.channels_last or block.shape[2] > SHORT_ROW:
             values = values[:, :, None]
-        else:  # a ufunc would take each row for itself
+        else:  # a ufunc would loop over each short row separately
             values = values.repeat(block.shape[2]).reshape(block.shape)
         operation(block, values, out=out)
 
@@ -488,15 +489,15 @@ class _Interpreted(_Work):
         return rstd if self.call.weight is None else rstd * self._per_plane(self.call.weight, planes)
 
     def _stats(self, planes: Index) -> _Stats:
-        """How xhat follows from x in a block's planes: the same in both passes.
+        """Return the statistics of a block's planes, the same in both passes.
 
-        The shift is the mean of a plane where that is far from 0, as seen from its deviation (rstd has eps in it, too);
-        else 0. What else is in running statistics' planes is not known: there it is the mean.
+        The shift is the mean of a plane if that is large compared with the deviation (rstd includes eps), else 0. With
+        running statistics the values of a plane are unknown, and the shift is always the mean.
         """
         call = self.call
         mean, rstd = call.mean[planes], call.rstd[planes]
         shift = mean
-        if call.training:  # mean**2 > far**2 * variance, where 1 / rstd**2 is variance + eps
+        if call.training:  # mean**2 > ratio**2 * variance, where 1 / rstd**2 is variance + eps
             ratio = self.centre_ratio
             shift = mean * (np.hypot(mean, ratio * math.sqrt(call.eps)) * rstd > ratio * (1 - 2.0**-20))
         remainder = mean - shift
@@ -507,23 +508,23 @@ class _Interpreted(_Work):
         if self.dtype == np.float32 and not (least >= 2.0**-UNITS and most <= 2.0**UNITS):
             exponent = np.frexp(rstd)[1]
             inside = (rstd >= 2.0**-UNITS) & (rstd <= 2.0**UNITS)
-            # Where it is less than rstd, the mean would be too large in it; x is close to the mean then.
+            # The limit by the shift keeps shift * unit finite; x is close to the mean then.
             exponent = np.minimum(np.clip(exponent, -125, 126), 124 - np.frexp(shift)[1])
             unit = np.ldexp(np.float32(1), np.where(inside, 0, exponent))
             remainder, rstd = remainder * unit, np.ldexp(rstd, np.where(inside, 0, -exponent))
         return _Stats(shift if shift.any() else None, unit, remainder, rstd)
 
     def _moments(self, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """mean, what rounding took from it, and variance, of a block's planes, as (N, C).
+        """Return mean, mean_lo and variance of a block's planes, as (N, C).
 
-        From the sums of x - shift and of its squares. They cancel where the mean is far from shift, which is 0 first,
-        then, for these planes, the mean as known so far; once more where a plane is so nearly constant that this is not
-        the number next to its mean.
+        They follow from the sums of x - shift and of its squares, which cancel if the mean is far from the shift. The
+        shift is 0 at first, then, for such planes, the mean found so far; once more for a plane so nearly constant that
+        this is not the number nearest to its mean.
         """
         size = x.shape[2]
         total, sum_sq = self._sums(x), self._dots(x, x, scratch[PRODUCT])
         shift: Any = None
-        most: Any = self.centre_ratio**2 / (1 + self.centre_ratio**2)  # of the squares, lost to the mean's
+        most: Any = self.centre_ratio**2 / (1 + self.centre_ratio**2)  # the part of the squares that may cancel
         for last in (False, False, False, True):
             mean = np.divide(total, size, dtype=self.plane_dtype)
             lost = mean * total
@@ -531,7 +532,7 @@ class _Interpreted(_Work):
             if last or not recentre.any():
                 break
             before = np.zeros(recentre.shape, self.dtype) if shift is None else shift
-            # Squares too small to be told from 0 say nothing: about the first mean is near enough then.
+            # Squares that underflow prove nothing: then centring about the first mean is enough.
             enough = np.where(sum_sq < size * 2.0**-100, math.inf, 0.5) if shift is None else 0.5
             shift, most = (
                 np.where(recentre, (before + mean).astype(self.dtype), before),
@@ -568,7 +569,10 @@ class _Interpreted(_Work):
         return nearest, mean_lo, variance
 
     def _add_up(self, index: Index, planes: Index, x: np.ndarray, out: np.ndarray, buffer: np.ndarray) -> None:
-        """z = (x - shift) * unit * scale + shift + residual, into out, which may be x: the same bits in both passes."""
+        """Compute z = (x - shift) * unit * scale + intercept + residual into out, which may be x.
+
+        Both passes compute the same bits.
+        """
         stats = self._stats(planes)
         scale = self._weighted(planes, stats.rstd)
         intercept = None
@@ -594,7 +598,7 @@ class _Interpreted(_Work):
         self.share(self.apply_forward, self.blocks * self.tiles)
 
     def _index(self, item: int) -> tuple[Index, Index, int]:
-        """Planes of a block, the index of one of its tiles, and that tile's number."""
+        """Return the planes of an item's block, the index of its tile, and the number of the tile."""
         block, tile = divmod(item, self.tiles)
         return self.planes[block], self.planes[block] + self.tile[tile], tile
 
@@ -606,7 +610,7 @@ class _Interpreted(_Work):
             each[(tile, *planes)] = value
 
     def join_forward(self, first: int, last: int) -> None:
-        """Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, in float64, means as distances from the first's."""
+        """Merge tiles in float64 by Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's."""
         for planes in self.planes[first:last]:
             means, means_lo, m2s, counts = (each[(slice(None), *planes)] for each in self.partials)
             pooled, m2, count = means_lo[0], m2s[0], counts[0]
@@ -624,7 +628,7 @@ class _Interpreted(_Work):
         call = self.call
         call.mean[planes], call.mean_lo[planes] = mean, mean_lo  # type: ignore[index]
         call.rstd[planes] = 1 / np.sqrt(variance.astype(self.plane_dtype, copy=False) + self.eps)
-        if variance.dtype != self.plane_dtype:  # some of it may not be a number of self.plane_dtype
+        if variance.dtype != self.plane_dtype:  # values may be out of range of plane_dtype
             odd = ~((variance >= _least(self.eps)) & (variance < np.finfo(self.plane_dtype).max))
             call.rstd[planes] = np.where(odd, 1 / np.sqrt(variance + self.eps), call.rstd[planes])
         if self.variance is not None:
@@ -647,7 +651,7 @@ class _Interpreted(_Work):
         self._write(self.result, index, out, scratch[PRODUCT])
 
     def _in_tiles(self, block: int, scratch: np.ndarray, reduce: Any, join: Any, apply: Any) -> None:
-        """All of a block, the tile that was read last first again: it is still in the cache."""
+        """Process a whole block; apply the steps in reverse order, as the last tile is still in the cache."""
         items = range(block * self.tiles, (block + 1) * self.tiles)
         for item in items:
             reduce(item, scratch)
@@ -675,7 +679,7 @@ class _Interpreted(_Work):
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
 
     def _load(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """g, in scratch where it is not dy itself; and x."""
+        """Return g (in scratch if it is not dy itself) and x."""
         call = self.call
         g = dy = self._read(self.arrays[2], index, scratch[G])
         x = self._read(self.x, index, scratch[X])
@@ -690,7 +694,7 @@ class _Interpreted(_Work):
         return g, x
 
     def _centre(self, stats: _Stats, x: np.ndarray, out: np.ndarray) -> np.ndarray:
-        """(x - shift) * unit: x itself where that is it, else in out, which may be x."""
+        """Return (x - shift) * unit: x itself if nothing changes, else in out, which may be x."""
         for operation, values in ((np.subtract, stats.shift), (np.multiply, stats.unit)):
             if values is not None:
                 self._each(operation, x, values, out)
@@ -725,7 +729,7 @@ class _Interpreted(_Work):
     def _differentiate(
         self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, stats: _Stats, scratch: np.ndarray
     ) -> None:
-        """dx = scale * (g - xhat * mean of g * xhat - mean of g), x first, in place."""
+        """Compute dx = scale * (g - xhat * mean(g * xhat) - mean(g)), in place, beginning with x."""
         call = self.call
         if len(self.arrays) == 5:
             self._write(self.arrays[4], index, g, scratch[PRODUCT])
@@ -758,19 +762,19 @@ class _Interpreted(_Work):
 
 
 class _DoubleBackward(_Interpreted):
-    """The double backward; arrays are x, dx, dy, ddy and, if there is one, ddx.
+    """The double backward; arrays are x, dx, dy, ddy and, if given, ddx.
 
-    With v = rstd * (ddx - its mean) and g = dy - its mean, what is multiplied is of the size of some result:
+    With v = rstd * (ddx - mean(ddx)) and g = dy - mean(dy), all factors have the magnitude of some result:
 
         ddy = weight * v + q * xhat + ddbias,   q = ddweight - weight * a
         dx = rstd * (q * g - weight * c * v + r * xhat),   r = weight * (a * c - s) - q * c
 
-    with the means a of v * xhat, c of g * xhat, and s of v * g, less a * c. In tracked eval no mean is taken away, and
-    a, c and s are 0. A mean is taken away as rounded first, the shift, so that a large one costs no digits; then its
-    rest.
+    with a = mean(v * xhat), c = mean(g * xhat), s = mean(v * g) - a * c. With running statistics no mean is subtracted,
+    and a, c and s are 0. The rounded mean, the shift, is subtracted first, so that a large mean costs no digits; then
+    the remainder.
     """
 
-    buffers = 5  # for xhat, g, v, a product, and a result that cannot be worked in
+    buffers = 5  # xhat, g, v, a product, and a result that cannot be computed in place
 
     def __init__(self, call: Saved, arrays: list[Array], ddweight: Array | None, ddbias: Array | None):
         super().__init__(call, arrays)
@@ -788,7 +792,7 @@ class _DoubleBackward(_Interpreted):
         self.run(self.reduce_double, self.join_double, self.apply_double, self.whole_double)
 
     def _scaled(self, array: Array, index: Index, buffer: np.ndarray, centres: Any, scale: Any = None) -> Any:
-        """(array - centres) * scale of a block, in scratch; None where there is no array."""
+        """Return (array - centres) * scale of a block, in scratch; None without an array."""
         if array is None:
             return None
         block = self._read(array, index, buffer, copy=True)
@@ -805,7 +809,7 @@ class _DoubleBackward(_Interpreted):
         return block
 
     def _blocks(self, index: Index, planes: Index, scratch: np.ndarray, shifts: tuple[Any, ...]) -> tuple[Any, ...]:
-        """xhat, g and v of a block, the last two about these shifts; v is None where there is no ddx."""
+        """Return xhat, g and v of a block, the last two minus their shifts; v is None without ddx."""
         return (
             self._xhat(index, planes, scratch[X]),
             self._scaled(self.g, index, scratch[G], shifts[:1]),
@@ -813,7 +817,7 @@ class _DoubleBackward(_Interpreted):
         )
 
     def _about_mean(self, array: Array, index: Index, buffer: np.ndarray) -> tuple[Any, Any, Any]:
-        """A block less the means of its planes as rounded, the shifts; these, and the sums of what is left."""
+        """Return a block minus its shifts (the rounded means of its planes), the shifts, and the sums of the result."""
         if array is None:
             return None, 0.0, 0.0
         block = self._read(array, index, buffer, copy=True)
@@ -822,7 +826,7 @@ class _DoubleBackward(_Interpreted):
         return block, shift, self._sums(block)
 
     def _reduced(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """xhat, g and v of a tile about its own shifts; and what `_joined` takes of it."""
+        """Return xhat, g and v of a tile, relative to its own shifts, and its partials for `_joined`."""
         size = math.prod(self.x[index].shape[2:])
         if not self.call.training:
             blocks = self._blocks(index, planes, scratch, ())
@@ -837,10 +841,10 @@ class _DoubleBackward(_Interpreted):
         return (xhat, g, v), (size, self._sums(xhat), shift_g, sum_g, shift_u, sum_u, *dots)
 
     def _joined(self, planes: Index, partials: np.ndarray) -> tuple[Any, ...]:
-        """Shifts of g and u, their rests, that of xhat, and a, c and s: from what there is of each tile, in float64.
+        """Merge the tiles' partials in float64: shifts and remainders of g and u, remainder of xhat, and a, c and s.
 
-        parts: count, sum of xhat, shift and what it left of g, the same of u, and the dots g xhat, v xhat and v g. The
-        distances of the tiles' shifts from the means add to the dots (Chan, Golub, LeVeque 1983, for products).
+        partials: count, sum of xhat, shift and remaining sum of g, the same of u, and the dots g xhat, v xhat and v g.
+        The gaps between the tiles' shifts and the means add to the dots (Chan, Golub, LeVeque 1983, for products).
         """
         count, sum_x, shift_g, sum_g, shift_u, sum_u, dot_gx, dot_vx, dot_vg = partials
         rstd = self.call.rstd[planes].astype(np.float64)
@@ -916,7 +920,7 @@ class _DoubleBackward(_Interpreted):
             constant = weight * c * remainder_v - q * remainder_g - r * remainder_x
             more = [(v, -weight * c), (xhat, r)]
         if self.ddweight is None and (v is None or not self.call.training):
-            g = xhat = None  # q is 0, and they may be infinite
+            g = xhat = None  # q is 0, but g and xhat may be infinite
             more = []
         self._combine(self.ddy, index, scratch, [(v, weight), (xhat, q)], constant_y)
         self._combine(self.result, index, scratch, [(g, q), *more], constant, rstd)
@@ -924,7 +928,7 @@ class _DoubleBackward(_Interpreted):
     def _combine(
         self, array: Array, index: Index, scratch: np.ndarray, terms: Any, constant: np.ndarray, scale: Any = None
     ) -> None:
-        """array <- (the sum of block * number, for each (block, number), + rest) * scale, by planes."""
+        """Compute array <- (sum of block * number over the terms + constant) * scale, with numbers per plane."""
         terms = [term for term in terms if term[0] is not None]
         out = self._target(array, index, scratch[RESULT])
         if not terms:
@@ -941,7 +945,7 @@ class _DoubleBackward(_Interpreted):
 
 
 def _least(eps: float) -> float:
-    """The mean square from which on squares in float32 have all their digits; 0 where eps is what counts anyway."""
+    """Return the least mean square that float32 holds in full precision; 0 if eps dominates anyway."""
     return 0.0 if eps >= 1e-30 else 2.0**-100
 
 
@@ -952,7 +956,7 @@ def _ones(dtype: np.dtype) -> np.ndarray:
 
 @lru_cache(maxsize=1024)
 def _rows(size: int) -> tuple[int, int]:
-    """The length and number of the rows that a plane is cut into; a rest is left where no such length divides size."""
+    """Return length and number of a plane's rows; elements are left over if no suitable length divides size."""
     length = next((length for length in range(ROW, ROW // 4, -1) if size % length == 0), ROW)
     return length, size // length
 
@@ -971,17 +975,17 @@ def _tiles(spatial: list[int], limit: int) -> Iterator[Index]:
             yield (slice(i, i + step), *(slice(None) for _ in inner))
 
 
-# Activations, in place on a block z, with scratch blocks. Comparisons become numbers by copies: ufuncs would convert
-# them piece by piece. clip hands NaN on, and is several times as fast as maximum with a number.
+# Activations, in place on a block z, with scratch blocks. Comparison results are converted by copies: a ufunc would
+# convert them in small chunks. clip propagates NaN, and is several times as fast as maximum with a number.
 
 
 def _scratch(activation: str | None) -> int:
-    """How many blocks of scratch an activation and its derivative take."""
+    """Return the number of scratch blocks of an activation and its derivative."""
     return {None: 0, "relu": 1, "leaky_relu": 1}.get(activation, 3)
 
 
 def _activate(z: np.ndarray, activation: str, negative_slope: float, scratch: list[np.ndarray]) -> None:
-    """z <- activation(z)"""
+    """Compute z <- activation(z)."""
     if activation == "relu" or (activation == "leaky_relu" and negative_slope == 0):
         np.clip(z, 0, math.inf, out=z)
         return
@@ -999,9 +1003,9 @@ def _activate(z: np.ndarray, activation: str, negative_slope: float, scratch: li
 def _times_slope(
     dy: np.ndarray, z: np.ndarray, activation: str, negative_slope: float, g: np.ndarray, scratch: list[np.ndarray]
 ) -> None:
-    """g <- dy * activation'(z); z is used up, and g may be dy."""
+    """Compute g <- dy * activation'(z). Overwrites z; g may be dy."""
     if activation in ("relu", "leaky_relu"):
-        # By bits, all of them where z rises: it makes 0 of infinities too. Bytes are a quarter of the work.
+        # Mask bits: all ones where z > 0. Masking makes infinities 0 too. int8 is a quarter of the work.
         rises = np.less_equal(z, 0).view(np.int8)
         rises -= 1
         slope, bits = scratch[0], f"i{z.itemsize}"
@@ -1028,10 +1032,10 @@ def _times_slope(
 
 
 def _distribution(z: np.ndarray, activation: str, scratch: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """|z|, 1 - F(|z|) and F'(|z|), each in a block of scratch; F is logistic for silu and normal for gelu."""
+    """Return |z|, 1 - F(|z|) and F'(|z|) in scratch blocks; F is the logistic (silu) or normal (gelu) distribution."""
     size, tail, density = scratch[:3]
     np.abs(z, out=size)
-    np.clip(size, 0, 800, out=size)  # where both are 0: an infinite z has its limit
+    np.clip(size, 0, 800, out=size)  # both are 0 there: an infinite z gets the limit
     if activation == "silu":
         np.negative(size, out=tail)
         np.exp(tail, out=tail)
@@ -1055,22 +1059,22 @@ def _distribution(z: np.ndarray, activation: str, scratch: list[np.ndarray]) -> 
     return size, tail, density
 
 
-ERFCX_CENTRE = 4.0  # the |z| that the polynomial below is about
+ERFCX_CENTRE = 4.0  # the |z| at which the argument of the polynomial below is 0
 
 
 @cache
 def half_erfcx(degree: int) -> list[float]:
-    """Coefficients, highest first, of p with 1 - Phi(z) = p((z - PIVOT) / (z + PIVOT)) exp(-z**2 / 2) for z >= 0.
+    """Return the coefficients of p, highest first: 1 - Phi(z) = p((z - PIVOT) / (z + PIVOT)) exp(-z**2 / 2) for z >= 0.
 
-    p interpolates erfc(z / sqrt(2)) exp(z**2 / 2) / 2 at Chebyshev's points, up to z = 37, where erfc ends in float64;
-    the argument is that of Shepherd, Laframboise 1981. The coefficients fall so fast that powers of it do as well as
-    Chebyshev's polynomials.
+    p interpolates erfc(z / sqrt(2)) exp(z**2 / 2) / 2 at Chebyshev points up to z = 37, where erfc underflows in
+    float64. The argument is from Shepherd, Laframboise 1981. The coefficients decay so fast that powers are as accurate
+    as Chebyshev polynomials.
     """
-    from numpy.polynomial import Chebyshev, Polynomial  # a light import of cupynorm does without
+    from numpy.polynomial import Chebyshev, Polynomial  # keeps the import of cupynorm light
 
     count = degree + 1
     end = (37 - ERFCX_CENTRE) / (37 + ERFCX_CENTRE)
-    # Row k is T_k at the points; its angles are reduced as integers, for theirs would be rounded.
+    # Row k is T_k at the points. Angles are reduced as integers, as reduction in floating point would round.
     angles = np.outer(np.arange(count), 2 * np.arange(count) + 1) % (4 * count)
     cosines = np.cos(np.pi / (2 * count) * angles)
     t = (cosines[1] + 1) * (end + 1) / 2 - 1
@@ -1080,12 +1084,11 @@ def half_erfcx(degree: int) -> list[float]:
     return [float(c) for c in Chebyshev(series, domain=[-1, end]).convert(kind=Polynomial).coef[::-1]]
 
 
-# Compiled by numba. In the loops an array is all memory from its first element on, and an offset in elements, unsigned:
-# with signed ones the compiler would have to mind negative indices, and would not use vector instructions.
+# Compiled by numba. In the loops an array is all memory from its first element on, and offsets are unsigned, in
+# elements: with signed offsets the compiler would have to handle negative indices, and would not vectorise.
 #
-# `like` is a sample of the stored type; of `lanes` (channels are side by side), `inplace` (y is x), `residual` and
-# `training` only whether they are None matters: each combination that is met is compiled for itself, once, and kept on
-# disk.
+# `like` is a sample of the stored type. `channels_last` (channels side by side), `inplace` (y is x), `residual` and
+# `training` are flags: None or anything else. Each combination in use is compiled once, separately, and cached on disk.
 
 
 def _loop(function: Any) -> Any:
@@ -1101,28 +1104,28 @@ def _kernel(function: Any) -> Any:
 
 
 TILE = 65536  # positions; no less than FORWARD_SHORT
-MOST_RUNS = 65536  # pieces that a plane may be read in: each array has a table of them
-# Channels side by side: of fewer, or less than a cache line, planes are moved together first.
+MOST_RUNS = 65536  # limit of the runs of a plane read in place: each array has a table of their offsets
+# With fewer channels side by side, or less than a cache line of them, planes are copied to windows first.
 MIN_CHANNELS_COMPILED = 16
-SPARE = 14  # and where more than one channel in so many is left over from half cache lines, or one of 16 bits
-SMALL_TABLE = 2**14  # bytes of such tables up to which many layouts are kept
-PARTIAL = 512  # elements whose sums are made in computing precision; those of them in float64
+SPARE = 14  # likewise if more than 1 / SPARE of the channels (16 bits: any) exceeds whole half cache lines
+SMALL_TABLE = 2**14  # bytes of run tables; layouts with larger tables have a smaller cache
+PARTIAL = 512  # elements summed in computing precision; these sums are added in float64
 PARTIAL_CHANNELS_LAST = 64
-PAYS = 2**18  # elements from which on a second thread does
-STREAM = 3 * 2**23  # bytes of a result from which on it goes past the caches, which would not keep it
-LONG_RUN = 128  # elements of a run from which on, for it has few lines in part; planes of shorter ones are moved first
-PLANE_COSTS = 25  # what a plane costs in itself, in elements
-FORWARD_SHORT = 2048  # elements of a plane up to which it is done together with others
-TOGETHER = 64  # short planes at most
-BACKWARD_SHORT = 512  # longer ones take as long by themselves
-AHEAD = 4096  # elements by which reading is ahead of the sums, beyond the end of a plane too
-NEAR = 32768  # elements of a plane that is fetched while the one before is written: both fit the second cache
-GUESS_PLACES, GUESS_LENGTH = 8, 8  # places in a tile, and elements of each, from which its mean is guessed
+PAYS = 2**18  # elements from which on a second thread pays
+STREAM = 3 * 2**23  # bytes; larger results bypass the caches, which could not hold them
+LONG_RUN = 128  # elements; shorter runs do not bypass them (many partial lines), and their planes go to windows
+PLANE_COSTS = 25  # the fixed cost of a plane, in elements
+FORWARD_SHORT = 2048  # elements; up to so many, several planes are processed together
+TOGETHER = 64  # at most so many short planes
+BACKWARD_SHORT = 512  # elements; longer planes do not gain in the backward
+AHEAD = 4096  # elements by which prefetching is ahead of the sums, even beyond the end of a plane
+NEAR = 32768  # elements; planes up to this are prefetched while the previous one is written: both fit the L2 cache
+GUESS_PLACES, GUESS_LENGTH = 8, 8  # a tile's mean is guessed from so many places, of so many elements
 
 
 @_loop
 def _borders(tile, shape):
-    """Runs and positions of a tile, and how many elements those are."""
+    """Return the ranges of runs and of positions in a tile, and the number of elements."""
     tiles, runs, length, tile_runs, tile_length = shape[2:7]
     if tiles == 1:
         return 0, runs, 0, length, runs * length
@@ -1135,7 +1138,7 @@ def _borders(tile, shape):
 
 @_loop
 def _locate(item, shape):
-    """The sample, first channel and tile of a unit: a tile of an owner, which is a plane or a group of channels."""
+    """Return sample, first channel and tile of an item, a tile of a block (a plane or a group of channels)."""
     channels, group, tiles = shape[:3]
     groups = (channels + group - 1) // group
     block = item // tiles
@@ -1145,7 +1148,7 @@ def _locate(item, shape):
 
 @_loop
 def _next(n, c, tile, shape):
-    """_locate of the next unit: divisions are slow."""
+    """Return _locate of the next item without slow divisions."""
     if tile + 1 < shape[2]:
         return n, c, tile + 1
     return (n, c + shape[1], 0) if c + shape[1] < shape[0] else (n + 1, 0, 0)
@@ -1162,13 +1165,13 @@ def _previous(n, c, tile, shape):
 
 @_loop
 def _start(i, n, c, r, places, runs):
-    """Where a run of the i-th array begins."""
+    """Return the offset of a run in the i-th array."""
     return np.uint64(n * places[i, 0] + c * places[i, 1] + runs[i, r])
 
 
 @_loop
 def _coefficients(n, c, weight, bias, param_strides, mean, mean_lo, rstd):
-    """How z follows from x in a plane: (x * unit - m) * scale + shift."""
+    """Return unit, m, scale and intercept of a plane: z = (x * unit - m) * scale + intercept."""
     unit, r = unit_of(mean[n, c], rstd[n, c])
     scale = r * weight[n * param_strides[0] + c * param_strides[1]]
     return (
@@ -1181,7 +1184,7 @@ def _coefficients(n, c, weight, bias, param_strides, mean, mean_lo, rstd):
 
 @_loop
 def _mean_run(x, o, lo, hi, share, zero):
-    """The mean of a few elements, each of which is made smaller first: their sum may be too large."""
+    """Return the mean of a few elements; scaling each by share = 1 / count first avoids overflow."""
     total = zero
     for i in range(lo, hi):
         total = add(total, widen(x[o + i]) * share)
@@ -1200,14 +1203,14 @@ def _centred_run(x, o, lo, hi, mean, mean_lo, zero):
 
 @_loop
 def _fetch(x, o, lo, hi):
-    """Have a piece of a run brought near that will be read soon: the processor by itself stops at each page."""
+    """Prefetch a part of a run: the hardware prefetcher stops at page boundaries."""
     for i in range(lo, hi, line_of(x[0])):
         prefetch(x, o + np.uint64(i))
 
 
 @_loop
 def _centred(x, o, run, shape, tile, mean, mean_lo, zero):
-    """The sums of a tile's centred values and of their squares."""
+    """Return the sums of a tile's centred values and of their squares."""
     r0, r1, l0, l1, _ = _borders(tile, shape)
     total = sum_sq = 0.0
     for r in range(r0, r1):
@@ -1223,14 +1226,14 @@ def _centred(x, o, run, shape, tile, mean, mean_lo, zero):
 
 @_loop
 def _guess_place(i, tile, shape):
-    """Of PIECES places in a tile the i-th: its run and its first position, PIECE before the end or further."""
+    """Return the run and the first position of the i-th place from which a tile's mean is guessed."""
     r0, r1, l0, l1, _ = _borders(tile, shape)
     return r0 + (r1 - r0) * i // GUESS_PLACES, l0 + max(l1 - l0 - GUESS_LENGTH, 0) * i // (GUESS_PLACES - 1)
 
 
 @_loop
 def _guess(x, o, run, shape, tile):
-    """The mean of some elements of a tile, which is rarely far from that of all."""
+    """Guess a tile's mean from a few elements; the guess is rarely far off."""
     _, _, l0, l1, _ = _borders(tile, shape)
     size = min(l1 - l0, GUESS_LENGTH)
     total = 0.0
@@ -1244,7 +1247,7 @@ def _guess(x, o, run, shape, tile):
 
 @_loop
 def _guess_channels(x, o, k, run, shape, tile, width, mean):
-    """_guess for channels side by side: of one position in each place."""
+    """`_guess` for channels side by side, from one position in each place."""
     mean[:] = 0
     for i in range(GUESS_PLACES):
         r, lo = _guess_place(i, tile, shape)
@@ -1257,7 +1260,7 @@ def _guess_channels(x, o, k, run, shape, tile, width, mean):
 
 @_rare
 def _moments_float64(x, o, k, run, shape, tile):
-    """A tile's mean, what is lacking, and its squares about both, all in float64: for squares that float32 has not."""
+    """Return mean, mean_lo and m2 of a tile, in float64: the fallback for variances outside float32's range."""
     r0, r1, l0, l1, count = _borders(tile, shape)
     mean = total = sum_sq = 0.0
     for _ in range(2):
@@ -1273,11 +1276,11 @@ def _moments_float64(x, o, k, run, shape, tile):
 
 @_loop
 def _moments(x, o, run, shape, tile, mean, zero, count, least):
-    """A tile's mean as a number in computing precision and what is lacking, and its squares about both, from a guess.
+    """Return mean (in computing precision), mean_lo and m2 of a tile, from a guess of the mean.
 
-    sum c**2 - count * mean_lo**2 loses a bit at most if mean_lo is within the deviation. Else the guess was bad, or the
-    mean's rounding is most of what is left in a nearly constant tile: once more about the mean, then without its
-    rounding.
+    sum c**2 - count * mean(c)**2 loses at most one bit if mean(c) is within the deviation. If it is not, the guess was
+    bad: sum again about the mean. If the rounding of the mean still dominates, as in a nearly constant tile, sum a
+    third time about mean + mean_lo.
     """
     mean_lo = zero
     total = sum_sq = excess = 0.0
@@ -1310,7 +1313,7 @@ def _reduce_forward_rows(x, place, run, shape, first, last, zero, least, means, 
 
 @_loop
 def _reduce_forward_channels(x, place, run, shape, first, last, zero, least, means, means_lo, m2s):
-    """_guess and _moments of channels side by side."""
+    """`_guess` and `_moments` for channels side by side."""
     channels, group = shape[:2]
     k = np.uint64(place[2])
     mean, mean_lo, a, b = np.empty((4, group), zero.dtype)
@@ -1363,7 +1366,7 @@ def _reduce_forward_channels(x, place, run, shape, first, last, zero, least, mea
 
 @_loop
 def _counts(shape):
-    """The elements of each tile."""
+    """Return the number of elements of each tile."""
     counts = np.empty(shape[2], np.int64)
     for tile in range(shape[2]):
         counts[tile] = _borders(tile, shape)[4]
@@ -1372,7 +1375,7 @@ def _counts(shape):
 
 @_loop
 def _join_forward(shape, counts, first, last, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance):
-    """Tiles are merged with Chan, Golub, LeVeque 1983, eq. 2.1, means as distances from the first one's."""
+    """Merge tiles by Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's."""
     channels, group, tiles = shape[:3]
     inverse_count = 1 / shape[8]
     n, c, _ = _locate(first * tiles, shape)
@@ -1400,7 +1403,7 @@ def _join_forward(shape, counts, first, last, means, means_lo, m2s, eps, mean, m
 
 @_loop
 def _result_run(like, x, y, res, offsets, lo, hi, residual, act, unit, m, scale, intercept):
-    """y of a piece of a run of one plane."""
+    """Compute y for a part of a run of one plane."""
     o0, o1, o2 = offsets
     for i in range(lo, hi):
         z = scaled(widen(x[o0 + i]), unit, m) * scale + intercept
@@ -1414,12 +1417,12 @@ def _apply_forward_rows(
     like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
     weight, bias, param_strides, mean, mean_lo, rstd, follows, buffer,
 ):  # fmt: skip
-    """Where a plane follows, x is fetched there: reading would idle while this writes."""
+    """Write y. If another plane follows, prefetch its x: reads would otherwise idle during the writes."""
     away = np.uint64(places[0, 1])
     streams = shape[7]
     zero = np.uint64(0)
     n, c, tile = _locate(last - 1, shape)
-    for _ in range(last - first):  # what was read last is still in the cache
+    for _ in range(last - first):  # backwards, as the last tile read is still in the cache
         r0, r1, l0, l1, _ = _borders(tile, shape)
         unit, m, scale, intercept = _coefficients(n, c, weight, bias, param_strides, mean, mean_lo, rstd)
         for r in range(r0, r1):
@@ -1449,7 +1452,7 @@ def _apply_forward_rows(
 
 @_loop
 def _coefficients_of_channels(n, c, width, weight, bias, param_strides, mean, mean_lo, rstd, table):
-    """_plane of a group of channels, side by side."""
+    """`_coefficients` of a group of channels, side by side."""
     for j in range(width):
         table[0, j], table[1, j], table[2, j], table[3, j] = _coefficients(
             n, c + j, weight, bias, param_strides, mean, mean_lo, rstd
@@ -1487,17 +1490,17 @@ def _apply_forward_channels(
 
 @_loop
 def _at_a_time(size):
-    """How many short planes are done together: 16 to 32 KB, which the first cache holds."""
+    """Return the number of short planes processed together: 16 to 32 KB, which the L1 cache holds."""
     return max(4, min(TOGETHER, 4096 // np.int64(size)))
 
 
 @_loop
 def _short_planes(first, planes, shape, places, offsets, param_strides, weight, bias, scale, intercept):
-    """Where `planes` planes from the first on begin in each array, and their weights and biases, side by side."""
+    """Set the offsets in each array, and the weights and biases, of `planes` planes from the first on."""
     n, c, _ = _locate(first, shape)
     j = 0
     while j < planes:
-        alike = min(planes - j, shape[0] - c)  # channels of a sample
+        alike = min(planes - j, shape[0] - c)  # channels of one sample
         for i in range(len(places)):
             start = n * places[i, 0] + c * places[i, 1]
             for k in range(alike):
@@ -1511,7 +1514,7 @@ def _short_planes(first, planes, shape, places, offsets, param_strides, weight, 
 
 @_loop
 def _middle(size):
-    """From where to where a short plane's mean is guessed from: 64 elements at most, since borders are often 0."""
+    """Return the middle range of a short plane, at most 64 elements, for guessing its mean: borders are often 0."""
     count = min(size, np.uint64(64))
     lo = (size - count) // np.uint64(2)
     return lo, lo + count
@@ -1522,9 +1525,9 @@ def _forward_short_rows(
     like, x, y, res, places, run, shape, inplace, residual, act, first, last,
     eps, least, weight, bias, param_strides, mean, mean_lo, rstd, variance,
 ):  # fmt: skip
-    """All of the forward for planes so short that what is done once for each counts: it is done for many at a time."""
+    """The whole forward for planes so short that per-plane work matters; it is done for many planes at a time."""
     size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
-    # Planes of 4 x 4 are frequent, and a quarter faster by loops whose length is known.
+    # Planes of 4 x 4 are frequent, and a quarter faster with loops of constant length.
     origin, sixteen = np.uint64(0), np.uint64(16)
     m, d, q, r, unit, scale, intercept = np.zeros((7, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
@@ -1559,11 +1562,11 @@ def _forward_short_rows(
             if r[j] < zero:
                 if not again:
                     again = True
-                    for i in range(TOGETHER):  # slices of arrays take a second to compile
+                    for i in range(TOGETHER):  # array slices take a second to compile
                         exact[i] = -1
                 m[j], d[j], exact[j] = _moments(x, np.int64(offsets[0, j]), run, shape, 0, m[j], zero, shape[4], least)
                 q[j] = exact[j]
-        for j in range(TOGETHER):  # the mean is moved to the number next to it, by Knuth's exact sum
+        for j in range(TOGETHER):  # round m + d to the nearest number, by Knuth's exact sum
             total = m[j] + d[j]
             part = total - m[j]
             d[j] = (m[j] - (total - part)) + (d[j] - part)
@@ -1572,14 +1575,14 @@ def _forward_short_rows(
             r[j] = typed(1, zero) / typed(math.sqrt(q[j] + typed(eps, zero)), zero)
         if again:
             for j in range(planes):
-                if exact[j] >= 0:  # which may be more than q can hold
+                if exact[j] >= 0:  # exact may exceed the range of q
                     r[j] = 1 / math.sqrt(exact[j] / shape[4] + eps)
         for j in range(planes):
             mean[start + j], mean_lo[start + j], rstd[start + j] = m[j], d[j], r[j]
         if variance.size:
             for j in range(planes):
                 variance[start + j] = q[j]
-        for j in range(TOGETHER):  # _plane
+        for j in range(TOGETHER):  # _coefficients
             unit[j], r[j] = unit_of(m[j], r[j])
             m[j] *= unit[j]
             scale[j] *= r[j]
@@ -1685,7 +1688,7 @@ def _forward_planes(
 
 @_loop
 def _gradient_at(x, dy, res, o0, o2, o3, residual, act, unit, m, scale, intercept):
-    """g, and x - mean in the plane's unit."""
+    """Return g, and x - mean in the plane's unit."""
     centred = scaled(widen(x[o0]), unit, m)
     z = centred * scale + intercept
     if residual is not None:
@@ -1695,7 +1698,7 @@ def _gradient_at(x, dy, res, o0, o2, o3, residual, act, unit, m, scale, intercep
 
 @_loop
 def _sums_run(x, dy, res, offsets, lo, hi, residual, act, zero, unit, m, scale, intercept):
-    """Sums of g and of g times what is centred, of a piece of a run of one plane."""
+    """Return the sums of g and of g * centred for a part of a run of one plane."""
     o0, o2, o3 = offsets
     total = dot = zero
     for i in range(lo, hi):
@@ -1795,7 +1798,7 @@ def _join_backward(shape, first, last, totals, dots, mean, mean_lo, rstd, sum_g,
 
 @_loop
 def _slope_and_constant(shape, unit, r, mean_lo, sum_g, sum_g_xhat):
-    """dx = (g + (centred * slope + constant)) * scale * unit, with rstd as r in the unit."""
+    """Return slope and constant of dx = (g + (centred * slope + constant)) * scale * unit; r is rstd in the unit."""
     count = typed(shape[8], r)
     slope = -(sum_g_xhat / count * r)
     return slope, -(sum_g / count) - mean_lo * unit * slope
@@ -1812,7 +1815,7 @@ def _gradient_run(
     like, x, dx, dy, res, dres, offsets, lo, hi, residual, act, training,
     unit, m, scale, intercept, slope, constant,
 ):  # fmt: skip
-    """dx, and a residual's gradient, of a piece of a run of one plane."""
+    """Compute dx, and a residual's gradient, for a part of a run of one plane."""
     o0, o1, o2, o3, o4 = offsets
     for i in range(lo, hi):
         g, centred = _gradient_at(x, dy, res, o0 + i, o2 + i, o3 + i, residual, act, unit, m, scale, intercept)
@@ -1906,9 +1909,9 @@ def _backward_short_rows(
     like, x, dx, dy, res, dres, places, shape, residual, act, training, first, last,
     weight, bias, param_strides, mean, mean_lo, rstd, sum_g, sum_g_xhat,
 ):  # fmt: skip
-    """All of the backward for short planes, as _forward_short_rows."""
+    """The whole backward for short planes, as `_forward_short_rows`."""
     size, zero = np.uint64(shape[4]), zero_of(like)
-    origin, sixteen = np.uint64(0), np.uint64(16)  # as there
+    origin, sixteen = np.uint64(0), np.uint64(16)  # as in the forward
     unit, m, d, r, scale, intercept, total, dot = np.zeros((8, TOGETHER), mean.dtype)
     offsets = np.empty((len(places), TOGETHER), np.uint64)
     most = _at_a_time(size)
@@ -1917,7 +1920,7 @@ def _backward_short_rows(
         _short_planes(start, planes, shape, places, offsets, param_strides, weight, bias, scale, intercept)
         for j in range(planes):
             m[j], d[j], r[j] = mean[start + j], mean_lo[start + j], rstd[start + j]
-        for j in range(TOGETHER):  # _plane
+        for j in range(TOGETHER):  # _coefficients
             unit[j], r[j] = unit_of(m[j], r[j])
             m[j] *= unit[j]
             scale[j] *= r[j]
@@ -1925,7 +1928,7 @@ def _backward_short_rows(
         for j in range(planes):
             at = offsets[0, j], offsets[2, j], offsets[-2, j]
             values = unit[j], m[j], scale[j], intercept[j]
-            if size == sixteen:  # for longer ones the processor reads ahead well enough by itself
+            if size == sixteen:  # for longer planes the hardware prefetcher suffices
                 _fetch(x, at[0] + np.uint64(AHEAD), origin, sixteen)
                 _fetch(dy, at[1] + np.uint64(AHEAD), origin, sixteen)
                 total[j], dot[j] = _sums_run(x, dy, res, at, origin, sixteen, residual, act, zero, *values)
@@ -2049,13 +2052,13 @@ def _backward_planes(
 
 
 class _Layout:
-    """What the loops have to know of arrays of a shape with given strides; cached, since calls repeat themselves.
+    """The loops' parameters for arrays of one shape and given strides; cached, since calls repeat.
 
-    The arrays are x and y, then a residual; or, backward, x, dx and dy, then a residual and its gradient. The loops
-    count a residual's from the end, where without one some array is too.
+    The arrays are x, y and a residual if given; backward x, dx, dy, and a residual and its gradient if given. The loops
+    index the residual and its gradient from the end; without a residual some other array is at that index, unused.
 
-    Planes in one piece, or in long ones, are read where they lie, and channels side by side (`lanes`) too; others are
-    moved together first, in `windows`.
+    Contiguous planes, planes of long runs, and channels side by side (`channels_last`) are read in place. Other planes
+    are copied to `windows` first.
     """
 
     def __init__(
@@ -2067,7 +2070,7 @@ class _Layout:
         self.usable = all(step % itemsize == 0 for each in strides for step in each)
         if not self.usable:
             return
-        # Positions are taken in the order in which they lie in x.
+        # Positions are visited in the order of x's memory.
         order = sorted(range(2, len(shape)), key=lambda axis: -abs(strides[0][axis]))
         stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
         arrays = _merged([each.transpose(0, 1, *order) for each in stand_ins])
@@ -2089,7 +2092,7 @@ class _Layout:
                 table = (table[:, :, None] + further[:, None]).reshape(len(arrays), -1)
             if channels_last:
                 group = min(c, max(line, 2 * TILE // plane // line * line), 256)
-                group = max(group, -(-c // ((4 * c + 3 * group) // (4 * group))))  # rather than a quarter by itself
+                group = max(group, -(-c // ((4 * c + 3 * group) // (4 * group))))  # avoids a small last group
                 positions = plane if plane * group <= 2 * TILE else max(TILE // group, 1)
             else:
                 streams = length >= LONG_RUN and n * c * plane * itemsize >= STREAM
@@ -2110,8 +2113,8 @@ class _Layout:
         self.group, self.channels_last, self.streams = group, channels_last, streams
         self.residual = True if len(arrays) == (5 if backward else 3) else None
         self.alike = self.windows is None and strides[0] == strides[1]  # x and y
-        # Channels, those in a group, tiles; runs and elements of each, in a plane and in a tile; whether results go
-        # past the caches; a plane's elements; and, where planes are moved, how many they are.
+        # Channels, channels per group, tiles; runs and their length in a plane, then in a tile; a flag for results that
+        # bypass the caches; elements of a plane; and, with windows, the number of planes.
         self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(streams), plane, sums)
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
         places = np.array([[each[i] for i in (0, 1, -1)] for each in steps], np.int64)
@@ -2120,7 +2123,7 @@ class _Layout:
 
 @lru_cache(maxsize=1024)
 def _layout(*given: Any) -> _Layout | None:
-    """A layout; None where its table is too large for as many to be kept."""
+    """Return a layout, or None if its table is too large for this cache."""
     layout = _Layout(*given)
     return layout if not layout.usable or layout.where[1].nbytes <= SMALL_TABLE else None
 
@@ -2132,13 +2135,13 @@ def _layout_of(*given: Any) -> _Layout:
     return _layout(*given) or _large_layout(*given)
 
 
-#: What stands for weight, bias, and their strides over N and C where there are none.
+#: Defaults of weight, bias, and their strides over N and C.
 _no_parameters = cache(lambda dtype: (np.ones(1, dtype), np.zeros(1, dtype), (0, 0, 0, 0)))
 _nothing = cache(lambda dtype: np.empty((0, 0), dtype))
 
 
 class _Compiled(_Work):
-    """The steps as compiled loops over planes; of lanes, over groups of channels."""
+    """The steps as compiled loops over planes, or over groups of channels side by side."""
 
     def __init__(self, call: Saved, layout: _Layout, addresses: np.ndarray):
         self.call, self.layout = call, layout
@@ -2147,7 +2150,7 @@ class _Compiled(_Work):
         self.partials = np.empty((3, self.blocks * self.tiles * layout.group if self.tiles > 1 else 0))
         self.where = (layout.like, addresses, *layout.where)
         self.dtype = dtype = call.rstd.dtype
-        # A value whose type tells the loops which activation it is.
+        # A value whose type selects the activation in the loops.
         activation = call.activation
         self.act: Any = None
         if activation is not None:
@@ -2166,7 +2169,7 @@ class _Compiled(_Work):
                 flat.append(default)
                 param_strides += (0, 0)
                 continue
-            # The loops' types tell read-only arrays from others.
+            # A read-only array has another type, and would compile the loops again.
             same = given.dtype == self.dtype and given.flags.carray
             array = given if same else np.array(given, self.dtype)
             flat.append(array if array.ndim == 1 else array.reshape(-1))
@@ -2174,7 +2177,7 @@ class _Compiled(_Work):
         return *flat, param_strides
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
-        """The loops take the parts themselves: a helper that comes late, or a thread that is slow, takes fewer."""
+        """The loops take tasks from a queue: a late helper, or a slow thread, takes fewer."""
         loop, arguments = step
         parts = 1 if self.threads == 1 else min(count, 8 * self.threads)
         queue = new_queue(count, parts, self.threads)
@@ -2227,10 +2230,10 @@ class _Compiled(_Work):
 
 
 class _Moved(_Compiled):
-    """Planes are moved together, a window of them at a time, and what comes of them is moved to its place.
+    """Planes are copied to windows for the loops, and results back, a window at a time.
 
-    In a window they have the numbers that they have in the arrays: the loops get addresses as if all the others lay
-    around them. Planes that are too large for a window are added up tile by tile first.
+    In a window planes keep their numbers: the loops get addresses as if all other planes lay around them. Planes too
+    large for a window are summed tile by tile first.
     """
 
     def __str__(self) -> str:
@@ -2241,13 +2244,13 @@ class _Moved(_Compiled):
             self.share(whole, self.blocks)
             return
         self.share(reduce, self.blocks * self.tiles)
-        # The sums of a tile of all planes lie together, but a plane's are joined.
+        # From all planes' sums of each tile to all tiles' sums of each plane, which `join` expects.
         self.partials = self.partials.reshape(3, self.tiles, -1).transpose(0, 2, 1).reshape(3, -1)
         join(0, self.blocks)
         self.share(apply, self.blocks * self.tiles)
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
-        """Threads share the boxes; how many planes or tiles there are does not matter."""
+        """Distribute the boxes over the threads, whatever the number of planes or tiles."""
         loop, arguments = step
         like, addresses, _, runs, shape, _ = self.where
         windows = self.layout.windows
@@ -2267,8 +2270,8 @@ class _Moved(_Compiled):
 
 
 class _Rehearsal(_Compiled):
-    """A call of no planes. `steps` are calls of all loops that one of its kind may go through, however many planes and
-    threads there are: what is called is compiled."""
+    """A call without planes. Its `steps` run, and so compile, all loops that calls of its kind may use, for any number
+    of planes and threads."""
 
     def __init__(self, *what: Any):
         super().__init__(*what)
@@ -2298,9 +2301,9 @@ class _Rehearsal(_Compiled):
 def rehearsals(
     x: Array, activation: str | None, negative_slope: float, residual: Array | None
 ) -> list[tuple[str, Callable[[], Any]]]:
-    """What compiles the loops for calls on arrays like x, one after the other; nothing where NumPy alone does them.
+    """Return (name, step) pairs that compile the loops for arrays like x; empty if such calls use NumPy alone.
 
-    Results and dy lie as a new result does, or results in x itself. No array's contents are read or written.
+    Results and dy are laid out like a new result, or results are x itself. No array's contents are read or written.
     """
     if not x.size:
         return []
@@ -2316,7 +2319,7 @@ def rehearsals(
         layouts = [work.layout]
         moved = work.layout.windows is not None
         other = _Layout(x.dtype, x.shape, tuple(a.strides for a in given), backward, 1 if moved else sys.maxsize)
-        if (other.windows is not None) != moved:  # runs may be longer, or shorter
+        if (other.windows is not None) != moved:  # other arrays may have longer or shorter runs
             layouts.append(other)
         for layout in layouts:
             rehearsal = _Rehearsal(call, layout, work.where[1])
@@ -2329,7 +2332,7 @@ def rehearsals(
             found.extend((what, step) for step in rehearsal.steps)
 
     trained = math.prod(x.shape[2:]) > 1
-    rehearse("forward", trained, [x, y, residual])  # running statistics need no other loops
+    rehearse("forward", trained, [x, y, residual])  # updates of running statistics use the same loops
     rehearse("forward in place", trained, [x, x, residual])
     gradients = [y, residual, y] if residual is not None and activation is not None else [y]
     if trained:

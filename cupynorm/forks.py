@@ -1,24 +1,24 @@
-"""What a fork waits for: a child has the locks that threads of its parent held, and not the threads.
+"""Make forks safe: a child inherits locks held by other threads of its parent, but not those threads.
 
-Numba and llvmlite compile under locks that a child would wait for for ever, with LLVM in whatever state it was. So they
-are held by the thread that forks, while it forks: it waits until nobody compiles. A thread that is itself in the middle
-of compiling may fork, since they let it in again. Likewise the import of the backend, and what it imports later, ends
-first.
+Numba and llvmlite compile under locks. If another thread compiled during the fork, the child would wait for them
+forever, with LLVM in an undefined state. The forking thread therefore acquires these locks first, and so waits until no
+other thread compiles. The locks are reentrant, so a thread may fork while it compiles. The fork also waits for running
+imports of the backend and of the modules that it imports later.
 """
 
 from __future__ import annotations
 
 import importlib
-import logging  # noqa: F401  # its lock is taken for a fork as well: after ours, since whom we wait for may need it
+import logging  # noqa: F401  # also acquires its lock for a fork: must come after ours, since the threads we wait for may log
 import os
 import sys
 import threading
 from contextlib import ExitStack, suppress
 from typing import Any
 
-#: Modules that calls import.
+#: Modules imported by calls.
 IMPORTED = ("cupynorm.cpu", "numpy.polynomial")
-#: Locks where they are to be found, if numba has been imported, by whomever: those that are taken first come first.
+#: Where numba and llvmlite keep their locks, if imported, in the order of acquisition.
 LOCKS = (("numba.core.compiler_lock", "global_compiler_lock"), ("llvmlite.binding.ffi", "lib._lock"))
 
 
@@ -31,7 +31,7 @@ _forking = _Forking()
 
 
 def _locks() -> list[Any]:
-    """Those of LOCKS that there are: other versions of numba may have others."""
+    """Return the existing LOCKS; other versions of numba may have other ones."""
     found = []
     for module, path in LOCKS:
         lock: Any = sys.modules.get(module)
@@ -47,8 +47,8 @@ def _before() -> None:
     _forking.held.append(held)
     for name in IMPORTED:
         if name in sys.modules:
-            with suppress(Exception):  # which are the importing thread's
-                importlib.import_module(name)  # waits for another thread that is at it
+            with suppress(Exception):  # the importing thread raises them
+                importlib.import_module(name)  # waits if another thread is importing it
     for lock in _locks():
         held.enter_context(lock)
 
@@ -59,6 +59,6 @@ def _after() -> None:
 
 
 def prepare() -> None:
-    """Have every fork of this process wait from now on. What registers last is called first."""
+    """Register the fork handlers. Handlers run before a fork in reverse order of registration."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after)

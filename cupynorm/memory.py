@@ -1,8 +1,8 @@
-"""Memory of results on the CPU: that of results which are gone is kept for those to come, up to a limit.
+"""Memory pool for NumPy results: reuse the memory of freed results, up to a limit.
 
-The system clears every page that it hands out, and a page at a time: for results of some megabytes that takes longer
-than the normalisation. CuPy keeps memory for the same reason. Memory goes back here when the last array that refers to
-it, a view or the result itself, is gone.
+The operating system clears every page that it hands out, one at a time: for results of some megabytes that takes longer
+than the normalisation. CuPy pools memory for the same reason. A block returns to the pool when the last array that
+refers to it, the result itself or a view, is freed.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ import numpy as np
 
 from .functional import check_count
 
-LEAST = 2**18  # bytes of a result; the C library keeps smaller pieces by itself
+LEAST = 2**18  # bytes of a result; the C library pools smaller blocks itself
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 
 
 class _Block(np.ndarray):
-    """Bytes. A class of its own since NumPy has an array refer to the owner of its memory, past views of one class."""
+    """Bytes. A subclass, as NumPy sets the base of an array past all views of one class, to the owner of the memory."""
 
-    start: int  # the first byte that is aligned
+    start: int  # index of the first aligned byte
 
 
 class _Lease(weakref.ref[_Block]):
-    """A reference to the view of a piece that the arrays in it refer to."""
+    """A weak reference to the view of a block to which all arrays in the block refer."""
 
     __slots__ = ("block",)
     block: _Block
-    __hash__ = object.__hash__  # an array has none
+    __hash__ = object.__hash__  # an array is not hashable
 
     def __eq__(self, other: object) -> bool:
         return self is other
 
 
 class _Memory:
-    """Pieces that nobody uses, in the order in which they came back, and those that are lent out.
+    """Free blocks, in the order of their return, and leased ones.
 
-    There is no lock: an array may end anywhere, in a thread that would hold it, or between an interrupt and its
-    release. Each look is at a list of its own, and each change a single step.
+    There is no lock: an array may be freed anywhere, even in a thread that holds the lock, or between an interrupt and
+    its release. Each reader iterates over its own copy of the list, and each change is a single step.
     """
 
     def __init__(self, limit: int | None) -> None:
-        self.limit = limit  # bytes of free pieces; None: not asked yet
+        self.limit = limit  # bytes of free blocks; None: environment not read yet
         self.free: dict[int, _Block] = {}  # by id
         self.leased: set[_Lease] = set()
 
     def take(self, size: int) -> _Block:
-        """A piece of `size` bytes or some more: the one that came back last, since the caches may have it, or new."""
+        """Return a block of at least `size` bytes: the one freed last, as it may be in the caches, or a new one."""
         for block in reversed(list(self.free.values())):
             if size <= block.nbytes <= size + size // 8 and self.free.pop(id(block), None) is not None:
                 return block
@@ -59,7 +59,7 @@ class _Memory:
         return block
 
     def lease(self, size: int) -> _Block:
-        """A view of at least `size` bytes, aligned, to which its piece belongs as long as anything refers to it."""
+        """Return an aligned view of at least `size` bytes. Its block stays leased while anything refers to the view."""
         block = self.take(size + ALIGNMENT)
         view: Any = block[block.start :]
         lease = _Lease(view, self._give_back)
@@ -73,7 +73,7 @@ class _Memory:
         self.trim(get_memory_limit())
 
     def trim(self, limit: int) -> None:
-        """Free pieces over the limit, the oldest first."""
+        """Free blocks until the limit is met, the oldest first."""
         blocks = list(self.free.values())
         excess = sum(block.nbytes for block in blocks) - limit
         for block in blocks:
@@ -84,7 +84,7 @@ class _Memory:
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """numpy.empty for a result."""
+    """Like numpy.empty, with memory from the pool."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST or not get_memory_limit():
@@ -93,7 +93,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def get_memory_limit() -> int:
-    """How many bytes of results that are gone may be kept for results to come."""
+    """Return how many bytes of freed results the CPU memory pool may keep."""
     if _memory.limit is None:
         text = os.environ.get("CUPYNORM_MEMORY_LIMIT", "").strip()
         if text and not text.isdecimal():
@@ -103,16 +103,16 @@ def get_memory_limit() -> int:
 
 
 def set_memory_limit(limit: int) -> None:
-    """Set how many bytes of results that are gone may be kept for results to come, on the CPU.
+    """Set how many bytes of freed results the CPU memory pool may keep for new results.
 
-    What is kept over the limit is given back to the system now, the oldest first; 0 keeps nothing. The default is
-    CUPYNORM_MEMORY_LIMIT from the environment, or 1 GiB. What CuPy keeps on a GPU is CuPy's own affair.
+    Memory over the limit is returned to the system at once, the oldest first; 0 disables the pool. The default is
+    CUPYNORM_MEMORY_LIMIT from the environment, or 1 GiB. Memory on a GPU is managed by CuPy's own pool.
 
     Args:
         limit: bytes, at least 0.
 
     Raises:
-        TypeError: not an integer. ValueError: less than 0. The limit stays as it was then.
+        TypeError: not an integer. ValueError: less than 0. The limit is unchanged then.
     """
     _memory.limit = check_count(limit, "memory limit", 0)
     _memory.trim(_memory.limit)
@@ -122,7 +122,7 @@ _memory = _Memory(None)
 
 
 def _after_fork() -> None:
-    """In a child the pieces are the parent's, page by page until written."""
+    """Drop the free blocks in a child: their pages are shared with the parent until written."""
     _memory.free = {}
 
 

@@ -1,8 +1,8 @@
-"""Planes moved together: from where they lie in an array to a window, one after the other, and back.
+"""Copy planes from their places in an array to a window, where they are contiguous, and back.
 
-What moves is a box: whole planes, or a tile of some. The loops are compiled by numba. NumPy's own copies go along the
-axis whose elements are closest together where they write, which for results of three channels side by side makes loops
-of three.
+The unit of copying is a box: whole planes, or one tile of several planes. The loops are compiled by numba. NumPy's own
+copies loop over the axis with the smallest stride of the target, which for results of three channels side by side makes
+inner loops of three.
 """
 
 from __future__ import annotations
@@ -32,43 +32,44 @@ from .scalars import (
     transposition,
 )
 
-RESULTS = 1, 4  # of the arrays: y, or dx and a residual's gradient
-NOTHING = np.zeros((3, 3), np.int64)  # axes of no box
-FEW = 3  # rows side by side up to which they have loops of their own,
-CLOSE = 8  # and elements from one of a row to the next
-AT_A_TIME = 4096  # elements of rows that lie between each other: as many of each are moved as are in so many
-WINDOW = 2**18  # bytes that an array's window has, so that several stay in the second cache,
-LARGER = 4  # or so many times as many for it to hold whole planes: they are moved once then, not once for their sums
-CACHED_BOXES = 128  # boxes, about 15 KB, up to which they are kept for the next call
-FAIR = 2**14  # elements of a window below which it does not pay to give a thread more windows
+RESULTS = 1, 4  # indices of the arrays written: y, or dx and a residual's gradient
+NOTHING = np.zeros((3, 3), np.int64)  # axes of an empty box
+# Up to FEW rows side by side, with steps of at most CLOSE elements within a row, have specialised loops.
+FEW = 3
+CLOSE = 8
+AT_A_TIME = 4096  # interleaved rows are copied in parts that span so many elements
+WINDOW = 2**18  # bytes of an array's window: several windows fit the L2 cache
+LARGER = 4  # factor by which a window may grow to hold whole planes, which then are copied once, not also for the sums
+CACHED_BOXES = 128  # boxes, about 15 KB; larger tables are not cached for the next call
+FAIR = 2**14  # elements; below this, smaller windows for a better balance of the threads do not pay
 
 
 class Boxes(NamedTuple):
-    """All boxes of a call, as `go_through` reads them; of a kind are boxes of the same size, and there is at least one.
+    """All boxes of a call, at least one, for `go_through`. Boxes of one kind have the same size.
 
-    A row of the table has the first plane (they are numbered from sample to sample), the tile, the kind, the tile's
-    first position; and, in elements, where the box begins in each array.
+    A row of the table holds the first plane (numbered through all samples), the tile, the kind, the tile's first
+    position, and the offset of the box in each array, in elements.
     """
 
     table: np.ndarray
-    buffer_size: int  # elements to have for each array: of the largest box, and for it to begin with a cache line
-    planes: np.ndarray  # of each kind: into how many parts of consecutive planes it falls, how many those are
+    buffer_size: int  # elements per array: those of the largest box, and space to align it to a cache line
+    planes: np.ndarray  # of each kind: the number of runs of consecutive planes, and the planes in a run
     sizes: np.ndarray  # elements of a plane, or of a tile
-    places: np.ndarray  # and for each array: steps from sample to sample and from plane to plane where the loops go
-    moves: np.ndarray  # addresses of what moves it to the window and back, 0 where it stays
-    axes: np.ndarray  # what those go along, as `_move` takes it
+    places: np.ndarray  # of each kind and array: steps between samples and between planes as the loops see them
+    moves: np.ndarray  # addresses of the functions that copy to the window and back, 0 for an array read in place
+    axes: np.ndarray  # the axes that those functions take, see `_move`
 
 
 class Windows:
-    """How arrays of a shape (N, C, *spatial), all axes merged that can be, are cut into boxes.
+    """Cut arrays of a shape (N, C, *spatial), with axes merged where possible, into boxes.
 
-    Planes too large for a window are cut into tiles, each the same part of a plane: where that does for the cache lines
-    of all arrays, a part in one piece. Arrays with planes in one piece then need not be moved.
+    Planes too large for a window are cut into tiles. If whole cache lines of all arrays allow, a tile is a contiguous
+    part of the plane; arrays with contiguous planes then are read in place.
 
     Args:
-        like: a sample of what elements are stored as.
+        like: a sample of the stored type.
         shape: of the arrays.
-        steps: of each array, in elements, for each axis.
+        steps: strides of each array, in elements.
     """
 
     def __init__(self, like: Any, shape: list[int], steps: list[list[int]]):
@@ -80,10 +81,10 @@ class Windows:
         self.moved = [each[2:] != self.contiguous_steps for each in steps]
         near = [each for each, moved in zip(steps, self.moved, strict=True) if moved]
         line = 64 // like.itemsize
-        #: What a box has of each axis at least: the elements of a cache line.
+        #: The least extents of a box: the elements of a cache line.
         self.least = [max(parts) for parts in zip(*(_line_of(shape, each, line) for each in near), strict=True)]
         self.extents = _grown(self.least, shape, most)
-        if self.extents[2:] != spatial:  # to move planes once, rather than for the sums and for the results
+        if self.extents[2:] != spatial:  # to copy planes once, not for the sums and again for the results
             larger = _grown(self.least, shape, LARGER * most)
             self.extents = larger if larger[2:] == spatial else self.extents
         outer = next(axis for axis in range(2, len(shape)) if self.extents[axis] > 1 or axis == len(shape) - 1)
@@ -92,7 +93,7 @@ class Windows:
         self._last: tuple[int, Boxes] | None = None
 
     def boxes(self, threads: int) -> Boxes:
-        """The boxes for so many threads."""
+        """Return the boxes for a number of threads."""
         last = self._last
         if last is not None and last[0] == threads:
             return last[1]
@@ -106,7 +107,7 @@ class Windows:
         return boxes
 
     def _cut(self, extents: list[int]) -> Boxes:
-        """Boxes of such extents, of which those at the ends may have less."""
+        """Return boxes of these extents; the last ones along an axis may be smaller."""
         shape, extent = np.array(self.shape)[:, None], np.array(extents)[:, None]
         grid = [-(-size // part) for size, part in zip(self.shape, extents, strict=True)]
         start = np.indices(grid).reshape(len(grid), -1) * extent
@@ -132,7 +133,7 @@ class Windows:
         return Boxes(table, int(buffer_size), *map(np.array, (planes, sizes, places, moves, axes)))
 
     def _moves(self, array: int, rows: list[int], along: list[int]) -> tuple[int, int]:
-        """The addresses of what moves an array's boxes of such rows there and back."""
+        """Return the addresses of the functions that copy boxes of such rows to the window and back."""
         least = min(rows[0], along[0])
         loops = _move, _move
         if self._few_channels(array) and rows[:2] == [self.shape[1], 1] and along[1] == self.steps[array][-1]:
@@ -142,12 +143,12 @@ class Windows:
         return loops[0](self.like, 0, 0, NOTHING), loops[1](self.like, 0, 0, NOTHING)
 
     def _few_channels(self, array: int) -> bool:
-        """Whether an array's channels lie side by side and have loops of their own."""
+        """True if an array's channels lie side by side and have specialised loops."""
         steps = self.steps[array]
         return steps[1] == 1 and 1 < self.shape[1] <= min(FEW, steps[-1]) and steps[-1] <= CLOSE
 
     def rehearsals(self) -> list[Callable[[], Any]]:
-        """Calls of what may move such arrays, whatever their sizes: what is called is compiled."""
+        """Return calls that compile all copying functions such arrays may need, whatever their sizes."""
         loops = {_move}
         for array, steps in enumerate(self.steps):
             if self.moved[array] and self._few_channels(array):
@@ -158,12 +159,12 @@ class Windows:
 
 
 def _contiguous_steps(sizes: list[int]) -> list[int]:
-    """Steps of an array of such sizes in one piece, in elements."""
+    """Return the strides of a contiguous array of these sizes, in elements."""
     return [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
 
 
 def _line_of(shape: list[int], steps: list[int], line: int) -> list[int]:
-    """Of each axis of an array as many elements as lie in a cache line of so many, or next to each other."""
+    """Return the extents of an array that cover a cache line of `line` elements."""
     extents, together = [1] * len(shape), 1
     for axis in sorted(range(len(shape)), key=lambda axis: abs(steps[axis])):
         extents[axis] = min(shape[axis], -(-line // together))
@@ -172,7 +173,7 @@ def _line_of(shape: list[int], steps: list[int], line: int) -> list[int]:
 
 
 def _grown(least: list[int], shape: list[int], most: int) -> list[int]:
-    """Extents of a box of at most so many elements, or of the least: the last axes grow first, all parts alike."""
+    """Grow `least` to at most `most` elements, the last axes first, so that the parts of an axis are even."""
     extents = list(least)
     for axis in range(len(shape) - 1, -1, -1):
         size, others = shape[axis], math.prod(extents) // extents[axis]
@@ -181,10 +182,10 @@ def _grown(least: list[int], shape: list[int], most: int) -> list[int]:
 
 
 def _axes(sizes: list[int], steps: list[int]) -> list[list[list[int]]]:
-    """Sizes and steps of a box's axes in the source and the target: from an array to a window, and back.
+    """Return the axes (size, source step, target step) of a box: from an array to a window, and back.
 
-    The last two are rows, and elements of a row. Rows are those closest together in the array if they lie between each
-    other. All other axes come before.
+    The last two axes are the rows and the elements of a row; all other axes come before. If rows are interleaved in the
+    array, the axis with the smallest step is the axis of the rows.
     """
     merged: list[list[int]] = []
     for size, there, here in zip(sizes, steps, _contiguous_steps(sizes), strict=True):
@@ -203,7 +204,7 @@ def _axes(sizes: list[int], steps: list[int]) -> list[list[list[int]]]:
 
 @inlined
 def _boxes(axes):
-    """How many boxes there are of rows, the last two axes."""
+    """Count the two-dimensional boxes of rows (the last two axes)."""
     number = 1
     for axis in range(len(axes) - 2):
         number *= axes[axis, 0]
@@ -212,7 +213,7 @@ def _boxes(axes):
 
 @inlined
 def _start(box, axes):
-    """Where a box of rows begins in the source and in the target."""
+    """Return the offsets of a box of rows in the source and in the target."""
     o = p = 0
     for axis in range(len(axes) - 3, -1, -1):
         further = box // axes[axis, 0] if axis else 0
@@ -224,14 +225,14 @@ def _start(box, axes):
 
 @inlined
 def _rows_of(axes):
-    """Sizes and steps of the last two axes: rows, size, the source's steps, the target's."""
+    """Return the sizes and steps of the last two axes: rows, size, source steps, target steps."""
     (rows, from_row, to_row), (size, j, k) = axes[-2], axes[-1]
     return np.uint64(rows), np.uint64(size), np.uint64(from_row), np.uint64(j), np.uint64(to_row), np.uint64(k)
 
 
 @inlined
 def _copy_strided(a, o, j, b, p, k, size):
-    """Copy elements of a row. Backwards has a loop of its own, which becomes vector instructions."""
+    """Copy the elements of a row. A step of -1 has its own loop, which vectorises."""
     one = np.uint64(1)
     if k == one and j == ~np.uint64(0):
         for i in range(size):
@@ -250,7 +251,7 @@ def _move(like, source, target, axes):
     rows, size, from_row, j, to_row, k = _rows_of(axes)
     (_, m, n), (_, q, r) = axes[-2], axes[-1]
     chunk = size
-    if abs(m) < abs(q) or abs(n) < abs(r):  # rows lie between each other
+    if abs(m) < abs(q) or abs(n) < abs(r):  # interleaved rows
         chunk = np.uint64(max(AT_A_TIME // max(abs(q), abs(r)), 16))
     one = np.uint64(1)
     for box in range(_boxes(axes)):
@@ -269,14 +270,13 @@ def _move(like, source, target, axes):
 
 @cache
 def _transposed(block: int) -> Any:
-    """_move of rows each next to the one before, or back, in blocks of so many and as many of their elements; the last
-    blocks lie over others where there are no more."""
+    """Make a `_move` for adjacent rows in the array or the window, by square blocks. The last blocks may overlap."""
     transpose, block_ = transposition(block), np.uint64(block)
 
     def move(like, source, target, axes):
         a, b = memory(source, like), memory(target, like)
         rows, size, from_row, j, to_row, k = _rows_of(axes)
-        apart, width = max(from_row, j), max(to_row, k)  # the others are 1
+        apart, width = max(from_row, j), max(to_row, k)  # the other ones are 1
         chunk = max(np.uint64(AT_A_TIME) // max(j, k), block_)
         for box in range(_boxes(axes)):
             o, p = _start(box, axes)
@@ -293,10 +293,9 @@ def _transposed(block: int) -> Any:
 
 @cache
 def _side_by_side(rows: int, j: int, k: int) -> Any:
-    """_move of so many rows, whose elements are j apart in the source and k in the target. One of these is 1; with the
-    other, each row is next to the one before.
+    """Make a `_move` for a fixed number of rows with element steps j in the source and k in the target.
 
-    As numbers that the compiler knows, they become vector instructions.
+    One step is 1; on the side of the other, rows are adjacent. As compile-time constants they let the loops vectorise.
     """
     one, many, j_, k_ = map(np.uint64, (1, rows, j, k))
 
@@ -316,11 +315,11 @@ def _side_by_side(rows: int, j: int, k: int) -> Any:
 
 @partial(disk_cached, nogil=True)
 def go_through(queue, loop, reads, writes, like, addresses, buffer, boxes, runs, shape, arguments):
-    """Boxes by turns: move them to windows, call a loop of the CPU backend's for them, move results back.
+    """Take boxes from the queue: copy them to windows, call a loop of the CPU backend, copy results back.
 
-    Addresses are those of the arrays, in the order of a layout's; the loop reads the first so many, but for results,
-    and writes these or not. The room has a window for each, from its first whole cache line on. like, runs, shape and
-    rest are the loop's.
+    addresses: of the arrays, in the order of the layout. The loop reads the first `reads` of them except the results,
+    which it writes if `writes`. The buffer holds a window for each array, from its first whole cache line on. like,
+    runs, shape and arguments are passed to the loop.
     """
     table, _, planes, sizes, places, moves, axes = boxes
     arrays, itemsize = len(addresses), np.int64(64 // line_of(like))

@@ -1,9 +1,9 @@
-"""Running statistics of arrays on the CPU: each batch moves them once, whichever threads and signal handlers call.
+"""Update running statistics on the CPU: exactly once per batch, even with threads and signal handlers.
 
-There is no lock. A signal handler or a finaliser runs between two steps of the Python code that it interrupts: a call
-made there would wait for ever for a lock that this code holds. New values are computed from the present ones, and
-written in a single step in C. If others have written since, that step stops before it writes anything, and all is done
-again.
+There is no lock: a signal handler or a finaliser may run between two steps of the code it interrupts, and a call in it
+would wait forever for a lock held by that code. Instead, new values are computed from the current ones and written in a
+single step in C. If another call has written in the meantime, that step stops before it writes anything, and the update
+is computed again.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import numpy as np
 
 from .functional import Array, at_once
 
-#: One object, which stands for everybody's statistics as they are. Who writes takes it away, and leaves a new one.
+#: One object, the version of all statistics in the process. A writer removes it and adds a new one.
 _present: set[object] = {object()}
 
 
 def move(pairs: Sequence[tuple[Array, np.ndarray]], momentum: float, writes: Sequence[partial[Any]]) -> None:
     """running <- (1 - momentum) * running + momentum * mean, in float64, for each pair (running, mean of the batch).
 
-    What else is to be written goes with it, all or nothing: `writes`, partials of functions in C.
+    `writes`, partials of functions in C, are run in the same step, all or nothing.
     """
     while True:
         seen = tuple(_present)
-        if not seen:  # another thread is writing, for microseconds: it has let go of the interpreter to copy
+        if not seen:  # another thread is writing, for microseconds: it has released the interpreter to copy
             time.sleep(0)
             continue
-        with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
+        with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are valid results
             moves = [_moved(*pair, momentum) for pair in pairs]
         try:
-            # Of the last writes arrays may end, and Python code follow from that: others may write again by then.
+            # The last writes may free arrays and so run Python code; other calls may write again by then.
             at_once(partial(_present.remove, *seen), *moves, partial(_present.add, object()), *writes)
         except KeyError:
             continue
@@ -53,7 +53,7 @@ def _moved(running: Array, mean: np.ndarray, momentum: float) -> partial[None]:
 
 
 def _after_fork() -> None:
-    _present.clear()  # another thread of the parent may have been writing
+    _present.clear()  # a thread of the parent may have been writing
     _present.add(object())
 
 

@@ -1,7 +1,7 @@
-"""What numba lacks for the CPU backend's compiled loops: memory at an address, 16-bit numbers, and a vector's exp.
+"""Extend numba for the CPU backend's loops: memory at an address, 16-bit floats, a task queue, a vectorisable exp.
 
-Inside compiled code float16 is stored as int16 and bfloat16 as uint16: the type of a stored element tells how to read
-it. Everything here is free of branches, so that loops over it are turned into vector instructions.
+Compiled code stores float16 as int16 and bfloat16 as uint16: the type of a stored element selects the conversion. The
+element functions are free of branches, so that loops over them vectorise.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from numba.extending import intrinsic, overload, register_jitable
 
 from .compiling import INLINE, INTERNAL, disk_cached
 
-#: A sample of what elements are stored as, by name of dtype: it carries the type.
+#: By dtype name: a sample of the type that elements are stored as.
 SAMPLES = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
 
 
 def computing(stored):
-    """The numba type that a stored type computes in."""
+    """Return the numba type in which a stored type computes."""
     return types.float64 if stored == types.float64 else types.float32
 
 
@@ -36,13 +36,13 @@ def _pointer(typingctx, address, like):
 
 @numba.njit(**INTERNAL)
 def memory(address, like):
-    """All memory from an address on, as an array of like's type; offsets below 0 are unsigned numbers that wrap."""
+    """Return all memory from an address on as an array of like's type; offsets below 0 are unsigned and wrap around."""
     return numba.carray(_pointer(address, like), 1 << 40)
 
 
 @intrinsic
 def own_address(typingctx):
-    """Where the compiled function is that asks."""
+    """Return the address of the calling compiled function."""
 
     def generate(context, builder, signature, args):
         return builder.ptrtoint(builder.function, ir.IntType(64))
@@ -52,9 +52,9 @@ def own_address(typingctx):
 
 @intrinsic
 def call(typingctx, address, arguments):
-    """Call the compiled function at an address: one that returns where it is, and takes arguments of these types.
+    """Call the compiled function at an address. It must take arguments of these types and return its own address.
 
-    To call it by its name, the compiler would take all of it into the caller, and compile it once more.
+    A call by name would make the compiler include and compile the whole function in the caller again.
     """
     kinds = tuple(types.unliteral(kind) for kind in arguments.types)
 
@@ -75,7 +75,7 @@ def call(typingctx, address, arguments):
 
 @intrinsic
 def prefetch(typingctx, array, index):
-    """Have the cache line of an element read into the second cache, if it is anywhere."""
+    """Prefetch the cache line of an element into the L2 cache; the address need not be valid."""
 
     def generate(context, builder, signature, args):
         array = context.make_array(signature.args[0])(context, builder, args[0])
@@ -91,7 +91,7 @@ def prefetch(typingctx, array, index):
 
 @intrinsic
 def _put_line(typingctx, array, index, source, at):
-    """Write a line's worth of elements past the caches; array[index] is where a line begins."""
+    """Write a cache line of elements with a non-temporal store; array[index] must be at the start of a line."""
 
     def generate(context, builder, signature, args):
         line = ir.VectorType(ir.IntType(8), 64).as_pointer()
@@ -106,7 +106,7 @@ def _put_line(typingctx, array, index, source, at):
 
 
 def _copy(size):
-    """Compiled (target, p, source, o): so many bytes from source[o] on are copied to target[p]."""
+    """Make a compiled function (target, p, source, o) that copies `size` bytes from source[o] to target[p]."""
 
     @intrinsic
     def copy(typingctx, target, p, source, o):
@@ -126,8 +126,10 @@ _copy_32, _copy_8 = _copy(32), _copy(8)
 
 
 def transposition(size):
-    """Compiled (source, o, apart, target, p, width): size x size elements, in rows `apart` in the source, are written
-    as columns of rows that are `width` apart in the target."""
+    """Make a compiled function (source, o, apart, target, p, width) that transposes a block of size x size elements.
+
+    Rows are `apart` elements apart in the source and `width` in the target.
+    """
 
     @intrinsic
     def transpose(typingctx, source, o, apart, target, p, width):
@@ -141,7 +143,7 @@ def transposition(size):
 
             rows = [builder.load(row(source, args[1], args[2], i), align=1) for i in range(size)]
             half = size // 2
-            while half:  # in squares of twice this size, the two that lie across from each other change places
+            while half:  # in each square of side 2 * half, swap the two off-diagonal squares
                 lower = [j if not j & half else size + j - half for j in range(size)]
                 upper = [j + half if not j & half else size + j for j in range(size)]
                 masks = [ir.Constant(ir.VectorType(ir.IntType(32), size), mask) for mask in (lower, upper)]
@@ -161,7 +163,7 @@ def transposition(size):
 
 @numba.njit(**INLINE)
 def copy_row(a, o, b, p, size):
-    """Copy elements that lie together from a[o] on to b[p]: several at a time, the last of them perhaps twice."""
+    """Copy contiguous elements from a[o] to b[p], several at a time; the last copies may overlap."""
     wide, narrow = np.uint64(32 // a.itemsize), np.uint64(8 // a.itemsize)
     if size >= wide:
         for i in range(np.uint64(0), size - wide, wide):
@@ -178,9 +180,9 @@ def copy_row(a, o, b, p, size):
 
 @numba.njit(**INTERNAL)
 def stream(buffer, size, array, index):
-    """Copy the first elements of a piece to where index is in an array, whole cache lines past the caches.
+    """Copy the first `size` elements of a buffer to array[index], whole cache lines by non-temporal stores.
 
-    Lines written in the ordinary way are read first. The threads' atomic steps see to it that others find these too.
+    An ordinary store reads the line first. The threads' atomic operations make the stores visible to other threads.
     """
     line = line_of(array[0])
     first = min(np.uint64(-(array.ctypes.data // np.uint64(array.itemsize) + index) % line), size)
@@ -194,7 +196,7 @@ def stream(buffer, size, array, index):
 
 
 def line_of(like):
-    """How many elements a cache line has."""
+    """Return the number of elements in a cache line."""
     raise NotImplementedError("compiled only")
 
 
@@ -206,7 +208,7 @@ def _line_of(like):
 
 @intrinsic
 def _bits(typingctx, value):
-    """float32 to its bits, uint32 to the float32 they are; 64 bits alike."""
+    """Reinterpret float32 as uint32 and back; likewise 64-bit types."""
     other = {
         types.float32: types.uint32,
         types.uint32: types.float32,
@@ -220,17 +222,17 @@ def _bits(typingctx, value):
     return other(value), generate
 
 
-# Parts of a call, and who does them. numbers[BEGUN] counts the parts that were taken, numbers[ENDED] those that are
-# done, in cache lines of their own, since threads write them at the same time. Each thread begins with a range of its
-# own, counted in a line of its own too, and goes on to those of others: what a core's caches have from the last call it
-# then need not fetch from another core's. A thread's turns are these numbers and its own number.
+# The task queue of a call: its items (blocks or tiles) are divided into tasks. numbers[STARTED] and numbers[FINISHED]
+# count the tasks, in separate cache lines, since threads write them concurrently. Each thread first takes the tasks of
+# its own range, also counted in a separate line, and then those of other ranges: data of the last call then need not
+# move from one core's caches to another's. The loops get a pair (numbers, own thread number).
 
 STARTED, PARTS, COUNT, FIRST, FINISHED, RANGES = 0, 1, 2, 3, 8, 16
-SPIN_LIMIT = 20_000  # looks at a counter, some 20 microseconds
+SPIN_LIMIT = 20_000  # reads of a counter, about 20 microseconds
 
 
 def _atomic(operation):
-    """Compiled (numbers, index, value): the number that was there, which all threads see changed at once."""
+    """Make a compiled atomic function (numbers, index, value) that returns the old number."""
 
     @intrinsic
     def atomic(typingctx, numbers, index, value):
@@ -247,7 +249,7 @@ _add_to, _exchange = _atomic("add"), _atomic("xchg")
 
 
 def new_queue(count, parts, threads):
-    """The numbers for a call of so many things to do, from 0 on, in so many parts, by so many threads."""
+    """Create the numbers of a queue with `count` items, numbered from 0, in `parts` tasks for `threads` threads."""
     numbers = np.zeros(RANGES + 8 * threads, np.int64)
     numbers[PARTS], numbers[COUNT] = parts, count
     return numbers
@@ -255,12 +257,12 @@ def new_queue(count, parts, threads):
 
 @numba.njit(**INTERNAL)
 def next_tasks(queue):
-    """Take a part: the first thing to do and the one after the last, which are the same where no part is left."""
+    """Start a task: return the range (first, last) of its items, excluding last; an empty one if no task is left."""
     numbers, worker = queue
     parts, count, first, ranges = numbers[PARTS], numbers[COUNT], numbers[FIRST], (len(numbers) - RANGES) // 8
     if _add_to(numbers, STARTED, 1) >= parts:
         return first, first
-    while True:  # one is left for everybody who was counted in
+    while True:  # the counter guarantees that a task remains
         worker %= ranges
         part = parts * worker // ranges + _add_to(numbers, RANGES + 8 * worker, 1)
         worker += 1
@@ -270,14 +272,14 @@ def next_tasks(queue):
 
 @numba.njit(**INTERNAL)
 def task_done(queue):
-    """A part is done; take another."""
+    """Count a task as finished and start the next."""
     _add_to(queue[0], FINISHED, 1)
     return next_tasks(queue)
 
 
 @disk_cached
 def drain(numbers):
-    """Let nobody begin any more; whether all that was begun is done, or so after a little patience."""
+    """Close the queue and spin briefly; True if all started tasks finished."""
     started = min(_exchange(numbers, STARTED, numbers[PARTS]), numbers[PARTS])
     spins = 0
     while _add_to(numbers, FINISHED, 0) < started and spins < SPIN_LIMIT:
@@ -306,7 +308,7 @@ def _zeros_of(like):
 
 
 def typed(value, like):
-    """A number in like's type."""
+    """Convert a number to like's type."""
     raise NotImplementedError("compiled only")
 
 
@@ -317,14 +319,14 @@ def _typed(value, like):
 
 
 def unit_of(mean, rstd):
-    """The unit of a plane, as in kernels/unit.cuh: a power of two near rstd, and rstd in it."""
+    """Return the unit of a plane, a power of two near rstd, and rstd in that unit, as in kernels/unit.cuh."""
     raise NotImplementedError("compiled only")
 
 
 @overload(unit_of, jit_options=INLINE)
 def _unit_of(mean, rstd):
     if rstd == types.float64:
-        return lambda mean, rstd: (1.0, rstd)  # its squares must be in range anyway
+        return lambda mean, rstd: (1.0, rstd)  # float64 squares must be in range in any case
 
     def single(mean, rstd):
         exponent = np.uint32(np.uint32(_bits(rstd) >> np.uint32(23)) & np.uint32(255))
@@ -340,18 +342,18 @@ def _unit_of(mean, rstd):
 
 @numba.njit(fastmath={"contract"}, **INTERNAL)
 def scaled(x, unit, offset):
-    """x * unit - offset, in one instruction where there is one: with a power of two the bits are the same."""
+    """Return x * unit - offset, fused where possible: as unit is a power of two, the bits are the same."""
     return x * unit - offset
 
 
 @numba.njit(fastmath={"reassoc", "nsz"}, **INTERNAL)
 def add(a, b):
-    """a + b, of which sums may be made in any order: the one licence the compiler is given."""
+    """Return a + b. The compiler may reorder sums of these, and nothing else."""
     return a + b
 
 
 def widen(stored):
-    """A stored element in computing precision."""
+    """Convert a stored element to computing precision."""
     raise NotImplementedError("compiled only")
 
 
@@ -365,7 +367,7 @@ def _widen(stored):
     def half(stored):
         code = np.uint32(stored)
         magnitude = np.uint32(np.uint32(code & np.uint32(0x7FFF)) << np.uint32(13))
-        # Exponents move by 112; that of denormals by 113, and the leading 1 that they lack is taken off again.
+        # Exponents increase by 112. Those of denormals increase by 113, then the leading 1 they lack is subtracted.
         normal = _bits(np.uint32(magnitude + np.uint32(112 << 23)))
         small = _bits(np.uint32(magnitude + np.uint32(113 << 23))) - _bits(np.uint32(113 << 23))
         value = normal if magnitude >= np.uint32(1 << 23) else small
@@ -376,7 +378,7 @@ def _widen(stored):
 
 
 def narrow(value, like):
-    """A value as an element of like's type, to nearest, ties to even."""
+    """Round a value to an element of like's type (to nearest, ties to even)."""
     raise NotImplementedError("compiled only")
 
 
@@ -401,7 +403,7 @@ def _narrow(value, like):
         sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
         odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
         normal = np.uint32(np.uint32(magnitude + np.uint32(0xFFF) + odd - np.uint32(112 << 23)) >> np.uint32(13))
-        # The last bit of 0.5 in float32 is the denormals' grain: the addition rounds.
+        # The last bit of 0.5 in float32 is the spacing of denormals, so the addition rounds.
         small = np.uint32(_bits(_bits(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000))
         code = small if magnitude < np.uint32(113 << 23) else normal
         code = np.uint32(0x7C00) if magnitude >= np.uint32(143 << 23) else code
@@ -411,12 +413,12 @@ def _narrow(value, like):
     return half
 
 
-# Activations. The type of `act` tells which: None, a boolean for relu, a float (its slope) for leaky_relu, an integer
-# for silu, and an array (the coefficients of cupynorm.cpu's polynomial) for gelu.
+# Activations. The type of `act` selects one: None, a boolean for relu, a float (its slope) for leaky_relu, an integer
+# for silu, and a tuple for gelu.
 
 
 def _polynomial(coefficients, kind):
-    """Compiled p(t) by Horner's rule, coefficients highest first. Nested, since a loop over them would stay a loop."""
+    """Compile p(t) by Horner's rule, coefficients highest first. Nested functions: a loop would not be unrolled."""
     highest, unit = kind(coefficients[0]), kind(1)
     p = register_jitable(**INLINE)(lambda t: highest * unit)
     for coefficient in coefficients[1:]:
@@ -429,7 +431,7 @@ def _next_power(p, c):
 
 
 def _exp(x):
-    """exp of x <= 0; 0 or next to it where that is a denormal."""
+    """Return exp(x) for x <= 0; 0 or nearly 0 where the result would be a denormal."""
     raise NotImplementedError("compiled only")
 
 
@@ -439,7 +441,7 @@ def _exp_overload(x):
     kind = np.float64 if double else np.float32
     # x = k ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^k exp(r), and exp(r) by its series.
     lowest, per_ln2 = kind(-708.0 if double else -87.0), kind(1 / math.log(2))
-    shifter = kind(1.5 * 2**52 if double else 1.5 * 2**23)  # adding it leaves no digits behind the point
+    shifter = kind(1.5 * 2**52 if double else 1.5 * 2**23)  # adding it rounds to an integer
     high = kind(0.693147180369123816490 if double else 0.693359375)  # few digits: k * high is exact
     low = kind(1.90821492927058770002e-10 if double else -2.12194440e-4)
     series = _polynomial([1 / math.factorial(k) for k in range(13 if double else 7, -1, -1)], kind)
@@ -464,13 +466,13 @@ def _exp_overload(x):
 
 
 def _tail_and_density(size, act):
-    """1 - F(|z|) and F'(|z|) of |z|, with the logistic or the normal distribution F."""
+    """Return 1 - F(|z|) and F'(|z|) of |z|, with the logistic or the normal distribution F."""
     raise NotImplementedError("compiled only")
 
 
 @overload(_tail_and_density, jit_options=INLINE)
 def _tail_and_density_overload(size, act):
-    from .cpu import ERFCX_CENTRE, half_erfcx  # which imports this module
+    from .cpu import ERFCX_CENTRE, half_erfcx  # not at the top: cpu imports this module
 
     double = size == types.float64
     kind = np.float64 if double else np.float32
@@ -493,7 +495,7 @@ def _tail_and_density_overload(size, act):
 
 
 def activate(z, act):
-    """activation(z)"""
+    """Return activation(z)."""
     raise NotImplementedError("compiled only")
 
 
@@ -518,7 +520,7 @@ def _activate(z, act):
 
 
 def times_slope(g, z, act):
-    """g * activation'(z)"""
+    """Return g * activation'(z)."""
     raise NotImplementedError("compiled only")
 
 

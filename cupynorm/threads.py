@@ -1,7 +1,7 @@
-"""Threads for the CPU backend: how many there may be, and a pool that shares a call's tasks among them.
+"""Threads of the CPU backend: their number, and a pool that runs the tasks of a call.
 
-The caller always works too, and never waits for a helper that has not begun: any number of Python threads may share
-the pool. Helpers start when they are first needed, a forked child starts its own, and at exit all are ended.
+The caller always works too, and never waits for a helper that has not started, so any number of Python threads may
+share the pool. Helper threads start at first need, a forked child starts its own, and all end at exit.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .functional import check_count
 
 
 def available_cpus() -> int:
-    """The processors this process may use: its affinity, and a container's quota rounded up."""
+    """Count the processors this process may use: its affinity, limited by the container's quota, rounded up."""
     affinity = getattr(os, "sched_getaffinity", None)
     count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
     return max(1, min([count, *(math.ceil(quota) for quota in _quotas())]))
 
 
 def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """Limits in processors from this process's control group and those it lies in, of version 2 or 1."""
+    """Yield the limits, in processors, of this process's control group and its parents (version 2 or 1)."""
     try:
         groups = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
@@ -49,13 +49,13 @@ def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cg
                 if quota != "max" and int(quota) > 0:
                     yield int(quota) / int(period)
             except (OSError, ValueError):
-                pass  # the root has no limit; a container may not see what it lies in
+                pass  # the root has no limit; a container may not see the groups around it
             if folder == top:
                 break
 
 
 def get_num_threads() -> int:
-    """How many threads a call on NumPy arrays may use at this moment, its own among them: see `set_num_threads`."""
+    """Return how many threads a call on NumPy arrays may use now, the caller's included: see `set_num_threads`."""
     if _state.number is not None:
         return _state.number
     if _state.default is None:
@@ -64,30 +64,30 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(number: int) -> None:
-    """Set how many threads a call on NumPy arrays may use, its own among them; it uses fewer where they do not pay.
+    """Set how many threads a call on NumPy arrays may use, the caller's included. Small calls use fewer.
 
-    Where it is not set, it is the least of these, as far as there are such:
+    The default is the minimum of these, where they exist:
 
     - CUPYNORM_NUM_THREADS from the environment, or else the processors this process may use (affinity and container
       limits);
     - OMP_NUM_THREADS (the first number of a list) and OMP_THREAD_LIMIT from the environment, which joblib and dask set
-      for their workers; anything but positive integers is ignored there;
-    - once threadpoolctl has been imported, what it says BLAS and OpenMP libraries may use now: `threadpool_limits`;
+      for their workers; values other than positive integers are ignored;
+    - if threadpoolctl has been imported, the current limits of BLAS and OpenMP libraries (`threadpool_limits`);
     - in workers of a PyTorch DataLoader, `torch.get_num_threads()`, which is 1 there by default.
 
-    The environment is asked at first use. Results do not depend on the number, bit by bit.
+    The environment is read at first use. Results are bitwise independent of the number.
 
     Args:
         number: at least 1.
 
     Raises:
-        TypeError: not an integer. ValueError: less than 1. The number stays as it was then.
+        TypeError: not an integer. ValueError: less than 1. The number is unchanged then.
     """
     _state.number = check_count(number, "number of threads", 1)
 
 
 def _default() -> int:
-    """What the environment and the system say."""
+    """Return the number of threads from the environment and the system."""
     text = os.environ.get("CUPYNORM_NUM_THREADS", "").strip()
     if text and not (text.isdecimal() and int(text) > 0):
         raise ValueError(f"CUPYNORM_NUM_THREADS must be a positive integer, got {text!r}")
@@ -100,12 +100,12 @@ def _default() -> int:
 
 
 def _limits() -> list[int]:
-    """What libraries say that this process has imported, and which limit threads."""
+    """Return the thread limits set through other imported libraries."""
     found: list[int] = []
     threadpoolctl, data = sys.modules.get("threadpoolctl"), sys.modules.get("torch.utils.data")
-    try:  # whatever goes by these names
+    try:  # other modules may have these names
         if threadpoolctl is not None:
-            if _state.controller is None:  # to make one takes longer than to ask it
+            if _state.controller is None:  # a controller takes longer to create than to query
                 _state.controller = threadpoolctl.ThreadpoolController()
             found += [number for library in _state.controller.lib_controllers if (number := library.num_threads)]
         if data is not None and data.get_worker_info() is not None:
@@ -116,14 +116,14 @@ def _limits() -> list[int]:
 
 
 _library: Any = None
-with suppress(Exception):  # a C library without these
+with suppress(Exception):  # the C library lacks these functions
     _found = ctypes.PyDLL(None)
     if _found.fegetenv and _found.fesetenv:
         _library = _found
 
 
 def _mode() -> Any:
-    """This thread's floating-point mode: whether it flushes denormals to zero, and how it rounds."""
+    """Return this thread's floating-point mode: flush-to-zero and rounding."""
     if _library is None:
         return None
     mode = ctypes.create_string_buffer(256)  # more than any fenv_t
@@ -137,23 +137,23 @@ def _set_mode(mode: Any) -> None:
 
 
 class _Job:
-    """One call's tasks. Whoever takes part calls work with an iterator that hands each task to one, and who it is."""
+    """The tasks of one call. Each thread calls work(iterator over its tasks, its own number)."""
 
     def __init__(self, work: Callable[[Iterator[int], int], None], tasks: int, drain: Callable[[], bool] | None):
         self.work = work
         self.drain = drain
-        self.mode = _mode()  # the caller's, which helpers compute in: results do not depend on who does what
+        self.mode = _mode()  # the caller's: helpers compute in it too, so results do not depend on the thread
         self.tasks = deque(range(tasks))
-        self.lock = threading.Lock()  # this call's own: a handler's calls, in the middle of it, have others
+        self.lock = threading.Lock()  # one per call: calls in a signal handler, during this one, have their own
         self.active = 0  # helpers at work
-        self.closed = False  # nobody begins any more
-        self.drained = False  # and nobody is at work
-        self.finished = threading.Lock()  # held until the last helper has ended after closing
+        self.closed = False  # no further task starts
+        self.drained = False  # and none is running
+        self.finished = threading.Lock()  # released when closed and the last helper has finished
         self.finished.acquire()
         self.failure: BaseException | None = None
 
     def _next(self, worker: int) -> Iterator[int]:
-        # The caller's from one end, helpers' from the other: a core's caches have what it worked on in the last call.
+        # The caller takes tasks from one end, helpers from the other: a core's caches hold recent data.
         take = self.tasks.pop if worker else self.tasks.popleft
         while True:
             with self.lock:
@@ -182,7 +182,7 @@ class _Job:
                     self.finished.release()
 
     def lead(self, offer: Callable[[], None]) -> None:
-        """offer the job to helpers, and take part."""
+        """Offer the job to the helpers, and work on it too."""
         try:
             try:
                 offer()
@@ -190,12 +190,12 @@ class _Job:
             finally:
                 self._close()
         finally:
-            self._close()  # again: an interrupt may come at the door of the first
+            self._close()  # again: KeyboardInterrupt may arrive before the first call takes effect
         if self.failure is not None:
             raise self.failure
 
     def _close(self) -> None:
-        """Wait for the helpers, whatever interrupts: nobody may be writing into the call's arrays when it ends."""
+        """Wait for the helpers despite interrupts: none may write to the arrays after the call has returned."""
         interrupt: BaseException | None = None
         while not self.drained:
             try:
@@ -218,13 +218,13 @@ class _Pool:
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.helpers: list[threading.Thread] = []
-        self.starting: dict[str, object] = {}  # who starts helpers, under "who"
+        self.starting: dict[str, object] = {}  # under "who": the call that is starting helpers
         self.ended = False
 
     def _serve(self, worker: int) -> None:
         while (job := self.jobs.get()) is not None:
             job.help(worker)
-            del job  # it refers to the arrays of a call
+            del job  # it holds references to the call's arrays
 
     def run(self, job: _Job, helpers: int) -> None:
         if len(self.helpers) < helpers:
@@ -237,9 +237,9 @@ class _Pool:
         job.lead(offer)
 
     def _start(self, number: int) -> None:
-        """Start helpers, unless somebody is at it: another thread, or what a signal handler has come in the middle of.
+        """Start helpers, unless another call is starting some: in another thread, or interrupted by a signal handler.
 
-        Nobody waits, for then the handler would for ever; the call does without those that are not there yet.
+        This never waits, as a handler would wait forever; the call does without the missing helpers.
         """
         me = object()
         try:
@@ -248,10 +248,10 @@ class _Pool:
                 thread = threading.Thread(target=self._serve, args=(worker,), name="cupynorm", daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:  # no more threads, or the interpreter is ending: the caller does it all
+                except RuntimeError:  # no more threads, or the interpreter is exiting: the caller does all tasks
                     break
                 self.helpers.append(thread)
-                if self.ended:  # while it was started
+                if self.ended:  # in the meantime
                     self.jobs.put(None)
         finally:
             if self.starting.get("who") is me:
@@ -268,8 +268,8 @@ class _Pool:
 
 
 class _State:
-    number: int | None = None  # of threads, as set
-    default: int | None = None  # from the environment; None: not asked yet
+    number: int | None = None  # of threads, set by the user
+    default: int | None = None  # from the environment; None: not read yet
     controller: Any = None  # threadpoolctl's
     pool = _Pool()
 
@@ -280,13 +280,12 @@ _state = _State()
 def share(
     work: Callable[[Iterator[int], int], None], tasks: int, threads: int, drain: Callable[[], bool] | None = None
 ) -> None:
-    """Have work(iterator, who) called by up to `threads` threads until its iterator has handed out all tasks 0, 1, ….
+    """Call work(iterator, worker) in up to `threads` threads, with the tasks 0, 1, … divided among the iterators.
 
-    Each call of work has an iterator of its own and gets what the others leave; who is 0 for the caller, and the number
-    of a helper, which it keeps from call to call. An exception in any of them ends the handing out and is raised here,
-    once none of them is at work any more. Where work shares out its tasks by itself, settled() sees to it that no
-    further one is begun and says whether all that were begun are done: True saves waiting for helpers that are on their
-    way back.
+    worker is 0 for the caller; a helper has the same number in every call. An exception in any thread stops the
+    distribution of tasks and is raised here once all threads have finished. If work distributes its tasks itself,
+    drain() closes that queue and returns True if all started tasks have finished: then there is no need to wait for
+    helpers that are about to return.
     """
     if threads > 1 and tasks > 1:
         _state.pool.run(_Job(work, tasks, drain), min(threads, tasks) - 1)
@@ -295,8 +294,8 @@ def share(
 
 
 def _after_fork() -> None:
-    _state.pool = _Pool()  # the parent's helpers are not here, and its locks may be held
-    _state.default = None  # workers may have an environment of their own
+    _state.pool = _Pool()  # the child has none of the parent's helpers, and its locks may be held
+    _state.default = None  # worker processes may have another environment
 
 
 if hasattr(os, "register_at_fork"):

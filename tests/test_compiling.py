@@ -120,9 +120,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def used(*given: Any) -> int:
     """How often a function that is compiled anew finds its code on disk."""
-    from cupynorm.compiling import kept
+    from cupynorm.compiling import disk_cached
 
-    function = kept(plus)
+    function = disk_cached(plus)
     for each in given:
         assert function(each) == each + 1
     return sum(function.stats.cache_hits.values())

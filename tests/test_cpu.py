@@ -243,7 +243,7 @@ def test_results_written_past_the_caches(rng: np.random.Generator, monkeypatch: 
 @pytest.mark.parametrize("data", ["offset", "steps", "half", "outlier"])
 @pytest.mark.parametrize("size", [5, 16, 100, 512, 513, 5000, 70001])
 def test_nearly_constant_planes_keep_their_digits(way: str, rng: np.random.Generator, data: str, size: int):
-    """Values that differ by the last digits of a large mean: sum c**2 - size * delta**2 would cancel."""
+    """Values that differ by the last digits of a large mean: sum c**2 - size * mean_lo**2 would cancel."""
     base = np.float32(16384.0)
     grain = np.spacing(base)
     x = {
@@ -417,8 +417,8 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
         print(shape, cpu.BLOCK_BYTES, number)
         work = cpu._Interpreted(cn.Saved(x, *np.zeros((2, n, c), np.float32), None, None, False), cpu._merged([x, x]))
         seen, sizes = np.zeros(work.x.shape, int), []
-        for unit in range(work.blocks * work.tiles):
-            _, index, _ = work._index(unit)
+        for item in range(work.blocks * work.tiles):
+            _, index, _ = work._index(item)
             seen[index] += 1
             sizes.append(seen[index].size)
         assert (seen == 1).all()
@@ -1101,7 +1101,7 @@ def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, 
     cn.set_num_threads(threads)
     x = np.zeros(shape, np.float32)
     work = cpu._Interpreted(cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False), cpu._merged([x, x]))
-    assert min(threads, work.blocks * work.tiles) * work.room <= x.size
+    assert min(threads, work.blocks * work.tiles) * work.buffer_size <= x.size
 
 
 @pytest.mark.compiled

@@ -1,4 +1,4 @@
-"""Links in the two styles of the forks in circulation, for tests to compare with: what is wrong with each is kept."""
+"""Links in the two styles of the forks in circulation, for comparison: the faults of each are kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Fork(chainer.Link):
 
 
 class _OwnGradient(chainer.FunctionNode):
-    """Statistics of each plane, but in the backward batch normalisation's sums and its number of elements."""
+    """Statistics of each plane, but a backward with the sums and the element count of batch normalisation."""
 
     def __init__(self, eps: float):
         self.eps = eps
@@ -42,14 +42,14 @@ class _OwnGradient(chainer.FunctionNode):
 
 
 class OwnGradient(_Fork):
-    """With a backward of its own: its input gradient is wrong for N > 1."""
+    """A link with its own backward, whose input gradient is wrong for N > 1."""
 
     def forward(self, x: Any) -> Any:
         return _OwnGradient(self.eps).apply((x, self.gamma, self.beta))[0]
 
 
 class BatchOfOne(_Fork):
-    """By batch normalisation of (1, N * C, H, W), of copies of the parameters' arrays: gamma and beta never train."""
+    """Batch normalisation of (1, N * C, H, W) with copies of the parameters' arrays: gamma and beta never train."""
 
     def forward(self, x: Any) -> Any:
         samples, channels, *spatial = x.shape

@@ -19,7 +19,7 @@ def reflect(x: Any, pad: int) -> Any:
 
 
 class Block(chainer.Chain):
-    """A convolution without bias, normalisation, and relu where it is wanted."""
+    """A convolution without bias, normalisation, and optionally relu."""
 
     def __init__(self, convolution: chainer.Link, channels: int, *, reflected: int = 0, relu: bool = True):
         super().__init__()
@@ -45,7 +45,7 @@ class Residual(chainer.Chain):
 
 
 class Generator(chainer.Chain):
-    """7x7 convolution, two of stride 2, residual blocks, a deconvolution, an upsampling, and 7x7 again."""
+    """A 7x7 convolution, two of stride 2, residual blocks, a deconvolution, an upsampling, and a 7x7 convolution."""
 
     def __init__(self, channels: int = 4, blocks: int = 2):
         super().__init__()

@@ -10,7 +10,7 @@ import cupynorm.chainer as cnc
 from cupynorm.chainer import chainer
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # CuPy's on what it does not find, where it is installed
+    warnings.simplefilter("ignore")  # CuPy's, if installed, about what it does not find
     import chainermn
 
 
@@ -44,7 +44,7 @@ def main() -> None:
         ours, theirs = mpi.mpi_comm.allgather(parameter.array)
         np.testing.assert_array_equal(ours, theirs)
     before = mpi.mpi_comm.allgather((net.norm.avg_mean.copy(), net.norm.avg_var.copy()))
-    assert np.abs(before[0][0] - before[1][0]).max() > 1e-3  # the data is not the same
+    assert np.abs(before[0][0] - before[1][0]).max() > 1e-3  # the data differs
     chainermn.extensions.AllreducePersistent(net, mpi)()
     for i, own in enumerate((net.norm.avg_mean, net.norm.avg_var)):
         ours, theirs = mpi.mpi_comm.allgather(own)

@@ -1,4 +1,4 @@
-"""Tiers, backends and seeds of the tests (tests/README.md), and the fixtures that most of them use."""
+"""Tiers, backends and seeds of the tests (tests/README.md), and their common fixtures."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cupynorm import cpu, functional, threads
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the full tier too: all that CI runs")
     parser.addoption("--nightly", action="store_true", help="run everything: whole products of parameters (hours)")
-    parser.addoption("--seed", default="0", help="of the random numbers: a number, or `fresh` for a new one")
+    parser.addoption("--seed", default="0", help="seed of the random numbers: a number, or `fresh` for a new one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     tiers.asked = "nightly" if config.option.nightly else "full" if config.option.full else "default"
     if config.option.markexpr == "quick":  # numba's first calls compile for seconds
         cpu.compiled = False
-    config.option.seed = str(seeds.choose(config.option.seed))  # the workers of pytest-xdist get what is chosen here
+    config.option.seed = str(seeds.choose(config.option.seed))  # pytest-xdist's workers get this seed
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -35,7 +35,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"seed {seeds.seed} (--seed); backends: {', '.join(there)}; " + "; ".join(absent)]
 
 
-#: What some files of tests need; where it is not there, they are not even imported.
+#: Packages that some test files need; without its package a file is not even imported.
 NEEDED = {
     "test_chainer.py": "chainer",
     "test_checkpoints.py": "torch",
@@ -47,7 +47,7 @@ collect_ignore = [file for file, package in NEEDED.items() if find_spec(package)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The backends of a test, and its covering array."""
+    """Parametrise a test with its backends and its covering array."""
     marker = metafunc.definition.get_closest_marker("on")
     found = backends.parameters(marker.args if marker else ()) if "backend" in metafunc.fixturenames else []
     if metafunc.definition.get_closest_marker("pairwise"):
@@ -57,14 +57,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_assertrepr_compare(op: str, left: Any, right: Any) -> list[str] | None:
-    """Where arrays differ that are asserted to have the same bits."""
+    """Explain where arrays differ that must have the same bits."""
     return compare.difference(left, right) if op == "==" else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is of a higher tier than is asked for, and what this machine lacks; mark the quick tier, and
-    what is above the default one."""
+    """Deselect tests of higher tiers than the one being run and of missing backends; mark the quick tier, and tests
+    above the default one."""
     asked = tiers.TIERS.index(tiers.asked)
     kept, left_out = [], []
     for item in items:
@@ -78,18 +78,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.quick)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
-    gc.freeze()  # what is collected stays: a collection of garbage in a test need not look at it
+    gc.freeze()  # the collected tests stay: garbage collection in a test need not scan them
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """Each backend that is there, or those of @on (helpers.backends)."""
+    """Each available backend, or each that @on names (helpers.backends)."""
     return backends.started(request.param, monkeypatch)
 
 
 @pytest.fixture
 def run_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Run the public functions on a runtime in the place of a GPU's, on NumPy arrays."""
+    """Run the public functions on NumPy arrays, with a runtime that replaces the GPU's."""
     from cupynorm.cuda.launch import Launcher
 
     def made(runtime: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Faults at every point of a call: memory that cannot be had, launches that fail, interrupts and signals."""
+"""Faults at every point of a call: failing allocations, failing launches, interrupts and signals."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from helpers.backends import Backend
 import cupynorm as cn
 
 PACKAGE = str(Path(cn.__file__).parent)
-WITH = ("__enter__", "__exit__")  # of a lock: they cannot fail, and Python looks for no interrupt beside them
+WITH = ("__enter__", "__exit__")  # of a lock: they cannot fail, and Python checks for no interrupt around them
 NUMPY = str(Path(np.__file__).parent)
 
 
 class LaunchError(RuntimeError):
-    """What stands for a kernel that could not be launched."""
+    """Raised in place of a failed kernel launch."""
 
 
 class Faults:
-    """Counts what may fail in a call, and has number `fail` of it fail: from 1 on; 0 is none."""
+    """Count the points where a call may fail, and make number `fail` fail: from 1 on; 0 is none."""
 
     def __init__(self, fail: int) -> None:
         self.fail, self.count, self.launched = fail, 0, 0
 
     def due(self) -> bool:
-        """Whether it is this one's turn to fail."""
+        """Count one point; True if it must fail."""
         self.count += 1
         return self.count == self.fail
 
@@ -54,9 +54,9 @@ def _of_package(frame: FrameType | None) -> bool:
 
 @contextmanager
 def failures(backend: Backend, faults: Faults) -> Iterator[None]:
-    """MemoryError from functions in C that the package calls, or NumPy's own Python code for it; and failing launches.
+    """Raise MemoryError from C functions called by the package, or by NumPy's Python code for it; and fail launches.
 
-    These are all that allocate, but for operators between arrays: whatever is between two of them is in C as well.
+    Nothing else allocates but operators between arrays, which run in C as well, between two of these points.
     """
 
     def look(frame: FrameType, event: str, function: Any) -> None:
@@ -64,7 +64,7 @@ def failures(backend: Backend, faults: Faults) -> Iterator[None]:
             return
         inside = frame.f_code.co_filename.startswith(NUMPY) and _of_package(frame.f_back)
         if (_of_package(frame) or inside) and faults.due():
-            raise MemoryError("as where there is none left")
+            raise MemoryError("no memory left")
 
     def failing(function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
         def called(*given: Any, **named: Any) -> Any:
@@ -89,8 +89,8 @@ def failures(backend: Backend, faults: Faults) -> Iterator[None]:
                 prepared()
 
             for name in ("empty", "zeros"):
-                patch.setattr(runtime, name, failing(getattr(runtime, name), MemoryError("of the device")))
-            error = LaunchError("as a driver that reports an error")
+                patch.setattr(runtime, name, failing(getattr(runtime, name), MemoryError("no device memory left")))
+            error = LaunchError("the driver reports an error")
             patch.setattr(runtime, "ready", lambda *given: partial(failing(launched, error), ready(*given)))
         stack.enter_context(_watching(look))
         yield
@@ -98,14 +98,14 @@ def failures(backend: Backend, faults: Faults) -> Iterator[None]:
 
 @contextmanager
 def handled(faults: Faults, handler: Callable[[], Any], *folders: str) -> Iterator[None]:
-    """A signal handler's call where Python makes it in the package, or in files of other folders that it calls: as a
-    function begins, and as one in C has ended."""
+    """Call a handler where Python can run a signal handler in the package, or in files of other folders that it calls:
+    when a function begins, and when a C function has returned."""
 
     def look(frame: FrameType, event: str, function: Any) -> None:
         if event == "c_return" and function.__name__ in WITH:
             return
         if event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR:
-            return  # perhaps as it is closed, when nobody hears of an error
+            return  # it may be closing, which would lose an error
         if event in ("call", "c_return") and frame.f_code.co_filename.startswith((PACKAGE, *folders)) and faults.due():
             handler()
 
@@ -114,7 +114,7 @@ def handled(faults: Faults, handler: Callable[[], Any], *folders: str) -> Iterat
 
 
 def interrupts(faults: Faults) -> Any:
-    """KeyboardInterrupt wherever Python can raise it in the package."""
+    """Raise KeyboardInterrupt at a point where Python can raise it in the package."""
 
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -124,7 +124,7 @@ def interrupts(faults: Faults) -> Any:
 
 @contextmanager
 def ending(seconds: float = 60.0) -> Iterator[None]:
-    """A TimeoutError where what is done waits for ever, in the main thread, for a lock."""
+    """Raise TimeoutError if the block waits for a lock for ever, in the main thread."""
     if not hasattr(signal, "setitimer"):
         yield
         return

@@ -5,21 +5,21 @@
     python tests/mutation.py --only kernels/sums.cuh:52     the mutants of a file, or of one line
     python tests/mutation.py --list                         name them, test nothing
 
-    --jobs N     copies of the checkout that work side by side (2); the checkout itself is never touched
-    --json OUT   the result; written after each mutant, and with the same OUT what was killed is not tested again
-    --quick      the first two stages alone: what survives them counts as a survivor until it is tested further
-    --report     what OUT knows, nothing tested
-    --recheck    test the survivors recorded in mutation_survivors.toml as well, which else count as they are
+    --jobs N     copies of the checkout that work in parallel (2); the checkout itself is never touched
+    --json OUT   the result, written after each mutant; with the same OUT, killed mutants are not tested again
+    --quick      the first two stages only: a mutant that survives them counts as a survivor until tested further
+    --report     report on OUT, test nothing
+    --recheck    also test the survivors recorded in mutation_survivors.toml, otherwise counted as survivors
 
 The parts: `kernels`, `backends` (the CPU backend; plans, sources and launches of the CUDA backend), `rest`.
-Needs Python 3.11, g++, and the extras test and cpu; with torch and NVRTC (the extra dev) their tests take part in it.
+Needs Python 3.11, g++, and the extras test and cpu; torch and NVRTC (the extra dev) add their tests.
 
-A mutant goes through stages of tests, each of which passes on the code as it is, and is killed by the first that fails
-or takes far too long. One that does not compile, or cannot be imported, is no mutant and counts nowhere. What survives
-counts as not killed, whether or not mutation_survivors.toml gives a reason; the exit status is 1 where less than 95 %
-of a part is killed or a survivor has no reason. Not mutated: texts and annotations, preprocessor lines, what has memory
-fetched ahead and constants chosen for speed, which no result shows (AHEAD, SPEED), and what stands where only a GPU's
-compiler sees it, which is counted in lines.
+A mutant goes through stages of tests, each of which passes on the unchanged code, and is killed by the first stage that
+fails or takes far too long. A change that does not compile, or cannot be imported, is no mutant and is not counted. A
+survivor counts as not killed, even if mutation_survivors.toml gives a reason; the exit status is 1 if less than 95 % of
+a part is killed or a survivor has no reason. Not mutated: texts and annotations, preprocessor lines, prefetches and
+constants chosen for speed, which change no result (AHEAD, SPEED), and code that only a GPU's compiler sees, which is
+counted in lines.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SURVIVORS = Path(__file__).with_name("mutation_survivors.toml")
 GOAL = 0.95
 
 BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
-#: Of "the rest", what needs a GPU or Chainer, or is a command of its own, is left out.
+#: Without the modules that need a GPU or Chainer, and without commands.
 REST = (
     "compiling",
     "devices",
@@ -85,7 +85,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """text[start:end] of a file becomes `new`. Its name has no line number, so that it lasts while others change."""
+    """text[start:end] of a file becomes `new`. Its name has no line number, so that it outlasts changes elsewhere."""
 
     file: str
     line: int
@@ -94,7 +94,7 @@ class Mutant:
     new: str
     operator: str
     name: str
-    compiled: str = ""  # the function or class of the compiled loops, or what chooses them, that it is in
+    compiled: str = ""  # its function or class, among the compiled loops and the code that chooses them
 
 
 # The mutants of a text
@@ -105,25 +105,25 @@ SWAPPED = {
     "==": "!=", "!=": "==", "&&": "||", "||": "&&", "and": "or", "or": "and", "<<": ">>", ">>": "<<",
     "&": "|", "|": "&", "is": "is not", "is not": "is", "in": "not in", "not in": "in",
 }  # fmt: skip
-#: How tightly the binary operators of C bind.
+#: The precedence of C's binary operators.
 BINDS = {op: level for level, ops in enumerate(
     [("||",), ("&&",), ("|",), ("&",), ("==", "!="), ("<", "<=", ">", ">="), ("<<", ">>"), ("+", "-"), ("*", "/", "%")]
 ) for op in ops}  # fmt: skip
 OPERATOR_NAMES = {1: "logic", 4: "comparison", 5: "comparison", 7: "arithmetic", 8: "arithmetic"}
 
-Change = tuple[int, int, str, str]  # start, end, what is there then, operator
+Change = tuple[int, int, str, str]  # start, end, new text, operator
 
 
 def reached(text: str) -> tuple[str, int]:
-    """A C text of the same length without comments, preprocessor lines and what the emulator does not see; and how many
-    lines of code those last are."""
+    """Blank out comments, preprocessor lines and code that the emulator does not see, at the same length; also return
+    the number of these unseen lines."""
 
     def blank(match: re.Match[str]) -> str:
         return re.sub(r"[^\n]", " ", match[0])
 
     text = re.sub(r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"", blank, text, flags=re.S)
     lines, out, unseen = text.splitlines(keepends=True), [], 0
-    chains: list[tuple[bool, bool]] = []  # of each #if: whether this branch is seen, whether the later ones may be
+    chains: list[tuple[bool, bool]] = []  # of each #if: this branch is seen, later ones may be
     continued = False
     for line in lines:
         directive = re.match(r"\s*#\s*(if|elif|else|endif)\b(.*)", line)
@@ -151,10 +151,10 @@ OPEN, CLOSE = "([{", ")]}"
 
 
 def of_kernel(text: str) -> Iterator[Change]:
-    """The mutants of a CUDA source. Binary operators have spaces around them here, and template brackets have not."""
+    """The mutants of a CUDA source. Its binary operators have spaces around them, its template brackets do not."""
     code, _ = reached(text)
     tokens = [(m.start(), m.end(), m[0]) for m in TOKEN.finditer(code)]
-    depths, inside, opened = [], [], [""]  # of each token how deep in brackets it is, and in which
+    depths, inside, opened = [], [], [""]  # of each token: its depth in brackets, and the innermost bracket
     for *_, token in tokens:
         if token in CLOSE:
             opened.pop()
@@ -168,7 +168,7 @@ def of_kernel(text: str) -> Iterator[Change]:
         return token in BINDS and code[start - 1] in " \n" and code[end] in " \n"
 
     def operand(i: int, step: int, level: int) -> int:
-        """The last token of an operand of the operator at i: as far as what is there binds more tightly."""
+        """The last token of an operand of the operator at i: it ends before an operator that binds no tighter."""
         j = i + step
         while True:
             token = tokens[j][2]
@@ -220,7 +220,7 @@ def of_kernel(text: str) -> Iterator[Change]:
 
 
 def _is_statement(tokens: list[str], text: str) -> bool:
-    """Neither a declaration nor what others need to compile: an assignment, a call, return, continue."""
+    """True for an assignment, a call, return or continue; not for declarations, which other code needs to compile."""
     if tokens in (["return"], ["continue"]):
         return True
     assigned = re.match(r"\*?[a-z_][\w.]*(->\w+)?(\[[^;=]*?\])?(\.\w+(\[[^;=]*?\])?)? ([-+*/|]?=) ", text)
@@ -229,7 +229,7 @@ def _is_statement(tokens: list[str], text: str) -> bool:
 
 
 class _OfPython(ast.NodeVisitor):
-    """Collects the mutants of a Python source, as (start, end, new text, operator, compiled)."""
+    """Collect the mutants of a Python source, as (start, end, new text, operator, compiled)."""
 
     def __init__(self, text: str):
         self.text = text
@@ -254,7 +254,7 @@ class _OfPython(ast.NodeVisitor):
         self.found.append((*self.span(node), new, operator, self.compiled))
 
     def swap(self, left: Any, right: Any, operator: str) -> None:
-        """The operator between two expressions, brackets and comments left out."""
+        """Swap the operator between two expressions, which may have brackets and comments beside it."""
         first, last = self.span(left)[1], self.span(right)[0]
         match = re.search(r"//|<=|>=|==|!=|not in|is not|[-+*/%<>]|\b(?:is|in|and|or)\b", self.text[first:last])
         if match and match[0] in SWAPPED:
@@ -296,7 +296,7 @@ class _OfPython(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        pass  # texts are left as they are
+        pass  # texts are not mutated
 
     def visit_Raise(self, node: ast.Raise) -> None:
         self.put(node, "pass", "drop a statement")
@@ -305,7 +305,7 @@ class _OfPython(ast.NodeVisitor):
         if isinstance(node.targets[0], ast.Name) and node.targets[0].id in ("__all__", "Index"):
             return
         targets = [t for target in node.targets for t in getattr(target, "elts", [target])]
-        if not all(isinstance(target, ast.Name) for target in targets):  # else a name is missing
+        if not all(isinstance(target, ast.Name) for target in targets):  # otherwise a name is undefined
             self.put(node, "pass", "drop a statement")
         self.generic_visit(node)
 
@@ -358,10 +358,10 @@ class _OfPython(ast.NodeVisitor):
         self.visit_If(node)
 
 
-#: What has memory fetched ahead: the function, what it is called with, and when.
+#: Prefetches: the function, its arguments, and its condition.
 AHEAD = {"_fetch", "AHEAD", "NEAR", "CLOSE", "away", "away2", "follows"}
-#: Where something is faster, and what a mean is guessed from to save a pass: no result shows it, and tests repeat no
-#: measured numbers.
+#: Choices for speed, and guesses of a mean that save a pass: they change no result, and tests repeat no measured
+#: numbers.
 SPEED = {
     "BLOCK_BYTES", "MIN_CHANNELS", "MIN_CHANNEL_TILE",
     "SHORT_ROW", "TILE", "MOST_RUNS", "MIN_CHANNELS_COMPILED", "SPARE", "SMALL_TABLE", "PAYS", "pays", "STREAM",
@@ -370,14 +370,14 @@ SPEED = {
     "SPIN_LIMIT", "LEAST", "FEW", "CHUNK", "_guess", "_guess_channels", "_middle",
     "NEAR", "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
 }  # fmt: skip
-#: What only calls of the compiled loops show.
+#: Code that only calls of the compiled loops test.
 FOR_LOOPS = {"_choose", "_Layout", "_Compiled", "_Moved", "_Rehearsal", "rehearsals"}
-#: What makes a function one of numba's.
+#: Decorators that have numba compile a function.
 NUMBA = {"_loop", "_rare", "_kernel", "numba.njit", "overload", "register_jitable", "intrinsic"}
 
 
 def mutants_of(file: str, text: str) -> list[Mutant]:
-    """All of a file's, in the order of their places."""
+    """Return all mutants of a file, in order of position."""
     python = file.endswith(".py")
     changes = _OfPython(text).found if python else [(*change, "") for change in of_kernel(text)]
     known: Counter[str] = Counter()
@@ -400,7 +400,7 @@ def _short(text: str) -> str:
 
 
 def sample(mutants: list[Mutant], count: int | None, seed: int) -> list[Mutant]:
-    """So many at random; a larger sample of the same seed has those of a smaller one."""
+    """Draw `count` mutants at random; a larger sample of the same seed contains a smaller one."""
     return mutants if count is None else random.Random(seed).sample(mutants, len(mutants))[:count]
 
 
@@ -412,7 +412,7 @@ def k(file: str, expression: str) -> tuple[str, ...]:
 
 
 def stages(mutant: Mutant) -> list[tuple[str, ...]]:
-    """Arguments of pytest, the quick ones first: to compile a module or a loop takes seconds."""
+    """Return arguments of pytest for each stage, quick ones first: compiling a module or a loop takes seconds."""
     name = Path(mutant.file).stem
     if mutant.file.startswith("kernels/"):
         return _kernel_stages(name)
@@ -429,7 +429,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         case = f"{small} and {'2x8x5x6' if moves else '1x2x100x100'}"
         if kind:
             case = {"channels": "test_table and compiled and 2x32x5x6", "short": f"{small} and 2x3x5x7"}[kind[0]]
-        layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, as the next
+        layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, like choices
         choices = (f"tests/test_{'moves' if moves else 'choices'}.py", "CUPYNORM_COMPILED=1")
         quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", case))
         chooses = mutant.compiled in ("_at_a_time", "_choose", "_Compiled", "_Layout")
@@ -476,7 +476,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     return [*own, ("tests/test_cases.py", "-k", "numpy and float32")]
 
 
-#: Headers that the double backward has as well.
+#: Headers that the double backward uses as well.
 SHARED = ("affine", "channels", "chunk", "group", "plane", "sums", "tiles", "types")
 
 
@@ -504,9 +504,9 @@ def _kernel_stages(name: str) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-#: What is said of a kernel, and of a Python module, that does not compile or cannot be imported.
+#: Errors of a kernel that does not compile, and of a Python module that cannot be imported.
 NO_MUTANT = (r"SimtError: .* does not compile:", r"while loading conftest|TypingError|LoweringError|SyntaxError")
-#: Without numba's seconds where no compiled loop is mutated.
+#: Saves numba's seconds if no compiled loop is mutated.
 NUMPY_ALONE = {"CUPYNORM_COMPILED": "0"}
 _clean: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
 
@@ -525,8 +525,8 @@ class Copy:
         }  # fmt: skip
 
     def run(self, stage: tuple[str, ...], limit: float | None = None) -> tuple[str, str]:
-        """How it ended ("passed", "failed" or "timeout"), and what pytest said. The limit is of processor time, which
-        does not depend on what else a machine does; of waiting for nothing, five times that.
+        """Return the outcome ("passed", "failed" or "timeout") and pytest's output. The limit is on processor time,
+        which does not depend on the machine's load; the limit on wall time is five times that.
         """
         settings = {} if any("compiled" in word and "not compiled" not in word for word in stage) else NUMPY_ALONE
         settings = settings | dict(word.split("=") for word in stage if re.match(r"[A-Z_]+=", word))
@@ -547,21 +547,21 @@ class Copy:
         if process.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
             return "timeout", said
         nothing = process.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
-        if nothing and not re.search(NO_MUTANT[True], said):  # a module that cannot be imported is no usage either
+        if nothing and not re.search(NO_MUTANT[True], said):  # a failed import is a usage error, too
             raise RuntimeError(f"{' '.join(stage)} tests nothing:\n{said[-3000:]}")
         return ("failed" if process.returncode else "passed"), said
 
     def clean(self, stage: tuple[str, ...], limits: dict[tuple[str, ...], float]) -> None:
-        """The stage passes on the code as it is. A mutant may take twice as long, and 30 s; see run."""
+        """Check that a stage passes on the unchanged code. A mutant may take twice as long plus 30 s; see run."""
         began = time.monotonic()
         how, said = self.run(stage)
         if how != "passed":
-            raise RuntimeError(f"{' '.join(stage)} fails on the code as it is:\n{said[-3000:]}")
+            raise RuntimeError(f"{' '.join(stage)} fails on the unchanged code:\n{said[-3000:]}")
         limits[stage] = 30 + 2 * (time.monotonic() - began)
         print(f"clean: {time.monotonic() - began:4.0f} s  {' '.join(stage)}", flush=True)
 
     def test(self, mutant: Mutant, limits: dict[tuple[str, ...], float], quick: bool = False) -> str:
-        """How it ended: "survived", "invalid", or "killed by …"."""
+        """Return the outcome: "survived", "invalid", or "killed by …"."""
         path = self.root / mutant.file
         times, text = path.stat(), path.read_text(encoding="utf-8")
         broken = text[: mutant.start] + mutant.new + text[mutant.end :]
@@ -569,12 +569,12 @@ class Copy:
             with _clean[stage]:
                 if stage not in limits:
                     self.clean(stage, limits)
-            if path.stem == "scalars":  # numba keeps what it compiled by the time of the caller's file alone
+            if path.stem == "scalars":  # numba's cache is keyed on the time of the caller's file only
                 shutil.rmtree(self.environment["NUMBA_CACHE_DIR"], ignore_errors=True)
             path.write_text(broken, encoding="utf-8")
             how, said = self.run(stage, limits[stage])
             path.write_text(text, encoding="utf-8")
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # numba keeps what it compiled by a file's time
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # numba's cache is keyed on a file's time
             if how == "failed" and re.search(NO_MUTANT[path.suffix == ".py"], said):
                 return "invalid"
             if how != "passed":
@@ -587,7 +587,7 @@ class Copy:
 
 
 def interval(killed: int, tested: int) -> tuple[float, float]:
-    """Wilson's, of 95 %, for a share found in a sample."""
+    """Wilson's 95 % interval of a share found in a sample."""
     z, p = 1.96, killed / tested
     middle, half = p + z * z / (2 * tested), z * math.sqrt(p * (1 - p) / tested + z * z / (4 * tested**2))
     return (middle - half) / (1 + z * z / tested), (middle + half) / (1 + z * z / tested)
@@ -610,7 +610,7 @@ def summary(mutants: list[Mutant], outcomes: dict[str, str], reasons: dict[str, 
 
 
 def recorded() -> dict[str, str]:
-    """The survivors with a reason."""
+    """The recorded survivors, each with its reason."""
     import tomllib
 
     with SURVIVORS.open("rb") as file:
@@ -712,7 +712,7 @@ def main() -> int:
             began = time.monotonic()
             try:
                 how = copy.test(mutant, limits, options.quick)
-            finally:  # others would wait for the copy, and what went wrong be told when all is done
+            finally:  # otherwise others wait for the copy, and an error shows only at the end
                 copies.put(copy)
             with lock:
                 outcomes[mutant.name] = how

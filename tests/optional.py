@@ -1,5 +1,5 @@
-"""Optional packages of the tests: one that is missing or fails at import, in whatever way, leaves its tests out, and no
-others. One that only warns is there, also where warnings are errors.
+"""Optional packages of the tests: if one is missing or fails at import in any way, only its own tests are left out. A
+package that only warns counts as installed, even if warnings are errors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 
 
 def imported(name: str) -> Any:
-    """The module, or None where it cannot be imported for whatever reason."""
+    """Return the module, or None if it cannot be imported for any reason."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -22,7 +22,7 @@ def imported(name: str) -> Any:
 
 
 def required(name: str) -> Any:
-    """The module; skips the test, or the file that is being imported, without it."""
+    """Return the module; without it, skip the test or the test file being imported."""
     module = imported(name)
     if module is None:
         pytest.skip(f"needs {name}", allow_module_level=True)

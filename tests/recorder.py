@@ -1,4 +1,4 @@
-"""A runtime in the place of a GPU's that launches nothing."""
+"""A runtime that replaces the GPU's and launches nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cupynorm.cuda.source import Module
 
 
 class Recorder:
-    """Remembers, since `clear`, what arrays were made (shape and dtype), and the modules and steps to be launched."""
+    """Record, since `clear`, the arrays made (shape and dtype), and the modules and steps that would be launched."""
 
     def __init__(self, device: Device):
         self._device = device

@@ -1,4 +1,4 @@
-"""What the tests compare with: the formulas in extended precision, and arrays of awkward layouts."""
+"""The reference of the tests: the formulas in extended precision; and arrays of awkward layouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 5e-6, "float64": 1e-1
 
 
 def _planes(values: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """(N, C) or (C,) values, to be broadcast over planes."""
+    """Reshape (N, C) or (C,) values to broadcast over planes."""
     return wide(values).reshape(*values.shape, *(1,) * (like.ndim - 2))
 
 
@@ -32,7 +32,7 @@ def _normalised(
 
 
 def activate(z: np.ndarray, activation: str | None = None, negative_slope: float = 0.01) -> np.ndarray:
-    """activation(z) in extended precision; the normal distribution's Phi to float64's."""
+    """activation(z) in extended precision; the normal distribution's Phi in float64."""
     z = wide(z)
     if activation is None:
         return z
@@ -179,16 +179,16 @@ def assert_close(
     actual: np.ndarray, expected: np.ndarray, dtype: object = None, *, factor: float = 1, terms: int = 1,
     what: str = "result",
 ) -> None:  # fmt: skip
-    """Within so many tolerances of a dtype, that of `actual` at first, of an element's size or of 1; a sum of so many
-    terms, which may cancel: of what it may be."""
+    """Assert |actual - expected| <= factor * TOLERANCE[dtype] * (|expected| + sqrt(terms)). dtype: by default that of
+    `actual`; terms: the number of terms of a sum, which may cancel."""
     tolerance = factor * TOLERANCE[np.dtype(dtype or actual.dtype).name]  # type: ignore[arg-type]
     assert actual.shape == expected.shape, what
     assert_within(actual, expected, tolerance * (np.abs(wide(expected)) + terms**0.5), what)
 
 
 def assert_all_close(results: Iterable[np.ndarray], exact: Iterable[np.ndarray], x: np.ndarray) -> None:
-    """Each result within the tolerance of x's dtype, relative to its largest element, or to 1; what is no array of x's
-    shape is sums over a channel, whose terms may cancel: relative to what they may be."""
+    """Assert each result within the tolerance of x's dtype, relative to its largest element, or to 1. A result not of
+    x's shape holds sums over channels, whose terms may cancel: relative to at least sqrt(terms)."""
     for number, (result, expected) in enumerate(zip(results, exact, strict=True)):
         assert result.shape == expected.shape
         least = 1 if result.shape == x.shape else (x.size / x.shape[1]) ** 0.5
@@ -197,12 +197,12 @@ def assert_all_close(results: Iterable[np.ndarray], exact: Iterable[np.ndarray],
 
 
 def _memory_order(*order: int) -> Callable[[np.ndarray], np.ndarray]:
-    """A copy of a 4-D array whose axes lie in memory in this order."""
+    """Return a function that copies a 4-D array with its axes in this order in memory."""
     return lambda a: np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
 
 
 def _in_larger(*index: slice) -> Callable[[np.ndarray], np.ndarray]:
-    """A copy of an array that is this part of one that is larger along the axes sliced."""
+    """Return a function that copies an array into this slice of an array that is larger along the sliced axes."""
 
     def made(a: np.ndarray) -> np.ndarray:
         whole = (*index, *(_ALL,) * (a.ndim - len(index)))

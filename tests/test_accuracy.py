@@ -1,4 +1,4 @@
-"""Digits: the bench's table holds for cupynorm, and what it rests on is done in every layout and way of sharing out."""
+"""Accuracy: the bench's table holds for cupynorm, and so do the methods behind it, in every layout and partition."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_every_row_holds(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert accuracy.markdown(result).count("\n") == len(rows) + 1
 
 
-def test_a_wrong_answer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The check itself: an answer that is off by 16 roundings at one place, one that is NaN there, and none at all."""
+def test_wrong_result_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The check itself: a result off by 16 roundings at one place, a result with NaN there, and no result at all."""
     right = accuracy._ours
 
     def off(by: float) -> Any:
@@ -74,7 +74,7 @@ def test_a_wrong_answer_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "MemoryError: none left" in capsys.readouterr().out
 
 
-def test_exact_answers_are_those_of_the_tests_reference(rng: np.random.Generator) -> None:
+def test_exact_results_match_the_reference(rng: np.random.Generator) -> None:
     given = accuracy.Given(np, accuracy.Hard("", accuracy._normal(3), shape=(2, 3, 5, 7)))
     exact = accuracy.answers(given)
     y = reference.forward(given.host_x)
@@ -86,7 +86,7 @@ def test_exact_answers_are_those_of_the_tests_reference(rng: np.random.Generator
 def check_some_planes_out_of_range(
     backend: Backend, rng: np.random.Generator, scale: float, shape: tuple[int, ...], laid: Callable[..., Any]
 ) -> None:
-    """Some planes are scaled; the others' bits do not depend on them, and all are right."""
+    """Scale some planes: all results are right, and the bits of the other planes do not change."""
     values = rng.standard_normal(shape).astype(np.float32)
     ordinary, x = laid(values), laid(values)
     odd = rng.random(shape[:2]) < 0.5
@@ -110,11 +110,11 @@ def check_some_planes_out_of_range(
     axes = tuple(range(2, len(shape)))
 
     def size(values: np.ndarray) -> np.ndarray:
-        """Of an element and of its plane."""
+        """Size of each element plus that of its plane."""
         return np.abs(values) + np.sqrt((values**2).mean(axes, keepdims=True))
 
-    terms = 0, size(dy) / np.sqrt(reference.wide(x).var(axes, keepdims=True))  # dx may be a small rest of its terms
-    flushed = 2.0**-126 if backend.name in ("simt", "cupy") else 0  # a result that is smaller is 0
+    terms = 0, size(dy) / np.sqrt(reference.wide(x).var(axes, keepdims=True))  # dx may be a small part of its terms
+    flushed = 2.0**-126 if backend.name in ("simt", "cupy") else 0  # smaller results are 0
     for got, same, value, term in zip(*results, exact, terms, strict=True):
         assert_within(got, value, 2e-6 * (size(value) + term) + flushed)
         assert_same(got[~odd], same[~odd])
@@ -146,7 +146,7 @@ def most(given: dict[str, Any]) -> bool:
 @on_kernels
 @pytest.mark.full(simt=most)
 @pytest.mark.parametrize(("case", "scale"), list(zip(OWNERS, SCALES, strict=False)), ids=str)
-def test_squares_out_of_range_for_every_owner(
+def test_squares_out_of_range_for_every_scope(
     backend: Backend, rng: np.random.Generator, case: cases.Case, scale: float
 ) -> None:
     backend.pretend(case.device)
@@ -158,8 +158,8 @@ def test_squares_out_of_range_for_every_owner(
 @on_kernels
 @pytest.mark.full(simt=most)
 @pytest.mark.parametrize("case", OWNERS, ids=str)
-def test_offsets_for_every_owner(backend: Backend, rng: np.random.Generator, case: cases.Case) -> None:
-    """The saved mean is the exact one or a number next to it, however the tiles' means are put together."""
+def test_offsets_for_every_scope(backend: Backend, rng: np.random.Generator, case: cases.Case) -> None:
+    """The saved mean is the exact one or a neighbouring number, however the tiles' means are merged."""
     backend.pretend(case.device)
     offsets = 10.0 ** rng.uniform(2, 5, (*case.shape[:2], *[1] * (len(case.shape) - 2)))
     values = rng.standard_normal(case.shape) + offsets * rng.choice([-1, 1], offsets.shape)
@@ -179,11 +179,11 @@ def test_offsets_for_every_owner(backend: Backend, rng: np.random.Generator, cas
     weight=[1.0, 1e-3], eps=[1e-5, 0.0], activation=[None, "leaky_relu"], shape=[(2, 3, 32, 32), (2, 3, 4, 4)],
     layout=["contiguous", "channels_last"],
 )  # fmt: skip
-def test_the_ends_of_float32(
+def test_extremes_of_float32(
     backend: Backend, rng: np.random.Generator, data: tuple[float, float], dy: float, weight: float, eps: float,
     activation: str | None, shape: tuple[int, ...], layout: str,
 ) -> None:  # fmt: skip
-    """Large and small deviations, beside large and small gradients: neither sums nor products leave the range."""
+    """Large and small deviations with large and small gradients: neither sums nor products leave the range."""
     x = (data[0] + data[1] * rng.standard_normal(shape)).astype(np.float32)
     g = (dy * rng.standard_normal(shape)).astype(np.float32)
     w = np.full(shape[1], weight, np.float32)
@@ -199,7 +199,7 @@ def test_the_ends_of_float32(
     through = reference.wide(g) * slope
     c = (through * xhat).mean(axes, keepdims=True)
     exact = rstd * (through - through.mean(axes, keepdims=True) - xhat * c)
-    # A number next to the last one that flushes is all that may be lost, of a result or of x less its mean.
+    # A result, or x less its mean, may lose at most the smallest number that does not flush.
     flushed = 2.0**-126 if backend.name in ("simt", "cupy") else 2.0**-149
     lost = flushed * (1 + rstd)
     small = np.sqrt((xhat**2).mean(axes, keepdims=True))
@@ -213,10 +213,8 @@ def test_the_ends_of_float32(
 
 @on_kernels
 @pytest.mark.parametrize("offset", [0, 1e6], ids=str)
-def test_offsets_where_a_residual_takes_the_place_of_dy(
-    backend: Backend, rng: np.random.Generator, offset: float
-) -> None:
-    """Planes split into tiles: the second pass of the backward reads the gradient that the first one has written."""
+def test_offsets_with_dresidual_in_place_of_dy(backend: Backend, rng: np.random.Generator, offset: float) -> None:
+    """Planes split into tiles: the second pass of backward reads the gradient written by the first."""
     backend.pretend(Device("small", (8, 0), 4, 48 * 1024, 2**20))
     normal = rng.standard_normal((1, 2, 400, 400))
     x, residual = (offset + normal).astype(np.float32), rng.standard_normal(normal.shape).astype(np.float32)
@@ -230,8 +228,8 @@ def test_offsets_where_a_residual_takes_the_place_of_dy(
 
 @on_kernels
 @pytest.mark.parametrize("total", [0.9, 1.1, 1e4], ids=str)
-def test_squares_that_flush_to_zero_one_by_one(backend: Backend, rng: np.random.Generator, total: float) -> None:
-    """Their sum is far from flushing, in a plane that has many: around 2**-100, and around as much for each of them."""
+def test_squares_that_flush_to_zero(backend: Backend, rng: np.random.Generator, total: float) -> None:
+    """A plane's sum of many squares is far from flushing: around 2**-100, or each square is around that."""
     backend.pretend(Device("roomy", (8, 0), 1, 227 * 1024, 2**20))  # one block has the whole plane
     x = rng.standard_normal((1, 1, 50_000))
     x *= np.sqrt(total * 2.0**-100 / (x**2).sum())

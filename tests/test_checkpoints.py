@@ -1,4 +1,4 @@
-"""Checkpoints of whole PyTorch models in and out, as state_dicts and as safetensors files."""
+"""Checkpoints of whole PyTorch models, loaded and saved, as state_dicts and as safetensors files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLAIN = "body.plain"
 
 
 def torch_model(rng: np.random.Generator, dtype: Any = None) -> Any:
-    """A module with instance normalisation at several depths, a plain one, and layers that are not ours."""
+    """A model with instance normalisation at several depths, once without parameters, and with other layers."""
     norms = {
         name: getattr(torch.nn, f"InstanceNorm{rank}d")(size, affine=True, track_running_stats=True)
         for name, (rank, size) in LAYERS.items()
@@ -59,7 +59,7 @@ def state_of(layers: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def bits(state: dict[str, Any]) -> dict[str, Any]:
-    """dtype, shape and bytes of every entry of a model's or our state, without the convolution's."""
+    """dtype, shape and bytes of every entry of a model's state or ours, without the convolution's."""
     found = {}
     for key, value in state.items():
         if key.startswith("stem.0"):
@@ -77,7 +77,7 @@ DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "fl
 
 @DTYPES
 @pytest.mark.parametrize("how", ["state_dict", "named_parameters and buffers", "safetensors"])
-def test_in_and_out_bit_for_bit(rng: np.random.Generator, tmp_path: Path, dtype: str, how: str) -> None:
+def test_round_trip_bit_for_bit(rng: np.random.Generator, tmp_path: Path, dtype: str, how: str) -> None:
     theirs, back = torch_model(rng, getattr(torch, dtype)), torch_model(rng, getattr(torch, dtype))
     assert theirs.stem[1].num_batches_tracked.dtype == torch.int64
     theirs.stem[1].num_batches_tracked.fill_(7)
@@ -110,7 +110,7 @@ def test_in_and_out_bit_for_bit(rng: np.random.Generator, tmp_path: Path, dtype:
     assert layers["stem.1"].num_batches_tracked.tolist() == 7
 
 
-def test_the_layers_compute_what_the_model_does(rng: np.random.Generator) -> None:
+def test_layers_match_the_model(rng: np.random.Generator) -> None:
     theirs, layers = torch_model(rng), our_layers()
     load(layers, theirs.state_dict())
     modules = dict(theirs.named_modules())
@@ -122,7 +122,7 @@ def test_the_layers_compute_what_the_model_does(rng: np.random.Generator) -> Non
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_checkpoints_into_float32_layers(rng: np.random.Generator, tmp_path: Path, dtype: str) -> None:
+def test_16_bit_checkpoints_in_float32_layers(rng: np.random.Generator, tmp_path: Path, dtype: str) -> None:
     """Mixed precision: 16-bit checkpoints are widened exactly."""
     theirs, direct, through_file = torch_model(rng, getattr(torch, dtype)), our_layers(), our_layers()
     load(direct, theirs.state_dict())
@@ -155,7 +155,7 @@ def test_every_float8_value_is_loaded_exactly(dtype: str, how: str, wanted: str)
 
 
 def freed() -> Any:
-    """As FSDP leaves its parameters."""
+    """A tensor without memory, as FSDP leaves its parameters."""
     tensor = torch.ones(3)
     tensor.untyped_storage().resize_(0)
     return tensor
@@ -167,7 +167,7 @@ def fake() -> Any:
     return FakeTensorMode().from_tensor(torch.ones(3))
 
 
-#: Tensors that cannot be loaded, and what is said of them.
+#: Tensors that cannot be loaded, and their errors.
 ODD: dict[str, tuple[Any, str]] = {
     "sparse": (lambda: torch.ones(3).to_sparse(), r"layout torch.sparse_coo.*to_dense\(\)"),
     "compressed": (lambda: torch.eye(3).to_sparse_csr(), r"layout torch.sparse_csr.*to_dense\(\)"),
@@ -186,12 +186,12 @@ ODD: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch, for what it calls beta or a prototype
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, about beta and prototype features
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("strict", [True, False])
 def test_tensors_without_numbers_are_refused(kind: str, strict: bool) -> None:
-    """By the name of their entry, with what to do; and nothing is loaded."""
+    """The error names the entry and says what to do; nothing is loaded."""
     make, said = ODD[kind]
     try:
         odd = make()
@@ -227,8 +227,8 @@ def test_tensors_with_numbers_are_loaded(kind: str) -> None:
     assert norm.weight.data.tolist() == norm.bias.data.tolist() == [1, 2, 3]
 
 
-def test_a_file_from_before_the_counter(rng: np.random.Generator, tmp_path: Path) -> None:
-    """As PyTorch 0.4.0 saved models: within a whole one, through a file."""
+def test_file_without_batch_counter(rng: np.random.Generator, tmp_path: Path) -> None:
+    """A whole model through a file, as PyTorch 0.4.0 saved it."""
     theirs, layers = torch_model(rng), our_layers()
     old = {key: value for key, value in theirs.state_dict().items() if not key.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "model.pt")
@@ -241,7 +241,7 @@ def test_a_file_from_before_the_counter(rng: np.random.Generator, tmp_path: Path
 
 
 def test_strict_within_the_prefix(rng: np.random.Generator) -> None:
-    """Errors name the checkpoint's own keys; a layer is not confused by one whose name begins like its own."""
+    """Errors name the checkpoint's own keys; another layer whose name begins alike does no harm."""
     state = torch_model(rng).state_dict()
     norm = our_layers()["body.blocks.1.norm"]
     before = bits(norm.state_dict())
@@ -260,7 +260,7 @@ def test_strict_within_the_prefix(rng: np.random.Generator) -> None:
         norm.load_state_dict(state | {"body.blocks.1.norm.bias": torch.ones(6)}, prefix="body.blocks.1.norm.")
     assert bits(norm.state_dict()) == before
     with pytest.raises(KeyError, match="unexpected"):
-        norm.load_state_dict(state)  # a whole model's, without saying where in it
+        norm.load_state_dict(state)  # a whole model's state, without a prefix
     norm.load_state_dict(state, prefix="body.blocks.1.norm.")
     norm.load_state_dict({"body.blocks.1.norm.weight": 3 * torch.ones(5)}, strict=False, prefix="body.blocks.1.norm.")
     assert norm.weight.data.tolist() == [3] * 5

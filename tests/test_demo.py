@@ -1,4 +1,4 @@
-"""The training example: gradients, what it claims of brightness and contrast, same seed same numbers, the command."""
+"""The training example: gradients, its claims on brightness and contrast, equal numbers for a seed, the command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loss_of(network: demo.Network, x: np.ndarray, labels: np.ndarray) -> float:
 def test_gradients_of_the_whole_network(normalise: bool) -> None:
     rng = np.random.default_rng(0)  # fixed: about one seed in a hundred steps over a kink of ReLU
     network = demo.Network(normalise, seed=1, dtype=np.float64, width=2)
-    for parameter in network.params():  # biases of zero put what ReLU silences exactly on its kink
+    for parameter in network.params():  # with zero biases, values that ReLU zeroes lie exactly on its kink
         parameter.data += 0.1 * rng.standard_normal(parameter.shape)
     x, labels = rng.random((3, 1, 8, 8)), rng.integers(0, demo.CLASSES, 3)
     _, gradient = demo.cross_entropy(network.forward(x), labels)
@@ -37,7 +37,7 @@ def test_gradients_of_the_whole_network(normalise: bool) -> None:
     for array, analytic in pairs:
         assert analytic is not None
         assert analytic.shape == array.shape
-        # Along one random direction: one number that every element of the gradient has a part in.
+        # Along one random direction: one number to which every element of the gradient contributes.
         direction = rng.standard_normal(array.shape)
         step, at = 1e-6, array.copy()
         ends = []
@@ -74,10 +74,10 @@ def test_only_the_normalised_network_ignores_brightness_and_contrast(rng: np.ran
         network = demo.Network(normalise, seed=0, dtype=np.float64, width=4)
         scores = network.forward(x)
         difference = np.abs(network.forward(0.5 * x + 0.3) - scores).max()
-        assert bool(difference < 1e-3) == normalise  # eps of the layer leaves a little
+        assert bool(difference < 1e-3) == normalise  # the layer's eps leaves a little
 
 
-def test_changed_images_clip() -> None:
+def test_changed_images_are_clipped() -> None:
     x = np.array([0.0, 0.25, 0.5, 1.0], np.float32)
     assert_equal(demo.changed(x, demo.CLEAN), x)
     assert_allclose(demo.changed(x, (0.25, 1.0)), [0.25, 0.5, 0.75, 1.0])
@@ -104,7 +104,7 @@ def test_training_learns_and_repeats_bit_for_bit() -> None:
 
 @pytest.mark.long
 @needs_extra
-def test_the_command_prints_a_table_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_a_table_and_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "new" / "digits.png"
     assert main(["train", "--device", "cpu", "--epochs", "1", "--out", str(target)]) == 0
     printed = capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @needs_extra
-def test_an_unusable_device_is_refused_with_the_reason(
+def test_unusable_device_is_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(devices, "gpu_status", lambda: (False, "no NVIDIA driver is installed"))
@@ -156,7 +156,7 @@ def test_wrong_options_are_refused(wrong: list[str], capsys: pytest.CaptureFixtu
     assert "usage:" in capsys.readouterr().err
 
 
-def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert "train" in printed

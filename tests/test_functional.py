@@ -59,7 +59,7 @@ def test_signatures_of_forward_and_backward() -> None:
 @pytest.mark.parametrize("affine", ["none", "weight", "bias", "both"])
 @pytest.mark.parametrize("statistics", ["input", "input, tracked", "running"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_combination_of_arguments(
+def test_argument_combinations(
     backend: Backend, rng: np.random.Generator, affine: str, statistics: str, dtype: Any
 ) -> None:
     host, weight, bias, mean = (normal(rng, s, dtype) for s in (SHAPE, (3,), (3,), (3,)))
@@ -116,7 +116,7 @@ def test_constant_plane_gives_the_bias(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1e3, 1e4, 1e5])
-def test_offsets_cost_no_digits(backend: Backend, rng: np.random.Generator, offset: float) -> None:
+def test_accuracy_with_large_offsets(backend: Backend, rng: np.random.Generator, offset: float) -> None:
     host = (rng.standard_normal((1, 2, 24, 25)) + offset).astype(np.float32)
     error = backend.host(cn.instance_norm(backend.array(host))) - reference.forward(host)
     assert np.abs(error).max() < 1e-6
@@ -165,7 +165,7 @@ def test_channels_last_stays_channels_last(backend: Backend, rng: np.random.Gene
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("input_layout", ["contiguous", "channels_last", "crop"])
-def test_out_of_every_layout(backend: Backend, rng: np.random.Generator, layout: str, input_layout: str) -> None:
+def test_layouts_of_out(backend: Backend, rng: np.random.Generator, layout: str, input_layout: str) -> None:
     host, dy = normal(rng, SHAPE), normal(rng, SHAPE)
     x = backend.array(LAYOUTS[input_layout](host))
     out = backend.array(LAYOUTS[layout](np.full(SHAPE, np.nan, np.float32)))
@@ -180,7 +180,7 @@ def test_out_of_every_layout(backend: Backend, rng: np.random.Generator, layout:
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
-def test_out_beside_the_input_in_the_same_memory(backend: Backend, rng: np.random.Generator, axis: int) -> None:
+def test_out_interleaved_with_the_input(backend: Backend, rng: np.random.Generator, axis: int) -> None:
     """x and out are every second slice of one array: nothing but out is written."""
     host = normal(rng, SHAPE)
     both = backend.array(np.repeat(host, 2, axis))
@@ -190,7 +190,7 @@ def test_out_beside_the_input_in_the_same_memory(backend: Backend, rng: np.rando
     assert_same(backend.host(both[even]), host)
 
 
-def test_out_may_be_the_input_under_another_view(backend: Backend, rng: np.random.Generator) -> None:
+def test_out_may_be_another_view_of_the_input(backend: Backend, rng: np.random.Generator) -> None:
     host = normal(rng, (3, 4, 5))
     x = backend.array(host.copy())[None]
     out = x.reshape(3, 4, 5).reshape(1, 3, 4, 5)  # the same memory; only the stride of the one sample may differ
@@ -215,7 +215,7 @@ def test_out_may_be_x_in_the_last_backward(backend: Backend, rng: np.random.Gene
     for ours, exact in zip(gradients, reference.backward(dy, host)[:3], strict=True):
         assert_close(backend.host(ours), exact, terms=host.size // ours.size)
     before = bits(x, g)
-    with pytest.raises(ValueError, match="out"):  # x is gone: a second answer would be wrong
+    with pytest.raises(ValueError, match="out"):  # x is overwritten: a second result would be wrong
         cn.instance_norm_backward(g, saved)
     assert bits(x, g) == before
 
@@ -227,7 +227,7 @@ def test_no_backward_after_the_input_is_overwritten(backend: Backend, rng: np.ra
         cn.instance_norm_backward(x, saved)
 
 
-#: Views of an array of (4, 6, 6, 6) that overlap its [:2, :3, :4, :5] without being it.
+#: Views of an array of (4, 6, 7, 6) that overlap its [:2, :3, :4, :5] but differ from it.
 OVERLAPS: dict[str, Callable[[Any], Any]] = {
     "shifted column": lambda a: a[:2, :3, :4, 1:],
     "shifted row": lambda a: a[:2, :3, 1:5, :5],
@@ -239,7 +239,7 @@ OVERLAPS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("kind", OVERLAPS)
-def test_out_that_overlaps_is_refused(backend: Backend, rng: np.random.Generator, kind: str) -> None:
+def test_overlapping_out_is_refused(backend: Backend, rng: np.random.Generator, kind: str) -> None:
     base = backend.array(normal(rng, (4, 6, 7, 6)))
     x, out = base[:2, :3, :4, :5], OVERLAPS[kind](base)
     mean, var = (backend.array(np.ones(3, np.float32)) for _ in range(2))
@@ -256,7 +256,7 @@ def test_out_that_overlaps_is_refused(backend: Backend, rng: np.random.Generator
     assert bits(base, mean, var) == before
 
 
-def test_out_over_a_parameter_is_refused(backend: Backend, rng: np.random.Generator) -> None:
+def test_out_overlapping_a_parameter_is_refused(backend: Backend, rng: np.random.Generator) -> None:
     x, out = backend.array(normal(rng, SHAPE)), backend.array(np.ones(SHAPE, np.float32))
     inside = out[0, 0, 0, :3]
     before = bits(x, out)
@@ -277,7 +277,7 @@ def test_out_over_a_parameter_is_refused(backend: Backend, rng: np.random.Genera
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
-def test_out_that_overlaps_itself_is_refused(backend: Backend, rng: np.random.Generator, axis: int) -> None:
+def test_self_overlapping_out_is_refused(backend: Backend, rng: np.random.Generator, axis: int) -> None:
     x = backend.array(normal(rng, SHAPE))
     small = np.zeros(SHAPE, np.float32).take([0], axis)
     out = np.lib.stride_tricks.as_strided(small, SHAPE, [0 if i == axis else s for i, s in enumerate(small.strides)])
@@ -286,7 +286,7 @@ def test_out_that_overlaps_itself_is_refused(backend: Backend, rng: np.random.Ge
     assert not small.any()
 
 
-#: Two slices of one array of 7, three elements each.
+#: Pairs of slices of an array of 7, three elements each.
 MEETING = {"the same": (np.s_[:3], np.s_[:3]), "shifted": (np.s_[:3], np.s_[2:5]), "steps": (np.s_[:6:2], np.s_[4:]),
            "reversed": (np.s_[:3], np.s_[4:1:-1])}  # fmt: skip
 APART = {"beside": (np.s_[:3], np.s_[3:6]), "between": (np.s_[:6:2], np.s_[1:7:2])}
@@ -295,14 +295,14 @@ APART = {"beside": (np.s_[:3], np.s_[3:6]), "between": (np.s_[:6:2], np.s_[1:7:2
 @pytest.mark.parametrize("slices", MEETING)
 @pytest.mark.parametrize("first", ["running_mean", "input", "residual", "weight", "bias"])
 @pytest.mark.parametrize("second", ["running_mean", "running_var"])
-def test_statistics_that_share_memory_are_refused(
+def test_statistics_sharing_memory_are_refused(
     backend: Backend, rng: np.random.Generator, first: str, second: str, slices: str
 ) -> None:
-    """Where they are updated: nothing has been written then. Where nothing is written, they may share it."""
+    """An update is refused before anything is written. Without an update, they may share memory."""
     if first == second:
         return
     given: dict[str, Any] = {name: backend.array(normal(rng, (2, 3, 4, 7))) for name in ("input", "residual")}
-    given |= dict.fromkeys(("weight", "bias"), backend.array(np.ones(3, np.float32)))  # these two may be one
+    given |= dict.fromkeys(("weight", "bias"), backend.array(np.ones(3, np.float32)))  # these two may share memory
     given |= {name: backend.array(np.ones(3, np.float32)) for name in ("running_mean", "running_var")}
     memory = given[first][1, 2, 3] if first in ("input", "residual") else backend.array(np.ones(7, np.float32))
     places = MEETING[slices]
@@ -324,7 +324,7 @@ def test_statistics_that_share_memory_are_refused(
 
 @pytest.mark.parametrize("slices", APART)
 @pytest.mark.parametrize("names", [("running_mean", "running_var"), ("bias", "running_mean")], ids=str)
-def test_statistics_may_lie_between_others(
+def test_statistics_may_be_interleaved(
     backend: Backend, rng: np.random.Generator, names: tuple[str, str], slices: str
 ) -> None:
     x = backend.array(normal(rng, SHAPE))
@@ -339,8 +339,8 @@ def test_statistics_may_lie_between_others(
 
 
 @on("cupy")
-def test_memory_that_others_own_is_compared_by_address(backend: Backend, rng: np.random.Generator) -> None:
-    """As it is where arrays come from another library, each in a memory object of its own."""
+def test_foreign_memory_is_compared_by_address(backend: Backend, rng: np.random.Generator) -> None:
+    """Arrays from another library each have a memory object of their own."""
     import cupy
 
     memory = backend.array(np.ones(7, np.float32))
@@ -358,7 +358,7 @@ def test_memory_that_others_own_is_compared_by_address(backend: Backend, rng: np
 
 
 @pytest.mark.parametrize("name", ["running_mean", "running_var"])
-def test_statistics_that_overlap_themselves_are_refused(backend: Backend, rng: np.random.Generator, name: str) -> None:
+def test_self_overlapping_statistics_are_refused(backend: Backend, rng: np.random.Generator, name: str) -> None:
     x = backend.array(normal(rng, SHAPE))
     once = np.lib.stride_tricks.as_strided(np.ones(1, np.float32), (3,), (0,))
     given = {key: backend.array(np.ones(3, np.float32)) for key in ("running_mean", "running_var")}
@@ -373,7 +373,7 @@ def test_statistics_that_overlap_themselves_are_refused(backend: Backend, rng: n
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((2, 3, 4, 4), "float32"), ((3, 4, 5), "float32"), (SHAPE, "float64"), (SHAPE, "float16")]
 )
-def test_out_that_does_not_fit_is_refused(backend: Backend, rng: np.random.Generator, shape: Any, dtype: str) -> None:
+def test_out_of_other_shape_or_dtype(backend: Backend, rng: np.random.Generator, shape: Any, dtype: str) -> None:
     x, out = backend.array(normal(rng, SHAPE)), backend.array(np.full(shape, 5, dtype))
     mean, var = (backend.array(np.ones(3, np.float32)) for _ in range(2))
     _, saved = cn.instance_norm_forward(x)
@@ -385,7 +385,7 @@ def test_out_that_does_not_fit_is_refused(backend: Backend, rng: np.random.Gener
 
 
 def test_read_only_arrays() -> None:
-    """NumPy alone has them."""
+    """Only NumPy has read-only arrays."""
     x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     ones = np.ones(3, np.float32)
     x.flags.writeable = ones.flags.writeable = False
@@ -461,7 +461,7 @@ def test_gradient_of_a_constant_dy_is_zero(backend: Backend, rng: np.random.Gene
     assert_allclose(backend.host(dx), 0, atol=2e-6)
 
 
-def test_saved_may_be_used_again(backend: Backend, rng: np.random.Generator) -> None:
+def test_saved_is_reusable(backend: Backend, rng: np.random.Generator) -> None:
     host, first, second = (normal(rng, SHAPE) for _ in range(3))
     weight = normal(rng, (3,))
     _, saved = cn.instance_norm_forward(backend.array(host), backend.array(weight))
@@ -484,7 +484,7 @@ def test_saved_is_small(backend: Backend, rng: np.random.Generator) -> None:
         assert_close(backend.host(saved.rstd), 1 / np.sqrt(var + 1e-5))
 
 
-def test_running_statistics_may_move_before_the_backward(backend: Backend, rng: np.random.Generator) -> None:
+def test_running_statistics_may_change_before_backward(backend: Backend, rng: np.random.Generator) -> None:
     host, dy, weight = normal(rng, SHAPE), normal(rng, SHAPE), normal(rng, (3,))
     mean, var = np.array([0, 1, 2], np.float32), np.array([1, 2, 3], np.float32)
     buffers = {"running_mean": backend.array(mean.copy()), "running_var": backend.array(var.copy())}
@@ -505,10 +505,10 @@ def test_x_and_dy_of_different_layouts(backend: Backend, rng: np.random.Generato
     assert_close(backend.host(cn.instance_norm_backward(g, saved)[0]), reference.backward(dy, host)[0])
 
 
-# What is refused
+# Refusals
 
 
-def test_backward_refuses_what_does_not_fit(backend: Backend, rng: np.random.Generator) -> None:
+def test_backward_refuses_invalid_arguments(backend: Backend, rng: np.random.Generator) -> None:
     x = backend.array(normal(rng, SHAPE))
     _, saved = cn.instance_norm_forward(x)
     with pytest.raises(TypeError, match="saved must be what instance_norm_forward returned"):
@@ -522,7 +522,7 @@ def test_backward_refuses_what_does_not_fit(backend: Backend, rng: np.random.Gen
 
 
 def test_arrays_of_other_classes_are_refused() -> None:
-    """Lists, masks and other subclasses: for every argument, with what to do."""
+    """Lists, masked arrays and other subclasses, for every argument; the error says what to do."""
     x, ones = np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.ones(3, np.float32)
     out, mean, var = np.full_like(x, 5), ones.copy(), ones.copy()
 
@@ -547,7 +547,7 @@ def test_arrays_of_other_classes_are_refused() -> None:
             cn.instance_norm(torch.from_numpy(x))
 
 
-def test_memory_maps_are_plain_arrays(tmp_path: Any, rng: np.random.Generator) -> None:
+def test_memory_mapped_input(tmp_path: Any, rng: np.random.Generator) -> None:
     host = normal(rng, SHAPE)
     np.save(tmp_path / "x.npy", host)
     x = np.load(tmp_path / "x.npy", mmap_mode="r")
@@ -583,7 +583,7 @@ def test_arrays_of_two_devices_are_refused(rng: np.random.Generator) -> None:
     "shape", [(1, 2, 300, 301), (2, 1, 70001), (1, 2, 3, 1, 30000), (3, 70, 1, 1001), (70001, 1, 1, 2), (2, 40001, 2)]
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_numpy_blocks_of_every_kind(rng: np.random.Generator, shape: Any, training: bool) -> None:
+def test_numpy_blocks(rng: np.random.Generator, shape: Any, training: bool) -> None:
     """Planes larger than a block, rows larger than a block, many channels, many samples: also in place."""
     c = shape[1]
     x, dy, weight = normal(rng, shape, np.float64), normal(rng, shape, np.float64), normal(rng, (c,), np.float64)

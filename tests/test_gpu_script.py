@@ -1,4 +1,4 @@
-"""The clock of bench/gpu.sh: what its parts may take together, shown with parts that never end."""
+"""The time limits of bench/gpu.sh, one by one and together, tested with parts that never end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACE = 2  # percent of its time limits
 
 pytestmark = [pytest.mark.full, pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")]
 
-#: A python that finds a GPU, and hangs whatever it is to measure; and a compute-sanitizer that tells how it is called.
+#: A python that finds a GPU and hangs at every measurement; a compute-sanitizer that prints its arguments and hangs.
 PYTHON = """#!/bin/sh
 case "$*" in
     *gpu_status*) echo "gpu: usable" ;;
@@ -30,7 +30,7 @@ exec sleep 100
 
 
 def _examined(folder: Path, stage: str) -> tuple[str, dict[str, float]]:
-    """What the script prints, and the time limit of each part, in seconds at its full pace."""
+    """Run a stage; return what the script prints, and the time limit of each part, in seconds at full pace."""
     for name, text in (("python", PYTHON), ("compute-sanitizer", SANITIZER)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -55,7 +55,7 @@ def _examined(folder: Path, stage: str) -> tuple[str, dict[str, float]]:
     ],
 )  # fmt: skip
 def test_parts_that_never_end(tmp_path: Path, stage: str, most: int, parts: list[str]) -> None:
-    """Each part is stopped, reported, and followed by the next; all together take no longer than is promised."""
+    """Each part is stopped, reported, and followed by the next; together they take no longer than promised."""
     said, limits = _examined(tmp_path, stage)
     assert list(limits) == parts, said
     assert sum(limits.values()) <= most
@@ -64,7 +64,7 @@ def test_parts_that_never_end(tmp_path: Path, stage: str, most: int, parts: list
 
 
 def _check_sanitizers(text: str) -> None:
-    """They see small cases alone: on all of them they would take an hour."""
+    """The sanitizers run small cases only: all cases would take an hour."""
     asked = re.findall(r"^asked: (.*)$", text, re.M)
     assert [line.split()[1] for line in asked] == ["memcheck", "racecheck"]
     for line in asked:

@@ -1,4 +1,4 @@
-"""What tests are written with: comparisons that bite and explain, covering arrays, tiers, seeds."""
+"""The test utilities: comparisons that detect and explain differences, covering arrays, tiers, seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def held(rows: list[Any], axes: dict[str, Any]) -> set[Any]:
     return {(i, row[i], j, row[j]) for row in rows for i, j in combinations(range(len(axes)), 2)}
 
 
-def test_a_covering_array_holds_every_pair_in_few_rows() -> None:
+def test_covering_array_holds_every_pair_in_few_rows() -> None:
     rows = covering(AXES)
     assert held(rows, AXES) == held(list(product(*AXES.values())), AXES)
     assert 12 <= len(rows) == len(set(rows)) <= 15
@@ -31,7 +31,7 @@ def test_rows_of_a_lower_tier_come_first() -> None:
     ranks = [row[3] == "e" and row[0] > 1 for row in rows]
     assert ranks == sorted(ranks)
     assert held(rows, AXES) == held(list(product(*AXES.values())), AXES)
-    # As the tests that are left out need few more: (2, "e") and (3, "e").
+    # Only two pairs need the higher tier: (2, "e") and (3, "e").
     assert sum(ranks) == 2
 
 
@@ -41,7 +41,7 @@ def explained(call: Any, *given: Any, **named: Any) -> str:
     return str(caught.value)
 
 
-def test_a_comparison_that_fails_says_where_and_how_far(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_of_a_failed_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
     actual = np.ones((2, 3, 4), np.float32)
     actual[1, 2, 0] += 2.0**-20
     actual[0, 1, 1] -= 2.0**-22
@@ -56,7 +56,7 @@ def test_a_comparison_that_fails_says_where_and_how_far(monkeypatch: pytest.Monk
     assert lines[5].strip() == "kernels   forward_warp_registers_128x1 of forward.cu (float32)"
 
 
-def test_bits_that_differ_are_told_by_their_place() -> None:
+def test_message_of_different_bits() -> None:
     one = np.arange(6, dtype=np.float32).reshape(2, 3)
     other = one.copy()
     other[1, 0] = -3
@@ -81,7 +81,7 @@ def test_bits_that_differ_are_told_by_their_place() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", BFLOAT16, "float32", "float64"], ids=str)
-def test_what_is_not_finite_is_compared(dtype: Any) -> None:
+def test_comparison_of_nan_and_infinity(dtype: Any) -> None:
     values = np.array([1, np.nan, np.inf, -np.inf], dtype)
     assert_within(values, values.astype(np.longdouble), 0.0)
     for place, wrong in ((0, np.nan), (0, np.inf), (1, 1), (1, np.inf), (2, 1), (2, -np.inf), (3, np.nan)):
@@ -95,7 +95,7 @@ def test_what_is_not_finite_is_compared(dtype: Any) -> None:
     assert "at (0,)" in explained(assert_within, np.array([np.nan], dtype), 4.0, math.nan)
 
 
-def test_bits_are_compared() -> None:
+def test_comparison_of_bits() -> None:
     values = np.array([0.0, 1.0, np.nan], np.float32)
     assert_same(values, values.copy())
     for other in (np.array([-0.0, 1, np.nan], np.float32), np.array([0, np.nextafter(np.float32(1), 2), np.nan], "f4")):
@@ -126,14 +126,14 @@ def test_seeds_differ_by_name_and_by_run(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seeds.choose("fresh") != seeds.choose("fresh")
 
 
-def test_backends_that_are_not_here_have_no_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_backends_have_no_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "missing", lambda name: "no such thing" if name in ("simt", "cupy") else "")
     assert [p.values[0] for p in backends.parameters(("numpy", "simt"))] == ["numpy"]
     (absent,) = backends.parameters(("simt", "cupy"))
     assert {mark.name for mark in absent.marks} == {"absent", "simt"}
 
 
-def test_launches_are_noted_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_are_recorded_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = SimpleNamespace(ready=lambda module, step, args: args)
     backends.note_launches(runtime, monkeypatch)
     facts = {"dtype": "float16", "kind": "channels_first", "group": "warp", "vector": 8, "skewed": True}

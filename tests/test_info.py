@@ -1,4 +1,4 @@
-"""`python -m cupynorm info` says what is there and what is not, and never raises."""
+"""`python -m cupynorm info` lists installed and missing parts, and never raises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cupynorm.__main__ import main
 
 
 class Broken(types.ModuleType):
-    """A module that is installed, and raises at every use."""
+    """An installed module that raises at every use."""
 
     def __getattr__(self, name: str) -> object:
         raise RuntimeError(f"{name} is broken")
@@ -31,7 +31,7 @@ def _fresh_status() -> Iterator[None]:
 
 
 def facts() -> dict[str, str]:
-    """The report, read back."""
+    """Parse the report."""
     read: dict[str, str] = {}
     label = ""
     width = max(map(len, info.FACTS)) + 2
@@ -41,7 +41,7 @@ def facts() -> dict[str, str]:
     return read
 
 
-def test_the_report_has_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_has_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
     read = facts()
     assert list(read) == list(info.FACTS)
     assert read["cupynorm"].startswith(cupynorm.__version__)
@@ -71,7 +71,7 @@ def test_with_a_broken_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "NVRTC" in read["missing"] or "more than one CuPy" in read["missing"]
 
 
-def test_with_a_driver_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_and_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setattr(info, "CUPY_PACKAGES", ())
     for version, extra in ((12040, "cuda12"), (13010, "cuda13")):
@@ -89,7 +89,7 @@ def test_with_a_driver_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "only the numpy backend works" in read["missing"]
 
 
-def test_two_cupys_are_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_cupy_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "cupy_packages", lambda: ["cupy-cuda12x==14.2.0", "cupy-cuda13x==14.2.0"])
     assert "pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install" in facts()["missing"]
 
@@ -103,7 +103,7 @@ def test_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rich" in read["missing"]
 
 
-def test_a_gpu_on_one_line() -> None:
+def test_line_of_a_gpu() -> None:
     properties = {"name": b"NVIDIA T4", "major": 7, "minor": 5, "totalGlobalMem": 15 * 2**30, "multiProcessorCount": 40}
     assert info.gpu(1, properties) == "cuda:1 NVIDIA T4, compute capability 7.5, 15.0 GiB, 40 SMs"
 
@@ -124,7 +124,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hidden" not in read["environment"]
 
 
-def test_the_home_folder_is_not_published(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folder_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     home = os.path.join(os.sep, "home", "someone")
     monkeypatch.setenv("HOME", home)
     monkeypatch.setenv("USERPROFILE", home)
@@ -132,7 +132,7 @@ def test_the_home_folder_is_not_published(monkeypatch: pytest.MonkeyPatch) -> No
     assert text == f"{os.path.join('~', 'x')} {home}else"
 
 
-def test_every_fact_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_facts_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> str:
         raise ValueError("no")
 

@@ -1,4 +1,4 @@
-"""The layers: what they hold, keep, save, move and refuse. Their results are in test_semantics and test_functional."""
+"""The layers: arrays, state, copies, devices, refusals. test_semantics and test_functional check their results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYERS = {1: cn.InstanceNorm1d, 2: cn.InstanceNorm2d, 3: cn.InstanceNorm3d}
 SHAPES = {1: (2, 3, 20), 2: (2, 3, 4, 5), 3: (2, 3, 2, 2, 5)}
 KEYS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 
-needs_no_gpu = pytest.mark.skipif(devices.gpu_status()[0], reason="shows what is said where there is no usable GPU")
+needs_no_gpu = pytest.mark.skipif(devices.gpu_status()[0], reason="tests the errors without a usable GPU")
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
@@ -52,7 +52,7 @@ def arrays_of(layer: Any) -> dict[str, Any]:
 
 
 def contents(layer: Any) -> dict[str, Any]:
-    """Copies of all that a call may change, for comparison."""
+    """Copies of everything that a call may change, for comparison."""
     grads = {f"{name} grad": p.grad for name, p in layer.namedparams()}
     return {
         name: None if array is None else (id(array), Bits(array)) for name, array in (arrays_of(layer) | grads).items()
@@ -116,7 +116,7 @@ def test_dtype_of_the_arrays(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["int32", bool, complex, "nonsense", ">f4", 3, "O"])
-def test_dtypes_that_are_refused(dtype: Any) -> None:
+def test_invalid_dtypes(dtype: Any) -> None:
     with pytest.raises(TypeError, match="float16, bfloat16, float32"):
         cn.InstanceNorm2d(3, dtype=dtype, device="cpu")
 
@@ -132,27 +132,27 @@ def test_documentation_names_the_rank(rank: int) -> None:
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:one", "cuda:-1", "CPU", "", "cpu:0"])
-def test_device_names_that_are_refused(device: str) -> None:
+def test_invalid_device_names(device: str) -> None:
     with pytest.raises(ValueError, match=r"device must be 'cpu', 'cuda', 'cuda:<number>' or None.*"):
         cn.InstanceNorm2d(3, device=device)
 
 
 @pytest.mark.parametrize("device", [0, True, ("cuda", 0), b"cpu"])
-def test_device_types_that_are_refused(device: Any) -> None:
+def test_invalid_device_types(device: Any) -> None:
     with pytest.raises(TypeError, match="device must be"):
         cn.InstanceNorm2d(3, device=device)
 
 
 @needs_no_gpu
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:3"])
-def test_gpu_that_is_not_there(device: str) -> None:
+def test_unusable_gpu(device: str) -> None:
     with pytest.raises(RuntimeError, match=f"device '{device}' is not usable: "):
         cn.InstanceNorm2d(3, device=device)
 
 
 @needs_no_gpu
 @pytest.mark.parametrize("device", [None, 0, "cuda", "cuda:0", np.int64(0)])
-def test_to_gpu_without_one(rng: np.random.Generator, device: Any) -> None:
+def test_to_gpu_without_a_gpu(rng: np.random.Generator, device: Any) -> None:
     layer = full()
     fill(layer, rng)
     before = contents(layer)
@@ -165,7 +165,7 @@ def test_to_gpu_without_one(rng: np.random.Generator, device: Any) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", -1, "gpu", True, 1.0, "0"])
-def test_to_gpu_of_what_is_none(device: Any) -> None:
+def test_to_gpu_of_invalid_devices(device: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="device"):
         full().to_gpu(device)
 
@@ -212,7 +212,7 @@ def test_moving_between_devices(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.gpu
-def test_none_takes_the_gpu() -> None:
+def test_default_device_is_the_gpu() -> None:
     import cupy
 
     assert isinstance(cn.InstanceNorm2d(3, affine=True).weight.data, cupy.ndarray)
@@ -224,7 +224,7 @@ def test_none_takes_the_gpu() -> None:
 
 
 @needs_no_gpu
-def test_none_takes_the_cpu_where_there_is_no_gpu() -> None:
+def test_default_device_without_a_gpu_is_the_cpu() -> None:
     assert type(cn.InstanceNorm2d(3, affine=True).weight.data) is np.ndarray
 
 
@@ -248,7 +248,7 @@ def test_data_is_never_rebound() -> None:
 
 
 @pytest.mark.parametrize("value", [1.0, [1.0], [1, 2], [[1, 2, 3]], np.ones((3, 1)), np.ones(0)])
-def test_data_of_another_shape_is_refused(value: Any) -> None:
+def test_data_of_wrong_shape_is_refused(value: Any) -> None:
     parameter = full().weight
     with pytest.raises(ValueError, match=r"\(3,\)"):
         parameter.data = value
@@ -256,7 +256,7 @@ def test_data_of_another_shape_is_refused(value: Any) -> None:
 
 
 def test_complex_data_is_refused(backend: Backend) -> None:
-    """From an array of the parameter's own kind, too."""
+    """Also from an array of the parameter's own kind."""
     parameter = full(device=backend.device).weight
     with pytest.raises(TypeError, match="data has dtype complex64; needed are real numbers"):
         parameter.data = backend.array(np.full(3, 2 + 1j, np.complex64))
@@ -285,8 +285,8 @@ def test_params_and_namedparams() -> None:
     assert list(cn.InstanceNorm2d(3, device="cpu").namedparams()) == []
 
 
-def test_a_training_loop_keeps_the_arrays(backend: Backend, rng: np.random.Generator) -> None:
-    """Gradient descent, done in both of the ways that people write it, lowers the loss and rebinds nothing."""
+def test_training_loop_keeps_the_arrays(backend: Backend, rng: np.random.Generator) -> None:
+    """Gradient descent, in both usual ways of writing it, lowers the loss and rebinds nothing."""
     layer = full(device=backend.device)
     kept = {name: id(array) for name, array in arrays_of(layer).items()}
     x, target = backend.array(normal(rng, SHAPES[2])), backend.array(normal(rng, SHAPES[2]))
@@ -334,7 +334,7 @@ def test_backward_twice_adds_twice(backend: Backend, rng: np.random.Generator) -
     assert_close(backend.host(layer.bias.grad), 2 * dbias, terms=2 * host.size // 3)
 
 
-def test_gradients_that_the_user_put_there(backend: Backend, rng: np.random.Generator) -> None:
+def test_gradients_set_by_the_user(backend: Backend, rng: np.random.Generator) -> None:
     layer = full(device=backend.device)
     host, dy = normal(rng, SHAPES[2]), normal(rng, SHAPES[2])
     layer.forward(backend.array(host))
@@ -346,7 +346,7 @@ def test_gradients_that_the_user_put_there(backend: Backend, rng: np.random.Gene
 
 
 @pytest.mark.parametrize("grad", [np.ones(4, np.float32), np.ones((), np.float32), np.ones((2, 3)), [0, 0, 0], 1.0])
-def test_gradients_that_cannot_be_added_to(rng: np.random.Generator, grad: Any) -> None:
+def test_invalid_gradients_are_refused(rng: np.random.Generator, grad: Any) -> None:
     layer = full()
     x = normal(rng, SHAPES[2])
     layer.forward(x)
@@ -363,8 +363,8 @@ def test_gradients_that_cannot_be_added_to(rng: np.random.Generator, grad: Any) 
 
 
 @pytest.mark.parametrize("other", ["bias.grad", "weight", "bias"])
-def test_gradients_that_share_memory_are_refused(backend: Backend, rng: np.random.Generator, other: str) -> None:
-    """Each addition would be to the other as well."""
+def test_gradients_sharing_memory_are_refused(backend: Backend, rng: np.random.Generator, other: str) -> None:
+    """Adding to one would add to the other as well."""
     layer = full(device=backend.device)
     x = backend.array(normal(rng, SHAPES[2]))
     layer.backward(layer.forward(x))
@@ -433,7 +433,7 @@ def test_out(backend: Backend, rng: np.random.Generator, batched: bool) -> None:
     x = backend.array(host.copy())
     assert layer.forward(x, out=x) is x
     assert_same(backend.host(x), backend.host(out))
-    with pytest.raises(ValueError, match="out"):  # the input is gone
+    with pytest.raises(ValueError, match="out"):  # the input is overwritten
         layer.backward(backend.array(dy))
 
     x, dx = backend.array(host.copy()), backend.array(dy.copy())
@@ -511,8 +511,8 @@ def test_other_classes_are_refused(rng: np.random.Generator, make: Callable[[np.
     assert contents(layer) == before
 
 
-def test_dtype_of_the_input_of_a_plain_layer(backend: Backend, rng: np.random.Generator) -> None:
-    """Without arrays of its own a layer takes every dtype."""
+def test_plain_layer_takes_every_dtype(backend: Backend, rng: np.random.Generator) -> None:
+    """A layer without arrays of its own takes every dtype."""
     layer = cn.InstanceNorm2d(3, device=backend.device)
     for dtype in (np.float16, BFLOAT16, np.float32, np.float64):
         host = normal(rng, SHAPES[2], dtype)
@@ -542,10 +542,10 @@ def test_modes(backend: Backend, rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("before", [True, False], ids=["a forward before", "none before"])
 @pytest.mark.parametrize("unbatched", [True, False])
-def test_nothing_is_kept_in_inference_mode(
+def test_inference_mode_frees_inputs(
     backend: Backend, rng: np.random.Generator, training: bool, before: bool, unbatched: bool
 ) -> None:
-    """Inputs, of this forward and of the one before, are gone as soon as the caller has no more use for them."""
+    """Inputs of this forward and of the one before are freed as soon as the caller drops them."""
     shape = SHAPES[2][unbatched:]
     layers = [
         full(device=backend.device, activation="relu").train(training),
@@ -571,7 +571,7 @@ def test_nothing_is_kept_in_inference_mode(
 
 
 def test_saved_outlives_inference_mode(backend: Backend, rng: np.random.Generator) -> None:
-    """What the caller took of an earlier forward is still good; so is what the function gives within the mode."""
+    """`saved` of an earlier forward stays valid; so does `saved` of the function within the mode."""
     layer, twin = full(device=backend.device), full(device=backend.device)
     x, dy = (backend.array(normal(rng, SHAPES[2])) for _ in range(2))
     expected = backend.host(twin.backward(dy)) if twin.forward(x) is not None else None
@@ -584,8 +584,8 @@ def test_saved_outlives_inference_mode(backend: Backend, rng: np.random.Generato
         assert_same(backend.host(cn.instance_norm_backward(dy, given)[0]), expected)
 
 
-def test_what_a_backward_says(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """inference_mode is only spoken of where it is the reason."""
+def test_backward_error_after_inference_mode(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names inference_mode only if that is the reason."""
     x = normal(rng, SHAPES[2])
     layer = full()
     with cn.inference_mode():
@@ -603,7 +603,7 @@ def test_what_a_backward_says(rng: np.random.Generator, monkeypatch: pytest.Monk
 
 
 def keeps() -> bool:
-    """Whether a layer keeps something of a forward here."""
+    """True if a layer saves a forward here."""
     layer = cn.InstanceNorm1d(1, device="cpu")
     layer.forward(np.arange(4, dtype=np.float32)[None])
     return layer.saved is not None
@@ -655,12 +655,12 @@ def test_inference_mode_as_a_decorator() -> None:
 
 
 @pytest.mark.parametrize("mode", [None, 1, "yes", keeps, np.True_], ids=["None", "1", "yes", "function", "np.True_"])
-def test_modes_that_are_refused(mode: Any) -> None:
+def test_invalid_inference_modes(mode: Any) -> None:
     with pytest.raises(TypeError, match=r"mode must be a bool.*@cupynorm.inference_mode\(\)"):
         cn.inference_mode(mode)
 
 
-def test_inference_mode_is_of_the_thread() -> None:
+def test_inference_mode_is_local_to_the_thread() -> None:
     entered, done = threading.Event(), threading.Event()
     seen: dict[str, list[bool]] = {"within": [], "beside": []}
 
@@ -686,8 +686,8 @@ def test_inference_mode_is_of_the_thread() -> None:
     assert seen == {"within": [False], "beside": [True] * 2}
 
 
-def test_inference_mode_is_of_the_task() -> None:
-    """A task that awaits within the mode leaves the others out of it."""
+def test_inference_mode_is_local_to_the_task() -> None:
+    """A task that awaits within the mode does not put other tasks into it."""
 
     async def task(within: bool, turns: list[bool]) -> None:
         with cn.inference_mode(within):
@@ -706,7 +706,7 @@ def test_inference_mode_is_of_the_task() -> None:
 # Other forwards
 
 
-def test_an_overridden_forward_is_called(rng: np.random.Generator) -> None:
+def test_overridden_forward_is_called(rng: np.random.Generator) -> None:
     class Doubled(cn.InstanceNorm2d):
         def forward(self, x: Any, *, out: Any = None) -> Any:
             return 2 * super().forward(x, out=out)
@@ -767,7 +767,7 @@ def test_loading_casts(rng: np.random.Generator, dtype: Any) -> None:
         assert_equal(array, expected.astype(array.dtype))
 
 
-def test_loading_keeps_gradients_and_the_last_forward(rng: np.random.Generator) -> None:
+def test_loading_keeps_gradients_and_last_forward(rng: np.random.Generator) -> None:
     layer = full()
     x = normal(rng, SHAPES[2])
     layer.backward(layer.forward(x))
@@ -780,7 +780,7 @@ def test_loading_keeps_gradients_and_the_last_forward(rng: np.random.Generator) 
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_a_reset_of_read_only_arrays_changes_nothing(rng: np.random.Generator, name: str) -> None:
+def test_reset_of_read_only_arrays_changes_nothing(rng: np.random.Generator, name: str) -> None:
     layer = full()
     fill(layer, rng)
     before = contents(layer)
@@ -789,7 +789,7 @@ def test_a_reset_of_read_only_arrays_changes_nothing(rng: np.random.Generator, n
         layer.reset_parameters()
     if name in ("weight", "bias"):
         assert contents(layer) == before
-        layer.reset_running_stats()  # these are not its affair
+        layer.reset_running_stats()  # writes neither of these
         assert layer.running_var.tolist() == [1, 1, 1]
     else:
         with pytest.raises(ValueError, match="read-only"):
@@ -798,7 +798,7 @@ def test_a_reset_of_read_only_arrays_changes_nothing(rng: np.random.Generator, n
 
 
 @pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, np.float64], ids=str)
-def test_a_reset_of_other_dtypes(rng: np.random.Generator, dtype: Any) -> None:
+def test_reset_of_other_dtypes(rng: np.random.Generator, dtype: Any) -> None:
     layer = full(dtype=dtype)
     fill(layer, rng)
     layer.reset_parameters()
@@ -807,7 +807,7 @@ def test_a_reset_of_other_dtypes(rng: np.random.Generator, dtype: Any) -> None:
     ]
 
 
-def test_a_reset_keeps_the_last_forward(rng: np.random.Generator) -> None:
+def test_reset_keeps_last_forward(rng: np.random.Generator) -> None:
     layer = full()
     layer.forward(normal(rng, SHAPES[2]))
     saved = layer.saved
@@ -817,7 +817,7 @@ def test_a_reset_keeps_the_last_forward(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", KEYS)
-def test_one_bad_entry_and_nothing_is_loaded(rng: np.random.Generator, name: str, strict: bool) -> None:
+def test_one_bad_entry_loads_nothing(rng: np.random.Generator, name: str, strict: bool) -> None:
     layer = full()
     before = contents(layer)
     state = {key: array + 3 for key, array in full().state_dict().items()}
@@ -831,7 +831,7 @@ def test_one_bad_entry_and_nothing_is_loaded(rng: np.random.Generator, name: str
         assert contents(layer) == before
 
 
-def test_strict_and_not(rng: np.random.Generator) -> None:
+def test_strict_and_lenient_loading(rng: np.random.Generator) -> None:
     layer = full()
     before = contents(layer)
     for state in ({}, {"weight": np.zeros(3)}, {**layer.state_dict(), "other": np.zeros(3)}):
@@ -850,7 +850,7 @@ def test_strict_and_not(rng: np.random.Generator) -> None:
 @pytest.mark.skipif(torch is None, reason="needs PyTorch")
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("arguments", [{"affine": True, "track_running_stats": True}, {"affine": True}, {}], ids=str)
-def test_state_of_a_torch_module(rng: np.random.Generator, rank: int, arguments: dict[str, Any]) -> None:
+def test_state_of_torch_module(rng: np.random.Generator, rank: int, arguments: dict[str, Any]) -> None:
     theirs = getattr(torch.nn, f"InstanceNorm{rank}d")(3, **arguments)
     for values in theirs.state_dict().values():
         if values.ndim:
@@ -898,13 +898,13 @@ def test_copies(backend: Backend, rng: np.random.Generator, how: str, protocol: 
     layer.backward(x)
 
 
-def test_a_plain_layer_can_be_copied_and_pickled_small(rng: np.random.Generator) -> None:
+def test_pickle_of_plain_layer_is_small(rng: np.random.Generator) -> None:
     layer = cn.InstanceNorm2d(3, device="cpu")
     layer.forward(normal(rng, (2, 3, 100, 100)))
     assert len(pickle.dumps(layer)) < 2000  # without the input of the last forward
 
 
-def test_import_of_everything_public() -> None:
+def test_public_names() -> None:
     assert {"InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "Parameter", "instance_norm"} <= set(cn.__all__)
     assert {"instance_norm_forward", "instance_norm_backward"} <= set(cn.__all__)
     for name in cn.__all__:
@@ -912,8 +912,8 @@ def test_import_of_everything_public() -> None:
         assert inspect.getdoc(getattr(cn, name))
 
 
-def test_warnings_of_bad_input_come_with_no_result(rng: np.random.Generator) -> None:
-    """Where warnings are errors, a warning leaves the layer as it was."""
+def test_warning_as_error_changes_nothing(rng: np.random.Generator) -> None:
+    """If warnings are errors, a warning leaves the layer as it was."""
     layer = cn.InstanceNorm2d(3, device="cpu")
     x = normal(rng, SHAPES[2])
     layer.forward(x)

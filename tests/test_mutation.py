@@ -1,4 +1,4 @@
-"""The tool that breaks the code (mutation.py): what it finds in small sources, and that a sample is the same again."""
+"""The mutation tool (mutation.py): the mutants of small sources, reproducible samples, its selection of tests."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_mutants_of_a_python_module() -> None:
     }  # fmt: skip
 
 
-def test_what_fetches_memory_ahead_is_left_as_it_is() -> None:
+def test_prefetches_are_not_mutated() -> None:
     assert not changes(
         "cupynorm/a.py",
         """
@@ -89,7 +89,7 @@ def f(x, o, lo, hi):
 
 @pytest.mark.full
 @pytest.mark.parametrize("part", mutation.PARTS)
-def test_every_python_mutant_can_be_parsed_and_has_a_name_of_its_own(part: str) -> None:
+def test_python_mutants_parse_and_have_unique_names(part: str) -> None:
     names = []
     for file in mutation.PARTS[part]:
         text = (mutation.ROOT / file).read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ def test_every_python_mutant_can_be_parsed_and_has_a_name_of_its_own(part: str) 
     assert len(names) == len(set(names)) > 1000
 
 
-def test_a_sample_can_be_repeated_and_made_larger() -> None:
+def test_samples_are_reproducible_and_nested() -> None:
     mutants = mutation.mutants_of("kernels/a.cu", KERNEL)
     assert mutation.sample(mutants, 9, 3)[:5] == mutation.sample(mutants, 5, 3) != mutation.sample(mutants, 5, 4)
     assert mutation.sample(mutants, None, 3) == mutants
@@ -120,8 +120,8 @@ def test_recorded_survivors_are_mutants_with_a_reason() -> None:
         assert re.match(r"equivalent: |unobservable: |unseen: ", reason), name
 
 
-def test_the_first_tests_of_what_groups_of_blocks_do_are_there() -> None:
-    """By the names of the devices that a case needs for a cluster, and for a grid."""
+def test_first_stage_of_clusters_and_grids_selects_cases() -> None:
+    """The first stage of kernels/group.cuh selects cases by the devices that clusters and grids need."""
     expression = " ".join(mutation.stages(mutation.Mutant("kernels/group.cuh", 1, 0, 1, "", "", ""))[0])
     words = re.findall(r"\((\w+) or (\w+)\)", expression)[0]
     names = [str(case) for case in cases.variants(turns=True) if case.dtype == "float32"]
@@ -137,11 +137,11 @@ def test_interval() -> None:
 @pytest.mark.parametrize(("old", "new", "how"), [
     ("FEW_THREADS = ", "1 / 0\nFEW_THREADS = ", "invalid"), ("FEW_THREADS = 128", "FEW_THREADS = 64", "killed"),
 ])  # fmt: skip
-def test_what_cannot_be_imported_is_no_mutant(tmp_path: Path, old: str, new: str, how: str) -> None:
+def test_import_failure_is_no_mutant(tmp_path: Path, old: str, new: str, how: str) -> None:
     copy, file = mutation.Copy(tmp_path, 0), "cupynorm/cuda/plan.py"
     text = (copy.root / file).read_text(encoding="utf-8")
     start = text.index(old)
     mutant = mutation.Mutant(file, 1, start, start + len(old), new, "", "")
-    limits = dict.fromkeys(mutation.stages(mutant), 120.0)  # so none is run on the code as it is first
+    limits = dict.fromkeys(mutation.stages(mutant), 120.0)  # so that no stage runs on the unchanged code first
     assert copy.test(mutant, limits).split()[0] == how
     assert (copy.root / file).read_text(encoding="utf-8") == text

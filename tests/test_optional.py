@@ -1,4 +1,4 @@
-"""Optional packages of the tests: absent in whatever way they fail, and not in others."""
+"""Optional packages of the tests: any failure at import counts as missing, a warning does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", [*BROKEN, "missing"])
-def test_what_fails_at_import_counts_as_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_failure_at_import_counts_as_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     module = f"cupynorm_test_{name}"
     if name in BROKEN:
         (tmp_path / f"{module}.py").write_text(BROKEN[name] + "\n", encoding="utf-8")
@@ -30,8 +30,8 @@ def test_what_fails_at_import_counts_as_absent(tmp_path: Path, monkeypatch: pyte
     assert skipped.value.allow_module_level
 
 
-def test_what_warns_at_import_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although warnings are errors of the tests."""
+def test_warning_at_import_counts_as_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although warnings are errors in the tests."""
     text = "import warnings\nwarnings.warn('old', DeprecationWarning)\nvalue = 5\n"
     (tmp_path / "cupynorm_test_warns.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,4 @@
-"""The package as it is shipped: what an import does, what the archives hold, and what pyproject.toml says."""
+"""The package as shipped: its import, the contents of its archives, the facts of pyproject.toml."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(cn.__file__).resolve().parent
 
-#: A GPU that is there must not be seen.
+#: Hides any GPU.
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-#: And where a package is new, numba would take seconds.
+#: Without numba, too, which takes seconds for a new copy of the package.
 NUMPY_ALONE = NO_GPU | {"CUPYNORM_COMPILED": "0"}
 
 BLOCKERS = {
@@ -54,7 +54,7 @@ assert layer.backward(y).shape == (2, 3, 4, 5)
 def python(
     code: str, *, path: Path | None = PACKAGE.parent, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> str:
-    """What a fresh interpreter prints, which must succeed and write no error."""
+    """Run code in a fresh interpreter, which must succeed and write nothing to stderr; return what it prints."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "CUPYNORM", "COV"))}
     environment |= {"PYTHONPATH": str(path)} if path else {}
     done = subprocess.run(
@@ -79,7 +79,7 @@ def test_import_prints_nothing() -> None:
     assert python("import cupynorm", env=NO_GPU) == ""
 
 
-def test_no_driver_means_no_cupy() -> None:
+def test_cupy_is_not_imported_without_a_driver() -> None:
     assert python(USE + "import sys; print('cupy' in sys.modules)", env=NUMPY_ALONE).split() == ["False"]
 
 
@@ -185,7 +185,7 @@ class Built:
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
-    """Call setuptools as a build front end does, without isolation: the archive is made in `target`."""
+    """Call setuptools as a build front end does, without isolation; return the archive, made in `target`."""
     code = f"import setuptools.build_meta as b, sys; b.build_{kind}(sys.argv[1])"
     command = [sys.executable, "-c", code, str(target)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=300, check=False)
@@ -194,13 +194,13 @@ def build(kind: str, source: Path, target: Path) -> Path:
     return archive
 
 
-#: Archives are built once for each process that tests.
+#: Each test process builds the archives once.
 archives = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """sdist, and the wheel made from the sdist."""
+    """The sdist, and the wheel made from the sdist."""
     try:
         version = importlib.metadata.version("setuptools")
     except importlib.metadata.PackageNotFoundError:
@@ -235,7 +235,7 @@ def test_names_of_the_archives(built: Built) -> None:
 
 @archives
 def test_contents_of_the_wheel(built: Built) -> None:
-    """The package and the CUDA sources, each file of them, and nothing else."""
+    """Every file of the package and of the CUDA sources, and nothing else."""
     with zipfile.ZipFile(built.wheel) as archive:
         names = set(archive.namelist())
     info = f"cupynorm-{cn.__version__}.dist-info"
@@ -264,7 +264,7 @@ def test_metadata_of_the_wheel(built: Built) -> None:
 
 
 @archives
-def test_the_sdist_holds_what_a_build_needs(built: Built) -> None:
+def test_contents_of_the_sdist(built: Built) -> None:
     with tarfile.open(built.sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     kernels = {f"kernels/{p.name}" for p in (ROOT / "kernels").iterdir() if p.suffix in (".cu", ".cuh")}
@@ -282,14 +282,14 @@ print(source.kernel_folder())
 
 
 @archives
-def test_an_installed_package_finds_its_kernels(built: Built, tmp_path: Path) -> None:
+def test_installed_package_finds_its_kernels(built: Built, tmp_path: Path) -> None:
     module, kernels = python(FIND + USE, path=built.installed, cwd=tmp_path, env=NUMPY_ALONE).splitlines()
     assert Path(module) == built.installed / "cupynorm/__init__.py"
     assert Path(kernels) == built.installed / "cupynorm/kernels"
 
 
 @archives
-def test_a_checkout_finds_its_kernels(built: Built, tmp_path: Path) -> None:
+def test_checkout_finds_its_kernels(built: Built, tmp_path: Path) -> None:
     for path, cwd in ((built.checkout, tmp_path), (Path("."), built.checkout)):
         module, kernels = python(FIND + USE, path=path, cwd=cwd, env=NUMPY_ALONE).splitlines()
         assert (cwd / module).resolve() == built.checkout / "cupynorm/__init__.py"
@@ -297,11 +297,11 @@ def test_a_checkout_finds_its_kernels(built: Built, tmp_path: Path) -> None:
 
 
 @archives
-def test_an_editable_install_finds_its_kernels(built: Built, tmp_path: Path) -> None:
+def test_editable_install_finds_its_kernels(built: Built, tmp_path: Path) -> None:
     (tmp_path / "wheel").mkdir()
     with zipfile.ZipFile(build("editable", built.checkout, tmp_path / "wheel")) as archive:
         archive.extractall(tmp_path / "site")
-    # The tests may themselves run from an editable install: this one takes its place.
+    # The tests may run from an editable install themselves: replace it.
     code = f"""
 import site, sys
 for finder in [f for f in sys.meta_path if getattr(f, "__module__", "").startswith("__editable__")]:
@@ -363,8 +363,8 @@ def test_typed_and_licensed() -> None:
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").startswith("MIT License")
 
 
-def test_hints_name_extras_that_exist(project: dict[str, Any]) -> None:
-    """What a message tells the user to install can be installed."""
+def test_messages_name_existing_extras(project: dict[str, Any]) -> None:
+    """Every extra that a message names exists."""
     for file in (ROOT / "cupynorm").rglob("*.py"):
         for names in re.findall(r"cupynorm\[([\w,]+)\]", file.read_text(encoding="utf-8")):
             assert set(names.split(",")) <= set(project["optional-dependencies"]), file

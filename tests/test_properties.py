@@ -1,6 +1,6 @@
-"""Odd inputs, found by hypothesis: each works as the reference says, or is refused with a clear error and no trace.
+"""Odd inputs drawn by hypothesis: each gives the reference's result, or is refused with a clear error and no change.
 
-What once failed is kept as an @example. A failure prints what reproduces it.
+Past failures are kept in PAST. A failure prints code that reproduces it.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from hypothesis import strategies as st
 import cupynorm as cn
 from cupynorm import devices
 
-#: The device that plans are for: small, so that small planes reach most regimes.
+#: The device to plan for: small, so that small planes reach most regimes.
 DEVICE = cases.SMALL_DEVICE
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-FUNCTION = HealthCheck.function_scoped_fixture  # the backend stays the same through all examples, and is meant to
+FUNCTION = HealthCheck.function_scoped_fixture  # all examples share the backend, as intended
 
-#: Few kinds of call where each is compiled for itself.
+#: Few kinds of call, for backends that compile each kind separately.
 PLAIN = {"dtype": "float32", "activation": None, "residual": None}
 
 
 def checks(most: int) -> Any:
-    """So many examples in the full tier, a quarter by default, 20 times as many in the nightly one; the same ones for a
-    seed. Slow ones are no failures."""
+    """Draw `most` examples in the full tier, a quarter by default, 20 times as many in the nightly one; the same ones
+    for a seed. Slow examples are no failures."""
     asked = settings(
         max_examples=amount(most // 4 + 1, most, 20 * most),
         deadline=None, print_blob=True, database=None,
@@ -65,18 +65,18 @@ def shapes(draw: Any, least: int = 0) -> tuple[int, ...]:
     return tuple(sizes[i] for i in order)
 
 
-#: How an array lies in memory; draw: what chooses.
+#: The memory layouts of `laid`.
 LAYOUTS = ("dense", "fortran", "permuted", "channels_last", "steps", "negative", "zero", "overlapping", "unaligned",
            "records", "bytes", "memmap", "readonly", "buffer")  # fmt: skip
 
 
-#: Those whose elements lie at multiples of their size: a GPU accesses no others.
+#: Layouts whose elements lie at multiples of their size: a GPU accesses no others.
 ALIGNED = tuple(layout for layout in LAYOUTS if layout not in ("unaligned", "records"))
-CUPY_RANK = 25  # axes that CuPy's own kernels, which make copies, can have
+CUPY_RANK = 25  # most axes that CuPy's own copy kernels support
 
 
 def laid(draw: Any, values: np.ndarray, layout: str, folder: Any) -> np.ndarray:
-    """An array in a layout, with these values; 'zero' and 'overlapping' ones repeat some of them."""
+    """Return an array of these values in a layout; 'zero' and 'overlapping' repeat some of them."""
     rank = values.ndim
     axes = draw(st.integers(0, rank - 1))
     if layout == "fortran":
@@ -126,7 +126,7 @@ def laid(draw: Any, values: np.ndarray, layout: str, folder: Any) -> np.ndarray:
     return values
 
 
-#: Data that is easy, and hard.
+#: Easy and hard data.
 DATA = ("normal", "offset", "constant", "nan", "inf", "both", "zeros")
 
 
@@ -147,13 +147,13 @@ def filled(draw: Any, shape: tuple[int, ...], dtype: str, data: str) -> np.ndarr
 
 
 def within(actual: np.ndarray, expected: np.ndarray, scale: Any, dtype: str, stored: str | None = None) -> None:
-    """A few roundings from the reference, relative to scale: those of storage, and of what is computed in."""
+    """Assert agreement with the reference to a few roundings, of storage and of computation, relative to scale."""
     allowed = 2 * ROUNDING[stored or dtype] + 32 * ROUNDING["float64" if dtype == "float64" else "float32"]
     cases.within(actual, expected, np.maximum(np.abs(scale), 1e-3), allowed, "result")
 
 
 def good_planes(*arrays: np.ndarray | None) -> np.ndarray:
-    """Which planes have nothing but finite numbers in all of these arrays."""
+    """Mask of the planes that are finite in all of these arrays."""
     present = [a for a in arrays if a is not None]
     good = np.ones(present[0].shape[:2], bool)
     for a in present:
@@ -168,7 +168,7 @@ def of_planes(values: np.ndarray | None, like: np.ndarray) -> Any:
 
 
 def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[str, Any]) -> None:
-    """Forward and backward of a drawn call."""
+    """Check forward and backward of a drawn call."""
     draw = data.draw
 
     def drawn(name: str, strategy: Any) -> Any:
@@ -244,7 +244,7 @@ def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[s
     if training and activation is None:
         assert np.isnan(reference.wide(y_)[bad]).all()  # a plane with NaN or infinity is NaN, and no other
     if training and momentum:
-        # Of a channel whose planes are finite; the others' are as poisoned as their batch.
+        # Channels whose planes are all finite have finite statistics; the other channels do not.
         moved_mean, moved_var = (reference.wide(backend.host(a)) for a in (mean, var))
         fine = good_planes(x_).all(0)
         m, v = reference.moved(mean_, var_, np.nan_to_num(reference.wide(x_), posinf=0, neginf=0), momentum)
@@ -257,7 +257,7 @@ def check_call(backend: Backend, data: st.DataObject, folder: Any, fixed: dict[s
         assert bits(mean, var) == bits(mean_, var_)
 
     dy_ = laid(draw, filled(draw, shape, dtype, draw(st.sampled_from(DATA))), draw(layouts), folder / "d")
-    if activation in ("relu", "leaky_relu"):  # not where rounding decides on which side of a kink an element is
+    if activation in ("relu", "leaky_relu"):  # no gradient where rounding decides the side of the kink
         near = np.abs(np.nan_to_num(reference.wide(z))) <= 1e-3 + 0.02 * (dtype in ("float16", "bfloat16"))
         dy_ = np.where(near, dy_.dtype.type(0), dy_)
     dy = backend.array(dy_)
@@ -312,8 +312,8 @@ def test_any_call(backend: Backend, tmp_path_factory: Any, data: st.DataObject) 
     check_call(backend, data, folder, fixed)
 
 
-#: What once failed, or took a way of its own: one element with infinities and an activation, 0-size, rank 64, bfloat16
-#: NaN, a broadcast residual, planes of NaN of which only some are.
+#: Past failures and special paths: one element with infinities and an activation, 0-size, rank 64, bfloat16 NaN, a
+#: broadcast residual, NaN in some planes only.
 PAST: list[dict[str, Any]] = [
     {"shape": (1, 1, 1), "dtype": "float16", "data": "inf", "training": False, "activation": "silu"},
     {"shape": (1, 1, 1, 1), "dtype": "bfloat16", "data": "nan", "training": False, "activation": None},
@@ -332,7 +332,7 @@ PAST: list[dict[str, Any]] = [
 @checks(5)
 @given(data=st.data())
 def test_past_failures(backend: Backend, tmp_path_factory: Any, fixed: dict[str, Any], data: st.DataObject) -> None:
-    """The corpus: whatever failed, with all else drawn."""
+    """The corpus of past failures; everything else is drawn."""
     if backend.name == "compiled":
         fixed = {**fixed, **PLAIN, "layouts": ("dense", "channels_last")}
         fixed.pop("layout", None)
@@ -340,7 +340,7 @@ def test_past_failures(backend: Backend, tmp_path_factory: Any, fixed: dict[str,
         fixed = {**fixed, **PLAIN}
     if backend.name == "cupy":
         if len(fixed["shape"]) > CUPY_RANK or fixed.get("layout", "dense") not in ALIGNED:
-            pytest.skip("not to be had on a GPU")
+            pytest.skip("a GPU has no such array")
         fixed = {**fixed, "layouts": ALIGNED}
     folder = tmp_path_factory.mktemp("maps")
     for sub in "rd":
@@ -348,13 +348,13 @@ def test_past_failures(backend: Backend, tmp_path_factory: Any, fixed: dict[str,
     check_call(backend, data, folder, fixed)
 
 
-# Where results go
+# out
 
 
 @checks(60)
 @given(data=st.data())
 def test_any_out(backend: Backend, data: st.DataObject) -> None:
-    """A result is written where it is asked for and nowhere else; or the call is refused and nothing is written."""
+    """A result is written to out and nowhere else, or the call is refused and nothing is written."""
     draw = data.draw
     compiled = backend.name == "compiled"
     one_dtype = compiled or (backend.name == "simt" and tiers.asked == "default")
@@ -368,7 +368,7 @@ def test_any_out(backend: Backend, data: st.DataObject) -> None:
     itemsize, shape = kind.itemsize, (n, c, h + 1, w)
 
     def view(name: str) -> Any:
-        """An array of the shape anywhere in the memory: any order of axes, steps, turns and starts."""
+        """An array of the shape anywhere in the memory: any order of axes, step, direction and start."""
         order = draw(st.permutations(range(4)), label=f"order of {name}") if not compiled else range(4)
         strides, step = [0] * 4, draw(st.sampled_from([1, 1, 1, 2])) if not compiled else 1
         for axis in reversed(order):
@@ -413,7 +413,7 @@ def test_any_out(backend: Backend, data: st.DataObject) -> None:
         expected = reference.forward(x_, None, ones, running=running, residual=residual_)
         xhat = reference.forward(x_, running=running)
         scale = 2 + np.abs(xhat) + (0 if residual_ is None else np.abs(reference.wide(residual_)))
-        near = reference.statistics(x_)[1].min() < 1e-4 if training else False  # digits are other tests' affair
+        near = reference.statistics(x_)[1].min() < 1e-4 if training else False  # other tests check the digits
         if not near:
             within(backend.host(out), expected, scale, dtype)
     # Nothing but out has been written.
@@ -428,7 +428,7 @@ def test_any_out(backend: Backend, data: st.DataObject) -> None:
     assert after[others].tobytes() == np.frombuffer(before, kind)[others].tobytes()
 
 
-# What is refused
+# Refusals
 
 
 def _swapped(a: np.ndarray) -> np.ndarray:
@@ -461,8 +461,8 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("role", ["x", "residual", "weight", "bias", "running_mean", "running_var", "out", "dy", "dx"])
-def test_other_kinds_of_arrays_are_refused(backend: Backend, rng: np.random.Generator, kind: str, role: str) -> None:
-    """In every place of a call; the error names the place."""
+def test_unsupported_arrays_are_refused(backend: Backend, rng: np.random.Generator, kind: str, role: str) -> None:
+    """For every argument of a call; the error names the argument."""
     plane, channel = rng.normal(size=(2, 3, 4, 5)).astype(np.float32), rng.normal(size=3).astype(np.float32)
     whole = role in ("x", "residual", "out", "dy", "dx")
     bad = REFUSED[kind](plane if whole else channel)
@@ -482,8 +482,8 @@ def test_other_kinds_of_arrays_are_refused(backend: Backend, rng: np.random.Gene
 
 
 @pytest.mark.parametrize("shape", [(2, 2**17, 2**17, 2**17), (2, 3, 2**20, 2**30)])
-def test_results_that_no_memory_can_hold(shape: Any) -> None:
-    """A broadcast input may stand for more than there is: an error, and statistics as they were."""
+def test_results_too_large_for_memory(shape: Any) -> None:
+    """A broadcast input may represent more than memory holds: an error, and unchanged statistics."""
     x = np.broadcast_to(np.float32(1), shape)
     mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
     with pytest.raises((MemoryError, ValueError)):

@@ -1,4 +1,4 @@
-"""Calls that fail, at every point where they can, change nothing that lasts; interrupted ones all or nothing of it."""
+"""A call that fails, at any point, changes no lasting state; an interrupted call changes all of it or nothing."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from cupynorm.cuda.plan import Device
 from cupynorm.inference import inferring
 
 SHAPE = (3, 4, 6, 7)
-#: A device whose plans split planes of SHAPE or of LARGE: several launches a call.
+#: A device whose plans split planes of SHAPE or of LARGE: several launches per call.
 TINY = Device("tiny", (7, 5), 1, 1024, 2**14)
 LARGE = (1, 2, 60, 70)
 
 
 class Held:
-    """A layer, the arrays of a call of its, and a picture of all that a call must not break."""
+    """A layer, the arrays of a call, and a picture of the state that a call must not break."""
 
     def __init__(self, backend: Backend, rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float32"):
         self.backend = backend
@@ -54,10 +54,10 @@ class Held:
         self.other = made(shape)
         self.state: dict[str, np.ndarray] = {}
         self.strided = False
-        self.context = copy_context()  # for modes that are of a context
+        self.context = copy_context()  # for modes local to a context
 
     def picture(self) -> dict[str, Any]:
-        """Identity and bits of what lasts."""
+        """Identity and bits of all lasting state."""
         layer = self.layer
         arrays = {name: getattr(layer, name) for name in layer._buffers}
         for name, parameter in layer.namedparams():
@@ -129,9 +129,9 @@ def _eval(held: Held) -> None:
     _forward(held)
 
 
-#: A call, and what comes before it.
+#: A call, and the steps before it.
 CALLS: dict[str, tuple[Callable[[Held], None], list[Callable[[Held], None]]]] = {
-    "forward": (_forward, [_eval]),  # what was saved before is of another forward
+    "forward": (_forward, [_eval]),  # `saved` is of another forward before
     "first forward": (_forward, []),
     "forward in eval": (_eval_forward, [_eval]),
     "forward in inference_mode": (_forward_there, [_forward, _infer]),
@@ -160,11 +160,11 @@ def ready(backend: Backend, rng: np.random.Generator, name: str, where: str) -> 
 @pytest.mark.full(simt=lambda given: given["where"] == "split", numpy=lambda given: given["where"] == "split")
 @pytest.mark.parametrize("where", ["small", "split"])
 @pytest.mark.parametrize("name", CALLS)
-def test_whatever_fails(backend: Backend, rng: np.random.Generator, name: str, where: str) -> None:
+def test_failing_allocations_and_launches(backend: Backend, rng: np.random.Generator, name: str, where: str) -> None:
     """Every allocation of a call, and every launch, fails in turn."""
     held, call = ready(backend, rng, name, where)
     spare = copy_of(held)
-    call(spare)  # compiled by now, and known by the caches
+    call(spare)  # compiles, and fills the caches
     before, out = held.picture(), held.bits("out")
     number, finished = 0, False
     while not finished:
@@ -181,7 +181,7 @@ def test_whatever_fails(backend: Backend, rng: np.random.Generator, name: str, w
             finished = True
         if not finished:
             held.out[...] = held.backend.array(out.array)
-    assert number > (0 if name == "data" else 4)  # what can fail was met at all
+    assert number > (0 if name == "data" else 4)  # some points of failure were reached
     assert without_identities(held) == without_identities(spare)
 
 
@@ -215,7 +215,7 @@ def few(given: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("where", ["small", "split"])
 @pytest.mark.parametrize("name", CALLS)
 def test_interrupts(backend: Backend, rng: np.random.Generator, name: str, where: str) -> None:
-    """KeyboardInterrupt wherever Python can raise it within the package: all that lasts is as before, or as after."""
+    """KeyboardInterrupt wherever Python can raise it in the package: lasting state is as before the call or after."""
     original, call = ready(backend, rng, name, where)
     done = copy_of(original)
     call(done)
@@ -241,7 +241,7 @@ def test_interrupts(backend: Backend, rng: np.random.Generator, name: str, where
         else:
             assert {**now, "out": 0} == {**after, "out": 0}, f"interrupt {number}"
             assert held.layer.saved is not original.layer.saved or call is not _forward
-            if call in (_forward, _backward, _strided_statistics):  # then the result is whole as well
+            if call in (_forward, _backward, _strided_statistics):  # then the result is complete as well
                 assert now["out"] == after["out"]
             seen.add("after")
         assert not finished or now == after
@@ -249,7 +249,7 @@ def test_interrupts(backend: Backend, rng: np.random.Generator, name: str, where
     assert seen == {"before", "after"}
 
 
-def test_an_interrupted_inference_mode_is_not_entered() -> None:
+def test_interrupted_inference_mode_is_not_entered() -> None:
     mode, number, finished = cn.inference_mode(), 0, False
     while not finished:
         number += 1
@@ -273,7 +273,7 @@ class BrokenError(Exception):
     pass
 
 
-def test_writes_end_where_one_fails() -> None:
+def test_writes_stop_at_the_first_failure() -> None:
     done: list[int] = []
 
     def fail() -> None:
@@ -286,10 +286,10 @@ def test_writes_end_where_one_fails() -> None:
 
 @pytest.mark.full(simt=lambda given: True)
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_a_backward_that_is_broken_off_over_its_input(
+def test_interrupted_backward_into_its_input(
     backend: Backend, rng: np.random.Generator, activation: str | None
 ) -> None:
-    """The input may be half-written: it is no longer taken for the forward's, where that would be wrong silently."""
+    """The input may be half-written: the next backward refuses it instead of giving wrong gradients silently."""
     given, dy = (backend.array(rng.normal(size=SHAPE).astype(np.float32)) for _ in range(2))
     refused, number, finished = 0, 0, False
     while not finished:
@@ -316,7 +316,7 @@ def test_a_backward_that_is_broken_off_over_its_input(
 
 
 @pytest.mark.parametrize("fails", range(7))
-def test_a_move_that_fails_moves_nothing(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+def test_failed_move_moves_nothing(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
     layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
     x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
     layer.backward(layer.forward(x))
@@ -355,8 +355,8 @@ def test_loading_into_a_read_only_array_loads_nothing(name: str) -> None:
         assert_equal(array, before[key])
 
 
-def test_errors_of_numpy_leave_gradients_alone(rng: np.random.Generator) -> None:
-    """Whoever has NumPy raise at an overflow gets the error before any gradient has been added to."""
+def test_numpy_errors_leave_gradients_unchanged(rng: np.random.Generator) -> None:
+    """If NumPy is set to raise at an overflow, the error comes before any gradient is added to."""
     layer = cn.InstanceNorm2d(2, affine=True, device="cpu", dtype="float16")
     x = rng.normal(size=(1, 2, 4, 4)).astype(np.float16)
     layer.backward(layer.forward(x))
@@ -367,11 +367,11 @@ def test_errors_of_numpy_leave_gradients_alone(rng: np.random.Generator) -> None
     assert (layer.weight.grad.tolist(), layer.bias.grad.tolist()) == ([1, 1], [65504, 65504])
 
 
-# State that is no numbers
+# State that is not numeric
 
 
 class Evil:
-    """Whatever of it is called leaves a trace."""
+    """An object that records every call of its methods."""
 
     traces: list[str] = []  # noqa: RUF012
 
@@ -425,8 +425,8 @@ def _records() -> np.ndarray:
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["weight", "running_var"])
 @pytest.mark.parametrize("strict", [True, False])
-def test_what_is_no_array_of_numbers_is_refused_unopened(make: Callable[[], Any], name: str, strict: bool) -> None:
-    """A state with an object in it, or with a pickle, is refused, and no method of the object has been called."""
+def test_non_numeric_state_is_refused_unopened(make: Callable[[], Any], name: str, strict: bool) -> None:
+    """A state that contains an object or a pickle is refused without a call of any of the object's methods."""
     layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
     before = layer.state_dict()
     state = {key: array + 1 for key, array in before.items()}
@@ -441,8 +441,8 @@ def test_what_is_no_array_of_numbers_is_refused_unopened(make: Callable[[], Any]
         assert_equal(array, before[key])
 
 
-def test_a_pickle_in_a_file_is_not_opened(tmp_path: Path) -> None:
-    """As README says to load files: numpy refuses what would have to be unpickled, and so nothing of it runs."""
+def test_pickle_in_a_file_is_not_opened(tmp_path: Path) -> None:
+    """Files loaded as README says: NumPy refuses to unpickle, so no code in the file runs."""
     path = tmp_path / "state.npz"
     np.savez(path, weight=_objects(), bias=np.zeros(3))
     Evil.traces.clear()
@@ -456,8 +456,8 @@ def test_a_pickle_in_a_file_is_not_opened(tmp_path: Path) -> None:
     assert layer.weight.data.tolist() == [2, 2, 2]
 
 
-def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
-    """No source imports what would, or calls it."""
+def test_package_never_unpickles_or_evaluates() -> None:
+    """No source imports or calls anything that would."""
     modules = {"pickle", "marshal", "shelve", "dill", "joblib", "code", "runpy"}
     for path in Path(cn.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -468,19 +468,19 @@ def test_nothing_in_the_package_unpickles_or_evaluates() -> None:
             elif isinstance(node, ast.Call):
                 named = isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "compile", "__import__")
                 loads = isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "loads", "fromfile")
-                # A state that a layer loads, an instruction that llvmlite's builder writes, and numba's own cache.
+                # A runtime's modules, an instruction of llvmlite's builder, and numba's own cache.
                 harmless = not loads or ast.unparse(node.func.value) in ("self", "builder", "super()")
                 assert not named and harmless, f"{path}, line {node.lineno}"
 
 
-# Interrupts where other threads are at work
+# Interrupts while other threads work
 
 
 @pytest.mark.parametrize("kind", ["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
-def test_helpers_are_done_when_an_interrupt_is_raised(
+def test_helper_threads_finish_before_an_interrupt_is_raised(
     kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once a call has ended, however it did, nobody writes into its arrays any more."""
+    """After a call has ended in any way, no thread writes into its arrays."""
     use_compiled(monkeypatch, kind == "compiled")
     monkeypatch.setattr(cpu._Interpreted, "pays", 1)
     monkeypatch.setattr(cpu, "PAYS", 1)
@@ -526,7 +526,7 @@ def test_helpers_are_done_when_an_interrupt_is_raised(
                 pass
             else:
                 finished = True
-            # Compiled helpers on their way back, with every part done, write no more.
+            # Compiled helpers that are returning, with every part done, write no more.
             at_work = [job for job in jobs if job.active and not (job.settled is not None and job.settled())]
             assert not at_work, f"interrupt {number}"
         assert jobs
@@ -537,8 +537,8 @@ def test_helpers_are_done_when_an_interrupt_is_raised(
         cpu._layout.cache_clear()
 
 
-def test_interrupts_cost_no_kept_memory(rng: np.random.Generator) -> None:
-    """Memory of results goes round as before after interrupts at every point of taking and of giving back."""
+def test_interrupts_lose_no_pooled_memory(rng: np.random.Generator) -> None:
+    """Results still reuse memory after interrupts at every point of its allocation and release."""
     limit = cn.get_memory_limit()
     cn.set_memory_limit(0)
     cn.set_memory_limit(2**30)

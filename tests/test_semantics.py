@@ -1,6 +1,6 @@
-"""PyTorch's behaviour, which the library holds to, on every backend: the rows of docs/semantics.md.
+"""PyTorch's behaviour, which the library follows on every backend: the rows of docs/semantics.md.
 
-Where PyTorch is installed, the row is also shown on it: the expectation itself is then tested.
+If PyTorch is installed, the tests check it as well, and so the expectations themselves.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def contents(*things: Any) -> list[Any]:
 
 @contextmanager
 def refused(backend: Backend, error: type[Exception], match: str, *things: Any) -> Iterator[None]:
-    """The call in the block raises, and changes nothing of the arrays and layers given."""
+    """Assert that the block raises, and leaves these arrays and layers unchanged."""
     before = contents(*things)
     with pytest.raises(error, match=match):
         yield
@@ -64,7 +64,7 @@ def refused(backend: Backend, error: type[Exception], match: str, *things: Any) 
 
 
 def full_layer(backend: Backend, rank: int = 2, **kwargs: Any) -> Any:
-    """Affine and tracking, with state and gradients that are all different from where they began."""
+    """An affine, tracking layer whose state and gradients all differ from their initial values."""
     layer = LAYERS[rank](3, affine=True, track_running_stats=True, device=backend.device, **kwargs)
     layer.weight.data = backend.array(np.array([1.5, -0.5, 2], layer.weight.dtype))
     if layer.bias is not None:
@@ -212,7 +212,7 @@ def test_empty_planes_and_no_channels(backend: Backend, shape: Any, training: bo
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint16", "bool", "complex64", "complex128", ">f4"])
-def test_dtypes_that_are_refused(backend: Backend, dtype: str) -> None:
+def test_unsupported_dtypes(backend: Backend, dtype: str) -> None:
     if backend.name == "cupy" and dtype == ">f4":
         pytest.skip("CuPy has no arrays of foreign byte order")
     layer = full_layer(backend)
@@ -343,14 +343,14 @@ def test_signatures() -> None:
         assert [name for name in theirs if name != "bias"] == list(constructor)
 
 
-def test_momentum_of_the_function(backend: Backend) -> None:
+def test_function_refuses_momentum_none(backend: Backend) -> None:
     arrays = [backend.array(np.arange(n, dtype=np.float32)) for n in (24, 3, 3)]
     arrays[0] = arrays[0].reshape(2, 3, 4)
     with refused(backend, TypeError, "momentum", *arrays):
         cn.instance_norm(*arrays, momentum=None)
 
 
-def test_running_statistics_go_together(backend: Backend) -> None:
+def test_running_mean_and_var_go_together(backend: Backend) -> None:
     x = backend.array(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
     running = backend.array(np.full(3, 2, np.float32))
     with refused(backend, ValueError, "running_mean and running_var.*running_var is None", x, running):
@@ -440,7 +440,7 @@ def test_no_momentum(backend: Backend, rng: np.random.Generator, momentum: Any) 
     layer.forward(backend.array(host))
     assert contents(layer) == before
     bad = host.copy()
-    bad[0, 0, 0, 0] = np.inf  # of which 0 times would be NaN
+    bad[0, 0, 0, 0] = np.inf  # 0 times this would be NaN
     layer.forward(backend.array(bad))
     assert contents(layer) == before
     if torch:
@@ -480,7 +480,7 @@ def test_update_is_in_place(backend: Backend, rng: np.random.Generator) -> None:
     assert_close(backend.host(var), exact[1])
 
 
-def test_tracked_eval_reads_and_does_not_write(backend: Backend, rng: np.random.Generator) -> None:
+def test_tracked_eval_writes_nothing(backend: Backend, rng: np.random.Generator) -> None:
     layer = full_layer(backend).eval()
     running = backend.host(layer.running_mean).copy(), backend.host(layer.running_var).copy()
     before = contents(layer)
@@ -697,7 +697,7 @@ def test_dy_of_another_shape(backend: Backend, rng: np.random.Generator, shape: 
     dy = backend.array(np.ones(shape, np.float32))
     with refused(backend, ValueError, r"dy.*\(2, 3, 4, 5\)", layer, dy):
         layer.backward(dy)
-    layer.backward(backend.array(np.ones((2, 3, 4, 5), np.float32)))  # the forward still counts
+    layer.backward(backend.array(np.ones((2, 3, 4, 5), np.float32)))  # the forward is still valid
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -725,7 +725,7 @@ def test_derivatives_agree_with_finite_differences(backend: Backend, rng: np.ran
         ahead, behind = (loss(*(a + step * u if i == index else a for i, a in enumerate(point))) for step in (h, -h))
         assert_allclose(float((gradient * u).sum()), float(ahead - behind) / (2 * h), rtol=1e-6, atol=1e-6)
 
-    # Second derivatives: the change of dx along u, seen along v, is the mixed second difference of the loss.
+    # Second derivatives: the change of dx along u, projected on v, is the mixed second difference of the loss.
     h = 1e-3
     u, v = rng.standard_normal(x.shape), rng.standard_normal(x.shape)
     change = (gradients(x + h * u, weight, bias)[0] - gradients(x - h * u, weight, bias)[0]) / (2 * h)
@@ -768,7 +768,7 @@ def test_bad_states_are_refused(backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_files_without_a_counter(backend: Backend, strict: bool) -> None:
+def test_state_without_batch_counter(backend: Backend, strict: bool) -> None:
     layer = full_layer(backend)
     layer.num_batches_tracked[...] = 5
     state = {name: backend.host(array) + 1 for name, array in layer.state_dict().items()}
@@ -801,7 +801,7 @@ def test_statistics_for_an_untracked_layer(backend: Backend, prefix: str, names:
     layer.load_state_dict(state, strict=False, prefix=prefix)
     assert layer.running_mean is None
     assert_equal(backend.host(layer.weight.data), [2, 2, 2])
-    for bad in ({"gamma": np.ones(3)}, {}):  # of no statistics nothing is said
+    for bad in ({"gamma": np.ones(3)}, {}):  # without statistics in the state, the error does not mention them
         with pytest.raises(KeyError) as caught:
             layer.load_state_dict(bad)
         assert "track_running_stats=True" not in str(caught.value)
@@ -908,7 +908,7 @@ def test_repr(rank: int) -> None:
     assert "affine=True, bias=False" in repr(LAYERS[rank](8, affine=True, bias=False, device="cpu"))
 
 
-def test_the_documentation_names_each_of_these_tests() -> None:
+def test_documentation_names_every_test() -> None:
     text = (Path(__file__).parents[1] / "docs" / "semantics.md").read_text(encoding="utf-8")
     here = {name for name in globals() if name.startswith("test_") and "documentation" not in name}
     assert sorted(re.findall(r"`(test_\w+)`", text)) == sorted(here)

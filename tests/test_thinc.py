@@ -113,7 +113,7 @@ def test_gradients_add_up(ops: Any, rng: np.random.Generator) -> None:
 
 
 def scaled(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of two textures, skewed to the bright or to the dark side, in any light: which of them, one-hot."""
+    """Images of two textures, skewed bright or dark, of any brightness and contrast; and their one-hot labels."""
     kind = rng.integers(0, 2, count)
     noise = rng.exponential(1, (count, 3, 6, 6)) * (2 * kind - 1)[:, None, None, None]
     pictures = noise * rng.uniform(0.2, 5, (count, 1, 1, 1)) + rng.uniform(-5, 5, (count, 1, 1, 1))
@@ -137,8 +137,8 @@ def pooled() -> Any:
 @OPS
 @pytest.mark.parametrize("optimiser", ["Adam", "RAdam", "SGD"])
 @pytest.mark.parametrize("track", [True, False])
-def test_a_chain_learns(ops: Any, rng: np.random.Generator, optimiser: str, track: bool) -> None:
-    """A classifier of thinc's layers and ours, sizes found from the data, trained by thinc's optimisers."""
+def test_chain_learns(ops: Any, rng: np.random.Generator, optimiser: str, track: bool) -> None:
+    """A classifier of thinc's layers and ours, with sizes inferred from the data, trained by thinc's optimisers."""
     thinc.fix_random_seed(int(rng.integers(2**31)))
     model = thinc.chain(
         InstanceNorm(2, track_running_stats=track, activation="relu"), pooled(), thinc.Linear(8), thinc.Softmax()
@@ -170,8 +170,8 @@ def test_a_chain_learns(ops: Any, rng: np.random.Generator, optimiser: str, trac
 
 
 @OPS
-def test_the_numbers_of_a_loop(ops: Any, rng: np.random.Generator) -> None:
-    """Plain gradient descent by thinc, and in float64 by the reference."""
+def test_training_loop_matches_the_reference(ops: Any, rng: np.random.Generator) -> None:
+    """Plain gradient descent by thinc, and by the reference in extended precision."""
     model = made(ops)
     x, target = normal(rng), normal(rng)
     weight, bias = (params(model)[name].astype(np.longdouble) for name in ("G", "b"))
@@ -193,7 +193,7 @@ def test_the_numbers_of_a_loop(ops: Any, rng: np.random.Generator) -> None:
 
 @OPS
 def test_backprop_has_its_own_state(ops: Any, rng: np.random.Generator) -> None:
-    """What happens to the model between a forward and its backprop does not change the backprop."""
+    """Changes of the model between a forward and its backprop do not change the backprop."""
     x, dy = ops.asarray(normal(rng)), ops.asarray(normal(rng))
     calm, stirred = (made(ops, track_running_stats=True, activation="relu") for _ in range(2))
     expected = ops.to_numpy(calm.begin_update(x)[1](dy))
@@ -207,7 +207,7 @@ def test_backprop_has_its_own_state(ops: Any, rng: np.random.Generator) -> None:
     assert_same(ops.to_numpy(backprop(dy)), expected)
 
 
-# What is kept
+# Saving and copying
 
 
 @OPS
@@ -278,7 +278,7 @@ def test_moving_between_devices(rng: np.random.Generator) -> None:
 
 @pytest.fixture
 def restless() -> Iterator[None]:
-    """Threads take turns as often as the interpreter lets them."""
+    """Threads switch as often as the interpreter allows."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -287,7 +287,7 @@ def restless() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restless")
 def test_threads_share_a_model(rng: np.random.Generator) -> None:
-    """Every thread's results are those of its own calls; no gradient and no update of a statistic is lost."""
+    """Each thread gets the results of its own calls; no gradient and no update of a statistic is lost."""
     threads, rounds, momentum = 4, 25, 0.02
     ops = thinc.NumpyOps()
     model, alone = (made(ops, track_running_stats=True, momentum=momentum) for _ in range(2))
@@ -316,7 +316,7 @@ def test_threads_share_a_model(rng: np.random.Generator) -> None:
         y, backprop = single.begin_update(v)
         backprop(y)
     assert_allclose(model.get_grad("G"), rounds * single.get_grad("G"), rtol=1e-4)
-    # In whatever order the updates came, what is left of the first value is known, and the rest is of the inputs.
+    # For any order of updates, the share of the initial value is known, and the rest comes from the inputs.
     kept = (1 - momentum) ** (threads * rounds)
     first = params(made(ops, track_running_stats=True))
     means, variances = zip(*(reference.moved(np.zeros(3), np.zeros(3), v, 1) for v in inputs), strict=True)
@@ -327,7 +327,7 @@ def test_threads_share_a_model(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.usefixtures("restless")
-def test_no_update_of_statistics_is_lost(rng: np.random.Generator) -> None:
+def test_threads_lose_no_update_of_statistics(rng: np.random.Generator) -> None:
     ops = thinc.NumpyOps()
     model, x = made(ops, track_running_stats=True, momentum=0.01), normal(rng)
     before = params(model)
@@ -347,8 +347,8 @@ def test_no_update_of_statistics_is_lost(rng: np.random.Generator) -> None:
         assert_allclose(model.get_param(name), expected, rtol=1e-4)
 
 
-def test_a_handler_calls_at_any_point(rng: np.random.Generator) -> None:
-    """Within changes, too, and thinc's own code for them: no update of a statistic and no gradient is lost."""
+def test_signal_handler_may_call_the_model(rng: np.random.Generator) -> None:
+    """Also during changes, and in thinc's own code for them: no update of a statistic and no gradient is lost."""
     ops, x = thinc.NumpyOps(), normal(rng)
     folder = str(Path(thinc.__file__).parent)
 
@@ -377,8 +377,8 @@ def test_a_handler_calls_at_any_point(rng: np.random.Generator) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_child_of_a_process_in_the_middle_of_a_change(rng: np.random.Generator) -> None:
-    """Its lock is held there for ever, by a thread that the child does not have."""
+def test_fork_during_a_change(rng: np.random.Generator) -> None:
+    """In the child, the lock is held for ever by a thread that exists only in the parent."""
     model, x = made(thinc.NumpyOps(), track_running_stats=True), normal(rng)
     held, over = threading.Event(), threading.Event()
 
@@ -411,7 +411,7 @@ def test_a_child_of_a_process_in_the_middle_of_a_change(rng: np.random.Generator
         ({"nd": 2, "activation": "tanh"}, ValueError), ({"nd": 2, "negative_slope": np.nan}, ValueError),
     ],
 )  # fmt: skip
-def test_arguments_that_are_refused(arguments: dict[str, Any], error: type[Exception]) -> None:
+def test_invalid_arguments(arguments: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         InstanceNorm(**arguments)
 
@@ -427,7 +427,7 @@ def test_arguments_that_are_refused(arguments: dict[str, Any], error: type[Excep
         (lambda x: x[:, :, :1, :1], ValueError, "spatial"),
     ],
 )
-def test_inputs_that_are_refused(rng: np.random.Generator, make: Any, error: type[Exception], words: str) -> None:
+def test_invalid_inputs(rng: np.random.Generator, make: Any, error: type[Exception], words: str) -> None:
     model = made(thinc.NumpyOps(), track_running_stats=True)
     before = params(model)
     with pytest.raises(error, match=words):
@@ -442,7 +442,7 @@ def test_inputs_that_are_refused(rng: np.random.Generator, make: Any, error: typ
     assert_same(model.get_grad("G"), grad)
 
 
-def test_before_its_size_is_known() -> None:
+def test_layer_of_unknown_size() -> None:
     model = InstanceNorm(2)
     with pytest.raises(ValueError, match="call initialize"):
         model.predict(np.ones(SHAPES[2], np.float32))
@@ -461,7 +461,7 @@ def test_before_its_size_is_known() -> None:
     )  # float64, any size, no initialize
 
 
-# thinc's ways
+# thinc's conventions
 
 
 def test_thinc_validates_its_data(rng: np.random.Generator) -> None:
@@ -470,7 +470,7 @@ def test_thinc_validates_its_data(rng: np.random.Generator) -> None:
         thinc.chain(InstanceNorm(2), pooled(), thinc.Linear(2)).initialize(X=x, Y=x[:, :2, 0, 0])
 
 
-def test_in_a_config_file() -> None:
+def test_config_file() -> None:
     try:
         points = importlib.metadata.distribution("cupynorm").entry_points
     except importlib.metadata.PackageNotFoundError:

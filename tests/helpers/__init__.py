@@ -1,1 +1,1 @@
-"""What the tests share: the backends they run on, comparisons that explain a failure, seeds, covering arrays."""
+"""Shared test utilities: backends, comparisons that explain a failure, seeds, covering arrays."""

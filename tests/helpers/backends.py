@@ -1,7 +1,7 @@
-"""The backends that tests run on: numpy (alone), compiled (by numba), simt (the CUDA kernels on the emulator), cupy.
+"""Backends of the tests: numpy (alone), compiled (by numba), simt (the CUDA kernels on the emulator), cupy.
 
-A test with the fixture `backend` runs on each that is there, or on those that `@on` names. In such a test the public
-functions run on it; its arrays are made with `backend.array`.
+A test with the fixture `backend` runs once on each available backend, or on each that `@on` names. The public functions
+then run on that backend, and `backend.array` makes its arrays.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ BACKENDS: dict[str, Any] = {
     "simt": pytest.mark.simt,
     "cupy": pytest.mark.gpu,
 }
-#: The last kernels launched in this test, as text, for comparisons that fail.
+#: The last kernels launched in this test, as text, shown when a comparison fails.
 LAUNCHED: deque[str] = deque(maxlen=8)
 
 
 def on(*names: str) -> pytest.MarkDecorator:
-    """Run a test that has the fixture `backend` on these alone."""
+    """Run a test with the fixture `backend` on these backends only."""
     assert set(names) <= set(BACKENDS), names
     return pytest.mark.on(*names)
 
 
-#: For what the CUDA kernels alone have, and the CPU alone.
+#: For features of the CUDA kernels alone, and of the CPU backend alone.
 on_kernels = on("simt", "cupy")
 on_cpu = on("numpy", "compiled")
 
 
 @cache
 def missing(name: str) -> str:
-    """Why there is no such backend here; "" if there is."""
+    """Return why this backend is unavailable here, or "" if it is available."""
     if name == "compiled":
         return "" if cpu.numba is not None else str(cpu.without_numba)
     if name == "simt":
@@ -57,8 +57,8 @@ def missing(name: str) -> str:
 
 
 def parameters(names: tuple[str, ...] = ()) -> list[Any]:
-    """Parameters of the fixture `backend`: those of these backends, or of all, that are there. Where none is, the first
-    one stands for them, marked absent."""
+    """Return parameters of the fixture `backend`: the available backends of `names`, or of all. If there are none, the
+    first of `names` stands for them, marked absent."""
     wanted = names or tuple(BACKENDS)
     there = [name for name in wanted if not missing(name)]
     if not there:
@@ -72,21 +72,21 @@ def _marks(name: str) -> list[Any]:
 
 @dataclass
 class Backend:
-    """Where a test runs."""
+    """The backend that a test runs on."""
 
     name: str
     device: str
     _patch: pytest.MonkeyPatch
 
     def array(self, host: np.ndarray) -> Any:
-        """The array on this backend, with the host array's strides."""
+        """Return the host array on this backend, with the same strides."""
         if self.name != "cupy":
             return host
         import cupy
 
         if not host.size:
             return cupy.asarray(host)
-        # The memory that the strides reach over, then the same view of it.
+        # Copy the memory that the strides span, then take the same view of it.
         low = sum(min(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True))
         high = sum(max(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True)) + host.itemsize
         memory = (ctypes.c_char * (high - low)).from_address(host.ctypes.data + low)
@@ -96,7 +96,7 @@ class Backend:
         return cupy.ndarray(host.shape, host.dtype, raw.data + (shift - low), host.strides)
 
     def pretend(self, device: Device) -> None:
-        """Plan for this device from now on, to the end of the test. NumPy plans nothing."""
+        """Plan for this device until the end of the test; no effect on the CPU backend."""
         if self.name == "simt":
             from simt.backend import runtime
 
@@ -118,7 +118,7 @@ class Backend:
 
 
 def started(name: str, patch: pytest.MonkeyPatch) -> Backend:
-    """A backend on which the public functions run until the patch is undone."""
+    """Run the public functions on this backend until the patch is undone."""
     if name in ("numpy", "compiled"):
         use_compiled(patch, name == "compiled")
         return Backend(name, "cpu", patch)
@@ -133,7 +133,7 @@ def started(name: str, patch: pytest.MonkeyPatch) -> Backend:
 
 
 def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
-    """Have LAUNCHED tell what the runtime launches, to the end of the test."""
+    """Record the runtime's launches in LAUNCHED until the end of the test."""
     ready = runtime.ready
     LAUNCHED.clear()
 
@@ -152,14 +152,14 @@ def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def use_compiled(patch: pytest.MonkeyPatch, wanted: bool) -> None:
-    """Let the CPU backend use its compiled loops or not, until the patch is undone; skip where there are none."""
+    """Turn the compiled loops on or off until the patch is undone; skip the test if there are none."""
     if wanted and cpu.numba is None:
         pytest.skip(f"no compiled loops: {cpu.without_numba}")
     patch.setattr(cpu, "compiled", wanted)
 
 
 def peak_of(call: Callable[[], Any]) -> int:
-    """Bytes that NumPy allocates in a call at its peak."""
+    """Return the peak of NumPy's allocations during a call, in bytes."""
     tracemalloc.start()
     try:
         call()

@@ -1,4 +1,4 @@
-"""The one comparison of arrays: a failure says where, what, by how many roundings, and which kernels ran."""
+"""Array comparisons: a failure shows the place, both values, the error in roundings, and the kernels that ran."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from cupynorm import devices
 from .backends import LAUNCHED
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-#: Roundings of storage and of computing precision, relative; and the grain of denormal numbers.
+#: Unit roundoff of each dtype, and the spacing of its denormal numbers.
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 GRAIN = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149, "float64": 2.0**-1074}
-#: Exact numbers from here on may be stored as infinity.
+#: Exact values beyond this may be stored as infinity.
 LARGEST = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
 
 
 def wide(array: Any) -> np.ndarray:
-    """In extended precision."""
+    """Convert to extended precision."""
     array = np.asarray(array)
     with np.errstate(invalid="ignore"):  # of a signalling NaN
         return array if array.dtype == np.longdouble else array.astype(np.float64).astype(np.longdouble)
 
 
 def assert_within(actual: np.ndarray, expected: Any, bound: Any, what: str = "result", overflow: bool = False) -> None:
-    """Every element of `actual` is within `bound` of the one of `expected`, which is broadcast to it, as bound is.
+    """Assert |actual - expected| <= bound for each element; expected and bound are broadcast to actual.
 
-    NaN must be where NaN is expected, whatever the bound; a bound of NaN asks for nothing else. overflow: what is
-    larger than the dtype holds may be infinity.
+    NaN must be exactly where NaN is expected, whatever the bound; a bound of NaN checks nothing else. overflow: values
+    beyond the dtype's range may be infinity.
     """
     actual = np.asarray(actual)
     exact = np.broadcast_to(wide(expected), actual.shape)
@@ -43,13 +43,13 @@ def assert_within(actual: np.ndarray, expected: Any, bound: Any, what: str = "re
 
 
 def assert_allclose(actual: Any, expected: Any, rtol: float = 1e-7, atol: float = 0.0, what: str = "result") -> None:
-    """As NumPy's function of this name: within atol + rtol * |expected|."""
+    """Like NumPy's assert_allclose: within atol + rtol * |expected|."""
     actual, expected = np.broadcast_arrays(np.asarray(actual), np.asarray(expected))
     assert_within(actual, expected, atol + rtol * np.abs(wide(expected)), what)
 
 
 def assert_equal(actual: Any, expected: Any, what: str = "result", strict: bool = False) -> None:
-    """The same numbers, NaN like NaN and -0 like 0; strict: of the same shape and dtype, too."""
+    """Assert equal values; NaN equals NaN, -0 equals 0. strict: equal shape and dtype, too."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert not strict or (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
     actual, expected = np.broadcast_arrays(actual, expected)
@@ -60,7 +60,7 @@ def assert_equal(actual: Any, expected: Any, what: str = "result", strict: bool 
 
 
 def errors(actual: np.ndarray, exact: np.ndarray, overflow: bool = False) -> np.ndarray:
-    """|actual - exact|: 0 where both are NaN, or infinity where it may be; infinite where one of them alone is NaN."""
+    """Return |actual - exact|: 0 where both are NaN or infinity is allowed, infinite where only one is NaN."""
     ours, largest = wide(actual), LARGEST[actual.dtype.name] if overflow else np.inf
     with np.errstate(invalid="ignore", over="ignore"):
         same = (ours == exact) | (np.isnan(ours) & np.isnan(exact))
@@ -70,7 +70,7 @@ def errors(actual: np.ndarray, exact: np.ndarray, overflow: bool = False) -> np.
 
 
 def assert_same(actual: Any, expected: Any, what: str = "result") -> None:
-    """The same shape, dtype and bits: zeros of one sign, NaN with one payload."""
+    """Assert the same shape, dtype and bits: the signs of zeros and the payloads of NaN count."""
     actual, expected = devices.to_host(actual), devices.to_host(expected)
     kinds = [f"{array.dtype.name} of shape {array.shape}" for array in (actual, expected)]
     assert kinds[0] == kinds[1], f"{what}: got {kinds[0]}, expected {kinds[1]}"
@@ -85,8 +85,8 @@ def assert_same(actual: Any, expected: Any, what: str = "result") -> None:
 
 
 class Bits:
-    """A copy of an array to be compared later, or with others in lists and dicts: equal to another of the same shape,
-    dtype and bits. Where an assertion finds two that are not, pytest shows what assert_same says (`difference`).
+    """A copy of an array for later comparison, also inside lists and dicts: equal if shape, dtype and bits are equal.
+    If an assertion finds two unequal, pytest shows the message of assert_same (`difference`).
     """
 
     def __init__(self, array: Any):
@@ -110,7 +110,7 @@ def bits(*arrays: Any) -> list[Bits | None]:
 
 
 def difference(actual: Any, expected: Any, what: str = "result") -> list[str] | None:
-    """Where the first Bits that differ do, in lines."""
+    """Return lines that explain the first unequal pair of Bits, or None."""
     if isinstance(actual, Bits) and isinstance(expected, Bits):
         try:
             assert_same(actual.array, expected.array, what)
@@ -130,7 +130,7 @@ def difference(actual: Any, expected: Any, what: str = "result") -> list[str] | 
 def explain(
     actual: np.ndarray, expected: Any, error: np.ndarray, bound: np.ndarray, wrong: np.ndarray, what: str
 ) -> str:
-    """What is said of a comparison that failed: of the element that is most bounds away."""
+    """Format the message of a failed comparison: about the element with the largest error relative to its bound."""
     actual = np.asarray(actual)
     exact = np.broadcast_to(np.asarray(expected), actual.shape)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -156,7 +156,7 @@ def _number(value: Any, name: str) -> str:
 
 
 def _of(error: Any, value: Any, name: str) -> str:
-    """An error, and how many roundings of the dtype at this value it is."""
+    """Format an error, in absolute terms and in roundings of the dtype at this value."""
     said = f"{float(error):.3g}"
     if name not in ROUNDING or not np.isfinite(float(value)) or not np.isfinite(float(error)):
         return said

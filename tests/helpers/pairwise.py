@@ -20,15 +20,15 @@ Row = tuple[Any, ...]
 def pairwise(**axes: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrise a test with rows of the product of these axes that hold each pair of values, on each backend.
 
-    Rows that the test's own rules leave in a lower tier are preferred: a higher one has only what else is missing.
+    Rows that the test's own rules put into a lower tier come first; a higher tier adds rows for missing pairs only.
     """
     return pytest.mark.pairwise(**axes)
 
 
 def covering(axes: dict[str, Sequence[Any]], rank: Callable[[Row], int] = lambda row: 0) -> list[Row]:
-    """Rows that hold every pair of values of two axes: as far as those of rank 0 do, then with rank 1 as well, …
+    """Return rows that hold every pair of values of two axes: first rows of rank 0 only, then up to rank 1, …
 
-    Greedy: the next row is the first one in the product's order that holds most of the pairs still missing.
+    Greedy: each next row holds the most missing pairs, and is the first of these in the product's order.
     """
     rows = list(product(*axes.values()))
     places = np.array(list(product(*(range(len(values)) for values in axes.values()))))
@@ -52,7 +52,7 @@ def covering(axes: dict[str, Sequence[Any]], rank: Callable[[Row], int] = lambda
 
 
 def parametrize(metafunc: pytest.Metafunc, backends: Sequence[Any]) -> None:
-    """Generate the tests of a function marked with `pairwise`. backends: parameters of the fixture, if it has that."""
+    """Generate the tests of a function marked with `pairwise`. backends: the parameters of `backend`, if it is used."""
     mark = metafunc.definition.get_closest_marker("pairwise")
     assert mark is not None
     axes, marks = dict(mark.kwargs), list(metafunc.definition.iter_markers())

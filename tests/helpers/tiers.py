@@ -1,7 +1,7 @@
 """Tiers of tests (tests/README.md): quick, default, full, nightly.
 
 `@pytest.mark.full` and `@pytest.mark.nightly` put a test into a higher tier; with rules, as in
-`@pytest.mark.full(simt=lambda given: given["dtype"] != "float32")`, only where the rule of its backend says so of its
+`@pytest.mark.full(simt=lambda given: given["dtype"] != "float32")`, only if the rule of its backend is true for its
 parameters.
 """
 
@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 
-#: Each has all of those before it.
+#: Each tier includes the tiers before it.
 TIERS = ("default", "full", "nightly")
-#: The highest tier that is asked for; set by conftest.
+#: The highest tier to run; set by conftest.
 asked = "default"
-#: Marks of what the quick tier leaves out: all but NumPy, the recording runtime, and what is computed with them.
+#: Marks of tests outside the quick tier, which runs on NumPy and the recording runtime only.
 NOT_QUICK = ("simt", "compiled", "gpu", "nvrtc", "fakegpu", "chainer", "long")
 
 
 def rank(marks: Iterable[pytest.Mark], given: dict[str, Any]) -> int:
-    """The place in TIERS of the one that a test with these marks and parameters is of."""
+    """Return the index in TIERS of a test with these marks and parameters."""
     return max((TIERS.index(mark.name) for mark in marks if mark.name in TIERS and _holds(mark, given)), default=0)
 
 
@@ -33,5 +33,5 @@ def _holds(mark: pytest.Mark, given: dict[str, Any]) -> bool:
 
 
 def amount(default: int, full: int, nightly: int | None = None) -> int:
-    """How often a test does something, by the tier that is asked for."""
+    """Choose a number of repetitions by the tier being run."""
     return {"default": default, "full": full, "nightly": nightly or full}[asked]

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     start = time.monotonic()
     clusters = runtime.device().cluster > 1
-    modules = [m for m in all_modules() if clusters or not any(rung.owner == "cluster" for rung in m.rungs)]
+    modules = [m for m in all_modules() if clusters or not any(variant.scope == "cluster" for variant in m.variants)]
     spent, failures = 0.0, 0
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         tasks = {pool.submit(load, module): module for module in modules}

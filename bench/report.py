@@ -155,13 +155,13 @@ def planned(op: str, x: Array, device: Any) -> tuple[str, int | None]:
         from cupynorm import cpu
 
         return "compiled" if cpu.compiled else "numpy", None
-    from cupynorm.cuda.plan import Memory
+    from cupynorm.cuda.plan import ArrayDesc
     from cupynorm.explain import plan_for
 
     address = x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
-    memory = Memory(x.shape, x.strides, x.itemsize, address % 16)
+    desc = ArrayDesc(x.shape, x.strides, x.itemsize, address % 16)
     passes = ("forward", "backward") if op == "both" else (op,)
-    plans = [plan_for(each, memory, x.dtype.name, device) for each in passes]
+    plans = [plan_for(each, desc, x.dtype.name, device) for each in passes]
     regimes = dict.fromkeys(plan.regime for plan, _ in plans)
     return " + ".join(regimes), sum(plan.bytes_per_element + 2 * x.itemsize * copies for plan, copies in plans)
 

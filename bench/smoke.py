@@ -1,6 +1,6 @@
 """Does each kind of kernel run at all, and right: python -m bench.smoke [--json FILE].
 
-For every scope (part of a warp, warp, block, shared memory, clusters, grid, split, given statistics), dtype, layout and
+For every scope (subwarp, warp, block, shared memory, clusters, grid, split, given statistics), dtype, layout and
 operation it takes the smallest shape that this GPU is planned to serve so, runs it, and compares some channels with the
 NumPy backend in float64. Every scope and dtype has a process of its own with a time limit, so that one that crashes or
 hangs costs its own lines alone.
@@ -23,21 +23,21 @@ import numpy as np
 
 import cupynorm as cn
 from cupynorm import devices
-from cupynorm.cuda.plan import Device, Op, Plan, fresh
+from cupynorm.cuda.plan import Device, Op, Plan, contiguous_desc
 from cupynorm.cuda.variants import ITEMSIZE, Kind
 from cupynorm.explain import plan_for
 
 from . import report
 
 SCOPES = (
-    *("part", "warp", "block", "shared"),
+    *("subwarp", "warp", "block", "shared"),
     *("cluster2", "cluster4", "cluster8", "cluster16"),
     *("grid", "split", "given"),
 )
 DTYPES = ("float32", "bfloat16")
 KINDS: tuple[Kind, ...] = ("channels_first", "channels_last")
 OPS: tuple[Op, ...] = ("forward", "backward", "double_backward")
-GIVEN: tuple[Op, ...] = ("evaluate", "eval_gradient", "eval_double")  # the same with given statistics
+GIVEN: tuple[Op, ...] = ("normalize", "frozen_backward", "frozen_double_backward")  # the same with given statistics
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}  # relative to 1 + |exact|
 SIDES = (3, 5, 9, 15, 20, 25, 30, 40, 61, 80, 100, 150, 200, 300, 400, 500, 700, 1000, 1500, 2000, 3000, 4001, 5000)
 SAMPLES, CHANNELS = (1, 2, 16, 64), (1, 3, 8, 40, 320)
@@ -60,7 +60,7 @@ def smallest(scope: str, op: Op, dtype: str, kind: Kind, device: Device) -> tupl
     for shape in sorted(shapes, key=math.prod):
         if math.prod(shape) > MOST_ELEMENTS:
             return None
-        plan, _ = plan_for(op, fresh(shape, ITEMSIZE[dtype], kind), dtype, device)
+        plan, _ = plan_for(op, contiguous_desc(shape, ITEMSIZE[dtype], kind), dtype, device)
         if (scope_of(plan), plan.kind) == (scope, kind):
             return shape
     return None
@@ -72,9 +72,9 @@ def _made(xp: Any, x: Any, dy: Any, ddx: Any, weight: Any, bias: Any, running: A
     y, saved = cn.instance_norm_forward(
         x, weight, bias, running_mean=mean, running_var=var, momentum=0.1, use_input_stats=op in OPS
     )
-    if op in ("forward", "evaluate"):
+    if op in ("forward", "normalize"):
         return {"y": y, "running_mean": mean, "running_var": var}
-    if op in ("backward", "eval_gradient"):
+    if op in ("backward", "frozen_backward"):
         return dict(zip(("dx", "dweight", "dbias"), cn.instance_norm_backward(dy, saved), strict=True))
     return dict(
         zip(("ddy", "dx", "dweight"), cn.instance_norm_double_backward(ddx, weight, bias, dy, saved), strict=True)
@@ -125,7 +125,7 @@ def lines_of(scope: str, dtype: str) -> Iterator[tuple[str, bool]]:
 
     device = runtime.device()
     for kind, op in itertools.product(KINDS, GIVEN if scope == "given" else OPS):
-        title = f"{scope:9} {dtype:8} {kind:14} {op:15}"
+        title = f"{scope:9} {dtype:8} {kind:14} {op:22}"
         shape = smallest(scope, op, dtype, kind, device)
         if shape is None:
             yield f"{title} no shape of this device is served so", True

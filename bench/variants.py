@@ -1,7 +1,7 @@
 """Every kernel variant that suits a plane, timed beside a copy of the same bytes: what today's plans leave to be had.
 
-A variant is a rung: who owns a plane, where it rests, how many threads a block has and how many 16-byte packs each of
-them holds. One after the other is forced upon the plans, checked against the reference and timed; the table sets the
+A variant is a scope, the residency of its tile, how many threads a block has and how many 16-byte vecs each of them
+holds. One after the other is forced upon the plans, checked against the reference and timed; the table sets the
 best beside the one that is planned today. Clusters and grids come last: they can hang a GPU where they are wrong.
 """
 
@@ -23,9 +23,9 @@ import numpy as np
 
 from cupynorm import devices
 from cupynorm.cuda import launch, plan, variants
-from cupynorm.cuda.plan import Device, Plan, arrange, fresh
+from cupynorm.cuda.plan import Device, Plan, choose_layout, contiguous_desc
 from cupynorm.cuda.source import Module
-from cupynorm.cuda.variants import Rung
+from cupynorm.cuda.variants import Variant
 
 from . import peers, report
 from .cases import (
@@ -44,20 +44,20 @@ from .timing import Contestant, DeviceClock, HostClock, Race, Timing, summarise
 
 SPILLED = 128  # bytes of local memory of a thread with which a variant is still timed: a few cost little
 OPS = ("forward", "backward")
-GROUPED = ("cluster", "grid")  # owners whose blocks wait for each other
-Ladders = dict[str, tuple[Rung, ...]]
+GROUPED = ("cluster", "grid")  # scopes whose blocks wait for each other
+Variants = dict[str, tuple[Variant, ...]]
 
 
 @contextlib.contextmanager
-def forced(ladders: Ladders) -> Iterator[None]:
-    """Within it plans take their rungs from these ladders: of one rung, or of none, which is the split."""
+def forced(lists: Variants) -> Iterator[None]:
+    """Within it plans choose from these lists: of one variant, or of none, which is the split."""
 
     def forget() -> None:
         plan.plan.cache_clear()
         launch._prepare.cache_clear()
 
     before = dict(variants.FORCED)
-    variants.FORCED.update(ladders)
+    variants.FORCED.update(lists)
     forget()
     try:
         yield
@@ -68,114 +68,114 @@ def forced(ladders: Ladders) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A rung, by itself or as the one of the split."""
+class Trial:
+    """A variant, by itself or as the one of the split."""
 
-    rung: Rung
+    variant: Variant
     split: bool = False
 
     @property
     def name(self) -> str:
-        r = self.rung
-        owner = "split" if self.split else "shared" if (r.owner, r.rest) == ("block", "shared") else r.owner
-        size = r.cluster if r.owner == "cluster" else ""
-        held = f"x{r.chunks}" if r.chunks else ""
-        return f"{owner}{size} {r.threads}{held}" + (f", {r.resident} resident" if r.resident else "")
+        r = self.variant
+        scope = "split" if self.split else "shared" if (r.scope, r.residency) == ("block", "shared") else r.scope
+        size = r.cluster if r.scope == "cluster" else ""
+        held = f"x{r.vecs_per_thread}" if r.vecs_per_thread else ""
+        return f"{scope}{size} {r.threads}{held}" + (f", {r.resident} resident" if r.resident else "")
 
     @property
     def grouped(self) -> bool:
-        return self.rung.owner in GROUPED
+        return self.variant.scope in GROUPED
 
-    def ladders(self, op: str) -> Ladders:
-        return {op: (), "split": (self.rung,)} if self.split else {op: (self.rung,)}
+    def lists(self, op: str) -> Variants:
+        return {op: (), "split": (self.variant,)} if self.split else {op: (self.variant,)}
 
 
 #: The split as it is planned.
-SPLIT = Variant(variants.LADDERS["split"][0], split=True)
+SPLIT = Trial(variants.VARIANTS["split"][0], split=True)
 
 
-def catalogue(op: str) -> list[Variant]:
-    """Every variant of an operation, those of today's ladder among them.
+def catalogue(op: str) -> list[Trial]:
+    """Every variant of an operation, today's among them.
 
-    Where a rung's registers are not bound as today's are (resident_threads), it says how many threads must fit.
+    Where a variant's registers are not bound as today's are (resident_threads), it says how many threads must fit.
     """
-    threads, packs = (64, 128, 256, 512, 1024), (1, 2, 4, 8)
-    rungs = [Rung("part", "registers", t, k) for k in (8, 4, 16) for t in (256, 128, 512)]
-    rungs += [Rung("warp", "registers", 128, k) for k in packs]
-    rungs += [Rung("block", "registers", t, k) for t in threads for k in packs]
-    rungs += [Rung("block", "shared", t, 0) for t in (256, 512, 1024)]
-    rungs += [Rung("cluster", "shared", t, 0, size) for size in (2, 4, 8, 16) for t in (512, 256)]
-    rungs += [Rung("cluster", "registers", t, k, size) for size in (2, 4, 8, 16) for t in (512, 256) for k in (8, 4)]
-    if op == "forward":  # 1024 threads have 64 registers each; without spilling, 32 are enough for one pack
-        rungs += [Rung("block", "registers", t, 1, resident=2048) for t in threads]
+    threads, vecs = (64, 128, 256, 512, 1024), (1, 2, 4, 8)
+    found = [Variant("subwarp", "registers", t, k) for k in (8, 4, 16) for t in (256, 128, 512)]
+    found += [Variant("warp", "registers", 128, k) for k in vecs]
+    found += [Variant("block", "registers", t, k) for t in threads for k in vecs]
+    found += [Variant("block", "shared", t, 0) for t in (256, 512, 1024)]
+    found += [Variant("cluster", "shared", t, 0, size) for size in (2, 4, 8, 16) for t in (512, 256)]
+    found += [Variant("cluster", "registers", t, k, size) for size in (2, 4, 8, 16) for t in (512, 256) for k in (8, 4)]
+    if op == "forward":  # 1024 threads have 64 registers each; without spilling, 32 are enough for one vec
+        found += [Variant("block", "registers", t, 1, resident=2048) for t in threads]
     else:  # 1024 have nearly enough for what shared memory needs
-        rungs += [Rung("warp", "registers", 128, 4, resident=1024)]
-        rungs += [Rung("block", "registers", 512, k, resident=1024) for k in (1, 2)]
-        rungs += [Rung("block", "shared", 512, 0, resident=1024)]
-        rungs += [Rung("cluster", "shared", 512, 0, size, resident=1024) for size in (2, 4, 8, 16)]
-    rungs += [Rung("grid", "shared", t, 0) for t in (512, 256)]
-    rungs += [Rung("grid", "registers", t, k) for t in (512, 256) for k in (8, 4)]
-    of_split = [Rung("block", "registers", t, k) for t, k in ((256, 4), (512, 4), (1024, 2))]
-    return [*map(Variant, rungs), SPLIT, *(Variant(rung, split=True) for rung in of_split)]
+        found += [Variant("warp", "registers", 128, 4, resident=1024)]
+        found += [Variant("block", "registers", 512, k, resident=1024) for k in (1, 2)]
+        found += [Variant("block", "shared", 512, 0, resident=1024)]
+        found += [Variant("cluster", "shared", 512, 0, size, resident=1024) for size in (2, 4, 8, 16)]
+    found += [Variant("grid", "shared", t, 0) for t in (512, 256)]
+    found += [Variant("grid", "registers", t, k) for t in (512, 256) for k in (8, 4)]
+    of_split = [Variant("block", "registers", t, k) for t, k in ((256, 4), (512, 4), (1024, 2))]
+    return [*map(Trial, found), SPLIT, *(Trial(variant, split=True) for variant in of_split)]
 
 
 class Entry(NamedTuple):
-    """A variant for a case: its plan, the modules of the plan's steps, and whether it is what is planned today."""
+    """A trial for a case: its plan, the modules of the plan's steps, and whether it is what is planned today."""
 
-    variant: Variant
+    trial: Trial
     plan: Plan
     modules: tuple[Module, ...]
     today: bool
 
 
-def planned(case: Case, device: Device, ladders: Ladders) -> tuple[Plan, tuple[Module, ...]]:
-    """The plan of a call on new arrays under these ladders, and the modules of its steps."""
+def planned(case: Case, device: Device, lists: Variants) -> tuple[Plan, tuple[Module, ...]]:
+    """The plan of a call on new arrays with these lists of variants, and the modules of its steps."""
     n, c, *spatial = case.shape
     kind = "channels_last" if case.layout == "channels_last" else "channels_first"
-    kind, layouts, _ = arrange((fresh(case.shape, case.itemsize, kind),) * ACCESSES[case.op])
+    kind, layouts, _ = choose_layout((contiguous_desc(case.shape, case.itemsize, kind),) * ACCESSES[case.op])
     op: Any = case.op
-    with forced(ladders):
+    with forced(lists):
         made = plan.plan(op, (n, c, math.prod(spatial)), case.dtype, kind, layouts, device, False, False)
         return made, tuple(Module.of(step, made) for step in made.steps)
 
 
-def _sensible(variant: Variant, made: Plan, case: Case) -> bool:
+def _sensible(trial: Trial, made: Plan, case: Case) -> bool:
     """Whether a plan is the variant's, and its threads have something to do: a quarter of what they can hold."""
-    rung, step = variant.rung, made.steps[0]
-    if variant.split:
+    variant, step = trial.variant, made.steps[0]
+    if trial.split:
         return step.tiles > 1
     if made.regime == "split":  # it does not fit
         return False
-    packs = math.prod(case.shape[2:]) // made.vector
+    vecs = math.prod(case.shape[2:]) // made.vec_size
     if made.kind == "channels_last":
-        packs *= made.vector * step.lanes
-    if rung.owner == "part":  # a lane moves whole packs (chunk.cuh)
-        return rung.chunks % (16 // case.itemsize) == 0
-    if rung.rest == "registers":
-        return 4 * packs >= rung.size * rung.chunks * step.tiles
-    return packs >= 2 * rung.threads * step.tiles
+        vecs *= made.vec_size * step.channel_vecs
+    if variant.scope == "subwarp":  # a lane moves whole 16-byte vecs (staging.cuh)
+        return variant.vecs_per_thread % (16 // case.itemsize) == 0
+    if variant.residency == "registers":
+        return 4 * vecs >= variant.size * variant.vecs_per_thread * step.tiles
+    return vecs >= 2 * variant.threads * step.tiles
 
 
 def entries(case: Case, device: Device) -> list[Entry]:
     """The variants that suit a case."""
     today, _ = planned(case, device, {})
     found = []
-    for variant in catalogue(case.op):
-        made, modules = planned(case, device, variant.ladders(case.op))
-        same = made.steps == today.steps and variant.split == (today.regime == "split")
-        if same or _sensible(variant, made, case):
-            found.append(Entry(variant, made, modules, same))
+    for trial in catalogue(case.op):
+        made, modules = planned(case, device, trial.lists(case.op))
+        same = made.steps == today.steps and trial.split == (today.regime == "split")
+        if same or _sensible(trial, made, case):
+            found.append(Entry(trial, made, modules, same))
     return found
 
 
 class ForcingClock(HostClock):
-    """Another clock, with a contestant's ladders forced while its calls are timed."""
+    """Another clock, with a contestant's variants forced while its calls are timed."""
 
-    def __init__(self, clock: HostClock, ladders: dict[str, Ladders]):
-        self.clock, self.ladders = clock, ladders
+    def __init__(self, clock: HostClock, lists: dict[str, Variants]):
+        self.clock, self.lists = clock, lists
 
     def seconds(self, contestant: Contestant, calls: list[int]) -> float:
-        with forced(self.ladders.get(contestant.name, {})):
+        with forced(self.lists.get(contestant.name, {})):
             return self.clock.seconds(contestant, calls)
 
 
@@ -184,7 +184,7 @@ def resources(runtime: Any, entry: Entry) -> dict[str, int]:
     least. Nothing where the runtime has no kernels of CuPy's."""
     rows = []
     for step, module in zip(entry.plan.steps, entry.modules, strict=True):
-        if step.name.endswith(entry.variant.rung.name):
+        if step.name.endswith(entry.trial.variant.name):
             try:
                 driver = importlib.import_module("cupy_backends.cuda.api.driver")
                 number = importlib.import_module("cupy").cuda.runtime.getDevice()
@@ -245,7 +245,7 @@ class Bench:
             "shape": list(case.shape),
             "dtype": case.dtype,
             "layout": case.layout,
-            "variant": entry.variant.name,
+            "variant": entry.trial.name,
             "kernel": step.name,
             "regime": entry.plan.regime,
             "today": entry.today,
@@ -257,7 +257,7 @@ class Bench:
 
     def own(self, case: Case, arrays: Arrays) -> Contestant:
         """The operation itself; what a backward needs of a forward is made by the split, which takes every plane."""
-        with forced(SPLIT.ladders("forward")):
+        with forced(SPLIT.lists("forward")):
             return peers.cupynorm_itself(case.op, arrays)
 
     def checked(self, case: Case, arrays: Arrays, own: Contestant, entry: Entry) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class Bench:
         if broken or (row.get("local_bytes", 0) > SPILLED and not entry.today):
             return {**row, "failure": broken[0] if broken else f"spills: {row['local_bytes']} B of local memory"}
         try:
-            with forced(entry.variant.ladders(case.op)):
+            with forced(entry.trial.lists(case.op)):
                 error = arrays.error(own.answers(own.run(0)), case.op)
         except Exception as failure:  # a row, whatever it is
             return {**row, "failure": _told(failure)}
@@ -277,17 +277,17 @@ class Bench:
 
     def measure(self, case: Case, arrays: Arrays, mine: list[Entry]) -> None:
         """Check and time the variants of a case in turn with a copy; what was found of them is kept in any case."""
-        own, found, ladders = self.own(case, arrays), [], {}
+        own, found, lists = self.own(case, arrays), [], {}
         for entry in mine:
             row = self.checked(case, arrays, own, entry)
             self.rows.append(row)
             if "failure" not in row:
                 found.append(row)
-                ladders[row["variant"]] = entry.variant.ladders(case.op)
+                lists[row["variant"]] = entry.trial.lists(case.op)
             elif not self.alive():
                 return
-        contestants = [replace(own, name=name) for name in ladders]
-        race = Race(ForcingClock(self.clock, ladders), arrays.sets, self.options.batch_ms / 1e3)
+        contestants = [replace(own, name=name) for name in lists]
+        race = Race(ForcingClock(self.clock, lists), arrays.sets, self.options.batch_ms / 1e3)
         try:
             samples = race.run([peers.copy(case.minimal_bytes, arrays), *contestants], self.options.rounds)
         except Exception as failure:
@@ -320,9 +320,9 @@ class Bench:
         """Measure the cases, those on one set of arrays together; first without clusters and grids, then with them."""
         suiting = {case: entries(case, self.device) for case in cases}
         before = [replace(case, op="forward") for case in cases if case.op == "backward"]
-        needed = [module for case in before for module in planned(case, self.device, SPLIT.ladders("forward"))[1]]
+        needed = [module for case in before for module in planned(case, self.device, SPLIT.lists("forward"))[1]]
         for grouped in (False, True):
-            some = {case: [e for e in found if e.variant.grouped == grouped] for case, found in suiting.items()}
+            some = {case: [e for e in found if e.trial.grouped == grouped] for case, found in suiting.items()}
             some = {case: found for case, found in some.items() if found}
             if not some or self.lost or self.late:
                 continue

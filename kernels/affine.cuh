@@ -8,13 +8,13 @@ struct Affine {
 struct AffineOfThread {
     Math weight[P], bias[P];
 
-    template <class Share>
-    __device__ AffineOfThread(const Share& share, const Affine& affine, long long channels) {
+    template <class Partition>
+    __device__ AffineOfThread(const Partition& partition, const Affine& affine, long long channels) {
         const int flags = affine.flags;
-        const bool exists = share.exists(channels);
+        const bool exists = partition.exists(channels);
         #pragma unroll
         for (int p = 0; p < P; p++) {
-            const long long c = share.c + p, i = share.n * channels + c;
+            const long long c = partition.c + p, i = partition.n * channels + c;
             weight[p] = affine.weight && exists
                 ? load_parameter(affine.weight, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT ? i : c) : 1;
             bias[p] = affine.bias && exists

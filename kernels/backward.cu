@@ -1,10 +1,10 @@
-// Backward of a training forward, one launch: an owner reads its planes of x and dy once and writes dx.
+// Backward of a training forward, one launch: a scope reads its planes of x and dy once and writes dx.
 //
-//     dx = weight * rstd * ((g - sum(g) / count) - xhat * (sum(g * xhat) / count)),   xhat = c - delta
+//     dx = weight * rstd * ((g - sum(g) / count) - xhat * (sum(g * xhat) / count)),   xhat = c - mean_lo
 //
 // with c = (x - mean) * rstd, and g what the epilogue makes of dy: dy itself without one. The saved mean is rounded:
-// delta = mean(c) is what it lost, found again from x, which is on chip anyway, so that all three sums travel in one
-// exchange: sum(g * xhat) = sum(g * c) - delta * sum(g).
+// mean_lo = mean(c) is what it lost, found again from x, which is on chip anyway, so that all three sums travel in one
+// exchange: sum(g * xhat) = sum(g * c) - mean_lo * sum(g).
 //
 // Macros as in forward.cu. sum_dy and sum_dy_xhat (of g) have N * C elements and may be null.
 
@@ -12,7 +12,7 @@
 #include "plane.cuh"
 #include "epilogue.cuh"
 #include "affine.cuh"
-#include "chunk.cuh"
+#include "staging.cuh"
 #include "sums.cuh"
 #include "unit.cuh"
 #include "moments.cuh"
@@ -21,91 +21,97 @@
 
 struct Call {
     Tensor x, dy, dx;
-    const Math *mean, *rstd, *delta;
+    const Math *mean, *rstd, *mean_lo;
     Affine affine;
     Epilogue epilogue;
     Tensor dresidual;
     Sums sums;
-    long long channels, spatial, stripes;
-    int lanes, chunks;
+    long long channels, spatial, channel_tiles;
+    int subdivision, vecs_per_thread;
     Group group;
 };
 
-template <int OWNER, int REST, int THREADS, int CHUNKS>
-__device__ inline void backward_owner(const Call& call, long long owner, long long spatial) {
-    const Share<OWNER, THREADS> share(owner, call.group.tiles, REST == REGISTERS && !GROUPED ? CHUNKS : call.chunks, call.lanes, call.dx,
-                                      call.channels, spatial);
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void backward_scope(const Call& call, long long scope_index, long long spatial) {
+    const int vecs_per_thread = RESIDENCY == REGISTERS && !GROUPED ? VECS_PER_THREAD : call.vecs_per_thread;
+    const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.dx,
+                                              call.channels, spatial);
     unsigned char* shared = shared_memory();
-    const int tile = call.chunks * THREADS * (REST == SHARED);
-    unsigned char* scratch = shared + 2 * tile * sizeof(Pack);
-    Rest<REST, THREADS, CHUNKS> rest_x((Pack*)shared), rest_dy((Pack*)shared + tile);
-    const Statistics stat(share, true, call.mean, call.delta, call.rstd, call.affine, call.channels);
-    Math sums[3 * P], count = (Math)share.count();
-    gradient_sums<OWNER>(share, call.x, call.dy, call.epilogue, call.dresidual, rest_x, rest_dy, call.chunks, stat, sums,
-                         (Math*)scratch);
+    const int vecs = call.vecs_per_thread * THREADS * (RESIDENCY == SHARED);
+    unsigned char* scratch = shared + 2 * vecs * sizeof(Vec);
+    Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x((Vec*)shared), tile_dy((Vec*)shared + vecs);
+    const AffineStats stat(partition, true, call.mean, call.mean_lo, call.rstd, call.affine, call.channels);
+    Math sums[3 * P], count = (Math)partition.count();
+    gradient_sums<SCOPE>(partition, call.x, call.dy, call.epilogue, call.dresidual, tile_x, tile_dy,
+                         call.vecs_per_thread, stat, sums, (Math*)scratch);
 #if GROUPED
-    const int area = scratch_size<THREADS>(share.lanes, 3 * P * sizeof(Accum));
-    Exchange<OWNER> exchange(call.group, owner, share.lanes * 3 * P, (Math*)(scratch + 2 * area));
+    const int area = scratch_size<THREADS>(partition.channel_vecs, 3 * P * sizeof(Accum));
+    Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * 3 * P, (Math*)(scratch + 2 * area));
     count = (Math)spatial;
-    merge_sums_of_tiles<THREADS>(share, sums, call.group.tiles, exchange, (Accum*)(scratch + area));
+    merge_sums_of_tiles<THREADS>(partition, sums, call.group.tiles, exchange, (Accum*)(scratch + area));
 #endif
 
     Gradient g;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const Math delta = sums[2 * P + p] / count;
-        sums[P + p] -= delta * sums[p];
-        g.set(p, sums[p], sums[P + p], delta, count, stat);
+        const Math mean_lo = sums[2 * P + p] / count;
+        sums[P + p] -= mean_lo * sums[p];
+        g.set(p, sums[p], sums[P + p], mean_lo, count, stat);
     }
-    if (!GROUPED || share.tile == 0) share.each_plane(call.channels, [&](int p, long long i) {
+    if (!GROUPED || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         call.sums.set(i, sums[p], sums[P + p]);
     });
-    write_tile(share, call.dx, rest_x, rest_dy, call.chunks, [&](int p, Math x, Math dy) { return g.dx(p, x, dy, stat); });
+    write_tile(partition, call.dx, tile_x, tile_dy, call.vecs_per_thread,
+               [&](int p, Math x, Math dy) { return g.dx(p, x, dy, stat); });
 #if GROUPED
     exchange.end();
 #endif
 }
 
-// PART: as in forward.cu; dx takes x's room, dresidual that of the residual.
-template <int REST, int THREADS, int CHUNKS> __device__ inline void backward_part(Call call) {
-    const Chunk<CHUNKS> chunk(THREADS / 32, call.lanes, call.spatial, call.stripes);
+// SUBWARP: as in forward.cu; dx takes x's buffer, dresidual that of the residual.
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void backward_subwarp(Call call) {
+    const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor dx = call.dx, dresidual = call.dresidual;
     const bool more = EPILOGUE && call.epilogue.residual.data, wanted = EPILOGUE && dresidual.data;
     unsigned char* shared = shared_memory();
-    const int rooms = 2 + more + wanted;
-    Storage* room = chunk.rooms(shared, rooms);
-    chunk.fetch(call.x, room);
-    chunk.fetch(call.dy, room + chunk.room);
-    call.x = chunk.staged(call.x, call.channels, room);
-    call.dy = chunk.staged(call.dy, call.channels, room + chunk.room);
-    call.dx = chunk.staged(dx, call.channels, room);
+    const int buffers = 2 + more + wanted;
+    Storage* buffer = staging.buffers(shared, buffers);
+    staging.fetch(call.x, buffer);
+    staging.fetch(call.dy, buffer + staging.buffer_size);
+    call.x = staging.staged(call.x, call.channels, buffer);
+    call.dy = staging.staged(call.dy, call.channels, buffer + staging.buffer_size);
+    call.dx = staging.staged(dx, call.channels, buffer);
     if (more) {
-        chunk.fetch(call.epilogue.residual, room + 2 * chunk.room);
-        call.epilogue.residual = chunk.staged(call.epilogue.residual, call.channels, room + 2 * chunk.room);
+        staging.fetch(call.epilogue.residual, buffer + 2 * staging.buffer_size);
+        call.epilogue.residual = staging.staged(call.epilogue.residual, call.channels,
+                                                buffer + 2 * staging.buffer_size);
     }
-    Storage* last = room + (rooms - 1) * chunk.room;
-    if (wanted) call.dresidual = chunk.staged(dresidual, call.channels, last);
+    Storage* last = buffer + (buffers - 1) * staging.buffer_size;
+    if (wanted) call.dresidual = staging.staged(dresidual, call.channels, last);
+    const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     __syncwarp();
-    backward_owner<PART, REST, THREADS, CHUNKS>(call, chunk.plane, chunk.plane < call.stripes ? call.spatial : 0);
+    backward_scope<SUBWARP, RESIDENCY, THREADS, VECS_PER_THREAD>(call, staging.plane, spatial);
     __syncwarp();
-    chunk.put(dx, room);
-    if (wanted) chunk.put(dresidual, last);
+    staging.put(dx, buffer);
+    if (wanted) staging.put(dresidual, last);
 }
 
-template <int OWNER, int REST, int THREADS, int CHUNKS> __device__ inline void backward(const Call& call) {
-    if constexpr (OWNER == PART) backward_part<REST, THREADS, CHUNKS>(call);
-    else each_owner<OWNER, Share<OWNER, THREADS>>(call.group, call.stripes, [&](long long owner) {
-        backward_owner<OWNER, REST, THREADS, CHUNKS>(call, owner, call.spatial);
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void backward(const Call& call) {
+    if constexpr (SCOPE == SUBWARP) backward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
+    else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
+        backward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);
     });
 }
 
-#define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS, CLUSTER_SIZE)                                                \
+#define VARIANT(NAME, SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD, BLOCKS, CLUSTER_SIZE)                               \
     CLUSTER_KERNEL(THREADS, BLOCKS, CLUSTER_SIZE) backward_##NAME(                                                    \
         TENSOR(x), TENSOR(dy), TENSOR(dx), const Math* mean, const Math* rstd, const void* weight, int flags,         \
         GRADIENT_PARAMETERS void* sum_dy, void* sum_dy_xhat, long long channels, long long spatial,                   \
-        long long stripes, int lanes, int chunks GROUP_PARAMETERS) {                                             \
-        backward<OWNER, REST, THREADS, CHUNKS>(Call{                                                                  \
-            OF(x), OF(dy), OF(dx), mean, rstd, DELTA, Affine{weight, BIAS, flags}, EPILOGUE_OF, DRESIDUAL,            \
-            Sums{sum_dy, sum_dy_xhat, flags}, channels, spatial, stripes, lanes, chunks, GROUP_OF});                  \
+        long long channel_tiles, int subdivision, int vecs_per_thread GROUP_PARAMETERS) {                             \
+        backward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(Call{                                                    \
+            OF(x), OF(dy), OF(dx), mean, rstd, MEAN_LO, Affine{weight, BIAS, flags}, EPILOGUE_OF, DRESIDUAL,          \
+            Sums{sum_dy, sum_dy_xhat, flags}, channels, spatial, channel_tiles, subdivision, vecs_per_thread,         \
+            GROUP_OF});                                                                                               \
     }
-LADDER
+VARIANTS

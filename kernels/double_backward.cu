@@ -1,15 +1,16 @@
-// Double backward of a training forward, one launch: an owner reads its planes of x, dy and ddx once and writes ddy and
-// dx, both of which double.cuh explains; all three rest on chip.
+// Double backward of a training forward, one launch: a scope reads its planes of x, dy and ddx once and writes ddy and
+// dx, both of which double.cuh explains; all three stay on chip.
 //
-// Macros as in forward.cu, without an epilogue. sums (those of the weight's gradient) has N * C elements and may be null.
+// Macros as in forward.cu, without an epilogue. sums (those of the weight's gradient) has N * C elements and may be
+// null.
 
-#define READ_AHEAD (GROUPED && CHANNELS_LAST ? 1 : 2)   // packs of each array: there are three
+#define READ_AHEAD (GROUPED && CHANNELS_LAST ? 1 : 2)   // vecs of each array: there are three
 
 #include "types.cuh"
 #include "plane.cuh"
 #include "epilogue.cuh"
 #include "affine.cuh"
-#include "chunk.cuh"
+#include "staging.cuh"
 #include "sums.cuh"
 #include "unit.cuh"
 #include "moments.cuh"
@@ -18,46 +19,48 @@
 #include "group.cuh"
 
 struct Call {
-    Given given;
+    Inputs inputs;
     Tensor dx, ddy;
     const Math *mean, *rstd;
     Parameters parameters;
     Sums sums;
-    long long channels, spatial, stripes;
-    int lanes, chunks;
+    long long channels, spatial, channel_tiles;
+    int subdivision, vecs_per_thread;
     Group group;
 };
 
 #if GROUPED
-// What a block publishes of each plane of its tile: its elements, the pivots and the sums.
-constexpr int PUBLISHED = 3 + QUANTITIES;
+// Numbers that a block puts for each plane of its tile: its elements, the shifts and the sums.
+constexpr int PARTIAL_NUMBERS = 3 + QUANTITIES;
 
-// f(p, means) for each plane p of a thread, from the sums of all tiles.
-template <int THREADS, class Share, class Exchange, class F>
-__device__ inline void merge_products_of_tiles(const Share& share, const Products& mine, int tiles, Accum count,
-                                               const Standard& stat, Exchange& exchange, Accum* scratch, F f) {
-    if (share.rank < share.lanes) {
+// f(p, coefficients) for each plane p of a thread, from the sums of all tiles.
+template <int THREADS, class Partition, class Exchange, class F>
+__device__ inline void merge_products_of_tiles(const Partition& partition, const Products& mine, int tiles, Accum count,
+                                               const Stats& stat, Exchange& exchange, Accum* scratch, F f) {
+    if (partition.rank < partition.channel_vecs) {
         #pragma unroll
         for (int p = 0; p < P; p++) {
-            const int at = (share.rank * P + p) * PUBLISHED;
-            exchange.publish(at, (Math)share.count());
-            exchange.publish(at + 1, mine.pivot_g[p]);
-            exchange.publish(at + 2, mine.pivot_u[p]);
+            const int at = (partition.rank * P + p) * PARTIAL_NUMBERS;
+            exchange.put(at, (Math)partition.count());
+            exchange.put(at + 1, mine.shift_g[p]);
+            exchange.put(at + 2, mine.shift_u[p]);
             #pragma unroll
-            for (int i = 0; i < QUANTITIES; i++) exchange.publish(at + 3 + i, mine.sums[i * P + p]);
+            for (int i = 0; i < QUANTITIES; i++) exchange.put(at + 3 + i, mine.sums[i * P + p]);
         }
     }
-    exchange.meet();
-    const int lane = share.rank % share.lanes;
+    exchange.barrier();
+    const int channel_vec = partition.rank % partition.channel_vecs;
     #pragma unroll
     for (int p = 0; p < P; p++) {   // one plane after the other: all of them would need too many registers
-        const int at = (lane * P + p) * PUBLISHED;
-        const Math base_g = exchange.read(0, at + 1), base_u = exchange.read(0, at + 2);    // tile 0 has the most elements
+        const int at = (channel_vec * P + p) * PARTIAL_NUMBERS;
+        // tile 0 has the most elements
+        const Math base_g = exchange.read(0, at + 1), base_u = exchange.read(0, at + 2);
         Accum s[QUANTITIES] = {};
         s[OF_G] = nothing_of(base_g);
         s[OF_U] = nothing_of(base_u);
         #pragma unroll 1
-        for (int tile = share.rank / share.lanes; tile < tiles; tile += THREADS / share.lanes) {
+        for (int tile = partition.rank / partition.channel_vecs; tile < tiles;
+             tile += THREADS / partition.channel_vecs) {
             const Accum n = exchange.read(tile, at);
             if (n == 0) continue;
             const Accum far_g = (Accum)exchange.read(tile, at + 1) - base_g;
@@ -65,89 +68,93 @@ __device__ inline void merge_products_of_tiles(const Share& share, const Product
             add_products(n, far_g, far_u, stat.rstd[p], [&](int i) { return (Accum)exchange.read(tile, at + 3 + i); },
                          [&](int i) -> Accum& { return s[i]; });
         }
-        sum_over_owner<BLOCK, THREADS>(s, share.size, share.lanes,
-                                       scratch + p * scratch_size<THREADS>(share.lanes, QUANTITIES));
-        if (p == P - 1) exchange.leave();
-        f(p, means_of<Accum>(count, base_g, base_u, stat.rstd[p], s[OF_X], s[OF_G], s[OF_U], s[OF_GX], s[OF_VX],
-                             s[OF_VG]));
+        sum_over_scope<BLOCK, THREADS>(s, partition.size, partition.channel_vecs,
+                                       scratch + p * scratch_size<THREADS>(partition.channel_vecs, QUANTITIES));
+        if (p == P - 1) exchange.release();
+        f(p, coefficients_of<Accum>(count, base_g, base_u, stat.rstd[p], s[OF_X], s[OF_G], s[OF_U],
+                                    s[OF_GX], s[OF_VX], s[OF_VG]));
     }
 }
 #endif
 
-template <int OWNER, int REST, int THREADS, int CHUNKS>
-__device__ inline void double_backward_owner(const Call& call, long long owner, long long spatial) {
-    const Share<OWNER, THREADS> share(owner, call.group.tiles, REST == REGISTERS ? CHUNKS : call.chunks, call.lanes, call.dx,
-                                      call.channels, spatial);
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void double_backward_scope(const Call& call, long long scope_index, long long spatial) {
+    const int vecs_per_thread = RESIDENCY == REGISTERS ? VECS_PER_THREAD : call.vecs_per_thread;
+    const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.dx,
+                                              call.channels, spatial);
     unsigned char* shared = shared_memory();
-    const int tile = call.chunks * THREADS * (REST == SHARED);
-    // Behind the tiles: scratch for two exchanges, for a third, of Accum, and what is published.
-    Math* scratch = (Math*)(shared + 3 * tile * sizeof(Pack));
-    Math* other = scratch + scratch_size<THREADS>(share.lanes, 2 * P);
-    Rests<REST, THREADS, CHUNKS> rest((Pack*)shared, tile);
-    const Standard stat(share, true, call.mean, call.rstd, call.channels);
-    const Products m = products_of_tile<OWNER>(share, call.given, rest, call.chunks, stat, scratch, other);
-    const ParametersOfThread parameters(share, call.parameters, call.channels);
+    const int vecs = call.vecs_per_thread * THREADS * (RESIDENCY == SHARED);
+    // Behind the tiles: scratch for two exchanges, for a third, of Accum, and the partials that are put.
+    Math* scratch = (Math*)(shared + 3 * vecs * sizeof(Vec));
+    Math* other = scratch + scratch_size<THREADS>(partition.channel_vecs, 2 * P);
+    InputTiles<RESIDENCY, THREADS, VECS_PER_THREAD> tile((Vec*)shared, vecs);
+    const Stats stat(partition, true, call.mean, call.rstd, call.channels);
+    const Products m = products_of_tile<SCOPE>(partition, call.inputs, tile, call.vecs_per_thread,
+                                               stat, scratch, other);
+    const ParametersOfThread parameters(partition, call.parameters, call.channels);
     DoubleGradient d;
-    const auto found = [&](int p, const Means& means) {
-        d.set(p, means, parameters);
+    const auto found = [&](int p, const Coefficients& coefficients) {
+        d.set(p, coefficients, parameters);
         // One thread a plane.
-        if (share.tile == 0 && share.rank < share.lanes && share.c + p < call.channels) {
-            call.sums.set_dy_xhat(share.n * call.channels + share.c + p, means.s * (Math)spatial);
+        if (partition.tile == 0 && partition.rank < partition.channel_vecs && partition.c + p < call.channels) {
+            call.sums.set_dy_xhat(partition.n * call.channels + partition.c + p, coefficients.s * (Math)spatial);
         }
     };
 #if GROUPED
-    Accum* third = (Accum*)(scratch + scratch_size<THREADS>(share.lanes, (2 + QUANTITIES) * P));
-    Exchange<OWNER> exchange(call.group, owner, share.lanes * PUBLISHED * P,
-                             (Math*)(third + scratch_size<THREADS>(share.lanes, QUANTITIES * P)));
-    merge_products_of_tiles<THREADS>(share, m, call.group.tiles, spatial, stat, exchange, third, found);
+    Accum* third = (Accum*)(scratch + scratch_size<THREADS>(partition.channel_vecs, (2 + QUANTITIES) * P));
+    Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * PARTIAL_NUMBERS * P,
+                             (Math*)(third + scratch_size<THREADS>(partition.channel_vecs, QUANTITIES * P)));
+    merge_products_of_tiles<THREADS>(partition, m, call.group.tiles, spatial, stat, exchange, third, found);
 #else
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        found(p, means_of<Math>(share.count(), m.pivot_g[p], m.pivot_u[p], stat.rstd[p], m.sums[OF_X * P + p],
-                                m.sums[OF_G * P + p], m.sums[OF_U * P + p], m.sums[OF_GX * P + p], m.sums[OF_VX * P + p],
-                                m.sums[OF_VG * P + p]));
+        found(p, coefficients_of<Math>(partition.count(), m.shift_g[p], m.shift_u[p], stat.rstd[p],
+                                       m.sums[OF_X * P + p], m.sums[OF_G * P + p], m.sums[OF_U * P + p],
+                                       m.sums[OF_GX * P + p], m.sums[OF_VX * P + p], m.sums[OF_VG * P + p]));
     }
 #endif
-    write_both(share, call.ddy, call.dx, rest, call.chunks, call.given.ddx.data, stat, d);
+    write_both(partition, call.ddy, call.dx, tile, call.vecs_per_thread, call.inputs.ddx.data, stat, d);
 #if GROUPED
     exchange.end();
 #endif
 }
 
-// PART: as in forward.cu; dx takes x's room, ddy that of dy.
-template <int REST, int THREADS, int CHUNKS> __device__ inline void double_backward_part(Call call) {
-    const Chunk<CHUNKS> chunk(THREADS / 32, call.lanes, call.spatial, call.stripes);
+// SUBWARP: as in forward.cu; dx takes x's buffer, ddy that of dy.
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void double_backward_subwarp(Call call) {
+    const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor dx = call.dx, ddy = call.ddy;
-    Storage* room = chunk.rooms(shared_memory(), 3);
+    Storage* buffer = staging.buffers(shared_memory(), 3);
     const auto fetch = [&](Tensor& t, Storage* to) {
-        chunk.fetch(t, to);
-        t = chunk.staged(t, call.channels, to);
+        staging.fetch(t, to);
+        t = staging.staged(t, call.channels, to);
     };
-    fetch(call.given.x, room);
-    fetch(call.given.dy, room + chunk.room);
-    if (call.given.ddx.data) fetch(call.given.ddx, room + 2 * chunk.room);
-    call.dx = chunk.staged(dx, call.channels, room);
-    call.ddy = chunk.staged(ddy, call.channels, room + chunk.room);
+    fetch(call.inputs.x, buffer);
+    fetch(call.inputs.dy, buffer + staging.buffer_size);
+    if (call.inputs.ddx.data) fetch(call.inputs.ddx, buffer + 2 * staging.buffer_size);
+    call.dx = staging.staged(dx, call.channels, buffer);
+    call.ddy = staging.staged(ddy, call.channels, buffer + staging.buffer_size);
+    const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     __syncwarp();
-    double_backward_owner<PART, REST, THREADS, CHUNKS>(call, chunk.plane, chunk.plane < call.stripes ? call.spatial : 0);
+    double_backward_scope<SUBWARP, RESIDENCY, THREADS, VECS_PER_THREAD>(call, staging.plane, spatial);
     __syncwarp();
-    chunk.put(dx, room);
-    chunk.put(ddy, room + chunk.room);
+    staging.put(dx, buffer);
+    staging.put(ddy, buffer + staging.buffer_size);
 }
 
-template <int OWNER, int REST, int THREADS, int CHUNKS> __device__ inline void double_backward(const Call& call) {
-    if constexpr (OWNER == PART) double_backward_part<REST, THREADS, CHUNKS>(call);
-    else each_owner<OWNER, Share<OWNER, THREADS>>(call.group, call.stripes, [&](long long owner) {
-        double_backward_owner<OWNER, REST, THREADS, CHUNKS>(call, owner, call.spatial);
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void double_backward(const Call& call) {
+    if constexpr (SCOPE == SUBWARP) double_backward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
+    else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
+        double_backward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);
     });
 }
 
-#define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS, CLUSTER_SIZE)                                                \
+#define VARIANT(NAME, SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD, BLOCKS, CLUSTER_SIZE)                               \
     CLUSTER_KERNEL(THREADS, BLOCKS, CLUSTER_SIZE) double_backward_##NAME(                                             \
-        GIVEN_PARAMETERS, TENSOR(dx), TENSOR(ddy), KNOWN_PARAMETERS, void* sums, long long channels,                  \
-        long long spatial, long long stripes, int lanes, int chunks GROUP_PARAMETERS) {                               \
-        double_backward<OWNER, REST, THREADS, CHUNKS>(Call{                                                           \
-            GIVEN, OF(dx), OF(ddy), mean, rstd, PARAMETERS, Sums{0, sums, flags}, channels, spatial, stripes,        \
-            lanes, chunks, GROUP_OF});                                                                                \
+        INPUT_PARAMETERS, TENSOR(dx), TENSOR(ddy), KNOWN_PARAMETERS, void* sums, long long channels,                  \
+        long long spatial, long long channel_tiles, int subdivision, int vecs_per_thread GROUP_PARAMETERS) {          \
+        double_backward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(Call{                                             \
+            INPUTS, OF(dx), OF(ddy), mean, rstd, PARAMETERS, Sums{0, sums, flags}, channels, spatial, channel_tiles,  \
+            subdivision, vecs_per_thread, GROUP_OF});                                                                 \
     }
-LADDER
+VARIANTS

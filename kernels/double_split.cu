@@ -1,8 +1,8 @@
-// Double backward of planes that do not rest on chip, in the three steps of split.cu; double.cuh has the formulas.
+// Double backward of planes that do not stay on chip, in the three steps of split.cu; double.cuh has the formulas.
 //
-//     partial   products_*          one owner a tile     -> its elements, pivots and sums
-//     merge     merge_products      one block a plane    -> its Means, and the sum that is the weight's gradient
-//     apply     apply_products_*    one owner a tile     -> ddy and dx, tiles in reverse: the last read are in L2
+//     partial   products_*          one scope a tile     -> its elements, shifts and sums
+//     merge     merge_products      one block a plane    -> its Coefficients, and the sum that is the weight's gradient
+//     apply     apply_products_*    one scope a tile     -> ddy and dx, tiles in reverse: the last read are in L2
 
 #include "types.cuh"
 #include "plane.cuh"
@@ -15,75 +15,76 @@
 #include "double.cuh"
 #include "tiles.cuh"
 
-constexpr int PARTIAL = 3 + QUANTITIES;     // numbers of a tile: its elements, the pivots, the sums
-constexpr int MEANS = sizeof(Means) / sizeof(Math);
+constexpr int PARTIAL_NUMBERS = 3 + QUANTITIES;     // numbers of a tile: its elements, the shifts, the sums
+constexpr int COEFFICIENTS = sizeof(Coefficients) / sizeof(Math);
 
-template <int OWNER, int THREADS, int CHUNKS>
-__device__ inline void products(const Given& given, const Tensor& dx, const Math* mean, const Math* rstd, Math* partial,
-                                long long planes, const Tiles& tiles) {
+template <int SCOPE, int THREADS, int VECS_PER_THREAD>
+__device__ inline void products(const Inputs& inputs, const Tensor& dx, const Math* mean, const Math* rstd,
+                                Math* partial, long long planes, const Tiles& tiles) {
     unsigned char* shared = shared_memory();
-    each_tile<OWNER, THREADS, CHUNKS>(tiles, dx, false, [&](const Share<OWNER, THREADS>& share) {
+    each_tile<SCOPE, THREADS, VECS_PER_THREAD>(tiles, dx, false, [&](const Partition<SCOPE, THREADS>& partition) {
         Math* scratch = (Math*)shared;
-        Rests<REGISTERS, THREADS, CHUNKS> rest;
-        const Standard stat(share, true, mean, rstd, tiles.channels);
-        const Products m = products_of_tile<OWNER>(share, given, rest, CHUNKS, stat, scratch,
-                                                   scratch + scratch_size<THREADS>(share.lanes, 2 * P));
-        share.each_plane(tiles.channels, [&](int p, long long i) {
-            Math* to = partial + i * tiles.tiles + share.tile;
+        InputTiles<REGISTERS, THREADS, VECS_PER_THREAD> tile;
+        const Stats stat(partition, true, mean, rstd, tiles.channels);
+        const Products m = products_of_tile<SCOPE>(partition, inputs, tile, VECS_PER_THREAD, stat, scratch,
+                                                   scratch + scratch_size<THREADS>(partition.channel_vecs, 2 * P));
+        partition.each_plane(tiles.channels, [&](int p, long long i) {
+            Math* to = partial + i * tiles.tiles + partition.tile;
             const long long step = planes * tiles.tiles;
-            store(to, (Math)share.count());
-            store(to + step, m.pivot_g[p]);
-            store(to + 2 * step, m.pivot_u[p]);
+            store(to, (Math)partition.count());
+            store(to + step, m.shift_g[p]);
+            store(to + 2 * step, m.shift_u[p]);
             #pragma unroll
             for (int q = 0; q < QUANTITIES; q++) store(to + (3 + q) * step, m.sums[q * P + p]);
         });
     });
 }
 
-template <int OWNER, int THREADS, int CHUNKS>
-__device__ inline void apply_products(const Given& given, const Tensor& dx, const Tensor& ddy, const Math* mean,
-                                      const Math* rstd, const Parameters& given_parameters, const Math* means,
+template <int SCOPE, int THREADS, int VECS_PER_THREAD>
+__device__ inline void apply_products(const Inputs& inputs, const Tensor& dx, const Tensor& ddy, const Math* mean,
+                                      const Math* rstd, const Parameters& affine_parameters, const Math* coefficients,
                                       long long planes, const Tiles& tiles) {
-    each_tile<OWNER, THREADS, CHUNKS>(tiles, dx, true, [&](const Share<OWNER, THREADS>& share) {
-        const bool more = given.ddx.data;
-        Rests<REGISTERS, THREADS, CHUNKS> rest;
-        rest.x.read(share, given.x, 0);
-        rest.dy.read(share, given.dy, 0);
-        if (more) rest.ddx.read(share, given.ddx, 0);
-        const Standard stat(share, true, mean, rstd, tiles.channels);
-        const ParametersOfThread parameters(share, given_parameters, tiles.channels);
+    each_tile<SCOPE, THREADS, VECS_PER_THREAD>(tiles, dx, true, [&](const Partition<SCOPE, THREADS>& partition) {
+        const bool more = inputs.ddx.data;
+        InputTiles<REGISTERS, THREADS, VECS_PER_THREAD> tile;
+        tile.x.read(partition, inputs.x, 0);
+        tile.dy.read(partition, inputs.dy, 0);
+        if (more) tile.ddx.read(partition, inputs.ddx, 0);
+        const Stats stat(partition, true, mean, rstd, tiles.channels);
+        const ParametersOfThread parameters(partition, affine_parameters, tiles.channels);
         DoubleGradient d;
         #pragma unroll
         for (int p = 0; p < P; p++) {
-            Math m[MEANS];
-            const bool exists = share.c + p < tiles.channels;
-            const Math* from = means + share.n * tiles.channels + share.c + p;
+            Math m[COEFFICIENTS];
+            const bool exists = partition.c + p < tiles.channels;
+            const Math* from = coefficients + partition.n * tiles.channels + partition.c + p;
             #pragma unroll
-            for (int q = 0; q < MEANS; q++) m[q] = exists ? load(from + q * planes) : 0;
-            d.set(p, Means{m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]}, parameters);
+            for (int q = 0; q < COEFFICIENTS; q++) m[q] = exists ? load(from + q * planes) : 0;
+            d.set(p, Coefficients{m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7]}, parameters);
         }
-        write_both(share, ddy, dx, rest, CHUNKS, more, stat, d);
+        write_both(partition, ddy, dx, tile, VECS_PER_THREAD, more, stat, d);
     });
 }
 
-#define RUNG(NAME, OWNER, REST, THREADS, CHUNKS, BLOCKS, CLUSTER_SIZE)                                                \
-    KERNEL(THREADS, BLOCKS) products_##NAME(GIVEN_PARAMETERS, TENSOR(dx), const Math* mean, const Math* rstd,         \
+#define VARIANT(NAME, SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD, BLOCKS, CLUSTER_SIZE)                               \
+    KERNEL(THREADS, BLOCKS) products_##NAME(INPUT_PARAMETERS, TENSOR(dx), const Math* mean, const Math* rstd,         \
                                             Math* partial, long long planes, TILES_PARAMETERS) {                      \
-        products<OWNER, THREADS, CHUNKS>(GIVEN, OF(dx), mean, rstd, partial, planes, TILES_OF);                       \
+        products<SCOPE, THREADS, VECS_PER_THREAD>(INPUTS, OF(dx), mean, rstd, partial, planes, TILES_OF);             \
     }                                                                                                                 \
-    KERNEL(THREADS, BLOCKS) apply_products_##NAME(GIVEN_PARAMETERS, TENSOR(dx), TENSOR(ddy), KNOWN_PARAMETERS,        \
-                                                  const Math* means, long long planes, TILES_PARAMETERS) {            \
-        apply_products<OWNER, THREADS, CHUNKS>(GIVEN, OF(dx), OF(ddy), mean, rstd, PARAMETERS, means, planes, TILES_OF);\
+    KERNEL(THREADS, BLOCKS) apply_products_##NAME(INPUT_PARAMETERS, TENSOR(dx), TENSOR(ddy), KNOWN_PARAMETERS,        \
+                                                  const Math* coefficients, long long planes, TILES_PARAMETERS) {     \
+        apply_products<SCOPE, THREADS, VECS_PER_THREAD>(INPUTS, OF(dx), OF(ddy), mean, rstd, PARAMETERS,              \
+                                                        coefficients, planes, TILES_OF);                              \
     }
-LADDER
+VARIANTS
 
 constexpr int MERGE_THREADS = 256;
 
 // Partials lie as [number][plane][tile], means as [number][plane]. sums and dweight may be null; dweight is where the
 // sums are the gradient already.
 KERNEL(MERGE_THREADS, 1) merge_products(const Math* partial, long long all_planes, long long tiles, long long first,
-                                        long long planes, long long spatial, const Math* rstd, Math* means, void* sums,
-                                        int flags) {
+                                        long long planes, long long spatial, const Math* rstd, Math* coefficients,
+                                        void* sums, int flags) {
     unsigned char* shared = shared_memory();
     const long long plane = first + blockIdx.x + (long long)gridDim.x * blockIdx.y;
     if (plane >= first + planes) return;
@@ -97,11 +98,12 @@ KERNEL(MERGE_THREADS, 1) merge_products(const Math* partial, long long all_plane
         add_products(load(at), far_g, far_u, scale, [&](int i) { return (Accum)load(at + (3 + i) * step); },
                      [&](int i) -> Accum& { return s[i]; });
     }
-    sum_over_owner<BLOCK, MERGE_THREADS>(s, MERGE_THREADS, 1, (Accum*)shared);
+    sum_over_scope<BLOCK, MERGE_THREADS>(s, MERGE_THREADS, 1, (Accum*)shared);
     if (threadIdx.x != 0) return;
-    const Means m = means_of<Accum>(spatial, base_g, base_u, scale, s[OF_X], s[OF_G], s[OF_U], s[OF_GX], s[OF_VX], s[OF_VG]);
-    const Math numbers[MEANS] = {m.pivot_g, m.pivot_u, m.g, m.v, m.x, m.a, m.c, m.s};
+    const Coefficients m = coefficients_of<Accum>(spatial, base_g, base_u, scale, s[OF_X], s[OF_G], s[OF_U],
+                                                  s[OF_GX], s[OF_VX], s[OF_VG]);
+    const Math numbers[COEFFICIENTS] = {m.shift_g, m.shift_u, m.g, m.v, m.x, m.a, m.c, m.s};
     #pragma unroll
-    for (int q = 0; q < MEANS; q++) store(means + q * all_planes + plane, numbers[q]);
+    for (int q = 0; q < COEFFICIENTS; q++) store(coefficients + q * all_planes + plane, numbers[q]);
     Sums{0, sums, flags}.set_dy_xhat(plane, m.s * (Math)spatial);
 }

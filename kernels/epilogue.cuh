@@ -16,16 +16,16 @@ struct Epilogue {
 #define EPILOGUE_PARAMETERS TENSOR(residual), double slope,
 #define EPILOGUE_OF Epilogue{OF(residual), (Math)slope}
 // Of a backward: what z takes besides, and where g is wanted (dresidual's data may be null).
-#define GRADIENT_PARAMETERS EPILOGUE_PARAMETERS TENSOR(dresidual), const Math* delta, const void* bias,
+#define GRADIENT_PARAMETERS EPILOGUE_PARAMETERS TENSOR(dresidual), const Math* mean_lo, const void* bias,
 #define DRESIDUAL OF(dresidual)
-#define DELTA delta
+#define MEAN_LO mean_lo
 #define BIAS bias
 #else
 #define EPILOGUE_PARAMETERS
 #define EPILOGUE_OF Epilogue{}
 #define GRADIENT_PARAMETERS
 #define DRESIDUAL Tensor{}
-#define DELTA 0
+#define MEAN_LO 0
 #define BIAS 0
 #endif
 

@@ -1,109 +1,115 @@
 // The gradient of a plane: its three sums over a tile, and dx from them.
 
-// What is known of a thread's planes: the saved (or running) statistics, in the unit of each, and the affine parameters.
-struct Statistics {
-    Math unit[P], mean[P], delta[P], rstd[P];
+// What is known of a thread's planes: the saved (or running) statistics, in the unit of each, and the affine
+// parameters.
+struct AffineStats {
+    Math unit[P], mean[P], mean_lo[P], rstd[P];
     AffineOfThread affine;
 
     // own: they are the planes' own, not running statistics, whose unit is 1. delta_ may be null; it is looked at only
     // where there is an epilogue, whose z must be the forward's own.
-    template <class Share>
-    __device__ Statistics(const Share& share, bool own, const Math* mean_, const Math* delta_, const Math* rstd_,
-                          const Affine& affine_, long long channels) : affine(share, affine_, channels) {
-        const bool exists = share.exists(channels);
+    template <class Partition>
+    __device__ AffineStats(const Partition& partition, bool own, const Math* mean_, const Math* mean_lo_,
+                           const Math* rstd_, const Affine& affine_, long long channels)
+        : affine(partition, affine_, channels) {
+        const bool exists = partition.exists(channels);
         #pragma unroll
         for (int p = 0; p < P; p++) {
-            const long long i = share.n * channels + share.c + p;
+            const long long i = partition.n * channels + partition.c + p;
             const Math m = exists ? load(mean_ + i) : 0;
             const Math r = exists ? load(rstd_ + i) : 0;
             const Unit u = own ? unit_of(m, r) : Unit{1, r};
             unit[p] = u.unit;
             rstd[p] = u.rstd;
             mean[p] = m * unit[p];
-            delta[p] = EPILOGUE && delta_ && exists ? load(delta_ + i) * unit[p] : 0;
+            mean_lo[p] = EPILOGUE && mean_lo_ && exists ? load(mean_lo_ + i) * unit[p] : 0;
         }
     }
 
     __device__ Math centred(int p, Math x) const { return x * unit[p] - mean[p]; }
 };
 
-// Put the gradient g = dy * activation'(z) in the place of dy, in the batch of packs that begins with `from`; with the
-// first, in the edge. f(v, x, g) for each element, before g is rounded to what is stored; dresidual, if
+// Put the gradient g = dy * activation'(z) in the place of dy, in the batch of vecs that begins with `from`; with the
+// first, in the tail element. f(v, x, g) for each element, before g is rounded to what is stored; dresidual, if
 // there is one, is g.
-template <int REST, int THREADS, int CHUNKS, class Share, class F>
-__device__ inline void apply_epilogue(const Share& share, const Epilogue& epilogue, const Tensor& dresidual,
-                                      const Rest<REST, THREADS, CHUNKS>& x, Rest<REST, THREADS, CHUNKS>& dy, int from,
-                                      const Statistics& stat, F f) {
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
+__device__ inline void apply_epilogue(const Partition& partition, const Epilogue& epilogue, const Tensor& dresidual,
+                                      const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
+                                      Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& dy, int from,
+                                      const AffineStats& stat, F f) {
     const bool more = epilogue.residual.data, wanted = dresidual.data;
-    Storage* residual = more ? share.origin(epilogue.residual) : 0;
-    Storage* to = wanted ? share.origin(dresidual) : 0;
-    Math scale[P], shift[P];
+    Storage* residual = more ? partition.origin(epilogue.residual) : 0;
+    Storage* to = wanted ? partition.origin(dresidual) : 0;
+    Math scale[P], offset[P];
     #pragma unroll
     for (int p = 0; p < P; p++) {
         scale[p] = stat.rstd[p] * stat.affine.weight[p];
-        shift[p] = stat.affine.bias[p] - stat.delta[p] * scale[p];
+        offset[p] = stat.affine.bias[p] - stat.mean_lo[p] * scale[p];
     }
     const auto gradient = [&](int v, Storage x_, Storage dy_, Math r) {
         const int p = plane_of(v);
-        const Math affine = stat.centred(p, widen(x_)) * scale[p] + shift[p];
+        const Math affine = stat.centred(p, widen(x_)) * scale[p] + offset[p];
         const Math g = gradient_through(affine, r, widen(dy_), epilogue.slope);
         f(v, widen(x_), g);
         return narrow(g);
     };
     const auto one = [&](int k) {
-        if (!share.holds(k)) return;
-        const Pack a = x.get(k);
-        Pack b = dy.get(k), r = {};
-        if (more) r = share.get(epilogue.residual, residual, k);
+        if (!partition.holds(k)) return;
+        const Vec a = x.get(k);
+        Vec b = dy.get(k), r = {};
+        if (more) r = partition.get(epilogue.residual, residual, k);
         #pragma unroll
-        for (int v = 0; v < V; v++) b.v[v] = gradient(v, a.v[v], b.v[v], more ? widen(r.v[v]) : 0);
+        for (int v = 0; v < VEC_SIZE; v++) b.v[v] = gradient(v, a.v[v], b.v[v], more ? widen(r.v[v]) : 0);
         dy.set(k, b);
-        if (wanted) share.put(dresidual, to, k, b);
+        if (wanted) partition.put(dresidual, to, k, b);
     };
     #pragma unroll
-    for (int i = 0; i < Rest<REST, THREADS, CHUNKS>::batch; i++) one(from + i);
-    if (Share::edges && from == 0 && share.edge >= 0) {
-        dy.edge = gradient(0, x.edge, dy.edge, more ? widen(load(residual + share.edge)) : 0);
-        if (wanted) store(to + share.edge, dy.edge);
+    for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) one(from + i);
+    if (Partition::has_tails && from == 0 && partition.tail >= 0) {
+        dy.tail = gradient(0, x.tail, dy.tail, more ? widen(load(residual + partition.tail)) : 0);
+        if (wanted) store(to + partition.tail, dy.tail);
     }
 }
 
 // sums: P times sum(g), then P times sum(g * c), then P times sum(c), where c = (x - mean) * rstd, as rounded.
-template <int OWNER, int REST, int THREADS, int CHUNKS, class Share>
-__device__ inline void gradient_sums(const Share& share, const Tensor& x, const Tensor& dy, const Epilogue& epilogue,
-                                     const Tensor& dresidual, Rest<REST, THREADS, CHUNKS>& rest_x,
-                                     Rest<REST, THREADS, CHUNKS>& rest_dy, int chunks, const Statistics& stat,
-                                     Math (&sums)[3 * P], Math* scratch) {
-    Math s_dy[LINES] = {}, s_dyc[LINES] = {}, s_c[LINES] = {};
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
+__device__ inline void gradient_sums(const Partition& partition, const Tensor& x, const Tensor& dy,
+                                     const Epilogue& epilogue, const Tensor& dresidual,
+                                     Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_x,
+                                     Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_dy, int vecs_per_thread,
+                                     const AffineStats& stat, Math (&sums)[3 * P], Math* scratch) {
+    Math sum_dy[LINES] = {}, sum_dy_xmu[LINES] = {}, sum_xmu[LINES] = {};
     const auto add_one = [&](int v, Math x_, Math g) {
         const Math c = stat.centred(plane_of(v), x_);
-        s_dy[line_of(v)] += g;
-        s_dyc[line_of(v)] += g * c;
-        s_c[line_of(v)] += c;
+        sum_dy[line_of(v)] += g;
+        sum_dy_xmu[line_of(v)] += g * c;
+        sum_xmu[line_of(v)] += c;
     };
-    const auto add = [&](int from) {        // the packs that have been read, and with the first the edge
+    const auto add = [&](int from) {        // the vecs that have been read, and with the first the tail element
 #if EPILOGUE
-        apply_epilogue(share, epilogue, dresidual, rest_x, rest_dy, from, stat, add_one);
+        apply_epilogue(partition, epilogue, dresidual, tile_x, tile_dy, from, stat, add_one);
 #else
         #pragma unroll
-        for (int i = 0; i < Rest<REST, THREADS, CHUNKS>::batch; i++) {
-            if (!share.holds(from + i)) continue;
-            const Pack a = rest_x.get(from + i), b = rest_dy.get(from + i);
+        for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) {
+            if (!partition.holds(from + i)) continue;
+            const Vec a = tile_x.get(from + i), b = tile_dy.get(from + i);
             #pragma unroll
-            for (int v = 0; v < V; v++) add_one(v, widen(a.v[v]), widen(b.v[v]));
+            for (int v = 0; v < VEC_SIZE; v++) add_one(v, widen(a.v[v]), widen(b.v[v]));
         }
-        if (Share::edges && from == 0 && share.edge >= 0) add_one(0, widen(rest_x.edge), widen(rest_dy.edge));
+        if (Partition::has_tails && from == 0 && partition.tail >= 0) {
+            add_one(0, widen(tile_x.tail), widen(tile_dy.tail));
+        }
 #endif
     };
-    for (int from = 0; from < (REST == REGISTERS ? 1 : chunks); from += rest_x.batch) {
-        rest_x.read(share, x, from);
-        rest_dy.read(share, dy, from);
+    for (int from = 0; from < (RESIDENCY == REGISTERS ? 1 : vecs_per_thread); from += tile_x.batch) {
+        tile_x.read(partition, x, from);
+        tile_dy.read(partition, dy, from);
         add(from);
     }
-    fold(s_dy, sums);
-    fold(s_dyc, sums + P);
-    fold(s_c, sums + 2 * P);
-    sum_over_owner<OWNER, THREADS>(sums, share.size, share.lanes, scratch);
+    fold(sum_dy, sums);
+    fold(sum_dy_xmu, sums + P);
+    fold(sum_xmu, sums + 2 * P);
+    sum_over_scope<SCOPE, THREADS>(sums, partition.size, partition.channel_vecs, scratch);
     #pragma unroll
     for (int p = 0; p < P; p++) {
         sums[P + p] *= stat.rstd[p];
@@ -111,19 +117,19 @@ __device__ inline void gradient_sums(const Share& share, const Tensor& x, const 
     }
 }
 
-// dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), where xhat = c - delta, with delta = mean(c), as
+// dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), where xhat = c - mean_lo, with mean_lo = mean(c), as
 // scale * ((dy - level) - (x - mean) * slope).
 struct Gradient {
     Math level[P], slope[P], scale[P];
 
-    __device__ void set(int p, Math sum_dy, Math sum_dy_xhat, Math delta, Math count, const Statistics& stat) {
+    __device__ void set(int p, Math sum_dy, Math sum_dy_xhat, Math mean_lo, Math count, const AffineStats& stat) {
         const Math mean_dy_xhat = sum_dy_xhat / count;
         slope[p] = mean_dy_xhat * stat.rstd[p];
-        level[p] = sum_dy / count - delta * mean_dy_xhat;
+        level[p] = sum_dy / count - mean_lo * mean_dy_xhat;
         scale[p] = stat.affine.weight[p] * stat.rstd[p];
     }
 
-    __device__ Math dx(int p, Math x, Math dy, const Statistics& stat) const {
+    __device__ Math dx(int p, Math x, Math dy, const AffineStats& stat) const {
         return ((dy - level[p]) - stat.centred(p, x) * slope[p]) * scale[p] * stat.unit[p];
     }
 };

@@ -1,19 +1,19 @@
-// Tiles of a split plane: one owner each, for some stripes at a time.
+// Tiles of a split plane: one scope each, for some channel tiles at a time.
 
 struct Tiles {
-    long long channels, spatial, first, stripes, tiles;
-    int lanes;
+    long long channels, spatial, first, channel_tiles, tiles;
+    int subdivision;
 };
 
-// f(share) for the tile of this owner, in packs of x.
-template <int OWNER, int THREADS, int CHUNKS, class F>
+// f(partition) for the tile of this scope, in vecs of x.
+template <int SCOPE, int THREADS, int VECS_PER_THREAD, class F>
 __device__ inline void each_tile(const Tiles& t, const Tensor& x, bool reverse, F f) {
-    typedef Share<OWNER, THREADS> Owner;
-    const long long owner = Owner::owner_in_grid(), owners = t.stripes * t.tiles;
-    if (owner >= owners) return;
-    f(Owner(t.first * t.tiles + (reverse ? owners - 1 - owner : owner), t.tiles, CHUNKS, t.lanes, x, t.channels, t.spatial));
+    const long long scope_index = Partition<SCOPE, THREADS>::scope_in_grid(), scopes = t.channel_tiles * t.tiles;
+    if (scope_index >= scopes) return;
+    f(Partition<SCOPE, THREADS>(t.first * t.tiles + (reverse ? scopes - 1 - scope_index : scope_index), t.tiles,
+                                VECS_PER_THREAD, t.subdivision, x, t.channels, t.spatial));
 }
 
 #define TILES_PARAMETERS                                                                                              \
-    long long channels, long long spatial, long long first, long long stripes, long long tiles, int lanes
-#define TILES_OF Tiles{channels, spatial, first, stripes, tiles, lanes}
+    long long channels, long long spatial, long long first, long long channel_tiles, long long tiles, int subdivision
+#define TILES_OF Tiles{channels, spatial, first, channel_tiles, tiles, subdivision}

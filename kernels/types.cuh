@@ -1,10 +1,10 @@
 // Types: three named things.
 //
 //   Storage  how an element lies in memory      float, half, bfloat16 or double (STORAGE_... is defined)
-//   Math     what the threads of one owner compute and add up in: float, or double for double
+//   Math     what the threads of one scope compute and add up in: float, or double for double
 //   Accum    what tiles of a plane, and planes of a channel, are merged in: always double
 //
-// A Pack is what one thread moves in one access: V elements, 16 bytes wherever alignment allows, else one.
+// A Vec is what one thread moves in one access: VEC_SIZE elements, 16 bytes wherever alignment allows, else one.
 // Global memory is touched through load() and store() only, so that the emulator can count and check every byte.
 // The 16-bit types are bare bits here: the toolkit's headers would triple the compile time.
 
@@ -23,7 +23,7 @@ typedef float Math;
 #error "define one of STORAGE_FLOAT16, STORAGE_BFLOAT16, STORAGE_FLOAT32, STORAGE_FLOAT64"
 #endif
 
-struct alignas(V * sizeof(Storage)) Pack { Storage v[V]; };
+struct alignas(VEC_SIZE * sizeof(Storage)) Vec { Storage v[VEC_SIZE]; };
 
 constexpr int WIDEST = 16 / sizeof(Storage);
 struct alignas(16) Wide { Storage v[WIDEST]; };
@@ -104,7 +104,7 @@ template <class T> __device__ inline T load(const T* p) { return *p; }
 template <class T> __device__ inline void store(T* p, T value) { *p = value; }
 // What must be in shared memory: the emulator looks whether it is.
 template <class T> __device__ inline T& in_shared(T* p) { return *p; }
-// Spelled out: the compiler takes the assignment of a Pack apart, and does not always find one store for it again.
+// Spelled out: the compiler takes the assignment of a Vec apart, and does not always find one store for it again.
 template <class T> __device__ inline void store_words(T* p, const T& value) {
     unsigned w[4];
     memcpy(w, &value, sizeof(T));
@@ -114,8 +114,8 @@ template <class T> __device__ inline void store_words(T* p, const T& value) {
     } else asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
 }
 __device__ inline void store(Wide* p, const Wide& value) { store_words(p, value); }
-#if V > 1
-__device__ inline void store(Pack* p, const Pack& value) { store_words(p, value); }
+#if VEC_SIZE > 1
+__device__ inline void store(Vec* p, const Vec& value) { store_words(p, value); }
 #endif
 #if defined(STORAGE_FLOAT64)
 __device__ inline Math reciprocal_sqrt(Math m) { return 1.0 / sqrt(m); }

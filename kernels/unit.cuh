@@ -25,16 +25,17 @@ __device__ inline Unit unit_of(Math mean, Math rstd) {
 __device__ inline Unit unit_of(Math, Math rstd) { return {1, rstd}; }       // its squares must be in range anyway
 #endif
 
-// What y, or the epilogue's z, is made of, for a thread's planes: xhat * weight + bias, with xhat = (x - mean) - delta.
+// What y, or the epilogue's z, is made of, for a thread's planes: xhat * weight + bias, with
+// xhat = (x - mean) - mean_lo.
 struct Normalization {
-    Math unit[P], mean[P], scale[P], shift[P];
+    Math unit[P], mean[P], scale[P], offset[P];
 
-    __device__ void set(int p, Math mean_, Math delta, Math rstd, const AffineOfThread& affine) {
+    __device__ void set(int p, Math mean_, Math mean_lo, Math rstd, const AffineOfThread& affine) {
         const Unit u = unit_of(mean_, rstd);
         unit[p] = u.unit;
         mean[p] = mean_ * u.unit;
         scale[p] = u.rstd * affine.weight[p];
-        shift[p] = affine.bias[p] - delta * u.unit * scale[p];
+        offset[p] = affine.bias[p] - mean_lo * u.unit * scale[p];
     }
-    __device__ Math z(int p, Math x) const { return (x * unit[p] - mean[p]) * scale[p] + shift[p]; }
+    __device__ Math z(int p, Math x) const { return (x * unit[p] - mean[p]) * scale[p] + offset[p]; }
 };

@@ -16,12 +16,12 @@ from helpers.compare import ROUNDING, assert_same, assert_within
 
 import cupynorm as cn
 from cupynorm import devices
-from cupynorm.cuda.plan import PART_BYTES, PART_ELEMENTS, Device, Layout, Op, _Job
-from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, LADDERS, Kind, exists, group_of, resident_threads, widest
+from cupynorm.cuda.plan import SUBWARP_BYTES, SUBWARP_ELEMENTS, Device, Layout, Op, _Job
+from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, VARIANTS, Kind, exists, group_of, resident_threads, widest
 
-#: Few multiprocessors: owners are chosen by the size of a plane alone, as they are for large batches.
+#: Few multiprocessors: scopes are chosen by the size of a plane alone, as they are for large batches.
 SMALL_DEVICE = Device("small", (7, 5), 1, 99 * 1024, 4 * 2**20)
-#: Many multiprocessors for few planes: owners of few threads give way.
+#: Many multiprocessors for few planes: scopes of few threads give way.
 WIDE_DEVICE = Device("wide", (7, 5), 64, 99 * 1024, 4 * 2**20)
 
 
@@ -335,7 +335,7 @@ SMALL = [
 KINDS: tuple[tuple[Kind, bool], ...] = (
     ("channels_first", True), ("channels_first", False), ("channels_last", True), ("channels_last", False),
 )  # fmt: skip
-GROUPS = ("", "warp", "part", "cluster", "cluster_registers", "grid", "grid_registers", "split")
+GROUPS = ("", "warp", "subwarp", "cluster", "cluster_registers", "grid", "grid_registers", "split")
 
 
 def turn(group: str, kind: Kind, easy: bool) -> str:
@@ -349,7 +349,7 @@ def turn(group: str, kind: Kind, easy: bool) -> str:
 
 
 def variants(ops: tuple[Op, ...] = ("forward", "backward"), turns: bool = False) -> list[Case]:
-    """Cases whose plans reach every kernel without an epilogue: each rung, dtype, layout, alignment; the split.
+    """Cases whose plans reach every kernel without an epilogue: each variant, dtype, layout, alignment; the split.
 
     turns: each group of kernels in the dtypes whose turn it is.
     """
@@ -442,22 +442,22 @@ def _variants(
     epilogue: int = 0,
     turns: bool = False,
 ) -> list[Case]:
-    # 16 bytes of channels-last rows at the least, so that there are several lanes; 3 channels cannot be packed.
+    # 16 bytes of channels-last rows at the least, so that several vecs lie side by side; 3 channels cannot be packed.
     c = 2 if kind == "channels_first" else (16 if easy else 3)
     layout = kind if kind == "channels_last" else ("contiguous" if easy else "unaligned")
-    vector = 1 if kind == "channels_last" and not easy else widest(ITEMSIZE[dtype], kind)
+    vec_size = 1 if kind == "channels_last" and not easy else widest(ITEMSIZE[dtype], kind)
     base = Case((2, c, 1), dtype, layout)
-    skewed = kind == "channels_first" and not easy
+    misaligned = kind == "channels_first" and not easy
 
     def job(op: Op, s: int, n: int = 2) -> _Job:
         stride = (c * s, s, 1) if kind == "channels_first" else (c * s, 1, c)
         layouts = (Layout(*stride, int(layout == "unaligned")), Layout(*stride, 0))
         made = _Job(op, (n, c, s), dtype, kind, layouts, SMALL_DEVICE, epilogue)
-        assert (made.vector, made.skewed) == (vector, skewed)
+        assert (made.vec_size, made.misaligned) == (vec_size, misaligned)
         return made
 
-    lanes = job("forward", 100).lanes
-    unit = vector if lanes == 1 else 1  # positions that a pack holds
+    channel_vecs = job("forward", 100).channel_vecs
+    unit = vec_size if channel_vecs == 1 else 1  # positions that a vec holds
     cases: dict[tuple[int, Device, str], Case] = {}
 
     def add(s: int, device: Device = SMALL_DEVICE, layout: str = layout) -> None:
@@ -468,53 +468,56 @@ def _variants(
 
     for op in ops:
         held = 0
-        for rung in LADDERS[op]:
-            if not exists(rung, op, dtype, kind, epilogue, skewed):
+        for variant in VARIANTS[op]:
+            if not exists(variant, op, dtype, kind, epilogue, misaligned):
                 continue
-            group = group_of(rung, op)
-            if rung.owner == "part":
+            group = group_of(variant, op)
+            if variant.scope == "subwarp":
                 if kind == "channels_first":
-                    most = min(PART_ELEMENTS, PART_BYTES // ITEMSIZE[dtype])
+                    most = min(SUBWARP_ELEMENTS, SUBWARP_BYTES // ITEMSIZE[dtype])
                     for s in (3, 5, min(49, most), most):
                         add(s)
-            elif rung.rest == "registers" and not rung.grouped:
-                capacity = rung.chunks * rung.size // lanes * unit
+            elif variant.residency == "registers" and not variant.grouped:
+                capacity = variant.vecs_per_thread * variant.size // channel_vecs * unit
                 if capacity <= held:  # there for few planes
                     add(capacity - (unit - 1), WIDE_DEVICE)
                     continue
                 # Just over what the one before holds, and all that this one holds.
                 add(held + 3)
                 add(capacity - (unit - 1))
-                if kind == "channels_first" and capacity * ITEMSIZE[dtype] <= PART_BYTES:
-                    # Not one behind the other, or a part of a warp would have them.
+                if kind == "channels_first" and capacity * ITEMSIZE[dtype] <= SUBWARP_BYTES:
+                    # Not one behind the other, or a subwarp would have them.
                     add(capacity if easy else capacity - unit + 1, layout="gaps")
                 held = capacity
-            elif rung.owner == "block":
-                shared = job(op, held + 5).shared(rung, 1)
+            elif variant.scope == "block":
+                shared = job(op, held + 5).shared(variant, 1)
                 fits = shared <= SMALL_DEVICE.shared_per_block
                 add(held + 5, SMALL_DEVICE if fits else Device("block", (9, 0), 1, shared, 2**20))
-            elif rung.owner == "cluster":
+            elif variant.scope == "cluster":
                 # As many multiprocessors as half as large a cluster would leave idle.
                 made = job(op, held + 5, 3)
-                shared = made.shared(rung, rung.cluster) if rung.rest == "shared" else 2**14
-                name = f"{rung.rest}{rung.cluster}"
-                add(held + 5, Device(name, (9, 0), made.company * rung.cluster, shared, 2**20, rung.cluster))
-            elif rung.rest == "registers":
+                shared = made.shared(variant, variant.cluster) if variant.residency == "shared" else 2**14
+                name = f"{variant.residency}{variant.cluster}"
+                add(
+                    held + 5,
+                    Device(name, (9, 0), made.concurrent_tiles * variant.cluster, shared, 2**20, variant.cluster),
+                )
+            elif variant.residency == "registers":
                 add(held + 5, Device("registers", (8, 0), 5, 2**12, 2**20))
             else:
-                # The smallest grid that this rung, and none before it, suits.
+                # The smallest grid that this variant, and none before it, try_variant.
                 of_registers = [
                     r
-                    for r in LADDERS[op]
-                    if group_of(r, op) == "grid_registers" and exists(r, op, dtype, kind, epilogue, skewed)
+                    for r in VARIANTS[op]
+                    if group_of(r, op) == "grid_registers" and exists(r, op, dtype, kind, epilogue, misaligned)
                 ]
                 s, busy = held + 5, 5
                 for r in of_registers:  # more than the registers of all multiprocessors hold
                     busy = 2
-                    blocks = resident_threads(r, op, dtype, kind, epilogue, skewed) // r.threads * busy
-                    s = blocks * r.chunks * r.size // lanes * unit + 5
-                add(s, Device("grid", (9, 0), busy, job(op, s).shared(rung, 2), 2**20))
+                    blocks = resident_threads(r, op, dtype, kind, epilogue, misaligned) // r.threads * busy
+                    s = blocks * r.vecs_per_thread * r.size // channel_vecs * unit + 5
+                add(s, Device("grid", (9, 0), busy, job(op, s).shared(variant, 2), 2**20))
     # Too large for shared memory.
     group = "split"
-    add(SMALL_DEVICE.shared_per_block // (ITEMSIZE[dtype] * (1 if lanes == 1 else lanes * vector)) + 1)
+    add(SMALL_DEVICE.shared_per_block // (ITEMSIZE[dtype] * (1 if channel_vecs == 1 else channel_vecs * vec_size)) + 1)
     return list(cases.values())

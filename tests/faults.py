@@ -82,7 +82,7 @@ def failures(backend: Backend, faults: Faults) -> Iterator[None]:
         elif backend.name == "cupy":
             from cupynorm.cuda.backend import runtime
         if runtime is not None:
-            ready = runtime.ready
+            prepare = runtime.prepare
 
             def launched(prepared: Callable[[], Any]) -> None:
                 faults.launched += 1
@@ -91,7 +91,7 @@ def failures(backend: Backend, faults: Faults) -> Iterator[None]:
             for name in ("empty", "zeros"):
                 patch.setattr(runtime, name, failing(getattr(runtime, name), MemoryError("no device memory left")))
             error = LaunchError("the driver reports an error")
-            patch.setattr(runtime, "ready", lambda *given: partial(failing(launched, error), ready(*given)))
+            patch.setattr(runtime, "prepare", lambda *given: partial(failing(launched, error), prepare(*given)))
         stack.enter_context(_watching(look))
         yield
 

@@ -366,7 +366,7 @@ SPEED = {
     "BLOCK_BYTES", "MIN_CHANNELS", "MIN_CHANNEL_TILE",
     "SHORT_ROW", "TILE", "MOST_RUNS", "MIN_CHANNELS_COMPILED", "SPARE", "SMALL_TABLE", "PAYS", "pays", "STREAM",
     "LONG_RUN", "PLANE_COSTS", "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "GUESS_PLACES", "TILE_BYTES",
-    "STRIPE_BYTES", "FEW_THREADS",
+    "CHANNEL_TILE_BYTES", "FEW_THREADS",
     "SPIN_LIMIT", "LEAST", "FEW", "CHUNK", "_guess", "_guess_channels", "_middle",
     "NEAR", "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
 }  # fmt: skip
@@ -477,11 +477,11 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
 
 
 #: Headers that the double backward uses as well.
-SHARED = ("affine", "channels", "chunk", "group", "plane", "sums", "tiles", "types")
+SHARED = ("affine", "channels", "staging", "group", "plane", "sums", "tiles", "types")
 
 
 def _kernel_stages(name: str) -> list[tuple[str, ...]]:
-    double = name.startswith("double")
+    double = "double" in name
     plain = "and double" if double else "and not double and not epilogue_variant"
     first = {
         "epilogue": "simt and (relu or silu or gelu) and float32 and test_table",

@@ -40,7 +40,7 @@ class Recorder:
     def address(self, array: np.ndarray) -> int:
         return array.ctypes.data
 
-    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+    def prepare(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
         self.steps.append(step)
         self.modules.append(module)
         return partial(int)

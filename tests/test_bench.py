@@ -22,7 +22,7 @@ import cupynorm
 from bench import __main__ as bench
 from bench import aims, cases, claims, dram, host, passes, peers, prime, report, smoke, summary, timing, values
 from cupynorm import cpu, devices
-from cupynorm.cuda.plan import DEVICES, fresh
+from cupynorm.cuda.plan import DEVICES, contiguous_desc
 from cupynorm.cuda.variants import ITEMSIZE
 from cupynorm.explain import plan_for
 
@@ -770,15 +770,15 @@ def test_smoke_finds_a_shape_for_each_scope(dtype: str):
                 shape = smoke.smallest(scope, op, dtype, kind, device)
                 needy = op == "backward" and kind == "channels_last"  # shared memory instead of registers
                 there = {
-                    "part": kind == "channels_first",
+                    "subwarp": kind == "channels_first",
                     # Clusters that hold planes in registers come first, and leave none to one block's shared memory.
                     "shared": op == "double_backward" or needy,
                     "cluster2": op == "double_backward" or needy,
                 }.get(scope, True)
                 assert (shape is not None) == there, (scope, op, kind)
                 if shape is not None:
-                    memory = fresh(shape, ITEMSIZE[dtype], kind)
-                    plan, _ = plan_for(op, memory, dtype, device)
+                    desc = contiguous_desc(shape, ITEMSIZE[dtype], kind)
+                    plan, _ = plan_for(op, desc, dtype, device)
                     assert (smoke.scope_of(plan), plan.kind) == (scope, kind)
                     assert math.prod(shape) <= smoke.MOST_ELEMENTS
     assert all(smoke.smallest(scope, "forward", dtype, "channels_first", DEVICES["T4"]) is None for scope in clusters)
@@ -786,13 +786,13 @@ def test_smoke_finds_a_shape_for_each_scope(dtype: str):
 
 def test_smoke_names_scopes():
     for size, device, expected in [
-        (4, "H100", "part"), (20, "H100", "warp"), (60, "H100", "block"), (130, "A100", "shared"),
+        (4, "H100", "subwarp"), (20, "H100", "warp"), (60, "H100", "block"), (130, "A100", "shared"),
         (150, "H100", "cluster4"), (200, "H100", "cluster8"), (300, "H100", "cluster16"), (700, "H100", "grid"),
         (5000, "H100", "split"),
     ]:  # fmt: skip
-        memory = fresh((2, 320, size, size), 4, "channels_first")
-        assert smoke.scope_of(plan_for("forward", memory, "float32", DEVICES[device])[0]) == expected
-    assert smoke.scope_of(plan_for("evaluate", memory, "float32", DEVICES["H100"])[0]) == "given"
+        desc = contiguous_desc((2, 320, size, size), 4, "channels_first")
+        assert smoke.scope_of(plan_for("forward", desc, "float32", DEVICES[device])[0]) == expected
+    assert smoke.scope_of(plan_for("normalize", desc, "float32", DEVICES["H100"])[0]) == "given"
 
 
 @without_gpu

@@ -18,9 +18,9 @@ from bench import __main__ as bench
 from bench import peers, variants
 from bench.cases import TOLERANCE, Arrays, Case
 from bench.timing import HostClock
-from bench.variants import SPLIT, Variant
+from bench.variants import SPLIT, Trial
 from cupynorm.cuda.plan import DEVICES, Device
-from cupynorm.cuda.variants import FORCED, LADDERS, Rung, widest
+from cupynorm.cuda.variants import FORCED, VARIANTS, Variant, widest
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 SMALL = Device("small", (9, 0), 5, 227 * 1024, 2**20, 16)  # the whole of a grid is soon emulated
@@ -38,25 +38,25 @@ def sweep(**changes: Any) -> list[Case]:
 def test_forcing_is_undone() -> None:
     one = case("forward", "float32", 1000)
     before = variants.planned(one, DEVICES["H100"], {})
-    rung = Rung("block", "registers", 1024, 1, resident=2048)
-    with variants.forced(Variant(rung).ladders("forward")):
+    variant = Variant("block", "registers", 1024, 1, resident=2048)
+    with variants.forced(Trial(variant).lists("forward")):
         made, (module,) = variants.planned(one, DEVICES["H100"], {})
-        assert made.steps[0].name == f"forward_{rung.name}"
-        assert module.kernels == (f"forward_{rung.name}",)
+        assert made.steps[0].name == f"forward_{variant.name}"
+        assert module.kernels == (f"forward_{variant.name}",)
         assert "1024, 1, 2, 1)" in module.defines  # two such blocks to a multiprocessor
     assert FORCED == {}
     assert variants.planned(one, DEVICES["H100"], {}) == before
 
 
 def test_a_forced_module_is_another() -> None:
-    rung = LADDERS["forward"][-1]
+    variant = VARIANTS["forward"][-1]
     large = case("forward", "float32", 2**20)
     (today,), (forced,), (bound,) = (
-        variants.planned(large, DEVICES["H100"], ladders)[1]
-        for ladders in (
+        variants.planned(large, DEVICES["H100"], lists)[1]
+        for lists in (
             {},
-            {"forward": (rung,)},
-            {"forward": (Rung(rung.owner, rung.rest, rung.threads, 0, resident=1024),)},
+            {"forward": (variant,)},
+            {"forward": (Variant(variant.scope, variant.residency, variant.threads, 0, resident=1024),)},
         )
     )
     assert len({today, forced, bound}) == 3
@@ -65,10 +65,10 @@ def test_a_forced_module_is_another() -> None:
 
 
 @pytest.mark.parametrize("op", variants.OPS)
-def test_what_is_tried_includes_todays_ladder(op: str) -> None:
-    rungs = [variant.rung for variant in variants.catalogue(op) if not variant.split]
-    assert set(LADDERS[op]) < set(rungs)
-    names = [variant.name for variant in variants.catalogue(op)]
+def test_what_is_tried_includes_todays_variants(op: str) -> None:
+    listed = [trial.variant for trial in variants.catalogue(op) if not trial.split]
+    assert set(VARIANTS[op]) < set(listed)
+    names = [trial.name for trial in variants.catalogue(op)]
     assert len(set(names)) == len(names)
 
 
@@ -78,39 +78,39 @@ def test_what_suits_a_plane() -> None:
     assert 300 < sum(map(len, found.values())) < 700
     for each, mine in found.items():
         assert sum(entry.today for entry in mine) == 1, each
-        packs = each.plane_bytes // 16
+        vecs = each.plane_bytes // 16
         for entry in mine:
-            rung, step = entry.variant.rung, entry.plan.steps[0]
-            assert entry.variant.split == (entry.plan.regime == "split")
-            assert all(step.name.endswith(rung.name) for step in entry.plan.steps if step.name[:5] != "merge")
+            variant, step = entry.trial.variant, entry.plan.steps[0]
+            assert entry.trial.split == (entry.plan.regime == "split")
+            assert all(step.name.endswith(variant.name) for step in entry.plan.steps if step.name[:5] != "merge")
             assert step.shared <= DEVICES["H200"].shared_per_block
-            if rung.rest == "registers" and rung.owner != "part" and not entry.variant.split:
-                held = rung.size * rung.chunks * step.tiles  # of a group: in all of its blocks
-                assert packs <= held
-                assert held <= 4 * packs or entry.today
-                assert rung.grouped or step.tiles == 1
-    names = {entry.variant.name for entry in found[sweep()[0]]}
-    assert {"part 256x8", "part 128x4"} <= names
-    owners = {
-        each.shape[-1]: {e.variant.rung.owner for e in mine} for each, mine in found.items() if each.op == "forward"
+            if variant.residency == "registers" and variant.scope != "subwarp" and not entry.trial.split:
+                held = variant.size * variant.vecs_per_thread * step.tiles  # of a group: in all of its blocks
+                assert vecs <= held
+                assert held <= 4 * vecs or entry.today
+                assert variant.grouped or step.tiles == 1
+    names = {entry.trial.name for entry in found[sweep()[0]]}
+    assert {"subwarp 256x8", "subwarp 128x4"} <= names
+    scopes = {
+        each.shape[-1]: {e.trial.variant.scope for e in mine} for each, mine in found.items() if each.op == "forward"
     }
-    assert owners[32] == {"warp", "block"}
-    assert owners[256] == {"block", "cluster", "grid"}
-    assert owners[8192] == {"block"}
+    assert scopes[32] == {"warp", "block"}
+    assert scopes[256] == {"block", "cluster", "grid"}
+    assert scopes[8192] == {"block"}
 
 
-def some(op: str) -> list[Variant]:
-    """Variants whose number of threads no ladder has, one of each owner."""
+def some(op: str) -> list[Trial]:
+    """Variants whose number of threads no plan takes, one of each scope."""
     bound = 2048 if op == "forward" else 1024
     return [
-        Variant(Rung("part", "registers", 128, 16)),
-        Variant(Rung("block", "registers", 64, 2)),
-        Variant(Rung("block", "registers", 512, 1, resident=bound)),
-        Variant(Rung("block", "registers", 1024, 4)),
-        Variant(Rung("block", "shared", 1024, 0)),
-        Variant(Rung("cluster", "shared", 256, 0, 4)),
-        Variant(Rung("grid", "shared", 256, 0)),
-        Variant(Rung("block", "registers", 1024, 2), split=True),
+        Trial(Variant("subwarp", "registers", 128, 16)),
+        Trial(Variant("block", "registers", 64, 2)),
+        Trial(Variant("block", "registers", 512, 1, resident=bound)),
+        Trial(Variant("block", "registers", 1024, 4)),
+        Trial(Variant("block", "shared", 1024, 0)),
+        Trial(Variant("cluster", "shared", 256, 0, 4)),
+        Trial(Variant("grid", "shared", 256, 0)),
+        Trial(Variant("block", "registers", 1024, 2), split=True),
     ]
 
 
@@ -118,45 +118,45 @@ def every() -> list[Any]:
     """All of them in the nightly tier, some in the full one."""
     found = []
     for op in variants.OPS:
-        for variant in variants.catalogue(op):
+        for trial in variants.catalogue(op):
             for dtype, itemsize in DTYPES.items():
-                if variant.rung.owner == "part" and variant.rung.chunks % (16 // itemsize):
+                if trial.variant.scope == "subwarp" and trial.variant.vecs_per_thread % (16 // itemsize):
                     continue
-                full = variant in some(op) and (dtype == "float32") == (op == "forward")
+                full = trial in some(op) and (dtype == "float32") == (op == "forward")
                 marks = pytest.mark.full if full else pytest.mark.nightly
-                found.append(pytest.param(op, dtype, variant, marks=marks, id=f"{op}-{dtype}-{variant.name}"))
+                found.append(pytest.param(op, dtype, trial, marks=marks, id=f"{op}-{dtype}-{trial.name}"))
     return found
 
 
 @pytest.mark.simt
-@pytest.mark.parametrize(("op", "dtype", "variant"), every())
-def test_each_variant_is_right(run_on: Callable[..., Any], op: str, dtype: str, variant: Variant) -> None:
+@pytest.mark.parametrize(("op", "dtype", "trial"), every())
+def test_each_variant_is_right(run_on: Callable[..., Any], op: str, dtype: str, trial: Trial) -> None:
     """Where its threads are full, where most are idle, and where planes begin and end between 16-byte borders."""
     emulator.require()
     runtime = run_on(Emulator(SMALL))
-    rung, v = variant.rung, widest(DTYPES[dtype], "channels_first")
-    if rung.owner == "part":
-        sizes = [7 * 7, 8 * rung.chunks]
-    elif variant.split:
-        sizes = [2 * rung.threads * rung.chunks * v + 5]
-    elif rung.rest == "registers":
-        full = rung.size * rung.chunks * v
+    variant, v = trial.variant, widest(DTYPES[dtype], "channels_first")
+    if variant.scope == "subwarp":
+        sizes = [7 * 7, 8 * variant.vecs_per_thread]
+    elif trial.split:
+        sizes = [2 * variant.threads * variant.vecs_per_thread * v + 5]
+    elif variant.residency == "registers":
+        full = variant.size * variant.vecs_per_thread * v
         sizes = [full, full // 2 - 3]
     else:
-        sizes = [2 * rung.threads * v * rung.cluster + 3]
+        sizes = [2 * variant.threads * v * variant.cluster + 3]
     for positions in sizes:
         one = case(op, dtype, positions)
         arrays = Arrays(np, one.shape, dtype, one.layout, False, 1)
         own = peers.cupynorm_itself(op, arrays)
         runtime.counts.clear()
-        with variants.forced(variant.ladders(op)):
+        with variants.forced(trial.lists(op)):
             error = arrays.error(own.answers(own.run(0)), op)
-        assert runtime.counts[0].kernel.endswith(rung.name)
+        assert runtime.counts[0].kernel.endswith(variant.name)
         assert error < TOLERANCE[dtype] / (100 if dtype == "float32" else 5), positions
 
 
 class Loading(Emulator):
-    """An emulator that is told what to compile, and cannot compile warps of one pack."""
+    """An emulator that is told what to compile, and cannot compile warps of one vec."""
 
     def load(self, module: Any) -> None:
         if any("warp" in name and name.endswith("x1") for name in module.kernels):
@@ -170,13 +170,13 @@ def test_a_run(run_on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.M
     emulator.require()
     tried = {
         op: [
-            Variant(Rung("part", "registers", 128, 16 if op == "forward" else 8)),  # as planned of 8 x 8
-            Variant(Rung("warp", "registers", 128, 1)),
-            Variant(Rung("block", "registers", 64, 1)),
+            Trial(Variant("subwarp", "registers", 128, 16 if op == "forward" else 8)),  # as planned of 8 x 8
+            Trial(Variant("warp", "registers", 128, 1)),
+            Trial(Variant("block", "registers", 64, 1)),
         ]
         for op in variants.OPS
     }
-    assert all(mine[0].rung in LADDERS[op] for op, mine in tried.items())
+    assert all(mine[0].variant in VARIANTS[op] for op, mine in tried.items())
     monkeypatch.setattr(variants, "catalogue", tried.get)
     runtime = run_on(Loading(SMALL))
     options = variants._parser().parse_args(
@@ -190,7 +190,7 @@ def test_a_run(run_on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.M
     run.run(variants.cases(options))
     rows = json.loads((tmp_path / "v.json").read_text(encoding="utf-8"))["rows"]
     assert [(row["op"], row["variant"], row["today"]) for row in rows] == [
-        (op, variant.name, variant == mine[0]) for op, mine in tried.items() for variant in mine
+        (op, trial.name, trial == mine[0]) for op, mine in tried.items() for trial in mine
     ]
     assert [row.get("failure") for row in rows] == [None, "RuntimeError: no such compiler", None] * 2
     for row in (row for row in rows if "failure" not in row):
@@ -228,13 +228,13 @@ def test_the_table() -> None:
         row("warp 128x2", 0.8, today=True),
         row("block 64x1", 0.96),
         row("block 128x1", None),
-        row("part 256x8", 0.5, today=True, side=4),
+        row("subwarp 256x8", 0.5, today=True, side=4),
         row("grid 512", 0.7, op="backward"),
     ]
     table = variants.lines(rows)
     assert table[0] == "float32 channels_first forward"
     four, sixteen = (line.split() for line in table[2:4])
-    assert four == ["4x4", "part", "256x8", "50.0%", "part", "256x8", "50.0%", "0.0%", "40"]
+    assert four == ["4x4", "subwarp", "256x8", "50.0%", "subwarp", "256x8", "50.0%", "0.0%", "40"]
     assert sixteen == ["16x16", "warp", "128x2", "80.0%", "block", "64x1", "96.0%", "16.7%", "40"]
     assert table[5] == "float32 channels_first backward"
     assert any(line.split() == ["16x16", "–", "grid", "512", "70.0%", "–", "40"] for line in table)
@@ -247,4 +247,4 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["variants"])
     assert "no usable GPU" in capsys.readouterr().err
-    assert SPLIT.rung == LADDERS["split"][0]
+    assert SPLIT.variant == VARIANTS["split"][0]

@@ -12,7 +12,7 @@ import pytest
 from helpers.backends import Backend, on, on_kernels
 
 from cupynorm.cuda import plan
-from cupynorm.cuda.plan import Device, Memory, Op
+from cupynorm.cuda.plan import ArrayDesc, Device, Op
 from cupynorm.explain import plan_for
 
 #: Numba compiles each kind of call for itself, in seconds: the dtype in which an activation is compiled.
@@ -82,11 +82,11 @@ def test_more_tiles_than_threads_that_merge_them(backend: Backend, rng: np.rando
     """In a grid whose blocks have 32 channels side by side, of 16 bits: 16 threads merge those of a channel."""
     case = cases.Case((1, 31, 40, 75), "float16", "channels_last", device=Device("many", (8, 0), 24, 72 * 1024, 2**20))
     backend.pretend(case.device)
-    memory = Memory(case.shape, (2 * 31 * 3000, 2, 2 * 31 * 75, 2 * 31), 2, 0)
+    desc = ArrayDesc(case.shape, (2 * 31 * 3000, 2, 2 * 31 * 75, 2 * 31), 2, 0)
     ops: list[Op] = ["forward", "backward", "double_backward"]
     for op in ops:
-        step = plan_for(op, memory, case.dtype, case.device)[0].steps[0]
-        assert (step.cooperative, step.tiles > step.threads // step.lanes) == (True, True)
+        step = plan_for(op, desc, case.dtype, case.device)[0].steps[0]
+        assert (step.cooperative, step.tiles > step.threads // step.channel_vecs) == (True, True)
     cases.check(backend, case, rng)
     cases.check_double(backend, case, rng)
 

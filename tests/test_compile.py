@@ -1,10 +1,10 @@
 """Kernels compiled by NVRTC itself, without a GPU, and held to their resources.
 
 The core modules are compiled for sm_90 each time. Everything for every architecture takes most of an hour, so the full
-tier deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of rungs
-that differ in packs or in the cluster's size alone it takes the largest, which needs most registers; and dtypes, packs
-and epilogues take turns too (_code). The nightly tier compiles everything for every architecture: for changes of
-kernels, of LADDERS, of resident_threads.
+tier deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of
+variants that differ in vecs or in the cluster's size alone it takes the largest, which needs most registers; and
+dtypes, vecs and epilogues take turns too (_code). The nightly tier compiles everything for every architecture: for
+changes of kernels, of VARIANTS, of resident_threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from helpers import tiers
 from cupynorm.cuda import source
 from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
-from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Rung, group_of, widest
+from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Variant, group_of, widest
 
 pytestmark = [pytest.mark.nvrtc]
 
@@ -33,13 +33,13 @@ ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 CUPY_OPTIONS = ("-ftz=true",)
 REGISTERS = 65536  # of a multiprocessor, on all of them
 FIRST_WITH_CLUSTERS = 90  # older ones have no kernels of the groups "cluster" and "cluster_registers"
-#: Bytes of local memory of a thread that kernels of a file, owner and rest may have; others have none. A few go to the
-#: first-level cache: measured, they cost nothing, and to hold fewer threads does. What NVRTC 13.0 reports for sm_90;
-#: for other architectures the same kernels may have ELSEWHERE, where up to 208 were seen (sm_100, NVRTC 12.9), and
-#: others a few: which of them is compiled for which changes with the list of modules.
+#: Bytes of local memory of a thread that kernels of a file, scope and residency may have; others have none. A few go to
+#: the first-level cache: measured, they cost nothing, and to hold fewer threads does. What NVRTC 13.0 reports for
+#: sm_90; for other architectures the same kernels may have ELSEWHERE, where up to 208 were seen (sm_100, NVRTC
+#: 12.9), and others a few: which of them is compiled for which changes with the list of modules.
 ELSEWHERE, FEW = 224, 16
 SPILLED = {
-    ("forward", "part", "registers"): 8,
+    ("forward", "subwarp", "registers"): 8,
     ("forward", "block", "registers"): 8,
     ("forward", "cluster", "registers"): 36,
     ("forward", "grid", "registers"): 52,
@@ -97,15 +97,15 @@ def _supported(architecture: int) -> bool:
     return architecture in list(supported)
 
 
-def _rung_of(module: Module, kernel: str) -> Rung | None:
-    """The rung of a kernel; None of merges, and sums over N, which have a block to themselves."""
-    return next((rung for rung in module.rungs if kernel.endswith(f"_{rung.name}")), None)
+def _variant_of(module: Module, kernel: str) -> Variant | None:
+    """The variant of a kernel; None of merges, and sums over N, which have a block to themselves."""
+    return next((variant for variant in module.variants if kernel.endswith(f"_{variant.name}")), None)
 
 
 def _allowed(module: Module, kernel: str, architecture: int) -> int:
     """Bytes of a thread's local memory that a kernel may have."""
-    rung = _rung_of(module, kernel)
-    known = (module.file, rung.owner, rung.rest) if rung else None
+    variant = _variant_of(module, kernel)
+    known = (module.file, variant.scope, variant.residency) if variant else None
     if architecture != 90:
         return ELSEWHERE if known in SPILLED else FEW
     return SPILLED.get(known, 0)  # type: ignore[arg-type]
@@ -113,8 +113,10 @@ def _allowed(module: Module, kernel: str, architecture: int) -> int:
 
 def _registers(module: Module, kernel: str) -> int:
     """The most registers of a thread with which as many blocks as are to stay on a multiprocessor do."""
-    rung = _rung_of(module, kernel)
-    most = REGISTERS // (module.blocks(rung) * rung.threads) // 8 * 8 if rung else 255  # they are given in eights
+    variant = _variant_of(module, kernel)
+    most = (
+        REGISTERS // (module.blocks(variant) * variant.threads) // 8 * 8 if variant else 255
+    )  # they are given in eights
     return min(most, 255)
 
 
@@ -122,15 +124,15 @@ def _check_resources(module: Module, architecture: int, whole: bool = True) -> i
     """Compile a module to machine code; no more local memory than SPILLED allows, no more registers than its threads
     may have.
 
-    Not whole: of rungs that differ in packs or in the cluster's size alone, the largest.
+    Not whole: of variants that differ in vecs or in the cluster's size alone, the largest.
     """
     options = (*OPTIONS, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v")
     text, kernels = module.source, set(module.kernels)
     if not whole:
-        largest = {(rung.owner, rung.rest, rung.threads): rung for rung in module.rungs}.values()
-        for rung in set(module.rungs).difference(largest):
-            text = re.sub(rf" RUNG\({rung.name}, [^)]*\)", "", text, count=1)
-            kernels = {name for name in kernels if not name.endswith(f"_{rung.name}")}
+        largest = {(variant.scope, variant.residency, variant.threads): variant for variant in module.variants}.values()
+        for variant in set(module.variants).difference(largest):
+            text = re.sub(rf" VARIANT\({variant.name}, [^)]*\)", "", text, count=1)
+            kernels = {name for name in kernels if not name.endswith(f"_{variant.name}")}
     done = _compile(text, options)
     assert done.status == 0, f"{module} for sm_{architecture}:\n{done.log}"
     assert not re.search(r"kernels/.*warning", done.log), done.log
@@ -159,8 +161,8 @@ def test_core_modules(module: Module) -> None:
 
 
 def _code(module: Module) -> Module:
-    """One for all modules that take turns: those that differ in dtype, in how much they pack, in which epilogue."""
-    return replace(module, dtype="float16", vector=min(module.vector, 2), epilogue=0)
+    """One for all modules that take turns: those that differ in dtype, in the size of their vecs, in which epilogue."""
+    return replace(module, dtype="float16", vec_size=min(module.vec_size, 2), epilogue=0)
 
 
 def _dealt(architecture: int) -> list[Module]:
@@ -207,32 +209,32 @@ def _wide_modules() -> list[Module]:
     modules = [
         Module(file, "bfloat16", _width(group), "channels_first", group, epilogue)
         for file, epilogue in files
-        for group in dict.fromkeys(group_of(rung, file) for rung in LADDERS[file])
+        for group in dict.fromkeys(group_of(variant, file) for variant in VARIANTS[file])
     ]
     wide = [m for m in core_modules() if m.file != "channels"]
-    return wide + [m for m in modules if m.rungs and m not in wide]
+    return wide + [m for m in modules if m.variants and m not in wide]
 
 
 _FILES = ("forward", "backward")
 
 
 def _width(group: str) -> int:
-    return 1 if group == "part" else widest(ITEMSIZE["bfloat16"], "channels_first")
+    return 1 if group == "subwarp" else widest(ITEMSIZE["bfloat16"], "channels_first")
 
 
 @lru_cache(maxsize=1)
 def _planned() -> dict[Module, set[Step]]:
-    """What recorded plans launch, under one module of each file and its rungs, with an epilogue and without: one of
+    """What recorded plans launch, under one module of each file and its variants, with an epilogue and without: one of
     _wide_modules if it has them.
     """
     wide = _wide_modules()
-    modules = {(m.file, m.rungs, m.epilogue > 0): m for m in wide}
+    modules = {(m.file, m.variants, m.epilogue > 0): m for m in wide}
     steps: dict[Module, set[Step]] = {module: set() for module in wide}
     for recorded in json.loads(Path(__file__).with_name("plans.json").read_text()):
         plan = recorded["planned"]
         for step, named in zip(plan["plan"]["steps"], plan["modules"], strict=True):
             module = Module(**named)
-            one = modules.setdefault((module.file, module.rungs, module.epilogue > 0), module)
+            one = modules.setdefault((module.file, module.variants, module.epilogue > 0), module)
             steps.setdefault(one, set()).add(Step(**step | {"grid": tuple(step["grid"])}))
     return steps
 
@@ -254,37 +256,38 @@ def _check_launch_bounds(module: Module, entries: list[str]) -> None:
     kernels = {entry.split("(")[0]: entry.split("{")[0] for entry in entries}
     for step in _planned()[module]:
         said = dict(re.findall(r"\.(maxntid|minnctapersm|reqnctapercluster) (\d+)", kernels[step.name]))
-        rung = _rung_of(module, step.name)
-        blocks = module.blocks(rung) if rung else 1
+        variant = _variant_of(module, step.name)
+        blocks = module.blocks(variant) if variant else 1
         assert said.pop("reqnctapercluster", "1") == str(step.cluster), step.name
         assert said == {"maxntid": str(step.threads), "minnctapersm": str(blocks)}, step.name
 
 
 def _check_accesses(module: Module, entries: list[str]) -> None:
-    """Packs move in one access each: 16 bytes channels-first, and only edges and numbers of planes by themselves."""
+    """Vecs move in one access each: 16 bytes channels-first, and only tail elements and numbers of planes by
+    themselves."""
     forward, double, fused = module.file == "forward", module.file == "double_backward", bool(module.epilogue)
     inputs = (1 if forward else 3 if double else 2) + fused  # x, dy, ddx, residual
     outputs = 1 + double + (fused and not forward)  # y or dx, ddy, dresidual
     for entry in entries:
         name = entry.split("(")[0]
-        rung = next(r for r in module.rungs if name.endswith(r.name))
+        variant = next(r for r in module.variants if name.endswith(r.name))
         loads = len(re.findall(r"ld\.global\.v4\.(?:b32|u32|f32)", entry))
         stores = len(re.findall(r"st\.global\.v4\.b32", entry))
-        if rung.rest == "registers":
-            packs = rung.chunks  # of a group as well: all that a block has registers for
-            if rung.owner == "part":  # as many wide packs as a warp's run may hold whole, dealt to its lanes
-                packs = rung.chunks // widest(ITEMSIZE[module.dtype], "channels_first")
-            assert loads == inputs * packs, name
-            assert stores == outputs * packs, name
+        if variant.residency == "registers":
+            vecs = variant.vecs_per_thread  # of a group as well: all that a block has registers for
+            if variant.scope == "subwarp":  # as many wide vecs as a warp's run may hold whole, dealt to its lanes
+                vecs = variant.vecs_per_thread // widest(ITEMSIZE[module.dtype], "channels_first")
+            assert loads == inputs * vecs, name
+            assert stores == outputs * vecs, name
         else:
             assert loads >= inputs, name
             assert stores >= outputs, name
-        # Narrow ones: edges, what a plane has of its own (forward 4 statistics, backward 2 sums of either dtype, at
-        # most), and what a block of a grid publishes; not a pack taken apart.
+        # Narrow ones: tail elements, what a plane has of its own (forward 4 statistics, backward 2 sums of either
+        # dtype, at most), and what a block of a grid puts; not a vec taken apart.
         numbers = 4 if forward else 2 if module.dtype == "float32" else 4
-        published = (4 if forward else 9 if double else 3) if rung.owner == "grid" else 0
+        partials = (4 if forward else 9 if double else 3) if variant.scope == "grid" else 0
         narrow = len(re.findall(r"st\.global\.(?:u16|b16|f32|u32|b32)\b", entry))
-        assert narrow <= outputs + numbers + published, name
+        assert narrow <= outputs + numbers + partials, name
         assert "st.global.v2" not in entry, name
         assert "ld.global.v2" not in entry, name
 
@@ -309,7 +312,7 @@ def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("file", ["forward", "backward"])
 def test_clusters_are_fenced_once(file: str) -> None:
-    """By the warp that publishes. An arrival that releases would be a fence of the whole GPU, by each warp."""
+    """By the warp that puts. An arrival that releases would be a fence of the whole GPU, by each warp."""
     module = Module(file, "float32", 4, "channels_first", "cluster_registers")
     ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
     entries = ptx.split(".visible .entry ")[1:]

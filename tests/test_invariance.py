@@ -18,13 +18,13 @@ from helpers.compare import Bits
 import cupynorm as cn
 from cupynorm import devices
 from cupynorm.cuda.launch import _state
-from cupynorm.cuda.plan import DEVICES, Device, Layout, Memory, Op, Plan, arrange, fresh, plan
-from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind
+from cupynorm.cuda.plan import DEVICES, ArrayDesc, Device, Layout, Op, Plan, choose_layout, contiguous_desc, plan
+from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind
 from cupynorm.explain import plan_for
 
 EIGHT = Device("eight", (9, 0), 8, 99 * 1024, 4 * 2**20, 4)
 THREE = Device("three", (9, 0), 3, 227 * 1024, 2**20)
-# 65 536 floats are what two multiprocessors hold in registers: four blocks each, 256 threads, eight packs.
+# 65 536 floats are what two multiprocessors hold in registers: four blocks each, 256 threads, eight vecs.
 LITTLE = Device("little", (7, 5), 2, 12 * 1024, 2**18)
 ROOMY = Device("roomy", (8, 0), 2, 150 * 1024, 2**18)
 
@@ -108,12 +108,12 @@ def planned(op: Op, n: int, c: int, s: int, dtype: str, kind: Kind, device: Devi
 def order(made: Plan) -> tuple[Any, ...]:
     """What decides which values are added up first."""
     step = made.steps[0]
-    return made.regime, made.vector, step.name, step.tiles, step.chunks, step.lanes
+    return made.regime, made.vec_size, step.name, step.tiles, step.vecs_per_thread, step.subdivision
 
 
 def test_the_shapes_reach_every_regime() -> None:
     regimes = {planned("forward", 5, c, s, "float32", "channels_first", d, True).regime for c, s, d in SHAPES}
-    assert regimes == {f"{rung.owner}-{rung.rest}" for rung in LADDERS["forward"]} | {"split"}
+    assert regimes == {f"{variant.scope}-{variant.residency}" for variant in VARIANTS["forward"]} | {"split"}
     alone, many = (
         {(c, s): planned("forward", n, c, s, "float32", "channels_first", d, False).regime for c, s, d in SHAPES}
         for n in (1, 5)
@@ -148,20 +148,23 @@ def test_aligned_planes_cost_nothing_more() -> None:
 def test_what_is_copied_for_it(invariant: bool) -> None:
     """Never what lies as a new array does; and only what would be dealt out to threads otherwise."""
 
-    def copied(c: int, channels: int, phase: int = 0) -> bool:
+    def copied(c: int, channels: int, misalignment: int = 0) -> bool:
         """Of an array whose positions have room for more channels than its own."""
-        memory = Memory((2, c, 3, 7), (channels * 84, 4, channels * 28, channels * 4), 4, phase)
-        kind, _, (copy,) = arrange((memory,), invariant)
+        strides = channels * 84, 4, channels * 28, channels * 4
+        desc = ArrayDesc((2, c, 3, 7), strides, 4, misalignment)
+        kind, _, (copy,) = choose_layout((desc,), invariant)
         assert kind == "channels_last"
         return copy
 
     assert not copied(8, 8)
     assert not copied(8, 16)
-    assert not copied(6, 6)  # no packs of 16 bytes begin alike: channels one by one
+    assert not copied(6, 6)  # no vecs of 16 bytes begin alike: channels one by one
     assert not copied(6, 9, 4)
     assert copied(8, 9) == copied(8, 16, 4) == invariant
-    for made in (fresh((2, c, 3, 7), 4, kind) for c in (1, 6, 8) for kind in ("channels_first", "channels_last")):
-        assert arrange((made,), invariant)[2] == (False,)
+    for made in (
+        contiguous_desc((2, c, 3, 7), 4, kind) for c in (1, 6, 8) for kind in ("channels_first", "channels_last")
+    ):
+        assert choose_layout((made,), invariant)[2] == (False,)
 
 
 @pytest.mark.long
@@ -185,7 +188,7 @@ def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
         shape = (n, int(rng.integers(1, 4)), 2 * int(rng.integers(500, 500_000)))
         text = told(shape)
         mine, *others = (
-            order(plan_for("forward", memory(m, *shape[1:]), "float32", DEVICES["H100"])[0]) for m in (n, *range(1, 99))
+            order(plan_for("forward", desc(m, *shape[1:]), "float32", DEVICES["H100"])[0]) for m in (n, *range(1, 99))
         )
         alike = [m for m, other in enumerate(others, 1) if other == mine]
         if "N = " not in text:
@@ -203,8 +206,8 @@ def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
     assert told((4, 3, 27, 27)) == "the same in every batch, as set"
 
 
-def memory(*shape: int) -> Any:
-    return fresh(shape, 4, "channels_first")
+def desc(*shape: int) -> Any:
+    return contiguous_desc(shape, 4, "channels_first")
 
 
 def test_setting() -> None:

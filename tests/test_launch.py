@@ -19,7 +19,7 @@ from cupynorm.cuda.plan import DEVICES, Device
 
 BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
 GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
-#: A device, and how many positions planes have there that one owner has, that blocks of a grid share, or that are
+#: A device, and how many positions planes have there that one scope has, that blocks of a grid share, or that are
 #: split: by themselves, and eight of them side by side.
 ROOMS = {"alone": (BLOCKS, 300, 300), "grid": (GRID, 18_000, 2400), "split": (BLOCKS, 30_000, 30_000)}
 
@@ -29,10 +29,10 @@ def laid(shape: tuple[int, ...], layout: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("owner", ROOMS)
-def test_what_each_regime_allocates(run_on: Callable[..., Any], owner: str, layout: str) -> None:
+@pytest.mark.parametrize("scope", ROOMS)
+def test_what_each_regime_allocates(run_on: Callable[..., Any], scope: str, layout: str) -> None:
     """Results, numbers a plane, numbers a tile where blocks tell each other some, and nothing else."""
-    device, *sizes = ROOMS[owner]
+    device, *sizes = ROOMS[scope]
     n, c = 3, 8
     runtime = run_on(Recorder(device))
     x, dy, ddx = (laid((n, c, sizes[layout == "channels_last"], 1), layout) for _ in range(3))
@@ -43,34 +43,34 @@ def test_what_each_regime_allocates(run_on: Callable[..., Any], owner: str, layo
     def shared(numbers: int) -> Counter[Any]:
         """What blocks share, of so many numbers a plane."""
         step = runtime.steps[0]
-        assert (owner == "grid") == step.cooperative and (owner == "split") == (step.tiles > 1 and not step.cooperative)
-        if owner != "grid":
+        assert (scope == "grid") == step.cooperative and (scope == "split") == (step.tiles > 1 and not step.cooperative)
+        if scope != "grid":
             return Counter()
         groups = step.grid[0] // step.tiles
-        width = 1 if layout == "contiguous" else step.lanes * runtime.modules[0].vector
+        width = 1 if layout == "contiguous" else step.channel_vecs * runtime.modules[0].vec_size
         return Counter({((groups, 2, step.tiles, width * numbers), "float32"): 1, ((groups,), "uint32"): 1})
 
-    def of_tiles(*arrays: int) -> tuple[int, ...]:
+    def partials(*arrays: int) -> tuple[int, ...]:
         return (*arrays, n, c, runtime.steps[0].tiles)
 
     _, saved = cn.instance_norm_forward(x, weight, bias)
     expected = Counter({as_x: 1, of_planes: 2}) + shared(4)
-    if owner == "split":
-        expected += Counter({of_planes: 1, (of_tiles(), "int64"): 1, (of_tiles(), "float64"): 2})
+    if scope == "split":
+        expected += Counter({of_planes: 1, (partials(), "int64"): 1, (partials(), "float64"): 2})
     assert runtime.made == expected
 
     runtime.clear()
     cn.instance_norm_backward(dy, saved)
     expected = Counter({as_x: 1, of_channels: 2, of_planes: 2}) + shared(3)
-    if owner == "split":
-        expected += Counter({of_planes: 3, (of_tiles(3), "float32"): 1})
+    if scope == "split":
+        expected += Counter({of_planes: 3, (partials(3), "float32"): 1})
     assert runtime.made == expected
 
     runtime.clear()
     cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)
     expected = Counter({as_x: 2, of_channels: 1, of_planes: 1}) + shared(9)
-    if owner == "split":
-        expected += Counter({(of_tiles(9), "float32"): 1, ((8, n, c), "float32"): 1})
+    if scope == "split":
+        expected += Counter({(partials(9), "float32"): 1, ((8, n, c), "float32"): 1})
     assert runtime.made == expected
 
 
@@ -173,25 +173,28 @@ def test_calls_are_prepared_once_for_an_alignment(run_on: Callable[..., Any]) ->
     assert launch._prepare.cache_info().misses == 2
 
 
-@pytest.mark.parametrize(("n", "c", "most", "lanes", "vector"), [
+@pytest.mark.parametrize(("n", "c", "most", "channel_vecs", "vec_size"), [
     (3, 5, 4, 1, 8), (2, 7, 100, 1, 2), (1, 1, 1, 1, 4), (3, 40, 2, 4, 4), (2, 33, 3, 16, 1), (4, 16, 1, 2, 4),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
-def test_rounds_of_a_split_have_each_plane_once(n: int, c: int, most: int, lanes: int, vector: int, kind: str) -> None:
-    width = lanes * vector if kind == "channels_last" else 1
-    stripes = n * -(-c // width)
-    step = SimpleNamespace(lanes=lanes)
-    plan = SimpleNamespace(stripes=stripes, at_a_time=most, vector=vector, steps=[step, SimpleNamespace(lanes=9)])
+def test_rounds_of_a_split_have_each_plane_once(
+    n: int, c: int, most: int, channel_vecs: int, vec_size: int, kind: str
+) -> None:
+    width = channel_vecs * vec_size if kind == "channels_last" else 1
+    tiles = n * -(-c // width)
+    step = SimpleNamespace(channel_vecs=channel_vecs)
+    other = SimpleNamespace(channel_vecs=9)
+    plan = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])
     call: Any = SimpleNamespace(nc=(n, c), plan=plan, kind=kind)
     rounds = launch._Call.rounds(call)
-    assert [stripe for first, number in rounds for stripe in range(first, first + number)] == [*range(stripes)]
+    assert [tile for first, number in rounds for tile in range(first, first + number)] == [*range(tiles)]
     assert all(number == most for _, number in rounds[:-1])
     last = 0
     for first, number in rounds:
         begin, planes = launch._Call.planes_of(call, (first, number))
         assert begin == last
         last = begin + planes
-        assert planes == sum(min(width, c - stripe % (stripes // n) * width) for stripe in range(first, first + number))
+        assert planes == sum(min(width, c - tile % (tiles // n) * width) for tile in range(first, first + number))
     assert last == n * c
 
 
@@ -213,7 +216,7 @@ def test_what_is_planned_is_launched(
             cn.instance_norm_double_backward(ddx, weight, bias, x, saved)
     assert len(plans) == 4 * 18 - 2
     for plan in plans:
-        rounds = -(-plan.stripes // plan.at_a_time) if plan.at_a_time else 1
+        rounds = -(-plan.channel_tiles // plan.at_a_time) if plan.at_a_time else 1
         steps = [*plan.steps[:3] * rounds, *plan.steps[3:]]
         assert runtime.steps[: len(steps)] == steps, plan
         del runtime.steps[: len(steps)]

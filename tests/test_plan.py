@@ -21,22 +21,35 @@ import reference
 import cupynorm as cn
 from cupynorm import cpu
 from cupynorm.cuda.launch import _prepare
-from cupynorm.cuda.plan import DEVICES, MAX_GRID, Device, Layout, Memory, Op, Plan, Step, arrange, fresh, layout, plan
-from cupynorm.cuda.variants import ITEMSIZE, LADDERS, Kind, Rung, exists, group_of, resident_threads
+from cupynorm.cuda.plan import (
+    DEVICES,
+    MAX_GRID,
+    ArrayDesc,
+    Device,
+    Layout,
+    Op,
+    Plan,
+    Step,
+    choose_layout,
+    contiguous_desc,
+    layout,
+    plan,
+)
+from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind, Variant, exists, group_of, resident_threads
 from cupynorm.explain import plan_for
 
 SHAPES = [
     (1, 1, 2), (1, 1, 2**24), (1, 1, 2**31 + 1), (1, 3, 2**33 + 7), (1, 32, 1080 * 1920), (2, 320, 64), (2, 3, 49),
     (3, 5, 1575), (12, 512, 16), (12, 512, 1024), (20, 64, 184 * 248), (20, 100, 1575), (2, 32, 128**3), (32, 80, 5325),
     (10_000_000, 3, 4), (70_000, 70_000, 2), (2**33, 2, 2), (1, 1, 57_000), (1, 1, 58_112), (200, 300, 29_000),
-    # Parts of warps: every size of a part, and the largest of each dtype.
+    # Subwarps: every size of one, and the largest of each dtype.
     (64, 96, 7), (64, 96, 33), (64, 96, 63), (1000, 3, 65), (1000, 3, 127), (64, 96, 128), (3, 1, 255), (64, 96, 256),
     # Between the shared memory of one block and that of all.
     (1, 3, 20_000), (1, 1, 30_000), (4, 67, 60_000), (55, 1, 50_000), (4, 1, 500_000), (7, 9, 900_000), (1, 1, 17_409),
     (2, 2, 2_500_001), (3, 1, 6_000_000), (8, 1, 1), (2**28, 16, 500_000),
 ]  # fmt: skip
-OPS: tuple[Op, ...] = ("forward", "backward", "evaluate", "eval_gradient")
-DOUBLE: tuple[Op, ...] = ("double_backward", "eval_double")
+OPS: tuple[Op, ...] = ("forward", "backward", "normalize", "frozen_backward")
+DOUBLE: tuple[Op, ...] = ("double_backward", "frozen_double_backward")
 KINDS: tuple[Kind, ...] = ("channels_first", "channels_last")
 #: Epilogue and residual. A residual alone has an epilogue of no activation, and needs none backward.
 EPILOGUES = [(0, False), (1, False), (1, True), (3, True)]
@@ -56,68 +69,75 @@ def _plan(
     _, c, s = shape
     stride = (c * s, s, 1) if kind == "channels_first" else (c * s, 1, c)
     first = Layout(*stride, 0 if aligned else 1)
-    arrays = 5 if op in DOUBLE else 3 + 2 * residual if op in ("backward", "eval_gradient") else 2 + residual
+    arrays = 5 if op in DOUBLE else 3 + 2 * residual if op in ("backward", "frozen_backward") else 2 + residual
     layouts = (first, *[Layout(*stride, 0)] * (arrays - 1))
     return plan(op, shape, dtype, kind, layouts, device, sums, sums, epilogue, residual)
 
 
 @cache
-def _named(name: str) -> Rung | None:
-    """The rung of a step; None of merges and sums over N, which have none."""
-    found = [rung for ladder in LADDERS.values() for rung in ladder if name.endswith("_" + rung.name)]
+def _named(name: str) -> Variant | None:
+    """The variant of a step; None of merges and sums over N, which have none."""
+    found = [variant for variants in VARIANTS.values() for variant in variants if name.endswith("_" + variant.name)]
     return found[0] if found else None
 
 
-def _rung(step: Step) -> Rung | None:
+def _variant_of(step: Step) -> Variant | None:
     return _named(step.name)
 
 
-def _shared(made: Plan, step: Step, rung: Rung | None, s: int, residual: bool) -> int:
+def _shared(made: Plan, step: Step, variant: Variant | None, s: int, residual: bool) -> int:
     """Dynamic shared memory of a block, counted in the kernels' text."""
     size = ITEMSIZE[made.dtype]
     math_size = 8 if made.dtype == "float64" else 4
     warps = step.threads // 32
-    if rung is None:  # a Merged or ThreeSums a thread (split.cu); two Accum a thread (channels.cu)
-        if step.module in ("double_split", "double_evaluate"):  # Accums of a warp: six, one
+    if variant is None:  # Moments or ThreeSums a thread (split.cu); two Accum a thread (channels.cu)
+        if step.module in ("double_split", "frozen_double_backward"):  # Accums of a warp: six, one
             return warps * (6 if step.module == "double_split" else 1) * 8
         return step.threads * (24 if step.module == "split" else 2 * 8)
-    if rung.owner == "part":
-        # chunk.cuh: the run of a warp's planes, wherever it lies between 16-byte borders, in a room for each array.
+    if variant.scope == "subwarp":
+        # staging.cuh: the run of a warp's planes, wherever it lies between 16-byte borders, in a buffer for each array.
         wide = 16 // size
-        words = max(math.ceil((phase + 32 // step.lanes * s) / wide) for phase in range(wide))
-        rooms = 1 + residual if made.op == "forward" else 3 if made.op in DOUBLE else 2 + 2 * residual
-        return warps * rooms * words * 16
-    if rung.owner == "warp" or step.name.startswith(("evaluate", "apply")):
+        words = max(math.ceil((at + 32 // step.subwarp_size * s) / wide) for at in range(wide))
+        buffers = 1 + residual if made.op == "forward" else 3 if made.op in DOUBLE else 2 + 2 * residual
+        return warps * buffers * words * 16
+    if variant.scope == "warp" or step.name.startswith(("normalize", "apply")):
         return 0
-    # Sums over a block: two areas in turns forward, one backward; a number for each warp, lane and plane of a thread.
+    # Sums over a block: two areas in turns forward, one backward; a number for each warp, channel vec and plane of a
+    # thread.
     # Forward two at once, of the values about the mean and of their squares (moments.cuh).
-    lanes, planes = (1, 1) if made.kind == "channels_first" else (step.lanes, made.vector)
+    channel_vecs, planes = (1, 1) if made.kind == "channels_first" else (step.channel_vecs, made.vec_size)
     forward = made.op == "forward"
-    quantities = {"forward": 2, "eval_gradient": 2, "backward": 3, "double_backward": 2 + 6, "eval_double": 1}[made.op]
-    sums = (2 if forward else 1) * quantities * warps * lanes * planes * math_size
-    if rung.rest == "registers" and not rung.grouped:
+    quantities = {
+        "forward": 2,
+        "frozen_backward": 2,
+        "backward": 3,
+        "double_backward": 2 + 6,
+        "frozen_double_backward": 1,
+    }[made.op]
+    sums = (2 if forward else 1) * quantities * warps * channel_vecs * planes * math_size
+    if variant.residency == "registers" and not variant.grouped:
         return sums
     arrays = 1 if forward else 3 if made.op in DOUBLE else 2
-    tile = step.chunks * step.threads * made.vector * size * arrays if rung.rest == "shared" else 0
-    if rung.owner == "block":
+    tile = step.vecs_per_thread * step.threads * made.vec_size * size * arrays if variant.residency == "shared" else 0
+    if variant.scope == "block":
         return tile + sums
-    if made.op in DOUBLE:  # and six of Accum; what a block publishes is nine numbers a plane
-        return tile + sums + warps * lanes * planes * 6 * 8 + lanes * planes * 9 * math_size
-    # Groups: both areas are of Accum, and each block publishes its numbers (group.cuh).
-    area = warps * lanes * planes * (2 if forward else 3) * 8
-    return tile + 2 * area + lanes * planes * (4 if forward else 3) * math_size
+    if made.op in DOUBLE:  # and six of Accum; the partials of a block are nine numbers a plane
+        return tile + sums + warps * channel_vecs * planes * 6 * 8 + channel_vecs * planes * 9 * math_size
+    # Groups: both areas are of Accum, and each block puts its numbers (group.cuh).
+    area = warps * channel_vecs * planes * (2 if forward else 3) * 8
+    return tile + 2 * area + channel_vecs * planes * (4 if forward else 3) * math_size
 
 
 def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Device, residual: bool) -> None:
     n, c, s = shape
-    rung = _rung(step)
+    variant = _variant_of(step)
     # What the hardware takes.
     blocks = step.grid[0] * step.grid[1]
     assert 1 <= step.grid[0] <= MAX_GRID
     assert 1 <= step.grid[1] <= 65535
     assert 32 <= step.threads <= 1024
     assert step.threads % 32 == 0
-    assert step.shared == _shared(made, step, rung, s, residual)
+    assert step.shared == _shared(made, step, variant, s, residual)
     assert step.shared <= device.shared_per_block
     assert 1 <= step.cluster <= device.cluster
     assert step.grid[0] % step.cluster == 0
@@ -125,52 +145,60 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
         # All at once: as many on each multiprocessor as the kernel is compiled for, and as have room in what a block
         # alone may have of its shared memory (1 KB of each block is the driver's).
         assert step.grid == (blocks, 1)
-        assert rung is not None
+        assert variant is not None
         each = 1
-        if rung.rest == "registers":
-            facts = step.module, made.dtype, made.kind, made.epilogue, made.skewed
-            each = resident_threads(rung, *facts) // step.threads
+        if variant.residency == "registers":
+            facts = step.module, made.dtype, made.kind, made.epilogue, made.misaligned
+            each = resident_threads(variant, *facts) // step.threads
         assert blocks <= device.sm_count * each
         assert each * (step.shared + 1024) <= device.shared_per_block + 1024
-    if rung is None:
+    if variant is None:
         # A block for each plane of a round, or for 32 channels.
-        width = 1 if made.kind == "channels_first" else made.vector * made.steps[0].lanes
-        planes = min(n * c, (made.at_a_time or made.stripes) * width)
+        width = 1 if made.kind == "channels_first" else made.vec_size * made.steps[0].channel_vecs
+        planes = min(n * c, (made.at_a_time or made.channel_tiles) * width)
         assert blocks >= (math.ceil(c / 32) if step.module == "channels" else planes)
         return
-    assert (rung.threads, rung.cluster, group_of(rung, step.module)) == (step.threads, step.cluster, step.group)
-    assert exists(rung, step.module, made.dtype, made.kind, 0 if step.plain else made.epilogue, made.skewed)
-    assert step.cooperative == (rung.owner == "grid")
-    # Nobody is left out: stripes for all planes, owners for all stripes, threads for all owners.
-    per_stripe = 1 if made.kind == "channels_first" else made.vector * step.lanes
-    assert made.stripes == n * math.ceil(c / per_stripe)
-    at_once = made.at_a_time or made.stripes
-    assert 1 <= at_once <= made.stripes
-    assert step.owners == at_once * step.tiles
-    if rung.owner == "part":
+    assert (variant.threads, variant.cluster, group_of(variant, step.module)) == (
+        step.threads,
+        step.cluster,
+        step.group,
+    )
+    assert exists(variant, step.module, made.dtype, made.kind, 0 if step.plain else made.epilogue, made.misaligned)
+    assert step.cooperative == (variant.scope == "grid")
+    # Nobody is left out: channel tiles for all planes, scopes for all channel tiles, threads for all scopes.
+    per_channel_tile = 1 if made.kind == "channels_first" else made.vec_size * step.channel_vecs
+    assert made.channel_tiles == n * math.ceil(c / per_channel_tile)
+    at_once = made.at_a_time or made.channel_tiles
+    assert 1 <= at_once <= made.channel_tiles
+    assert step.scopes == at_once * step.tiles
+    if variant.scope == "subwarp":
         assert made.kind == "channels_first"
-        assert step.lanes in (1, 2, 4, 8, 16, 32)
-        assert step.lanes * rung.chunks >= s  # a thread's elements
-        assert 32 // step.lanes * s <= 32 * rung.chunks  # of the run that a warp stages
-        assert blocks * step.threads // step.lanes >= step.owners
-        assert (blocks - 1) * step.threads // step.lanes < step.owners
+        assert step.subwarp_size in (1, 2, 4, 8, 16, 32)
+        assert step.subwarp_size * variant.vecs_per_thread >= s  # a thread's elements
+        assert 32 // step.subwarp_size * s <= 32 * variant.vecs_per_thread  # of the run that a warp stages
+        assert blocks * step.threads // step.subwarp_size >= step.scopes
+        assert (blocks - 1) * step.threads // step.subwarp_size < step.scopes
         return
-    owner = 32 if rung.owner == "warp" else step.threads
-    if rung.owner == "grid":  # they serve stripe after stripe
+    threads = 32 if variant.scope == "warp" else step.threads
+    if variant.scope == "grid":  # they serve channel tile after channel tile
         groups = blocks // step.tiles
         assert blocks == groups * step.tiles
-        assert 1 <= groups <= made.stripes
+        assert 1 <= groups <= made.channel_tiles
     else:
-        assert blocks * step.threads >= step.owners * owner
-    if rung.owner == "cluster":
+        assert blocks * step.threads >= step.scopes * threads
+    if variant.scope == "cluster":
         assert step.tiles == step.cluster
     # All elements of a plane, in all of its tiles.
-    assert owner % step.lanes == 0
-    held = step.tiles * (step.chunks or rung.chunks) * owner // step.lanes
-    assert held * (made.vector if made.kind == "channels_first" else 1) >= s
-    if rung.rest == "registers" and step.chunks:
-        # Each block of a group takes as many packs as its tile needs, at most those it has registers for.
-        assert step.chunks <= rung.chunks if rung.grouped else step.chunks == rung.chunks
+    assert threads % step.channel_vecs == 0
+    held = step.tiles * (step.vecs_per_thread or variant.vecs_per_thread) * threads // step.channel_vecs
+    assert held * (made.vec_size if made.kind == "channels_first" else 1) >= s
+    if variant.residency == "registers" and step.vecs_per_thread:
+        # Each block of a group takes as many vecs as its tile needs, at most those it has registers for.
+        assert (
+            step.vecs_per_thread <= variant.vecs_per_thread
+            if variant.grouped
+            else step.vecs_per_thread == variant.vecs_per_thread
+        )
 
 
 #: Accesses of global memory per element: plain; with a residual; split; split with a residual. The gradient of a
@@ -178,10 +206,10 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
 ACCESSES = {
     "forward": (2, 3, 3, 4),
     "backward": (3, 5, 5, 7),
-    "evaluate": (2, 3, 2, 3),
-    "eval_gradient": (3, 5, 3, 5),
+    "normalize": (2, 3, 2, 3),
+    "frozen_backward": (3, 5, 3, 5),
     "double_backward": (5, 5, 8, 8),
-    "eval_double": (5, 5, 5, 5),
+    "frozen_double_backward": (5, 5, 5, 5),
 }
 
 
@@ -230,7 +258,7 @@ def test_gradients_without_sums() -> None:
     for sums, epilogue, residual, accesses in [
         (True, 0, False, 3), (False, 0, False, 2), (False, 1, False, 3), (False, 1, True, 5), (True, 1, True, 5),
     ]:  # fmt: skip
-        made = _plan("eval_gradient", (4, 8, 40_000), "float32", "channels_first", d, True, epilogue, residual, sums)
+        made = _plan("frozen_backward", (4, 8, 40_000), "float32", "channels_first", d, True, epilogue, residual, sums)
         assert made.accesses == accesses
         assert len(made.steps) == (3 if sums else 1)
 
@@ -251,112 +279,112 @@ def _grouped(made: Plan) -> bool:
 
 
 def _blocks(op: Op, planes: int, size: int) -> str:
-    """Owner, threads and chunks of channels-first float32 planes on an H100."""
+    """Scope, threads and vecs of a thread of channels-first float32 planes on an H100."""
     made = _plan(op, (1, planes, size), "float32", "channels_first", DEVICES["H100"])
     return made.steps[0].name.removeprefix(f"{op}_").replace("_registers", "")
 
 
 #: The largest plane, in elements, of each regime of a large channels-first batch: of a device, dtype, op and epilogue.
-#: A part of a warp takes 128 elements and 512 B. Registers: 8 packs of 16 B a thread (of a warp backward 4), of 32
+#: A subwarp takes 128 elements and 512 B. Registers: 8 vecs of 16 B a thread (of a warp backward 4), of 32
 #: threads of a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all
 #: multiprocessors hold at once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and
 #: backward (512).
-#: Shared memory: as many packs for each of 512 threads as fit, in all blocks of the group; a block has all of a
+#: Shared memory: as many vecs for each of 512 threads as fit, in all blocks of the group; a block has all of a
 #: multiprocessor's where registers leave no room for a second one (resident_threads: 512). Beyond the last: split.
-LADDER_BORDERS = {
+VARIANT_BORDERS = {
     ("H100", "float32", "forward", 0): {
-        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "16-registers": 131_072, "grid-registers": 132 * 4 * 8192, "grid-shared": 7_569_408,
     },
     ("H100", "float32", "forward", 1): {
-        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "16-registers": 131_072, "grid-registers": 132 * 3 * 8192, "grid-shared": 7_569_408,
     },
     ("H100", "float32", "forward", 2): {
-        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "16-registers": 131_072, "grid-registers": 132 * 2 * 8192, "grid-shared": 7_569_408,
     },
     ("H100", "bfloat16", "forward", 0): {
-        "part": 128, "warp": 2048, "block": 32_768, "4-registers": 65_536, "8-registers": 131_072,
+        "subwarp": 128, "warp": 2048, "block": 32_768, "4-registers": 65_536, "8-registers": 131_072,
         "16-registers": 262_144, "grid-registers": 132 * 4 * 16_384, "grid-shared": 15_138_816,
     },
     ("H100", "float64", "forward", 0): {
-        "part": 64, "warp": 512, "block": 8192, "4-registers": 16_384, "8-registers": 32_768,
+        "subwarp": 64, "warp": 512, "block": 8192, "4-registers": 16_384, "8-registers": 32_768,
         "16-registers": 65_536, "grid-registers": 132 * 2 * 4096, "grid-shared": 3_784_704,
     },
     ("H100", "float32", "backward", 0): {
-        "part": 128, "warp": 512, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "subwarp": 128, "warp": 512, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "16-registers": 131_072, "grid-registers": 132 * 2 * 8192, "grid-shared": 3_784_704,
     },
     ("H100", "float32", "backward", 2): {
-        "part": 128, "warp": 512, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "subwarp": 128, "warp": 512, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "16-registers": 131_072, "grid-registers": 132 * 2 * 8192, "grid-shared": 3_784_704,
     },
     ("H100", "bfloat16", "backward", 0): {
-        "part": 128, "warp": 1024, "block": 32_768, "4-registers": 65_536, "8-registers": 131_072,
+        "subwarp": 128, "warp": 1024, "block": 32_768, "4-registers": 65_536, "8-registers": 131_072,
         "16-registers": 262_144, "grid-registers": 132 * 2 * 16_384, "grid-shared": 7_569_408,
     },
-    # 16-bit with an activation: no more than 4 packs of x and of dy in registers (variants.exists).
+    # 16-bit with an activation: no more than 4 vecs of x and of dy in registers (variants.exists).
     ("H100", "bfloat16", "backward", 1): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 57_344, "2-shared": 114_688, "4-shared": 229_376,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 57_344, "2-shared": 114_688, "4-shared": 229_376,
         "8-shared": 458_752, "16-shared": 917_504, "grid-shared": 7_569_408,
     },
-    # Three arrays on chip; registers hold three packs of each in a warp, two in a block.
+    # Three arrays on chip; registers hold three vecs of each in a warp, two in a block.
     ("H100", "float32", "double_backward", 0): {
-        "part": 128, "warp": 384, "block": 4096, "block-shared": 18_432, "2-shared": 36_864, "4-shared": 73_728,
+        "subwarp": 128, "warp": 384, "block": 4096, "block-shared": 18_432, "2-shared": 36_864, "4-shared": 73_728,
         "8-shared": 147_456, "16-shared": 294_912, "grid-shared": 2_433_024,
     },
     # No clusters: a block may have all 163 KB.
     ("A100", "float32", "forward", 0): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 40_960, "grid-registers": 108 * 4 * 8192,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 40_960, "grid-registers": 108 * 4 * 8192,
         "grid-shared": 4_423_680,
     },
     ("A100", "float32", "backward", 0): {
-        "part": 128, "warp": 512, "block": 16_384, "block-shared": 20_480, "grid-registers": 108 * 2 * 8192,
+        "subwarp": 128, "warp": 512, "block": 16_384, "block-shared": 20_480, "grid-registers": 108 * 2 * 8192,
         "grid-shared": 2_211_840,
     },
     # Less shared memory (1_802_240) than registers.
     ("V100", "float32", "forward", 0): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 22_528, "grid-registers": 80 * 4 * 8192,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 22_528, "grid-registers": 80 * 4 * 8192,
     },
     # 64 KB are less than a block's registers hold too.
-    ("T4", "float32", "forward", 0): {"part": 128, "warp": 1024, "block": 16_384, "grid-registers": 40 * 4 * 8192},
-    ("T4", "float32", "backward", 0): {"part": 128, "warp": 512, "block": 16_384, "grid-registers": 40 * 2 * 8192},
+    ("T4", "float32", "forward", 0): {"subwarp": 128, "warp": 1024, "block": 16_384, "grid-registers": 40 * 4 * 8192},
+    ("T4", "float32", "backward", 0): {"subwarp": 128, "warp": 512, "block": 16_384, "grid-registers": 40 * 2 * 8192},
     ("L4", "float32", "forward", 0): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 24_576, "grid-registers": 58 * 4 * 8192,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 24_576, "grid-registers": 58 * 4 * 8192,
     },
     ("H200", "float32", "forward", 0): {
-        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "16-registers": 131_072, "grid-registers": 132 * 4 * 8192, "grid-shared": 7_569_408,
     },
     ("B200", "float32", "forward", 0): {
-        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "16-registers": 131_072, "grid-registers": 148 * 4 * 8192, "grid-shared": 8_486_912,
     },
     # Clusters of at most 8; half of 99 KB is less than registers hold, and so are 99 KB of all multiprocessors.
     ("RTX 5090", "float32", "forward", 0): {
-        "part": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "grid-registers": 170 * 4 * 8192,
     },
     # With an activation, 8 clustered blocks of 99 KB each and all multiprocessors' shared memory instead.
     ("RTX 5090", "bfloat16", "backward", 2): {
-        "part": 128, "warp": 1024, "block": 16_384, "block-shared": 24_576, "2-shared": 49_152, "4-shared": 98_304,
+        "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 24_576, "2-shared": 49_152, "4-shared": 98_304,
         "8-shared": 196_608, "grid-shared": 4_177_920,
     },
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("device", "dtype", "op", "epilogue"), LADDER_BORDERS, ids=str)
-def test_the_ladder(device: str, dtype: str, op: Op, epilogue: int) -> None:
-    """Owners grow with the plane: what a large batch gets on both sides of each border."""
-    borders = LADDER_BORDERS[device, dtype, op, epilogue]
+@pytest.mark.parametrize(("device", "dtype", "op", "epilogue"), VARIANT_BORDERS, ids=str)
+def test_the_order_of_scopes(device: str, dtype: str, op: Op, epilogue: int) -> None:
+    """Scopes grow with the plane: what a large batch gets on both sides of each border."""
+    borders = VARIANT_BORDERS[device, dtype, op, epilogue]
     regimes = [*borders, "split"]
     sizes = [size for border in borders.values() for size in (border, border + 1)]
     expected = [regime for pair in itertools.pairwise(regimes) for regime in pair]
     assert _regimes(op, device, dtype, sizes, epilogue=epilogue) == expected
 
 
-#: The largest plane of each block in registers, of a large channels-first float32 batch: threads times packs times 4.
+#: The largest plane of each block in registers, of a large channels-first float32 batch: threads times vecs times 4.
 BLOCK_BORDERS = {
     "forward": {
         "warp_128x1": 128, "warp_128x2": 256, "warp_128x4": 512, "warp_128x8": 1024, "block_64x8": 2048,
@@ -370,32 +398,32 @@ BLOCK_BORDERS = {
 
 
 @pytest.mark.parametrize("op", BLOCK_BORDERS)
-def test_the_blocks_of_a_ladder(op: Op) -> None:
-    rungs = list(BLOCK_BORDERS[op])
-    for (rung, border), larger in zip(BLOCK_BORDERS[op].items(), rungs[1:], strict=False):
-        if border > 128:  # where a part of a warp would have it
-            assert _blocks(op, 4096, border) == rung
+def test_the_blocks_in_registers(op: Op) -> None:
+    variants = list(BLOCK_BORDERS[op])
+    for (variant, border), larger in zip(BLOCK_BORDERS[op].items(), variants[1:], strict=False):
+        if border > 128:  # where a subwarp would have it
+            assert _blocks(op, 4096, border) == variant
         assert _blocks(op, 4096, border + 1) == larger
 
 
-def test_elements_of_a_thread_in_a_part() -> None:
+def test_elements_of_a_thread_of_a_subwarp() -> None:
     """Forward 16 elements a thread; 8 of planes of less than 32 floats or doubles. Backward, and twice, always 8."""
     d = DEVICES["H100"]
-    for dtype, size, chunks in [
+    for dtype, size, expected_forward in [
         ("float32", 31, 8), ("float32", 32, 16), ("float64", 31, 8), ("float64", 32, 16), ("bfloat16", 31, 16),
         ("float16", 2, 16), ("bfloat16", 128, 16), ("float32", 2, 8), ("float32", 128, 16), ("float64", 64, 16),
     ]:  # fmt: skip
-        for op, expected in (("forward", chunks), ("backward", 8), ("double_backward", 8)):
+        for op, expected in (("forward", expected_forward), ("backward", 8), ("double_backward", 8)):
             made = _plan(op, (64, 96, size), dtype, "channels_first", d)
-            assert (made.regime, made.steps[0].chunks) == ("part-registers", expected), (op, dtype, size)
-            assert made.steps[0].lanes == max(1, 2 ** math.ceil(math.log2(size / expected)))
+            assert (made.regime, made.steps[0].vecs_per_thread) == ("subwarp-registers", expected), (op, dtype, size)
+            assert made.steps[0].subwarp_size == max(1, 2 ** math.ceil(math.log2(size / expected)))
     # 128 elements at the most, and 512 B.
     for dtype, most in (("float16", 128), ("float32", 128), ("float64", 64)):
-        assert _plan("forward", (64, 96, most), dtype, "channels_first", d).regime == "part-registers"
+        assert _plan("forward", (64, 96, most), dtype, "channels_first", d).regime == "subwarp-registers"
         assert _plan("forward", (64, 96, most + 1), dtype, "channels_first", d).regime == "warp-registers"
 
 
-def test_few_planes_go_up_one_owner() -> None:
+def test_few_planes_get_a_larger_scope() -> None:
     """A handful of planes would leave the device idle with a warp, a block, or a small cluster for each."""
     sizes = [1000, 20_000, 50_000, 100_000, 200_000]
     grown = ["4-registers", "8-registers", "16-registers", "grid-registers"]
@@ -412,20 +440,20 @@ def test_few_planes_go_up_one_owner() -> None:
         expected = ["grid" if not smallest else "block" if tiles == smallest == 1 else str(max(tiles, smallest))
                     for tiles in (1, 2, 4, 8)]  # fmt: skip
         made = _regimes("backward", "H100", "bfloat16", sizes, planes, epilogue=1)
-        assert made == [f"{owner}-shared" for owner in expected], planes
-    # A plane that a warp holds in one pack a thread stays with it.
-    assert _regimes("forward", "H100", "float32", [129, 128], planes=1) == ["block", "part"]
+        assert made == [f"{scope}-shared" for scope in expected], planes
+    # A plane that a warp holds in one vec a thread stays with it.
+    assert _regimes("forward", "H100", "float32", [129, 128], planes=1) == ["block", "subwarp"]
 
 
 def test_narrow_blocks_are_for_many_planes() -> None:
     """Where there are not 128 threads of them for each of 132 multiprocessors, a wider block has the plane."""
-    for op, wide, chunks in (("forward", "256x4", 8), ("backward", "256x4", 4)):
-        small, large = 48 * chunks * 4, 96 * chunks * 4  # three quarters of what 64 and 128 threads hold
-        assert _blocks(op, 264, small) == f"block_64x{chunks}"
-        assert _blocks(op, 263, small) == f"block_128x{chunks}"
-        assert _blocks(op, 132, small) == f"block_128x{chunks}"
+    for op, wide, vecs in (("forward", "256x4", 8), ("backward", "256x4", 4)):
+        small, large = 48 * vecs * 4, 96 * vecs * 4  # three quarters of what 64 and 128 threads hold
+        assert _blocks(op, 264, small) == f"block_64x{vecs}"
+        assert _blocks(op, 263, small) == f"block_128x{vecs}"
+        assert _blocks(op, 132, small) == f"block_128x{vecs}"
         assert _blocks(op, 131, small) == f"block_{wide}"
-        assert _blocks(op, 132, large) == f"block_128x{chunks}"
+        assert _blocks(op, 132, large) == f"block_128x{vecs}"
         assert _blocks(op, 131, large) == f"block_{wide}"
 
 
@@ -442,7 +470,7 @@ def test_large_planes_keep_the_device_busy() -> None:
             continue
         made = _plan(op, (n, 1, s), "float32", "channels_first", device)
         for step in made.steps:
-            if _rung(step):
+            if _variant_of(step):
                 blocks = step.grid[0] * step.grid[1]
                 assert 2 * blocks > device.sm_count, f"{op} {n} x {s} on {device.name}: {blocks} blocks, {made.regime}"
 
@@ -456,29 +484,29 @@ def test_a_split_goes_through_l2() -> None:
         made = _plan(op, (8, 64, 2_000_000), "float32", "channels_first", DEVICES["L4"])
         assert (made.regime, made.at_a_time) == ("split", at_a_time)
         moments, merge, apply, _ = made.steps
-        assert moments.owners == apply.owners == at_a_time * moments.tiles
-        assert moments.tiles == math.ceil(2_000_000 / 8192)  # 256 threads, 8 packs of 4 each
+        assert moments.scopes == apply.scopes == at_a_time * moments.tiles
+        assert moments.tiles == math.ceil(2_000_000 / 8192)  # 256 threads, 8 vecs of 4 each
         assert merge.grid == (at_a_time, 1)
     made = _plan("forward", (1, 2, 2_000_000), "float32", "channels_first", DEVICES["L4"])
     assert made.at_a_time == 2
-    # 16-bit that are skewed: 4 packs of 8 each, and 7 elements more, of what lies before the first.
+    # 16-bit that are misaligned: 4 vecs of 8 each, and 7 elements more, of what lies before the first.
     made = _plan("backward", (1, 2, 8192 * 500), "bfloat16", "channels_first", DEVICES["L4"], aligned=False)
     assert (made.regime, made.steps[0].tiles) == ("split", 501)
     made = _plan("backward", (1, 2, 8192 * 500), "bfloat16", "channels_first", DEVICES["L4"])
     assert (made.regime, made.steps[0].tiles) == ("split", 250)
 
 
-def test_parts_take_dense_planes_only() -> None:
+def test_subwarps_take_dense_planes_only() -> None:
     d = DEVICES["H100"]
     x, y = Layout(16 * 49, 49, 1, 0), Layout(8 * 49, 49, 1, 0)
-    assert plan("forward", (20, 8, 49), "float32", "channels_first", (y, y), d).regime == "part-registers"
+    assert plan("forward", (20, 8, 49), "float32", "channels_first", (y, y), d).regime == "subwarp-registers"
     assert plan("forward", (20, 8, 49), "float32", "channels_first", (x, y), d).regime == "warp-registers"
     assert plan("forward", (20, 8, 49), "float32", "channels_first", (y, x), d).regime == "warp-registers"
-    assert plan("forward", (1, 8, 49), "float32", "channels_first", (x, y), d).regime == "part-registers"
+    assert plan("forward", (1, 8, 49), "float32", "channels_first", (x, y), d).regime == "subwarp-registers"
     # One channel of many.
     x, y = Layout(16 * 49, 49, 1, 0), Layout(49, 49, 1, 0)
     assert plan("forward", (20, 1, 49), "float32", "channels_first", (x, y), d).regime == "warp-registers"
-    assert plan("forward", (20, 1, 49), "float32", "channels_first", (y, y), d).regime == "part-registers"
+    assert plan("forward", (20, 1, 49), "float32", "channels_first", (y, y), d).regime == "subwarp-registers"
 
 
 def test_access_width() -> None:
@@ -486,7 +514,7 @@ def test_access_width() -> None:
 
     def width(shape: tuple[int, int, int], dtype: str, kind: Kind, aligned: bool = True) -> tuple[int, bool]:
         made = _plan("forward", shape, dtype, kind, d, aligned)
-        return made.vector, made.skewed
+        return made.vec_size, made.misaligned
 
     for dtype, itemsize in ITEMSIZE.items():
         assert width((2, 3, 49), dtype, "channels_first") == (16 // itemsize, False)
@@ -495,21 +523,21 @@ def test_access_width() -> None:
         assert width((2, 32, 49), dtype, "channels_last") == (min(4, 16 // itemsize), False)
         assert width((2, 32, 49), dtype, "channels_last", aligned=False) == (1, False)
 
-    def skewed(*layouts: Layout) -> bool:
+    def misaligned(*layouts: Layout) -> bool:
         made = plan("forward", (2, 4, 49), "float32", "channels_first", layouts, d)
-        assert made.vector == 4
-        return made.skewed
+        assert made.vec_size == 4
+        return made.misaligned
 
     # A slice of channels into a contiguous result: other strides between samples, but the same alignment.
     y = Layout(4 * 49, 49, 1, 1)
-    assert not skewed(Layout(8 * 49, 49, 1, 1), y)
-    assert skewed(Layout(8 * 49, 49, 1, 2), y)
-    assert skewed(Layout(8 * 49 + 1, 49, 1, 1), y)
-    assert skewed(Layout(4 * 49, 50, 1, 1), y)
+    assert not misaligned(Layout(8 * 49, 49, 1, 1), y)
+    assert misaligned(Layout(8 * 49, 49, 1, 2), y)
+    assert misaligned(Layout(8 * 49 + 1, 49, 1, 1), y)
+    assert misaligned(Layout(4 * 49, 50, 1, 1), y)
 
 
-def _memory(array: np.ndarray) -> Memory:
-    return Memory(array.shape, array.strides, array.itemsize, array.ctypes.data % 16)
+def _desc(array: np.ndarray) -> ArrayDesc:
+    return ArrayDesc(array.shape, array.strides, array.itemsize, array.ctypes.data % 16)
 
 
 def test_what_is_read_in_place() -> None:
@@ -525,18 +553,18 @@ def test_what_is_read_in_place() -> None:
     for name, made in reference.LAYOUTS.items():
         array = made(x) if name not in ("channel_slice", "batch_slice") else np.zeros((6, 24, 5, 6), np.float32)
         array = array[:, ::3] if name == "channel_slice" else array[::3] if name == "batch_slice" else array
-        kind, _, copied = arrange((_memory(array),))
+        kind, _, copied = choose_layout((_desc(array),))
         assert (kind, copied[0]) == expected[name], name
     # Backwards along N and C, and broadcast over them, is in place too; a byte off an element is not.
-    assert arrange((_memory(x[::-1, ::-1]),))[2] == (False,)
-    assert arrange((_memory(np.broadcast_to(x[:1, :1], (3, 4, 5, 6))),))[2] == (False,)
+    assert choose_layout((_desc(x[::-1, ::-1]),))[2] == (False,)
+    assert choose_layout((_desc(np.broadcast_to(x[:1, :1], (3, 4, 5, 6))),))[2] == (False,)
     raw = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
-    assert arrange((_memory(raw),))[2] == (True,)
+    assert choose_layout((_desc(raw),))[2] == (True,)
 
 
 @pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
-def test_fresh_arrays_fit_their_kind(kind: Kind) -> None:
-    made = fresh((2, 3, 4, 5), 4, kind)
+def test_new_arrays_fit_their_kind(kind: Kind) -> None:
+    made = contiguous_desc((2, 3, 4, 5), 4, kind)
     real = np.empty((2, 3, 4, 5), np.float32)
     if kind == "channels_last":
         real = np.moveaxis(np.empty((2, 4, 5, 3), np.float32), -1, 1)
@@ -545,36 +573,38 @@ def test_fresh_arrays_fit_their_kind(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize(("op", "times"), [("forward", 2), ("backward", 2), ("double_backward", 3)])
-def test_rungs_follow_closely(op: Op, times: int) -> None:
-    """Of the registers that a plane's owner holds it in, no more than half (double backward: two thirds) stay empty,
+def test_variants_follow_closely(op: Op, times: int) -> None:
+    """Of the registers that a plane's scope holds it in, no more than half (double backward: two thirds) stay empty,
     where planes are many. For few, a block of 256 threads holds as much as a narrow one, or as two of them.
     """
     held = [
-        r.size * r.chunks * r.cluster for r in LADDERS[op] if r.rest == "registers" and r.owner in ("warp", "block")
+        r.size * r.vecs_per_thread * r.cluster
+        for r in VARIANTS[op]
+        if r.residency == "registers" and r.scope in ("warp", "block")
     ]
-    clusters = [r.size * r.chunks * r.cluster for r in LADDERS[op] if group_of(r, op) == "cluster_registers"]
+    clusters = [r.size * r.vecs_per_thread * r.cluster for r in VARIANTS[op] if group_of(r, op) == "cluster_registers"]
     assert len(held) >= 5
     assert len(clusters) == 3 * (op != "double_backward")
     for smaller, larger in itertools.pairwise(held + clusters):
         assert smaller <= larger <= times * smaller
-    wide = [r for r in LADDERS[op] if r.owner == "block" and r.rest == "registers" and r.threads >= 256]
-    narrow = [r for r in LADDERS[op] if r.owner == "block" and r.threads < 256]
+    wide = [r for r in VARIANTS[op] if r.scope == "block" and r.residency == "registers" and r.threads >= 256]
+    narrow = [r for r in VARIANTS[op] if r.scope == "block" and r.threads < 256]
     assert all(group_of(r, op) == "" for r in (*wide, *narrow))
     # None twice, but for the first of the wide ones: it holds what the largest of the narrow ones does, or twice that.
     assert len(held) - len(set(held)) == (len(narrow) > 0 and op == "forward")
     if narrow:
-        first, last = wide[0].size * wide[0].chunks, narrow[-1].size * narrow[-1].chunks
+        first, last = wide[0].size * wide[0].vecs_per_thread, narrow[-1].size * narrow[-1].vecs_per_thread
         assert first == last * (1 if op == "forward" else 2)
 
 
-def _facts() -> list[tuple[Rung, str, str, Kind, int, bool]]:
-    """All there may be kernels of: rung, file, dtype, kind, epilogue, skewed."""
-    every = itertools.product(LADDERS, ITEMSIZE, KINDS, range(4), (False, True))
-    return [(rung, *facts) for facts in every for rung in LADDERS[facts[0]]]
+def _facts() -> list[tuple[Variant, str, str, Kind, int, bool]]:
+    """All there may be kernels of: variant, file, dtype, kind, epilogue, misaligned."""
+    every = itertools.product(VARIANTS, ITEMSIZE, KINDS, range(4), (False, True))
+    return [(variant, *facts) for facts in every for variant in VARIANTS[facts[0]]]
 
 
 def test_registers_fit_the_threads() -> None:
-    """A rung's launch bounds leave at least 64 registers a thread, and one block at the least."""
+    """A variant's launch bounds leave at least 64 registers a thread, and one block at the least."""
     for facts in _facts():
         resident = resident_threads(*facts)
         assert resident % facts[0].threads == 0
@@ -584,44 +614,46 @@ def test_registers_fit_the_threads() -> None:
 def test_how_many_threads_a_multiprocessor_is_to_hold() -> None:
     """More where there is little to keep; what else a compiler makes of it, only NVRTC's test sees."""
 
-    def expected(rung: Rung, file: str, dtype: str, kind: Kind, epilogue: int, skewed: bool) -> int:
-        light = dtype in ("float16", "bfloat16", "float32") and kind == "channels_first" and not skewed
+    def expected(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool) -> int:
+        light = dtype in ("float16", "bfloat16", "float32") and kind == "channels_first" and not misaligned
         if light and file == "forward":
-            # None, a rectifier, the rest; 8 packs and an exchange with other blocks are more than 8 packs.
+            # None, a rectifier, the rest; 8 vecs and an exchange with other blocks are more than 8 vecs.
             grouped = {"grid_registers_256x8": (1024, 768, 512), "grid_shared_512x0": (512, 512, 512)}
             grouped |= {f"cluster{size}_registers_256x8": (1024, 768, 512) for size in (4, 8, 16)}
-            return grouped.get(rung.name, (1024, 1024, 512))[min(epilogue, 2)]
+            return grouped.get(variant.name, (1024, 1024, 512))[min(epilogue, 2)]
         if light and file == "backward" and epilogue == 0:
-            few_packs = [f"block_registers_{threads}x4" for threads in (64, 128, 256, 512)]
-            return 1024 if rung.name in few_packs else 512
-        return 256 if (file, dtype, rung.owner) == ("double_backward", "float64", "part") else 512
+            few_vecs = [f"block_registers_{threads}x4" for threads in (64, 128, 256, 512)]
+            return 1024 if variant.name in few_vecs else 512
+        return 256 if (file, dtype, variant.scope) == ("double_backward", "float64", "subwarp") else 512
 
     for facts in _facts():
         assert resident_threads(*facts) == expected(*facts), facts
     # A measurement may ask for another number (bench/variants.py).
-    asked = dataclasses.replace(LADDERS["forward"][-1], resident=1024)
+    asked = dataclasses.replace(VARIANTS["forward"][-1], resident=1024)
     assert resident_threads(asked, "forward", "float64", "channels_last", 3, True) == 1024
 
 
 def test_which_kernels_there_are() -> None:
-    """8 packs of x and dy are more than channels-last, and 16-bit with an epilogue or skewed, have registers for:
-    clusters that keep them in shared memory are there for those, and for no others. The split of 16-bit that are skewed
-    has 4 packs a thread.
+    """8 vecs of x and dy are more than channels-last, and 16-bit with an epilogue or misaligned, have registers for:
+    clusters that keep them in shared memory are there for those, and for no others. The split of 16-bit that are
+    misaligned has 4 vecs a thread.
     """
     eight = {"block_registers_512x8", "grid_registers_256x8", *(f"cluster{k}_registers_256x8" for k in (4, 8, 16))}
     shared = {f"cluster{k}_shared_512x0" for k in (2, 4, 8, 16)}
-    for file, dtype, kind, epilogue, skewed in itertools.product(LADDERS, ITEMSIZE, KINDS, range(4), (False, True)):
-        names = {rung.name for rung in LADDERS[file]}
-        missing = {r.name for r in LADDERS[file] if not exists(r, file, dtype, kind, epilogue, skewed)}
+    for file, dtype, kind, epilogue, misaligned in itertools.product(
+        VARIANTS, ITEMSIZE, KINDS, range(4), (False, True)
+    ):
+        names = {variant.name for variant in VARIANTS[file]}
+        missing = {r.name for r in VARIANTS[file] if not exists(r, file, dtype, kind, epilogue, misaligned)}
         small = dtype in ("float16", "bfloat16")
         expected = set()
         if file == "backward":
-            expected = eight if kind == "channels_last" or (small and (epilogue or skewed)) else shared
+            expected = eight if kind == "channels_last" or (small and (epilogue or misaligned)) else shared
         elif file == "forward" and small:
-            expected = {"part_registers_128x8"}
+            expected = {"subwarp_registers_128x8"}
         elif file == "split":
-            expected = {"block_registers_256x8" if small and skewed else "block_registers_256x4"}
-        assert missing == expected <= names, (file, dtype, kind, epilogue, skewed)
+            expected = {"block_registers_256x8" if small and misaligned else "block_registers_256x4"}
+        assert missing == expected <= names, (file, dtype, kind, epilogue, misaligned)
 
 
 def test_large_counts_stay_exact() -> None:
@@ -629,7 +661,7 @@ def test_large_counts_stay_exact() -> None:
     tile = 8 * 256 * 8
     assert made.steps[0].tiles == math.ceil((2**33 + 7) / tile)
     made = _plan("forward", (2**40, 2, 2), "float16", "channels_first", DEVICES["H100"])
-    assert made.steps[0].owners == 2**41
+    assert made.steps[0].scopes == 2**41
     assert made.steps[0].grid[1] > 1
     made = _plan("forward", (2**33, 2, 200), "float32", "channels_first", DEVICES["H100"])
     assert made.regime == "warp-registers"
@@ -650,7 +682,7 @@ def test_explain() -> None:
     assert "read in place" in text
     assert "copied first" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
     assert "4 accesses" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
-    # 2 M elements of float16: in the registers of 40 x 4 blocks of 256 threads with 8 packs of 8 each; not x and dy in
+    # 2 M elements of float16: in the registers of 40 x 4 blocks of 256 threads with 8 vecs of 8 each; not x and dy in
     # those of 40 x 2.
     text = cn.explain(np.zeros((1, 1, 2048, 1024), np.float16), device="T4")
     assert "forward: grid-registers" in text
@@ -675,7 +707,7 @@ def test_explain_tells_of_a_double_backward(residual: bool) -> None:
         without = cn.explain(x, residual=residual, device=device)
         text = cn.explain(x, residual=residual, double_backward=True, device=device)
         assert text.startswith(without + "\n  double backward: ")
-        made, _ = plan_for("double_backward", _memory(x), "float16", DEVICES[device])
+        made, _ = plan_for("double_backward", _desc(x), "float16", DEVICES[device])
         more = text[len(without) :]
         assert f"double backward: {made.regime}" in more
         assert f" {made.accesses} accesses of 2 B" in more
@@ -730,30 +762,30 @@ def _large(shape: tuple[int, ...]) -> np.ndarray:
 def test_explain_tells_how_blocks_share_planes() -> None:
     # 7 x 7: 49 elements of 4 threads with 16 each, backward of 8 with 8 each. 6144 planes: 32 of 128 threads, 16.
     text = cn.explain(_large((64, 96, 7, 7)), device="H100")
-    assert "part-registers" in text
+    assert "subwarp-registers" in text
     assert "192 blocks of 128 threads" in _lines(text, "forward")
     assert "8 plane(s) a warp" in _lines(text, "forward")
     assert "384 blocks of 128 threads" in _lines(text, "backward")
     assert "4 plane(s) a warp" in _lines(text, "backward")
     # Also where x is a single element off.
     assert "16 B at a time" in cn.explain(np.zeros(2 * 3 * 9 + 1, np.float32)[1:].reshape(2, 3, 9), device="H100")
-    # 22 500 packs: 5.5 for each of 16 x 256 threads, of x and of dy; 10 000: 4.9 for each of 8 x 256.
+    # 22 500 vecs: 5.5 for each of 16 x 256 threads, of x and of dy; 10 000: 4.9 for each of 8 x 256.
     text = cn.explain(_large((4, 64, 300, 300)), device="H100")
-    assert "360000 B of one plane rest in 6 packs of 256 threads of each of 16 blocks" in _lines(text, "forward")
+    assert "360000 B of one plane stay in 6 vecs of 256 threads of each of 16 blocks" in _lines(text, "forward")
     assert "clusters of 16 for a plane each" in _lines(text, "forward")
-    assert "720000 B of one plane rest in 12 packs of 256 threads of each of 16 blocks" in _lines(text, "backward")
+    assert "720000 B of one plane stay in 12 vecs of 256 threads of each of 16 blocks" in _lines(text, "backward")
     text = cn.explain(_large((4, 64, 200, 200)), device="H100")
     assert "clusters of 8 for a plane each" in _lines(text, "forward")
     assert "clusters of 8 for a plane each" in _lines(text, "backward")
-    # 518 400 packs, of 254 blocks with 8 for each of 256 threads; 132 x 4 blocks at a time, backward 132 x 2.
+    # 518 400 vecs, of 254 blocks with 8 for each of 256 threads; 132 x 4 blocks at a time, backward 132 x 2.
     text = cn.explain(_large((2, 3, 1080, 1920)), device="H100")
     assert "508 blocks of 256 threads" in _lines(text, "forward")
     assert "all resident: 254 for each of 2 plane(s) at a time" in _lines(text, "forward")
     assert "all resident: 254 for each of 1 plane(s) at a time" in _lines(text, "backward")
-    # 1 200 000 packs, more than 528 blocks hold in registers: 18 for each of 131 x 512 threads, in shared memory. These
-    # are 147 456 B; then 2 areas of 2 sums of 8 B for each of 16 warps, and the 4 numbers that a block publishes.
+    # 1 200 000 vecs, more than 528 blocks hold in registers: 18 for each of 131 x 512 threads, in shared memory. These
+    # are 147 456 B; then 2 areas of 2 sums of 8 B for each of 16 warps, and the 4 numbers that a block puts.
     text = cn.explain(_large((1, 8, 2400, 2000)), device="H100")
-    assert "19200000 B of one plane rest in 147984 B of shared memory of each of 131 blocks" in _lines(text, "forward")
+    assert "19200000 B of one plane stay in 147984 B of shared memory of each of 131 blocks" in _lines(text, "forward")
     assert "all resident: 131 for each of 1 plane(s) at a time" in _lines(text, "forward")
     text = cn.explain(_large((8, 64, 1600, 1250)), device="L4")
     assert "171 rounds of the first three launches, 3 of 512 planes each" in _lines(text, "forward")
@@ -763,22 +795,22 @@ def test_explain_tells_how_blocks_share_planes() -> None:
 
 def test_explained_plan_is_the_plan_of_the_call() -> None:
     x = np.zeros((2, 3, 5, 7), np.float32)
-    made, copies = plan_for("backward", _memory(x), "float32", DEVICES["H100"])
+    made, copies = plan_for("backward", _desc(x), "float32", DEVICES["H100"])
     assert copies == 0
     assert made.op == "backward"
     assert made.steps[0].module == "backward"
-    made, _ = plan_for("forward", _memory(x), "float32", DEVICES["H100"], "gelu", True)
+    made, _ = plan_for("forward", _desc(x), "float32", DEVICES["H100"], "gelu", True)
     assert (made.epilogue, made.accesses) == (3, 3)
     # A residual without an activation: an epilogue forward, none backward.
-    assert plan_for("forward", _memory(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 1
-    assert plan_for("backward", _memory(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 0
+    assert plan_for("forward", _desc(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 1
+    assert plan_for("backward", _desc(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 0
 
 
 #: Calls and what is planned for them: the numbers were chosen for speed (bench/TUNING.md), and no result shows most of
-#: them. Of 6000 calls at random, and some at the borders of ladders, these few show each change of a number or a
+#: them. Of 6000 calls at random, and some at the borders of variants, these few show each change of a number or a
 #: condition that any of those shows.
 PLANS = Path(__file__).with_name("plans.json")
-#: Devices that are there for borders alone: three multiprocessors of little memory; one, which has no company.
+#: Devices that are there for borders alone: three multiprocessors of little memory; one, which has no other.
 FICTITIOUS = {
     "little": Device("little", (9, 0), 3, 12 * 1024, 2**18, 4),
     "one": Device("one", (7, 5), 1, 48 * 1024, 2**20),
@@ -786,12 +818,14 @@ FICTITIOUS = {
 
 
 def _planned(call: dict[str, Any]) -> dict[str, Any]:
-    """What `_prepare` makes of a call, as JSON has it. Its memories are strides in bytes and addresses modulo 16."""
+    """What `_prepare` makes of a call, as JSON has it. Its descs are strides in bytes and addresses modulo 16."""
     given = dict(call)
     dtype, shape, device = (given.pop(name) for name in ("dtype", "shape", "device"))
-    memories = tuple(Memory(tuple(shape), tuple(s), ITEMSIZE[dtype], phase) for s, phase in given.pop("memories"))
+    descs = tuple(
+        ArrayDesc(tuple(shape), tuple(s), ITEMSIZE[dtype], misalignment) for s, misalignment in given.pop("descs")
+    )
     device = FICTITIOUS.get(device) or DEVICES[device]
-    made = _prepare(given.pop("op"), memories, dtype=cn.devices.dtype_of(dtype), device=device, **given)._asdict()
+    made = _prepare(given.pop("op"), descs, dtype=cn.devices.dtype_of(dtype), device=device, **given)._asdict()
 
     def plain(value: Any) -> Any:
         return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value.item()  # type: ignore[arg-type]

@@ -261,7 +261,7 @@ def test_what_the_driver_is_told(fake: tuple[Any, Cupy], cooperative: bool) -> N
     module = core_modules()[0]
     name = module.kernels[0]
     step = Step(module.file, name, (7, 3), 128, 4096, cooperative=cooperative)
-    launch = runtime.CupyRuntime().ready(module, step, (np.int32(5), np.float64(2.5)))
+    launch = runtime.CupyRuntime().prepare(module, step, (np.int32(5), np.float64(2.5)))
     launch()
     launch()
     (what, *told), again = cupy.launched

@@ -22,9 +22,9 @@ from simt.emulator import Emulator, SimtError, Text
 
 import cupynorm as cn
 from cupynorm import devices, functional
-from cupynorm.cuda.plan import Device, Memory, Plan, Step, fresh
+from cupynorm.cuda.plan import ArrayDesc, Device, Plan, Step, contiguous_desc
 from cupynorm.cuda.source import Module, all_modules, inlined, kernel_folder
-from cupynorm.cuda.variants import LADDERS, exists
+from cupynorm.cuda.variants import VARIANTS, exists
 from cupynorm.explain import plan_for
 
 pytestmark = pytest.mark.simt
@@ -55,11 +55,11 @@ def _launched(run_on: Callable[..., Any], rng: np.random.Generator, table: list[
 def test_the_case_table_reaches_every_kernel(run_on: Callable[..., Any], rng: np.random.Generator) -> None:
     launched = _launched(run_on, rng, [*cases.TABLE, *cases.variants(), *cases.variants(("double_backward",))])
     missing = {(m, name) for m in all_modules([0]) for name in m.kernels} - launched
-    assert not missing, sorted(f"{m.file} {m.dtype} {m.kind} {m.vector} {name}" for m, name in missing)
+    assert not missing, sorted(f"{m.file} {m.dtype} {m.kind} {m.vec_size} {name}" for m, name in missing)
 
 
 def test_the_default_tier_reaches_every_variant(run_on: Callable[..., Any], rng: np.random.Generator) -> None:
-    """Every rung of every file, in some dtype and layout."""
+    """Every variant of every file, in some dtype and layout."""
     table = [*cases.TABLE, *cases.variants(), *cases.variants(("double_backward",))]
     launched = _launched(run_on, rng, [case for case in table if cases.by_default(case)])
     missing = {(m.file, name) for m in all_modules([0]) for name in m.kernels} - {(m.file, n) for m, n in launched}
@@ -70,7 +70,7 @@ def test_the_epilogue_cases_reach_every_kernel(run_on: Callable[..., Any], rng: 
     """In one dtype and with one epilogue each; and every epilogue in every file."""
 
     def code(m: Module, name: str) -> tuple[Any, ...]:
-        return m.file, m.kind, m.skewed or m.vector > 1, m.skewed, name
+        return m.file, m.kind, m.misaligned or m.vec_size > 1, m.misaligned, name
 
     launched = [pair for pair in _launched(run_on, rng, cases.epilogue_variants()) if pair[0].epilogue]
     missing = {code(m, name) for m in all_modules([1]) if m.epilogue for name in m.kernels} - {
@@ -148,9 +148,9 @@ GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
 LARGE = Device("large block", (8, 0), 1, 180 * 1024, 2**20)
 ROOMY = Device("roomy grid", (8, 0), 2, 290 * 1024, 2**20)
 REGIMES = [
-    ("part-registers", (2, 3, 5, 7), "contiguous", DEVICE),
-    ("part-registers", (3, 17, 3, 3), "contiguous", DEVICE),
-    ("part-registers", (3, 17, 2, 3), "contiguous", DEVICE),
+    ("subwarp-registers", (2, 3, 5, 7), "contiguous", DEVICE),
+    ("subwarp-registers", (3, 17, 3, 3), "contiguous", DEVICE),
+    ("subwarp-registers", (3, 17, 2, 3), "contiguous", DEVICE),
     ("warp-registers", (2, 3, 13, 11), "contiguous", DEVICE),
     ("block-registers", (2, 3, 35, 45), "contiguous", DEVICE),
     ("block-registers", (2, 3, 35, 45), "unaligned", DEVICE),
@@ -176,14 +176,14 @@ EPILOGUES = [(None, False, 0, 0), ("relu", False, 0, 0), (None, True, 1, 0), ("l
 def _accesses(runtime: Emulator, x: np.ndarray, layout: str, made: Plan) -> int:
     """Accesses of arrays like x, in its size, since the last call; of smaller ones, that they are numbers of tiles."""
     total, tiles = 0, max(step.tiles for step in made.steps)
-    access = 16 if made.kind == "channels_first" else made.vector * x.itemsize
-    # Of each tile of a plane, elements at both ends move by themselves; those of a pack each at borders, read skewed.
-    edges = 0 if made.kind == "channels_last" else x.shape[0] * x.shape[1] * tiles * (4 if layout == "unaligned" else 2)
+    access = 16 if made.kind == "channels_first" else made.vec_size * x.itemsize
+    # Of each tile of a plane, elements at both ends move by themselves; those of a vec each at borders, if misaligned.
+    tails = 0 if made.kind == "channels_last" else x.shape[0] * x.shape[1] * tiles * (4 if layout == "unaligned" else 2)
     for count in runtime.counts:
         first = next((a for a in count.size if count.written[a] >= x.nbytes), None)
         for address, size in count.size.items():
             if size >= x.nbytes:
-                # A pack that lies across two borders is read as two, the other half of each by the next thread: from
+                # A vec that lies across two borders is read as two, the other half of each by the next thread: from
                 # the first-level cache.
                 skew = 2 if layout == "unaligned" and count.read[address] > x.nbytes else 1
                 assert count.read[address] <= 2 * x.nbytes or skew == 1
@@ -192,7 +192,7 @@ def _accesses(runtime: Emulator, x: np.ndarray, layout: str, made: Plan) -> int:
                 moved = count.read[address] + count.written[address]
                 # A second result that lies otherwise between borders than the first is written by elements.
                 if first is None or not count.written[address] or (address - first) % 16 == 0:
-                    assert count.accesses[address] <= moved / access + edges * (access / x.itemsize), count.kernel
+                    assert count.accesses[address] <= moved / access + tails * (access / x.itemsize), count.kernel
             else:
                 most = x.shape[0] * x.shape[1] * tiles * 80
                 assert size <= most, f"{count.kernel} touches {size} B that are no sums of planes"
@@ -240,8 +240,8 @@ def test_bytes(
         return _accesses(runtime, x, layout, made)
 
     def plan_of(op: str) -> Plan:
-        memory = Memory(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
-        return plan_for(op, memory, dtype, device)[0]
+        desc = ArrayDesc(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
+        return plan_for(op, desc, dtype, device)[0]
 
     made = plan_of("forward")
     assert made.regime == regime
@@ -256,7 +256,7 @@ def test_bytes(
     assert accesses() == made.accesses + backward_more
 
     # Tracked eval: two and three accesses whatever the size; without affine gradients x is read only for a mask.
-    made = plan_of("eval_gradient")
+    made = plan_of("frozen_backward")
     ones = np.ones(shape[1], functional.math_dtype(x.dtype))
     running: dict[str, Any] = {"running_mean": ones, "running_var": ones, "use_input_stats": False, "out": y}
     _, saved = cn.instance_norm_forward(x, ones, **running, **options)
@@ -270,21 +270,21 @@ def test_bytes(
 
 
 def test_the_shapes_reach_every_regime() -> None:
-    """That a ladder has, of a layout of memory: forward by name, backward beside it."""
+    """That variants have, of a layout of memory: forward by name, backward beside it."""
     for layout, kind in (("contiguous", "channels_first"), ("channels_last", "channels_last")):
         for op in ("forward", "backward"):
             reached = set()
             for _, shape, lies, device in REGIMES:
                 if lies == layout:
-                    reached.add(plan_for(op, fresh(shape, 4, kind), "float32", device)[0].regime)
-            rungs = [rung for rung in LADDERS[op] if exists(rung, op, "float32", kind, 0, False)]
-            rungs = [rung for rung in rungs if rung.owner != "part" or kind == "channels_first"]
-            assert reached == {f"{rung.owner}-{rung.rest}" for rung in rungs} | {"split"}, (op, layout)
+                    reached.add(plan_for(op, contiguous_desc(shape, 4, kind), "float32", device)[0].regime)
+            variants = [v for v in VARIANTS[op] if exists(v, op, "float32", kind, 0, False)]
+            variants = [v for v in variants if v.scope != "subwarp" or kind == "channels_first"]
+            assert reached == {f"{v.scope}-{v.residency}" for v in variants} | {"split"}, (op, layout)
 
 
-#: Where three arrays rest on chip.
+#: Where three arrays stay on chip.
 DOUBLE_REGIMES = [
-    ("part-registers", (2, 3, 5, 7), "contiguous", DEVICE),
+    ("subwarp-registers", (2, 3, 5, 7), "contiguous", DEVICE),
     ("warp-registers", (2, 3, 13, 11), "contiguous", DEVICE),
     ("block-registers", (2, 3, 35, 45), "contiguous", DEVICE),
     ("block-registers", (2, 3, 35, 45), "unaligned", DEVICE),
@@ -313,15 +313,15 @@ def test_bytes_of_a_double_backward(
     run_on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
     device: Device, dtype: str,
 ) -> None:  # fmt: skip
-    """x, dy and ddx are read once where they rest on chip, else twice; what has no part in a result is not read."""
+    """x, dy and ddx are read once where they stay on chip, else twice; what has no part in a result is not read."""
     shape = (*shape[:3], round(shape[3] / {"float64": 2, "float32": 1}.get(dtype, 0.5)))
     x, dy, ddx = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(devices.dtype_of(dtype))) for _ in range(3))
     runtime = run_on(Emulator(device))
     w = np.ones(shape[1], functional.math_dtype(x.dtype))
-    memory = Memory(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
+    desc = ArrayDesc(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
 
     def accesses(saved: cn.Saved, *given: Any) -> int:
-        made = plan_for("double_backward" if saved.training else "eval_double", memory, dtype, device)[0]
+        made = plan_for("double_backward" if saved.training else "frozen_double_backward", desc, dtype, device)[0]
         assert made.regime == (regime if saved.training else "pointwise")
         assert made.accesses == (8 if made.regime == "split" else 5)
         runtime.counts.clear()
@@ -405,8 +405,8 @@ def _single(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fu
     """Results of forward and backward."""
     (x, dy, residual), (weight, bias, mean, var) = _inputs(regime, runtime, seed)
     options: dict[str, Any] = {"activation": "silu", "residual": residual} if fused else {}
-    # Of parts, a result at another place between 16-byte borders than what it is made of.
-    y, dx = (reference.LAYOUTS["unaligned"](x) if regime[0].startswith("part") else None for _ in range(2))
+    # Of subwarps, a result at another place between 16-byte borders than what it is made of.
+    y, dx = (reference.LAYOUTS["unaligned"](x) if regime[0].startswith("subwarp") else None for _ in range(2))
     y, saved = cn.instance_norm_forward(
         x, weight, bias, running_mean=mean, running_var=var, use_input_stats=training, out=y, **options
     )
@@ -506,11 +506,11 @@ def _first(*names: str, layout: str = "contiguous", table: Sequence[Any] = REGIM
 
 #: The regimes that show what is wrong with a file: few, since each is compiled anew.
 SHOWN_BY = {
-    # Channels-first one thread publishes alone.
+    # Channels-first one thread puts alone.
     "group.cuh": _first("cluster", "grid", layout="channels_last"),
-    "forward.cu": _first("part"), "backward.cu": _first("part"),
-    "double_backward.cu": _first("part", table=DOUBLE_REGIMES),
-    "split.cu": _first("split"), "sums.cuh": [REGIMES[2], *_first("block-registers")], "channels.cu": _first("part"),
+    "forward.cu": _first("subwarp"), "backward.cu": _first("subwarp"),
+    "double_backward.cu": _first("subwarp", table=DOUBLE_REGIMES),
+    "split.cu": _first("split"), "sums.cuh": [REGIMES[2], *_first("block-registers")], "channels.cu": _first("subwarp"),
 }  # fmt: skip
 
 
@@ -544,7 +544,7 @@ def test_every_barrier_is_needed(
         lines[here] = without
         return head + found + "\n".join(lines)
 
-    run = _double if file.startswith("double") else _single
+    run = _double if "double" in file else _single
     said = _caught(run_on, monkeypatch, removed, SHOWN_BY[file], run)
     print(f"{file}:{line}: {said}")
     assert bool(said) != (f"{file}:{line}" in SURVIVORS), said
@@ -568,13 +568,15 @@ def _line_in(body: str, file: str, line: int) -> int:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
-        ("if (share.holds(from + i)) pack[i] = share.get(", "pack[i] = share.get(", "outside of every array"),
-        ("SKEWED && lanes == 0 ? 0 : (int)(address / sizeof(Storage) % V)", "0", "not aligned"),
-        ("if (lane < lanes) {", "if (false) {", "wrong numbers"),  # reads poisoned shared memory
+        ("if (partition.holds(from + i)) vec[i] = partition.get(", "vec[i] = partition.get(",
+         "outside of every array"),
+        ("MISALIGNED && subdivision == 0 ? 0 : (int)(address / sizeof(Storage) % VEC_SIZE)", "0", "not aligned"),
+        ("if (lane < channel_vecs) {", "if (false) {", "wrong numbers"),  # reads poisoned shared memory
         ("    __syncthreads();\n    #pragma unroll\n    for (int k = 0; k < K; k++) s[k] = 0;",
          "    if (threadIdx.x != 5) __syncthreads();\n    for (int k = 0; k < K; k++) s[k] = 0;", "divergence"),
         ("s[k] += __shfl_xor_sync(", "if (threadIdx.x % 32 != 3) s[k] += __shfl_xor_sync(", "divergence"),
-        ("scratch[(warp * lanes + lane) * K + k] = s[k];", "scratch[(warp * lanes + lane) * K + k + 1] = s[k];",
+        ("scratch[(warp * channel_vecs + lane) * K + k] = s[k];",
+         "scratch[(warp * channel_vecs + lane) * K + k + 1] = s[k];",
          "behind the end of shared memory"),
         ("const void* bias, int flags, EPILOGUE_PARAMETERS Math* mean,",
          "const void* bias, long long flags, EPILOGUE_PARAMETERS Math* mean,", "argument 10"),
@@ -590,10 +592,10 @@ def test_the_emulator_bites(
 
 
 WHICH = """
-KERNEL(64, 1) which(long long owner, long long tiles, long long channels, long long* found) {
-    const Share<WARP, 64> share(owner, tiles, 1, 2, Tensor{}, channels, 8);
-    if (threadIdx.x < 2) store(found + threadIdx.x, share.c);
-    if (threadIdx.x == 2) { store(found + 2, share.n); store(found + 3, (long long)share.tile); }
+KERNEL(64, 1) which(long long scope_index, long long tiles, long long channels, long long* found) {
+    const Partition<WARP, 64> partition(scope_index, tiles, 1, 2, Tensor{}, channels, 8);
+    if (threadIdx.x < 2) store(found + threadIdx.x, partition.c);
+    if (threadIdx.x == 2) { store(found + 2, partition.n); store(found + 3, (long long)partition.tile); }
 }
 """
 
@@ -601,19 +603,19 @@ KERNEL(64, 1) which(long long owner, long long tiles, long long channels, long l
 @pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("channels", [1, 5, 2**32 - 1, 2**32, 2**35 + 6])
-def test_which_planes_an_owner_has_of_more_than_are_32_bits_of(kind: Any, tiles: int, channels: int) -> None:
+def test_planes_of_a_scope_where_their_number_exceeds_32_bits(kind: Any, tiles: int, channels: int) -> None:
     """No array here has as many; the numbers are divided in 32 bits where that is enough."""
     module = Module("forward", "float32", 4, kind)
     text = Text("which", inlined("types.cuh") + inlined("plane.cuh") + WHICH, ("which",), "text", module.defines)
-    groups = channels if kind == "channels_first" else -(-channels // 8)  # of two threads with packs of 4
+    groups = channels if kind == "channels_first" else -(-channels // 8)  # of two threads with vecs of 4
     runtime, found = Emulator(), np.zeros(4, np.int64)
-    for stripe in (0, 3, groups, 7 * groups - 1, 2**32 - 1, 2**32, 2**33 + 3, 2**40 + 3 * groups):
+    for channel_tile in (0, 3, groups, 7 * groups - 1, 2**32 - 1, 2**32, 2**33 + 3, 2**40 + 3 * groups):
         for tile in {0, tiles - 1}:
-            numbers = (np.int64(stripe * tiles + tile), np.int64(tiles), np.int64(channels))
+            numbers = (np.int64(channel_tile * tiles + tile), np.int64(tiles), np.int64(channels))
             runtime.launch(text, Step("which", "which", (1, 1), 64, 0), (*numbers, np.uintp(runtime.address(found))))
-            group = stripe % groups
+            group = channel_tile % groups
             planes = (group, group) if kind == "channels_first" else (8 * group, 8 * group + 4)
-            assert found.tolist() == [*planes, stripe // groups, tile]
+            assert found.tolist() == [*planes, channel_tile // groups, tile]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -682,7 +684,8 @@ import numpy as np, cupynorm
 from cupynorm import functional
 from simt import backend
 backend.runtime.transform = lambda source: source.replace(
-    "scratch[(warp * lanes + lane) * K + k] = s[k];", "scratch[(warp * lanes + lane) * K + k + 16] = s[k];")
+    "scratch[(warp * channel_vecs + lane) * K + k] = s[k];",
+    "scratch[(warp * channel_vecs + lane) * K + k + 16] = s[k];")
 functional.BACKENDS["numpy"] = "simt.backend"
 cupynorm.instance_norm(np.ones((1, 1, 35, 450), np.float32))
 """

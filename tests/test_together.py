@@ -581,7 +581,8 @@ def test_many_shapes_in_turn(backend: Backend, rng: np.random.Generator, monkeyp
     by_shape = {
         name: cache for name, cache in caches.items()
         if name.rsplit(".", 1)[1]
-        in ("_layout", "_large_layout", "_rows", "_prepare", "arrange", "layout", "plan", "_accepted", "fresh")
+        in ("_layout", "_large_layout", "_rows", "_prepare", "choose_layout", "layout", "plan", "_accepted",
+            "contiguous_desc")
     }  # fmt: skip
     for name, cache in by_shape.items():
         assert cache.cache_parameters()["maxsize"] is not None, f"{name} may grow without end"

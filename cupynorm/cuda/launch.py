@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from ..functional import Array, Keep, Saved, at_once, math_dtype, overlap
-from .plan import Device, Memory, Op, Plan, Step, arrange, fresh, plan
+from .plan import ArrayDesc, Device, Op, Plan, Step, choose_layout, contiguous_desc, plan
 from .source import Module
 from .variants import EPILOGUES, Kind
 
@@ -95,7 +95,7 @@ class Runtime(Protocol):
     def address(self, array: Array) -> int:
         """Where the array's first element is."""
 
-    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+    def prepare(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
         """A partial that enqueues a kernel on the current stream, compiled by now; of a function in C where it can be.
 
         args are NumPy scalars of the kernel's parameter types.
@@ -132,22 +132,22 @@ class Launcher:
         with self.runtime.on(x):
             update = use_input_stats and running_mean is not None and momentum != 0
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
-            op: Op = "forward" if use_input_stats else "evaluate"
+            op: Op = "forward" if use_input_stats else "normalize"
             call = _Call(self.runtime, op, x, residual, (x,), out, 1, update, update, epilogue)
             kept = keep is not None
             mean, rstd, variance = call.planes(kept or update), call.planes(kept), call.planes(update)
-            delta = call.planes(kept and use_input_stats and activation is not None)
+            mean_lo = call.planes(kept and use_input_stats and activation is not None)
             saved: Saved | None = None
             writes: tuple[partial[Any], ...] = ()
             if keep is not None:
                 saved = Saved(
-                    x, mean, rstd, weight, bias, use_input_stats, delta, activation, negative_slope,
+                    x, mean, rstd, weight, bias, use_input_stats, mean_lo, activation, negative_slope,
                     residual if activation is not None else None, residual is not None, eps=eps,
                 )  # fmt: skip
                 writes = keep(saved)
             if x.size == 0:
-                if delta is not None:
-                    delta.fill(0)
+                if mean_lo is not None:
+                    mean_lo.fill(0)
                 return call.result(*writes), saved
             weight, bias, mean_, var_ = (call.dense(array) for array in (weight, bias, running_mean, running_var))
             flags = call.flags(weight, bias)
@@ -158,24 +158,24 @@ class Launcher:
             affine = (*call.pointers(weight, bias), np.int32(flags), *epilogue_)
             running = call.pointers(mean_, var_)
             step, *rest = call.plan.steps
-            if op == "evaluate":
+            if op == "normalize":
                 call.tiles(step, *call.tensors, *running, *affine, *call.pointers(mean, rstd), np.float64(eps))
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
-                mean, rstd, delta = (call.planes() if array is None else array for array in (mean, rstd, delta))
-                of_tiles = [call.empty((*call.nc, step.tiles), t) for t in (np.int64, np.float64, np.float64)]
-                results = call.pointers(mean, rstd, delta, variance)
-                for some in call.rounds():
-                    call.tiles(step, *call.tensors[:4], *call.pointers(*of_tiles), some=some)
-                    sizes = (np.int64(step.tiles), *call.planes_of(some), np.float64(eps))
-                    call.run(merge, *call.pointers(*of_tiles), *sizes, *results)
-                    call.tiles(apply, *call.tensors, *results[:3], *affine, some=some)
+                mean, rstd, mean_lo = (call.planes() if array is None else array for array in (mean, rstd, mean_lo))
+                partials = [call.empty((*call.nc, step.tiles), t) for t in (np.int64, np.float64, np.float64)]
+                results = call.pointers(mean, rstd, mean_lo, variance)
+                for plane_range in call.rounds():
+                    call.tiles(step, *call.tensors[:4], *call.pointers(*partials), plane_range=plane_range)
+                    sizes = (np.int64(step.tiles), *call.planes_of(plane_range), np.float64(eps))
+                    call.run(merge, *call.pointers(*partials), *sizes, *results)
+                    call.tiles(apply, *call.tensors, *results[:3], *affine, plane_range=plane_range)
             else:
-                results = call.pointers(mean, rstd, delta, variance)
-                call.owner(step, *call.tensors, *affine, *results, after=(np.float64(eps),), numbers=4)
+                results = call.pointers(mean, rstd, mean_lo, variance)
+                call.channel_tiles(step, *call.tensors, *affine, *results, after=(np.float64(eps),), numbers=4)
             if update:
                 batch = (np.int64(x.shape[0]), call.channels, np.float64(momentum))
-                move = call.ready(rest[0], *call.pointers(mean, variance), *batch, *running, np.int32(flags))
+                move = call.prepare(rest[0], *call.pointers(mean, variance), *batch, *running, np.int32(flags))
                 copies = [(a, b) for a, b in ((running_mean, mean_), (running_var, var_)) if a is not b]
                 again = [_assignment(b, a) for a, b in copies]  # others may have moved them since
                 writes = (*again, move, *(_assignment(a, b) for a, b in copies), *writes)
@@ -190,7 +190,7 @@ class Launcher:
             # Parameters of each sample, and of the only one, have a plane's sums for gradients.
             direct = [p is not None and (p.ndim == 2 or x.shape[0] == 1) for p in (bias, weight)]
             wanted = [p is not None for p in (bias, weight)]
-            op: Op = "backward" if saved.training else "eval_gradient"
+            op: Op = "backward" if saved.training else "frozen_backward"
             reduced = any(w and not d for w, d in zip(wanted, direct, strict=True))
             targets = 1 if saved.residual is None else 2
             call = _Call(
@@ -227,37 +227,37 @@ class Launcher:
             )
             merged = call.pointers(sum_dy, sum_dy_xhat)
 
-            def merge_gradient(merge: Step, of_tiles: Array, some: tuple[int, int], *sums: np.uintp) -> None:
-                sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(some), call.spatial)
-                call.run(merge, call.pointer(of_tiles), *sizes, *sums, *merged, flags_)
+            def merge_gradient(merge: Step, partials: Array, plane_range: tuple[int, int], *sums: np.uintp) -> None:
+                sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(plane_range), call.spatial)
+                call.run(merge, call.pointer(partials), *sizes, *sums, *merged, flags_)
 
-            if op == "eval_gradient":
+            if op == "frozen_backward":
                 if step.tiles == 1:
                     call.tiles(step, *arrays, *affine, *merged)
                 else:
-                    of_tiles = call.empty((2, *call.nc, step.tiles), call.math) if any(wanted) else (None, None)
+                    partials = call.empty((2, *call.nc, step.tiles), call.math) if any(wanted) else (None, None)
                     unflagged = (*affine[:3], np.int32(flags & ~(NARROW_SUM_DY | NARROW_SUM_DY_XHAT)), *affine[4:])
-                    call.tiles(step, *arrays, *unflagged, call.pointer(of_tiles[0]), call.pointer(of_tiles[1]))
+                    call.tiles(step, *arrays, *unflagged, call.pointer(partials[0]), call.pointer(partials[1]))
                     if any(wanted):
                         merge, *rest = rest
-                        merge_gradient(merge, of_tiles, (0, call.plan.stripes), NULL, NULL, NULL)
+                        merge_gradient(merge, partials, (0, call.plan.channel_tiles), NULL, NULL, NULL)
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
-                of_tiles = call.empty((3, *call.nc, step.tiles), call.math)
+                partials = call.empty((3, *call.nc, step.tiles), call.math)
                 kept_sums = call.planes(), call.planes(), call.planes()
                 *sums, more = call.pointers(*kept_sums)
-                for some in call.rounds():
+                for plane_range in call.rounds():
                     call.tiles(
-                        step, *arrays[:8], *affine, call.pointer(of_tiles), call.all_planes, some=some
+                        step, *arrays[:8], *affine, call.pointer(partials), call.all_planes, plane_range=plane_range
                     )  # fmt: skip
-                    merge_gradient(merge, of_tiles, some, *sums, more)
+                    merge_gradient(merge, partials, plane_range, *sums, more)
                     if apply.plain:  # dresidual is what the epilogue made of dy
                         inputs, affine_ = (*arrays[:4], *call.extra, *arrays[8:]), affine[:4]
                     else:
                         inputs, affine_ = arrays, affine
-                    call.tiles(apply, *inputs, *affine_, more, *sums, some=some)
+                    call.tiles(apply, *inputs, *affine_, more, *sums, plane_range=plane_range)
             else:
-                call.owner(step, *arrays, *affine, *merged, numbers=3)
+                call.channel_tiles(step, *arrays, *affine, *merged, numbers=3)
             if reduced:
                 # Of those that are not there yet.
                 results = (None if done else g for g, done in ((dweight, direct[1]), (dbias, direct[0])))
@@ -273,7 +273,7 @@ class Launcher:
             # As in backward; without ddx the weight has no influence.
             direct = weight is not None and (weight.ndim == 2 or x.shape[0] == 1)
             summed = weight is not None and ddx is not None
-            op: Op = "double_backward" if saved.training else "eval_double"
+            op: Op = "double_backward" if saved.training else "frozen_double_backward"
             inputs = (x, dy) if ddx is None else (x, dy, ddx)
             call = _Call(self.runtime, op, x, None, inputs, None, 2, summed, summed and not direct, 0)
             dx, ddy = call.targets
@@ -296,29 +296,37 @@ class Launcher:
 
             sums = (dweight if direct else call.planes()) if summed else None
             step, *rest = call.plan.steps
-            if op == "eval_double":
+            if op == "frozen_double_backward":
                 if step.tiles == 1 or not summed:
                     call.tiles(step, *given, *to_dx, *to_ddy, *known(flags), call.pointer(sums))
                 else:
-                    of_tiles = call.empty((*call.nc, step.tiles), call.math)
+                    partials = call.empty((*call.nc, step.tiles), call.math)
                     partial_flags = known(flags & ~NARROW_SUM_DY_XHAT)
-                    call.tiles(step, *given, *to_dx, *to_ddy, *partial_flags, call.pointer(of_tiles))
+                    call.tiles(step, *given, *to_dx, *to_ddy, *partial_flags, call.pointer(partials))
                     merge, *rest = rest
                     counts = np.int64(step.tiles), call.all_planes
-                    call.run(merge, call.pointer(of_tiles), *counts, call.pointer(sums), np.int32(flags))
+                    call.run(merge, call.pointer(partials), *counts, call.pointer(sums), np.int32(flags))
             elif call.plan.regime == "split":
                 merge, apply, *rest = rest
-                of_tiles, means = call.empty((9, *call.nc, step.tiles), call.math), call.empty((8, *call.nc), call.math)
+                partials, means = call.empty((9, *call.nc, step.tiles), call.math), call.empty((8, *call.nc), call.math)
                 statistics = call.pointers(saved.mean, saved.rstd)
                 results = (rstd, *call.pointers(means, sums), np.int32(flags))
-                for some in call.rounds():
-                    call.tiles(step, *given, *to_dx, *statistics, call.pointer(of_tiles), call.all_planes, some=some)
-                    sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(some), call.spatial)
-                    call.run(merge, call.pointer(of_tiles), *sizes, *results)
+                for plane_range in call.rounds():
+                    call.tiles(
+                        step,
+                        *given,
+                        *to_dx,
+                        *statistics,
+                        call.pointer(partials),
+                        call.all_planes,
+                        plane_range=plane_range,
+                    )
+                    sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(plane_range), call.spatial)
+                    call.run(merge, call.pointer(partials), *sizes, *results)
                     more = call.pointer(means), call.all_planes
-                    call.tiles(apply, *given, *to_dx, *to_ddy, *known(flags), *more, some=some)
+                    call.tiles(apply, *given, *to_dx, *to_ddy, *known(flags), *more, plane_range=plane_range)
             else:
-                call.owner(step, *given, *to_dx, *to_ddy, *known(flags), call.pointer(sums), numbers=9)
+                call.channel_tiles(step, *given, *to_dx, *to_ddy, *known(flags), call.pointer(sums), numbers=9)
             if summed and not direct:
                 batch = (np.int64(x.shape[0]), call.channels)
                 call.run(rest[0], NULL, call.pointer(sums), *batch, call.pointer(dweight), NULL, np.int32(flags))
@@ -346,13 +354,13 @@ class _Prepared(NamedTuple):
     strides: tuple[tuple[np.int64, np.int64, np.int64], ...]  # of inputs and targets
     plan: Plan
     modules: tuple[Module, ...]  # of its steps
-    sizes: tuple[np.int64, np.int64, np.int64]  # channels, spatial positions, stripes
+    sizes: tuple[np.int64, np.int64, np.int64]  # channels, spatial positions, channel tiles
 
 
 @lru_cache(maxsize=4096)
 def _prepare(
     op: Op,
-    memories: tuple[Memory, ...],
+    descs: tuple[ArrayDesc, ...],
     inputs: int,
     targets: int,
     dtype: np.dtype,
@@ -363,14 +371,14 @@ def _prepare(
     residual: bool,
     invariant: bool,
 ) -> _Prepared:
-    """memories: of the inputs, then of out if it is given; targets: how many arrays are written."""
-    shape, itemsize = memories[0].shape, memories[0].itemsize
-    kind, _, copied = arrange(memories, invariant)
-    new = fresh(shape, itemsize, kind)
+    """descs: of the inputs, then of out if it is given; targets: how many arrays are written."""
+    shape, itemsize = descs[0].shape, descs[0].itemsize
+    kind, _, copied = choose_layout(descs, invariant)
+    new = contiguous_desc(shape, itemsize, kind)
     # Arrays made here are aligned, and of the kind.
-    final = [new if copy else memory for memory, copy in zip(memories, copied, strict=True)]
+    final = [new if copy else desc for desc, copy in zip(descs, copied, strict=True)]
     final += [new] * (inputs + targets - len(final))
-    kind, layouts, _ = arrange(tuple(final))
+    kind, layouts, _ = choose_layout(tuple(final))
     sizes = (shape[0], shape[1], math.prod(shape[2:]))
     made = plan(op, sizes, dtype.name, kind, layouts, device, sums, reduced, epilogue, residual, invariant)
     return _Prepared(
@@ -379,7 +387,7 @@ def _prepare(
         tuple((np.int64(x.n), np.int64(x.c), np.int64(x.s)) for x in layouts),
         made,
         tuple(Module.of(step, made) for step in made.steps),
-        (np.int64(shape[1]), np.int64(sizes[2]), np.int64(made.stripes)),
+        (np.int64(shape[1]), np.int64(sizes[2]), np.int64(made.channel_tiles)),
     )
 
 
@@ -406,26 +414,26 @@ class _Call:
         self.runtime = runtime
         self.empty = runtime.empty
         self.launches: list[partial[Any]] = []
-        self.held: list[Array] = []  # the kernels get addresses alone
+        self.keepalive: list[Array] = []  # the kernels get addresses alone
         self.nc = x.shape[:2]
         self.dtype, self.math = x.dtype, math_dtype(x.dtype)
         self.out = out
         given = inputs if residual is None else (*inputs, residual)
-        memories = tuple(
-            Memory(array.shape, array.strides, array.itemsize, runtime.address(array) % 16)
+        descs = tuple(
+            ArrayDesc(array.shape, array.strides, array.itemsize, runtime.address(array) % 16)
             for array in (given if out is None else (*given, out))
         )
         self.shape = x.shape
         if x.size == 0:
-            self.kind, _, copied = arrange(memories)
+            self.kind, _, copied = choose_layout(descs)
             self._make_targets(targets, copied)
             return
         self.kind, copied, strides, self.plan, self._modules, sizes = _prepare(
-            op, memories, len(given), targets, x.dtype, runtime.device(), sums, reduced, epilogue,
+            op, descs, len(given), targets, x.dtype, runtime.device(), sums, reduced, epilogue,
             residual is not None, get_batch_invariant(),
         )  # fmt: skip
-        self.channels, self.spatial, self._stripes = sizes
-        arrays = self.held = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
+        self.channels, self.spatial, self._channel_tiles = sizes
+        arrays = self.keepalive = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
         self._make_targets(targets, copied)
         args = [
             (np.uintp(runtime.address(a)), *steps) for a, steps in zip((*arrays, *self.targets), strides, strict=True)
@@ -458,7 +466,7 @@ class _Call:
     def pointer(self, array: Array | None) -> np.uintp:
         if array is None:
             return NULL
-        self.held.append(array)
+        self.keepalive.append(array)
         return np.uintp(self.runtime.address(array))
 
     def pointers(self, *arrays: Array | None) -> tuple[np.uintp, ...]:
@@ -484,51 +492,59 @@ class _Call:
         return np.int64(self.nc[0] * self.nc[1])
 
     def rounds(self) -> list[tuple[int, int]]:
-        """First stripe and number of stripes of each round of a split."""
-        stripes, most = self.plan.stripes, self.plan.at_a_time
-        return [(first, min(most, stripes - first)) for first in range(0, stripes, most)]
+        """First channel tile and number of channel tiles of each round of a split."""
+        channel_tiles, most = self.plan.channel_tiles, self.plan.at_a_time
+        return [(first, min(most, channel_tiles - first)) for first in range(0, channel_tiles, most)]
 
-    def planes_of(self, some: tuple[int, int]) -> tuple[np.int64, np.int64]:
-        """First plane and number of planes of a range of stripes."""
+    def planes_of(self, plane_range: tuple[int, int]) -> tuple[np.int64, np.int64]:
+        """First plane and number of planes of a range of channel tiles."""
         n, c = self.nc
-        groups = self.plan.stripes // n
-        width = 1 if self.kind == "channels_first" else self.plan.steps[0].lanes * self.plan.vector
+        groups = self.plan.channel_tiles // n
+        width = 1 if self.kind == "channels_first" else self.plan.steps[0].channel_vecs * self.plan.vec_size
 
-        def plane(stripe: int) -> int:
-            return stripe // groups * c + min(stripe % groups * width, c)
+        def plane(channel_tile: int) -> int:
+            return channel_tile // groups * c + min(channel_tile % groups * width, c)
 
-        first, end = plane(some[0]), plane(sum(some))
+        first, end = plane(plane_range[0]), plane(sum(plane_range))
         return np.int64(first), np.int64(end - first)
 
-    def ready(self, step: Step, *args: Any) -> partial[Any]:
-        return self.runtime.ready(self._modules[self.plan.steps.index(step)], step, args)
+    def prepare(self, step: Step, *args: Any) -> partial[Any]:
+        return self.runtime.prepare(self._modules[self.plan.steps.index(step)], step, args)
 
     def run(self, step: Step, *args: Any) -> None:
         """Launch a step in its turn, when `result` is asked for."""
-        self.launches.append(self.ready(step, *args))
+        self.launches.append(self.prepare(step, *args))
 
-    def owner(self, step: Step, *args: Any, numbers: int, after: tuple[Any, ...] = ()) -> None:
-        """A launch whose owners serve whole stripes. numbers: how many a plane a group of blocks exchanges."""
-        sizes = (self.channels, self.spatial, self._stripes, np.int32(step.lanes), np.int32(step.chunks))
+    def channel_tiles(self, step: Step, *args: Any, numbers: int, after: tuple[Any, ...] = ()) -> None:
+        """A launch whose scopes serve whole channel tiles. numbers: how many a plane a group of blocks exchanges."""
+        sizes = (
+            self.channels,
+            self.spatial,
+            self._channel_tiles,
+            np.int32(step.subdivision),
+            np.int32(step.vecs_per_thread),
+        )
         group: tuple[Any, ...] = ()
         if step.cluster > 1 or step.cooperative:
-            of_tiles = arrived = None
+            partials = arrived = None
             if step.cooperative:
                 groups = step.grid[0] // step.tiles
-                width = 1 if self.kind == "channels_first" else step.lanes * self.plan.vector
-                of_tiles = self.empty((groups, 2, step.tiles, width * numbers), self.math)
+                width = 1 if self.kind == "channels_first" else step.channel_vecs * self.plan.vec_size
+                partials = self.empty((groups, 2, step.tiles, width * numbers), self.math)
                 arrived = self.runtime.zeros((groups,), np.uint32)
-            group = (np.int32(step.tiles), *self.pointers(of_tiles, arrived))
+            group = (np.int32(step.tiles), *self.pointers(partials, arrived))
         self.run(step, *args, *sizes, *after, *group)
 
-    def tiles(self, step: Step, *args: Any, some: tuple[int, int] | None = None) -> None:
-        """A launch whose owners serve a tile each; of some stripes only: first and number."""
-        stripes = (np.int64(step.owners),) if some is None else (np.int64(some[0]), np.int64(some[1]))
-        sizes = (self.channels, self.spatial, *stripes, np.int64(step.tiles))
-        self.run(step, *args, *sizes, np.int32(step.lanes))
+    def tiles(self, step: Step, *args: Any, plane_range: tuple[int, int] | None = None) -> None:
+        """A launch whose scopes serve a tile each; of a range of channel tiles only: first and number."""
+        channel_tiles = (
+            (np.int64(step.scopes),) if plane_range is None else (np.int64(plane_range[0]), np.int64(plane_range[1]))
+        )
+        sizes = (self.channels, self.spatial, *channel_tiles, np.int64(step.tiles))
+        self.run(step, *args, *sizes, np.int32(step.subdivision))
 
     def result(self, *writes: partial[Any]) -> Array:
-        """The first array that is written, after all launches, and after some last writes that belong together."""
+        """The first array that is written, after all launches, and after the last writes that belong together."""
         target = self.targets[0]
         copies = [] if self.out is None or target is self.out else [_assignment(self.out, target)]
         at_once(*self.launches, *copies, *writes)

@@ -1,8 +1,8 @@
 """Plans: which kernels to launch for a call, as pure data.
 
 A plan follows from shape, strides, dtype and the device's properties alone; this module imports neither CuPy nor
-NumPy, so it can be asked about any device on any machine. The kernels' own account of owners, stripes and tiles is
-in kernels/plane.cuh.
+NumPy, so it can be asked about any device on any machine. kernels/plane.cuh defines
+scopes, channel tiles and tiles.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from itertools import pairwise
 from math import prod
 from typing import Literal, NamedTuple
 
-from .variants import FORCED, ITEMSIZE, Kind, Rung, exists, group_of, ladder, resident_threads, widest
+from .variants import FORCED, ITEMSIZE, Kind, Variant, exists, group_of, resident_threads, variants_of, widest
 
-Op = Literal["forward", "backward", "evaluate", "eval_gradient", "double_backward", "eval_double"]
+Op = Literal["forward", "backward", "normalize", "frozen_backward", "double_backward", "frozen_double_backward"]
 
-PART_BYTES, PART_ELEMENTS = 512, 128  # the largest plane of a part of a warp
+SUBWARP_BYTES, SUBWARP_ELEMENTS = 512, 128  # the largest plane of a subwarp
 TILE_BYTES = 8192  # the smallest tile worth a block of a grid
-STRIPE_BYTES = 64  # channels-last: neighbouring channels that one owner serves
+CHANNEL_TILE_BYTES = 64  # channels-last: neighbouring channels that one scope serves
 FEW_THREADS = 128  # of a multiprocessor: below them narrow blocks give way to wider ones
 MAX_GRID = 2**31 - 16  # the most there may be that is whole clusters, of any size
 
@@ -62,22 +62,22 @@ DEVICES = {
 }
 
 
-class Memory(NamedTuple):
-    """How an array of (N, C, *spatial) lies in memory. strides in bytes; phase is the address modulo 16."""
+class ArrayDesc(NamedTuple):
+    """How an array of (N, C, *spatial) lies in memory. strides in bytes; misalignment is the address modulo 16."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     itemsize: int
-    phase: int
+    misalignment: int
 
 
 class Layout(NamedTuple):
-    """A Memory as the kernels see it: strides in elements; phase is the address in elements modulo 16 bytes."""
+    """An ArrayDesc as the kernels see it: strides and misalignment (the address modulo 16 bytes) in elements."""
 
     n: int
     c: int
     s: int
-    phase: int
+    misalignment: int
 
 
 def _collapse(shape: Sequence[int], strides: Sequence[int]) -> int | None:
@@ -91,14 +91,14 @@ def _collapse(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     return dims[-1][1]
 
 
-def layout(memory: Memory, kind: Kind) -> Layout | None:
+def layout(desc: ArrayDesc, kind: Kind) -> Layout | None:
     """How the kernels of a kind can read an array in place, or None if they cannot.
 
     Channels-first wants a plane in one piece, channels-last neighbouring channels side by side; the strides of N and C
     (of N and the spatial positions) are free.
     """
-    shape, strides, itemsize, phase = memory
-    if phase % itemsize or any(stride % itemsize for stride in strides):
+    shape, strides, itemsize, misalignment = desc
+    if misalignment % itemsize or any(stride % itemsize for stride in strides):
         return None
     n, c, *spatial = (stride // itemsize for stride in strides)
     s = _collapse(shape[2:], spatial)
@@ -110,10 +110,10 @@ def layout(memory: Memory, kind: Kind) -> Layout | None:
     else:
         fits = c == 1 or shape[1] == 1
         c = 1
-    return Layout(n, c, s, phase // itemsize) if fits else None
+    return Layout(n, c, s, misalignment // itemsize) if fits else None
 
 
-def fresh(shape: tuple[int, ...], itemsize: int, kind: Kind) -> Memory:
+def contiguous_desc(shape: tuple[int, ...], itemsize: int, kind: Kind) -> ArrayDesc:
     """A newly allocated array."""
     n, c, *spatial = shape
     order = (n, c, *spatial) if kind == "channels_first" else (n, *spatial, c)
@@ -122,7 +122,7 @@ def fresh(shape: tuple[int, ...], itemsize: int, kind: Kind) -> Memory:
         strides.insert(0, strides[0] * size)
     if kind == "channels_last":
         strides = [strides[0], strides[-1], *strides[1:-1]]
-    return Memory(shape, tuple(strides), itemsize, 0)
+    return ArrayDesc(shape, tuple(strides), itemsize, 0)
 
 
 def _dense(x: Layout, n: int, c: int, s: int) -> bool:
@@ -130,35 +130,37 @@ def _dense(x: Layout, n: int, c: int, s: int) -> bool:
     return (c == 1 or x.c == s) and (n == 1 or x.n == c * s)
 
 
-def _at_packs(x: Layout, n: int, s: int, v: int) -> bool:
-    """Whether packs of v channels begin at multiples of their size. Strides never stepped along do not matter."""
-    return not (x.phase % v or (n > 1 and x.n % v) or (s > 1 and x.s % v))
+def _at_vecs(x: Layout, n: int, s: int, v: int) -> bool:
+    """Whether vecs of v channels begin at multiples of their size. Strides never stepped along do not matter."""
+    return not (x.misalignment % v or (n > 1 and x.n % v) or (s > 1 and x.s % v))
 
 
 def _usual(x: Layout, shape: tuple[int, ...], itemsize: int, kind: Kind) -> bool:
     """Whether an array is dealt out to threads as a new one of its kind is: else bits would depend on its strides."""
     n, c, s = *shape[:2], prod(shape[2:])
     if kind == "channels_first":
-        return s * itemsize > PART_BYTES or _dense(x, n, c, s)
+        return s * itemsize > SUBWARP_BYTES or _dense(x, n, c, s)
     v = widest(itemsize, kind)
-    return c % v > 0 or _at_packs(x, n, s, v)
+    return c % v > 0 or _at_vecs(x, n, s, v)
 
 
 @lru_cache(maxsize=4096)
-def arrange(memories: tuple[Memory, ...], invariant: bool = False) -> tuple[Kind, tuple[Layout, ...], tuple[bool, ...]]:
+def choose_layout(
+    descs: tuple[ArrayDesc, ...], invariant: bool = False
+) -> tuple[Kind, tuple[Layout, ...], tuple[bool, ...]]:
     """The kind of kernels for the arrays of a call, their layouts, and which of them must be copied for that.
 
     The first array decides, if it can be read in place at all; of two kinds it could be, the one more others are.
     invariant: whether the order of additions may depend on the kind alone.
     """
-    shape, itemsize = memories[0].shape, memories[0].itemsize
+    shape, itemsize = descs[0].shape, descs[0].itemsize
     # A plane of one element is no plane: its channels are what lies together.
     kinds: tuple[Kind, Kind] = ("channels_first", "channels_last")
     preferred = kinds[::-1] if prod(shape[2:]) == 1 else kinds
-    fitting = {kind: [layout(memory, kind) for memory in memories] for kind in preferred}
+    fitting = {kind: [layout(desc, kind) for desc in descs] for kind in preferred}
     possible = [kind for kind in preferred if fitting[kind][0]]
     kind = max(possible, key=lambda k: sum(x is not None for x in fitting[k])) if possible else "channels_first"
-    copy = layout(fresh(shape, itemsize, kind), kind)
+    copy = layout(contiguous_desc(shape, itemsize, kind), kind)
     assert copy is not None
     layouts = [x if x and not (invariant and not _usual(x, shape, itemsize, kind)) else None for x in fitting[kind]]
     return kind, tuple(x or copy for x in layouts), tuple(x is None for x in layouts)
@@ -173,14 +175,21 @@ class Step:
     grid: tuple[int, int]
     threads: int
     shared: int  # bytes of dynamic shared memory
-    owners: int = 0
+    scopes: int = 0
     tiles: int = 1
-    chunks: int = 0
-    lanes: int = 1  # 0: channels-first, packs that begin where planes do (kernels/plane.cuh)
-    group: str = ""  # of the rung
+    vecs_per_thread: int = 0
+    channel_vecs: int = 1  # channels-last: vecs side by side in a row (kernels/plane.cuh)
+    subwarp_size: int = 0  # threads of a plane, of the scope "subwarp"
+    at_planes: bool = False  # vecs begin where planes do
+    group: str = ""  # of the variant
     cluster: int = 1
     cooperative: bool = False  # all blocks resident at once
     plain: bool = False  # without the call's epilogue
+
+    @property
+    def subdivision(self) -> int:
+        """The kernels' argument that says how a row or a warp is divided (kernels/plane.cuh)."""
+        return self.subwarp_size or (0 if self.at_planes else self.channel_vecs)
 
 
 @dataclass(frozen=True)
@@ -193,12 +202,12 @@ class Plan:
     dtype: str
     kind: Kind
     epilogue: int
-    vector: int  # elements of one access
-    skewed: bool  # arrays are read that lie otherwise between 16-byte borders than what is written
-    stripes: int
+    vec_size: int  # elements of one access
+    misaligned: bool  # arrays are read that lie otherwise between 16-byte borders than what is written
+    channel_tiles: int
     accesses: int
     steps: tuple[Step, ...]
-    at_a_time: int = 0  # stripes that a split goes through at a time: what L2 holds of them is not read again
+    at_a_time: int = 0  # channel tiles that a split goes through at a time: what L2 holds of them is not read again
 
     @property
     def bytes_per_element(self) -> int:
@@ -220,7 +229,7 @@ def grid_of(blocks: int) -> tuple[int, int]:
 
 
 class _Job:
-    """The quantities every rung is judged by."""
+    """The quantities every variant is judged by."""
 
     def __init__(
         self,
@@ -239,77 +248,85 @@ class _Job:
         self.itemsize = ITEMSIZE[dtype]
         self.math_bytes = 8 if dtype == "float64" else 4
         self.kind, self.layouts = kind, layouts
-        # What an owner holds, and exchanges for each plane: how many sums at once, in how many areas that take turns.
-        # Blocks of a group then exchange sums of Accum, and each publishes some numbers of its tile.
+        # What a scope holds, and exchanges for each plane: how many sums at once, in how many areas that take turns.
+        # Blocks of a group then exchange sums of Accum, and each puts some numbers of its tile.
         self.arrays, self.quantities, self.areas = 2, 3, 1
-        self.accums, self.published = 3, 3
+        self.accums, self.partial_numbers = 3, 3
         if op == "forward":
             self.arrays, self.quantities, self.areas = 1, 2, 2
-            self.accums, self.published = 2, 4
+            self.accums, self.partial_numbers = 2, 4
         elif op == "double_backward":
             self.arrays, self.quantities = 3, 2 + 6
-            self.accums, self.published = 6, 9
+            self.accums, self.partial_numbers = 6, 9
         v = widest(self.itemsize, kind)
         if kind == "channels_first":
             # Strides never stepped along do not matter; but one sample may have to be treated like more.
             n_steps = {x.n % v for x in layouts} if self.n > 1 or invariant else {0}
             c_steps = {x.c % v for x in layouts} if self.c > 1 else {0}
-            phases = {x.phase % v for x in layouts}
+            misalignments = {x.misalignment % v for x in layouts}
             # Whether every array's planes start at the same distance from an aligned address, and whether that is 0.
-            self.vector = v
-            self.skewed = not len(n_steps) == len(c_steps) == len(phases) == 1
-            self.shift = 0 if phases | n_steps | c_steps == {0} else v - 1
-            self.at_planes = invariant and self.shift > 0
+            self.vec_size = v
+            self.misaligned = not len(n_steps) == len(c_steps) == len(misalignments) == 1
+            self.misalignment = 0 if misalignments | n_steps | c_steps == {0} else v - 1
+            self.at_planes = invariant and self.misalignment > 0
             if self.at_planes:
-                self.skewed, self.shift = True, 0
-            self.lanes = 1
-            self.stripes = self.n * self.c
-            self.packs = _ceil(self.s + self.shift, self.vector)
+                self.misaligned, self.misalignment = True, 0
+            self.channel_vecs = 1
+            self.channel_tiles = self.n * self.c
+            self.vecs = _ceil(self.s + self.misalignment, self.vec_size)
         else:
-            self.skewed = self.at_planes = False
-            whole = self.c % v == 0 and all(_at_packs(x, self.n, self.s, v) for x in layouts)
-            self.vector = v if whole else 1
-            self.shift = 0
-            most = min(32, STRIPE_BYTES // (self.vector * self.itemsize))
-            self.lanes = min(most, _pow2(_ceil(self.c, self.vector)))
-            self.stripes = self.n * _ceil(self.c, self.lanes * self.vector)
-            self.packs = self.s * self.lanes
-        self.company = self.stripes // self.n if invariant else self.stripes  # that choose an owner together
-        self.planes_per_thread = 1 if kind == "channels_first" else self.vector
-        self.pack_bytes = self.vector * self.itemsize
-        self.bytes = self.packs * self.pack_bytes * self.arrays
-        share = "plane" if kind == "channels_first" else f"stripe of {self.lanes * self.vector} channels"
-        self.held = f"{self.bytes} B of one {share}"
+            self.misaligned = self.at_planes = False
+            whole = self.c % v == 0 and all(_at_vecs(x, self.n, self.s, v) for x in layouts)
+            self.vec_size = v if whole else 1
+            self.misalignment = 0
+            most = min(32, CHANNEL_TILE_BYTES // (self.vec_size * self.itemsize))
+            self.channel_vecs = min(most, _pow2(_ceil(self.c, self.vec_size)))
+            self.channel_tiles = self.n * _ceil(self.c, self.channel_vecs * self.vec_size)
+            self.vecs = self.s * self.channel_vecs
+        self.concurrent_tiles = (
+            self.channel_tiles // self.n if invariant else self.channel_tiles
+        )  # that choose a scope together
+        self.planes_per_thread = 1 if kind == "channels_first" else self.vec_size
+        self.vec_bytes = self.vec_size * self.itemsize
+        self.bytes = self.vecs * self.vec_bytes * self.arrays
+        unit = "plane" if kind == "channels_first" else f"channel tile of {self.channel_vecs * self.vec_size} channels"
+        self.tile_text = f"{self.bytes} B of one {unit}"
 
-    def chunks(self, rung: Rung, tiles: int = 1) -> int:
-        """Packs that each thread of the owner must hold to hold its tile."""
-        return _ceil(self.packs, rung.size * tiles)
+    def vecs_per_thread(self, variant: Variant, tiles: int = 1) -> int:
+        """Vecs that each thread of the scope must hold to hold its tile."""
+        return _ceil(self.vecs, variant.size * tiles)
 
-    def scratch(self, rung: Rung, quantities: int, areas: int) -> int:
+    def scratch(self, variant: Variant, quantities: int, areas: int) -> int:
         """Shared bytes of exchanges within a block (sums.cuh)."""
-        if rung.size == 32:
+        if variant.size == 32:
             return 0
-        return areas * rung.threads // 32 * self.lanes * quantities * self.planes_per_thread * self.math_bytes
+        return areas * variant.threads // 32 * self.channel_vecs * quantities * self.planes_per_thread * self.math_bytes
 
-    def exchange(self, rung: Rung) -> int:
+    def exchange(self, variant: Variant) -> int:
         """Shared bytes of the exchanges of a pass."""
-        return self.scratch(rung, self.quantities, self.areas)
+        return self.scratch(variant, self.quantities, self.areas)
 
-    def shared(self, rung: Rung, tiles: int) -> int:
-        """Shared bytes of a block whose tile rests there."""
-        tile = self.chunks(rung, tiles) * rung.threads * self.pack_bytes * self.arrays * (rung.rest == "shared")
-        if rung.owner == "block":
-            return tile + self.exchange(rung)
-        # Two areas for sums of Accum, and what a cluster's block publishes (group.cuh). (double_backward.cu has more
-        # sums within a block, and not their room twice.)
-        per_lane = self.lanes * self.planes_per_thread
-        sums = rung.threads // 32 * per_lane * self.accums * 8
-        sums += self.exchange(rung) if self.op == "double_backward" else sums
-        return tile + sums + per_lane * self.published * self.math_bytes
+    def shared(self, variant: Variant, tiles: int) -> int:
+        """Shared bytes of a block whose tile stays there."""
+        tile = (
+            self.vecs_per_thread(variant, tiles)
+            * variant.threads
+            * self.vec_bytes
+            * self.arrays
+            * (variant.residency == "shared")
+        )
+        if variant.scope == "block":
+            return tile + self.exchange(variant)
+        # Two areas for sums of Accum, and the partials of a cluster's block (group.cuh). (double_backward.cu has more
+        # sums within a block, and no second area for them.)
+        per_row = self.channel_vecs * self.planes_per_thread
+        sums = variant.threads // 32 * per_row * self.accums * 8
+        sums += self.exchange(variant) if self.op == "double_backward" else sums
+        return tile + sums + per_row * self.partial_numbers * self.math_bytes
 
-    def parts(self, rung: Rung) -> int:
-        """Threads of a part of a warp that serve one plane."""
-        return _pow2(_ceil(self.s, rung.chunks))
+    def subwarp_size(self, variant: Variant) -> int:
+        """Threads of a warp that serve one plane."""
+        return _pow2(_ceil(self.s, variant.vecs_per_thread))
 
     def dense(self) -> bool:
         """Whether the planes of every array lie one behind the other."""
@@ -319,41 +336,42 @@ class _Job:
         self,
         module: str,
         prefix: str,
-        rung: Rung,
+        variant: Variant,
         shared: int,
         tiles: int = 1,
         *,
-        chunks: int = 0,
-        stripes: int | None = None,
+        vecs_per_thread: int = 0,
+        channel_tiles: int | None = None,
         plain: bool = False,
     ) -> Step:
-        """A launch of owners, for all stripes or as many as are given."""
-        owners = (stripes or self.stripes) * tiles
-        blocks = _ceil(owners * rung.size, rung.threads)
-        lanes = 0 if self.at_planes else self.lanes
-        if rung.owner == "part":
-            lanes = self.parts(rung)
-            blocks = _ceil(owners * lanes, rung.threads)
-        elif rung.owner == "grid":
-            blocks = min(self.stripes, self.slots(rung) // tiles) * tiles
-        grid, name = grid_of(blocks), f"{prefix}_{rung.name}"
-        return Step(module, name, grid, rung.threads, shared, owners, tiles, chunks, lanes,
-                    group_of(rung, module), rung.cluster, rung.owner == "grid", plain)  # fmt: skip
+        """A launch of scopes, for all channel tiles or as many as are given."""
+        scopes = (channel_tiles or self.channel_tiles) * tiles
+        blocks = _ceil(scopes * variant.size, variant.threads)
+        subwarp_size, at_planes = 0, self.at_planes
+        if variant.scope == "subwarp":
+            subwarp_size, at_planes = self.subwarp_size(variant), False
+            blocks = _ceil(scopes * subwarp_size, variant.threads)
+        elif variant.scope == "grid":
+            blocks = min(self.channel_tiles, self.slots(variant) // tiles) * tiles
+        grid, name = grid_of(blocks), f"{prefix}_{variant.name}"
+        group, cooperative = group_of(variant, module), variant.scope == "grid"
+        return Step(module, name, grid, variant.threads, shared, scopes, tiles, vecs_per_thread, self.channel_vecs,
+                    subwarp_size, at_planes, group, variant.cluster, cooperative, plain)  # fmt: skip
 
-    def resident(self, rung: Rung) -> int:
-        """Blocks of a rung for which a multiprocessor has registers."""
-        threads = resident_threads(rung, self.op, self.dtype, self.kind, self.epilogue, self.skewed)
-        return threads // rung.threads
+    def resident(self, variant: Variant) -> int:
+        """Blocks of a variant for which a multiprocessor has registers."""
+        threads = resident_threads(variant, self.op, self.dtype, self.kind, self.epilogue, self.misaligned)
+        return threads // variant.threads
 
-    def slots(self, rung: Rung) -> int:
+    def slots(self, variant: Variant) -> int:
         """Blocks that the device holds at once: a block that fills shared memory has a multiprocessor to itself."""
-        return self.device.sm_count * (self.resident(rung) if rung.rest == "registers" else 1)
+        return self.device.sm_count * (self.resident(variant) if variant.residency == "registers" else 1)
 
-    def fits(self, rung: Rung, tiles: int) -> bool:
-        """Whether a block of a group has room for its tile."""
-        if rung.rest == "registers":
-            return self.chunks(rung, tiles) <= rung.chunks
-        return self.shared(rung, tiles) <= self.device.shared_per_block
+    def fits(self, variant: Variant, tiles: int) -> bool:
+        """Whether a block of a group can hold its tile."""
+        if variant.residency == "registers":
+            return self.vecs_per_thread(variant, tiles) <= variant.vecs_per_thread
+        return self.shared(variant, tiles) <= self.device.shared_per_block
 
     def merge(self, name: str, planes: int, file: str = "split", shared: int = 256 * 24) -> Step:
         """shared: three Accums a thread (split.cu)."""
@@ -362,80 +380,87 @@ class _Job:
     def channels(self, name: str) -> Step:
         return Step("channels", name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
 
-    def pointwise(self, prefix: str, quantities: int, file: str = "evaluate") -> Step:
-        for rung in ladder(file):
-            if self.chunks(rung) <= rung.chunks:
+    def pointwise(self, prefix: str, quantities: int, file: str = "normalize") -> Step:
+        for variant in variants_of(file):
+            if self.vecs_per_thread(variant) <= variant.vecs_per_thread:
                 break
-        return self.step(file, prefix, rung, self.scratch(rung, quantities, 1),
-                         _ceil(self.chunks(rung), rung.chunks))  # fmt: skip
+        return self.step(file, prefix, variant, self.scratch(variant, quantities, 1),
+                         _ceil(self.vecs_per_thread(variant), variant.vecs_per_thread))  # fmt: skip
 
-    def suits(self, rung: Rung, rooms: int) -> tuple[Step | None, str]:
-        """The launch, if a rung suits, and why or why not. rooms: arrays that a staged chunk has room for."""
+    def try_variant(self, variant: Variant, buffers: int) -> tuple[Step | None, str]:
+        """The launch, if a variant fits, and why or why not. buffers: arrays that are staged, with a buffer each."""
         busy = self.device.sm_count
         op = self.op
-        choosing = op not in FORCED  # a forced rung is taken wherever it fits
-        if rung.owner == "part":
-            large = choosing and (self.s > PART_ELEMENTS or self.s * self.itemsize > PART_BYTES)
-            if not self.dense() or large or self.s > 32 * rung.chunks:
+        choosing = op not in FORCED  # a forced variant is taken wherever it fits
+        if variant.scope == "subwarp":
+            large = choosing and (self.s > SUBWARP_ELEMENTS or self.s * self.itemsize > SUBWARP_BYTES)
+            if not self.dense() or large or self.s > 32 * variant.vecs_per_thread:
                 return None, "planes are too large, or not one behind the other"
             # With 16 elements a thread has fewer instructions for each; but planes of 16 floats lie in few banks.
-            if choosing and op == "forward" and (rung.chunks == 8) != (self.s < 32 and self.itemsize > 2):
-                return None, f"another number of elements a thread is quicker than {rung.chunks}"
-            most, w = 32 // self.parts(rung), 16 // self.itemsize
-            room = (most * self.s + 2 * w - 2) // w * 16
-            shared = rung.threads // 32 * rooms * room
+            if choosing and op == "forward" and (variant.vecs_per_thread == 8) != (self.s < 32 and self.itemsize > 2):
+                return None, f"another number of elements a thread is quicker than {variant.vecs_per_thread}"
+            most, w = 32 // self.subwarp_size(variant), 16 // self.itemsize
+            buffer = (most * self.s + 2 * w - 2) // w * 16
+            shared = variant.threads // 32 * buffers * buffer
             if shared > self.device.shared_per_block:
                 return None, f"staged planes exceed the {self.device.shared_per_block} B of shared memory"
-            why = f"{most} planes a warp, staged so that 16 B move at a time; {self.parts(rung)} threads a plane"
-            return self.step(op, op, rung, shared, chunks=rung.chunks), why
-        if choosing and not exists(rung, op, self.dtype, self.kind, self.epilogue, self.skewed):
-            return None, f"no such kernel has registers for {rung.chunks} packs of each array"
-        if rung.rest == "registers" and not rung.grouped:
-            # A warp that holds its plane in one pack a thread gains nothing from company.
-            if choosing and rung.owner == "warp" and self.packs > 32 and self.company < 2 * busy:
-                return None, f"{self.company} owners would leave multiprocessors idle"
-            narrow = rung.owner == "block" and rung.threads < 256
-            if choosing and narrow and self.company * rung.threads < FEW_THREADS * busy:
-                return None, f"{self.company} owners of {rung.threads} threads would leave multiprocessors half empty"
-            if self.chunks(rung) > rung.chunks:
-                return None, f"{self.held} are too many for the registers"
-            shared = self.exchange(rung)
-            why = f"{self.held} rest in {rung.chunks * self.arrays} packs of {rung.size} threads"
-            return self.step(op, op, rung, shared, chunks=rung.chunks), why
-        # In shared memory, while a larger owner is to be had and registers allow it, two blocks share a multiprocessor:
+            why = f"{most} planes a warp, staged so that 16 B move at a time; {32 // most} threads a plane"
+            return self.step(op, op, variant, shared, vecs_per_thread=variant.vecs_per_thread), why
+        if choosing and not exists(variant, op, self.dtype, self.kind, self.epilogue, self.misaligned):
+            return None, f"no such kernel has registers for {variant.vecs_per_thread} vecs of each array"
+        if variant.residency == "registers" and not variant.grouped:
+            # A warp that holds its plane in one vec a thread gains nothing from others at work.
+            if choosing and variant.scope == "warp" and self.vecs > 32 and self.concurrent_tiles < 2 * busy:
+                return None, f"{self.concurrent_tiles} warps would leave multiprocessors idle"
+            narrow = variant.scope == "block" and variant.threads < 256
+            if choosing and narrow and self.concurrent_tiles * variant.threads < FEW_THREADS * busy:
+                blocks = f"{self.concurrent_tiles} blocks of {variant.threads} threads"
+                return None, f"{blocks} would leave multiprocessors half empty"
+            if self.vecs_per_thread(variant) > variant.vecs_per_thread:
+                return None, f"{self.tile_text} are too many for the registers"
+            shared = self.exchange(variant)
+            why = f"{self.tile_text} stay in {variant.vecs_per_thread * self.arrays} vecs of {variant.size} threads"
+            return self.step(op, op, variant, shared, vecs_per_thread=variant.vecs_per_thread), why
+        # In shared memory, while a larger scope is to be had and registers allow it, two blocks share a multiprocessor:
         # one computes while the other moves its tile.
         whole, half = self.device.shared_per_block, (self.device.shared_per_block + 1024) // 2 - 1024
-        tiles = rung.cluster
-        if rung.owner == "grid":
-            slots = self.slots(rung)
-            if busy < 2 or not self.fits(rung, slots):
-                where = "registers" if rung.rest == "registers" else "shared memory"
-                return None, f"{self.held} exceed the {where} of all multiprocessors"
-            tiles = next(t for t in range(2, slots + 1) if self.fits(rung, t))
-            groups = min(self.company, slots // tiles)
-            groups = _ceil(self.company, _ceil(self.company, groups))  # as many rounds, the last one no emptier
+        tiles = variant.cluster
+        if variant.scope == "grid":
+            slots = self.slots(variant)
+            if busy < 2 or not self.fits(variant, slots):
+                where = "registers" if variant.residency == "registers" else "shared memory"
+                return None, f"{self.tile_text} exceed the {where} of all multiprocessors"
+            tiles = next(t for t in range(2, slots + 1) if self.fits(variant, t))
+            groups = min(self.concurrent_tiles, slots // tiles)
+            rounds = _ceil(self.concurrent_tiles, groups)
+            groups = _ceil(self.concurrent_tiles, rounds)  # as many rounds, the last one no emptier
             tiles = max(tiles, min(slots // groups, _ceil(self.bytes, TILE_BYTES)))
-            tiles = _ceil(self.packs, self.chunks(rung, tiles) * rung.threads)
-            return self.step(
-                op, op, rung, self.shared(rung, tiles), tiles, chunks=self.chunks(rung, tiles)
-            ), self.rests(rung, tiles)
+            tiles = _ceil(self.vecs, self.vecs_per_thread(variant, tiles) * variant.threads)
+            vecs, shared = self.vecs_per_thread(variant, tiles), self.shared(variant, tiles)
+            step = self.step(op, op, variant, shared, tiles, vecs_per_thread=vecs)
+            return step, self.residency_text(variant, tiles)
         if tiles > self.device.cluster:
-            return None, f"{self.held}: the device has no clusters of {tiles} blocks"
-        shared = self.shared(rung, tiles)
-        last = tiles == self.device.cluster or not choosing or self.resident(rung) < 2
-        if rung.rest == "registers" and not self.fits(rung, tiles):
-            return None, f"{self.held} are too many for the registers of {tiles} blocks"
+            return None, f"{self.tile_text}: the device has no clusters of {tiles} blocks"
+        shared = self.shared(variant, tiles)
+        last = tiles == self.device.cluster or not choosing or self.resident(variant) < 2
+        if variant.residency == "registers" and not self.fits(variant, tiles):
+            return None, f"{self.tile_text} are too many for the registers of {tiles} blocks"
         if shared > (whole if last else half):
-            return None, f"{self.held} exceed the {whole if last else half} B of shared memory of {tiles} block(s)"
-        if choosing and 2 * self.company * tiles <= busy:
-            return None, f"{self.company} x {tiles} blocks would leave most of {busy} multiprocessors idle"
-        return self.step(op, op, rung, shared, tiles, chunks=self.chunks(rung, tiles)), self.rests(rung, tiles)
+            return None, f"{self.tile_text} exceed the {whole if last else half} B of shared memory of {tiles} block(s)"
+        if choosing and 2 * self.concurrent_tiles * tiles <= busy:
+            return None, f"{self.concurrent_tiles} x {tiles} blocks would leave most of {busy} multiprocessors idle"
+        step = self.step(op, op, variant, shared, tiles, vecs_per_thread=self.vecs_per_thread(variant, tiles))
+        return step, self.residency_text(variant, tiles)
 
-    def rests(self, rung: Rung, tiles: int) -> str:
+    def residency_text(self, variant: Variant, tiles: int) -> str:
         """Where a tile stays between passes."""
-        packs, shared = self.chunks(rung, tiles) * self.arrays, self.shared(rung, tiles)
-        room = f"{packs} packs of {rung.size} threads" if rung.rest == "registers" else f"{shared} B of shared memory"
-        return f"{self.held} rest in {room}" + (f" of each of {tiles} blocks" if tiles > 1 else "")
+        vecs, shared = self.vecs_per_thread(variant, tiles) * self.arrays, self.shared(variant, tiles)
+        where = (
+            f"{vecs} vecs of {variant.size} threads"
+            if variant.residency == "registers"
+            else f"{shared} B of shared memory"
+        )
+        return f"{self.tile_text} stay in {where}" + (f" of each of {tiles} blocks" if tiles > 1 else "")
 
 
 @lru_cache(maxsize=4096)
@@ -454,8 +479,9 @@ def plan(
 ) -> Plan:
     """Plan a call on arrays of (N, C, S), none of them 0, in the layouts given (one for each array, x first).
 
-    forward, backward and double_backward use the statistics of the input; evaluate, eval_gradient and eval_double those
-    given (tracked eval). Of a double backward, layouts are those of x, dy, ddx if it is there, dx and ddy.
+    forward, backward and double_backward use the statistics of the input; normalize, frozen_backward and
+    frozen_double_backward those given (tracked eval). Of a double backward, layouts are those of x, dy, ddx if it is
+    there, dx and ddy.
     sums: whether a backward call needs the affine gradients' sums, a forward call the update of running statistics;
     reduced: whether one of them is to be added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward
     without activation has none). residual: whether there is one, with an epilogue. invariant: whether the order of
@@ -463,7 +489,7 @@ def plan(
     """
     job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant)
     # The residual is read; backward reads it again for z, and writes its gradient.
-    more = residual * (1 if op in ("forward", "evaluate") else 2)
+    more = residual * (1 if op in ("forward", "normalize") else 2)
 
     def made(regime: str, reason: str, accesses: int, *steps: Step, at_a_time: int = 0) -> Plan:
         return Plan(
@@ -473,52 +499,52 @@ def plan(
             dtype,
             kind,
             epilogue,
-            job.vector,
-            job.skewed,
-            job.stripes,
+            job.vec_size,
+            job.misaligned,
+            job.channel_tiles,
             accesses + more,
             steps,
             at_a_time,
         )
 
-    if op == "evaluate":
-        return made("pointwise", "statistics are given", 2, job.pointwise("evaluate", 0))
+    if op == "normalize":
+        return made("pointwise", "statistics are given", 2, job.pointwise("normalize", 0))
     last = "running_statistics" if op == "forward" else "parameter_gradients"
     after = (job.channels(last),) if sums and reduced else ()
     planes = job.n * job.c
-    if op == "eval_gradient":
-        step = job.pointwise("eval_gradient", 2)
+    if op == "frozen_backward":
+        step = job.pointwise("frozen_backward", 2)
         merge = (job.merge("merge_gradient", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", 3 if sums or epilogue else 2, step, *merge, *after)
-    if op == "eval_double":
-        step = job.pointwise("eval_double", 1, "double_evaluate")
-        merge = (job.merge("merge_dots", planes, "double_evaluate", 8 * 8),) if sums and step.tiles > 1 else ()
+    if op == "frozen_double_backward":
+        step = job.pointwise("frozen_double_backward", 1, "frozen_double_backward")
+        merge = (job.merge("merge_dots", planes, "frozen_double_backward", 8 * 8),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", len(layouts), step, *merge, *after)
 
     why = "the split is forced"
-    for rung in ladder(op):
-        step_, why = job.suits(rung, job.arrays + more)
+    for variant in variants_of(op):
+        step_, why = job.try_variant(variant, job.arrays + more)
         if step_ is not None:
             accesses = len(layouts) if op == "double_backward" else 1 + job.arrays
-            return made(f"{rung.owner}-{rung.rest}", why, accesses, step_, *after)
+            return made(f"{variant.scope}-{variant.residency}", why, accesses, step_, *after)
 
     file = "double_split" if op == "double_backward" else "split"
-    facts = file, dtype, kind, epilogue, job.skewed
-    rung = next(rung for rung in ladder(file) if file in FORCED or exists(rung, *facts))
-    tiles = _ceil(job.chunks(rung), rung.chunks)
+    facts = file, dtype, kind, epilogue, job.misaligned
+    variant = next(variant for variant in variants_of(file) if file in FORCED or exists(variant, *facts))
+    tiles = _ceil(job.vecs_per_thread(variant), variant.vecs_per_thread)
     # (The split's backward has written the gradient of a residual when it comes back, and reads it in the place of dy.)
     # Half of L2: what is written goes through it too.
-    at_a_time = min(job.stripes, max(1, device.l2_bytes // 2 // job.bytes))
-    some = at_a_time * job.lanes * job.planes_per_thread
+    at_a_time = min(job.channel_tiles, max(1, device.l2_bytes // 2 // job.bytes))
+    planes_at_a_time = at_a_time * job.channel_vecs * job.planes_per_thread
     why += f", so it is split into {tiles} tiles, {at_a_time} at a time for the sake of L2"
     if op == "double_backward":
         return made(
             "split",
             why,
             2 * len(layouts) - 2,
-            job.step(file, "products", rung, job.exchange(rung), tiles, stripes=at_a_time),
-            job.merge("merge_products", some, file, 8 * job.accums * 8),
-            job.step(file, "apply_products", rung, 0, tiles, stripes=at_a_time),
+            job.step(file, "products", variant, job.exchange(variant), tiles, channel_tiles=at_a_time),
+            job.merge("merge_products", planes_at_a_time, file, 8 * job.accums * 8),
+            job.step(file, "apply_products", variant, 0, tiles, channel_tiles=at_a_time),
             *after,
             at_a_time=at_a_time,
         )
@@ -529,9 +555,11 @@ def plan(
         "split",
         why,
         1 + 2 * job.arrays,
-        job.step("split", partial, rung, job.exchange(rung), tiles, stripes=at_a_time, plain=op == "forward"),
-        job.merge(merged, some),
-        job.step("split", apply, rung, 0, tiles, stripes=at_a_time, plain=op == "backward" and residual),
+        job.step(
+            "split", partial, variant, job.exchange(variant), tiles, channel_tiles=at_a_time, plain=op == "forward"
+        ),
+        job.merge(merged, planes_at_a_time),
+        job.step("split", apply, variant, 0, tiles, channel_tiles=at_a_time, plain=op == "backward" and residual),
         *after,
         at_a_time=at_a_time,
     )

@@ -108,7 +108,7 @@ class CupyRuntime:
     def address(self, array: Array) -> int:
         return array.data.ptr
 
-    def ready(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+    def prepare(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
         number = cupy.cuda.runtime.getDevice()
         key = (number, module, step.name)
         kernel = self._kernels.get(key)

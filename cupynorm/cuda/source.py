@@ -1,7 +1,7 @@
 """Kernel sources: found, put together and named.
 
 A module is one .cu file for one dtype, access width, layout, alignment and epilogue; it holds the kernels of one group
-of the file's ladder: parts of warps, warps, blocks, clusters, or the grid.
+of the file's variants: subwarps, warps, blocks, clusters, or the grid.
 Headers are put in where they are included, since CuPy's disk cache keys on the text it is given and would miss a
 change in a header; #line keeps the compiler's messages pointing at the real file.
 """
@@ -20,10 +20,10 @@ from .variants import (
     EPILOGUES,
     FORCED,
     ITEMSIZE,
-    LADDERS,
     PLAIN,
+    VARIANTS,
     Kind,
-    Rung,
+    Variant,
     exists,
     group_of,
     resident_threads,
@@ -55,15 +55,15 @@ OPTIONS = ("-std=c++17",)
 
 @dataclass(frozen=True)
 class Module:
-    """One compile unit: the rungs of one group of a file's ladder."""
+    """One compile unit: the variants of one group of a file."""
 
-    file: str  # a key of variants.LADDERS
+    file: str  # a key of variants.VARIANTS
     dtype: str
-    vector: int
+    vec_size: int
     kind: Kind
     group: str = ""
     epilogue: int = 0
-    skewed: bool = False
+    misaligned: bool = False
 
     @classmethod
     def of(cls, step: Step, plan: Plan) -> Module:
@@ -71,43 +71,43 @@ class Module:
         if step.module == "channels":
             return cls("channels", plan.dtype, 1, "channels_first")
         epilogue = 0 if step.plain else plan.epilogue
-        if step.group == "part":  # staged chunks are dealt out element by element
+        if step.group == "subwarp":  # staged planes are dealt out element by element
             module = cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
         else:
-            module = cls(step.module, plan.dtype, plan.vector, plan.kind, step.group, epilogue, plan.skewed)
+            module = cls(step.module, plan.dtype, plan.vec_size, plan.kind, step.group, epilogue, plan.misaligned)
         forced = FORCED.get(step.module)
         return ForcedModule(**vars(module), only=forced[0]) if forced else module
 
     @property
-    def rungs(self) -> tuple[Rung, ...]:
-        facts = self.file, self.dtype, self.kind, self.epilogue, self.skewed
-        return tuple(r for r in LADDERS[self.file] if group_of(r, self.file) == self.group and exists(r, *facts))
+    def variants(self) -> tuple[Variant, ...]:
+        facts = self.file, self.dtype, self.kind, self.epilogue, self.misaligned
+        return tuple(r for r in VARIANTS[self.file] if group_of(r, self.file) == self.group and exists(r, *facts))
 
     @property
     def defines(self) -> str:
         """The macros that make the module. Not compiler options: for each new tuple of those CuPy compiles a dummy."""
-        rungs = "".join(
-            f" RUNG({r.name}, {r.owner.upper()}, {r.rest.upper()}, {r.threads}, {r.chunks or 1},"
+        variants = "".join(
+            f" VARIANT({r.name}, {r.scope.upper()}, {r.residency.upper()}, {r.threads}, {r.vecs_per_thread or 1},"
             f" {self.blocks(r)}, {r.cluster})"
-            for r in self.rungs
+            for r in self.variants
         )
         return (
             f"#define STORAGE_{self.dtype.upper()} 1\n"
-            f"#define V {self.vector}\n"
+            f"#define VEC_SIZE {self.vec_size}\n"
             f"#define CHANNELS_LAST {int(self.kind == 'channels_last')}\n"
-            f"#define SKEWED {int(self.skewed)}\n"
+            f"#define MISALIGNED {int(self.misaligned)}\n"
             f"#define EPILOGUE {self.epilogue}\n"
-            f"#define GROUPED {int(any(r.grouped for r in self.rungs))}\n"
-            f"#define LADDER{rungs}\n"
+            f"#define GROUPED {int(any(r.grouped for r in self.variants))}\n"
+            f"#define VARIANTS{variants}\n"
             # Older GPUs have no clusters: the module is empty there.
-            + any(r.owner == "cluster" for r in self.rungs)
-            * "#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900\n#undef LADDER\n#define LADDER\n#endif\n"
+            + any(r.scope == "cluster" for r in self.variants)
+            * "#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900\n#undef VARIANTS\n#define VARIANTS\n#endif\n"
         )
 
-    def blocks(self, rung: Rung) -> int:
-        """Blocks of a rung that must fit on a multiprocessor."""
-        resident = resident_threads(rung, self.file, self.dtype, self.kind, self.epilogue, self.skewed)
-        return max(1, resident // rung.threads)
+    def blocks(self, variant: Variant) -> int:
+        """Blocks of a variant that must fit on a multiprocessor."""
+        resident = resident_threads(variant, self.file, self.dtype, self.kind, self.epilogue, self.misaligned)
+        return max(1, resident // variant.threads)
 
     @property
     def source(self) -> str:
@@ -120,34 +120,37 @@ class Module:
         patterned = re.findall(r"^    (?:CLUSTER_)?KERNEL\([^)]*\) (\w+)_##NAME\(", self.source, re.M)
         if self.epilogue:  # kernels/split.cu: the plain module has them
             fixed, patterned = [], [name for name in patterned if name != "moments"]
-        return tuple(f"{p}_{r.name}" for p in patterned for r in self.rungs) + tuple(fixed)
+        return tuple(f"{p}_{r.name}" for p in patterned for r in self.variants) + tuple(fixed)
 
 
 @dataclass(frozen=True)
 class ForcedModule(Module):
-    """A module of one rung, whichever it is (variants.FORCED)."""
+    """A module of one variant, whichever it is (variants.FORCED)."""
 
-    only: Rung = field(kw_only=True)
+    only: Variant = field(kw_only=True)
 
     @property
-    def rungs(self) -> tuple[Rung, ...]:
+    def variants(self) -> tuple[Variant, ...]:
         return (self.only,)
 
 
 def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -> list[Module]:
     """Every module there is: the whole of what may ever be compiled."""
     modules = [Module("channels", dtype, 1, "channels_first") for dtype in ITEMSIZE]
-    for epilogue, (file, ladder), dtype in product(epilogues, LADDERS.items(), ITEMSIZE):
+    for epilogue, (file, variants), dtype in product(epilogues, VARIANTS.items(), ITEMSIZE):
         if epilogue and file in PLAIN:
             continue
-        for group in dict.fromkeys(group_of(rung, file) for rung in ladder):
-            if group == "part":
+        for group in dict.fromkeys(group_of(variant, file) for variant in variants):
+            if group == "subwarp":
                 modules.append(Module(file, dtype, 1, "channels_first", group, epilogue))
                 continue
             first, last = widest(ITEMSIZE[dtype], "channels_first"), widest(ITEMSIZE[dtype], "channels_last")
-            modules += [Module(file, dtype, first, "channels_first", group, epilogue, skew) for skew in (False, True)]
+            modules += [
+                Module(file, dtype, first, "channels_first", group, epilogue, misaligned)
+                for misaligned in (False, True)
+            ]
             modules += [Module(file, dtype, v, "channels_last", group, epilogue) for v in (last, 1)]
-    return [module for module in modules if module.rungs or module.file == "channels"]
+    return [module for module in modules if module.variants or module.file == "channels"]
 
 
 def core_modules() -> list[Module]:

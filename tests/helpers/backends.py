@@ -134,21 +134,21 @@ def started(name: str, patch: pytest.MonkeyPatch) -> Backend:
 
 def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
     """Record the runtime's launches in LAUNCHED until the end of the test."""
-    ready = runtime.ready
+    prepare = runtime.prepare
     LAUNCHED.clear()
 
     def noted(module: Any, step: Any, args: Any) -> Any:
         parts = [module.dtype, *(getattr(module, name, "") for name in ("kind", "group"))]
-        parts += [f"vector {module.vector}"] if hasattr(module, "vector") else []
-        parts += ["misaligned"] if getattr(module, "skewed", False) else []
+        parts += [f"vec_size {module.vec_size}"] if hasattr(module, "vec_size") else []
+        parts += ["misaligned"] if getattr(module, "misaligned", False) else []
         parts += [f"epilogue {module.epilogue}"] if getattr(module, "epilogue", 0) else []
         told = f"{step.name} of {module.file}.cu ({', '.join(filter(None, parts))})"
         if told in LAUNCHED:
             LAUNCHED.remove(told)
         LAUNCHED.append(told)
-        return ready(module, step, args)
+        return prepare(module, step, args)
 
-    patch.setattr(runtime, "ready", noted)
+    patch.setattr(runtime, "prepare", noted)
 
 
 def use_compiled(patch: pytest.MonkeyPatch, wanted: bool) -> None:

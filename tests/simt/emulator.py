@@ -226,7 +226,7 @@ class Emulator:
         self._bounds[address] = (low, high)
         return address
 
-    def ready(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> partial[None]:
+    def prepare(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> partial[None]:
         build(module, self.transform)
         return partial(self.launch, module, step, args)
 

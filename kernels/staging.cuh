@@ -1,0 +1,72 @@
+// Staging of planes far smaller than what a warp can hold, several to a warp. They are neighbours in memory (the arrays
+// are dense), so that the warp moves them as one run of 16-byte accesses through shared memory, whatever their size:
+//
+//     global   . . p p p p p | p p q q | q q q r | r r r r . .      one run, 16 bytes a thread
+//     shared       p p p p p   q q q q q   r r r r r                G threads for each plane, an element each at a time
+//
+// Each array has its own buffer, and lies in it as it lies between 16-byte borders in global memory.
+
+template <int VECS_PER_THREAD> struct Staging {
+    static_assert(VECS_PER_THREAD % WIDEST == 0,
+                  "a run of 32 * VECS_PER_THREAD elements has VECS_PER_THREAD / WIDEST vecs a thread, anywhere");
+    long long first, plane;         // the warp's first plane, this thread's plane
+    long long dense;                // elements of a plane
+    int elements, buffer_size;      // elements of the run; of the buffer of one array
+    const int lane;
+
+    __device__ Staging(int warps, int subwarp_size, long long spatial, long long planes)
+        : dense(spatial), lane(threadIdx.x % 32) {
+        const int most = 32 / subwarp_size;
+        const long long warp = (blockIdx.x + (long long)gridDim.x * blockIdx.y) * warps + threadIdx.x / 32;
+        first = warp * most;
+        plane = first + lane / subwarp_size;
+        const long long left = planes - first;
+        elements = (int)(spatial * (left < most ? (left > 0 ? left : 0) : most));
+        buffer_size = (int)((most * spatial + 2 * WIDEST - 2) / WIDEST * WIDEST);
+    }
+
+    // The first of this warp's buffers.
+    __device__ Storage* buffers(unsigned char* shared, int count) const {
+        return (Storage*)shared + (long long)(threadIdx.x / 32 * count) * buffer_size;
+    }
+    __device__ Storage* run(const Tensor& t) const { return t.data + first * dense; }
+    __device__ int misalignment(const Tensor& t) const {
+        return (int)((unsigned long long)run(t) / sizeof(Storage) % WIDEST);
+    }
+
+    // The array as it lies staged in a buffer: its own indices, never dereferenced outside the run.
+    __device__ Tensor staged(const Tensor& t, long long channels, Storage* to) const {
+        return {to + misalignment(t) - first * dense, channels * dense, dense, 1};
+    }
+
+    // wide(i, number) for each 16-byte vec that lies in the run whole, one(position) for each other element; positions
+    // count from the 16-byte border before the run.
+    template <class F, class G> __device__ void each(int misalignment, F wide, G one) const {
+        const int begin = (misalignment + WIDEST - 1) / WIDEST, end = (misalignment + elements) / WIDEST;
+        #pragma unroll
+        for (int i = 0; i < VECS_PER_THREAD / WIDEST; i++) {
+            const int number = lane + 32 * i;
+            if (number >= begin && number < end) wide(i, number);
+        }
+        const int position = lane < WIDEST ? lane : (end - 1) * WIDEST + lane;
+        const bool head = lane < WIDEST && lane >= misalignment && lane < begin * WIDEST;
+        const bool tail = lane >= WIDEST && lane < 2 * WIDEST && end >= begin;
+        if ((head || tail) && position < misalignment + elements) one(position);
+    }
+
+    __device__ void fetch(const Tensor& t, Storage* to) const {
+        const int at = misalignment(t);
+        Storage* border = run(t) - at;
+        Wide vecs[VECS_PER_THREAD / WIDEST];
+        each(at, [&](int i, int number) { vecs[i] = load((Wide*)border + number); },
+             [&](int position) { in_shared(to + position) = load(border + position); });
+        each(at, [&](int i, int number) { in_shared((Wide*)to + number) = vecs[i]; }, [](int) {});
+    }
+
+    __device__ void put(const Tensor& t, const Storage* from) const {
+        const int at = misalignment(t);
+        Storage* border = run(t) - at;
+        each(at, [&](int, int number) { store((Wide*)border + number, in_shared((const Wide*)from + number)); },
+             [&](int position) { store(border + position, in_shared(from + position)); });
+    }
+};

@@ -1,5 +1,5 @@
-"""The benchmark: `python -m bench` from the checkout; `bash bench/gpu.sh OUTDIR` for everything a GPU can show.
+"""The benchmark: `python -m bench` in the checkout; `bash bench/gpu.sh OUTDIR` for all measurements on a GPU.
 
-`python -m bench.host` measures what a call costs the host, `bench.dram` the bytes a GPU's memory sees, and `bench.aims`
-sets a result beside what is aimed at.
+`python -m bench.host` measures the host time of a call, `bench.dram` the bytes moved to and from a GPU's memory, and
+`bench.aims` compares a result with the aims.
 """

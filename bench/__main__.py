@@ -34,7 +34,7 @@ from .cases import (
 )
 from .timing import Contestant, DeviceClock, HostClock, Race, Timing, summarise
 
-CPU_CACHE_BYTES = 64 << 20  # what the buffer sets go round on a CPU: more than most have of cache for a core
+CPU_CACHE_BYTES = 64 << 20  # of the buffer sets on a CPU: more than the cache of most cores
 CPU_MAX_BYTES = 64 << 20
 
 
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Time instance normalisation: cupynorm, its peers, and a copy of the same bytes. "
-        "Each answer is checked against float64 before it is timed. `python -m bench accuracy` asks for digits alone, "
+        "Each answer is checked against float64 before it is timed. `python -m bench accuracy` measures errors alone, "
         "`python -m bench variants` times the kernels that plans do not choose.",
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["real"],
         metavar="SHAPE",
-        help="real (of real networks, the default), sweep (plane sizes at equal bytes), or N,C,H,W of any rank >= 3",
+        help="real (from real networks, the default), sweep (plane sizes at equal bytes), or N,C,H,W of any rank >= 3",
     )
     ops, names = tuple(ACCESSES), tuple(peers.PEERS)
     parser.add_argument("--op", type=lambda t: words(t, ops, "--op"), default=list(ops), help="forward,backward,both")
@@ -69,29 +69,29 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda t: words(t, EPILOGUES, "--epilogue"),
         default=["none"],
         help="none,fused; default none. fused: each real shape with its network's activation and per-sample affine, "
-        "which peers compose; a shape that has neither stays as it is",
+        "which peers compose; a shape with neither stays plain",
     )
     parser.add_argument(
         "--affine",
         action=argparse.BooleanOptionalAction,
-        help="with or without weight and bias; default: as the network of the shape has it, else without",
+        help="with or without weight and bias; default: as in the shape's network, else without",
     )
     parser.add_argument(
         "--peers",
         type=lambda t: [] if t == "none" else words(t, names, "--peers"),
-        help=f"{','.join(names)} or none; default: all that are installed, less {', '.join(sorted(peers.ON_REQUEST))}",
+        help=f"{','.join(names)} or none; default: all installed ones but {', '.join(sorted(peers.ON_REQUEST))}",
     )
     parser.add_argument(
         "--compile-limit",
         type=float,
         metavar="S",
-        help=f"{' and '.join(sorted(peers.COMPILING))}, which compile for each case, take part in forward + backward "
-        "only, each until S seconds have gone into it; default: in everything",
+        help=f"run {' and '.join(sorted(peers.COMPILING))}, which compile for each case, only in forward + backward, "
+        "and each only until preparing it has taken S seconds; default: no limit",
     )
-    parser.add_argument("--rounds", type=int, default=11, help="in each, every contestant has a batch; default 11")
+    parser.add_argument("--rounds", type=int, default=11, help="in each, every contestant runs a batch; default 11")
     parser.add_argument("--batch-ms", type=float, help="length of a batch; default 5 on a CPU, 2 on a GPU")
     parser.add_argument(
-        "--time-limit", type=float, default=170, metavar="S", help="start no case after S seconds; default 170, 0: none"
+        "--time-limit", type=float, default=170, metavar="S", help="start no case after S seconds; default 170; 0: off"
     )
     parser.add_argument(
         "--max-bytes",
@@ -103,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="keep the rows that the JSON file holds, and measure only cases that it lacks or that lack one of --peers",
+        help="keep the rows of the JSON file, and measure only cases that it lacks or that lack one of --peers",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="write a picture of it")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="plot the result")
     return parser
 
 
@@ -118,12 +118,12 @@ def _needed(*modules: str) -> None:
 
 
 class Bench:
-    """One run: cases in, rows out, with a line for everything that is left out."""
+    """One run: measures cases into rows, and prints a line for everything left out."""
 
     def __init__(self, xp: Any, options: argparse.Namespace, say: Any):
         self.xp, self.options, self.say = xp, options, say
         self.device = report.device_facts(xp)
-        #: By case: its row, and the distance between the quartiles in milliseconds, if it was measured in this run.
+        #: Each case's row, and the distance between its quartiles in milliseconds if this run measured it.
         self.rows: dict[Any, dict[str, Any]] = {}
         self.spreads: dict[Any, float] = {}
         if options.resume and options.json and options.json.is_file():
@@ -141,7 +141,7 @@ class Bench:
         self.most_sets = 512 if gpu else 16
         self.max_bytes = options.max_bytes or (xp.cuda.Device().mem_info[1] // 16 if gpu else CPU_MAX_BYTES)
         self.batch_seconds = (options.batch_ms or (2 if gpu else 5)) / 1e3
-        self.preparation: dict[str, float] = {}  # seconds that went into a peer before it was timed
+        self.preparation: dict[str, float] = {}  # seconds spent on each peer before timing it
         self.names = options.peers
         if self.names is None:
             self.names = [name for name in peers.PEERS if name not in peers.ON_REQUEST]
@@ -153,7 +153,7 @@ class Bench:
             self.say(line)
 
     def arrays(self, case: Case) -> Arrays:
-        """Arrays for all operations on this case's shape; at least two sets on a GPU, whose caches are large."""
+        """Make arrays for all operations on this case's shape; on a GPU, whose caches are large, at least two sets."""
         touched = 2 * case.minimal_bytes // ACCESSES[case.op]  # x and y, the least of the three operations
         sets = buffer_sets(touched, self.cache_bytes, self.most_sets)
         if self.xp is not np:
@@ -170,27 +170,27 @@ class Bench:
         )
 
     def takes_part(self, name: str, case: Case) -> bool:
-        """Whether --compile-limit has room for a peer."""
+        """True if --compile-limit lets a peer run this case."""
         limit = self.options.compile_limit
         if limit is None or name not in peers.COMPILING:
             return True
         if case.op == "both" and self.preparation.get(name, 0) <= limit:
             return True
-        self._say_once(f"{name}: forward + backward only, until {limit:g} s have gone into preparing it")
+        self._say_once(f"{name}: forward + backward only, until preparing it has taken {limit:g} s")
         return False
 
     def checked(self, name: str, make: Any, case: Case, arrays: Arrays) -> tuple[Contestant, float] | None:
-        """A contestant and its error, once its answer has been found right; None, and a line, otherwise."""
+        """Return a contestant and its error if its answer is right; else print a line and return None."""
         start = time.monotonic()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # a peer's own affair
+                warnings.simplefilter("ignore")  # of a peer: they do not matter here
                 contestant = make(case.op, arrays)
                 error = arrays.error(contestant.answers(contestant.run(0)), case.op)
         except peers.UnavailableError as reason:
             self._say_once(f"{name} left out: {reason}")
             return None
-        except Exception as failure:  # a peer's failure is a line in the report, whatever it is
+        except Exception as failure:  # any failure of a peer is only reported
             text = (str(failure).splitlines() or [""])[0][:200]
             self._say_once(f"{name} failed at {case}: {type(failure).__name__}: {text}")
             return None
@@ -225,16 +225,16 @@ class Bench:
         self.spreads[report.key(row)] = timings["cupynorm"].spread * 1e3
 
     def has(self, case: Case) -> bool:
-        """Whether a resumed result holds the case with all peers that are asked for."""
+        """True if a resumed result has the case with all requested peers."""
         row = self.rows.get(case.key)
         return row is not None and set(self.names) <= set(row["peers"])
 
     def run(self, cases: list[Case], advance: Any) -> None:
-        """Measure the cases; those on one set of arrays follow each other."""
+        """Measure the cases; neighbours of equal `arrays` share them."""
         start = time.monotonic()
         done = 0
         if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5 and self.xp is np:
-            self.say("this machine has other work: contestants with several threads will look slower than they are")
+            self.say("this machine is busy: contestants with several threads will look slower than they are")
         for _, group in itertools.groupby(cases, lambda case: case.arrays):
             arrays: Arrays | None = None
             for case in group:
@@ -252,17 +252,17 @@ class Bench:
                 try:
                     arrays = arrays or self.arrays(case)
                     self.measure(case, arrays)
-                except Exception as failure:  # out of memory, say: the other cases are still worth having
+                except Exception as failure:  # out of memory, for example: measure the other cases
                     self.failures += 1
                     self.say(f"failed at {case}: {type(failure).__name__}: {str(failure)[:200]}")
             del arrays
-            if self.xp is not np:  # others need the memory
+            if self.xp is not np:  # other contestants need the memory
                 self.xp.get_default_memory_pool().free_all_blocks()
             if self.options.json:
                 report.write_json(self.result(), self.options.json)
 
     def result(self) -> dict[str, Any]:
-        """The result so far; what other measurements have added to the file stays."""
+        """Return the result so far, with what other measurements have added to the file."""
         document = report.document(self.device, list(self.rows.values()))
         if self.options.resume and self.options.json and self.options.json.is_file():
             document = json.loads(self.options.json.read_text(encoding="utf-8")) | document
@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=180)  # a file has no width; a table has one
+        console = Console(width=180)  # a file has no width of its own
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bench = Bench(xp, options, lambda line: progress.console.print(line, style="yellow", highlight=False))
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             bench.run(cases, lambda what: progress.update(task, description=what, completed=next(completed)))
         except KeyboardInterrupt:
-            progress.console.print("interrupted: what was measured follows")
+            progress.console.print("interrupted: results up to here")
             bench.failures += 1
     if not bench.rows:
         console.print("nothing was measured")

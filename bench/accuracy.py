@@ -1,15 +1,15 @@
-"""Digits: cupynorm and its peers beside the exact answer, on data that is hard: python -m bench accuracy --help.
+"""Accuracy of cupynorm and its peers on difficult data: python -m bench accuracy --help.
 
-The exact answer is the formula in extended precision (NumPy's longdouble) from the values as stored. An error is
-counted in **roundings**: 1 is the most that rounding the exact answer to the dtype costs, half a unit in its last
-place. It is taken relative to the element and the root mean square of its plane together, since x - mean cancels; for
-dx also to rstd * |dy|, from which it is subtracted; of dweight and dbias to their own size and the root of the sum of
-the squared terms, in which xhat counts as no smaller than what is taken from x, but for that at most as 1. Results of
-the double backward (of cupynorm alone) are sums and differences, too: their errors are taken relative to the parts.
+The exact answer is computed in extended precision (NumPy's longdouble) from the values as stored. An error is counted
+in **roundings**: 1 is the most that rounding the exact answer to the dtype costs, half a unit in its last place. An
+error is relative to the sum of the element's size and the root mean square of its plane, since x - mean cancels; for dx
+this sum includes rstd * |dy|, from which dx is computed by subtraction. An error of dweight or dbias is relative to its
+own size plus the root of the sum of the squared terms, where |xhat| counts as at least min(1, |mean| * rstd). Results
+of the double backward (cupynorm alone) are sums and differences, too: their errors are relative to the parts.
 
-CuPy compiles with flush-to-zero, and the emulator does the same: numbers of float32 below 1.2e-38 are 0. Of an error of
-these two, what that explains is no rounding: x, its mean and x - mean where they are as small, what the mean lacks,
-and, for the double backward, rstd.
+CuPy compiles with flush-to-zero, and the emulator does the same: float32 numbers below 1.2e-38 become 0. Errors due to
+flush-to-zero are excluded for these two: those from x, its mean and x - mean where they are as small, from the rounding
+error of the mean, and, in the double backward, from rstd.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from cupynorm import cpu, devices, functional
 from . import peers, report
 from .cases import EPS, Arrays
 
-FLUSHED = 2.0**-126  # the least number of float32 that is not denormal
-FLUSHING = "emulated", "CUDA"  # what is smaller is 0 for them, but in float64
-#: Roundings that are "a few": what every answer of cupynorm's is allowed.
+FLUSHED = 2.0**-126  # the least normal number of float32
+FLUSHING = "emulated", "CUDA"  # these compute smaller numbers as 0, except in float64
+#: Roundings allowed in every answer of cupynorm.
 ALLOWED = 8.0
 
-#: Those of the answers that have a number for each element of x.
+#: The answers with a number for each element of x.
 ELEMENTS = "y", "dx", "ddy", "double dx"
 
 DEFAULT = 4, 8, 64, 64
-LARGE = 1 << 22  # elements from which on a plane is too large for the emulator
+LARGE = 1 << 22  # elements of a plane that is too large for the emulator
 
 
 class Hard(NamedTuple):
@@ -66,7 +66,7 @@ def _normal(mean: float, deviation: float = 1) -> Callable[..., np.ndarray]:
 
 
 def _constant(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Every plane another number; the first is 0."""
+    """Fill each plane with a number of its own; the first is 0."""
     values = rng.standard_normal(shape[:2]) * 10.0 ** rng.integers(-2, 4, shape[:2])
     values[0, 0] = 0
     return np.broadcast_to(values.reshape(*shape[:2], *(1,) * (len(shape) - 2)), shape)
@@ -86,7 +86,7 @@ def _checkerboard(size: float) -> Callable[..., np.ndarray]:
 
 
 def rows(quick: bool = False) -> list[Hard]:
-    """All of them; quick: small planes, without those of 2**24 elements and more."""
+    """Return all rows; quick: with small planes, and none of 2**24 elements and more."""
     signed = [sign * offset for offset in (1, 1e2, 1e4, 1e6) for sign in (1, -1)]
     found = [Hard(f"N({offset:g}, 1)", _normal(offset)) for offset in (0, *signed)]
     found += [Hard(f"N({offset:g}, 1)", _normal(offset), "float64") for offset in (0, 1e6)]
@@ -144,8 +144,8 @@ class Given(Arrays):
 
 
 class Answer(NamedTuple):
-    """The exact answer; what an error of one rounding is for each of its elements, before the dtype's share; and how
-    much flush-to-zero may change it.
+    """The exact answer; the scale of each element's error, in which half the dtype's epsilon is one rounding; and how
+    much flush-to-zero may change the element.
     """
 
     exact: np.ndarray
@@ -154,7 +154,7 @@ class Answer(NamedTuple):
 
 
 def answers(arrays: Given) -> dict[str, Answer]:
-    """y, dx, dweight and dbias, and what follows a double backward, as (planes, positions) and (channels,)."""
+    """Return y, dx, dweight, dbias and a double backward's results, as (planes, positions) and (channels,)."""
     n, c = arrays.shape[:2]
     planes = n * c
     found: dict[str, list[Any]] = {name: [] for name in ELEMENTS}
@@ -172,11 +172,11 @@ def answers(arrays: Given) -> dict[str, Answer]:
         xhat = a * rstd
         c_mean = (g * xhat).mean()
         dx = rstd * (g - g.mean() - xhat * c_mean)
-        # Of xhat; everywhere, what the mean's rounding took from it.
+        # In xhat; everywhere, if the rounding error of the mean is flushed.
         rest = FLUSHED * rstd * _flushes(mean * np.finfo(np.float32).eps)
         lost = FLUSHED * rstd * lost + rest
         of_dx = rstd * (lost * np.abs(c_mean) + np.abs(xhat) * (lost * np.abs(g)).mean())
-        # The double backward, as cupynorm.functional has it: ddy = v - mean(v * xhat) * xhat, say, with v = rstd * u.
+        # The double backward as in cupynorm.functional, e.g. ddy = v - mean(v * xhat) * xhat with v = rstd * u.
         g0, v = g - g.mean(), rstd * (u - u.mean())
         a_mean = (v * xhat).mean()
         s_mean = (v * g0).mean() - a_mean * c_mean
@@ -208,13 +208,13 @@ def answers(arrays: Given) -> dict[str, Answer]:
 
 
 def _flushes(values: Any) -> Any:
-    """1 where flush-to-zero takes a number away."""
+    """Return 1 where flush-to-zero turns a number into 0, else 0."""
     return ((values != 0) & (np.abs(values) < FLUSHED)).astype(np.float64)
 
 
 def roundings(got: np.ndarray, answer: Answer, dtype: np.dtype, flushing: bool) -> float:
-    """The largest error, but for what flush-to-zero explains where that is done; infinite where the answer is not
-    finite, and the exact one, in the dtype, is.
+    """Return the largest error in roundings; if flushing, without errors due to flush-to-zero. It is infinite if the
+    answer is not finite where the exact one, in the dtype, is.
     """
     import ml_dtypes
 
@@ -231,7 +231,7 @@ def roundings(got: np.ndarray, answer: Answer, dtype: np.dtype, flushing: bool) 
     return float(errors.max()) if np.isfinite(errors).all() else float("inf")
 
 
-# Who takes part
+# Contestants
 
 
 @contextlib.contextmanager
@@ -254,7 +254,7 @@ def _ours(arrays: Given, compiled: bool) -> dict[str, Any]:
 def _emulated(arrays: Given) -> dict[str, Any]:
     """The CUDA kernels on the tests' emulator."""
     if np.prod(arrays.shape[2:]) >= LARGE:
-        raise peers.UnavailableError("too slow for planes as large")
+        raise peers.UnavailableError("too slow for planes of this size")
     if shutil.which("g++") is None:
         raise peers.UnavailableError("needs g++")
     tests = str(report.ROOT / "tests")
@@ -283,7 +283,7 @@ def _itself(arrays: Given) -> dict[str, Any]:
 
 
 def contestants(gpu: bool) -> dict[str, tuple[Callable[[Given], dict[str, Any]], bool]]:
-    """Name: how to ask, and whether on the GPU."""
+    """Return, by name, the function that computes the answers, and True if it needs arrays on the GPU."""
     found: dict[str, Any] = {
         "NumPy": (lambda a: _ours(a, False), False),
         "compiled": (lambda a: _ours(a, True), False),
@@ -303,7 +303,7 @@ OURS = "NumPy", "compiled", "emulated", "CUDA"
 
 
 def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """One row of the result: roundings by contestant and by what was computed."""
+    """Measure one row of the result: roundings by contestant and by answer."""
     host = Given(np, row)
     exact, dtype = answers(host), devices.dtype_of(row.dtype)
     places = {False: host}
@@ -313,7 +313,7 @@ def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dic
             if gpu and gpu not in places:
                 places[True] = Given(importlib.import_module("cupy"), row)
             with warnings.catch_warnings(), np.errstate(all="ignore"):
-                warnings.simplefilter("ignore")  # of overflow, say: the error says it
+                warnings.simplefilter("ignore")  # of overflow, for example: the error shows it
                 got = ask(places[gpu])
             found = {}
             for part, value in got.items():
@@ -325,7 +325,7 @@ def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dic
             errors[name] = found
         except peers.UnavailableError as reason:
             say(f"{name} left out: {reason}")
-        except Exception as failure:  # a peer's failure is a line, whatever it is
+        except Exception as failure:  # any failure of a peer is only reported
             say(f"{name} failed at {row}: {type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:90]}")
             if name in OURS:
                 errors[name] = {"y": float("inf")}
@@ -336,7 +336,7 @@ def measure(row: Hard, asked: dict[str, Any], say: Callable[[str], None]) -> dic
 
 
 def _cell(errors: dict[str, float | None] | None) -> str:
-    """Forward / backward / double backward, the worst of each; None, as in a file, is infinite."""
+    """Format the worst errors of forward / backward / double backward; None, as in a file, is infinite."""
     if errors is None:
         return "–"
     errors = {name: float("inf") if value is None else value for name, value in errors.items()}
@@ -352,7 +352,7 @@ def _count(value: float) -> str:
 
 
 def table(result: dict[str, Any]) -> list[list[str]]:
-    """Header and rows, as text."""
+    """Return the header and the rows as text."""
     names = list(dict.fromkeys(name for row in result["rows"] for name in row["roundings"]))
     lines = [["x", *names]]
     for row in result["rows"]:
@@ -362,13 +362,13 @@ def table(result: dict[str, Any]) -> list[list[str]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """The table for README."""
+    """Return the table for README."""
     head, *lines = ["| " + " | ".join(line) + " |" for line in table(result)]
     return "\n".join([head, "|---" * len(table(result)[0]) + "|", *lines])
 
 
 def missed(result: dict[str, Any]) -> list[str]:
-    """Where an answer of cupynorm's is more than ALLOWED roundings from the exact one."""
+    """List the rows in which an answer of cupynorm is more than ALLOWED roundings from the exact one."""
     return [
         f"{line[0]}: {name} {_cell(errors)}"
         for line, row in zip(table(result)[1:], result["rows"], strict=True)
@@ -380,7 +380,7 @@ def missed(result: dict[str, Any]) -> list[str]:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench accuracy", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="small planes, and none of 2**24 elements and more: seconds"
+        "--quick", action="store_true", help="small planes, and none of 2**24 elements and more; takes seconds"
     )
     parser.add_argument("--only", metavar="NAME,...", help=f"of {', '.join((*OURS, 'torch', 'jax', 'onnxruntime'))} …")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
@@ -423,6 +423,6 @@ def main(arguments: list[str]) -> int:
         options.markdown.write_text(markdown(result) + "\n", encoding="utf-8")
     bad = missed(result)
     verdict = "MISSED" if bad else "held"
-    print(f"forward / backward / double backward in roundings; of cupynorm at most {ALLOWED:g} everywhere: {verdict}")
+    print(f"forward / backward / double backward in roundings; cupynorm at most {ALLOWED:g} everywhere: {verdict}")
     print(*bad, sep="\n", end="\n" if bad else "")
     return 1 if bad else 0

@@ -1,4 +1,4 @@
-"""What is aimed at on an H100 or H200, beside what a result shows: python -m bench.aims bench.json."""
+"""Compare a result with the aims for an H100 or H200: python -m bench.aims bench.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import report
 from .cases import SWEEP_ELEMENTS, real_layers, sweep_layers
 
 DTYPES = {"float32": 4, "bfloat16": 2}
-LARGE = 64_000_000  # bytes of x, from which on a call is bound by memory alone
+LARGE = 64_000_000  # bytes of x from which on memory alone limits a call
 
 #: Least fraction of the bandwidth of a copy, by layout and op.
 OF_COPY = {
@@ -37,7 +37,7 @@ IMPORT = {"cold": 5.0, "warm": 0.2}
 
 
 class Aim(NamedTuple):
-    """measured is None where nothing was; complete: whether all that the aim speaks of was measured."""
+    """measured: None if nothing was measured; complete: True if every case of the aim was measured."""
 
     what: str
     aimed: float
@@ -55,7 +55,7 @@ class Aim(NamedTuple):
 
 
 def _least(what: str, aimed: float, values: dict[str, float], wanted: int) -> Aim:
-    """The least of the values must do; wanted: how many there are if all was measured."""
+    """Hold the least of the values to the aim; wanted: how many values a complete measurement has."""
     if not values:
         return Aim(what, aimed, None, False, "")
     worst = min(values, key=lambda name: values[name])
@@ -72,7 +72,7 @@ def _mean(what: str, aimed: float, values: Sequence[float], wanted: int) -> Aim:
 
 
 def aims(result: dict[str, Any]) -> list[Aim]:
-    """All of them, in the order of a report, from a result of `python -m bench` (and of bench.host, if it is there)."""
+    """Return all aims, in report order, for a result of `python -m bench` (and of bench.host, if it is included)."""
     real = {layer.shape: layer for layer in real_layers()}
     swept = [layer.shape for layer in sweep_layers(SWEEP_ELEMENTS["gpu"])]
     rows = {}
@@ -130,7 +130,7 @@ def aims(result: dict[str, Any]) -> list[Aim]:
 
 
 def lines(result: dict[str, Any]) -> list[str]:
-    """A table."""
+    """Format the table."""
     title = f"aims for an H100 or H200; this is {result['device']['name']}"
     text = [f"{title:76} {'aimed':>5} {'measured':>8}  verdict"]
     for aim in aims(result):

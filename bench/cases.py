@@ -1,4 +1,4 @@
-"""What is measured: shapes, least traffic, and the arrays of one measurement with their exact answers."""
+"""The cases: shapes, least traffic, and the arrays of a measurement with their exact answers."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ SWEEP_ELEMENTS = {"cpu": 4**11, "gpu": 4**13}
 #: read x, write y; read x and dy, write dx; both.
 ACCESSES = {"forward": 2, "backward": 3, "both": 5}
 
-#: Errors, absolute for inputs N(1, 1), above which an answer is wrong and not only inexact. In float32, sums in plain
-#: order over a million elements lose three digits, and some peers do that.
+#: Absolute errors, for inputs N(1, 1), above which an answer is wrong and not only inexact. In float32 a sum of a
+#: million elements in plain order loses three digits, and some peers sum that way.
 TOLERANCE = {"float16": 3e-2, "bfloat16": 2e-1, "float32": 1e-3, "float64": 1e-9}
 
 BLOCK = 1 << 23  # elements of one block of the reference: bounds its float64 temporaries
 
 
 class Layer(NamedTuple):
-    """What a network does at one place: the shape (N, C, *spatial), the affine and the activation."""
+    """An instance normalisation of a network: the shape (N, C, *spatial), the affine and the activation."""
 
     shape: tuple[int, ...]
     affine: bool | str = False  # PER_SAMPLE is the other str
@@ -48,7 +48,7 @@ class Layer(NamedTuple):
     swept: bool = False
 
     def plain(self) -> Layer:
-        """Without an epilogue: one that is per sample is left out, since it needs a multiplication of its own."""
+        """Drop the epilogue, and a per-sample affine with it, since that needs a separate multiplication."""
         return Layer(self.shape, self.affine is True, swept=self.swept)
 
 
@@ -74,12 +74,12 @@ class Case:
 
     @property
     def minimal_bytes(self) -> int:
-        """The least traffic of the operation: what the benchmark's GB/s counts, whatever was really moved."""
+        """The least traffic of the operation, which the benchmark's GB/s counts, whatever was really moved."""
         return ACCESSES[self.op] * self.itemsize * math.prod(self.shape)
 
     @property
     def arrays(self) -> tuple[Any, ...]:
-        """All that its arrays follow from: cases that differ in op alone share them."""
+        """All that determines its arrays: cases that differ in op alone share them."""
         return self.shape, self.dtype, self.layout, self.affine, self.activation, self.negative_slope
 
     @property
@@ -97,7 +97,7 @@ def epilogue_text(affine: bool | str, activation: str | None) -> str:
 
 
 def words(text: str, allowed: tuple[str, ...], what: str) -> list[str]:
-    """The words of an option, each of them one of `allowed`."""
+    """Split an option into words, each of them one of `allowed`."""
     found = [word for word in text.split(",") if word]
     unknown = [word for word in found if word not in allowed]
     if unknown or not found:
@@ -106,21 +106,21 @@ def words(text: str, allowed: tuple[str, ...], what: str) -> list[str]:
 
 
 def real_layers() -> list[Layer]:
-    """Those of real networks, each shape once."""
+    """Return the layers of real networks, each shape once."""
     entries = json.loads((Path(__file__).parent / "real_shapes.json").read_text(encoding="utf-8"))["shapes"]
     return [Layer(tuple(e["shape"]), e["affine"], e["activation"], e.get("slope", 0.01)) for e in entries]
 
 
 def sweep_layers(elements: int) -> list[Layer]:
-    """Square planes from 4x4 up, as many of them as make `elements` (a power of 4): same bytes, other scopes."""
+    """Return square planes from 4x4 up, `elements` (a power of 4) in all: the same bytes in other scopes."""
     steps = range(2, int(math.log2(elements)) // 2 + 1)
     return [Layer((1, elements // 4**k, 2**k, 2**k), swept=True) for k in steps]
 
 
 def parse_shapes(words: list[str], sweep_elements: int) -> list[Layer]:
-    """Layers for 'real', 'sweep' and 'N,C,H,W' (any rank of 3 or more); ValueError for anything else.
+    """Return layers for 'real', 'sweep' and 'N,C,H,W' (any rank of 3 or more); ValueError for anything else.
 
-    A shape of a real network is that network's layer, also where it is given in numbers; others are plain.
+    A shape of a real network is that network's layer, also if it is given in numbers; other shapes are plain.
     """
     real = {layer.shape: layer for layer in real_layers()}
     layers: dict[tuple[int, ...], Layer] = {}
@@ -148,10 +148,10 @@ def cases_of(
     ops: list[str],
     affine: bool | None = None,
 ) -> list[Case]:
-    """The cases, each once, what matters most first, in case time runs out: the sweep late, and last what has both an
-    epilogue and the second layout. Within that the order is that of the arguments, layouts outermost.
+    """Return the cases, each once, the most important first in case time runs out: the sweep late, and last the cases
+    with both an epilogue and the second layout. Otherwise the order is that of the arguments, layouts outermost.
 
-    affine: instead of the layers' own; None keeps it.
+    affine: replaces the layers' own; None keeps it.
     """
     found: dict[Case, tuple[bool, bool]] = {}
     for layout in layouts:
@@ -167,7 +167,7 @@ def cases_of(
 
 
 def buffer_sets(set_bytes: int, cache_bytes: int, limit: int) -> int:
-    """How many sets of arrays to go round so that what one call touched has left the cache before its next turn."""
+    """Return how many sets of arrays to rotate so that a call's data has left the cache before its next turn."""
     return max(1, min(limit, math.ceil(cache_bytes / max(set_bytes, 1))))
 
 
@@ -183,11 +183,11 @@ def _random_pool() -> np.ndarray:
 
 
 class Arrays:
-    """The arrays of a shape, on the device: sets of x and dy of equal contents in memory of their own.
+    """The arrays of a shape, on the device: sets of x and dy of equal contents, each in its own memory.
 
-    xp is numpy or cupy. weight and bias are None, (C,) or (N, C), in the dtype that x computes in. Under an activation
-    dy is 0 where the activation's input is within the tolerance of 0: whoever is right has the same gradient there,
-    whichever side rounding took it to.
+    xp is numpy or cupy. weight and bias are None, (C,) or (N, C), in the dtype that x computes in. With an activation
+    dy is 0 where the activation's input is within the tolerance of 0, so that the right gradient is the same on
+    whichever side of 0 the input was rounded to.
     """
 
     eps = EPS
@@ -205,7 +205,7 @@ class Arrays:
     ):
         self.xp, self.shape, self.dtype, self.layout, self.affine, self.sets = xp, shape, dtype, layout, affine, sets
         self.activation, self.negative_slope = activation, negative_slope
-        #: The activation's slope below 0: 1 is no activation.
+        #: The activation's slope below 0; 1: no activation.
         self.slope = {None: 1.0, "relu": 0.0, "leaky_relu": negative_slope}[activation]
         storage = devices.dtype_of(dtype)
         self.host_weight: np.ndarray | None = None
@@ -217,7 +217,7 @@ class Arrays:
             self.host_weight = rng.uniform(0.5, 1.5, size).astype(math_dtype(storage))
             self.host_bias = rng.uniform(-0.5, 0.5, size).astype(math_dtype(storage))
             self.weight, self.bias = xp.asarray(self.host_weight), xp.asarray(self.host_bias)
-        # A pool whose length shares no factor with a plane's is repeated: quick, and no two planes are alike.
+        # Repeat a pool whose length shares no factor with a plane's: fast, and no two planes are equal.
         pool = _random_pool()[: math.prod(shape)]
         self.x = self._sets(self._laid((pool + 1).astype(storage)))
         dy = self._laid(pool[::-1].astype(storage))
@@ -236,14 +236,14 @@ class Arrays:
         return self._host(self.dy[0])
 
     def _bits(self, array: Array) -> Array:
-        """bfloat16 as bits, whatever the array library can do with it."""
+        """View bfloat16 as bits, since array libraries differ in their support of it."""
         return array.view(np.uint16) if self.dtype == "bfloat16" else array
 
     def _host(self, array: Array) -> np.ndarray:
         return devices.to_host(self._bits(array)).view(devices.dtype_of(self.dtype))
 
     def _laid(self, pool: np.ndarray) -> Array:
-        """The pool, repeated, in an array on the device in the layout."""
+        """Repeat the pool into an array on the device, in the layout."""
         n, c, *spatial = self.shape
         last = self.layout == "channels_last"
         array = self.xp.resize(self.xp.asarray(self._bits(pool)), (n, *spatial, c) if last else self.shape)
@@ -251,7 +251,7 @@ class Arrays:
         return self.xp.moveaxis(array, -1, 1) if last else array
 
     def _sets(self, first: Array) -> list[Array]:
-        """The array and copies of it, with its strides."""
+        """Return the array and copies of it with the same strides."""
         if self.layout == "channels_first":
             return [first] + [self._bits(first).copy().view(first.dtype) for _ in range(self.sets - 1)]
         dense = self._bits(self.xp.moveaxis(first, 1, -1))
@@ -267,16 +267,16 @@ class Arrays:
                 yield slice(i, i + samples), slice(j, j + channels)
 
     def _affine(self, block: tuple[slice, slice]) -> list[Array]:
-        """weight and bias of a block, in float64, to be multiplied with its planes."""
+        """Return weight and bias of a block in float64, in a shape that broadcasts over its planes."""
         planes = [self.xp.broadcast_to(p, self.shape[:2])[block] for p in (self.weight, self.bias)]
         return [p.astype(self.xp.float64).reshape(*p.shape, *(1,) * (len(self.shape) - 2)) for p in planes]
 
     def _exact(self, block: tuple[slice, slice]) -> tuple[Array, Array, Array]:
-        """xhat, rstd and the affine's result of a block, in float64."""
+        """Return xhat, rstd and the affine's result of a block, in float64."""
         xp, spatial = self.xp, tuple(range(2, len(self.shape)))
         x = float64_of(self.x[0][block], xp)
         x -= x.mean(spatial, keepdims=True)
-        x -= x.mean(spatial, keepdims=True)  # what rounding left in the mean
+        x -= x.mean(spatial, keepdims=True)  # the rounding error of the mean
         rstd = 1 / xp.sqrt((x * x).mean(spatial, keepdims=True) + self.eps)
         x *= rstd
         if not self.affine:
@@ -308,9 +308,9 @@ class Arrays:
         return exact
 
     def error(self, answers: dict[str, Array], op: str) -> float:
-        """The largest error against the reference, absolute; of dweight and dbias per root of the summands' number.
+        """Return the largest absolute error; of dweight and dbias over the root of the number of summands.
 
-        ValueError when an answer is missing or has another shape. NaN anywhere gives NaN.
+        ValueError if an answer is missing or has another shape. A NaN anywhere gives NaN.
         """
         gradients = ("dx", "dweight", "dbias") if self.affine else ("dx",)
         wanted = {"forward": ("y",), "backward": gradients, "both": ("y", *gradients)}[op]

@@ -1,4 +1,4 @@
-"""What a result of the CPU says of four claims: python -m bench.claims RESULT.json."""
+"""Check the claims about the CPU against a result: python -m bench.claims RESULT.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGER_THAN_CACHES = 64 << 20  # bytes of x and y
 
 
 class Claim(NamedTuple):
-    """What is compared; goal: the least time of theirs over ours that holds it, of the worst case or of the mean."""
+    """A claim; goal: the least ratio of their time to ours, in the worst case or in the mean."""
 
     text: str
     goal: float
@@ -39,7 +39,7 @@ class Claim(NamedTuple):
 
 
 def claims(result: dict[str, Any]) -> list[Claim]:
-    """The claims about float32, channels-first; a case is a shape with its epilogue."""
+    """Return the claims about float32, channels-first; a case is a shape with its epilogue."""
 
     def ratios(op: str, theirs: str, ours: str | None = None) -> dict[str, float]:
         found = {}
@@ -55,14 +55,14 @@ def claims(result: dict[str, Any]) -> list[Claim]:
                 found[name] = times[theirs] / times[ours]
         return found
 
-    copied = "forward compiled, where the array is larger than the caches, a copy's time over ours"
+    copied = "compiled, forward, arrays larger than the caches, a copy's time over ours"
     return [
         Claim("NumPy alone, forward, PyTorch's time over ours", 1, False, ratios("forward", "torch", "numpy alone")),
         Claim("NumPy alone, forward + backward, PyTorch's over ours", 1, False, ratios("both", "torch", "numpy alone")),
         Claim("compiled, forward, ONNX Runtime's time over ours", 1, False, ratios("forward", "onnxruntime")),
         Claim("compiled, forward + backward, PyTorch's time over ours", 3, True, ratios("both", "torch")),
-        Claim(f"{copied}, into memory that is there", 1 / 1.5, False, ratios("forward", "of_copy")),
-        Claim(f"{copied}, into new memory as ours is", 1 / 1.5, False, ratios("forward", "of_new_copy")),
+        Claim(f"{copied}, into existing memory", 1 / 1.5, False, ratios("forward", "of_copy")),
+        Claim(f"{copied}, into new memory like ours", 1 / 1.5, False, ratios("forward", "of_new_copy")),
     ]
 
 

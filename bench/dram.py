@@ -1,8 +1,8 @@
-"""Bytes that really went to and from DRAM beside those a plan promises: python -m bench.dram [--json FILE].
+"""Compare the bytes moved to and from DRAM with those a plan promises: python -m bench.dram [--json FILE].
 
-Nsight Compute (ncu) counts them, in a child process, one case of each regime. What the kernels wrote last may still be
-in the L2 when counting ends, so that up to its size is missing: the arrays are several times as large. Where ncu is
-missing or may not read the counters, that is said and is no failure.
+Nsight Compute (ncu) counts them in a child process, one case of each regime. The kernels' last writes may still be in
+L2 when counting ends, so bytes up to its size are missing: the arrays are several times as large. If ncu is missing or
+may not read the counters, the command says so and succeeds.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from cupynorm import devices
 
 from . import report
 
-#: Each of about 2**27 elements, of which float32 takes 512 MiB.
+#: Each has about 2**27 elements, 512 MiB in float32.
 SHAPES = (
     (32, 16384, 16, 16),  # small planes
-    (640, 128, 35, 45),  # planes that start unaligned
+    (640, 128, 35, 45),  # planes at unaligned addresses
     (16, 160, 224, 224),  # a block's shared memory
     (2, 256, 64, 64, 64),  # a cluster's, on sm_90
     (2, 32, 128, 128, 128),  # the grid's
 )
 METRICS = {"dram__bytes_read.sum": "read_bytes", "dram__bytes_write.sum": "written_bytes"}
-MARK = "next_case"  # a kernel that does nothing, between one case and the next
+MARK = "next_case"  # an empty kernel that separates the cases
 
 
 def child(shapes: list[tuple[int, ...]]) -> None:
-    """Runs under ncu: a line of JSON for each case, then its kernels, behind a mark."""
+    """Run the cases under ncu: print a line of JSON for each, and launch a mark and its kernels."""
     import cupy
     from cupyx.profiler import profile
 
@@ -66,7 +66,7 @@ def child(shapes: list[tuple[int, ...]]) -> None:
 
 
 def kernels(log: str) -> Iterator[dict[str, Any]]:
-    """name, read_bytes and written_bytes of each kernel in what `ncu --csv --print-units base` logs, in its order."""
+    """Yield name, read_bytes and written_bytes of each kernel in a log of `ncu --csv --print-units base`, in order."""
     found: dict[str, dict[str, Any]] = {}
     start = re.search(r'^"ID",', log, re.M)
     for row in csv.DictReader(log[start.start() :].splitlines() if start else []):
@@ -77,7 +77,7 @@ def kernels(log: str) -> Iterator[dict[str, Any]]:
 
 
 def rows_of(cases: list[dict[str, Any]], log: str) -> list[dict[str, Any]]:
-    """The cases with their kernels and the sums over them; those without kernels are left out."""
+    """Return the cases with their kernels and the sums over these; cases without kernels are left out."""
     groups: list[list[dict[str, Any]]] = []
     for kernel in kernels(log):
         if kernel["name"] == MARK:
@@ -93,7 +93,7 @@ def rows_of(cases: list[dict[str, Any]], log: str) -> list[dict[str, Any]]:
 
 
 def ratio(row: dict[str, Any]) -> float:
-    """Bytes measured over bytes promised."""
+    """Return bytes measured over bytes promised."""
     return float((row["read_bytes"] + row["written_bytes"]) / row["promised_bytes"])
 
 
@@ -115,7 +115,7 @@ def find_ncu() -> str | None:
 
 
 def measure(ncu: str, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[dict[str, Any]]:
-    """Rows; RuntimeError with what ncu said where it counted nothing."""
+    """Return the rows; RuntimeError with ncu's message if it counted nothing."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ncu.csv"
         command = [ncu, "--csv", "--print-units", "base", "--log-file", str(log), "--metrics", ",".join(METRICS)]
@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         rows = measure(ncu)
-    except RuntimeError as error:  # ERR_NVGPUCTRPERM, as a rule: the counters are root's
+    except RuntimeError as error:  # usually ERR_NVGPUCTRPERM: only root may read the counters
         print(f"not measured: ncu: {error}")
         return 0
     print("\n".join(lines(rows)))

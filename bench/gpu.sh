@@ -1,21 +1,19 @@
 #!/usr/bin/env bash
-# The examination on a GPU, in stages that fit into 15 minutes together. None needs a network.
+# Test and measure on a GPU, in stages that together fit into 15 minutes. None needs a network.
 #
-#     bash bench/gpu.sh OUTDIR first      # at most 200 s: does everything run, is it right, and the most telling timings
+#     bash bench/gpu.sh OUTDIR first      # at most 200 s: check that everything runs and is right; the main timings
 #     bash bench/gpu.sh OUTDIR            # at most 9 minutes: the GPU tests, compute-sanitizer, the whole benchmark
-#     bash bench/gpu.sh OUTDIR variants   # at most 150 s: every kernel variant that suits a plane size, timed
-#     bash bench/gpu.sh OUTDIR quick      # 3 minutes: the benchmark beside PyTorch and the aims, for tuning
+#     bash bench/gpu.sh OUTDIR variants   # at most 150 s: time every kernel variant that fits a plane size
+#     bash bench/gpu.sh OUTDIR quick      # 3 minutes: the benchmark against PyTorch and the aims, for tuning
 #
 # OUTDIR gets at most eight files of facts.txt, smoke.txt, tests.txt, sanitizer.txt, bench.txt, bench.json, bench.png,
-# variants.txt, variants.json and summary.txt. summary.txt is also the end of the output: every figure that is aimed at,
-# beside what was measured. Each part has a time limit; a part that fails is reported and the others go on; the exit
-# status is 1 then.
-# PYTHON chooses the interpreter (python3); PEERS who is measured beside cupynorm (torch, then torch.compile and jax).
-# To rehearse on the fake GPU (tests/fakegpu): SMALL=1 takes small shapes and a share of scopes, tests and variants,
-# and measures the import, which compiles for long, in the stage first alone; PACE=1000 makes all time limits 1000 % of
-# what they are.
-# Where there is no GPU the parts that need one are skipped, and the benchmarks are rehearsed on the CPU. A GPU that is
-# there but cannot be used is a failure.
+# variants.txt, variants.json and summary.txt. The output ends with summary.txt, which lists each aim and its
+# measurement. Each part has a time limit. A part that fails is reported, the others go on, and the exit status is 1.
+# PYTHON chooses the interpreter (python3), PEERS the peers of cupynorm (torch, then torch.compile and jax).
+# To rehearse on the fake GPU (tests/fakegpu): SMALL=1 uses small shapes and some of the scopes, tests and variants, and
+# measures the import, which compiles for a long time, only in the stage first; PACE=1000 raises time limits to 1000 %.
+# Without a GPU the parts that need one are skipped, and the benchmarks are rehearsed on the CPU. A GPU that exists but
+# cannot be used is a failure.
 set -u
 
 stage=${2:-full}
@@ -40,8 +38,8 @@ failed=0
 pace=${PACE:-100}
 seconds() { awk "BEGIN {print $1 * $pace / 100}"; }
 
-# part NAME SECONDS FILE COMMAND...: run it with a limit, its output into FILE. An interrupt first, so that what was
-# measured until then is still written.
+# part NAME SECONDS FILE COMMAND...: run it with a time limit, its output into FILE. An interrupt comes first, so that
+# results measured until then are still written.
 part() {
     local name=$1 limit file=$out/$3 start=$SECONDS status verdict
     limit=$(seconds "$2")
@@ -86,7 +84,7 @@ print(*(f"{name}=={version}" for name, version in versions().items()), sep="\n")
 export -f facts
 export python
 
-# Whether there is a GPU, and whether it can be used: asked without compiling, and read from a line of its own.
+# Find out without compiling if there is a usable GPU; the answer is on its own line.
 asked=$(CUPYNORM_EAGER=0 "$python" -c 'from cupynorm.devices import gpu_status
 usable, why = gpu_status()
 print("gpu: usable" if usable else f"gpu: unusable: {why}")' 2>&1)
@@ -100,8 +98,8 @@ else
     gpu="no usable GPU: $(sed -n 's/^gpu: unusable: //p' <<<"$asked")"
 fi
 
-# bench SECONDS ARGUMENTS...: its figures are added to those that are there. What matters most comes first, so that
-# what is left out when time runs out is the end of the sweep.
+# bench NAME SECONDS ARGUMENTS...: add figures to bench.json. The most important cases come first, so that only
+# the end of the sweep is lost if time runs out.
 bench() {
     local name=$1 limit=$2
     shift 2
@@ -119,8 +117,8 @@ sanitizer() {
             skip "$tool" sanitizer.txt "compute-sanitizer is not installed"
             continue
         fi
-        # API errors are CuPy's way to ask what a device can do; a kernel's errors are what is looked for. PyTorch,
-        # numba and interrupts would only make it slow: the small cases of the table alone.
+        # Report errors in kernels, not API errors, which CuPy uses to find out what a device can do. Run only the small
+        # cases of the table: PyTorch, numba and interrupts would only make it slow.
         CUPYNORM_EAGER=0 CUPYNORM_COMPILED=0 part "$tool" 45 sanitizer.txt "$program" --tool "$tool" \
             --error-exitcode 99 --report-api-errors no "$python" -m pytest -p bench.no_pool -p no:cacheprovider \
             -m gpu -k "test_small or test_double_small" -q --tb=short -p no:benchmark tests/test_cases.py
@@ -170,7 +168,7 @@ elif [ $stage = first ]; then
 elif [ $stage = full ]; then
     part facts 20 facts.txt bash -c facts
     part prime 75 tests.txt "$python" -m bench.prime --limit "$(seconds $compiling)"
-    # pytest calls it a failure (5) when it selects no test: so do we.
+    # pytest fails (status 5) if it selects no test, and so does this part.
     part tests 120 tests.txt "$python" -m pytest -n 8 --full -m gpu -q -ra --tb=short -p no:cacheprovider \
         -p no:benchmark "${tests[@]}"
     bench benchmark 110 --shapes $all --dtype $both --op both,forward,backward --peers "${PEERS:-torch}" --rounds 7

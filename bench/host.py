@@ -1,8 +1,8 @@
-"""What a call costs the host: python -m bench.host --help.
+"""Measure the host time of a call: python -m bench.host --help.
 
-On a GPU a call of a small tensor takes as long as Python and the launches take. The clock runs from the first of many
-calls until the last has returned; waiting for the GPU is not counted, and few enough calls are made for its queue to
-have room. On the CPU a call's work is in it too, so that it is simply the time of a call.
+On a GPU a call on a small tensor takes as long as Python and the launches. The clock runs from the first of many calls
+until the last has returned. It does not count waiting for the GPU, whose queue has room for this number of calls. On
+the CPU it counts the computation too, so it measures the time of a call.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .timing import Contestant, rotated
 
 SHAPES = ((2, 32, 8, 8), (12, 512, 4, 4), (8, 64, 16, 16))
 DTYPE = "float32"
-NAMES = ("torch",)  # beside cupynorm; PyTorch's forward alone is of tensors that need no gradient
-CALLS = {"cpu": 8, "gpu": 64}  # a queue holds 1024 launches, and a call may be ten
+NAMES = ("torch",)  # PyTorch's forward alone runs on tensors that need no gradient
+CALLS = {"cpu": 8, "gpu": 64}  # a queue holds 1024 launches, and a call may need ten
 
 
 def seconds(contestant: Contestant, calls: int, synchronise: Callable[[], Any]) -> float:
-    """Of one call, until it has returned."""
+    """Return the seconds of one call, until it has returned."""
     synchronise()
     start = time.perf_counter()
     for _ in range(calls):
@@ -45,7 +45,7 @@ def seconds(contestant: Contestant, calls: int, synchronise: Callable[[], Any]) 
 
 
 def contestants(op: str, arrays: Arrays) -> list[Contestant]:
-    """cupynorm and its peers, each with the right answer: RuntimeError if cupynorm's is wrong."""
+    """Return cupynorm and the peers whose answers are right; RuntimeError if cupynorm's is wrong."""
     found = []
     for name, make in (("cupynorm", peers.cupynorm_itself), *((name, peers.PEERS[name]) for name in NAMES)):
         try:
@@ -61,7 +61,7 @@ def contestants(op: str, arrays: Arrays) -> list[Contestant]:
 
 
 def measure(xp: Any, rounds: int, calls: int) -> list[dict[str, Any]]:
-    """A row for each shape, with and without affine, forward and forward + backward."""
+    """Measure a row for each shape, with and without affine, forward and forward + backward."""
     synchronise = (lambda: None) if xp is np else (lambda: xp.cuda.Device().synchronize())
     rows = []
     for shape in SHAPES:
@@ -71,7 +71,7 @@ def measure(xp: Any, rounds: int, calls: int) -> list[dict[str, Any]]:
                 rivals = contestants(op, arrays)
                 samples: dict[str, list[float]] = {rival.name: [] for rival in rivals}
                 for rival in rivals:
-                    seconds(rival, calls, synchronise)  # whose time does not count
+                    seconds(rival, calls, synchronise)  # untimed, to warm up
                 for round_ in range(rounds):
                     for rival in rotated(rivals, round_):
                         samples[rival.name].append(seconds(rival, calls, synchronise))
@@ -94,7 +94,7 @@ print(time.perf_counter() - start)
 
 
 def import_seconds() -> dict[str, float]:
-    """Seconds that the import of cupynorm takes beyond CuPy's own start: cold (compiling) and warm (median of 3)."""
+    """Return the seconds of importing cupynorm beyond CuPy's own start: cold (compiling) and warm (median of 3)."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"CUPY_CACHE_DIR": cache, "CUPYNORM_EAGER": "1"}
         cold, *warm = (
@@ -105,9 +105,9 @@ def import_seconds() -> dict[str, float]:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A table; a peer's ratio is its time over cupynorm's."""
+    """Format the table; a peer's ratio is its time over cupynorm's."""
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    text = [f"{'microseconds of the host for a call':36} {'cupynorm':>9}" + "".join(f"{name:>18}" for name in names)]
+    text = [f"{'microseconds of host time for a call':36} {'cupynorm':>9}" + "".join(f"{name:>18}" for name in names)]
     for row in rows:
         what = f"{report.shape_text(row['shape'])} {epilogue_text(row['affine'], None)}, {report.op_text(row['op'])}"
         cells = ""
@@ -119,11 +119,11 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.host", description="Microseconds of the host for a call.")
+    parser = argparse.ArgumentParser(prog="python -m bench.host", description="Microseconds of host time for a call.")
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
     parser.add_argument("--rounds", type=int, default=31, help="in each, every contestant has a turn; default 31")
     parser.add_argument(
-        "--calls", type=int, help=f"of a turn; default {CALLS['cpu']} on a CPU, {CALLS['gpu']} on a GPU"
+        "--calls", type=int, help=f"calls in a turn; default {CALLS['cpu']} on a CPU, {CALLS['gpu']} on a GPU"
     )
     parser.add_argument("--no-import", action="store_true", help="do not measure the import, which compiles the core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to this result, under 'host'")

@@ -1,5 +1,5 @@
-"""A pytest plugin for compute-sanitizer: every CuPy array is an allocation of its own, so that an access beyond it is
-seen. Within CuPy's pool it would land in a neighbour unnoticed.
+"""A pytest plugin for compute-sanitizer: every CuPy array gets its own allocation, so that an access beyond it is
+detected. Within CuPy's pool it would reach a neighbour unnoticed.
 """
 
 import cupy

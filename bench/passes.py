@@ -1,11 +1,11 @@
-"""Where NumPy alone ends: python -m bench.passes [N,C,H,W ...]
+"""The limits of NumPy alone: python -m bench.passes [N,C,H,W ...]
 
-Without a compiler, each step of a call is a loop of NumPy's own over a block of elements: a pass. Here the passes that
-no order of steps does without are timed one by one, by one thread on the blocks of a call; beside them whole calls, and
-PyTorch's with all threads. Forward: the sums of x and of its squares, and a product and a sum with a number for each
-plane. Backward: the sums of dy and of dy * x, and what dx = (x * slope + dy + constant) * scale takes.
+Without a compiler, each step of a call is a NumPy loop over a block of elements: a pass. This times the passes that no
+order of steps can avoid, one by one, on one thread and the blocks of a call, beside whole calls and PyTorch's with all
+threads. Forward: the sums of x and of its squares, and a product and a sum with one number for each plane. Backward:
+the sums of dy and of dy * x, and the steps of dx = (x * slope + dy + constant) * scale.
 
-The arrays are the same again and again, float32, in the caches as far as they fit.
+All calls use the same float32 arrays, which are in the caches as far as they fit.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ BATCH = 0.005  # seconds
 
 
 def passes(arrays: Arrays, y: Array) -> dict[str, dict[str, Callable[[], Any]]]:
-    """By op, the passes: each a function that does it for all blocks, on one thread. y is where results go."""
+    """Return the passes of each op: functions that run over all blocks on one thread and write to y."""
     x, weight, bias = arrays.x[0], arrays.weight, arrays.bias
     work = cpu._Interpreted(cupynorm.instance_norm_forward(x, weight, bias)[1], cpu._merged([x, y, arrays.dy[0]]))
     scratch = np.empty(min(x.size, work.room), work.dtype)
-    numbers = np.ones(x.shape[:2], work.dtype)  # of the planes; 1, that y stays as it is however often it is multiplied
+    numbers = np.ones(x.shape[:2], work.dtype)  # one a plane; 1, so that products leave y as it is
     parts = [planes + tile for planes in work.planes for tile in work.tile]
     blocks = [(*(array[part] for array in work.arrays), numbers[part[:2]]) for part in parts]
 
     def over(step: Callable[..., Any]) -> Callable[[], None]:
         def every() -> None:
-            with np.errstate(all="ignore"):  # also what puts the buffers' size back
+            with np.errstate(all="ignore"):  # also restores the buffers' size
                 np.setbufsize(work.buffered)
                 for block in blocks:
                     step(*block)
@@ -79,7 +79,7 @@ def on_threads(contestant: Contestant, threads: int) -> Contestant:
 
 
 def measure(layer: Layer, op: str, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Microseconds of the passes, and of calls: ours by threads, and PyTorch's where it is installed."""
+    """Measure microseconds of the passes and of calls: ours by threads, and PyTorch's if it is installed."""
     arrays = Arrays(np, layer.shape, "float32", "channels_first", layer.affine, sets=1)
     threads = cupynorm.get_num_threads()
     own = peers.cupynorm_itself(op, arrays)
@@ -105,7 +105,7 @@ def line(layer: Layer, op: str, each: dict[str, float], calls: dict[str, float])
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.passes", description="What NumPy alone can do at best.")
+    parser = argparse.ArgumentParser(prog="python -m bench.passes", description="Time the passes of NumPy alone.")
     parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="N,C,H,W", help=f"default {' '.join(SHAPES)}")
     parser.add_argument("--rounds", type=int, default=15, help="in each, every pass and call has a turn; default 15")
     options = parser.parse_args(arguments)

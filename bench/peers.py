@@ -1,12 +1,12 @@
-"""Who is measured: cupynorm, the copy that is the yardstick, and the peers that are installed.
+"""The contestants: cupynorm, a copy as the yardstick, and the installed peers.
 
-A peer is a function (op, arrays) -> Contestant in PEERS. It raises UnavailableError where it is not installed or cannot
+A peer is a function (op, arrays) -> Contestant in PEERS. It raises UnavailableError if it is not installed or cannot
 do the case. Every peer gets the arrays in the layout of the case, as its own users would hold them, and allocates its
-results itself, as cupynorm does here. An epilogue is what a peer's users would write: the activation after the
-normalisation, and an affine that is per sample as a product and a sum.
+results itself, as cupynorm does here. An epilogue is written as a peer's users would write it: the activation after the
+normalisation, and a per-sample affine as a product and a sum.
 
-"backward" is the backward alone: what it needs of a forward is made before, once for each buffer set. "both" is a
-forward and a backward, nothing kept from before.
+"backward" is the backward alone: the forward it needs runs beforehand, once for each buffer set. "both" is a forward
+and a backward, with nothing kept from earlier calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .timing import Contestant
 
 
 class UnavailableError(Exception):
-    """Why a peer does not take part."""
+    """The reason why a peer does not take part."""
 
 
 def _import(module: str) -> Any:
@@ -66,11 +66,11 @@ def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:
 
 
 def numpy_alone(op: str, arrays: Arrays) -> Contestant:
-    """cupynorm as it is where numba is not installed."""
+    """cupynorm as it runs without numba."""
     from cupynorm import cpu
 
     if arrays.xp is not np:
-        raise UnavailableError("is of the CPU")
+        raise UnavailableError("measured on the CPU only")
     if not cpu.compiled:
         raise UnavailableError(f"cupynorm itself is it: {cpu.without_numba}")
     own = cupynorm_itself(op, arrays)
@@ -86,15 +86,15 @@ def numpy_alone(op: str, arrays: Arrays) -> Contestant:
 
 
 def new_copy(minimal_bytes: int, arrays: Arrays) -> Contestant:
-    """A copy of as many bytes into new memory, which the system first has to provide: as for results on a CPU."""
+    """Copy as many bytes into new memory, which the system must first provide, as for results on a CPU."""
     sources = [np.ones(minimal_bytes // 2, np.uint8) for _ in range(arrays.sets)]
     return Contestant("new copy", lambda i: sources[i].copy(), lambda _: {})
 
 
 def copy(minimal_bytes: int, arrays: Arrays) -> Contestant:
-    """The yardstick: a copy that reads and writes as many bytes as the operation must, memcpy's on either device."""
+    """The yardstick: a memcpy that reads and writes as many bytes as the operation must."""
     xp, size = arrays.xp, minimal_bytes // 2
-    sources = [xp.zeros(size, xp.uint8) for _ in range(arrays.sets)]  # zeros: touched below, so that pages exist
+    sources = [xp.zeros(size, xp.uint8) for _ in range(arrays.sets)]  # written below, so that the pages exist
     targets = [xp.zeros(size, xp.uint8) for _ in range(arrays.sets)]
     for array in (*sources, *targets):
         array.fill(1)
@@ -152,13 +152,13 @@ def textbook(op: str, arrays: Arrays) -> Contestant:
 
 
 def _torch(op: str, arrays: Arrays, name: str, wrap: Callable[[Any, Any], Any]) -> Contestant:
-    """PyTorch over the same memory (DLPack), on CuPy's stream where that is CUDA's default one, as it is here."""
+    """PyTorch on the same memory (DLPack), and on CuPy's stream if that is CUDA's default stream, as here."""
     torch = _import("torch")
     xp = arrays.xp
     if xp is not np and not torch.cuda.is_available():
         raise UnavailableError("this PyTorch does not use the GPU")
     if xp is not np:
-        torch.cuda.empty_cache()  # what it kept of the case before
+        torch.cuda.empty_cache()  # memory kept from the case before
     functional = torch.nn.functional
     activate = {
         None: lambda y: y,
@@ -225,7 +225,7 @@ def torch_eager(op: str, arrays: Arrays) -> Contestant:
 
 def torch_compiled(op: str, arrays: Arrays) -> Contestant:
     def compiled(torch: Any, function: Any) -> Any:
-        torch._dynamo.reset()  # each shape is compiled for itself, without falling back after eight of them
+        torch._dynamo.reset()  # compile each shape separately, with no fallback after eight
         torch._functorch.config.donated_buffer = False  # the graph is kept for repeated backwards
         return torch.compile(function, dynamic=False)
 
@@ -235,7 +235,7 @@ def torch_compiled(op: str, arrays: Arrays) -> Contestant:
 def jax_jit(op: str, arrays: Arrays) -> Contestant:
     """JAX from host copies, channels-last as (N, *spatial, C); on the GPU on its own stream."""
     gpu = arrays.xp is not np
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others need memory too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # other contestants need memory, too
     if not gpu:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     jax = _import("jax")
@@ -284,7 +284,7 @@ def jax_jit(op: str, arrays: Arrays) -> Contestant:
         return Contestant("jax", lambda i: forward(xs[i], *parameters), lambda y: {"y": array(y)}, wait)
     dys = sets(arrays.host_dy)
     if op == "backward":
-        pull = jax.jit(lambda x, weight, bias: jax.vjp(norm, x, weight, bias)[1])  # a function is a tree of arrays too
+        pull = jax.jit(lambda x, weight, bias: jax.vjp(norm, x, weight, bias)[1])  # the function is a pytree
         pulls = [pull(x, *parameters) for x in xs]
         apply = jax.jit(lambda pull, dy: pull(dy))
         return Contestant("jax", lambda i: apply(pulls[i], dys[i]), named(("dx", "dweight", "dbias")), wait)
@@ -337,10 +337,10 @@ def onnx_runtime(op: str, arrays: Arrays) -> Contestant:
             [onnx.numpy_helper.from_array(constants[name], name) for name in sorted(used)],
         ),
         opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=8,  # of opset 17: newer ones are refused by older runtimes
+        ir_version=8,  # of opset 17: older runtimes refuse newer ones
     )
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised too, and reported once
+    options.log_severity_level = 4  # failures are raised as well; report them once
     session = runtime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return Contestant("onnxruntime", lambda i: session.run(None, {"x": arrays.x[i]})[0], lambda y: {"y": y})
 
@@ -354,8 +354,8 @@ PEERS: dict[str, Callable[[str, Arrays], Contestant]] = {
     "numpy alone": numpy_alone,
 }
 
-#: Those that must be asked for: torch.compile takes many seconds for each shape.
+#: Peers that run only on request: torch.compile takes many seconds for each shape.
 ON_REQUEST = {"torch.compile"}
 
-#: Those that compile for each case: what --compile-limit is about.
+#: Peers that compile for each case, which --compile-limit restricts.
 COMPILING = {"torch.compile", "jax"}

@@ -1,6 +1,6 @@
 """Compile kernels into CuPy's disk cache, one process a core: python -m bench.prime.
 
-What runs afterwards, in however many processes, loads them from there. The modules that most calls need come first.
+Later processes load them from there. The modules that most calls need come first.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-os.environ["CUPYNORM_EAGER"] = "0"  # before the import, also in the pool's processes: each compiles what it is given
+os.environ["CUPYNORM_EAGER"] = "0"  # before the import, also in the pool's processes, which compile only their tasks
 
 from cupynorm import devices
 from cupynorm.cuda.source import Module, all_modules
 
 
 def load(module: Module) -> float:
-    """Compile a module, or load it from the cache; the seconds it took."""
+    """Compile a module, or load it from the cache, and return the seconds it took."""
     from cupynorm.cuda.backend import runtime
 
     start = time.perf_counter()
@@ -29,8 +29,8 @@ def load(module: Module) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.prime", description=__doc__.partition("\n")[0])
-    parser.add_argument("--limit", type=float, default=60, metavar="S", help="begin no module after S seconds")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one a core")
+    parser.add_argument("--limit", type=float, default=60, metavar="S", help="start no module after S seconds")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; default: one for each core")
     options = parser.parse_args(arguments)
     usable, why = devices.gpu_status()
     if not usable:

@@ -1,4 +1,4 @@
-"""What comes out: the facts of the machine, JSON, the table, the picture."""
+"""The output: the facts of the machine, JSON, the table, the plot."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where it cannot be run."""
+    """Return what a command prints, or None if it cannot be run."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -37,8 +37,8 @@ def _output(*command: str) -> str | None:
 
 @lru_cache
 def commit() -> str | None:
-    """COMMIT, or else the checkout's commit, '-dirty' where tracked files differ from it; None outside git."""
-    if "COMMIT" in os.environ:  # of a copy without its history
+    """Return $COMMIT or the checkout's commit, with '-dirty' if tracked files differ; None outside git."""
+    if "COMMIT" in os.environ:  # set in a copy without history
         return os.environ["COMMIT"]
     head = _output("git", "rev-parse", "--verify", "HEAD")
     return head and head + ("-dirty" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
@@ -51,12 +51,12 @@ def versions() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    found["cupynorm"] = cupynorm.__version__  # the checkout's, whatever is installed
+    found["cupynorm"] = cupynorm.__version__  # the checkout's, even if another version is installed
     return found
 
 
 def device_facts(xp: Any) -> dict[str, Any]:
-    """Of CuPy's current GPU, or of the CPU. Sizes in bytes."""
+    """Return facts about CuPy's current GPU, or about the CPU. Sizes in bytes."""
     if xp is not np:
         device = xp.cuda.Device()
         facts = xp.cuda.runtime.getDeviceProperties(device.id)
@@ -82,7 +82,7 @@ def row(
     timings: dict[str, Timing],
     errors: dict[str, float],
 ) -> dict[str, Any]:
-    """One row of schema 1. timings: of 'cupynorm', 'copy' and the peers; errors: of the peers."""
+    """Return one row of schema 1. timings: of 'cupynorm', 'copy' and the peers; errors: of the peers."""
     own, copy = timings["cupynorm"], timings["copy"]
     return {
         "op": case.op,
@@ -107,12 +107,12 @@ def row(
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a row from others: the same as Case.key."""
+    """Return the key that identifies a row, equal to Case.key."""
     return row["op"], tuple(row["shape"]), row["dtype"], row["layout"], row["affine"], row["activation"]
 
 
 def document(device: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The result of a run, schema 1. copy_gbps is the fastest of the rows' copies: what memory gives a large one."""
+    """Return the result of a run, schema 1. copy_gbps is the fastest copy of the rows: memory's bandwidth."""
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -125,7 +125,7 @@ def document(device: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
 
 
 def write_json(result: dict[str, Any], path: Path) -> None:
-    """In one step, so that a reader never sees half of it; one line a row."""
+    """Write the result in one step, so that a reader never sees half of it; one line for each row."""
     parts = []
     for key, value in result.items():
         if isinstance(value, list):
@@ -140,16 +140,16 @@ def write_json(result: dict[str, Any], path: Path) -> None:
 
 
 def add_to_json(path: Path, xp: Any, name: str, rows: list[dict[str, Any]] | dict[str, Any]) -> None:
-    """Figures of another measurement, into the result of the same run: a new one where the file is not there."""
+    """Add figures of another measurement to the result of the same run, or to a new one if the file is missing."""
     there = path.is_file()
     result = json.loads(path.read_text(encoding="utf-8")) if there else document(device_facts(xp), [])
     write_json({**result, name: rows}, path)
 
 
 def planned(op: str, x: Array, device: Any) -> tuple[str, int | None]:
-    """Regimes, and bytes of global memory per element, that the plans for x on a plan.Device foresee.
+    """Return the regimes, and the bytes of global memory per element, of the plans for x on a plan.Device.
 
-    device None is the CPU, which has no plan: 'numpy' or 'compiled', and None.
+    device None is the CPU, which has no plan: returns 'numpy' or 'compiled', and None.
     """
     if device is None:
         from cupynorm import cpu
@@ -175,12 +175,12 @@ def op_text(op: str) -> str:
 
 
 def fused(row: dict[str, Any]) -> bool:
-    """Whether a row has an epilogue: an activation, or an affine that is per sample."""
+    """True if a row has an epilogue: an activation, or a per-sample affine."""
     return row["activation"] is not None or row["affine"] == PER_SAMPLE
 
 
 def rich_table(rows: list[dict[str, Any]], spreads: list[float], title: str) -> Any:
-    """Medians; a peer's ratio is its time over cupynorm's, so above 1 cupynorm is the faster."""
+    """Format the medians; a peer's ratio is its time over cupynorm's, so above 1 cupynorm is faster."""
     from rich.table import Table
 
     names = list(dict.fromkeys(name for r in rows for name in r["peers"]))
@@ -210,7 +210,7 @@ def rich_table(rows: list[dict[str, Any]], spreads: list[float], title: str) -> 
     return table
 
 
-#: Colours that colour-blind readers can tell apart, and a marker each.
+#: Colours that colour-blind readers can distinguish, and a marker each.
 STYLES = {
     "cupynorm": ("#0072B2", "o"),
     "torch": ("#D55E00", "s"),
@@ -231,7 +231,7 @@ def _bytes_text(value: float, _: Any = None) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Fraction of the copy's bandwidth over plane size: a column for each op, a row for each dtype, layout, epilogue.
+    """Plot the fraction of the copy's bandwidth over plane size: a column per op, a row per dtype, layout, epilogue.
 
     Shapes with planes of one size share an x position; the lines go through the median of each position.
     """
@@ -253,7 +253,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    far = float(np.median([r["of_copy"] for r in rows])) < 0.3  # then ratios are told apart on a log scale only
+    far = float(np.median([r["of_copy"] for r in rows])) < 0.3  # then only a log scale separates the ratios
     lowest = highest = 1.0
     seen: dict[str, Any] = {}
     for line, (dtype, layout, epilogue) in zip(axes, kinds, strict=True):

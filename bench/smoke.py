@@ -1,9 +1,9 @@
-"""Does each kind of kernel run at all, and right: python -m bench.smoke [--json FILE].
+"""Check that each kind of kernel runs and is right: python -m bench.smoke --help.
 
-For every scope (subwarp, warp, block, shared memory, clusters, grid, split, given statistics), dtype, layout and
-operation it takes the smallest shape that this GPU is planned to serve so, runs it, and compares some channels with the
-NumPy backend in float64. Every scope and dtype has a process of its own with a time limit, so that one that crashes or
-hangs costs its own lines alone.
+For every scope (subwarp, warp, block, shared memory, clusters, grid, split, frozen statistics), dtype, layout and
+operation, this runs the smallest shape for which plans on this GPU choose the scope, and compares some channels with
+the NumPy backend in float64. Every scope and dtype runs in its own process with a time limit, so that a crash or a hang
+costs only its own lines.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MOST_ELEMENTS = 60_000_000
 
 
 def scope_of(plan: Plan) -> str:
-    """The name in SCOPES of what serves a plane."""
+    """Return the name in SCOPES of a plan's scope."""
     if plan.regime == "pointwise":
         return "given"
     scope, _, residency = plan.regime.partition("-")
@@ -55,7 +55,7 @@ def scope_of(plan: Plan) -> str:
 
 
 def smallest(scope: str, op: Op, dtype: str, kind: Kind, device: Device) -> tuple[int, ...] | None:
-    """The shape of the fewest elements that is served so on the device."""
+    """Return the smallest shape whose plan on the device has this scope; None if there is none."""
     shapes = ((n, c, side, side) for n, c, side in itertools.product(SAMPLES, CHANNELS, SIDES))
     for shape in sorted(shapes, key=math.prod):
         if math.prod(shape) > MOST_ELEMENTS:
@@ -67,7 +67,7 @@ def smallest(scope: str, op: Op, dtype: str, kind: Kind, device: Device) -> tupl
 
 
 def _made(xp: Any, x: Any, dy: Any, ddx: Any, weight: Any, bias: Any, running: Any, op: Op) -> dict[str, Any]:
-    """The results of an operation, by name, from arrays of xp."""
+    """Return the results of an operation, by name, on arrays of xp."""
     mean, var = (p.copy() for p in running)
     y, saved = cn.instance_norm_forward(
         x, weight, bias, running_mean=mean, running_var=var, momentum=0.1, use_input_stats=op in OPS
@@ -82,7 +82,7 @@ def _made(xp: Any, x: Any, dy: Any, ddx: Any, weight: Any, bias: Any, running: A
 
 
 def error(cupy: Any, shape: tuple[int, ...], dtype: str, kind: Kind, op: Op) -> float:
-    """The largest error of the results, as a multiple of what is allowed; NaN where a result has one."""
+    """Return the largest error of the results as a multiple of the allowed error; NaN if a result has one."""
     n, c = shape[:2]
     rng = np.random.default_rng(3)
     storage = devices.dtype_of(dtype)
@@ -119,7 +119,7 @@ def error(cupy: Any, shape: tuple[int, ...], dtype: str, kind: Kind, op: Op) -> 
 
 
 def lines_of(scope: str, dtype: str) -> Iterator[tuple[str, bool]]:
-    """What each layout and operation came to, and whether that is well. Runs in a process of its own."""
+    """Yield a line for each layout and operation, and True if it is right. Runs in its own process."""
     cupy = importlib.import_module("cupy")
     from cupynorm.cuda.backend import runtime
 
@@ -128,12 +128,12 @@ def lines_of(scope: str, dtype: str) -> Iterator[tuple[str, bool]]:
         title = f"{scope:9} {dtype:8} {kind:14} {op:22}"
         shape = smallest(scope, op, dtype, kind, device)
         if shape is None:
-            yield f"{title} no shape of this device is served so", True
+            yield f"{title} no shape has this scope on this device", True
             continue
         title = f"{title} {report.shape_text(shape):16}"
         try:
             found = error(cupy, shape, dtype, kind, op)
-        except Exception as failure:  # the next ones are tried all the same
+        except Exception as failure:  # the next ones are tried anyway
             said = " ".join(str(failure).split())[:300]
             yield f"{title} FAILED: {type(failure).__name__}: {said}", False
             continue
@@ -150,7 +150,7 @@ def child(scope: str, dtype: str) -> int:
 
 
 def run(scope: str, dtype: str, limit: float) -> tuple[str, bool]:
-    """The lines of a scope and dtype, from a process of their own, and whether all is well."""
+    """Run a scope and dtype in its own process; return its lines, and True if all is right."""
     command = [sys.executable, "-m", "bench.smoke", "--child", scope, dtype]
     title = f"{scope:9} {dtype:8}"
     environment = os.environ | {"CUPYNORM_EAGER": "0"}
@@ -171,8 +171,8 @@ def run(scope: str, dtype: str, limit: float) -> tuple[str, bool]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.smoke", description=__doc__.partition("\n")[0])
     parser.add_argument("--scopes", nargs="+", choices=SCOPES, default=SCOPES, metavar="SCOPE", help=", ".join(SCOPES))
-    parser.add_argument("--limit", type=float, default=60, metavar="S", help="of a process; default 60")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time; default: one a core")
+    parser.add_argument("--limit", type=float, default=60, metavar="S", help="time limit of a process; default 60")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time; default: one per core")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:

@@ -1,4 +1,4 @@
-"""The last lines of bench/gpu.sh: python -m bench.summary OUTDIR. What is missing is said, never raised."""
+"""Print the last lines of bench/gpu.sh: python -m bench.summary OUTDIR. Missing results are lines, not errors."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ def _text(path: Path) -> str:
 
 
 def section(text: str, part: str) -> str | None:
-    """What a part of bench/gpu.sh wrote: the lines after '== PART'. None if it did not run."""
+    """Return the output of a part of bench/gpu.sh, the lines after '== PART'; None if it did not run."""
     found = re.search(rf"^== {re.escape(part)}\n(.*?)(?=^== |\Z)", text, re.M | re.S)
     return found[1] if found else None
 
 
 def tests_line(text: str) -> str:
-    """pytest's closing line, without its rule."""
+    """Return pytest's closing line, without its rule."""
     found = re.findall(r"^=*\s*((?:\d+ \w+, )*\d+ \w+ in [\d.]+s.*?)\s*=*$", text, re.M)
     return found[-1] if found else "no result"
 
 
 def sanitizer_line(text: str) -> str:
-    """compute-sanitizer's own verdict, and how many tests it looked at."""
+    """Return compute-sanitizer's verdict, and pytest's closing line."""
     found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
     return f"{found[-1] if found else 'no verdict'} ({tests_line(text)})"
 
 
 def smoke_lines(text: str) -> str:
-    """What failed, and the verdict."""
+    """Return the failures and the verdict."""
     lines = text.strip().splitlines()
     return "\n".join([*(line for line in lines if "FAILED:" in line), *lines[-1:]])
 
 
 def dram_line(text: str) -> str:
-    """Why ncu counted nothing, or nothing to say."""
+    """Return the reason why ncu counted nothing, or an empty text."""
     found = re.search(r"^not measured: (.*)$", text, re.M)
     return found[0] if found else ""
 
 
 def bench_lines(result: dict[str, Any]) -> list[str]:
-    """A line for each layer and dtype: for each op, fraction of the copy, and PyTorch's time over cupynorm's."""
+    """Return a line per layer and dtype: for each op, fraction of the copy, and PyTorch's time over cupynorm's."""
     copy = result["copy_gbps"]
     lines = [
         f"{result['device']['name']}: a large copy runs at {copy:.0f} GB/s. For each operation: "
@@ -79,7 +79,7 @@ def bench_lines(result: dict[str, Any]) -> list[str]:
 
 
 def tables(folder: Path) -> Iterator[list[str]]:
-    """The lines of each table that a run has figures for."""
+    """Yield the lines of each table that a run has figures for."""
     if (folder / "variants.txt").is_file():
         yield variants.lines(json.loads(_text(folder / "variants.json"))["rows"])
     if (folder / "bench.txt").is_file():

@@ -1,10 +1,9 @@
-"""How it is measured: contestants take turns, in an order that rotates, each with its own batch of calls.
+"""The measurement: contestants take turns, in an order that rotates, each with its own batch of calls.
 
-On the GPU the time is that between two CUDA events on the current stream, which PyTorch shares; a kernel that waits is
-put before them, so that the calls are queued when the first one starts and the host's own time is not measured.
-A contestant on a stream of its own (JAX) is measured by the host's clock, from an idle device to an idle device; its
-figures therefore hold the host's time too where that is longer, which it is for small arrays.
-On the CPU it is the host's clock.
+On the GPU two CUDA events on the current stream, which PyTorch shares, measure the time. A waiting kernel is launched
+before them, so that the calls are queued when the first one starts, and the host's time is not measured. A contestant
+with its own stream (JAX) is measured by the host's clock, from an idle device to an idle device; its figures therefore
+include the host's time if that is longer, as it is for small arrays. On the CPU the host's clock measures all.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ MOST_CALLS = 128  # in a batch
 
 @dataclass
 class Contestant:
-    """Someone who can do the operation.
+    """An implementation of the operation.
 
     run: one call on buffer set i. answers: the named results of a call, as arrays of the device, shape (N, C, ...).
-    finish: waits for a result; None where it is on the current stream, or ready when run returns.
+    finish: waits for a result; None if it is on the current stream, or ready when run returns.
     """
 
     name: str
@@ -53,19 +52,19 @@ def rotated(items: list[Any], turn: int) -> list[Any]:
 class HostClock:
     """The host's clock."""
 
-    pause = 0.002  # lets the threads of the contestant before fall asleep
-    short = 0.05  # seconds of a batch to which waking threads and processors would add
+    pause = 0.002  # lets the previous contestant's threads fall asleep
+    short = 0.05  # seconds of a batch that waking threads and processors would prolong
 
     def __init__(self) -> None:
         self.last: dict[str, float] = {}  # seconds of a batch, by contestant
 
     def seconds(self, contestant: Contestant, calls: list[int]) -> float:
-        """Time of the calls on these buffer sets. Results are kept until the end: they too stay out of the cache."""
+        """Time the calls on these buffer sets. Results are kept until the end, so that they leave the cache, too."""
         kept: dict[int, Any] = {}
         if self.pause:
             time.sleep(self.pause)
             if self.last.get(contestant.name, 0) < self.short:
-                awake = contestant.run(calls[0] - 1)  # the set before, or the last: the last one to be needed again
+                awake = contestant.run(calls[0] - 1)  # the previous set, which is needed again last
                 if contestant.finish is not None:
                     contestant.finish(awake)
                 del awake
@@ -90,7 +89,7 @@ extern "C" __global__ void hold(const unsigned long long nanoseconds) {
 
 
 class DeviceClock(HostClock):
-    """CUDA events on CuPy's current stream; the host's clock for contestants on a stream of their own."""
+    """CUDA events on CuPy's current stream; the host's clock for contestants with their own stream."""
 
     pause = 0.0
     longest_wait = 50_000_000  # ns
@@ -123,13 +122,13 @@ class DeviceClock(HostClock):
 
 
 class Race:
-    """Rounds of batches; a batch is as many calls as fill `batch_seconds`. Calls go round the buffer sets."""
+    """Rounds of batches; a batch is as many calls as fill `batch_seconds`. Calls rotate through the buffer sets."""
 
     def __init__(self, clock: HostClock, sets: int, batch_seconds: float):
         self.clock, self.sets, self.batch_seconds = clock, sets, batch_seconds
 
     def warm_up(self, contestant: Contestant) -> int:
-        """A few calls whose times do not count; how many calls make a batch."""
+        """Make a few calls whose times do not count; return how many calls make a batch."""
         each, spent = float("inf"), 0.0
         for i in range(8):  # the first ones may compile, or wake threads
             seconds = self.clock.seconds(contestant, [i % self.sets])
@@ -139,7 +138,7 @@ class Race:
         return max(1, min(MOST_CALLS, int(self.batch_seconds / max(each, 1e-9))))
 
     def run(self, contestants: list[Contestant], rounds: int) -> dict[str, list[float]]:
-        """Seconds per call of each batch, by contestant."""
+        """Return the seconds per call of each batch, by contestant."""
         batch = {c.name: self.warm_up(c) for c in contestants}
         turn = dict.fromkeys(batch, 0)
         samples: dict[str, list[float]] = {name: [] for name in batch}

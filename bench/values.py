@@ -1,6 +1,6 @@
-"""What a call takes by how large its values are, on the CPU: python -m bench.values [N,C,H,W ...]
+"""Time calls on the CPU by the size of their values: python -m bench.values [N,C,H,W ...]
 
-Numbers that are not normal take a processor or NumPy's casts longer. Forward, the weight makes results of these sizes;
+Processors and NumPy's casts take longer for numbers that are not normal. Forward, the weight gives results these sizes;
 backward, dy has them. Times are of one thread, beside those of values of size 1 in the same rounds.
 """
 
@@ -44,7 +44,7 @@ def contestants(shape: tuple[int, ...], dtype: str, op: str) -> list[Contestant]
 
 
 def measure(shape: tuple[int, ...], dtype: str, op: str, rounds: int) -> dict[str, float]:
-    """Milliseconds, by size."""
+    """Measure milliseconds, by size."""
     threads = cupynorm.get_num_threads()
     cupynorm.set_num_threads(1)
     try:
@@ -61,10 +61,10 @@ def line(shape: tuple[int, ...], dtype: str, op: str, times: dict[str, float]) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.values", description="Times by the size of values.")
+    parser = argparse.ArgumentParser(prog="python -m bench.values", description="Time calls by the size of values.")
     parser.add_argument("shapes", nargs="*", default=[SHAPE], metavar="N,C,H,W", help=f"default {SHAPE}")
     parser.add_argument("--rounds", type=int, default=9, help="in each, every size has a turn; default 9")
-    parser.add_argument("--compiled", action="store_true", help="the compiled loops; default: NumPy alone")
+    parser.add_argument("--compiled", action="store_true", help="time the compiled loops; default: NumPy alone")
     options = parser.parse_args(arguments)
     try:
         layers = parse_shapes(list(options.shapes), SWEEP_ELEMENTS["cpu"])

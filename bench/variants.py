@@ -42,7 +42,7 @@ from .cases import (
 )
 from .timing import Contestant, DeviceClock, HostClock, Race, Timing, summarise
 
-SPILLED = 128  # bytes of local memory of a thread with which a variant is still timed: a few cost little
+SPILLED = 128  # most bytes of a thread's local memory with which a variant is timed: a few cost little
 OPS = ("forward", "backward")
 GROUPED = ("cluster", "grid")  # scopes whose blocks wait for each other
 Variants = dict[str, tuple[Variant, ...]]
@@ -120,7 +120,7 @@ def catalogue(op: str) -> list[Trial]:
 
 
 class Entry(NamedTuple):
-    """A trial for a case: its plan, the modules of the plan's steps, and whether it is what is planned today."""
+    """A trial for a case: its plan, the modules of the plan's steps, and True if it is planned today."""
 
     trial: Trial
     plan: Plan
@@ -157,7 +157,7 @@ def _sensible(trial: Trial, made: Plan, case: Case) -> bool:
 
 
 def entries(case: Case, device: Device) -> list[Entry]:
-    """The variants that suit a case."""
+    """Return the variants that fit a case."""
     today, _ = planned(case, device, {})
     found = []
     for trial in catalogue(case.op):
@@ -180,8 +180,8 @@ class ForcingClock(HostClock):
 
 
 def resources(runtime: Any, entry: Entry) -> dict[str, int]:
-    """Registers and bytes of local memory of a thread, blocks that a multiprocessor holds: of the step that fits
-    least. Nothing where the runtime has no kernels of CuPy's."""
+    """Return registers and bytes of local memory of a thread, and the blocks that a multiprocessor holds, of the most
+    demanding step; nothing if the runtime's kernels are not CuPy's."""
     rows = []
     for step, module in zip(entry.plan.steps, entry.modules, strict=True):
         if step.name.endswith(entry.trial.variant.name):
@@ -198,9 +198,9 @@ def resources(runtime: Any, entry: Entry) -> dict[str, int]:
 
 
 class Bench:
-    """One run: rows out, one for each variant of each case.
+    """One run: measures a row for each variant of each case.
 
-    xp, runtime and clock: where kernels run and what times them. say: takes a line for the reader.
+    xp, runtime and clock: the arrays' library, what runs the kernels and what times them. say: prints a line.
     """
 
     def __init__(
@@ -220,13 +220,13 @@ class Bench:
         return bool(self.options.time_limit) and time.monotonic() - self.start > self.options.time_limit
 
     def prepare(self, modules: Iterable[Module]) -> None:
-        """Compile modules side by side."""
+        """Compile modules in parallel."""
 
         def load(module: Module) -> None:
             try:
                 with contextlib.nullcontext() if self.xp is np else self.xp.cuda.Device(number):
                     self.runtime.load(module)
-            except Exception as failure:  # its variants are rows with this reason
+            except Exception as failure:  # the rows of its variants give this reason
                 self.faults[module] = _told(failure)
 
         start = time.monotonic()
@@ -256,12 +256,12 @@ class Bench:
         }
 
     def own(self, case: Case, arrays: Arrays) -> Contestant:
-        """The operation itself; what a backward needs of a forward is made by the split, which takes every plane."""
+        """Return the operation; the split, which fits every plane, runs the forward that a backward needs."""
         with forced(SPLIT.lists("forward")):
             return peers.cupynorm_itself(case.op, arrays)
 
     def checked(self, case: Case, arrays: Arrays, own: Contestant, entry: Entry) -> dict[str, Any]:
-        """The row of a variant: with its error, or with the reason why it is not to be timed."""
+        """Return the row of a variant, with its error or with the reason not to time it."""
         row = self.row(case, entry)
         broken = [self.faults[module] for module in entry.modules if module in self.faults]
         if broken or (row.get("local_bytes", 0) > SPILLED and not entry.today):
@@ -269,14 +269,14 @@ class Bench:
         try:
             with forced(entry.trial.lists(case.op)):
                 error = arrays.error(own.answers(own.run(0)), case.op)
-        except Exception as failure:  # a row, whatever it is
+        except Exception as failure:  # any failure becomes a row
             return {**row, "failure": _told(failure)}
         if not error <= TOLERANCE[case.dtype]:
             return {**row, "failure": f"wrong: error {error:.2g}, allowed {TOLERANCE[case.dtype]:.0e}"}
         return {**row, "max_error": error}
 
     def measure(self, case: Case, arrays: Arrays, mine: list[Entry]) -> None:
-        """Check and time the variants of a case in turn with a copy; what was found of them is kept in any case."""
+        """Check the variants of a case, and time them in turn with a copy; their rows are kept in any case."""
         own, found, lists = self.own(case, arrays), [], {}
         for entry in mine:
             row = self.checked(case, arrays, own, entry)
@@ -307,7 +307,7 @@ class Bench:
             }
 
     def alive(self) -> bool:
-        """Whether the device still answers."""
+        """True if the device still answers."""
         try:
             if self.xp is not np:
                 self.xp.cuda.Device().synchronize()
@@ -317,7 +317,7 @@ class Bench:
         return not self.lost
 
     def run(self, cases: list[Case]) -> None:
-        """Measure the cases, those on one set of arrays together; first without clusters and grids, then with them."""
+        """Measure the cases, grouped by arrays; first without clusters and grids, then with them."""
         suiting = {case: entries(case, self.device) for case in cases}
         before = [replace(case, op="forward") for case in cases if case.op == "backward"]
         needed = [module for case in before for module in planned(case, self.device, SPLIT.lists("forward"))[1]]
@@ -337,7 +337,7 @@ class Bench:
             self.say(f"{len(missing)} of {len(cases)} cases not measured")
 
     def _on_arrays(self, cases: list[Case], some: dict[Case, list[Entry]]) -> None:
-        """The cases on one set of arrays."""
+        """Measure the cases on one set of arrays."""
         case = cases[0]
         sets = 2
         if self.xp is not np:
@@ -349,7 +349,7 @@ class Bench:
                 if not self.lost and not self.late:
                     self.measure(each, arrays, some[each])
                     self.say(_progress(each, self.rows, time.monotonic() - self.start))
-        except Exception as failure:  # out of memory, say: the other sizes are still worth having
+        except Exception as failure:  # out of memory, for example: measure the other sizes
             self.say(f"failed at {case}: {_told(failure)}")
             self.alive()
         arrays = None
@@ -378,9 +378,9 @@ def _progress(case: Case, rows: list[dict[str, Any]], seconds: float) -> str:
 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The table: for each dtype, layout and operation, today's choice and the best one of every plane size.
+    """Format the table: for each dtype, layout and operation, today's and the best variant of every plane size.
 
-    The fractions are of the copy's bandwidth; the loss is the time that the best would save, of today's.
+    Fractions are of the copy's bandwidth; the loss is the share of today's time that the best variant would save.
     """
     out = []
     for kind in dict.fromkeys((row["dtype"], row["layout"], row["op"]) for row in rows):
@@ -421,17 +421,17 @@ def _parser() -> argparse.ArgumentParser:
         help="sides of planes, powers of 2; default: all",
     )
     parser.add_argument(
-        "--elements", type=int, default=SWEEP_ELEMENTS["gpu"], help="of an array, a power of 4; small to rehearse"
+        "--elements", type=int, default=SWEEP_ELEMENTS["gpu"], help="elements, a power of 4; few to rehearse"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="in each, every variant has a batch; default 7")
+    parser.add_argument("--rounds", type=int, default=7, help="in each, every variant runs a batch; default 7")
     parser.add_argument("--batch-ms", type=float, default=1, help="length of a batch; default 1")
-    parser.add_argument("--time-limit", type=float, default=130, metavar="S", help="start nothing after; default 130")
+    parser.add_argument("--time-limit", type=float, default=130, metavar="S", help="start nothing after S; default 130")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every timing, updated after each plane size")
     return parser
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """What the options ask for, small planes first."""
+    """Return the cases that the options select, small planes first."""
     shapes = [layer.shape for layer in sweep_layers(options.elements)]
     return [
         Case(op, shape, dtype, layout, False)
@@ -460,7 +460,7 @@ def main(arguments: list[str]) -> int:
     try:
         bench.run(asked)
     except KeyboardInterrupt:
-        bench.say("interrupted: what was measured follows")
+        bench.say("interrupted: results up to here")
     bench.write()
     print(*lines(bench.rows), sep="\n", flush=True)
     timed = [row for row in bench.rows if "of_copy" in row]

@@ -112,7 +112,7 @@ def real_layers() -> list[Layer]:
 
 
 def sweep_layers(elements: int) -> list[Layer]:
-    """Return square planes from 4x4 up, `elements` (a power of 4) in all: the same bytes in other scopes."""
+    """Square planes from 4x4 up, as many of them as make `elements` (a power of 4): same bytes, other scopes."""
     steps = range(2, int(math.log2(elements)) // 2 + 1)
     return [Layer((1, elements // 4**k, 2**k, 2**k), swept=True) for k in steps]
 

@@ -120,7 +120,7 @@ def catalogue(op: str) -> list[Trial]:
 
 
 class Entry(NamedTuple):
-    """A trial for a case: its plan, the modules of the plan's steps, and True if it is planned today."""
+    """A trial for a case: its plan, the modules of the plan's steps, and whether it is today's plan."""
 
     trial: Trial
     plan: Plan

@@ -27,7 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import cupynorm
-from cupynorm import cpu, devices, functional
+from cupynorm import cpu, devices
+from cupynorm._types import math_dtype
+from cupynorm.backend import MODULES
 
 from . import peers, report
 from .cases import EPS, Arrays
@@ -136,7 +138,7 @@ class Given(Arrays):
         self.host_x = np.ascontiguousarray(row.make(rng, row.shape)).astype(storage)
         self.host_dy = (row.dy * rng.standard_normal(row.shape, np.float32)).astype(storage)
         self.host_ddx = rng.standard_normal(row.shape, np.float32).astype(storage)
-        compute = functional.math_dtype(storage)
+        compute = math_dtype(storage)
         self.host_weight, self.host_bias = np.ones(row.shape[1], compute), np.zeros(row.shape[1], compute)
         self.weight, self.bias = xp.asarray(self.host_weight), xp.asarray(self.host_bias)
         self.x, self.dy = [xp.asarray(self.host_x)], [xp.asarray(self.host_dy)]
@@ -264,7 +266,7 @@ def _emulated(arrays: Given) -> dict[str, Any]:
         importlib.import_module("simt.backend")
     except ImportError as error:
         raise peers.UnavailableError(f"needs a checkout's tests ({error})") from None
-    with _set(functional.BACKENDS, "numpy", "simt.backend"):
+    with _set(MODULES, "cpu", "simt.backend"):
         return _itself(arrays)
 
 

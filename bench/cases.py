@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import devices
-from cupynorm.functional import math_dtype
+from cupynorm._types import math_dtype
 
 Array = Any  # numpy.ndarray or cupy.ndarray
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import cupynorm
-from cupynorm.functional import math_dtype
+from cupynorm._types import math_dtype
 
 from .cases import PER_SAMPLE, Array, Arrays
 from .timing import Contestant

@@ -155,8 +155,8 @@ def planned(op: str, x: Array, device: Any) -> tuple[str, int | None]:
         from cupynorm import cpu
 
         return "compiled" if cpu.compiled else "numpy", None
+    from cupynorm.cuda.describe import plan_for
     from cupynorm.cuda.plan import ArrayDesc
-    from cupynorm.explain import plan_for
 
     address = x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
     desc = ArrayDesc(x.shape, x.strides, x.itemsize, address % 16)

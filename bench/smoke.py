@@ -23,9 +23,9 @@ import numpy as np
 
 import cupynorm as cn
 from cupynorm import devices
+from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.plan import Device, Op, Plan, contiguous_desc
 from cupynorm.cuda.variants import ITEMSIZE, Kind
-from cupynorm.explain import plan_for
 
 from . import report
 

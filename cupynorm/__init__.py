@@ -1,12 +1,17 @@
 """Instance normalisation for CuPy and NumPy arrays: CUDA kernels, explicit forward and backward."""
 
-import os
-
-from . import devices
-from .cuda.launch import get_batch_invariant, set_batch_invariant
+from . import config, devices
+from ._types import Saved
+from .config import (
+    get_batch_invariant,
+    get_memory_limit,
+    get_num_threads,
+    set_batch_invariant,
+    set_memory_limit,
+    set_num_threads,
+)
 from .explain import explain
 from .functional import (
-    Saved,
     instance_norm,
     instance_norm_backward,
     instance_norm_double_backward,
@@ -14,8 +19,6 @@ from .functional import (
 )
 from .inference import inference_mode
 from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Parameter
-from .memory import get_memory_limit, set_memory_limit
-from .threads import get_num_threads, set_num_threads
 from .warm import warmup
 
 __version__ = "0.1.0"
@@ -42,7 +45,7 @@ __all__ = [
 ]
 
 # With a usable GPU the core kernels are compiled now rather than in the first call; a failure is an error here, too.
-if os.environ.get("CUPYNORM_EAGER", "1") != "0" and devices.gpu_status()[0]:
+if config.eager.get() and devices.gpu_status()[0]:
     from .cuda.backend import load_core
 
     load_core()

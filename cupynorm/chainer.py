@@ -25,20 +25,10 @@ from typing import Any
 
 import numpy
 
+from ._checks import check_count, check_dtype, check_eps, check_input, check_number, check_per_channel
+from ._types import Saved, math_dtype
 from .chainer_import import chainer
-from .functional import (
-    Saved,
-    check_count,
-    check_dtype,
-    check_eps,
-    check_input,
-    check_number,
-    check_per_channel,
-    instance_norm_backward,
-    instance_norm_double_backward,
-    instance_norm_forward,
-    math_dtype,
-)
+from .functional import instance_norm_backward, instance_norm_double_backward, instance_norm_forward
 
 __all__ = [
     "InstanceNormalization",
@@ -65,11 +55,11 @@ class InstanceNormalizationFunction(chainer.FunctionNode):
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any]:
         x, *parameters = inputs
-        check_input(x, "x")
+        place = check_input(x, "x")
         names = [name for name, given in zip(("gamma", "beta"), self._affine, strict=True) if given]
         given = dict(zip(names, parameters, strict=True))
         for name, array in given.items():
-            check_per_channel(array, name, x, per_sample=True)
+            check_per_channel(array, name, x, place, per_sample=True)
         y, self._saved = instance_norm_forward(x, given.get("gamma"), given.get("beta"), **self._options)
         self.retain_inputs((0, 1) if self._affine[0] else (0,))
         return (y,)
@@ -245,10 +235,10 @@ def fixed_instance_normalization(
     if mean is None or var is None:
         raise ValueError("mean and var are both needed, but one of them is None")
     array = chainer.as_array(x)
-    check_input(array, "x")
+    place = check_input(array, "x")
     for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
         if value is not None:
-            check_per_channel(chainer.as_array(value), name, array, per_sample=name in ("gamma", "beta"))
+            check_per_channel(chainer.as_array(value), name, array, place, per_sample=name in ("gamma", "beta"))
     fixed_mean, fixed_var = chainer.as_array(mean), chainer.as_array(var)
     if any(isinstance(v, chainer.Variable) and v.requires_grad for v in (mean, var)) and chainer.config.enable_backprop:
         # The ratio is 1 and the difference 0: y is unchanged, and gets its derivatives by mean and var.

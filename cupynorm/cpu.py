@@ -19,7 +19,6 @@ import ctypes
 import itertools
 import math
 import operator
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -28,10 +27,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import forks, halves, running
-from .functional import Array, Keep, Saved, at_once, empty_like, math_dtype, overlap
+from . import config, forks, halves, running
+from ._checks import overlap
+from ._types import (
+    Array,
+    DoubleGradients,
+    ForwardCall,
+    ForwardResult,
+    Gradients,
+    Saved,
+    commit,
+    empty_like,
+    math_dtype,
+)
+from .backend import Backend
+from .config import get_num_threads
 from .memory import empty
-from .threads import get_num_threads, share
+from .threads import share
 
 forks.prepare()
 
@@ -66,8 +78,9 @@ def _load_numba() -> None:
         raise failures[0]
 
 
+_wanted = config.compiled.get()
 try:
-    if os.environ.get("CUPYNORM_COMPILED", "1") == "0":
+    if not _wanted:
         raise ImportError("CUPYNORM_COMPILED=0")
     _load_numba()
     import numba
@@ -105,89 +118,90 @@ compiled = numba is not None
 Index = tuple[Any, ...]
 
 
-def forward(
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    *,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    out: Array | None,
-    keep: Keep | None,
-    activation: str | None,
-    negative_slope: float,
-    residual: Array | None,
-) -> tuple[Array, Saved | None]:
-    """The backends' contract, with all arguments checked: see cupynorm.functional.
+class CpuBackend(Backend):
+    """The backend of NumPy arrays."""
 
-    What lasts (running statistics, and what keep tells) is written at the very end, and at once.
-    """
-    y = empty_like(x, empty) if out is None else out
-    planes, dtype = x.shape[:2], math_dtype(x.dtype)
-    mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
-    mean_lo = np.empty(planes, dtype) if use_input_stats else None
-    call = Saved(
-        x, mean, rstd, weight, bias, use_input_stats, mean_lo, activation, negative_slope, residual,
-        residual is not None, eps=eps,
-    )  # fmt: skip
-    variance = None
-    if use_input_stats:
+    def forward(self, call: ForwardCall) -> ForwardResult:
+        x, out = call.x, call.out
+        y = empty_like(x, empty) if out is None else out
+        planes, dtype = x.shape[:2], math_dtype(x.dtype)
+        mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
+        saved = Saved(
+            x, mean, rstd, call.weight, call.bias, call.use_input_stats,
+            np.empty(planes, dtype) if call.use_input_stats else None, call.activation, call.negative_slope,
+            call.residual, call.residual is not None, eps=call.eps,
+        )  # fmt: skip
+        arrays = [x, y] if call.residual is None else [x, y, call.residual]
+        variance = None
+        if call.use_input_stats:
+            if x.size:
+                variance = np.empty(planes, dtype) if call.updates else None
+                _choose(saved, arrays).forward(call.eps, variance)
+        else:
+            assert call.running_mean is not None and call.running_var is not None
+            mean[...] = call.running_mean
+            with np.errstate(all="ignore"):
+                rstd[...] = 1 / np.sqrt(call.running_var.astype(dtype) + dtype.type(call.eps))
+            if x.size:
+                _choose(saved, arrays).normalize()
+        if call.activation is None:
+            saved.residual = None
+        update: Callable[..., None] = commit
+        if variance is not None:
+            count = math.prod(x.shape[2:])
+            with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
+                exact = np.add(mean, saved.mean_lo, dtype=np.float64).mean(0)  # type: ignore[arg-type]
+                unbiased = (variance * dtype.type(count / (count - 1))).mean(0, dtype=np.float64)
+            update = partial(running.move, ((call.running_mean, exact), (call.running_var, unbiased)), call.momentum)
+        return ForwardResult(y, saved if call.save else None, update)
+
+    def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> Gradients:
+        x = saved.x
+        dresidual = g_out = None
+        if saved.with_residual and saved.activation is None:
+            dresidual = dy.copy() if out is not None and overlap(out, dy) else dy
+        elif saved.with_residual:
+            dresidual = g_out = empty_like(x, empty)
+        dx = empty_like(x, empty) if out is None else out
+        dtype = math_dtype(x.dtype)
+        sums = np.zeros((2, *x.shape[:2]), dtype)  # of g times xhat, and of g
         if x.size:
-            variance = np.empty(planes, dtype) if running_mean is not None and momentum else None
-            _choose(call, [x, y] if residual is None else [x, y, residual]).forward(eps, variance)
-    else:
-        assert running_mean is not None and running_var is not None
-        mean[...] = running_mean
-        with np.errstate(all="ignore"):
-            rstd[...] = 1 / np.sqrt(running_var.astype(dtype) + dtype.type(eps))
+            arrays = [x, dx, dy] if g_out is None else [x, dx, dy, saved.residual, g_out]
+            _choose(saved, arrays, backward=True).backward(sums[1], sums[0])
+        dweight, dbias = _gradients(sums, saved.weight, saved.bias)
+        return Gradients(dx, dweight, dbias, dresidual)
+
+    def double_backward(
+        self, ddx: Array | None, ddweight: Array | None, ddbias: Array | None, dy: Array, saved: Saved
+    ) -> DoubleGradients:
+        x, weight = saved.x, saved.weight
+        ddy, dx = empty_like(x, empty), empty_like(x, empty)
+        sums = np.zeros(x.shape[:2], math_dtype(x.dtype))
         if x.size:
-            _choose(call, [x, y] if residual is None else [x, y, residual]).normalize()
-    if activation is None:
-        call.residual = None
-    writes = () if keep is None else keep(call)
-    if variance is not None:
-        count = math.prod(x.shape[2:])
-        with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
-            exact = np.add(mean, mean_lo, dtype=np.float64).mean(0)  # type: ignore[arg-type]
-            unbiased = (variance * dtype.type(count / (count - 1))).mean(0, dtype=np.float64)
-        running.move(((running_mean, exact), (running_var, unbiased)), momentum, writes)
-    elif writes:
-        at_once(*writes)
-    return y, None if keep is None else call
+            # By NumPy: such calls are rare, and compiling loops for them would take seconds.
+            arrays = [x, dx, dy, ddy] if ddx is None else [x, dx, dy, ddy, ddx]
+            _DoubleBackward(saved, _merged(arrays), ddweight, ddbias).double_backward(sums)
+        return DoubleGradients(ddy, dx, *_gradients(sums[None], weight))
+
+    def describe(self, x: Array, *, activation: str | None, residual: bool, double_backward: bool) -> list[str]:
+        if not x.size:
+            return ["the CPU", "  empty, nothing is computed"]
+        unused = np.empty(x.shape[:2], math_dtype(x.dtype))
+        call, new = Saved(x, unused, unused, None, None, True, unused), empty_like(x, np.empty)
+
+        def lines(work: Any) -> list[str]:
+            tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
+            threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
+            return [f"  {work}{tiles}", f"  {threads} of {get_num_threads()}"]
+
+        described = ["the CPU", *lines(_choose(call, [x, new]))]
+        if double_backward:
+            first, *more = lines(_DoubleBackward(call, _merged([x, *[new] * 4]), None, None))
+            described += [f"  double backward: {first.strip()}", *more]
+        return described
 
 
-def backward(dy: Array, saved: Saved, *, out: Array | None) -> tuple[Array, Array | None, Array | None, Array | None]:
-    """The backends' contract, with all arguments checked: see cupynorm.functional."""
-    x = saved.x
-    dresidual = g_out = None
-    if saved.with_residual and saved.activation is None:
-        dresidual = dy.copy() if out is not None and overlap(out, dy) else dy
-    elif saved.with_residual:
-        dresidual = g_out = empty_like(x, empty)
-    dx = empty_like(x, empty) if out is None else out
-    dtype = math_dtype(x.dtype)
-    sums = np.zeros((2, *x.shape[:2]), dtype)  # of g times xhat, and of g
-    if x.size:
-        arrays = [x, dx, dy] if g_out is None else [x, dx, dy, saved.residual, g_out]
-        _choose(saved, arrays, backward=True).backward(sums[1], sums[0])
-    return dx, *_gradients(sums, saved.weight, saved.bias), dresidual
-
-
-def double_backward(
-    ddx: Array | None, ddweight: Array | None, ddbias: Array | None, dy: Array, saved: Saved
-) -> tuple[Array, Array, Array | None]:
-    """The backends' contract, with all arguments checked: see cupynorm.functional."""
-    x, weight = saved.x, saved.weight
-    ddy, dx = empty_like(x, empty), empty_like(x, empty)
-    sums = np.zeros(x.shape[:2], math_dtype(x.dtype))
-    if x.size:
-        # In NumPy alone: a penalty is taken now and then, and the compiled loops would take seconds to compile for it.
-        arrays = [x, dx, dy, ddy] if ddx is None else [x, dx, dy, ddy, ddx]
-        _DoubleBackward(saved, _merged(arrays), ddweight, ddbias).double_backward(sums)
-    return ddy, dx, *_gradients(sums[None], weight)
+backend = CpuBackend()
 
 
 def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None]:
@@ -203,25 +217,6 @@ def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None
 
 
 # Blocks, and their distribution over threads
-
-
-def describe(x: Array, double_backward: bool = False) -> list[str]:
-    """Describe how calls process an array, with all arrays in its layout: a line or two per kind of call."""
-    if not x.size:
-        return ["empty, nothing is computed"]
-    unused = np.empty(x.shape[:2], math_dtype(x.dtype))
-    call, new = Saved(x, unused, unused, None, None, True, unused), empty_like(x, np.empty)
-
-    def lines(work: Any) -> list[str]:
-        tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
-        threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
-        return [f"{work}{tiles}", f"{threads} of {get_num_threads()}"]
-
-    described = lines(_choose(call, [x, new]))
-    if double_backward:
-        first, *more = lines(_DoubleBackward(call, _merged([x, *[new] * 4]), None, None))
-        described += [f"double backward: {first}", *more]
-    return described
 
 
 def _merged(arrays: list[Array]) -> list[Array]:

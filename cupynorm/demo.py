@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import devices
-from .functional import Array
+from ._types import Array
 from .layers import InstanceNorm2d, Parameter
 
 CLASSES = 10

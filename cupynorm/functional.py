@@ -1,318 +1,25 @@
-"""The functions: every argument is checked here, then the backend of the arrays is called.
-
-A backend is an object with `forward`, `backward` and `double_backward` (cupynorm.cpu shows their contract). It is
-chosen by where the input lies; nothing is moved between devices.
-"""
+"""The public functions: each checks its arguments, calls the backend of the input's place, and commits its result."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import numbers
-import operator
-import sys
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
 
-import numpy as np
-
-#: A NumPy or a CuPy array.
-Array = Any
-
-#: Names of the dtypes that can be normalised.
-DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-#: Names of the activations, besides None.
-ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
-
-
-@dataclass(eq=False, slots=True)  # not frozen: that costs a microsecond a call
-class Saved:
-    """The state that a forward keeps for its backward.
-
-    x, weight, bias and residual are the arrays themselves, not copies: do not change them before the backward. mean and
-    rstd have shape (N, C), in float32 (float64 for float64 input). training is True if they are the input's own
-    statistics.
-
-    mean_lo is the low-order part of mean, lost in its rounding, in mean's shape and dtype, if mean is the input's own;
-    None stands for 0. On the GPU it is kept only with an activation. The backward then computes
-    z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the forward's bits, so that it sees every kink of
-    the activation where the forward saw it. residual is kept only for that: without an activation it is None, and
-    with_residual records that there was one.
-    """
-
-    x: Array
-    mean: Array
-    rstd: Array
-    weight: Array | None
-    bias: Array | None
-    training: bool
-    mean_lo: Array | None = None
-    activation: str | None = None
-    negative_slope: float = 0.01
-    residual: Array | None = None
-    with_residual: bool = False
-    overwritten: bool = False  # x or residual was given as out, of the forward or of a backward
-    eps: float = 0.0  # as given: what of rstd is the deviation's
-
-
-#: What is to be done once a forward has succeeded, told from what it saved: partials of functions in C.
-Keep = Callable[[Saved], tuple[partial[Any], ...]]
-
-
-def at_once(*writes: partial[Any]) -> None:
-    """Do what has been prepared, in order. Where writes are partials of functions in C, an interrupt cannot part them.
-
-    Python raises KeyboardInterrupt between steps of its own code only, and here there are none.
-    """
-    deque(map(partial.__call__, writes), maxlen=0)
-
-
-def empty_like(x: Array, empty: Any) -> Array:
-    """A new array from `empty(shape, dtype)`, in memory channels-last if x is, else C-contiguous."""
-    if x.ndim < 3 or x.flags.c_contiguous or x.shape[1] == 1 or x.strides[1] != x.itemsize:
-        return empty(x.shape, x.dtype)
-    return empty((x.shape[0], *x.shape[2:], x.shape[1]), x.dtype).transpose(0, x.ndim - 1, *range(1, x.ndim - 1))
-
-
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
-
-
-def math_dtype(dtype: Any) -> np.dtype:
-    """The dtype that an input's dtype computes in: float64 for float64, else float32."""
-    return _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
-
-
-def kind_of(array: Array, name: str) -> str:
-    """'numpy' or 'cupy'; a TypeError for anything else."""
-    if type(array) is np.ndarray or type(array) is np.memmap:
-        return "numpy"
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and type(array) is cupy.ndarray:
-        return "cupy"
-    given = f"{type(array).__module__}.{type(array).__qualname__}"
-    if isinstance(array, np.ndarray):
-        hint = "a subclass's meaning (a mask, say) would be lost: pass numpy.asarray(...) of it if that is wanted"
-    elif cupy is not None and isinstance(array, cupy.ndarray):
-        hint = "a subclass's meaning would be lost: pass a plain cupy.ndarray view of it if that is wanted"
-    else:
-        hint = "convert it with numpy.asarray or cupy.asarray"
-    raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, got {given}; {hint}")
-
-
-def place_of(array: Array, name: str) -> str:
-    """'cpu' or 'cuda:<number>'."""
-    return "cpu" if kind_of(array, name) == "numpy" else f"cuda:{array.device.id}"
-
-
-def backend_of(array: Array) -> Any:
-    """The backend module for an array."""
-    name = BACKENDS[kind_of(array, "input")]
-    # Not sys.modules: there a module is found while another thread has only begun to import it.
-    return _loaded.get(name) or _loaded.setdefault(name, importlib.import_module(name))
-
-
-_loaded: dict[str, Any] = {}
-
-#: Backend modules by kind of array, imported at first use.
-BACKENDS = {"numpy": "cupynorm.cpu", "cupy": "cupynorm.cuda.backend"}
-
-
-def check_number(value: Any, name: str) -> float:
-    """A finite real number, as a float; TypeError or ValueError otherwise."""
-    if type(value) is float and math.isfinite(value):  # by far the most frequent, and of every call
-        return value
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
-
-
-def check_count(value: Any, name: str, least: int) -> int:
-    """A whole number of at least `least`, as an int; TypeError or ValueError otherwise."""
-    if isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from None
-    if count < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return count
-
-
-def check_eps(eps: Any) -> float:
-    eps = check_number(eps, "eps")
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps!r}")
-    return eps
-
-
-def check_activation(activation: Any) -> None:
-    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
-        return
-    error = ValueError if isinstance(activation, str) else TypeError
-    raise error(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-
-
-@lru_cache(maxsize=64)
-def _accepted(dtype: np.dtype) -> bool:
-    return dtype.name in DTYPES and dtype.isnative
-
-
-def check_dtype(dtype: Any, name: str) -> None:
-    if not _accepted(dtype if isinstance(dtype, np.dtype) else np.dtype(dtype)):
-        raise TypeError(f"{name} has dtype {np.dtype(dtype)!s}; accepted are {', '.join(DTYPES)} in native byte order")
-
-
-def check_input(x: Array, name: str = "input") -> None:
-    """An array that can be normalised; TypeError or ValueError otherwise."""
-    kind_of(x, name)
-    check_dtype(x.dtype, name)
-    if x.ndim < 3:
-        raise ValueError(f"{name} must have at least 3 dimensions (N, C, *spatial), got shape {x.shape}")
-
-
-def check_per_channel(array: Array, name: str, x: Array, *, per_sample: bool = False, written: bool = False) -> None:
-    """weight, bias and running statistics: on x's device, in x's dtype or in float32 for 16-bit x.
-
-    Their shape is (C,); per_sample: or (N, C).
-    """
-    if place_of(array, name) != place_of(x, "input"):
-        raise ValueError(
-            f"{name} is on {place_of(array, name)} and the input on {place_of(x, 'input')}; move one of them "
-            "(cupy.asarray, cupy.asnumpy, or a layer's to_gpu() / to_cpu())"
-        )
-    if array.dtype != x.dtype and array.dtype != math_dtype(x.dtype):
-        accepted = sorted({x.dtype.name, math_dtype(x.dtype).name})
-        raise TypeError(
-            f"{name} has dtype {array.dtype} and the input {x.dtype}; {name} must be {' or '.join(accepted)}"
-        )
-    if array.shape != x.shape[1:2] and not (per_sample and array.shape == x.shape[:2]):
-        shapes = (x.shape[1:2], x.shape[:2]) if per_sample else (x.shape[1:2],)
-        raise ValueError(
-            f"{name} has shape {array.shape}, but the input of shape {x.shape} has {x.shape[1]} channels: "
-            f"needed is {' or '.join(map(str, shapes))}"
-        )
-    if written and kind_of(array, name) == "numpy" and not array.flags.writeable:
-        raise ValueError(f"{name} is read-only, and is to be updated")
-
-
-def check_like(array: Array, name: str, x: Array) -> None:
-    """dy and the residual: shape, dtype and device of x, any strides."""
-    if place_of(array, name) != place_of(x, "input"):
-        raise ValueError(f"{name} is on {place_of(array, name)} and the input on {place_of(x, 'input')}")
-    if array.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}; needed is the input's, {x.dtype}")
-    if array.shape != x.shape:
-        raise ValueError(f"{name} has shape {array.shape}; needed is the input's, {x.shape}")
-
-
-def _as_host(array: Array) -> np.ndarray:
-    """A view with the same address, shape and strides, for questions about memory only: never read."""
-    if isinstance(array, np.ndarray):
-        return array
-
-    class Memory:
-        __array_interface__ = {  # noqa: RUF012
-            "data": (array.data.ptr, False),
-            "shape": array.shape,
-            "strides": array.strides,
-            "typestr": f"|V{array.itemsize}",
-            "version": 3,
-        }
-
-    return np.asarray(Memory())
-
-
-def _bounds_meet(a: Array, b: Array) -> bool:
-    """numpy.may_share_memory of CuPy arrays. CuPy's own takes memory that came in by two ways for two memories."""
-    ends = []
-    for array in (a, b):
-        if array.size == 0:
-            return False
-        reach = [stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True)]
-        start = array.data.ptr
-        ends.append((start + sum(step for step in reach if step < 0), start + sum(step for step in reach if step > 0)))
-    (low, high), (other_low, other_high) = ends
-    return low < other_high + b.itemsize and other_low < high + a.itemsize
-
-
-def overlap(a: Array, b: Array) -> bool:
-    """Whether two arrays have memory in common; True also where that is too hard to tell."""
-    host = isinstance(a, np.ndarray)
-    if host != isinstance(b, np.ndarray) or not (np.may_share_memory(a, b) if host else _bounds_meet(a, b)):
-        return False
-    try:
-        return bool(np.shares_memory(_as_host(a), _as_host(b), max_work=100_000))  # type: ignore[arg-type]  # any integer
-    except np.exceptions.TooHardError:
-        return True
-
-
-def check_apart(written: Sequence[tuple[str, Array]], others: Sequence[tuple[str, Array | None]]) -> None:
-    """Arrays (C,) that are updated in place: each has memory of its own, and none of the others'."""
-    for number, (name, array) in enumerate(written):
-        if array.size > 1 and abs(array.strides[0]) < array.itemsize:
-            raise ValueError(
-                f"{name} is to be updated and has strides {array.strides}: several of its elements are the same memory"
-            )
-        for other_name, other in (*written[:number], *others):
-            if other is not None and overlap(other, array):
-                raise ValueError(
-                    f"{other_name} and {name} share memory, and {name} is to be updated: give each an array of its own"
-                )
-
-
-def _same_memory(a: Array, b: Array) -> bool:
-    ha, hb = _as_host(a), _as_host(b)
-    # Strides of axes of size 1 say nothing.
-    steps = [[s for s, size in zip(array.strides, array.shape, strict=True) if size > 1] for array in (a, b)]
-    return bool(
-        a.shape == b.shape
-        and steps[0] == steps[1]
-        and ha.__array_interface__["data"][0] == hb.__array_interface__["data"][0]
-    )
-
-
-def _overlaps_itself(a: Array) -> bool:
-    """Whether two indices may mean the same element: needed for out only, so a sufficient test."""
-    reach = a.itemsize
-    for stride, size in sorted(
-        (abs(stride), size) for stride, size in zip(a.strides, a.shape, strict=True) if size > 1
-    ):
-        if stride < reach:
-            return True
-        reach = stride * (size - 1) + reach
-    return False
-
-
-def _check_out(out: Array, x: Array, inputs: Sequence[tuple[str, Array | None]]) -> None:
-    """Whether out may be written: it must not overlap an input unless it is that input."""
-    if place_of(out, "out") != place_of(x, "input"):
-        raise ValueError(f"out is on {place_of(out, 'out')} and the input on {place_of(x, 'input')}")
-    if out.shape != x.shape or out.dtype != x.dtype:
-        raise ValueError(
-            f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {x.shape} and dtype {x.dtype}"
-        )
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError("out is read-only")
-    if out.size and _overlaps_itself(out):
-        raise ValueError(f"out has strides {out.strides}: several of its elements are the same memory")
-    for name, array in inputs:
-        if array is None or not overlap(out, array):
-            continue
-        if array.ndim < 3 or not _same_memory(out, array):
-            raise ValueError(f"out overlaps {name} without being the same array: it would be read after being written")
-
-
-def _spoil(saved: Saved, out: Array | None) -> None:
-    """Note in saved that out was its x, or its residual."""
-    if out is not None and any(overlap(out, array) for array in (saved.x, saved.residual) if array is not None):
-        saved.overwritten = True
+from ._checks import (
+    check_activation,
+    check_apart,
+    check_eps,
+    check_input,
+    check_like,
+    check_no_activation,
+    check_number,
+    check_out,
+    check_per_channel,
+    check_saved,
+    note_overwritten,
+    place_of,
+)
+from ._types import Array, ForwardCall, ForwardResult, Saved
+from .backend import backend_of
 
 
 def instance_norm(
@@ -368,11 +75,15 @@ def instance_norm(
             without being that array, or running statistics to be updated that share memory with each other, with the
             parameters or with the input. Nothing has been written then.
     """
-    y, _ = checked_forward(
-        input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps,
-        activation, negative_slope, residual, out, keep=None,
+    result = checked_forward(
+        ForwardCall(
+            x=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
+            use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
+            negative_slope=negative_slope, residual=residual, out=out, save=False,
+        )
     )  # fmt: skip
-    return y
+    result.commit()
+    return result.y
 
 
 def instance_norm_forward(
@@ -400,79 +111,54 @@ def instance_norm_forward(
     Returns:
         (y, saved)
     """
-    y, saved = checked_forward(
-        x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps,
-        activation, negative_slope, residual, out, keep=lambda _: (),
+    result = checked_forward(
+        ForwardCall(
+            x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
+            use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
+            negative_slope=negative_slope, residual=residual, out=out,
+        )
     )  # fmt: skip
-    assert saved is not None
-    return y, saved
+    assert result.saved is not None
+    result.commit()
+    return result.y, result.saved
 
 
-def checked_forward(
-    x: Array,
-    weight: Array | None,
-    bias: Array | None,
-    running_mean: Array | None,
-    running_var: Array | None,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    activation: str | None,
-    negative_slope: float,
-    residual: Array | None,
-    out: Array | None,
-    *,
-    keep: Keep | None,
-) -> tuple[Array, Saved | None]:
-    """`instance_norm`, and Saved with it if keep is given: what keep(saved) tells is done with the last writes."""
-    check_input(x)
-    momentum, eps = check_number(momentum, "momentum"), check_eps(eps)
-    negative_slope = check_number(negative_slope, "negative_slope")
-    check_activation(activation)
-    use_input_stats = bool(use_input_stats)
+def checked_forward(call: ForwardCall, place: str | None = None) -> ForwardResult:
+    """Check a call's arguments and run its backend's forward; the caller commits the result.
+
+    place: of call.x, if it is known already. Numbers in call are converted in place.
+    """
+    x, running_mean, running_var = call.x, call.running_mean, call.running_var
+    place = check_input(x, place=place)
+    call.momentum, call.eps = check_number(call.momentum, "momentum"), check_eps(call.eps)
+    call.negative_slope = check_number(call.negative_slope, "negative_slope")
+    check_activation(call.activation)
+    call.use_input_stats = bool(call.use_input_stats)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"running_mean and running_var go together, but {missing} is None")
-    if not use_input_stats and running_mean is None:
+    if not call.use_input_stats and running_mean is None:
         raise ValueError("use_input_stats=False needs running_mean and running_var")
-    updated = running_mean is not None and use_input_stats and momentum != 0
-    if running_mean is not None:
-        check_per_channel(running_mean, "running_mean", x, written=updated)
-        check_per_channel(running_var, "running_var", x, written=updated)
-    if weight is not None:
-        check_per_channel(weight, "weight", x, per_sample=True)
-    if bias is not None:
-        check_per_channel(bias, "bias", x, per_sample=True)
-    if residual is not None:
-        check_like(residual, "residual", x)
-    if use_input_stats and math.prod(x.shape[2:]) == 1:
-        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
-    inputs = ("input", x), ("residual", residual), ("weight", weight), ("bias", bias)
     statistics = ("running_mean", running_mean), ("running_var", running_var)
-    if updated:
+    if running_mean is not None:
+        for name, array in statistics:
+            check_per_channel(array, name, x, place, written=call.updates)
+    if call.weight is not None:
+        check_per_channel(call.weight, "weight", x, place, per_sample=True)
+    if call.bias is not None:
+        check_per_channel(call.bias, "bias", x, place, per_sample=True)
+    if call.residual is not None:
+        check_like(call.residual, "residual", x, place)
+    if call.use_input_stats and math.prod(x.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+    inputs = ("input", x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)
+    if call.updates:
         check_apart(statistics, inputs)
-    if out is not None:
-        _check_out(out, x, (*inputs, *statistics))
-
-    def told(saved: Saved) -> tuple[partial[Any], ...]:
-        _spoil(saved, out)
-        return keep(saved) if keep is not None else ()
-
-    result: tuple[Array, Saved | None] = backend_of(x).forward(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        use_input_stats=use_input_stats,
-        momentum=momentum,
-        eps=eps,
-        out=out,
-        keep=None if keep is None else told,
-        activation=activation,
-        negative_slope=negative_slope,
-        residual=residual,
-    )
+    if call.out is not None:
+        check_out(call.out, x, place, (*inputs, *statistics))
+    result = backend_of(place).forward(call)
+    if result.saved is not None:
+        note_overwritten(result.saved, call.out)
     return result
 
 
@@ -501,15 +187,16 @@ def instance_norm_backward(dy: Array, saved: Saved, *, out: Array | None = None)
     Raises:
         TypeError, ValueError: dy, saved or out do not fit. Nothing has been written then.
     """
-    _check_saved(saved)
+    check_saved(saved)
     x = saved.x
-    check_like(dy, "dy", x)
+    place = place_of(x, "input")
+    check_like(dy, "dy", x, place)
     if out is not None:
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
-        _check_out(out, x, (*inputs, ("mean", saved.mean), ("rstd", saved.rstd), ("mean_lo", saved.mean_lo)))
-    _spoil(saved, out)  # before anything is written: a call that is broken off may have begun to
-    gradients: tuple[Array, ...] = backend_of(x).backward(dy, saved, out=out)
-    return gradients if saved.with_residual else gradients[:3]
+        check_out(out, x, place, (*inputs, ("mean", saved.mean), ("rstd", saved.rstd), ("mean_lo", saved.mean_lo)))
+    note_overwritten(saved, out)  # before anything is written: an interrupted call may have written a part
+    gradients = backend_of(place).backward(dy, saved, out=out)
+    return gradients[: 4 if saved.with_residual else 3]
 
 
 def instance_norm_double_backward(
@@ -556,39 +243,23 @@ def instance_norm_double_backward(
         TypeError, ValueError: an array does not fit; all three gradients are None; ddweight (ddbias) for a forward
             without a weight (bias); or a forward with an activation: apply the activation separately instead.
     """
-    _check_saved(saved)
+    check_saved(saved)
     x = saved.x
+    place = place_of(x, "input")
     check_no_activation(saved.activation)
-    check_like(dy, "dy", x)
+    check_like(dy, "dy", x, place)
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are all None; needed is one of them at least")
     if ddx is not None:
-        check_like(ddx, "ddx", x)
+        check_like(ddx, "ddx", x, place)
     for gradient, parameter, name in ((ddweight, saved.weight, "weight"), (ddbias, saved.bias, "bias")):
         if gradient is None:
             continue
-        kind_of(gradient, f"dd{name}")
+        place_of(gradient, f"dd{name}")
         if parameter is None:
             raise ValueError(f"dd{name} is given, but the forward had no {name}; needed is None")
-        check_per_channel(gradient, f"dd{name}", x, per_sample=True)
+        check_per_channel(gradient, f"dd{name}", x, place, per_sample=True)
         if gradient.shape != parameter.shape:
             raise ValueError(f"dd{name} has shape {gradient.shape}; needed is that of {name}, {parameter.shape}")
-    results: tuple[Array, Array, Array | None] = backend_of(x).double_backward(ddx, ddweight, ddbias, dy, saved)
-    return results
-
-
-def check_no_activation(activation: str | None) -> None:
-    """Of a double backward."""
-    if activation is not None:
-        raise ValueError(
-            f"no double backward through the fused activation {activation!r}: call instance_norm_forward "
-            "without it, and apply the activation (and what is added before it) as an operation of its own"
-        )
-
-
-def _check_saved(saved: Any) -> None:
-    """What a forward returned, with its arrays as they were."""
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
-    if saved.overwritten:
-        raise ValueError("the forward's input or residual, which the backward needs, has been written over (as out)")
+    ddy, dx, dweight = backend_of(place).double_backward(ddx, ddweight, ddbias, dy, saved)
+    return ddy, dx, dweight

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from . import __version__, devices
+from .config import get_num_threads
 from .cuda.source import kernel_folder
-from .threads import get_num_threads
 
 CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 OPTIONAL = {"cpu": ("numba",), "bf16": ("ml_dtypes",), "demo": ("matplotlib", "rich", "sklearn")}  # extra: its modules

@@ -12,20 +12,17 @@ from typing import Any
 import numpy as np
 
 from . import devices
-from .functional import (
-    Array,
-    Saved,
-    at_once,
+from ._checks import (
     check_activation,
     check_apart,
     check_dtype,
     check_eps,
     check_number,
-    checked_forward,
-    instance_norm_backward,
     kind_of,
     place_of,
 )
+from ._types import Array, ForwardCall, Saved, commit
+from .functional import checked_forward, instance_norm_backward
 from .inference import inferring
 
 
@@ -100,7 +97,7 @@ def _write(own: Mapping[str, Array], values: Mapping[str, np.ndarray], layer: _I
         if isinstance(own[name], np.ndarray) and not own[name].flags.writeable:
             raise ValueError(f"{name} of {layer!r} is read-only; it must be writable")
     moved = {name: devices.to_device(v.astype(own[name].dtype), layer.device) for name, v in values.items()}
-    at_once(*(partial(operator.setitem, own[name], ..., value) for name, value in moved.items()))
+    commit(*(partial(operator.setitem, own[name], ..., value) for name, value in moved.items()))
 
 
 def _plain(value: Any) -> bool:
@@ -126,10 +123,11 @@ def _check_gradient(name: str, parameter: Parameter) -> None:
     grad, data = parameter.grad, parameter.data
     if grad is None:
         return
-    if place_of(grad, f"{name}.grad") != place_of(data, name) or grad.shape != data.shape or grad.dtype != data.dtype:
+    place, own = place_of(data, name), place_of(grad, f"{name}.grad")
+    if own != place or grad.shape != data.shape or grad.dtype != data.dtype:
         raise ValueError(
-            f"{name}.grad is {grad.shape} {grad.dtype} on {place_of(grad, name)}; backward adds to it and needs "
-            f"{data.shape} {data.dtype} on {place_of(data, name)}, or None"
+            f"{name}.grad is {grad.shape} {grad.dtype} on {own}; backward adds to it and needs "
+            f"{data.shape} {data.dtype} on {place}, or None"
         )
     if isinstance(grad, np.ndarray) and not grad.flags.writeable:
         raise ValueError(f"{name}.grad is read-only; backward adds to it")
@@ -261,25 +259,25 @@ class _InstanceNorm:
             TypeError, ValueError: see `cupynorm.instance_norm`; weight or bias is given to an affine layer. Nothing
                 has been written then.
         """
-        kind_of(x, "input")
+        place = place_of(x, "input")
         rank = self._spatial_rank
         if x.ndim not in (rank + 1, rank + 2):
             raise ValueError(f"expected {rank + 1}D or {rank + 2}D input (got {x.ndim}D input)")
-        if not self._anywhere and place_of(x, "input") != self.device:
+        if not self._anywhere and place != self.device:
             raise TypeError(
-                f"the layer is on {self.device} and the input on {place_of(x, 'input')}: move the layer with "
-                f"{'to_cpu()' if place_of(x, 'input') == 'cpu' else 'to_gpu()'}, or the input with "
+                f"the layer is on {self.device} and the input on {place}: move the layer with "
+                f"{'to_cpu()' if place == 'cpu' else 'to_gpu()'}, or the input with "
                 f"{'cupy.asnumpy' if self.device == 'cpu' else 'cupy.asarray'}"
             )
         if self.affine and (weight is not None or bias is not None):
             raise ValueError("weight and bias of a call need a layer with affine=False; this layer has its own")
-        if residual is not None:
-            kind_of(residual, "residual")
-            if residual.shape != x.shape:
-                raise ValueError(f"residual has shape {residual.shape}; needed is the input's, {x.shape}")
-        if out is not None:
-            kind_of(out, "out")
         unbatched = x.ndim == rank + 1
+        if unbatched:
+            for name, array in (("residual", residual), ("out", out)):
+                if array is not None:
+                    kind_of(array, name)
+            if residual is not None and residual.shape != x.shape:
+                raise ValueError(f"residual has shape {residual.shape}; needed is the input's, {x.shape}")
         axis = 0 if unbatched else 1
         if x.shape[axis] != self.num_features:
             if self.affine:
@@ -295,30 +293,30 @@ class _InstanceNorm:
                     stacklevel=_level_of_caller(),
                 )
         use_input_stats = self.training or not self.track_running_stats
-        nothing = inferring()
-
-        def kept(saved: Saved) -> tuple[partial[Any], ...]:
-            pair = None if nothing else (saved, unbatched)
-            return partial(setattr, self, "saved", pair), partial(setattr, self, "_inferred", nothing)
-
-        y, _ = checked_forward(
-            x[None] if unbatched else x,
-            weight if self.weight is None else self.weight.data,
-            bias if self.bias is None else self.bias.data,
-            self.running_mean,
-            self.running_var,
-            use_input_stats,
-            self.momentum or 0.0,
-            self.eps,
-            self.activation,
-            self.negative_slope,
-            residual[None] if unbatched and residual is not None else residual,
-            out[None] if unbatched and out is not None else out,
-            keep=kept,
+        inference = inferring()
+        result = checked_forward(
+            ForwardCall(
+                x=x[None] if unbatched else x,
+                weight=weight if self.weight is None else self.weight.data,
+                bias=bias if self.bias is None else self.bias.data,
+                running_mean=self.running_mean,
+                running_var=self.running_var,
+                use_input_stats=use_input_stats,
+                momentum=self.momentum or 0.0,
+                eps=self.eps,
+                activation=self.activation,
+                negative_slope=self.negative_slope,
+                residual=residual[None] if unbatched and residual is not None else residual,
+                out=out[None] if unbatched and out is not None else out,
+                save=not inference,
+            ),
+            place,
         )
+        saved = None if result.saved is None else (result.saved, unbatched)
+        result.commit(partial(setattr, self, "saved", saved), partial(setattr, self, "_inferred", inference))
         if out is not None:
             return out
-        return y[0] if unbatched else y
+        return result.y[0] if unbatched else result.y
 
     def __call__(self, x: Array, **given: Array | None) -> Array:
         """The same as forward."""
@@ -357,9 +355,12 @@ class _InstanceNorm:
         if not (isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[0], Saved)):
             raise TypeError(f"saved must be the layer's .saved after a forward, got {type(kept).__qualname__}")
         call, unbatched = kept
-        kind_of(dy, "dy")
-        if out is not None:
-            kind_of(out, "out")
+        if unbatched:
+            kind_of(dy, "dy")
+            if dy.shape != call.x.shape[1:]:
+                raise ValueError(f"dy has shape {dy.shape}; needed is the input's, {call.x.shape[1:]}")
+            if out is not None:
+                kind_of(out, "out")
         named = [(name.lstrip("/"), trained) for name, trained in self.namedparams()]
         for name, trained in named:
             _check_gradient(name, trained)
@@ -367,9 +368,6 @@ class _InstanceNorm:
             [(f"{name}.grad", trained.grad) for name, trained in named if trained.grad is not None],
             [(name, trained.data) for name, trained in named],
         )
-        shape = call.x.shape[1:] if unbatched else call.x.shape
-        if dy.shape != shape:
-            raise ValueError(f"dy has shape {dy.shape}; needed is the last input's, {shape}")
         dx, dweight, dbias, *dresidual = instance_norm_backward(
             dy[None] if unbatched else dy, call, out=out[None] if unbatched and out is not None else out
         )
@@ -385,7 +383,7 @@ class _InstanceNorm:
                 writes.append(partial(operator.setitem, parameter.grad, ..., parameter.grad + gradient))
         gradients += [g[0] if unbatched else g for g in dresidual]
         result = gradients[0] if len(gradients) == 1 else tuple(gradients)
-        at_once(*writes)
+        commit(*writes)
         return result
 
     # Modes and parameters
@@ -526,7 +524,7 @@ class _InstanceNorm:
         arrays += [(self, name, getattr(self, name)) for name in self._buffers]
         moved = [(o, n, devices.to_device(devices.to_host(a), device)) for o, n, a in arrays if a is not None]
         facts = (("device", device), ("saved", None), ("_inferred", False), ("_anywhere", False))
-        at_once(*(partial(setattr, *each) for each in (*moved, *((self, *fact) for fact in facts))))
+        commit(*(partial(setattr, *each) for each in (*moved, *((self, *fact) for fact in facts))))
         return self
 
     def __getstate__(self) -> dict[str, Any]:

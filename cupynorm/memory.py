@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .functional import check_count
+from . import config
 
 LEAST = 2**18  # bytes of a result; the C library pools smaller blocks itself
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
@@ -44,8 +44,7 @@ class _Memory:
     its release. Each reader iterates over its own copy of the list, and each change is a single step.
     """
 
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit  # bytes of free blocks; None: environment not read yet
+    def __init__(self) -> None:
         self.free: dict[int, _Block] = {}  # by id
         self.leased: set[_Lease] = set()
 
@@ -70,7 +69,7 @@ class _Memory:
     def _give_back(self, lease: _Lease) -> None:
         self.leased.discard(lease)
         self.free[id(lease.block)] = lease.block
-        self.trim(get_memory_limit())
+        self.trim(config.get_memory_limit())
 
     def trim(self, limit: int) -> None:
         """Free blocks until the limit is met, the oldest first."""
@@ -87,38 +86,19 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Like numpy.empty, with memory from the pool."""
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
-    if size < LEAST or not get_memory_limit():
+    if size < LEAST or not config.get_memory_limit():
         return np.empty(shape, dtype)
     return np.ndarray(shape, dtype, _memory.lease(size))
 
 
-def get_memory_limit() -> int:
-    """Return how many bytes of freed results the CPU memory pool may keep."""
-    if _memory.limit is None:
-        text = os.environ.get("CUPYNORM_MEMORY_LIMIT", "").strip()
-        if text and not text.isdecimal():
-            raise ValueError(f"CUPYNORM_MEMORY_LIMIT must be a number of bytes, got {text!r}")
-        _memory.limit = int(text) if text else 2**30
-    return _memory.limit
+_memory = _Memory()
 
 
-def set_memory_limit(limit: int) -> None:
-    """Set how many bytes of freed results the CPU memory pool may keep for new results.
-
-    Memory over the limit is returned to the system at once, the oldest first; 0 disables the pool. The default is
-    CUPYNORM_MEMORY_LIMIT from the environment, or 1 GiB. Memory on a GPU is managed by CuPy's own pool.
-
-    Args:
-        limit: bytes, at least 0.
-
-    Raises:
-        TypeError: not an integer. ValueError: less than 0. The limit is unchanged then.
-    """
-    _memory.limit = check_count(limit, "memory limit", 0)
-    _memory.trim(_memory.limit)
+def _trim(limit: int) -> None:
+    _memory.trim(limit)
 
 
-_memory = _Memory(None)
+config.on_memory_limit.append(_trim)
 
 
 def _after_fork() -> None:

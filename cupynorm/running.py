@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from .functional import Array, at_once
+from ._types import Array, commit
 
 #: One object, the version of all statistics in the process. A writer removes it and adds a new one.
 _present: set[object] = {object()}
 
 
-def move(pairs: Sequence[tuple[Array, np.ndarray]], momentum: float, writes: Sequence[partial[Any]]) -> None:
+def move(pairs: Sequence[tuple[Array, np.ndarray]], momentum: float, *writes: partial[Any]) -> None:
     """running <- (1 - momentum) * running + momentum * mean, in float64, for each pair (running, mean of the batch).
 
     `writes`, partials of functions in C, are run in the same step, all or nothing.
@@ -37,7 +37,7 @@ def move(pairs: Sequence[tuple[Array, np.ndarray]], momentum: float, writes: Seq
             moves = [_moved(*pair, momentum) for pair in pairs]
         try:
             # The last writes may free arrays and so run Python code; other calls may write again by then.
-            at_once(partial(_present.remove, *seen), *moves, partial(_present.add, object()), *writes)
+            commit(partial(_present.remove, *seen), *moves, partial(_present.add, object()), *writes)
         except KeyError:
             continue
         except BaseException:

@@ -10,16 +10,9 @@ from typing import Any
 
 from thinc.api import Model
 
-from .functional import (
-    Array,
-    check_activation,
-    check_count,
-    check_eps,
-    check_number,
-    instance_norm_backward,
-    instance_norm_forward,
-    kind_of,
-)
+from ._checks import check_activation, check_count, check_eps, check_number, kind_of
+from ._types import Array
+from .functional import instance_norm_backward, instance_norm_forward
 
 
 class _Changes:

@@ -1,4 +1,4 @@
-"""Threads of the CPU backend: their number, and a pool that runs the tasks of a call.
+"""The CPU backend's thread pool: it shares a call's tasks among threads.
 
 The caller always works too, and never waits for a helper that has not started, so any number of Python threads may
 share the pool. Helper threads start at first need, a forked child starts its own, and all end at exit.
@@ -8,112 +8,13 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import math
 import os
 import queue
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
-
-from .functional import check_count
-
-
-def available_cpus() -> int:
-    """Count the processors this process may use: its affinity, limited by the container's quota, rounded up."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    count = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
-    return max(1, min([count, *(math.ceil(quota) for quota in _quotas())]))
-
-
-def _quotas(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[float]:
-    """Yield the limits, in processors, of this process's control group and its parents (version 2 or 1)."""
-    try:
-        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
-    except OSError:
-        return
-    for _, controllers, path in groups:
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        top = root / controllers if controllers else root
-        here = top / path.strip("/")
-        for folder in (here, *here.parents):
-            try:
-                if controllers:
-                    quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-                else:
-                    quota, period = (folder / "cpu.max").read_text().split()
-                if quota != "max" and int(quota) > 0:
-                    yield int(quota) / int(period)
-            except (OSError, ValueError):
-                pass  # the root has no limit; a container may not see the groups around it
-            if folder == top:
-                break
-
-
-def get_num_threads() -> int:
-    """Return how many threads a call on NumPy arrays may use now, the caller's included: see `set_num_threads`."""
-    if _state.number is not None:
-        return _state.number
-    if _state.default is None:
-        _state.default = _default()
-    return min(_state.default, *limits) if (limits := _limits()) else _state.default
-
-
-def set_num_threads(number: int) -> None:
-    """Set how many threads a call on NumPy arrays may use, the caller's included. Small calls use fewer.
-
-    The default is the minimum of these, where they exist:
-
-    - CUPYNORM_NUM_THREADS from the environment, or else the processors this process may use (affinity and container
-      limits);
-    - OMP_NUM_THREADS (the first number of a list) and OMP_THREAD_LIMIT from the environment, which joblib and dask set
-      for their workers; values other than positive integers are ignored;
-    - if threadpoolctl has been imported, the current limits of BLAS and OpenMP libraries (`threadpool_limits`);
-    - in workers of a PyTorch DataLoader, `torch.get_num_threads()`, which is 1 there by default.
-
-    The environment is read at first use. Results are bitwise independent of the number.
-
-    Args:
-        number: at least 1.
-
-    Raises:
-        TypeError: not an integer. ValueError: less than 1. The number is unchanged then.
-    """
-    _state.number = check_count(number, "number of threads", 1)
-
-
-def _default() -> int:
-    """Return the number of threads from the environment and the system."""
-    text = os.environ.get("CUPYNORM_NUM_THREADS", "").strip()
-    if text and not (text.isdecimal() and int(text) > 0):
-        raise ValueError(f"CUPYNORM_NUM_THREADS must be a positive integer, got {text!r}")
-    numbers = [int(text) if text else available_cpus()]
-    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
-        first = os.environ.get(name, "").partition(",")[0].strip()
-        if first.isdecimal() and int(first) > 0:
-            numbers.append(int(first))
-    return min(numbers)
-
-
-def _limits() -> list[int]:
-    """Return the thread limits set through other imported libraries."""
-    found: list[int] = []
-    threadpoolctl, data = sys.modules.get("threadpoolctl"), sys.modules.get("torch.utils.data")
-    try:  # other modules may have these names
-        if threadpoolctl is not None:
-            if _state.controller is None:  # a controller takes longer to create than to query
-                _state.controller = threadpoolctl.ThreadpoolController()
-            found += [number for library in _state.controller.lib_controllers if (number := library.num_threads)]
-        if data is not None and data.get_worker_info() is not None:
-            found.append(sys.modules["torch"].get_num_threads())
-    except Exception:
-        pass
-    return found
-
 
 _library: Any = None
 with suppress(Exception):  # the C library lacks these functions
@@ -268,9 +169,6 @@ class _Pool:
 
 
 class _State:
-    number: int | None = None  # of threads, set by the user
-    default: int | None = None  # from the environment; None: not read yet
-    controller: Any = None  # threadpoolctl's
     pool = _Pool()
 
 
@@ -295,7 +193,6 @@ def share(
 
 def _after_fork() -> None:
     _state.pool = _Pool()  # the child has none of the parent's helpers, and its locks may be held
-    _state.default = None  # worker processes may have another environment
 
 
 if hasattr(os, "register_at_fork"):

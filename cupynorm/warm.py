@@ -10,19 +10,9 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-from .functional import (
-    Array,
-    check_activation,
-    check_input,
-    check_like,
-    check_no_activation,
-    check_number,
-    instance_norm_backward,
-    instance_norm_double_backward,
-    instance_norm_forward,
-    kind_of,
-    math_dtype,
-)
+from ._checks import check_activation, check_input, check_like, check_no_activation, check_number
+from ._types import Array, math_dtype
+from .functional import instance_norm_backward, instance_norm_double_backward, instance_norm_forward
 
 #: Called before each step, and once at the end: with the number of steps done, their total, and the next step's name.
 Progress = Callable[[int, int, str], Any]
@@ -77,17 +67,17 @@ def warmup(
         TypeError, ValueError: x cannot be normalised, another argument does not fit x, or double_backward is combined
             with an activation.
     """
-    check_input(x)
+    place = check_input(x)
     check_activation(activation)
     negative_slope = check_number(negative_slope, "negative_slope")
     if double_backward:
         check_no_activation(activation)
     if residual is not None:
-        check_like(residual, "residual", x)
+        check_like(residual, "residual", x, place)
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be None, a bool or a function (done, total, what), got {progress!r}")
     device: Any = nullcontext()
-    if kind_of(x, "input") == "numpy":
+    if place == "cpu":
         from . import cpu
 
         steps = cpu.rehearsals(x, activation, negative_slope, residual)

@@ -12,7 +12,8 @@ import pytest
 from helpers import backends, compare, pairwise, seeds, tiers
 from helpers.backends import Backend
 
-from cupynorm import cpu, functional, threads
+from cupynorm import config, cpu
+from cupynorm.backend import MODULES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,13 +91,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def run_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run the public functions on NumPy arrays, with a runtime that replaces the GPU's."""
-    from cupynorm.cuda.launch import Launcher
+    from cupynorm.cuda.launch import CudaBackend
 
     def made(runtime: Any) -> Any:
         backends.note_launches(runtime, monkeypatch)
-        for name in ("forward", "backward", "double_backward"):
-            monkeypatch.setattr(f"simt.backend.{name}", getattr(Launcher(runtime), name))
-        monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
+        monkeypatch.setattr("simt.backend.backend", CudaBackend(runtime))
+        monkeypatch.setitem(MODULES, "cpu", "simt.backend")
         return runtime
 
     return made
@@ -104,9 +104,9 @@ def run_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
 
 @pytest.fixture
 def threads_as_they_were():
-    before = threads._state.number
+    before = config.num_threads.given
     yield
-    threads._state.number = before
+    config.num_threads.given = before
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ import cupynorm
 from bench import __main__ as bench
 from bench import aims, cases, claims, dram, host, passes, peers, prime, report, smoke, summary, timing, values
 from cupynorm import cpu, devices
+from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.plan import DEVICES, contiguous_desc
 from cupynorm.cuda.variants import ITEMSIZE
-from cupynorm.explain import plan_for
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.long

@@ -12,8 +12,8 @@ import pytest
 from helpers.backends import Backend, on, on_kernels
 
 from cupynorm.cuda import plan
+from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.plan import ArrayDesc, Device, Op
-from cupynorm.explain import plan_for
 
 #: Numba compiles each kind of call for itself, in seconds: the dtype in which an activation is compiled.
 COMPILED = {"relu": "float32", "leaky_relu": "float16", "silu": "bfloat16", "gelu": "float64"}

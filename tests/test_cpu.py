@@ -25,7 +25,7 @@ from helpers.pairwise import pairwise
 from helpers.tiers import amount
 
 import cupynorm as cn
-from cupynorm import cpu, halves, threads
+from cupynorm import config, cpu, cpu_count, halves, threads
 
 if cpu.numba is not None:
     from cupynorm import moves
@@ -729,10 +729,10 @@ def said(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_number_of_threads():
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert 1 <= threads.available_cpus() <= (usable or 1)
+    assert 1 <= cpu_count.available_cpus() <= (usable or 1)
     ask = "import cupynorm; print(cupynorm.get_num_threads())"
     assert said(ask, CUPYNORM_NUM_THREADS="7", OMP_NUM_THREADS="").stdout == "7\n"
-    assert said(ask, CUPYNORM_NUM_THREADS="", OMP_NUM_THREADS="").stdout == f"{threads.available_cpus()}\n"
+    assert said(ask, CUPYNORM_NUM_THREADS="", OMP_NUM_THREADS="").stdout == f"{cpu_count.available_cpus()}\n"
     if hasattr(os, "sched_setaffinity"):
         pinned = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
         assert said(pinned + ask, CUPYNORM_NUM_THREADS="").stdout == "1\n"
@@ -767,10 +767,10 @@ def test_limits_from_the_environment(monkeypatch: pytest.MonkeyPatch, environmen
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(threads, "_limits", lambda: [])
-    monkeypatch.setattr(threads, "available_cpus", lambda: 8)
-    monkeypatch.setattr(threads._state, "default", None)
-    monkeypatch.setattr(threads._state, "number", None)
+    monkeypatch.setattr(cpu_count, "library_limits", lambda: [])
+    monkeypatch.setattr(cpu_count, "available_cpus", lambda: 8)
+    monkeypatch.setattr(config.num_threads, "found", None)
+    monkeypatch.setattr(config.num_threads, "given", None)
     assert cn.get_num_threads() == number
     monkeypatch.setenv("CUPYNORM_NUM_THREADS", "1")
     assert cn.get_num_threads() == number
@@ -781,21 +781,21 @@ def test_limits_from_the_environment(monkeypatch: pytest.MonkeyPatch, environmen
 def test_limits_of_threadpoolctl(monkeypatch: pytest.MonkeyPatch):
     """As they are at the moment, for whoever has imported it."""
     control = pytest.importorskip("threadpoolctl")
-    monkeypatch.setattr(threads._state, "default", 64)
-    monkeypatch.setattr(threads._state, "number", None)
-    monkeypatch.setattr(threads._state, "controller", None)
+    monkeypatch.setattr(config.num_threads, "found", 64)
+    monkeypatch.setattr(config.num_threads, "given", None)
+    monkeypatch.setattr(cpu_count, "_controllers", [])
     usual = min(library["num_threads"] for library in control.threadpool_info())
     assert cn.get_num_threads() == min(64, usual)
     with control.threadpool_limits(1):
         assert cn.get_num_threads() == 1
         cn.set_num_threads(5)
         assert cn.get_num_threads() == 5
-        monkeypatch.setattr(threads._state, "number", None)
+        monkeypatch.setattr(config.num_threads, "given", None)
     assert cn.get_num_threads() == min(64, usual)
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)  # not imported
     assert cn.get_num_threads() == 64
     monkeypatch.setitem(sys.modules, "threadpoolctl", object())  # something else of the name
-    monkeypatch.setattr(threads._state, "controller", None)
+    monkeypatch.setattr(cpu_count, "_controllers", [])
     assert cn.get_num_threads() == 64
 
 
@@ -856,8 +856,8 @@ def test_quota_of_a_container(tmp_path: Path, version: int):
         (folder / "cpu.cfs_period_us").write_text("100000\n")
         (folder.parent / "cpu.cfs_quota_us").write_text("-1\n")
         (folder.parent / "cpu.cfs_period_us").write_text("100000\n")
-    assert list(threads._quotas(tmp_path, own)) == [1.5]
-    assert list(threads._quotas(tmp_path, tmp_path / "nothing")) == []
+    assert list(cpu_count._quotas(tmp_path, own)) == [1.5]
+    assert list(cpu_count._quotas(tmp_path, tmp_path / "nothing")) == []
 
 
 # The compiled loops

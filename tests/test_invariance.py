@@ -16,11 +16,10 @@ from helpers.backends import Backend, on
 from helpers.compare import Bits
 
 import cupynorm as cn
-from cupynorm import devices
-from cupynorm.cuda.launch import _state
+from cupynorm import config, devices
+from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.plan import DEVICES, ArrayDesc, Device, Layout, Op, Plan, choose_layout, contiguous_desc, plan
 from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind
-from cupynorm.explain import plan_for
 
 EIGHT = Device("eight", (9, 0), 8, 99 * 1024, 4 * 2**20, 4)
 THREE = Device("three", (9, 0), 3, 227 * 1024, 2**20)
@@ -39,9 +38,9 @@ SAMPLES = 5
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    before = _state.batch_invariant
+    before = config.batch_invariant.given
     yield
-    _state.batch_invariant = before
+    config.batch_invariant.given = before
 
 
 def results(backend: Backend, x: Any, dy: Any, weight: Any, double: bool) -> list[np.ndarray]:

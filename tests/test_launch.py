@@ -186,12 +186,12 @@ def test_rounds_of_a_split_have_each_plane_once(
     other = SimpleNamespace(channel_vecs=9)
     plan = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])
     call: Any = SimpleNamespace(nc=(n, c), plan=plan, kind=kind)
-    rounds = launch._Call.rounds(call)
+    rounds = launch._Launches.rounds(call)
     assert [tile for first, number in rounds for tile in range(first, first + number)] == [*range(tiles)]
     assert all(number == most for _, number in rounds[:-1])
     last = 0
     for first, number in rounds:
-        begin, planes = launch._Call.planes_of(call, (first, number))
+        begin, planes = launch._Launches.planes_of(call, (first, number))
         assert begin == last
         last = begin + planes
         assert planes == sum(min(width, c - tile % (tiles // n) * width) for tile in range(first, first + number))

@@ -20,6 +20,7 @@ import reference
 
 import cupynorm as cn
 from cupynorm import cpu
+from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.launch import _prepare
 from cupynorm.cuda.plan import (
     DEVICES,
@@ -36,7 +37,6 @@ from cupynorm.cuda.plan import (
     plan,
 )
 from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind, Variant, exists, group_of, resident_threads
-from cupynorm.explain import plan_for
 
 SHAPES = [
     (1, 1, 2), (1, 1, 2**24), (1, 1, 2**31 + 1), (1, 3, 2**33 + 7), (1, 32, 1080 * 1920), (2, 320, 64), (2, 3, 49),

@@ -22,7 +22,8 @@ from helpers.backends import Backend, use_compiled
 from helpers.compare import Bits, assert_equal, bits
 
 import cupynorm as cn
-from cupynorm import cpu, devices, functional, memory, threads
+from cupynorm import cpu, devices, memory, threads
+from cupynorm._types import commit
 from cupynorm.cuda.plan import Device
 from cupynorm.inference import inferring
 
@@ -280,7 +281,7 @@ def test_writes_stop_at_the_first_failure() -> None:
         raise BrokenError
 
     with pytest.raises(BrokenError):
-        functional.at_once(partial(done.append, 1), partial(fail), partial(done.append, 2))
+        commit(partial(done.append, 1), partial(fail), partial(done.append, 2))
     assert done == [1]
 
 

@@ -21,11 +21,13 @@ from simt import emulator
 from simt.emulator import Emulator, SimtError, Text
 
 import cupynorm as cn
-from cupynorm import devices, functional
+from cupynorm import devices
+from cupynorm._types import math_dtype
+from cupynorm.backend import MODULES
+from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.plan import ArrayDesc, Device, Plan, Step, contiguous_desc
 from cupynorm.cuda.source import Module, all_modules, inlined, kernel_folder
 from cupynorm.cuda.variants import VARIANTS, exists
-from cupynorm.explain import plan_for
 
 pytestmark = pytest.mark.simt
 
@@ -257,7 +259,7 @@ def test_bytes(
 
     # Tracked eval: two and three accesses whatever the size; without affine gradients x is read only for a mask.
     made = plan_of("frozen_backward")
-    ones = np.ones(shape[1], functional.math_dtype(x.dtype))
+    ones = np.ones(shape[1], math_dtype(x.dtype))
     running: dict[str, Any] = {"running_mean": ones, "running_var": ones, "use_input_stats": False, "out": y}
     _, saved = cn.instance_norm_forward(x, ones, **running, **options)
     assert accesses() == 2 + forward_more
@@ -317,7 +319,7 @@ def test_bytes_of_a_double_backward(
     shape = (*shape[:3], round(shape[3] / {"float64": 2, "float32": 1}.get(dtype, 0.5)))
     x, dy, ddx = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(devices.dtype_of(dtype))) for _ in range(3))
     runtime = run_on(Emulator(device))
-    w = np.ones(shape[1], functional.math_dtype(x.dtype))
+    w = np.ones(shape[1], math_dtype(x.dtype))
     desc = ArrayDesc(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
 
     def accesses(saved: cn.Saved, *given: Any) -> int:
@@ -477,7 +479,7 @@ def _caught(
 ) -> str:  # fmt: skip
     """What the emulator says of broken kernels: the first complaint, or '' if nothing is wrong in any order."""
     for regime in regimes:
-        monkeypatch.setitem(functional.BACKENDS, "numpy", "cupynorm.cpu")
+        monkeypatch.setitem(MODULES, "cpu", "cupynorm.cpu")
         expected = run(None, 1, regime, True)
         for order in emulator.ORDERS:
             try:
@@ -681,12 +683,12 @@ _OVERFLOW = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np, cupynorm
-from cupynorm import functional
+from cupynorm.backend import MODULES
 from simt import backend
 backend.runtime.transform = lambda source: source.replace(
     "scratch[(warp * channel_vecs + lane) * K + k] = s[k];",
     "scratch[(warp * channel_vecs + lane) * K + k + 16] = s[k];")
-functional.BACKENDS["numpy"] = "simt.backend"
+MODULES["cpu"] = "simt.backend"
 cupynorm.instance_norm(np.ones((1, 1, 35, 450), np.float32))
 """
 

@@ -25,7 +25,7 @@ from helpers.compare import Bits, assert_same, bits
 from helpers.tiers import amount
 
 import cupynorm as cn
-from cupynorm import cpu, forks, memory, running, threads
+from cupynorm import _checks, cpu, forks, memory, running, threads
 from cupynorm.cuda import launch, plan
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def test_first_calls_at_the_same_moment_compile_once(monkeypatch: pytest.MonkeyP
     use_compiled(monkeypatch, True)
     code = """
 import threading, numpy as np, cupynorm as cn
-from cupynorm import cpu, forks, memory, running, threads
+from cupynorm import _checks, cpu, forks, memory, running, threads
 from numba.core import event
 compiled = []
 class Listener(event.Listener):
@@ -149,9 +149,9 @@ def test_first_calls_at_the_same_moment_on_the_emulator(
     from simt import emulator
 
     emulator.require()
-    from cupynorm import functional
+    from cupynorm.backend import MODULES
 
-    monkeypatch.setitem(functional.BACKENDS, "numpy", "simt.backend")
+    monkeypatch.setitem(MODULES, "cpu", "simt.backend")
     monkeypatch.setattr(emulator, "CACHE", tmp_path)
     emulator.build.cache_clear()
     compiled: list[Any] = []
@@ -250,7 +250,7 @@ def test_a_finaliser_calls_as_a_forward_ends(
             with ending():
                 nested.append(Bits(layer.forward(x)))
 
-    monkeypatch.setattr(memory, "_memory", memory._Memory(2**30))
+    monkeypatch.setattr(memory, "_memory", memory._Memory())
     monkeypatch.setattr(memory._Memory, "_give_back", called)
     kept = cn.instance_norm(x)
     result = layer.forward(kept)
@@ -312,9 +312,9 @@ def _begin(layer: bytes, way: bool, backend: str) -> None:
     _layer = layer
     cpu.compiled = way
     if backend == "simt":
-        from cupynorm import functional
+        from cupynorm.backend import MODULES
 
-        functional.BACKENDS["numpy"] = "simt.backend"
+        MODULES["cpu"] = "simt.backend"
 
 
 _layer = b""
@@ -489,7 +489,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 BUSY = """
 import numpy as np, cupynorm as cn, threading, time, sys, os
-from cupynorm import cpu, forks, memory, running, threads
+from cupynorm import _checks, cpu, forks, memory, running, threads
 cpu.compiled = cpu.compiled and {way!r} == "compiled"
 cn.set_num_threads(3)
 x = np.random.default_rng(1).standard_normal((8, 64, 64, 65), dtype=np.float32)
@@ -576,7 +576,7 @@ def test_many_shapes_in_turn(backend: Backend, rng: np.random.Generator, monkeyp
     """Every cache of what follows from a shape has an end, and results do not depend on what it has forgotten."""
     from functools import _lru_cache_wrapper, lru_cache
 
-    caches = {f"{m.__name__}.{name}": value for m in (cpu, launch, plan, cn.functional) for name, value in
+    caches = {f"{m.__name__}.{name}": value for m in (cpu, launch, plan, _checks) for name, value in
               vars(m).items() if isinstance(value, _lru_cache_wrapper)}  # fmt: skip
     by_shape = {
         name: cache for name, cache in caches.items()

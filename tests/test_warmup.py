@@ -16,7 +16,7 @@ from helpers.pairwise import pairwise
 
 import cupynorm as cn
 from cupynorm import cpu, warm
-from cupynorm.functional import math_dtype
+from cupynorm._types import math_dtype
 
 pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 

@@ -1,14 +1,11 @@
 """The CuPy backend: the launches of launch.py on the CuPy runtime."""
 
-from .launch import Launcher
+from .launch import CudaBackend
 from .runtime import CupyRuntime
 from .source import core_modules
 
 runtime = CupyRuntime()
-launcher = Launcher(runtime)
-forward = launcher.forward
-backward = launcher.backward
-double_backward = launcher.double_backward
+backend = CudaBackend(runtime)
 
 
 def load_core() -> None:

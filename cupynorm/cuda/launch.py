@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from ..functional import Array, Keep, Saved, at_once, math_dtype, overlap
+from .._checks import overlap
+from .._types import Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved, commit, math_dtype
+from ..backend import Backend
+from ..config import get_batch_invariant
+from .describe import describe
 from .plan import ArrayDesc, Device, Op, Plan, Step, choose_layout, contiguous_desc, plan
 from .source import Module
 from .variants import EPILOGUES, Kind
@@ -27,49 +30,6 @@ NARROW_SUM_DY, NARROW_SUM_DY_XHAT = 64, 128  # which sums are stored in the inpu
 
 NULL = np.uintp(0)
 NO_TENSOR = (NULL, np.int64(), np.int64(), np.int64())
-
-
-class _State:
-    batch_invariant: bool | None = None  # None: not asked yet
-
-
-_state = _State()
-
-
-def get_batch_invariant() -> bool:
-    """Whether on a GPU the bits of a sample's results are the same in every batch."""
-    if _state.batch_invariant is None:
-        text = os.environ.get("CUPYNORM_BATCH_INVARIANT", "").strip()
-        if text not in ("", "0", "1"):
-            raise ValueError(f"CUPYNORM_BATCH_INVARIANT must be 0 or 1, got {text!r}")
-        _state.batch_invariant = text == "1"
-    return _state.batch_invariant
-
-
-def set_batch_invariant(wanted: bool) -> None:
-    """Set whether on a GPU the bits of a sample's results are to be the same in every batch.
-
-    Without it kernels are chosen by the size of the whole call, and elements are dealt out to threads by their
-    addresses: which values are added up first depends on N, and in planes that are not whole multiples of 16 bytes on
-    their place in memory. With it y, dx, means and deviations of a sample, and what a double backward gives for it, do
-    not depend on the number of samples, on the others or on its place among them, nor on whether arrays are views or
-    new ones: only on whether they are channels-first or channels-last. Some calls are slower then: of few channels and
-    many samples a plane may be shared among more threads than it must, unaligned planes are stored an element at a
-    time, and views are copied first if there are gaps between planes of at most 512 bytes, or if groups of 4 channels
-    side by side (2 in float64) are not aligned to their size. Gradients of parameters and running statistics are sums
-    over the batch and depend on it. On a CPU all of this holds always.
-
-    The default is CUPYNORM_BATCH_INVARIANT from the environment (0 or 1), or off.
-
-    Args:
-        wanted: on or off.
-
-    Raises:
-        TypeError: not a bool. The setting stays as it was then.
-    """
-    if type(wanted) is not bool:
-        raise TypeError(f"batch_invariant must be True or False, got {wanted!r}")
-    _state.batch_invariant = wanted
 
 
 def _rectifier_slope(activation: str | None, negative_slope: float) -> float:
@@ -102,88 +62,81 @@ class Runtime(Protocol):
         """
 
 
-class Launcher:
-    """The backend's contract (see cupynorm.cpu) on a runtime.
+class CudaBackend(Backend):
+    """The backend of CuPy arrays, on a runtime.
 
     A call allocates and compiles all that it needs before its first launch, so that a failure until then has written
-    nothing; running statistics, and what keep tells, come after everything else, and at once.
+    nothing. Kernels are launched when the call is committed, running statistics are updated last.
     """
 
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
 
-    def forward(
-        self,
-        x: Array,
-        weight: Array | None,
-        bias: Array | None,
-        running_mean: Array | None,
-        running_var: Array | None,
-        *,
-        use_input_stats: bool,
-        momentum: float,
-        eps: float,
-        out: Array | None,
-        keep: Keep | None,
-        activation: str | None,
-        negative_slope: float,
-        residual: Array | None,
-    ) -> tuple[Array, Saved | None]:
+    def describe(self, x: Array, *, activation: str | None, residual: bool, double_backward: bool) -> list[str]:
         with self.runtime.on(x):
-            update = use_input_stats and running_mean is not None and momentum != 0
+            device = self.runtime.device()
+        return describe(x, self.runtime.address(x), device, activation, residual, double_backward)
+
+    def forward(self, call: ForwardCall) -> ForwardResult:
+        x, activation, residual, training = call.x, call.activation, call.residual, call.use_input_stats
+        with self.runtime.on(x):
+            update = call.updates
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
-            op: Op = "forward" if use_input_stats else "normalize"
-            call = _Call(self.runtime, op, x, residual, (x,), out, 1, update, update, epilogue)
-            kept = keep is not None
-            mean, rstd, variance = call.planes(kept or update), call.planes(kept), call.planes(update)
-            mean_lo = call.planes(kept and use_input_stats and activation is not None)
+            op: Op = "forward" if training else "normalize"
+            work = _Launches(self.runtime, op, x, residual, (x,), call.out, 1, update, update, epilogue)
+            mean, variance = work.planes(call.save or update), work.planes(update)
+            rstd = work.planes(call.save)
+            mean_lo = work.planes(call.save and training and activation is not None)
             saved: Saved | None = None
-            writes: tuple[partial[Any], ...] = ()
-            if keep is not None:
+            if call.save:
                 saved = Saved(
-                    x, mean, rstd, weight, bias, use_input_stats, mean_lo, activation, negative_slope,
-                    residual if activation is not None else None, residual is not None, eps=eps,
+                    x, mean, rstd, call.weight, call.bias, training, mean_lo, activation, call.negative_slope,
+                    residual if activation is not None else None, residual is not None, eps=call.eps,
                 )  # fmt: skip
-                writes = keep(saved)
             if x.size == 0:
                 if mean_lo is not None:
                     mean_lo.fill(0)
-                return call.result(*writes), saved
-            weight, bias, mean_, var_ = (call.dense(array) for array in (weight, bias, running_mean, running_var))
-            flags = call.flags(weight, bias)
+                return ForwardResult(work.result, saved, work.commit)
+            running_mean, running_var = call.running_mean, call.running_var
+            weight, bias, mean_, var_ = (
+                work.dense(array) for array in (call.weight, call.bias, running_mean, running_var)
+            )
+            flags = work.flags(weight, bias)
             if running_mean is not None and running_var is not None:
-                flags |= WIDE_RUNNING_MEAN * (running_mean.dtype == call.math)
-                flags |= WIDE_RUNNING_VAR * (running_var.dtype == call.math)
-            epilogue_ = (*call.residual, np.float64(_rectifier_slope(activation, negative_slope))) if epilogue else ()
-            affine = (*call.pointers(weight, bias), np.int32(flags), *epilogue_)
-            running = call.pointers(mean_, var_)
-            step, *rest = call.plan.steps
+                flags |= WIDE_RUNNING_MEAN * (running_mean.dtype == work.math)
+                flags |= WIDE_RUNNING_VAR * (running_var.dtype == work.math)
+            slope = np.float64(_rectifier_slope(activation, call.negative_slope))
+            epilogue_ = (*work.residual, slope) if epilogue else ()
+            affine = (*work.pointers(weight, bias), np.int32(flags), *epilogue_)
+            running = work.pointers(mean_, var_)
+            eps = np.float64(call.eps)
+            step, *rest = work.plan.steps
             if op == "normalize":
-                call.tiles(step, *call.tensors, *running, *affine, *call.pointers(mean, rstd), np.float64(eps))
-            elif call.plan.regime == "split":
+                results = work.pointers(mean, rstd)
+                work.tiles(step, *work.tensors, *running, *affine, *results, eps)
+            elif work.plan.regime == "split":
                 merge, apply, *rest = rest
-                mean, rstd, mean_lo = (call.planes() if array is None else array for array in (mean, rstd, mean_lo))
-                partials = [call.empty((*call.nc, step.tiles), t) for t in (np.int64, np.float64, np.float64)]
-                results = call.pointers(mean, rstd, mean_lo, variance)
-                for plane_range in call.rounds():
-                    call.tiles(step, *call.tensors[:4], *call.pointers(*partials), plane_range=plane_range)
-                    sizes = (np.int64(step.tiles), *call.planes_of(plane_range), np.float64(eps))
-                    call.run(merge, *call.pointers(*partials), *sizes, *results)
-                    call.tiles(apply, *call.tensors, *results[:3], *affine, plane_range=plane_range)
+                mean, rstd, mean_lo = (work.planes() if array is None else array for array in (mean, rstd, mean_lo))
+                partials = [work.empty((*work.nc, step.tiles), t) for t in (np.int64, np.float64, np.float64)]
+                results = work.pointers(mean, rstd, mean_lo, variance)
+                for plane_range in work.rounds():
+                    work.tiles(step, *work.tensors[:4], *work.pointers(*partials), plane_range=plane_range)
+                    sizes = (np.int64(step.tiles), *work.planes_of(plane_range), eps)
+                    work.run(merge, *work.pointers(*partials), *sizes, *results)
+                    work.tiles(apply, *work.tensors, *results[:3], *affine, plane_range=plane_range)
             else:
-                results = call.pointers(mean, rstd, mean_lo, variance)
-                call.channel_tiles(step, *call.tensors, *affine, *results, after=(np.float64(eps),), numbers=4)
+                results = work.pointers(mean, rstd, mean_lo, variance)
+                work.channel_tiles(step, *work.tensors, *affine, *results, after=(eps,), numbers=4)
             if update:
-                batch = (np.int64(x.shape[0]), call.channels, np.float64(momentum))
-                move = call.prepare(rest[0], *call.pointers(mean, variance), *batch, *running, np.int32(flags))
+                batch = (np.int64(x.shape[0]), work.channels, np.float64(call.momentum))
+                statistics = work.pointers(mean, variance)
+                move = work.prepare(rest[0], *statistics, *batch, *running, np.int32(flags))
                 copies = [(a, b) for a, b in ((running_mean, mean_), (running_var, var_)) if a is not b]
-                again = [_assignment(b, a) for a, b in copies]  # others may have moved them since
-                writes = (*again, move, *(_assignment(a, b) for a, b in copies), *writes)
-            return call.result(*writes), saved
+                again = [_assignment(b, a) for a, b in copies]  # other calls may have updated them since
+                work.updates = [*again, move, *(_assignment(a, b) for a, b in copies)]
+            return ForwardResult(work.result, saved, work.commit)
 
-    def backward(
-        self, dy: Array, saved: Saved, *, out: Array | None
-    ) -> tuple[Array, Array | None, Array | None, Array | None]:
+    def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> Gradients:
         x, weight, bias, activation = saved.x, saved.weight, saved.bias, saved.activation
         with self.runtime.on(x):
             epilogue = 0 if activation is None else EPILOGUES[activation]
@@ -193,81 +146,83 @@ class Launcher:
             op: Op = "backward" if saved.training else "frozen_backward"
             reduced = any(w and not d for w, d in zip(wanted, direct, strict=True))
             targets = 1 if saved.residual is None else 2
-            call = _Call(
+            work = _Launches(
                 self.runtime, op, x, saved.residual, (x, dy), out, targets, any(wanted), reduced, epilogue
             )  # fmt: skip
-            dresidual = call.targets[1] if targets == 2 else None
+            dresidual = work.targets[1] if targets == 2 else None
             if saved.with_residual and activation is None:
                 dresidual = dy
                 if out is not None and overlap(out, dy):
-                    dresidual = call.copy(dy)
-            dbias, dweight = (None if p is None else call.empty(p.shape, p.dtype) for p in (bias, weight))
+                    dresidual = work.copy(dy)
+            dbias, dweight = (None if p is None else work.empty(p.shape, p.dtype) for p in (bias, weight))
             if x.size == 0:
                 for gradient in (dweight, dbias):
                     if gradient is not None:
                         gradient.fill(0)
-                return call.result(), dweight, dbias, dresidual
-            flags = call.flags(weight, bias)
-            flags |= NARROW_SUM_DY * (dbias is not None and direct[0] and dbias.dtype != call.math)
-            flags |= NARROW_SUM_DY_XHAT * (dweight is not None and direct[1] and dweight.dtype != call.math)
+                work.commit()
+                return Gradients(work.result, dweight, dbias, dresidual)
+            flags = work.flags(weight, bias)
+            flags |= NARROW_SUM_DY * (dbias is not None and direct[0] and dbias.dtype != work.math)
+            flags |= NARROW_SUM_DY_XHAT * (dweight is not None and direct[1] and dweight.dtype != work.math)
             flags_ = np.int32(flags)
-            weight, bias = call.dense(weight), call.dense(bias)
-            statistics = call.pointers(saved.mean, saved.rstd)
+            weight, bias = work.dense(weight), work.dense(bias)
+            statistics = work.pointers(saved.mean, saved.rstd)
             epilogue_: tuple[Any, ...] = ()
             if epilogue:
                 slope = np.float64(_rectifier_slope(activation, saved.negative_slope))
-                epilogue_ = (*call.residual, slope, *call.extra, *call.pointers(saved.mean_lo, bias))
-            affine = (*statistics, call.pointer(weight), flags_, *epilogue_)
-            arrays = call.tensors
-            step, *rest = call.plan.steps
+                epilogue_ = (*work.residual, slope, *work.extra, *work.pointers(saved.mean_lo, bias))
+            affine = (*statistics, work.pointer(weight), flags_, *epilogue_)
+            arrays = work.tensors
+            step, *rest = work.plan.steps
             # What the kernels write the sums to: the gradients themselves where they are that, else one a plane.
             sum_dy, sum_dy_xhat = (
-                gradient if is_direct else call.planes(gradient is not None)
+                gradient if is_direct else work.planes(gradient is not None)
                 for gradient, is_direct in ((dbias, direct[0]), (dweight, direct[1]))
             )
-            merged = call.pointers(sum_dy, sum_dy_xhat)
+            merged = work.pointers(sum_dy, sum_dy_xhat)
 
             def merge_gradient(merge: Step, partials: Array, plane_range: tuple[int, int], *sums: np.uintp) -> None:
-                sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(plane_range), call.spatial)
-                call.run(merge, call.pointer(partials), *sizes, *sums, *merged, flags_)
+                sizes = (work.all_planes, np.int64(step.tiles), *work.planes_of(plane_range), work.spatial)
+                work.run(merge, work.pointer(partials), *sizes, *sums, *merged, flags_)
 
             if op == "frozen_backward":
                 if step.tiles == 1:
-                    call.tiles(step, *arrays, *affine, *merged)
+                    work.tiles(step, *arrays, *affine, *merged)
                 else:
-                    partials = call.empty((2, *call.nc, step.tiles), call.math) if any(wanted) else (None, None)
+                    partials = work.empty((2, *work.nc, step.tiles), work.math) if any(wanted) else (None, None)
                     unflagged = (*affine[:3], np.int32(flags & ~(NARROW_SUM_DY | NARROW_SUM_DY_XHAT)), *affine[4:])
-                    call.tiles(step, *arrays, *unflagged, call.pointer(partials[0]), call.pointer(partials[1]))
+                    work.tiles(step, *arrays, *unflagged, work.pointer(partials[0]), work.pointer(partials[1]))
                     if any(wanted):
                         merge, *rest = rest
-                        merge_gradient(merge, partials, (0, call.plan.channel_tiles), NULL, NULL, NULL)
-            elif call.plan.regime == "split":
+                        merge_gradient(merge, partials, (0, work.plan.channel_tiles), NULL, NULL, NULL)
+            elif work.plan.regime == "split":
                 merge, apply, *rest = rest
-                partials = call.empty((3, *call.nc, step.tiles), call.math)
-                kept_sums = call.planes(), call.planes(), call.planes()
-                *sums, more = call.pointers(*kept_sums)
-                for plane_range in call.rounds():
-                    call.tiles(
-                        step, *arrays[:8], *affine, call.pointer(partials), call.all_planes, plane_range=plane_range
+                partials = work.empty((3, *work.nc, step.tiles), work.math)
+                kept_sums = work.planes(), work.planes(), work.planes()
+                *sums, more = work.pointers(*kept_sums)
+                for plane_range in work.rounds():
+                    work.tiles(
+                        step, *arrays[:8], *affine, work.pointer(partials), work.all_planes, plane_range=plane_range
                     )  # fmt: skip
                     merge_gradient(merge, partials, plane_range, *sums, more)
                     if apply.plain:  # dresidual is what the epilogue made of dy
-                        inputs, affine_ = (*arrays[:4], *call.extra, *arrays[8:]), affine[:4]
+                        inputs, affine_ = (*arrays[:4], *work.extra, *arrays[8:]), affine[:4]
                     else:
                         inputs, affine_ = arrays, affine
-                    call.tiles(apply, *inputs, *affine_, more, *sums, plane_range=plane_range)
+                    work.tiles(apply, *inputs, *affine_, more, *sums, plane_range=plane_range)
             else:
-                call.channel_tiles(step, *arrays, *affine, *merged, numbers=3)
+                work.channel_tiles(step, *arrays, *affine, *merged, numbers=3)
             if reduced:
                 # Of those that are not there yet.
                 results = (None if done else g for g, done in ((dweight, direct[1]), (dbias, direct[0])))
-                batch = (np.int64(x.shape[0]), call.channels)
-                call.run(rest[0], *merged, *batch, *call.pointers(*results), flags_)
-            return call.result(), dweight, dbias, dresidual
+                batch = (np.int64(x.shape[0]), work.channels)
+                work.run(rest[0], *merged, *batch, *work.pointers(*results), flags_)
+            work.commit()
+            return Gradients(work.result, dweight, dbias, dresidual)
 
     def double_backward(
         self, ddx: Array | None, ddweight: Array | None, ddbias: Array | None, dy: Array, saved: Saved
-    ) -> tuple[Array, Array, Array | None]:
+    ) -> DoubleGradients:
         x, weight = saved.x, saved.weight
         with self.runtime.on(x):
             # As in backward; without ddx the weight has no influence.
@@ -275,62 +230,71 @@ class Launcher:
             summed = weight is not None and ddx is not None
             op: Op = "double_backward" if saved.training else "frozen_double_backward"
             inputs = (x, dy) if ddx is None else (x, dy, ddx)
-            call = _Call(self.runtime, op, x, None, inputs, None, 2, summed, summed and not direct, 0)
-            dx, ddy = call.targets
-            dweight = None if weight is None else call.empty(weight.shape, weight.dtype)
+            work = _Launches(self.runtime, op, x, None, inputs, None, 2, summed, summed and not direct, 0)
+            dx, ddy = work.targets
+            dweight = None if weight is None else work.empty(weight.shape, weight.dtype)
             if dweight is not None and (ddx is None or x.size == 0):
                 dweight.fill(0)
             if x.size == 0:
-                return ddy, dx, dweight
-            weight, ddweight, ddbias = call.dense(weight), call.dense(ddweight), call.dense(ddbias)
-            flags = call.flags(weight, ddbias)
-            flags |= NARROW_SUM_DY_XHAT * (dweight is not None and direct and dweight.dtype != call.math)
-            gradient_flags = call.flags(None, ddweight)
-            given, to_dx, to_ddy = (*call.tensors[:-4], *NO_TENSOR)[:12], call.tensors[-4:], call.extra
-            rstd = call.pointer(saved.rstd)
-            affine = call.pointers(weight, ddbias)
+                return DoubleGradients(ddy, dx, dweight)
+            weight, ddweight, ddbias = work.dense(weight), work.dense(ddweight), work.dense(ddbias)
+            flags = work.flags(weight, ddbias)
+            flags |= NARROW_SUM_DY_XHAT * (dweight is not None and direct and dweight.dtype != work.math)
+            gradient_flags = work.flags(None, ddweight)
+            given, to_dx, to_ddy = (*work.tensors[:-4], *NO_TENSOR)[:12], work.tensors[-4:], work.extra
+            rstd = work.pointer(saved.rstd)
+            affine = work.pointers(weight, ddbias)
 
             def known(flags: int) -> tuple[Any, ...]:
-                numbers = np.int32(flags), call.pointer(ddweight), np.int32(gradient_flags)
-                return call.pointer(saved.mean), rstd, *affine, *numbers
+                numbers = np.int32(flags), work.pointer(ddweight), np.int32(gradient_flags)
+                return work.pointer(saved.mean), rstd, *affine, *numbers
 
-            sums = (dweight if direct else call.planes()) if summed else None
-            step, *rest = call.plan.steps
+            sums = (dweight if direct else work.planes()) if summed else None
+            step, *rest = work.plan.steps
             if op == "frozen_double_backward":
                 if step.tiles == 1 or not summed:
-                    call.tiles(step, *given, *to_dx, *to_ddy, *known(flags), call.pointer(sums))
+                    work.tiles(step, *given, *to_dx, *to_ddy, *known(flags), work.pointer(sums))
                 else:
-                    partials = call.empty((*call.nc, step.tiles), call.math)
+                    partials = work.empty((*work.nc, step.tiles), work.math)
                     partial_flags = known(flags & ~NARROW_SUM_DY_XHAT)
-                    call.tiles(step, *given, *to_dx, *to_ddy, *partial_flags, call.pointer(partials))
+                    work.tiles(step, *given, *to_dx, *to_ddy, *partial_flags, work.pointer(partials))
                     merge, *rest = rest
-                    counts = np.int64(step.tiles), call.all_planes
-                    call.run(merge, call.pointer(partials), *counts, call.pointer(sums), np.int32(flags))
-            elif call.plan.regime == "split":
+                    counts = np.int64(step.tiles), work.all_planes
+                    work.run(merge, work.pointer(partials), *counts, work.pointer(sums), np.int32(flags))
+            elif work.plan.regime == "split":
                 merge, apply, *rest = rest
-                partials, means = call.empty((9, *call.nc, step.tiles), call.math), call.empty((8, *call.nc), call.math)
-                statistics = call.pointers(saved.mean, saved.rstd)
-                results = (rstd, *call.pointers(means, sums), np.int32(flags))
-                for plane_range in call.rounds():
-                    call.tiles(
+                partials, means = (
+                    work.empty((9, *work.nc, step.tiles), work.math),
+                    work.empty((8, *work.nc), work.math),
+                )
+                statistics = work.pointers(saved.mean, saved.rstd)
+                results = (rstd, *work.pointers(means, sums), np.int32(flags))
+                for plane_range in work.rounds():
+                    work.tiles(
                         step,
                         *given,
                         *to_dx,
                         *statistics,
-                        call.pointer(partials),
-                        call.all_planes,
+                        work.pointer(partials),
+                        work.all_planes,
                         plane_range=plane_range,
                     )
-                    sizes = (call.all_planes, np.int64(step.tiles), *call.planes_of(plane_range), call.spatial)
-                    call.run(merge, call.pointer(partials), *sizes, *results)
-                    more = call.pointer(means), call.all_planes
-                    call.tiles(apply, *given, *to_dx, *to_ddy, *known(flags), *more, plane_range=plane_range)
+                    sizes = (
+                        work.all_planes,
+                        np.int64(step.tiles),
+                        *work.planes_of(plane_range),
+                        work.spatial,
+                    )
+                    work.run(merge, work.pointer(partials), *sizes, *results)
+                    more = work.pointer(means), work.all_planes
+                    work.tiles(apply, *given, *to_dx, *to_ddy, *known(flags), *more, plane_range=plane_range)
             else:
-                call.channel_tiles(step, *given, *to_dx, *to_ddy, *known(flags), call.pointer(sums), numbers=9)
+                work.channel_tiles(step, *given, *to_dx, *to_ddy, *known(flags), work.pointer(sums), numbers=9)
             if summed and not direct:
-                batch = (np.int64(x.shape[0]), call.channels)
-                call.run(rest[0], NULL, call.pointer(sums), *batch, call.pointer(dweight), NULL, np.int32(flags))
-            return ddy, call.result(), dweight
+                batch = (np.int64(x.shape[0]), work.channels)
+                work.run(rest[0], NULL, work.pointer(sums), *batch, work.pointer(dweight), NULL, np.int32(flags))
+            work.commit()
+            return DoubleGradients(ddy, work.result, dweight)
 
 
 def _assignment(target: Array, source: Array) -> partial[None]:
@@ -391,8 +355,8 @@ def _prepare(
     )
 
 
-class _Call:
-    """One call: its arrays as the kernels can read and write them, its plan, and what its launches have in common.
+class _Launches:
+    """The launches of a call: its arrays as the kernels can read and write them, its plan, and the common arguments.
 
     tensors: the kernel arguments of inputs and result. residual, extra: those of the residual and of the second array
     that is written, null where there is none.
@@ -414,6 +378,7 @@ class _Call:
         self.runtime = runtime
         self.empty = runtime.empty
         self.launches: list[partial[Any]] = []
+        self.updates: list[partial[Any]] = []  # of the running statistics
         self.keepalive: list[Array] = []  # the kernels get addresses alone
         self.nc = x.shape[:2]
         self.dtype, self.math = x.dtype, math_dtype(x.dtype)
@@ -543,9 +508,14 @@ class _Call:
         sizes = (self.channels, self.spatial, *channel_tiles, np.int64(step.tiles))
         self.run(step, *args, *sizes, np.int32(step.subdivision))
 
-    def result(self, *writes: partial[Any]) -> Array:
-        """The first array that is written, after all launches, and after the last writes that belong together."""
+    @property
+    def result(self) -> Array:
+        """The first array that is written: out, if it is given."""
+        return self.targets[0] if self.out is None else self.out
+
+    def commit(self, *writes: partial[Any]) -> None:
+        """Launch the kernels, update the running statistics, then perform the writes: see ForwardResult."""
         target = self.targets[0]
-        copies = [] if self.out is None or target is self.out else [_assignment(self.out, target)]
-        at_once(*self.launches, *copies, *writes)
-        return target if self.out is None else self.out
+        with self.runtime.on(target):
+            copies = [] if self.out is None or target is self.out else [_assignment(self.out, target)]
+            commit(*self.launches, *copies, *self.updates, *writes)

@@ -16,7 +16,7 @@ import cupy
 import numpy as np
 from cupy_backends.cuda.api import driver
 
-from ..functional import Array
+from .._types import Array
 from . import clusters
 from .plan import Device, Step
 from .source import OPTIONS, Module, compile_error

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupynorm import cpu, devices, functional
+from cupynorm import cpu, devices
+from cupynorm.backend import MODULES
 from cupynorm.cuda.plan import Device
 
 #: Every backend, with the mark of its tests.
@@ -125,7 +126,7 @@ def started(name: str, patch: pytest.MonkeyPatch) -> Backend:
     if name == "simt":
         from simt.backend import runtime
 
-        patch.setitem(functional.BACKENDS, "numpy", "simt.backend")
+        patch.setitem(MODULES, "cpu", "simt.backend")
     else:
         from cupynorm.cuda.backend import runtime
     note_launches(runtime, patch)

@@ -1,11 +1,8 @@
 """The CUDA backend on the emulator, in the place of the NumPy backend: the whole public path runs over it."""
 
-from cupynorm.cuda.launch import Launcher
+from cupynorm.cuda.launch import CudaBackend
 
 from .emulator import Emulator
 
 runtime = Emulator()
-launcher = Launcher(runtime)
-forward = launcher.forward
-backward = launcher.backward
-double_backward = launcher.double_backward
+backend = CudaBackend(runtime)

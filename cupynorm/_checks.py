@@ -1,0 +1,257 @@
+"""Checks of arguments: each raises a TypeError or ValueError that says what was given and what is needed.
+
+An array's place, 'cpu' or 'cuda:<number>', is found once in a call and passed on.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ._types import ACTIVATIONS, DTYPES, Array, Saved, math_dtype
+
+
+def kind_of(array: Array, name: str) -> str:
+    """Return 'numpy' or 'cupy'."""
+    if type(array) is np.ndarray or type(array) is np.memmap:
+        return "numpy"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and type(array) is cupy.ndarray:
+        return "cupy"
+    given = f"{type(array).__module__}.{type(array).__qualname__}"
+    if isinstance(array, np.ndarray):
+        hint = "a subclass's meaning (a mask, say) would be lost: pass numpy.asarray(...) of it if that is wanted"
+    elif cupy is not None and isinstance(array, cupy.ndarray):
+        hint = "a subclass's meaning would be lost: pass a plain cupy.ndarray view of it if that is wanted"
+    else:
+        hint = "convert it with numpy.asarray or cupy.asarray"
+    raise TypeError(f"{name} must be a numpy.ndarray or a cupy.ndarray, got {given}; {hint}")
+
+
+def place_of(array: Array, name: str) -> str:
+    """Return 'cpu' or 'cuda:<number>'."""
+    return "cpu" if kind_of(array, name) == "numpy" else f"cuda:{array.device.id}"
+
+
+def check_number(value: Any, name: str) -> float:
+    """Return a finite real number as a float."""
+    if type(value) is float and math.isfinite(value):  # the usual case: fast, since every call comes here
+        return value
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    return float(value)
+
+
+def check_count(value: Any, name: str, least: int) -> int:
+    """Return an integer of at least `least` as an int."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return count
+
+
+def check_eps(eps: Any) -> float:
+    eps = check_number(eps, "eps")
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps!r}")
+    return eps
+
+
+def check_activation(activation: Any) -> None:
+    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+        return
+    error = ValueError if isinstance(activation, str) else TypeError
+    raise error(f"activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+@lru_cache(maxsize=64)
+def _accepted(dtype: np.dtype) -> bool:
+    return dtype.name in DTYPES and dtype.isnative
+
+
+def check_dtype(dtype: Any, name: str) -> None:
+    if not _accepted(dtype if isinstance(dtype, np.dtype) else np.dtype(dtype)):
+        raise TypeError(f"{name} has dtype {np.dtype(dtype)!s}; accepted are {', '.join(DTYPES)} in native byte order")
+
+
+def check_input(x: Array, name: str = "input", place: str | None = None) -> str:
+    """Check that an array can be normalised, and return its place. place: if it is known already."""
+    place = place or place_of(x, name)
+    check_dtype(x.dtype, name)
+    if x.ndim < 3:
+        raise ValueError(f"{name} must have at least 3 dimensions (N, C, *spatial), got shape {x.shape}")
+    return place
+
+
+def check_per_channel(
+    array: Array, name: str, x: Array, place: str, *, per_sample: bool = False, written: bool = False
+) -> None:
+    """Check weight, bias or a running statistic: at x's place, in x's dtype (or float32 for 16-bit x), of shape (C,).
+
+    per_sample: (N, C) is allowed as well. written: the array must be writable.
+    """
+    own = place_of(array, name)
+    if own != place:
+        raise ValueError(
+            f"{name} is on {own} and the input on {place}; move one of them "
+            "(cupy.asarray, cupy.asnumpy, or a layer's to_gpu() / to_cpu())"
+        )
+    if array.dtype != x.dtype and array.dtype != math_dtype(x.dtype):
+        accepted = sorted({x.dtype.name, math_dtype(x.dtype).name})
+        raise TypeError(
+            f"{name} has dtype {array.dtype} and the input {x.dtype}; {name} must be {' or '.join(accepted)}"
+        )
+    if array.shape != x.shape[1:2] and not (per_sample and array.shape == x.shape[:2]):
+        shapes = (x.shape[1:2], x.shape[:2]) if per_sample else (x.shape[1:2],)
+        raise ValueError(
+            f"{name} has shape {array.shape}, but the input of shape {x.shape} has {x.shape[1]} channels: "
+            f"needed is {' or '.join(map(str, shapes))}"
+        )
+    if written and place == "cpu" and not array.flags.writeable:
+        raise ValueError(f"{name} is read-only, and is to be updated")
+
+
+def check_like(array: Array, name: str, x: Array, place: str) -> None:
+    """Check dy, ddx or the residual: x's shape, dtype and place; any strides."""
+    own = place_of(array, name)
+    if own != place:
+        raise ValueError(f"{name} is on {own} and the input on {place}")
+    if array.dtype != x.dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}; needed is the input's, {x.dtype}")
+    if array.shape != x.shape:
+        raise ValueError(f"{name} has shape {array.shape}; needed is the input's, {x.shape}")
+
+
+def _as_host(array: Array) -> np.ndarray:
+    """Return a host array with the same address, shape and strides, to compare addresses. It is never read."""
+    if isinstance(array, np.ndarray):
+        return array
+
+    class Memory:
+        __array_interface__ = {  # noqa: RUF012
+            "data": (array.data.ptr, False),
+            "shape": array.shape,
+            "strides": array.strides,
+            "typestr": f"|V{array.itemsize}",
+            "version": 3,
+        }
+
+    return np.asarray(Memory())
+
+
+def _bounds_meet(a: Array, b: Array) -> bool:
+    """Return numpy.may_share_memory for CuPy arrays. CuPy's own misses arrays that import the same memory twice."""
+    ends = []
+    for array in (a, b):
+        if array.size == 0:
+            return False
+        reach = [stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True)]
+        start = array.data.ptr
+        ends.append((start + sum(step for step in reach if step < 0), start + sum(step for step in reach if step > 0)))
+    (low, high), (other_low, other_high) = ends
+    return low < other_high + b.itemsize and other_low < high + a.itemsize
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Return whether two arrays share memory; True also if that is too hard to compute."""
+    host = isinstance(a, np.ndarray)
+    if host != isinstance(b, np.ndarray) or not (np.may_share_memory(a, b) if host else _bounds_meet(a, b)):
+        return False
+    try:
+        return bool(np.shares_memory(_as_host(a), _as_host(b), max_work=100_000))  # type: ignore[arg-type]  # any integer
+    except np.exceptions.TooHardError:
+        return True
+
+
+def check_apart(written: Sequence[tuple[str, Array]], others: Sequence[tuple[str, Array | None]]) -> None:
+    """Check that arrays (C,) which are updated in place share no memory with each other or with the others."""
+    for number, (name, array) in enumerate(written):
+        if array.size > 1 and abs(array.strides[0]) < array.itemsize:
+            raise ValueError(
+                f"{name} is to be updated and has strides {array.strides}: several of its elements are the same memory"
+            )
+        for other_name, other in (*written[:number], *others):
+            if other is not None and overlap(other, array):
+                raise ValueError(
+                    f"{other_name} and {name} share memory, and {name} is to be updated: give each an array of its own"
+                )
+
+
+def _same_memory(a: Array, b: Array) -> bool:
+    ha, hb = _as_host(a), _as_host(b)
+    # Strides of axes of size 1 have no meaning.
+    steps = [[s for s, size in zip(array.strides, array.shape, strict=True) if size > 1] for array in (a, b)]
+    return bool(
+        a.shape == b.shape
+        and steps[0] == steps[1]
+        and ha.__array_interface__["data"][0] == hb.__array_interface__["data"][0]
+    )
+
+
+def _overlaps_itself(a: Array) -> bool:
+    """Return whether two indices may address the same element. A sufficient test, used for out only."""
+    reach = a.itemsize
+    for stride, size in sorted(
+        (abs(stride), size) for stride, size in zip(a.strides, a.shape, strict=True) if size > 1
+    ):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def check_out(out: Array, x: Array, place: str, inputs: Sequence[tuple[str, Array | None]]) -> None:
+    """Check that out can be written: it may be an input, but must not overlap one otherwise."""
+    own = place_of(out, "out")
+    if own != place:
+        raise ValueError(f"out is on {own} and the input on {place}")
+    if out.shape != x.shape or out.dtype != x.dtype:
+        raise ValueError(
+            f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {x.shape} and dtype {x.dtype}"
+        )
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if out.size and _overlaps_itself(out):
+        raise ValueError(f"out has strides {out.strides}: several of its elements are the same memory")
+    for name, array in inputs:
+        if array is None or not overlap(out, array):
+            continue
+        if array.ndim < 3 or not _same_memory(out, array):
+            raise ValueError(f"out overlaps {name} without being the same array: it would be read after being written")
+
+
+def note_overwritten(saved: Saved, out: Array | None) -> None:
+    """Mark saved as overwritten if out shares memory with its x or residual."""
+    if out is not None and any(overlap(out, array) for array in (saved.x, saved.residual) if array is not None):
+        saved.overwritten = True
+
+
+def check_no_activation(activation: str | None) -> None:
+    """Check the activation of a forward that is to have a double backward."""
+    if activation is not None:
+        raise ValueError(
+            f"no double backward through the fused activation {activation!r}: call instance_norm_forward "
+            "without it, and apply the activation (and what is added before it) as an operation of its own"
+        )
+
+
+def check_saved(saved: Any) -> None:
+    """Check that saved comes from a forward, and that its arrays have not been overwritten."""
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
+    if saved.overwritten:
+        raise ValueError("the forward's input or residual, which the backward needs, has been written over (as out)")

@@ -1,0 +1,128 @@
+"""What every part of the library shares: arrays and dtypes, and what goes into a backend and comes out of it.
+
+This module, _checks, config and cpu_count are the floor: they import nothing of the library but each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+
+#: A NumPy or a CuPy array.
+Array = Any
+
+#: Names of the dtypes that can be normalised.
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+#: Names of the activations, besides None.
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
+
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
+def math_dtype(dtype: Any) -> np.dtype:
+    """The dtype that an input's dtype computes in: float64 for float64, else float32."""
+    return _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
+
+
+@dataclass(eq=False, slots=True)  # not frozen: that costs a microsecond a call
+class Saved:
+    """The state that a forward keeps for its backward.
+
+    x, weight, bias and residual are the arrays themselves, not copies: do not change them before the backward. mean and
+    rstd have shape (N, C), in float32 (float64 for float64 input). training is True if they are the input's own
+    statistics.
+
+    mean_lo is the low-order part of the input's own mean, lost in the rounding of mean; None stands for 0. It is for
+    the backends alone: the CPU always keeps it, the GPU only with an activation. The backward computes
+    z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the bits of the forward, so both see every kink of
+    the activation at the same elements. residual is saved for this alone: without an activation it is None, and
+    with_residual says whether there was one.
+    """
+
+    x: Array
+    mean: Array
+    rstd: Array
+    weight: Array | None
+    bias: Array | None
+    training: bool
+    mean_lo: Array | None = None
+    activation: str | None = None
+    negative_slope: float = 0.01
+    residual: Array | None = None
+    with_residual: bool = False
+    overwritten: bool = False  # out of the forward or of a backward was x or residual
+    eps: float = 0.0  # of the forward: rstd = 1 / sqrt(var + eps)
+
+
+@dataclass(eq=False, slots=True)
+class ForwardCall:
+    """The arguments of a forward, as for `cupynorm.instance_norm`."""
+
+    x: Array
+    weight: Array | None
+    bias: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    use_input_stats: bool
+    momentum: float
+    eps: float
+    activation: str | None
+    negative_slope: float
+    residual: Array | None
+    out: Array | None
+    save: bool = True  # whether the result has Saved
+
+    @property
+    def updates(self) -> bool:
+        """Whether the forward updates the running statistics."""
+        return self.use_input_stats and self.running_mean is not None and self.momentum != 0
+
+
+class ForwardResult(NamedTuple):
+    """The result of a backend's forward, before it is committed.
+
+    Until commit(*writes) has returned, y may be incomplete and the running statistics are unchanged. commit updates the
+    statistics and performs the writes together: all of them or none. The writes are partials of C functions.
+    """
+
+    y: Array
+    saved: Saved | None
+    commit: Callable[..., None]
+
+
+class Gradients(NamedTuple):
+    """The results of a backend's backward. dweight and dbias are None without a parameter."""
+
+    dx: Array
+    dweight: Array | None
+    dbias: Array | None
+    dresidual: Array | None
+
+
+class DoubleGradients(NamedTuple):
+    """The results of a backend's double backward."""
+
+    ddy: Array
+    dx: Array
+    dweight: Array | None
+
+
+def commit(*writes: partial[Any]) -> None:
+    """Perform prepared writes in order. If they are partials of C functions, an interrupt cannot separate them.
+
+    Python raises KeyboardInterrupt only between steps of Python code, and there are none between the writes.
+    """
+    deque(map(partial.__call__, writes), maxlen=0)
+
+
+def empty_like(x: Array, empty: Any) -> Array:
+    """Return a new array from `empty(shape, dtype)`: channels-last in memory if x is, else C-contiguous."""
+    if x.ndim < 3 or x.flags.c_contiguous or x.shape[1] == 1 or x.strides[1] != x.itemsize:
+        return empty(x.shape, x.dtype)
+    return empty((x.shape[0], *x.shape[2:], x.shape[1]), x.dtype).transpose(0, x.ndim - 1, *range(1, x.ndim - 1))

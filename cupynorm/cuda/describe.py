@@ -1,0 +1,142 @@
+"""Describe in words how a call on a GPU is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+from .._types import Array
+from ..config import get_batch_invariant
+from .plan import ArrayDesc, Device, Plan, Step, choose_layout, contiguous_desc, plan
+from .variants import EPILOGUES, ITEMSIZE
+
+
+def describe(
+    x: Array, address: int, device: Device, activation: str | None, residual: bool, double_backward: bool
+) -> list[str]:
+    """Return lines about the calls on an array at an address: the device's name, then its forward, backward, ….
+
+    All other arrays are new, in the layout of x.
+    """
+    if x.size == 0:
+        return [f"{device.name}: empty, nothing is launched"]
+    desc = ArrayDesc(x.shape, x.strides, x.itemsize, address % 16)
+    lines = [device.name]
+    for op in ("forward", "backward", *["double_backward"] * double_backward):
+        lines += _described(op, desc, x.dtype.name, device, activation, residual)
+    return lines
+
+
+def plan_for(
+    op: Any,
+    desc: ArrayDesc,
+    dtype: str,
+    device: Device,
+    activation: str | None = None,
+    residual: bool = False,
+    invariant: bool = False,
+) -> tuple[Plan, int]:
+    """Return the plan of a call whose other arrays are new, in the layout of the first, and the number of copies."""
+    kind, _, copied = choose_layout((desc,), invariant)
+    new = contiguous_desc(desc.shape, desc.itemsize, kind)
+    first = new if copied[0] else desc
+    if op in ("forward", "normalize"):
+        epilogue = EPILOGUES[activation] if activation is not None or residual else 0
+        arrays = 2 + residual
+    else:  # without an activation the gradient of a residual is dy itself
+        epilogue = 0 if activation is None else EPILOGUES[activation]
+        residual = residual and activation is not None
+        arrays = 5 if op in ("double_backward", "frozen_double_backward") else 3 + 2 * residual
+    kind, layouts, _ = choose_layout((first, *[new] * (arrays - 1)))
+    shape = (desc.shape[0], desc.shape[1], math.prod(desc.shape[2:]))
+    made = plan(op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, invariant=invariant)
+    return made, int(copied[0])
+
+
+def _described(
+    op: str, desc: ArrayDesc, dtype: str, device: Device, activation: str | None, residual: bool
+) -> Iterator[str]:
+    name = op.replace("_", " ")
+    if math.prod(desc.shape[2:]) == 1:
+        yield f"  {name}: refused, one spatial element has no statistics (with running statistics it is allowed)"
+        return
+
+    def planned(n: int, invariant: bool) -> tuple[Plan, int]:
+        shape = (n, *desc.shape[1:])
+        return plan_for(op, desc._replace(shape=shape), dtype, device, activation, residual, invariant)
+
+    made, copies = planned(desc.shape[0], get_batch_invariant())
+    first, *rest = made.steps
+    # A warp moves the planes of its subwarps together, 16 bytes per thread, whatever their size and alignment.
+    access = 16 if first.group == "subwarp" else made.vec_size * ITEMSIZE[dtype]
+    layout = "read in place"
+    if copies:
+        for_bits = copies > planned(desc.shape[0], False)[1]
+        layout = "x is copied first: " + (
+            "for the same bits as a new array"
+            if for_bits
+            else "its strides are neither channels-first nor channels-last"
+        )
+    if made.misaligned and first.group != "subwarp":
+        layout += ", each vec put together from two, since " + (
+            "x lies otherwise between 16-byte borders than the result"
+            if not first.at_planes
+            else "vecs begin where planes do"
+        )
+    yield f"  {name}: {made.regime}, {made.kind.replace('_', '-')}, {layout}"
+    yield f"    {made.reason}"
+    yield f"    {made.accesses + 2 * copies} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time"
+    unit = (
+        "plane" if made.kind == "channels_first" else f"channel tile of {first.channel_vecs * made.vec_size} channels"
+    )
+    rounds = -(-made.channel_tiles // made.at_a_time) if made.at_a_time else 1
+    if rounds > 1:
+        yield f"    {rounds} rounds of the first three launches, {made.at_a_time} of {made.channel_tiles} {unit}s each"
+    for step in (first, *rest):
+        yield f"    {_launched(step, unit)}"
+    yield f"    bits of a sample's results: {_bits(planned, desc.shape[0], device)}"
+
+
+def _bits(planned: Callable[[int, bool], tuple[Plan, int]], n: int, device: Device) -> str:
+    """Return the facts the bits depend on, besides the sample. planned: the plan for n samples, invariant or not."""
+    if get_batch_invariant():
+        return "the same in every batch, as set"
+
+    def order(n: int) -> tuple[Any, ...]:
+        step = planned(n, False)[0].steps[0]
+        return step.name, step.tiles, step.vecs_per_thread
+
+    # From this number of channel tiles on nothing changes: all multiprocessors are busy, a grid's groups share evenly.
+    most = 2 * device.sm_count
+    if "_grid_" in order(1)[0] or "_grid_" in order(most)[0]:
+        most = max(most, (device.sm_count // 2) ** 2)
+    most = -(-most // planned(1, False)[0].channel_tiles)
+    mine, reasons, alike = order(n), [], []
+    for same, run in groupby(range(1, most + 1), lambda i: order(i) == mine):
+        first, *more = run
+        last = more[-1] if more else first
+        if same:
+            alike.append(f"{first} or more" if last == most else f"{first} to {last}" if more else str(first))
+    if alike != ["1 or more"]:
+        several = [*alike[:3], "..."] if len(alike) > 3 else alike
+        reasons.append(f"N (these are those of N = {', '.join(several)})")
+    if planned(n, True)[0].steps[0].at_planes:
+        reasons.append("the place of its planes between 16-byte borders")
+    if not reasons:
+        return "the same in every batch"
+    return f"depend on {' and on '.join(reversed(reasons))} (cupynorm.set_batch_invariant)"
+
+
+def _launched(step: Step, unit: str) -> str:
+    blocks = step.grid[0] * step.grid[1]
+    text = f"{step.name}: {blocks} blocks of {step.threads} threads, {step.shared} B of shared memory"
+    if step.group == "subwarp":
+        return f"{text}, {32 // step.subwarp_size} plane(s) a warp"
+    if step.cluster > 1:
+        return f"{text}, clusters of {step.cluster} for a {unit} each"
+    if step.cooperative:
+        groups = step.grid[0] // step.tiles
+        return f"{text}, all resident: {step.tiles} for each of {groups} {unit}(s) at a time"
+    return text

@@ -1,0 +1,136 @@
+"""The form of the package: the contract of the backends, the direction of imports, one place for each setting."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.backends import missing
+
+import cupynorm as cn
+from cupynorm import _checks, config
+from cupynorm.backend import Backend, backend_of
+
+PACKAGE = Path(cn.__file__).parent
+MODULES = {
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in PACKAGE.rglob("*.py")
+}
+FLOOR = {f"cupynorm.{name}" for name in ("_types", "_checks", "config", "cpu_count")}
+CONTRACT = [name for name, value in vars(Backend).items() if inspect.isfunction(value) and not name.startswith("_")]
+
+
+def imports(module: str) -> set[str]:
+    """The modules of the package that a module imports, wherever in its text."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    package = module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package
+            for _ in range(node.level - 1):
+                base = base.rpartition(".")[0]
+            base = f"{base}.{node.module}" if node.module else base
+            for alias in node.names:
+                found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cupynorm"):
+            found.add(str(node.module))
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names if alias.name.startswith("cupynorm"))
+    return found - {module}
+
+
+def test_no_circle_of_imports() -> None:
+    graph = {module: imports(module) & set(MODULES) for module in MODULES}
+    while leaves := [module for module, needed in graph.items() if not needed & set(graph)]:
+        for module in leaves:
+            del graph[module]
+    assert not graph, f"modules that import each other: {sorted(graph)}"
+
+
+@pytest.mark.parametrize("module", sorted(FLOOR))
+def test_the_floor_imports_only_the_floor(module: str) -> None:
+    assert imports(module) <= FLOOR
+
+
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if ".cpu" in module or ".cuda" in module))
+def test_backends_import_nothing_above_the_contract(module: str) -> None:
+    above = {f"cupynorm.{name}" for name in ("functional", "layers", "explain", "info", "warm", "chainer", "thinc")}
+    assert not imports(module) & (above | {"cupynorm"})
+
+
+def test_settings_do_not_import_the_kernels_launches() -> None:
+    assert imports("cupynorm.config") == {"cupynorm._checks", "cupynorm.cpu_count"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_length_of_files(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 600
+
+
+def test_settings_have_one_place() -> None:
+    """Each CUPYNORM_* variable is read by a Setting of config, and by nothing else."""
+    settings = [value for value in vars(config).values() if isinstance(value, config.Setting)]
+    assert len({setting.variable for setting in settings}) == len(settings) >= 5
+    for module, file in MODULES.items():
+        calls = [node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        read = [ast.unparse(call) for call in calls if "environ" in ast.unparse(call.func)]
+        assert module == "cupynorm.config" or not any("CUPYNORM_" in call for call in read), module
+
+
+@pytest.mark.parametrize("setting", ["eager", "compiled", "batch_invariant", "memory_limit", "num_threads"])
+def test_settings_refuse_other_texts(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tested: config.Setting[Any] = getattr(config, setting)
+    monkeypatch.setattr(tested, "given", None)
+    monkeypatch.setattr(tested, "found", None)
+    for text in ("many", "-1", "1.5"):
+        monkeypatch.setenv(tested.variable, text)
+        with pytest.raises(ValueError, match=f"{tested.variable} must be {tested.needed}, got '{text}'"):
+            tested.get()
+    monkeypatch.setenv(tested.variable, " ")
+    assert tested.get() == tested.get() != ""
+    monkeypatch.setattr(tested, "found", None)
+    monkeypatch.setenv(tested.variable, "1")
+    assert tested.get() == 1
+    monkeypatch.setenv(tested.variable, "0")
+    assert tested.get() == 1  # read once
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_signatures_of_the_backends(name: str) -> None:
+    from cupynorm.cpu import CpuBackend
+    from cupynorm.cuda.launch import CudaBackend
+
+    expected = inspect.signature(getattr(Backend, name))
+    for backend in (CpuBackend, CudaBackend):
+        assert inspect.signature(getattr(backend, name)) == expected, backend
+        assert name in vars(backend), f"{backend.__name__} does not implement {name}"
+
+
+def test_backend_of_a_place() -> None:
+    assert type(backend_of("cpu")).__name__ == "CpuBackend"
+    if not missing("cupy"):
+        assert type(backend_of("cuda:0")).__name__ == "CudaBackend"
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_kind_of_an_array_is_found_once(monkeypatch: pytest.MonkeyPatch, activation: str | None) -> None:
+    seen: list[str] = []
+    kind_of = _checks.kind_of
+
+    def noted(array: Any, name: str) -> str:
+        seen.append(name)
+        return kind_of(array, name)
+
+    monkeypatch.setattr(_checks, "kind_of", noted)
+    x = np.ones((2, 3, 4, 5), np.float32)
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu", activation=activation)
+    layer(x, residual=x.copy(), out=np.empty_like(x))
+    assert sorted(seen) == ["bias", "input", "out", "residual", "running_mean", "running_var", "weight"]
+    seen.clear()
+    layer.backward(x.copy(), out=np.empty_like(x))
+    assert sorted(seen) == ["dy", "input", "out"]

@@ -21,9 +21,11 @@ __device__ inline bool in_range(Math m2, Math count) {
     return m2 >= LEAST_M2 * count && m2 <= MOST_M2;
 }
 __device__ inline Math unit_for(Math m2) { return m2 <= 1 ? 1.2089258e24f : 8.2718061e-25f; }  // 2^80, 2^-80
-template <class T> __device__ inline T root_of(Math scaled) { return scaled > -1 ? (T)scaled : (T)scaled * 1048576; }
-__device__ inline Accum wide_m2(Math scaled) {
-    return scaled < 0 ? root_of<Accum>(scaled) * root_of<Accum>(scaled) : scaled;
+template <class T> __device__ inline T root_of(Math scaled_m2) {
+    return scaled_m2 > -1 ? (T)scaled_m2 : (T)scaled_m2 * 1048576;
+}
+__device__ inline Accum wide_m2(Math scaled_m2) {
+    return scaled_m2 < 0 ? root_of<Accum>(scaled_m2) * root_of<Accum>(scaled_m2) : scaled_m2;
 }
 // (In float: a double's root needs registers that the widest variants do not have.)
 __device__ inline Math scale_m2(Accum m2) {
@@ -32,17 +34,17 @@ __device__ inline Math scale_m2(Accum m2) {
     const Accum unit = large ? 6.223015277861142e-61 : 1.6069380442589903e60;       // 2^-200, 2^200
     return -sqrtf((Math)(m2 * unit)) * (large ? 1.2089258e24f : 7.8886091e-31f);   // 2^80, 2^-100
 }
-__device__ inline Math rstd_of(Math scaled, Math count, Math eps) {
-    if (!(scaled < 0)) return reciprocal_sqrt(scaled / count + eps);
-    if (scaled > -1 && eps > 1) return reciprocal_sqrt(eps);
-    const Math unit = scaled > -1 ? 1.1529215e18f : 8.2718061e-25f;                           // 2^60, 2^-80
-    const Math root = scaled * (scaled > -1 ? 1.1529215e18f : 8.6736174e-19f);                  // 2^60, 2^-60
+__device__ inline Math rstd_of(Math scaled_m2, Math count, Math eps) {
+    if (!(scaled_m2 < 0)) return reciprocal_sqrt(scaled_m2 / count + eps);
+    if (scaled_m2 > -1 && eps > 1) return reciprocal_sqrt(eps);
+    const Math unit = scaled_m2 > -1 ? 1.1529215e18f : 8.2718061e-25f;                           // 2^60, 2^-80
+    const Math root = scaled_m2 * (scaled_m2 > -1 ? 1.1529215e18f : 8.6736174e-19f);             // 2^60, 2^-60
     const Math scaled = reciprocal_sqrt(root * root / count + eps * unit * unit);
     // Below 2^-126 it is put together by hand.
     return unit < 1 && scaled < 1.4210855e-14f ? denormal(scaled * 5.9029581e20f) : scaled * unit;      // 2^-46, 2^69
 }
-__device__ inline Math variance_of(Math scaled, Math count) {
-    return scaled < 0 ? root_of<Math>(scaled) / count * root_of<Math>(scaled) : scaled / count;
+__device__ inline Math variance_of(Math scaled_m2, Math count) {
+    return scaled_m2 < 0 ? root_of<Math>(scaled_m2) / count * root_of<Math>(scaled_m2) : scaled_m2 / count;
 }
 __device__ inline Math rstd_of(Accum square) {
     const Accum rstd = 1 / sqrt(square);
@@ -50,10 +52,12 @@ __device__ inline Math rstd_of(Accum square) {
 }
 #else
 __device__ inline Math rstd_of(Accum square) { return 1 / sqrt(square); }
-__device__ inline Accum wide_m2(Math scaled) { return scaled; }
+__device__ inline Accum wide_m2(Math scaled_m2) { return scaled_m2; }
 __device__ inline Math scale_m2(Accum m2) { return m2; }
-__device__ inline Math rstd_of(Math scaled, Math count, Math eps) { return reciprocal_sqrt(scaled / count + eps); }
-__device__ inline Math variance_of(Math scaled, Math count) { return scaled / count; }
+__device__ inline Math rstd_of(Math scaled_m2, Math count, Math eps) {
+    return reciprocal_sqrt(scaled_m2 / count + eps);
+}
+__device__ inline Math variance_of(Math scaled_m2, Math count) { return scaled_m2 / count; }
 #endif
 
 template <class T> __device__ inline void swap(T& a, T& b) {

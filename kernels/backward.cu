@@ -88,8 +88,8 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline voi
     }
     Storage* last = buffer + (buffers - 1) * staging.buffer_size;
     if (wanted) call.dresidual = staging.staged(dresidual, call.channels, last);
-    const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     __syncwarp();
+    const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     backward_scope<SUBWARP, RESIDENCY, THREADS, VECS_PER_THREAD>(call, staging.plane, spatial);
     __syncwarp();
     staging.put(dx, buffer);

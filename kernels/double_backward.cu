@@ -133,8 +133,8 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline voi
     if (call.inputs.ddx.data) fetch(call.inputs.ddx, buffer + 2 * staging.buffer_size);
     call.dx = staging.staged(dx, call.channels, buffer);
     call.ddy = staging.staged(ddy, call.channels, buffer + staging.buffer_size);
-    const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     __syncwarp();
+    const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     double_backward_scope<SUBWARP, RESIDENCY, THREADS, VECS_PER_THREAD>(call, staging.plane, spatial);
     __syncwarp();
     staging.put(dx, buffer);

@@ -91,8 +91,8 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline voi
         staging.fetch(call.epilogue.residual, buffer + staging.buffer_size);
         call.epilogue.residual = staging.staged(call.epilogue.residual, call.channels, buffer + staging.buffer_size);
     }
-    const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     __syncwarp();
+    const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     forward_scope<SUBWARP, RESIDENCY, THREADS, VECS_PER_THREAD>(call, staging.plane, spatial);
     __syncwarp();
     staging.put(y, buffer);

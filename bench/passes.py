@@ -21,6 +21,8 @@ import numpy as np
 
 import cupynorm
 from cupynorm import cpu
+from cupynorm.cpu.blocking import merged_axes
+from cupynorm.cpu.numpy_path import NumpyWork
 
 from . import peers, report
 from .cases import SWEEP_ELEMENTS, Array, Arrays, Layer, epilogue_text, parse_shapes
@@ -34,7 +36,7 @@ BATCH = 0.005  # seconds
 def passes(arrays: Arrays, y: Array) -> dict[str, dict[str, Callable[[], Any]]]:
     """Return the passes of each op: functions that run over all blocks on one thread and write to y."""
     x, weight, bias = arrays.x[0], arrays.weight, arrays.bias
-    work = cpu._Interpreted(cupynorm.instance_norm_forward(x, weight, bias)[1], cpu._merged([x, y, arrays.dy[0]]))
+    work = NumpyWork(cupynorm.instance_norm_forward(x, weight, bias)[1], merged_axes([x, y, arrays.dy[0]]))
     scratch = np.empty(min(x.size, work.room), work.dtype)
     numbers = np.ones(x.shape[:2], work.dtype)  # one a plane; 1, so that products leave y as it is
     parts = [planes + tile for planes in work.planes for tile in work.tile]

@@ -157,10 +157,11 @@ def loop_cache() -> str:
 
     if cpu.numba is None:
         return "no compiled loops"
-    from .compiling import Cache
+    from .cpu.numba_cache import Cache
+    from .cpu.numba_tasks import drain
 
     try:
-        return Cache(cpu.drain.py_func).cache_path
+        return Cache(drain.py_func).cache_path
     except Exception as error:
         return f"none, the loops are compiled anew in each process: {error}"
 

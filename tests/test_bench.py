@@ -22,6 +22,7 @@ import cupynorm
 from bench import __main__ as bench
 from bench import aims, cases, claims, dram, host, passes, peers, prime, report, smoke, summary, timing, values
 from cupynorm import cpu, devices
+from cupynorm.cpu import numpy_path
 from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.plan import DEVICES, contiguous_desc
 from cupynorm.cuda.variants import ITEMSIZE
@@ -537,7 +538,7 @@ def test_host_cost_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (3, 2, 17, 33)])
 def test_passes_of_numpy_alone(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cpu, "compiled", False)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 1024)  # several blocks, or tiles
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 1024)  # several blocks, or tiles
     arrays = cases.Arrays(np, shape, "float32", "channels_first", True, sets=1)
     x, dy, y = arrays.x[0], arrays.dy[0], np.zeros(shape, np.float32)
     buffers = np.getbufsize()

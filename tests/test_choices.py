@@ -15,6 +15,17 @@ from helpers.compare import assert_allclose, assert_equal
 
 import cupynorm as cn
 from cupynorm import cpu
+from cupynorm.cpu import (
+    blocking,
+    gelu,
+    numba_backward,
+    numba_forward,
+    numba_geometry,
+    numba_path,
+    numpy_activations,
+    numpy_double,
+    numpy_path,
+)
 
 pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 
@@ -41,18 +52,18 @@ def steps_of(shape: tuple[int, ...], channels_last: bool = False) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def few_channels_side_by_side_are_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "MIN_CHANNELS", 2)
+    monkeypatch.setattr(numpy_path, "MIN_CHANNELS", 2)
 
 
 def on_numpy(shape: tuple[int, ...], channels_last: bool = False, activation: str | None = None) -> Any:
     call = saved_of(shape, steps_of(shape, channels_last), activation)
-    return cpu._Interpreted(call, cpu._merged([call.x] * 2))
+    return numpy_path.NumpyWork(call, blocking.merged_axes([call.x] * 2))
 
 
 def layout_with(shape: tuple[int, ...], steps: Sequence[int], dtype: Any = np.float32) -> Any:
     """Of a forward on x and y with these strides, in elements."""
     dtype = np.dtype(dtype)
-    return cpu._Layout(dtype, shape, (tuple(dtype.itemsize * step for step in steps),) * 2, False)
+    return numba_path.Layout(dtype, shape, (tuple(dtype.itemsize * step for step in steps),) * 2, False)
 
 
 def layout_of(shape: tuple[int, ...], channels_last: bool = False, dtype: Any = np.float32) -> Any:
@@ -75,7 +86,7 @@ class Recorded:
 def test_tiles_are_shared_where_blocks_are_few(threads: int, blocks: int, tiles: int, whole: bool):
     """A thread with four blocks or more has as much to do as the others."""
     work = Recorded(threads, blocks, tiles)
-    cpu._Work.run(work, "reduce", lambda *given: work.did.append(("join", *given)), "apply", "whole")  # type: ignore
+    blocking.Work.run(work, "reduce", lambda *given: work.did.append(("join", *given)), "apply", "whole")  # type: ignore
     items = blocks * tiles
     assert work.did == ([("whole", blocks)] if whole else [("reduce", items), ("join", 0, blocks), ("apply", items)])
 
@@ -85,7 +96,7 @@ def test_tiles_are_shared_where_blocks_are_few(threads: int, blocks: int, tiles:
 def test_parts_of_a_call_on_numpy_alone(monkeypatch: pytest.MonkeyPatch, size: int, number: int, count: int):
     """They hold each block once, as many as any other part, and there is one for each thread at least."""
     given: list[Any] = []
-    monkeypatch.setattr(cpu, "share", lambda work, tasks, threads: given.append((work, tasks, threads)))
+    monkeypatch.setattr(numpy_path, "share", lambda work, tasks, threads: given.append((work, tasks, threads)))
     cn.set_num_threads(number)
     work = on_numpy((1, 1, size))
     work.share("step", count)
@@ -115,7 +126,7 @@ def test_buffer_and_scratch(shape: tuple[int, ...], channels_last: bool, element
         assert seen == [(i, (buffers, buffer_size), elements) for i in (3, 4, 7)]
         assert np.getbufsize() == before
     call = saved_of(shape, steps_of(shape, channels_last))
-    double = cpu._DoubleBackward(call, cpu._merged([call.x] * 5), None, None)
+    double = numpy_double.DoubleBackwardWork(call, blocking.merged_axes([call.x] * 5), None, None)
     double.work(lambda i, scratch: seen.append(scratch.shape), iter([(0, 1)]))
     assert seen[-1] == (5, buffer_size)
 
@@ -132,17 +143,17 @@ def test_buffer_and_scratch(shape: tuple[int, ...], channels_last: bool, element
 ])  # fmt: skip
 def test_where_channels_lie_side_by_side(shape: tuple[int, ...], steps: tuple[int, ...], channels_last: bool):
     call = saved_of(shape, steps)
-    work = cpu._Interpreted(call, [call.x] * 2)
+    work = numpy_path.NumpyWork(call, [call.x] * 2)
     assert work.channels_last == channels_last
 
 
 @pytest.mark.parametrize("size", [129, 513, 1024, 1575, 1009, 129 * 521, 128 * 521, 35 * 45 * 512, 2**22 + 1])
 def test_rows_divide_a_plane_where_they_can(size: int):
     """In the longest rows of which a plane consists, if these are not short ones, or else in ones of ROW and a rest."""
-    length, count = cpu._rows(size)
-    assert cpu.SHORT_ROW < length <= cpu.ROW
-    divisors = [divisor for divisor in range(cpu.SHORT_ROW + 1, cpu.ROW + 1) if size % divisor == 0]
-    assert (length, count) == (max(divisors, default=cpu.ROW), size // length)
+    length, count = numpy_path.row_lengths(size)
+    assert numpy_path.SHORT_ROW < length <= numpy_path.ROW
+    divisors = [divisor for divisor in range(numpy_path.SHORT_ROW + 1, numpy_path.ROW + 1) if size % divisor == 0]
+    assert (length, count) == (max(divisors, default=numpy_path.ROW), size // length)
 
 
 @pytest.mark.parametrize(("size", "far"), [(128, 1.0), (129, 2.0)])
@@ -152,13 +163,13 @@ def test_from_how_large_a_mean_on_planes_are_centred(
 ):
     """Those that need it, by themselves where they are a quarter of all or fewer."""
     counted: list[tuple[int, int]] = []
-    made = cpu._Interpreted._sums
+    made = numpy_path.NumpyWork._sums
 
     def sums(self: Any, block: np.ndarray) -> np.ndarray:
         counted.append(block.shape[:2])
         return made(self, block)
 
-    monkeypatch.setattr(cpu._Interpreted, "_sums", sums)
+    monkeypatch.setattr(numpy_path.NumpyWork, "_sums", sums)
     use_compiled(monkeypatch, False)
     cn.set_num_threads(1)
     z = rng.standard_normal((2, 8, size))
@@ -185,7 +196,7 @@ def test_how_often_planes_of_tiny_numbers_are_added_up(
     """Squares that are 0 do not say that a mean is near; about a number next to it they need not."""
     use_compiled(monkeypatch, False)
     counted = 0
-    made = cpu._Interpreted._sums
+    made = numpy_path.NumpyWork._sums
 
     def sums(self: Any, block: np.ndarray) -> np.ndarray:
         nonlocal counted
@@ -193,7 +204,7 @@ def test_how_often_planes_of_tiny_numbers_are_added_up(
         return made(self, block)
 
     x = (scale * rng.standard_normal((2, 8, 4096))).astype(np.float32)
-    monkeypatch.setattr(cpu._Interpreted, "_sums", sums)
+    monkeypatch.setattr(numpy_path.NumpyWork, "_sums", sums)
     cn.instance_norm(x)
     assert counted == times
 
@@ -201,21 +212,21 @@ def test_how_often_planes_of_tiny_numbers_are_added_up(
 @pytest.mark.parametrize("size", [1, 16, 64, 65, 128, 241, 512, 1024, 2048])
 def test_short_planes_that_are_done_together_fit_the_first_cache(size: int):
     """32 KB of each array."""
-    planes = getattr(cpu._at_a_time, "py_func", cpu._at_a_time)(size)
-    assert 1 <= planes <= cpu.TOGETHER
+    planes = getattr(numba_geometry.planes_together, "py_func", numba_geometry.planes_together)(size)
+    assert 1 <= planes <= numba_geometry.TOGETHER
     assert 4 * size * planes <= 2**15
 
 
 def test_no_more_elements_of_short_planes_are_summed_at_a_time_backward():
     """Their sums are made in computing precision at one go."""
-    assert cpu.BACKWARD_SHORT <= cpu.PARTIAL
+    assert numba_backward.BACKWARD_SHORT <= numba_geometry.PARTIAL
 
 
 @pytest.mark.compiled
 def test_steps_that_are_no_whole_elements_are_for_numpy(monkeypatch: pytest.MonkeyPatch):
     use_compiled(monkeypatch, True)
     odd = ((96, 32, 8, 4), (96, 32, 8, 4)), ((96, 32, 8, 4), (98, 32, 8, 4))
-    assert [cpu._Layout(np.dtype(np.float32), (2, 3, 4, 2), each, False).usable for each in odd] == [True, False]
+    assert [numba_path.Layout(np.dtype(np.float32), (2, 3, 4, 2), each, False).usable for each in odd] == [True, False]
 
 
 def compiled(function: Any) -> Any:
@@ -362,7 +373,7 @@ SIZES = [(5, group, -(-7 // runs) * -(-30 // length), 7, 30, runs, length, 0, 7 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_tiles_hold_each_position_once(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]):
     use_compiled(monkeypatch, True)
-    borders, counts = compiled(cpu._borders), compiled(cpu._counts)(sizes)
+    borders, counts = compiled(numba_geometry.tile_bounds), compiled(numba_forward._counts)(sizes)
     assert counts.shape == sizes[2:3]
     seen = np.zeros((7, 30), int)
     for tile in range(sizes[2]):
@@ -377,7 +388,9 @@ def test_tiles_hold_each_position_once(monkeypatch: pytest.MonkeyPatch, sizes: t
 def test_where_units_are(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]):
     """Tile by tile, a group of channels after the other."""
     use_compiled(monkeypatch, True)
-    locate, after, before = (compiled(each) for each in (cpu._locate, cpu._next, cpu._previous))
+    locate, after, before = (
+        compiled(each) for each in (numba_geometry.locate, numba_geometry.next_unit, numba_geometry.previous_unit)
+    )
     every = [(n, c, tile) for n in range(3) for c in range(0, 5, sizes[1]) for tile in range(sizes[2])]
     assert [locate(item, sizes) for item in range(len(every))] == every
     assert [after(*place, sizes) for place in every[:-1]] == every[1:]
@@ -388,7 +401,7 @@ def test_where_units_are(monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
 def test_what_several_short_planes_have_in_common(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     """Where they begin, and their weights and biases, from any plane on and over the end of a sample."""
     use_compiled(monkeypatch, True)
-    function = compiled(cpu._short_planes)
+    function = compiled(numba_geometry.short_plane_offsets)
     places = np.array([(-100, 7, 1), (64, -9, 3)])
     for of_samples in (False, True):
         weight, bias = rng.standard_normal((2, 4, 5))
@@ -416,7 +429,10 @@ def test_how_tiles_are_put_together(
 ):
     """Means as numbers and rests in float32; a variance, where it is wanted; and sums for a gradient."""
     use_compiled(monkeypatch, True)
-    borders, forward, backward = (compiled(each) for each in (cpu._borders, cpu._join_forward, cpu._join_backward))
+    borders, forward, backward = (
+        compiled(each)
+        for each in (numba_geometry.tile_bounds, numba_forward._join_forward, numba_backward._join_backward)
+    )
     group, tiles = sizes[1:3]
     x = rng.standard_normal((3, 5, 7, 30)) + rng.choice([0, 1000], (3, 5, 1, 1))
     blocks = [(n, c) for n in range(3) for c in range(0, 5, group)]
@@ -487,7 +503,9 @@ def test_how_much_is_added_up_in_computing_precision_by_compiled_loops_backward(
     assert layout.channels_last == channels_last and layout.windows is None
     places, runs, sizes, _ = layout.where
     places, runs = np.concatenate([places, places[:1]]), np.concatenate([runs, runs[:1]])
-    function = compiled(cpu._reduce_backward_channels if channels_last else cpu._reduce_backward_rows)
+    function = compiled(
+        numba_backward._reduce_backward_channels if channels_last else numba_backward._reduce_backward_rows
+    )
     most = 64 if channels_last else 512
     for one, other, together in (
         (0, most - 1, True), (0, most, False), (most + 8, most, True), (most - 8, most, False), (599, 0, False),
@@ -521,12 +539,14 @@ def summed(
             memory[begin + runs[r] :][: half * step : step] = plane[r * half : (r + 1) * half]
     if channels_last:
         guesses = cpu.numba.njit(lambda x, o, k, run, shape, tile, width, mean: mean.fill(guess))
-        monkeypatch.setattr(cpu, "_guess_channels", guesses)
+        monkeypatch.setattr(numba_forward, "_guess_channels", guesses)
         found = np.zeros((3, count))
         place = np.array([0, 1, count])
-        compiled(cpu._reduce_forward_channels)(memory, place, runs, shape, 0, 1, np.zeros(1, dtype), least, *found)
+        compiled(numba_forward._reduce_forward_channels)(
+            memory, place, runs, shape, 0, 1, np.zeros(1, dtype), least, *found
+        )
         return [(float(mean), float(mean_lo), float(m2)) for mean, mean_lo, m2 in found.T]
-    function = compiled(cpu._moments)
+    function = compiled(numba_forward._moments)
     return [
         function(memory, j * 2 * (half + 8), runs, shape, 0, dtype.type(guess), dtype.type(0), size, least)
         for j in range(count)
@@ -595,8 +615,8 @@ def test_sums_of_tiles_go_where_they_belong(
 ):
     """From any unit on: those of each tile, and of each channel of a group."""
     use_compiled(monkeypatch, True)
-    monkeypatch.setattr(cpu, "TILE", 70 if channels_last else 20)
-    monkeypatch.setattr(cpu, "LONG_RUN", 8)
+    monkeypatch.setattr(numba_path, "TILE", 70 if channels_last else 20)
+    monkeypatch.setattr(numba_path, "LONG_RUN", 8)
     channels = 41 if channels_last else 21
     x, dy = rng.standard_normal((2, 2, channels, 3, 8)).astype(np.float32) + np.float32(3)
     steps = (3 * 9 * 42, 1, 9 * 42, 42) if channels_last else (21 * 3 * 9, 3 * 9, 9, 1)
@@ -608,9 +628,11 @@ def test_sums_of_tiles_go_where_they_belong(
     memories = np.zeros((2, 2 * 3 * 9 * 42), np.float32)
     for memory, array in zip(memories, (x, dy), strict=True):
         np.lib.stride_tricks.as_strided(memory, x.shape, [4 * step for step in steps])[...] = array
-    forward = compiled(cpu._reduce_forward_channels if channels_last else cpu._reduce_forward_rows)
-    backward = compiled(cpu._reduce_backward_channels if channels_last else cpu._reduce_backward_rows)
-    locate, borders = compiled(cpu._locate), compiled(cpu._borders)
+    forward = compiled(numba_forward._reduce_forward_channels if channels_last else numba_forward._reduce_forward_rows)
+    backward = compiled(
+        numba_backward._reduce_backward_channels if channels_last else numba_backward._reduce_backward_rows
+    )
+    locate, borders = compiled(numba_geometry.locate), compiled(numba_geometry.tile_bounds)
     assert [*layout.counts] == [borders(tile, sizes)[4] for tile in range(tiles)]
     mean, mean_lo, rstd = rng.uniform(2, 3, (3, 2, channels)).astype(np.float32)
     numbers = np.ones(1, np.float32), np.zeros(1, np.float32), (0, 0, 0, 0), mean, mean_lo - 2, rstd
@@ -643,7 +665,7 @@ def test_sums_in_float64(rng: np.random.Generator, monkeypatch: pytest.MonkeyPat
     base = 2.0**26
     x = base + spread * rng.standard_normal(2000)
     runs, shape = np.array([0, 1000]), (1, 1, 1, 2, 1000, 2, 1000, 0, 2000, 0)
-    mean, mean_lo, m2 = compiled(cpu._moments_float64)(x, 0, np.uint64(1), runs, shape, 0)
+    mean, mean_lo, m2 = compiled(numba_forward._moments_float64)(x, 0, np.uint64(1), runs, shape, 0)
     exact = x - base  # no digit is lost
     assert abs(((mean - base) - math.fsum(exact) / 2000) + mean_lo) < 1e-15 * spread
     assert abs(m2 / math.fsum((exact - exact.mean()) ** 2) - 1) < 1e-13
@@ -660,8 +682,8 @@ def test_from_how_bad_a_guess_on_a_short_plane_is_added_up_again(
     found_moments = cpu.numba.njit(
         lambda x, o, run, shape, tile, mean, zero, count, least: (mean + 512, 2.0**-30, 900.0)
     )
-    monkeypatch.setattr(cpu, "_moments", found_moments)
-    function = compiled(cpu._forward_short_rows)
+    monkeypatch.setattr(numba_forward, "_moments", found_moments)
+    function = compiled(numba_forward._forward_short_rows)
     inner = min(size, 64)
     middle = slice((size - inner) // 2, (size + inner) // 2)
     outer = np.ones(size, bool)
@@ -722,7 +744,7 @@ def test_which_axes_are_gone_through_as_one(
     """Those that all arrays of a call have one behind the other. An axis fewer is a copy less on NumPy alone."""
     memory = np.arange(2000.0)
     arrays = [np.lib.stride_tricks.as_strided(memory, shape, [8 * step for step in steps]) for steps in strides]
-    for array, view in zip(arrays, cpu._merged(arrays), strict=True):
+    for array, view in zip(arrays, blocking.merged_axes(arrays), strict=True):
         assert view.shape == (*shape[:2], *merged)
         assert np.shares_memory(view, memory)
         assert_equal(view.ravel(), array.ravel())
@@ -731,7 +753,7 @@ def test_which_axes_are_gone_through_as_one(
 def found_on_numpy(x: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, ...]:
     """What `_moments` makes of planes (N, C, S): mean, what it lacks, variance."""
     call = cn.Saved(x, *np.zeros((2, *x.shape[:2]), x.dtype), None, None, True, np.zeros(x.shape[:2], x.dtype), None)
-    work = cpu._Interpreted(call, [x, x])
+    work = numpy_path.NumpyWork(call, [x, x])
     work.eps = eps
     with np.errstate(all="ignore"):
         return work._moments(x, np.empty((3, x.size), x.dtype))
@@ -788,7 +810,7 @@ def test_planes_in_float64_that_need_more_than_that(rng: np.random.Generator, si
 
 def test_how_tiles_are_put_together_on_numpy_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     """Means as numbers and rests; of the blocks that are asked for."""
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 50)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 4 * 50)
     x = rng.standard_normal((2, 3, 130)) + rng.choice([0, 1000], (2, 3, 1))
     work = on_numpy((2, 3, 130))
     work.eps, work.variance = 0.5, np.full((2, 3), 7, np.float32)
@@ -811,19 +833,19 @@ def test_how_tiles_are_put_together_on_numpy_alone(rng: np.random.Generator, mon
 
 def test_results_are_worked_in_where_nothing_is_read_there(monkeypatch: pytest.MonkeyPatch):
     """Else each block goes through scratch."""
-    monkeypatch.setattr(cpu._Interpreted, "run", lambda *_: None)
-    monkeypatch.setattr(cpu._Interpreted, "share", lambda *_: None)
+    monkeypatch.setattr(numpy_path.NumpyWork, "run", lambda *_: None)
+    monkeypatch.setattr(numpy_path.NumpyWork, "share", lambda *_: None)
     x, y, other = np.zeros((3, 2, 3, 8), np.float32)
     for arrays, alone in (([x, y], True), ([x, y, other], True), ([x, y, y], False), ([x, x], True)):
         call = saved_of((2, 3, 8), (24, 8, 1))
         call.residual = arrays[2] if len(arrays) == 3 else None
-        work = cpu._Interpreted(call, arrays)
+        work = numpy_path.NumpyWork(call, arrays)
         for forward in (lambda work=work: work.forward(1e-5, None), work.normalize):
             work.work_in_result = None
             forward()
             assert work.work_in_result is alone
     for dx, dy, alone in ((x, y, True), (y, y, False)):
-        work = cpu._Interpreted(saved_of((2, 3, 8), (24, 8, 1)), [other, dx, dy])
+        work = numpy_path.NumpyWork(saved_of((2, 3, 8), (24, 8, 1)), [other, dx, dy])
         work.backward(*np.zeros((2, 2, 3), np.float32))
         assert work.work_in_result is alone
 
@@ -832,12 +854,12 @@ def test_results_are_worked_in_where_nothing_is_read_there(monkeypatch: pytest.M
 def test_what_a_double_backward_adds_up(monkeypatch: pytest.MonkeyPatch, training: bool):
     """Nothing in tracked eval, unless a weight has a gradient."""
     did: list[str] = []
-    monkeypatch.setattr(cpu._Interpreted, "run", lambda *_: did.append("all"))
-    monkeypatch.setattr(cpu._Interpreted, "share", lambda *_: did.append("apply"))
+    monkeypatch.setattr(numpy_path.NumpyWork, "run", lambda *_: did.append("all"))
+    monkeypatch.setattr(numpy_path.NumpyWork, "share", lambda *_: did.append("apply"))
     for weight, ddx, what in ((None, True, "apply"), (True, False, "apply"), (True, True, "all")):
         call = saved_of((2, 3, 8), (24, 8, 1))
         call.training, call.weight = training, None if weight is None else np.ones(3, np.float32)
-        work = cpu._DoubleBackward(call, [call.x] * (5 if ddx else 4), None, None)
+        work = numpy_double.DoubleBackwardWork(call, [call.x] * (5 if ddx else 4), None, None)
         did.clear()
         work.double_backward(np.zeros((2, 3), np.float32))
         assert did == ["all" if training else what]
@@ -846,16 +868,16 @@ def test_what_a_double_backward_adds_up(monkeypatch: pytest.MonkeyPatch, trainin
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_how_many_coefficients_gelu_has(monkeypatch: pytest.MonkeyPatch, dtype: Any):
     """As many as a dtype has digits for."""
-    made, asked = cpu.half_erfcx, []
-    monkeypatch.setattr(cpu, "half_erfcx", lambda degree: asked.append(degree) or made(degree))
-    cpu._activate(np.zeros((1, 1, 3), dtype), "gelu", 0.0, [*np.zeros((3, 1, 1, 3), dtype)])
+    made, asked = gelu.half_erfcx, []
+    monkeypatch.setattr(numpy_activations, "half_erfcx", lambda degree: asked.append(degree) or made(degree))
+    numpy_activations.activate(np.zeros((1, 1, 3), dtype), "gelu", 0.0, [*np.zeros((3, 1, 1, 3), dtype)])
     assert asked == [10 if dtype == np.float32 else 20]
     z = np.linspace(0, 12, 1000)
-    t = (z - cpu.ERFCX_CENTRE) / (z + cpu.ERFCX_CENTRE)
+    t = (z - gelu.ERFCX_CENTRE) / (z + gelu.ERFCX_CENTRE)
     exact = np.array([math.erfc(v / math.sqrt(2)) * math.exp(v * v / 2) / 2 for v in z])
     for degree, error in ((9, 2e-8), (10, 4e-9), (20, 4e-15)):
-        assert len(cpu.half_erfcx(degree)) == degree + 1
-        off = np.abs(np.polyval(cpu.half_erfcx(degree), t) - exact).max()
+        assert len(gelu.half_erfcx(degree)) == degree + 1
+        off = np.abs(np.polyval(gelu.half_erfcx(degree), t) - exact).max()
         print(degree, off)
         assert error / 8 < off < error
 
@@ -869,8 +891,8 @@ def test_slopes_and_infinite_values(slope: float):
         some = np.abs(z) >= (5 if activation in ("silu", "gelu") else 0)
         y, g, buffers = z.copy(), np.zeros_like(z), [*np.zeros((3, 1, 1, 9), np.float32)]
         with np.errstate(all="ignore"):
-            cpu._activate(y, activation, slope, buffers)
-            cpu._times_slope(dy, z.copy(), activation, slope, g, buffers)
+            numpy_activations.activate(y, activation, slope, buffers)
+            numpy_activations.times_slope(dy, z.copy(), activation, slope, g, buffers)
             expected = np.where(z < 0, z * below if below else 0, z)
         assert_allclose(y[some], expected[some], rtol=1e-6)
         assert_allclose(g[some], (dy * np.where(z > 0, 1, below))[some], rtol=1e-6)
@@ -888,10 +910,10 @@ def test_an_eps_as_small_as_the_variance(rng: np.random.Generator, monkeypatch: 
 
 def test_how_tiles_of_a_double_backward_are_put_together(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     """Sums about each tile's own pivots, of tiles of different sizes, become sums about the means."""
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * 50)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 4 * 50)
     call = saved_of((2, 3, 130), (390, 130, 1))
     call.rstd[...] = rng.uniform(0.5, 2, (2, 3))
-    work = cpu._DoubleBackward(call, [call.x] * 5, None, None)
+    work = numpy_double.DoubleBackwardWork(call, [call.x] * 5, None, None)
     work.sums = np.zeros((2, 3))
     rstd = call.rstd.astype(float)[:, :, None]
     xhat, g, u = rng.standard_normal((3, 2, 3, 130)) + np.array([0.1, 1000, -1000]).reshape(3, 1, 1, 1)

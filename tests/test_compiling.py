@@ -35,9 +35,9 @@ def said(code: str, folder: Path, **environment: str) -> str:
 #: Compiles the smallest function that is kept, or finds it.
 USE = """
 import cupynorm
-from cupynorm import scalars
-assert scalars.drain(scalars.new_queue(1, 1, 1))
-print(cupynorm.__path__[0], sum(scalars.drain.stats.cache_hits.values()))
+from cupynorm.cpu import numba_tasks
+assert numba_tasks.drain(numba_tasks.new_queue(1, 1, 1))
+print(cupynorm.__path__[0], sum(numba_tasks.drain.stats.cache_hits.values()))
 """
 
 
@@ -54,7 +54,7 @@ def test_code_is_kept_until_what_it_is_made_from_changes(tmp_path: Path) -> None
 
     def change(name: str) -> None:
         """One letter of a comment."""
-        path = package / name
+        path = package / "cpu" / name
         times = path.stat()
         text = path.read_text()
         before, mark, rest = text.rpartition("  # ")
@@ -63,14 +63,14 @@ def test_code_is_kept_until_what_it_is_made_from_changes(tmp_path: Path) -> None
 
     assert [found(), found()] == [False, True]
     kept = sorted(path.name for path in package.rglob("*.nb[ic]"))
-    for name in ("scalars.py", "moves.py", "cpu.py", "compiling.py"):
+    for name in ("numba_intrinsics.py", "numba_forward.py", "numba_cache.py", "gelu.py"):
         change(name)
         assert [found(), found()] == [False, True], name
-    change("memory.py")
-    path = package / "scalars.py"
-    path.write_text(path.read_text().replace("import math\n", "import math\n\n", 1))  # every line moves
+    change("result_pool.py")
+    path = package / "cpu" / "numba_tasks.py"
+    path.write_text(path.read_text().replace("import numba\n", "import numba\n\n", 1))  # every line moves
     assert not found()
-    change("layers.py")
+    change("running.py")
     assert found()
     assert sorted(path.name for path in package.rglob("*.nb[ic]")) == kept
 
@@ -84,24 +84,35 @@ def test_every_file_that_code_is_made_from_is_known() -> None:
     """Compiled functions are in these files, and use no function and no number of another of the package."""
     from numba.core.dispatcher import Dispatcher
 
-    from cupynorm import compiling, cpu, moves, scalars
+    from cupynorm.cpu import (
+        numba_activations,
+        numba_backward,
+        numba_cache,
+        numba_forward,
+        numba_geometry,
+        numba_intrinsics,
+        numba_moves,
+        numba_tasks,
+    )
 
     for module in [module for name, module in sys.modules.items() if name.startswith("cupynorm.")]:
         loops = [value.py_func for value in vars(module).values() if isinstance(value, Dispatcher)]
-        assert {Path(loop.__code__.co_filename).name for loop in loops} <= {*compiling.SOURCES}, module.__name__
-    for module in (cpu, moves, scalars):
+        assert {Path(loop.__code__.co_filename).name for loop in loops} <= {*numba_cache.SOURCES}, module.__name__
+    for module in (
+        numba_activations, numba_backward, numba_forward, numba_geometry, numba_intrinsics, numba_moves, numba_tasks
+    ):  # fmt: skip
         foreign = {
             alias.asname or alias.name
             for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))
-            if isinstance(node, ast.ImportFrom) and node.level and f"{node.module}.py" not in compiling.SOURCES
+            if isinstance(node, ast.ImportFrom) and node.level and f"{node.module}.py" not in numba_cache.SOURCES
             for alias in node.names
         }
         loops = [value.py_func for value in vars(module).values() if isinstance(value, Dispatcher)]
-        if module is scalars:  # its overloads are compiled as well
+        if module in (numba_activations, numba_intrinsics):  # their overloads are compiled as well
             loops += [value for value in vars(module).values() if isinstance(value, FunctionType)]
-        if module is moves:  # these make loops
-            loops += [moves._side_by_side.__wrapped__, moves._transposed.__wrapped__]
-        assert len(loops) > 5
+        if module is numba_moves:  # these make loops
+            loops += [numba_moves._side_by_side.__wrapped__, numba_moves._transposed.__wrapped__]
+        assert len(loops) > 2
         for loop in loops:
             assert not foreign & globals_of(loop.__code__), loop.__name__
 
@@ -120,7 +131,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def used(*given: Any) -> int:
     """How often a function that is compiled anew finds its code on disk."""
-    from cupynorm.compiling import disk_cached
+    from cupynorm.cpu.numba_cache import disk_cached
 
     function = disk_cached(plus)
     for each in given:
@@ -130,18 +141,18 @@ def used(*given: Any) -> int:
 
 @pytest.mark.parametrize("library", ["numba", "llvmlite", "numpy"])
 def test_another_version_makes_code_old(folder: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    from cupynorm import compiling
+    from cupynorm.cpu import numba_cache
 
     assert [used(1), used(1)] == [0, 1]
     monkeypatch.setattr(f"{library}.__version__", "99.0")
-    compiling._stamp.cache_clear()
+    numba_cache._stamp.cache_clear()
     try:
         assert used(1) == 0
         if library != "numba":  # which has another index for each version
             assert used(1) == 1
     finally:
         monkeypatch.undo()
-        compiling._stamp.cache_clear()
+        numba_cache._stamp.cache_clear()
 
 
 @pytest.mark.parametrize(("setting", "value"), [("OPT", 1), ("SLP_VECTORIZE", 1), ("BOUNDSCHECK", 1)])
@@ -183,16 +194,16 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_kept_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
     from numba.core import caching
 
-    from cupynorm import compiling
+    from cupynorm.cpu import numba_cache
 
     if lacks == "a folder":
         monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     elif lacks == "its files":
-        monkeypatch.setattr(compiling, "SOURCES", ("nowhere.py",))
-        compiling._stamp.cache_clear()
+        monkeypatch.setattr(numba_cache, "SOURCES", ("nowhere.py",))
+        numba_cache._stamp.cache_clear()
     else:
-        monkeypatch.setattr(compiling, "IndexDataCacheFile", object)
-    function = compiling.disk_cached(plus)
+        monkeypatch.setattr(numba_cache, "IndexDataCacheFile", object)
+    function = numba_cache.disk_cached(plus)
     assert function(np.float32(1)) == 2
     assert function.stats.cache_path is None
 

@@ -21,14 +21,13 @@ import pytest
 import reference
 from helpers.backends import Backend, on_cpu, peak_of, use_compiled
 from helpers.compare import Bits, assert_equal, assert_same, assert_within, bits
+from helpers.loops import numba_forward, numba_moves, numba_path
 from helpers.pairwise import pairwise
 from helpers.tiers import amount
 
 import cupynorm as cn
-from cupynorm import config, cpu, cpu_count, halves, threads
-
-if cpu.numba is not None:
-    from cupynorm import moves
+from cupynorm import config, cpu, cpu_count
+from cupynorm.cpu import blocking, halves, numpy_path, thread_pool
 
 pytestmark = [pytest.mark.usefixtures("threads_as_they_were"), on_cpu, pytest.mark.long]
 ROOT = Path(__file__).parents[1]
@@ -41,9 +40,9 @@ def way(backend: Backend) -> str:
 
 def let_threads_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on threads take part in every call, to the end of the test."""
-    monkeypatch.setattr(cpu._Interpreted, "pays", 1)
-    monkeypatch.setattr(cpu, "PAYS", 1)
-    monkeypatch.setattr(cpu, "_layout", lru_cache(cpu._Layout))
+    monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
+    monkeypatch.setattr(numba_path, "PAYS", 1)
+    monkeypatch.setattr(numba_path, "_layout", lru_cache(numba_path.Layout))
 
 
 def laid(array: np.ndarray, layout: str) -> np.ndarray:
@@ -164,6 +163,7 @@ import cupynorm as cn
 from cupynorm import cpu
 
 cpu.compiled = sys.argv[1] == "compiled"
+tile = cpu.numba_path.TILE if cpu.compiled else 65536
 mprotect, regions = ctypes.CDLL(None).mprotect, []
 
 def guarded(size, at_end):
@@ -188,7 +188,7 @@ def placed(values, layout, at_end):
     return array
 
 rng = np.random.default_rng(int(sys.argv[2]))
-for shape in [(3, 5, 4, 4), (2, 3, 5, 7), (1, 2, 30, 31), (2, 37, 3, 3), (1, 2, cpu.TILE + 3)]:
+for shape in [(3, 5, 4, 4), (2, 3, 5, 7), (1, 2, 30, 31), (2, 37, 3, 3), (1, 2, tile + 3)]:
     values, gradient = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
     for layout in ("contiguous", "every second", "channels_last"):
         for at_end in (False, True):
@@ -232,8 +232,10 @@ def test_results_written_past_the_caches(rng: np.random.Generator, monkeypatch: 
         out = memory[start : start + x.size].reshape(shape)
         with pytest.MonkeyPatch.context() as patch:
             layouts: list[Any] = []
-            patch.setattr(cpu, "STREAM", 0)
-            patch.setattr(cpu, "_layout", lambda *given, met=layouts: met.append(cpu._Layout(*given)) or met[-1])
+            patch.setattr(numba_path, "STREAM", 0)
+            patch.setattr(
+                numba_path, "_layout", lambda *given, met=layouts: met.append(numba_path.Layout(*given)) or met[-1]
+            )
             assert_same(cn.instance_norm(x, out=out), y)
             assert_same(cn.instance_norm_backward(dy, saved, out=out)[0], dx)
         assert [layout.streams for layout in layouts] == [True, True]
@@ -292,10 +294,11 @@ def let_blocks_be_small(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatc
     loops take planes up to FORWARD_SHORT for ones of one tile.
     """
     let_threads_pay(monkeypatch)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", int(np.exp2(rng.uniform(5, 13))))
-    monkeypatch.setattr(cpu, "TILE", int(cpu.FORWARD_SHORT * np.exp2(rng.uniform(0, 2))))
-    monkeypatch.setattr(cpu, "STREAM", int(rng.choice([0, 2**60])))
-    monkeypatch.setattr(cpu, "LONG_RUN", 1)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", int(np.exp2(rng.uniform(5, 13))))
+    tile = np.exp2(rng.uniform(0, 2))
+    monkeypatch.setattr(numba_path, "TILE", int(tile * int(numba_forward.FORWARD_SHORT)))
+    monkeypatch.setattr(numba_path, "STREAM", int(rng.choice([0, 2**60])))
+    monkeypatch.setattr(numba_path, "LONG_RUN", 1)
     cn.set_num_threads(int(rng.integers(1, 5)))
 
 
@@ -318,7 +321,9 @@ def test_blocks_and_tiles_of_any_size(way: str, rng: np.random.Generator, monkey
             dtype, fused = rng.choice([np.float32, np.float16]), rng.random() < 0.7
         if fused:
             activation = "relu" if way == "compiled" else rng.choice([None, "relu", "leaky_relu", "silu", "gelu"])
-        print(shape, dtype, activation, cpu.BLOCK_BYTES, cpu.TILE, cn.get_num_threads())  # shown with a failure
+        print(
+            shape, dtype, activation, numpy_path.BLOCK_BYTES, numba_path.TILE, cn.get_num_threads()
+        )  # shown with a failure
         x, dy, ddx, added = (laid(rng.standard_normal(shape).astype(dtype), layout) for _ in range(4))
         weight, bias = rng.uniform(0.5, 2, shape[1]).astype(np.float32), rng.random(shape[1], np.float32)
         options: Any = {"residual": added if fused else None, "activation": activation, "negative_slope": 0.01}
@@ -390,8 +395,8 @@ def test_a_thread_goes_on_to_the_tiles_of_the_next_plane(
 ):
     """Few planes of many tiles, a thread's share of which reaches over planes and samples."""
     let_threads_pay(monkeypatch)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", 8192)
-    monkeypatch.setattr(cpu, "TILE", cpu.FORWARD_SHORT)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 8192)
+    monkeypatch.setattr(numba_path, "TILE", numba_forward.FORWARD_SHORT)
     cn.set_num_threads(2)
     x, dy = (rng.standard_normal((3, 2, 150, 151), dtype=np.float32) for _ in range(2))
     weight, bias = rng.random((2, 2), np.float32)
@@ -407,15 +412,17 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
     for _ in range(amount(50, 200)):
         let_blocks_be_small(rng, monkeypatch)
         n, c, h, w = shape = tuple(map(int, rng.integers(1, (9, 40, 16, 16))))
-        least = int(rng.choice([2, cpu.MIN_CHANNELS]))
-        monkeypatch.setattr(cpu, "MIN_CHANNELS", least)
-        monkeypatch.setattr(cpu, "MIN_CHANNEL_TILE", int(rng.choice([8, 64])))
+        least = int(rng.choice([2, numpy_path.MIN_CHANNELS]))
+        monkeypatch.setattr(numpy_path, "MIN_CHANNELS", least)
+        monkeypatch.setattr(numpy_path, "MIN_CHANNEL_TILE", int(rng.choice([8, 64])))
         x = laid(np.zeros(shape, np.float32), layout)
         if rng.random() < 0.3:  # just what a block holds
-            monkeypatch.setattr(cpu, "BLOCK_BYTES", 4 * h * w * int(rng.choice([1, c])))
-        number, limit = cn.get_num_threads(), cpu.BLOCK_BYTES // 4
-        print(shape, cpu.BLOCK_BYTES, number)
-        work = cpu._Interpreted(cn.Saved(x, *np.zeros((2, n, c), np.float32), None, None, False), cpu._merged([x, x]))
+            monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 4 * h * w * int(rng.choice([1, c])))
+        number, limit = cn.get_num_threads(), numpy_path.BLOCK_BYTES // 4
+        print(shape, numpy_path.BLOCK_BYTES, number)
+        work = numpy_path.NumpyWork(
+            cn.Saved(x, *np.zeros((2, n, c), np.float32), None, None, False), blocking.merged_axes([x, x])
+        )
         seen, sizes = np.zeros(work.x.shape, int), []
         for item in range(work.blocks * work.tiles):
             _, index, _ = work._index(item)
@@ -425,7 +432,7 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
         channels_last = work.channels_last
         if 1 not in (w, h):  # which may look otherwise
             assert channels_last == (layout == "channels_last" and c >= least and w * h > 1)
-        width = min(c, max(limit // (h * w), cpu.MIN_CHANNEL_TILE)) if channels_last else 1
+        width = min(c, max(limit // (h * w), numpy_path.MIN_CHANNEL_TILE)) if channels_last else 1
         assert (work.tiles > 1) == (h * w * width > limit)  # what there is room for is not cut
         if work.tiles > 1:
             assert max(sizes) <= max(limit, width)
@@ -454,7 +461,7 @@ def test_blocks_that_do_not_come_out_even(
 ):
     """A third or half of a block, here an eighth as large as usual, a sample: once scratch was a third too small."""
     let_threads_pay(monkeypatch)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
     cn.set_num_threads(number)
     for layout in ("contiguous", "channels_last"):
         x = laid(rng.standard_normal(shape, dtype=np.float32).astype(np.float16), layout)
@@ -465,7 +472,9 @@ def test_blocks_that_do_not_come_out_even(
 def test_how_a_call_is_shared_out_is_told(way: str):
     def told(number: int, *shape: int, layout: str = "contiguous") -> list[str]:
         cn.set_num_threads(number)
-        return cpu.describe(laid(np.empty(shape, np.float16), layout))
+        x = laid(np.empty(shape, np.float16), layout)
+        lines = cpu.backend.describe(x, activation=None, residual=False, double_backward=False)
+        return [line.strip() for line in lines[1:]]
 
     if way == "compiled":
         assert told(3, 2, 3, 4, 5) == ["compiled loops over 6 plane(s)", "one thread of 3"]
@@ -528,19 +537,19 @@ def test_a_call_takes_a_few_blocks_beside_its_results(
     two threads up to 6 blocks, which are twice as large where they hold several planes, and one more where these are
     small; or a window for each array; and some numbers for each plane."""
     let_threads_pay(monkeypatch)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
     if way == "compiled":
-        monkeypatch.setattr(moves, "WINDOW", moves.WINDOW // 8)
+        monkeypatch.setattr(numba_moves, "WINDOW", numba_moves.WINDOW // 8)
     monkeypatch.setattr(halves, "CHUNK", halves.CHUNK // 8)
     shape, dtype, layout = MEMORY[kind]
     cn.set_num_threads(2)
     x = laid(np.ones(shape, dtype), layout)
     size = x.size * x.itemsize
     blocks = {"numpy": 3.25 if activation is None else 6.25, "compiled": 0}[way] + (kind == "small planes")
-    several = 2 if np.prod(shape[2:]) * 4 <= cpu.BLOCK_BYTES else 1
-    most = 2 * several * blocks * cpu.BLOCK_BYTES + 2**17 + 64 * shape[0] * shape[1]
+    several = 2 if np.prod(shape[2:]) * 4 <= numpy_path.BLOCK_BYTES else 1
+    most = 2 * several * blocks * numpy_path.BLOCK_BYTES + 2**17 + 64 * shape[0] * shape[1]
     if way == "compiled" and layout != "contiguous":
-        most += 2 * 3 * moves.LARGER * moves.WINDOW
+        most += 2 * 3 * numba_moves.LARGER * numba_moves.WINDOW
     mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
     options: Any = {"activation": activation, "use_input_stats": training, "running_mean": mean, "running_var": var}
     y, saved = cn.instance_norm_forward(x, **options)  # compiles, starts threads
@@ -568,7 +577,7 @@ def ready(rng: np.random.Generator) -> tuple[np.ndarray, Bits]:
 def test_helpers_take_part(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     x, expected = ready(rng)
     seen = set()
-    kind, name = (cpu, "_forward_planes") if way == "compiled" else (cpu._Interpreted, "work")
+    kind, name = (cpu, "_forward_planes") if way == "compiled" else (numpy_path.NumpyWork, "work")
     work = getattr(kind, name)
 
     def watched(*given: Any) -> None:
@@ -597,7 +606,7 @@ def taken(tasks: int, number: int) -> list[int]:
         for task in mine:
             done.append(task)
 
-    threads.share(work, tasks, number)
+    thread_pool.share(work, tasks, number)
     return sorted(done)
 
 
@@ -617,7 +626,7 @@ def test_an_error_in_a_helper_is_raised_once_all_have_ended():
             running[0] -= 1
 
     with pytest.raises(MemoryError, match="of a helper"):
-        threads.share(work, 10**6, 2)
+        thread_pool.share(work, 10**6, 2)
     assert (running, most) == ([0], [2])
     assert taken(100, 2) == list(range(100))  # the pool goes on
 
@@ -662,7 +671,7 @@ stop.set()
 """,
     "fork while statistics are written": """
 running = np.zeros(64, np.float32), np.ones(64, np.float32)
-from cupynorm.running import _present
+from cupynorm.cpu.running import _present
 _present.clear()  # as another thread does
 child = os.fork()
 if child == 0:
@@ -934,14 +943,14 @@ def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: p
     views = [x, x[:, ::2], x[::-1], x[..., ::-1], x[..., 1:-1], x[:, :, ::2, ::3], x.swapaxes(2, 3), x.T]
     for view in (*views, last, last[:, 1:4], np.broadcast_to(x[:1, :1], x.shape)):
         y = np.empty(view.shape, np.float32)
-        assert isinstance(work_of(view, y), cpu._Compiled)
+        assert isinstance(work_of(view, y), numba_path.CompiledWork)
         cn.instance_norm(view, out=y)
         reference.assert_close(y, reference.forward(view), "float32")
     odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)  # not aligned
     records = np.zeros(x.shape, [("a", np.float32), ("b", np.int8)])["a"]  # strides are no multiples of 4 bytes
     for view in (odd, records):
         view[...] = x
-        assert type(work_of(view, x)) is cpu._Interpreted
+        assert type(work_of(view, x)) is numpy_path.NumpyWork
         reference.assert_close(cn.instance_norm(view), reference.forward(x), "float32")
 
 
@@ -950,13 +959,14 @@ def work_of(x: np.ndarray, y: np.ndarray) -> Any:
     return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), [x, y])
 
 
+@pytest.mark.compiled
 def test_addresses(rng: np.random.Generator, tmp_path: Path):
     x = rng.standard_normal((4, 5, 6))
     mapped = np.memmap(tmp_path / "x", np.float16, "w+", shape=(3, 40))
     bytes_of = np.frombuffer(bytes(range(200)), np.float32)
     views = [x[1:, 2:], x[::-1], x.T, x[..., 3], np.broadcast_to(x[0, 0, 5], (2, 3)), np.asfortranarray(x), x[3, 4, 5:]]
     for array in (x, *views, mapped, mapped[1:], bytes_of[3:], np.empty(3, cn.devices.dtype_of("bfloat16"))[1:]):
-        assert cpu._address(array) == array.__array_interface__["data"][0] == array.ctypes.data
+        assert numba_path.address_of(array) == array.__array_interface__["data"][0] == array.ctypes.data
 
 
 @pytest.mark.compiled
@@ -966,20 +976,20 @@ def test_layouts_reach_every_element_in_its_turn(
 ):
     """The loops' tables lead to where the strides say, whatever these are; tiles hold each position of a plane once.
 
-    Positions are in the same order in all arrays. What is moved has tables of its own, in test_moves.
+    Positions are in the same order in all arrays. What is moved has tables of its own, in test_numba_moves.
     """
     use_compiled(monkeypatch, True)
     seen = {"rows": 0, "channels last": 0, "moved": 0}
-    monkeypatch.setattr(cpu, "MIN_CHANNELS_COMPILED", 1)
+    monkeypatch.setattr(numba_path, "MIN_CHANNELS_COMPILED", 1)
     for _ in range(400):
-        monkeypatch.setattr(cpu, "TILE", int(np.exp2(rng.uniform(0, 8))))
+        monkeypatch.setattr(numba_path, "TILE", int(np.exp2(rng.uniform(0, 8))))
         dtype = cn.devices.dtype_of(str(rng.choice(["float16", "bfloat16", "float32", "float64"])))
         n, c, *spatial = map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3))
         c *= 16 if rng.random() < 0.3 else 1
         shape = (n, c, *spatial)
         bytes_of_one = math.prod(shape) * dtype.itemsize
-        monkeypatch.setattr(cpu, "STREAM", bytes_of_one + int(rng.integers(-1, 2)))
-        monkeypatch.setattr(cpu, "LONG_RUN", int(rng.choice([1, 5, 25])))
+        monkeypatch.setattr(numba_path, "STREAM", bytes_of_one + int(rng.integers(-1, 2)))
+        monkeypatch.setattr(numba_path, "LONG_RUN", int(rng.choice([1, 5, 25])))
         count, fused = (3, 5) if backward else (2, 3), rng.random() < 0.5
         strides = []
         usual = rng.random() < 0.8
@@ -991,8 +1001,8 @@ def test_layouts_reach_every_element_in_its_turn(
                 after = order[i + 1]
                 steps[order[i]] = steps[after] * (shape[after] + int(rng.random() < 0.1))
             strides.append(tuple(-s if rng.random() < 0.02 else s for s in steps))
-        made = cpu._Layout(dtype, shape, tuple(strides), backward)
-        print(shape, strides, cpu.TILE)
+        made = numba_path.Layout(dtype, shape, tuple(strides), backward)
+        print(shape, strides, numba_path.TILE)
         assert made.usable
         places, table, numbers, channels_last = made.where
         planes_of, group, tiles, runs, length, tile_runs, tile_length, streams, plane, sums = numbers
@@ -1015,10 +1025,14 @@ def test_layouts_reach_every_element_in_its_turn(
             assert_equal(reached, expected[:, :, first])
         contiguous = length == 1 or (places[:, 2] == 1).all()
         assert (
-            contiguous and (runs == 1 or length >= cpu.LONG_RUN) if channels_last is None else (places[:, 1] == 1).all()
+            contiguous and (runs == 1 or length >= numba_path.LONG_RUN)
+            if channels_last is None
+            else (places[:, 1] == 1).all()
         )
         assert (
-            streams == (channels_last is None and length >= cpu.LONG_RUN and bytes_of_one >= cpu.STREAM) == made.streams
+            streams
+            == (channels_last is None and length >= numba_path.LONG_RUN and bytes_of_one >= numba_path.STREAM)
+            == made.streams
         )
         assert (group > 1) <= bool(channels_last) and made.blocks == n * -(-c // group) and made.group == group
         line = 64 // dtype.itemsize
@@ -1026,9 +1040,9 @@ def test_layouts_reach_every_element_in_its_turn(
         assert c % group == 0 or c % group >= min(group, line) // 4
         assert tiles == -(-runs // tile_runs) * -(-length // tile_length)
         assert tile_runs == 1 or tile_length == length
-        assert tile_runs * tile_length * group <= max(2 * cpu.TILE, group)
+        assert tile_runs * tile_length * group <= max(2 * numba_path.TILE, group)
         together = group * runs * length  # is not cut where there is room for it
-        assert tiles == 1 or together > cpu.TILE
+        assert tiles == 1 or together > numba_path.TILE
         assert made.alike == (strides[0] == strides[1])
     assert min(seen.values()) > 10, seen
 
@@ -1041,7 +1055,7 @@ def test_which_results_go_past_the_caches(shape: tuple[int, ...], streams: bool,
     """Of 24 MiB and more, as README says, in rows of 128 elements and more."""
     use_compiled(monkeypatch, True)
     strides = np.empty(shape, np.float32).strides
-    assert cpu._Layout(np.dtype(np.float32), shape, (strides,) * 2, False).streams == streams
+    assert numba_path.Layout(np.dtype(np.float32), shape, (strides,) * 2, False).streams == streams
 
 
 @pytest.mark.compiled
@@ -1071,7 +1085,7 @@ def test_layouts_are_kept_only_so_many(monkeypatch: pytest.MonkeyPatch):
     use_compiled(monkeypatch, True)
     for n, c in itertools.product(range(1, 40), range(1, 40)):
         cn.instance_norm(np.ones((n, c, 2), np.float32))
-    caches = cpu._layout.cache_info(), cpu._large_layout.cache_info()
+    caches = numba_path._layout.cache_info(), numba_path._large_layout.cache_info()
     assert [cache.maxsize for cache in caches] == [1024, 4]
     assert all(cache.currsize <= cache.maxsize for cache in caches)
 
@@ -1085,7 +1099,7 @@ def test_tables_of_layouts_take_only_so_much_memory(monkeypatch: pytest.MonkeyPa
     try:
         before = tracemalloc.get_traced_memory()[0]
         for i in range(160, 280):
-            layout = cpu._layout_of(np.dtype(np.float32), (1, 1, i, 230, 128), (strides,) * 3, False)
+            layout = numba_path.layout_of(np.dtype(np.float32), (1, 1, i, 230, 128), (strides,) * 3, False)
             assert layout.usable and layout.where[1].nbytes == 3 * 8 * 230 * i
         assert tracemalloc.get_traced_memory()[0] - before < 8 * 2**20
     finally:
@@ -1100,7 +1114,9 @@ def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, 
     let_threads_pay(monkeypatch)
     cn.set_num_threads(threads)
     x = np.zeros(shape, np.float32)
-    work = cpu._Interpreted(cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False), cpu._merged([x, x]))
+    work = numpy_path.NumpyWork(
+        cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False), blocking.merged_axes([x, x])
+    )
     assert min(threads, work.blocks * work.tiles) * work.buffer_size <= x.size
 
 
@@ -1118,10 +1134,10 @@ def test_every_loop_is_used():
 @on_cpu
 def test_helpers_compute_in_the_mode_of_the_caller(backend: Backend, rng: np.random.Generator) -> None:
     """Denormals are flushed by all threads of a call, or by none."""
-    own = threads._mode()
+    own = thread_pool._mode()
     if own is None:
         pytest.skip("this C library has no floating-point environment")
-    flushing = threads._mode()
+    flushing = thread_pool._mode()
     mxcsr = np.frombuffer(flushing, np.uint32)[7:8]
     mxcsr |= 0x8040  # results and operands
     x = (1e-39 * rng.standard_normal((8, 8, 160, 160))).astype(np.float32)
@@ -1137,11 +1153,11 @@ def test_helpers_compute_in_the_mode_of_the_caller(backend: Backend, rng: np.ran
     before = cn.get_num_threads()
     try:
         plain = results()
-        threads._set_mode(flushing)
+        thread_pool._set_mode(flushing)
         try:
             flushed = results()
         finally:
-            threads._set_mode(own)
+            thread_pool._set_mode(own)
         again = results()
     finally:
         cn.set_num_threads(before)
@@ -1163,7 +1179,7 @@ def test_few_and_many_channels_side_by_side(
     activation: str | None, dtype: str,
 ) -> None:  # fmt: skip
     """Few are moved apart, block by block; of many some are done together."""
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", blocks)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", blocks)
     x, dy = (laid((3 + rng.standard_normal(shape)).astype(dtype), "channels_last") for _ in range(2))
     y, saved = cn.instance_norm_forward(x, activation=activation)
     dx, *_ = cn.instance_norm_backward(dy, saved)

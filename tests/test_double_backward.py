@@ -18,6 +18,7 @@ from optional import required
 
 import cupynorm as cn
 from cupynorm import cpu, devices
+from cupynorm.cpu import numpy_path
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -166,7 +167,7 @@ def test_offsets_and_means_cost_no_digits(
     backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, offset: float, mean: float
 ) -> None:
     """The largest plane is one in tiles: blocks are an eighth as large as usual."""
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
     call = Call(rng, shape, "float32", offset=offset, mean=mean)
     terms = call.x.size // shape[1]  # of each of dweight, of deviation 1: their sum may be near 0 by chance
     for actual, exact, least in zip(call.on(backend), call.exact, (0, 0, math.sqrt(terms)), strict=True):
@@ -424,14 +425,14 @@ def test_a_gradient_penalty_falls(backend: Backend, rng: np.random.Generator) ->
 def test_same_bits_for_any_number_of_threads(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, layout: str, training: bool
 ) -> None:
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
-    monkeypatch.setattr(cpu._Interpreted, "pays", 1)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
+    monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
     call = Call(rng, shape, "float32", training=training)
     call.x, call.dy, call.given[0] = (reference.LAYOUTS[layout](a) for a in (call.x, call.dy, call.given[0]))
     use_compiled(monkeypatch, False)
     results = []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(cpu, "get_num_threads", lambda threads=threads: threads)
+        monkeypatch.setattr(numpy_path, "get_num_threads", lambda threads=threads: threads)
         results.append(cn.instance_norm_double_backward(*call.given, call.dy, call.forward()))
     for one, *others, exact in zip(*results, call.exact, strict=True):
         for other in others:
@@ -444,10 +445,10 @@ def test_same_bits_for_any_number_of_threads(
 def test_a_call_takes_a_few_blocks_beside_its_results(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(cpu, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(numpy_path, "get_num_threads", lambda: 1)
     monkeypatch.setattr(cpu, "empty", np.empty)
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
     call = Call(rng, (2, 8, 350, 400), dtype)
     saved = call.forward()
     peak = peak_of(lambda: cn.instance_norm_double_backward(*call.given, call.dy, saved))
-    assert peak <= 2 * call.x.nbytes + 8 * cpu.BLOCK_BYTES
+    assert peak <= 2 * call.x.nbytes + 8 * numpy_path.BLOCK_BYTES

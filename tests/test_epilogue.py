@@ -18,7 +18,7 @@ from optional import required
 from reference import LAYOUTS, assert_close
 
 import cupynorm as cn
-from cupynorm import cpu
+from cupynorm.cpu import numpy_path
 
 #: Numba compiles each kind of call for itself, in seconds (test_cases.py's table has every activation), and each dtype
 #: has kernels of its own.
@@ -627,7 +627,7 @@ def test_numpy_blocks_of_every_kind(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, training: bool, activation: str
 ) -> None:
     """Blocks are an eighth as large as usual."""
-    monkeypatch.setattr(cpu, "BLOCK_BYTES", cpu.BLOCK_BYTES // 8)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
     n, c = shape[:2]
     x, dy, residual, weight, bias = (normal(rng, s, np.float64) for s in (shape, shape, shape, (n, c), (c,)))
     running = normal(rng, (c,), np.float64), rng.uniform(0.5, 2, c)

@@ -11,7 +11,7 @@ from helpers.backends import use_compiled
 from helpers.compare import assert_same
 
 import cupynorm as cn
-from cupynorm import halves
+from cupynorm.cpu import halves
 
 pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 

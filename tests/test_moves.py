@@ -9,13 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.compare import assert_equal
+from helpers.loops import numba_intrinsics, numba_moves, numba_path
 
 import cupynorm as cn
-from cupynorm import cpu
-
-if cpu.numba is not None:
-    from cupynorm import moves
-    from cupynorm.scalars import SAMPLES
 
 pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("threads_as_they_were")]
 
@@ -62,15 +58,15 @@ def whole(view: np.ndarray) -> np.ndarray:
 def loops_of(windows: Any, axes: Any) -> list[Any]:
     """The loops that move boxes of such axes there and back."""
     with pytest.MonkeyPatch.context() as patch:
-        real = moves._side_by_side, moves._transposed, moves._move
+        real = numba_moves._side_by_side, numba_moves._transposed, numba_moves._move
         met: list[Any] = []
 
         def noting(loop: Any) -> Any:
             return lambda *_: met.append(loop) or 0
 
-        patch.setattr(moves, "_side_by_side", lambda *rows: noting(real[0](*rows)))
-        patch.setattr(moves, "_transposed", lambda size: noting(real[1](size)))
-        patch.setattr(moves, "_move", noting(real[2]))
+        patch.setattr(numba_moves, "_side_by_side", lambda *rows: noting(real[0](*rows)))
+        patch.setattr(numba_moves, "_transposed", lambda size: noting(real[1](size)))
+        patch.setattr(numba_moves, "_move", noting(real[2]))
         windows._moves(0, *axes[-2:])
     return met
 
@@ -87,23 +83,23 @@ def reached(axes: Any) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int):
     """And the same elements in the same order in the windows of all arrays, and in those that are not moved."""
-    monkeypatch.setattr(moves, "FAIR", 64)
+    monkeypatch.setattr(numba_moves, "FAIR", 64)
     for name in ("_move", "_side_by_side", "_transposed"):  # need not be compiled
-        monkeypatch.setattr(moves, name, STAND_INS[name])
+        monkeypatch.setattr(numba_moves, name, STAND_INS[name])
     seen = {"tiles": 0, "in place": 0, "parts": 0, "windows": 0}
     for _ in range(300):
-        monkeypatch.setattr(moves, "WINDOW", int(np.exp2(rng.uniform(5, 12))))
+        monkeypatch.setattr(numba_moves, "WINDOW", int(np.exp2(rng.uniform(5, 12))))
         shape = shapes(rng)
         if math.prod(shape) > 2000:  # takes long
             continue
         dtype = np.dtype(rng.choice(["float16", "float32", "float64"]))
         layouts = [str(rng.choice(LAYOUTS[:-1])), *map(str, rng.choice(LAYOUTS, 2))]
         strides = tuple(laid(rng, shape, layout, dtype).strides for layout in layouts)
-        windows = cpu._Layout(dtype, shape, strides, True).windows
+        windows = numba_path.Layout(dtype, shape, strides, True).windows
         if windows is None:
             continue
         _, c, *spatial = windows.shape
-        print(shape, layouts, moves.WINDOW, windows.extents)
+        print(shape, layouts, numba_moves.WINDOW, windows.extents)
         boxes = windows.boxes(threads)
         assert windows.boxes(threads).table.tobytes() == boxes.table.tobytes()
         every = np.indices(windows.shape).reshape(len(windows.shape), -1)
@@ -148,12 +144,12 @@ def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: py
 def test_windows_hold_all_boxes(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     """Of more threads, too: their boxes are smaller on the whole, but may have more samples."""
     for name, loop in STAND_INS.items():
-        monkeypatch.setattr(moves, name, loop)
+        monkeypatch.setattr(numba_moves, name, loop)
     for threads in (1, 2, 3, 5, 16):
         for n in range(8, 40):
             c, spatial = int(rng.integers(1, 130)), int(rng.integers(2, 40)) ** 2
             steps = [[1, spatial * n, n], [c * spatial, spatial, 1]]
-            boxes = moves.Windows(np.float32(0), [n, c, spatial], steps).boxes(threads)
+            boxes = numba_moves.Windows(np.float32(0), [n, c, spatial], steps).boxes(threads)
             assert (boxes.planes.prod(1) * boxes.sizes).max() + 64 <= boxes.buffer_size, (n, c, spatial)
 
 
@@ -161,7 +157,7 @@ def test_windows_hold_all_boxes(rng: np.random.Generator, monkeypatch: pytest.Mo
                                    pytest.param("float64", marks=pytest.mark.full)])  # fmt: skip
 def test_boxes_are_moved_there_and_back(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):
     """As NumPy copies them, and no element beside them is read into the window or written."""
-    monkeypatch.setattr(moves, "CLOSE", 4)  # each number is compiled for itself
+    monkeypatch.setattr(numba_moves, "CLOSE", 4)  # each number is compiled for itself
     used: set[Any] = set()
     for _ in range(300):
         shape = shapes(rng)
@@ -169,12 +165,12 @@ def test_boxes_are_moved_there_and_back(rng: np.random.Generator, monkeypatch: p
         steps = [step // array.itemsize for step in array.strides]
         if steps[2:] == [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]:
             continue  # in one piece
-        windows = moves.Windows(SAMPLES[dtype], list(shape), [steps])
-        there, back = moves._axes(list(shape), steps)
+        windows = numba_moves.Windows(numba_intrinsics.SAMPLES[dtype], list(shape), [steps])
+        there, back = numba_moves._axes(list(shape), steps)
         gather, scatter = loops_of(windows, there)
         window = np.full(array.size + 128, -1, dtype)
         expected = array.copy()
-        gather(SAMPLES[dtype], array.ctypes.data, window[64:].ctypes.data, np.array(there))
+        gather(numba_intrinsics.SAMPLES[dtype], array.ctypes.data, window[64:].ctypes.data, np.array(there))
         assert_equal(window[64:-64].reshape(shape), expected)
         assert (window[:64] == -1).all() and (window[-64:] == -1).all()
         used.add(gather)
@@ -182,11 +178,15 @@ def test_boxes_are_moved_there_and_back(rng: np.random.Generator, monkeypatch: p
             memory = whole(array)
             before = memory.copy()
             window[64:-64] += 1
-            scatter(SAMPLES[dtype], window[64:].ctypes.data, array.ctypes.data, np.array(back))
+            scatter(numba_intrinsics.SAMPLES[dtype], window[64:].ctypes.data, array.ctypes.data, np.array(back))
             assert_equal(array, window[64:-64].reshape(shape))
             array[...] = expected
             assert_equal(memory, before)
-    assert {moves._move, moves._transposed(4), *([] if dtype == "float64" else [moves._transposed(8)])} < used
+    assert {
+        numba_moves._move,
+        numba_moves._transposed(4),
+        *([] if dtype == "float64" else [numba_moves._transposed(8)]),
+    } < used
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -194,10 +194,10 @@ def test_results_have_the_bits_of_planes_in_one_piece(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int
 ):
     """Where positions come in the same order; and nothing beside a result is written."""
-    monkeypatch.setattr(cpu, "PAYS", 1)
-    monkeypatch.setattr(moves, "FAIR", 64)
-    monkeypatch.setattr(moves, "CLOSE", 4)
-    monkeypatch.setattr(cpu, "_layout", lru_cache(cpu._Layout))
+    monkeypatch.setattr(numba_path, "PAYS", 1)
+    monkeypatch.setattr(numba_moves, "FAIR", 64)
+    monkeypatch.setattr(numba_moves, "CLOSE", 4)
+    monkeypatch.setattr(numba_path, "_layout", lru_cache(numba_path.Layout))
     cn.set_num_threads(threads)
     moved = 0
     for _ in range(150):
@@ -216,5 +216,5 @@ def test_results_have_the_bits_of_planes_in_one_piece(
         memory[:] = before
         y[...] = 0
         assert_equal(beside, memory)
-        moved += cpu._Layout(x.dtype, shape, (x.strides, y.strides), False).windows is not None
+        moved += numba_path.Layout(x.dtype, shape, (x.strides, y.strides), False).windows is not None
     assert moved > 20

@@ -20,10 +20,12 @@ import pytest
 from faults import Faults, LaunchError
 from helpers.backends import Backend, use_compiled
 from helpers.compare import Bits, assert_equal, bits
+from helpers.loops import numba_path
 
 import cupynorm as cn
-from cupynorm import cpu, devices, memory, threads
+from cupynorm import devices
 from cupynorm._types import commit
+from cupynorm.cpu import numpy_path, result_pool, thread_pool
 from cupynorm.cuda.plan import Device
 from cupynorm.inference import inferring
 
@@ -148,7 +150,7 @@ CALLS: dict[str, tuple[Callable[[Held], None], list[Callable[[Held], None]]]] = 
 
 def ready(backend: Backend, rng: np.random.Generator, name: str, where: str) -> tuple[Held, Callable[[Held], None]]:
     backend.pretend(TINY if where == "split" else cases.SMALL_DEVICE)
-    backend._patch.setattr(cpu, "BLOCK_BYTES", 8192)
+    backend._patch.setattr(numpy_path, "BLOCK_BYTES", 8192)
     call, before = CALLS[name]
     held = Held(backend, rng, LARGE if where == "split" else SHAPE)
     for step in before:
@@ -483,11 +485,11 @@ def test_helper_threads_finish_before_an_interrupt_is_raised(
 ) -> None:
     """After a call has ended in any way, no thread writes into its arrays."""
     use_compiled(monkeypatch, kind == "compiled")
-    monkeypatch.setattr(cpu._Interpreted, "pays", 1)
-    monkeypatch.setattr(cpu, "PAYS", 1)
-    cpu._layout.cache_clear()
+    monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
+    monkeypatch.setattr(numba_path, "PAYS", 1)
+    numba_path._layout.cache_clear()
     jobs: list[Any] = []
-    lead = threads._Job.lead
+    lead = thread_pool._Job.lead
 
     def noted(job: Any, offer: Any) -> None:
         jobs.append(job)
@@ -502,7 +504,7 @@ def test_helper_threads_finish_before_an_interrupt_is_raised(
         lead(job, offer)
 
     late: list[Any] = []
-    take_part = threads._Job.help
+    take_part = thread_pool._Job.help
 
     def watched(job: Any, who: int) -> None:
         if job not in jobs and not job.closed:
@@ -514,8 +516,8 @@ def test_helper_threads_finish_before_an_interrupt_is_raised(
     x, out = rng.normal(size=(16, 8, 30, 30)).astype(np.float32), np.empty((16, 8, 30, 30), np.float32)
     try:
         expected = Bits(cn.instance_norm(x))
-        monkeypatch.setattr(threads._Job, "lead", noted)
-        monkeypatch.setattr(threads._Job, "help", watched)
+        monkeypatch.setattr(thread_pool._Job, "lead", noted)
+        monkeypatch.setattr(thread_pool._Job, "help", watched)
         number, finished = 0, False
         while not finished:
             number += 1
@@ -535,7 +537,7 @@ def test_helper_threads_finish_before_an_interrupt_is_raised(
         assert Bits(out) == expected
     finally:
         cn.set_num_threads(before)
-        cpu._layout.cache_clear()
+        numba_path._layout.cache_clear()
 
 
 def test_interrupts_lose_no_pooled_memory(rng: np.random.Generator) -> None:
@@ -549,17 +551,17 @@ def test_interrupts_lose_no_pooled_memory(rng: np.random.Generator) -> None:
             number += 1
             try:
                 with faults.interrupts(Faults(number)):
-                    a = memory.empty((memory.LEAST,), np.uint8)
+                    a = result_pool.empty((result_pool.LEAST,), np.uint8)
                     a[:] = 1
             except KeyboardInterrupt:
                 pass
             else:
                 finished = True
             a = None
-        a = memory.empty((memory.LEAST,), np.uint8)
+        a = result_pool.empty((result_pool.LEAST,), np.uint8)
         where = a.__array_interface__["data"][0]
         del a
-        assert memory.empty((memory.LEAST,), np.uint8).__array_interface__["data"][0] == where
+        assert result_pool.empty((result_pool.LEAST,), np.uint8).__array_interface__["data"][0] == where
         assert number > 3
     finally:
         cn.set_memory_limit(0)

@@ -22,10 +22,12 @@ import reference
 from faults import Faults, ending, handled
 from helpers.backends import Backend, on_cpu, use_compiled
 from helpers.compare import Bits, assert_same, bits
+from helpers.loops import numba_path
 from helpers.tiers import amount
 
 import cupynorm as cn
-from cupynorm import _checks, cpu, forks, memory, running, threads
+from cupynorm import _checks, cpu
+from cupynorm.cpu import forks, numpy_path, result_pool, running, thread_pool
 from cupynorm.cuda import launch, plan
 
 ROOT = Path(__file__).parents[1]
@@ -118,14 +120,14 @@ def test_first_calls_at_the_same_moment_compile_once(monkeypatch: pytest.MonkeyP
     use_compiled(monkeypatch, True)
     code = """
 import threading, numpy as np, cupynorm as cn
-from cupynorm import _checks, cpu, forks, memory, running, threads
+from cupynorm.cpu import numba_forward
 from numba.core import event
 compiled = []
 class Listener(event.Listener):
     def on_start(self, e): compiled.append((e.data["dispatcher"].py_func.__name__, str(e.data["args"])))
     def on_end(self, e): pass
 event.register("numba:compile", Listener())
-cpu._forward_planes.disable_cache() if hasattr(cpu._forward_planes, "disable_cache") else None
+numba_forward.forward_planes.disable_cache() if hasattr(numba_forward.forward_planes, "disable_cache") else None
 x = np.random.default_rng(1).normal(size=(2, 3, 9, 9)).astype(np.float32)
 barrier, results = threading.Barrier(4), []
 def go():
@@ -241,7 +243,7 @@ def test_a_finaliser_calls_as_a_forward_ends(
     x = normal(backend, rng, (8, 4, 64, 64))
     for _ in range(3):
         y = Bits(once.forward(x))
-    back, nested = memory._Memory._give_back, []
+    back, nested = result_pool._Memory._give_back, []
 
     def called(*given: Any) -> None:
         back(*given)
@@ -250,8 +252,8 @@ def test_a_finaliser_calls_as_a_forward_ends(
             with ending():
                 nested.append(Bits(layer.forward(x)))
 
-    monkeypatch.setattr(memory, "_memory", memory._Memory())
-    monkeypatch.setattr(memory._Memory, "_give_back", called)
+    monkeypatch.setattr(result_pool, "_memory", result_pool._Memory())
+    monkeypatch.setattr(result_pool._Memory, "_give_back", called)
     kept = cn.instance_norm(x)
     result = layer.forward(kept)
     layer.running_mean[...], layer.running_var[...] = 0, 1
@@ -270,16 +272,16 @@ def test_a_handler_calls_as_helpers_are_started_and_ended(
     backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool is in the middle of starting threads, with Python's own locks of threads held, or of ending them."""
-    monkeypatch.setattr(cpu._Interpreted, "pays", 1)
-    monkeypatch.setattr(cpu, "PAYS", 1)
-    cpu._layout.cache_clear()
+    monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
+    monkeypatch.setattr(numba_path, "PAYS", 1)
+    numba_path._layout.cache_clear()
     x = normal(backend, rng, (6, 4, 9, 9))
     expected = Bits(cn.instance_norm(x))
     number, finished = 0, False
     while not finished:
         number += 1
-        pool = threads._Pool()
-        monkeypatch.setattr(threads._state, "pool", pool)
+        pool = thread_pool._Pool()
+        monkeypatch.setattr(thread_pool._state, "pool", pool)
         cn.set_num_threads(3)
         results: list[Bits] = []
 
@@ -293,7 +295,7 @@ def test_a_handler_calls_as_helpers_are_started_and_ended(
         assert {Bits(result), *results} == {expected}, f"handler at point {number}"
         assert pool.helpers == []
     assert number > 20
-    cpu._layout.cache_clear()
+    numba_path._layout.cache_clear()
 
 
 # Processes
@@ -489,7 +491,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 BUSY = """
 import numpy as np, cupynorm as cn, threading, time, sys, os
-from cupynorm import _checks, cpu, forks, memory, running, threads
+from cupynorm import cpu
 cpu.compiled = cpu.compiled and {way!r} == "compiled"
 cn.set_num_threads(3)
 x = np.random.default_rng(1).standard_normal((8, 64, 64, 65), dtype=np.float32)

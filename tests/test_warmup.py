@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers.backends import Backend, on, use_compiled
 from helpers.compare import Bits
+from helpers.loops import numba_moves, numba_path, numba_rehearsal
 from helpers.pairwise import pairwise
 
 import cupynorm as cn
@@ -32,8 +33,6 @@ def loops(module: Any) -> dict[str, Any]:
 @pytest.fixture
 def met(monkeypatch: pytest.MonkeyPatch) -> Kinds:
     """The kinds of calls that loops get, each of which would be compiled by itself. The loops do nothing."""
-    from cupynorm import moves
-
     use_compiled(monkeypatch, True)
     kinds: Kinds = set()
 
@@ -44,12 +43,14 @@ def met(monkeypatch: pytest.MonkeyPatch) -> Kinds:
 
         return note
 
-    for module in (cpu, moves):
+    for module in (numba_path, numba_rehearsal, numba_moves):
         for name in loops(module):
             monkeypatch.setattr(module, name, noting(name))
-    monkeypatch.setattr(moves, "_transposed", cache(lambda size: noting(f"move {size} x {size}")))
-    monkeypatch.setattr(moves, "_side_by_side", cache(lambda *rows: noting(f"move side by side {rows}")))
-    monkeypatch.setattr(cpu, "_layout", lru_cache(cpu._layout.__wrapped__))  # others know the loops' addresses
+    monkeypatch.setattr(numba_moves, "_transposed", cache(lambda size: noting(f"move {size} x {size}")))
+    monkeypatch.setattr(numba_moves, "_side_by_side", cache(lambda *rows: noting(f"move side by side {rows}")))
+    monkeypatch.setattr(
+        numba_path, "_layout", lru_cache(numba_path._layout.__wrapped__)
+    )  # others know the loops' addresses
     return kinds
 
 
@@ -166,13 +167,12 @@ def test_calls_afterwards_compile_nothing(
     cn.set_num_threads(1)
     cn.warmup(x, activation=activation)
     assert Bits(x) == before
-    from cupynorm import moves
 
     def signatures() -> dict[str, Any]:
-        return {name: loop.signatures for name, loop in {**loops(moves), **loops(cpu)}.items()}
+        return {name: loop.signatures for name, loop in {**loops(numba_moves), **loops(numba_path)}.items()}
 
     compiled = signatures()
-    assert all(loop.signatures for name, loop in loops(cpu).items() if name != "go_through")
+    assert all(loop.signatures for name, loop in loops(numba_path).items() if name != "go_through")
     cn.set_num_threads(3)
     for shape in SHAPES:
         use(rng.standard_normal(shape).astype(x.dtype), None, activation)

@@ -28,7 +28,10 @@ if _config.BOUNDSCHECK:
     raise ImportError("NUMBA_BOUNDSCHECK makes numba reject the addresses that the loops compute")
 
 #: Files of the package that the compiled code is built from.
-SOURCES = ("compiling.py", "cpu.py", "moves.py", "scalars.py")
+SOURCES = (
+    "gelu.py", "numba_activations.py", "numba_backward.py", "numba_cache.py", "numba_forward.py", "numba_geometry.py",
+    "numba_intrinsics.py", "numba_moves.py", "numba_path.py", "numba_tasks.py",
+)  # fmt: skip
 
 #: Numba settings that change the code. Numba itself checks the processor's name and features.
 SETTINGS = (
@@ -108,9 +111,19 @@ def inlined(function: Any) -> Any:
     return numba.njit(function, error_model="numpy", **INLINE)
 
 
+def rare(function: Any) -> Any:
+    """Compile the function once, outside its callers: they rarely call it."""
+    return numba.njit(function, error_model="numpy", inline="never", **INTERNAL)
+
+
 def disk_cached(function: Any, **options: Any) -> Any:
     """Compile the function for each signature at its first call, and cache it on disk if possible."""
     made = numba.njit(function, error_model="numpy", **options)
     with suppress(Exception):  # without a cache, each process compiles again; `info` gives the reason
         made._cache = Cache(function)
     return made
+
+
+def kernel(function: Any) -> Any:
+    """Compile a loop that threads run side by side: disk_cached, without Python's lock."""
+    return disk_cached(function, nogil=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ._types import Array, commit
+from .._types import Array, commit
 
 #: One object, the version of all statistics in the process. A writer removes it and adds a new one.
 _present: set[object] = {object()}

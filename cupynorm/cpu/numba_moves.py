@@ -14,23 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .compiling import disk_cached, inlined
-from .scalars import (
-    COUNT,
-    FINISHED,
-    FIRST,
-    PARTS,
-    RANGES,
-    STARTED,
-    call,
-    copy_row,
-    line_of,
-    memory,
-    next_tasks,
-    own_address,
-    task_done,
-    transposition,
-)
+from .numba_cache import disk_cached, inlined
+from .numba_intrinsics import call, copy_row, line_of, memory, own_address, transposition
+from .numba_tasks import COUNT, FINISHED, FIRST, PARTS, RANGES, STARTED, next_tasks, task_done
 
 RESULTS = 1, 4  # indices of the arrays written: y, or dx and a residual's gradient
 NOTHING = np.zeros((3, 3), np.int64)  # axes of an empty box

@@ -1,21 +1,19 @@
-"""Extend numba for the CPU backend's loops: memory at an address, 16-bit floats, a task queue, a vectorisable exp.
+"""What numba lacks for the loops: memory at an address, 16-bit numbers, non-temporal stores, vector transpositions.
 
-Compiled code stores float16 as int16 and bfloat16 as uint16: the type of a stored element selects the conversion. The
-element functions are free of branches, so that loops over them vectorise.
+In compiled code float16 is stored as int16 and bfloat16 as uint16: the type of a stored element tells how to read it.
+Everything here is free of branches, so that loops over it become vector instructions.
 """
 
 from __future__ import annotations
-
-import math
 
 import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload, register_jitable
+from numba.extending import intrinsic, overload
 
-from .compiling import INLINE, INTERNAL, disk_cached
+from .numba_cache import INLINE, INTERNAL
 
 #: By dtype name: a sample of the type that elements are stored as.
 SAMPLES = {"float16": np.int16(0), "bfloat16": np.uint16(0), "float32": np.float32(0), "float64": np.float64(0)}
@@ -222,71 +220,6 @@ def _bits(typingctx, value):
     return other(value), generate
 
 
-# The task queue of a call: its items (blocks or tiles) are divided into tasks. numbers[STARTED] and numbers[FINISHED]
-# count the tasks, in separate cache lines, since threads write them concurrently. Each thread first takes the tasks of
-# its own range, also counted in a separate line, and then those of other ranges: data of the last call then need not
-# move from one core's caches to another's. The loops get a pair (numbers, own thread number).
-
-STARTED, PARTS, COUNT, FIRST, FINISHED, RANGES = 0, 1, 2, 3, 8, 16
-SPIN_LIMIT = 20_000  # reads of a counter, about 20 microseconds
-
-
-def _atomic(operation):
-    """Make a compiled atomic function (numbers, index, value) that returns the old number."""
-
-    @intrinsic
-    def atomic(typingctx, numbers, index, value):
-        def generate(context, builder, signature, args):
-            array = context.make_array(signature.args[0])(context, builder, args[0])
-            return builder.atomic_rmw(operation, builder.gep(array.data, [args[1]]), args[2], "seq_cst")
-
-        return types.int64(numbers, types.int64, types.int64), generate
-
-    return atomic
-
-
-_add_to, _exchange = _atomic("add"), _atomic("xchg")
-
-
-def new_queue(count, parts, threads):
-    """Create the numbers of a queue with `count` items, numbered from 0, in `parts` tasks for `threads` threads."""
-    numbers = np.zeros(RANGES + 8 * threads, np.int64)
-    numbers[PARTS], numbers[COUNT] = parts, count
-    return numbers
-
-
-@numba.njit(**INTERNAL)
-def next_tasks(queue):
-    """Start a task: return the range (first, last) of its items, excluding last; an empty one if no task is left."""
-    numbers, worker = queue
-    parts, count, first, ranges = numbers[PARTS], numbers[COUNT], numbers[FIRST], (len(numbers) - RANGES) // 8
-    if _add_to(numbers, STARTED, 1) >= parts:
-        return first, first
-    while True:  # the counter guarantees that a task remains
-        worker %= ranges
-        part = parts * worker // ranges + _add_to(numbers, RANGES + 8 * worker, 1)
-        worker += 1
-        if part < parts * worker // ranges:
-            return first + count * part // parts, first + count * (part + 1) // parts
-
-
-@numba.njit(**INTERNAL)
-def task_done(queue):
-    """Count a task as finished and start the next."""
-    _add_to(queue[0], FINISHED, 1)
-    return next_tasks(queue)
-
-
-@disk_cached
-def drain(numbers):
-    """Close the queue and spin briefly; True if all started tasks finished."""
-    started = min(_exchange(numbers, STARTED, numbers[PARTS]), numbers[PARTS])
-    spins = 0
-    while _add_to(numbers, FINISHED, 0) < started and spins < SPIN_LIMIT:
-        spins += 1
-    return spins < SPIN_LIMIT
-
-
 def zero_of(like):
     raise NotImplementedError("compiled only")
 
@@ -411,135 +344,3 @@ def _narrow(value, like):
         return np.int16(np.uint16(np.uint32(code | sign)))
 
     return half
-
-
-# Activations. The type of `act` selects one: None, a boolean for relu, a float (its slope) for leaky_relu, an integer
-# for silu, and a tuple for gelu.
-
-
-def _polynomial(coefficients, kind):
-    """Compile p(t) by Horner's rule, coefficients highest first. Nested functions: a loop would not be unrolled."""
-    highest, unit = kind(coefficients[0]), kind(1)
-    p = register_jitable(**INLINE)(lambda t: highest * unit)
-    for coefficient in coefficients[1:]:
-        p = _next_power(p, kind(coefficient))
-    return p
-
-
-def _next_power(p, c):
-    return register_jitable(**INLINE)(lambda t: p(t) * t + c)
-
-
-def _exp(x):
-    """Return exp(x) for x <= 0; 0 or nearly 0 where the result would be a denormal."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(_exp, jit_options=INLINE)
-def _exp_overload(x):
-    double = x == types.float64
-    kind = np.float64 if double else np.float32
-    # x = k ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^k exp(r), and exp(r) by its series.
-    lowest, per_ln2 = kind(-708.0 if double else -87.0), kind(1 / math.log(2))
-    shifter = kind(1.5 * 2**52 if double else 1.5 * 2**23)  # adding it rounds to an integer
-    high = kind(0.693147180369123816490 if double else 0.693359375)  # few digits: k * high is exact
-    low = kind(1.90821492927058770002e-10 if double else -2.12194440e-4)
-    series = _polynomial([1 / math.factorial(k) for k in range(13 if double else 7, -1, -1)], kind)
-    if double:
-
-        def power(k):
-            return _bits(np.uint64(np.int64(k) + 1023) << np.uint64(52))
-    else:
-
-        def power(k):
-            return _bits(np.uint32(np.uint32(np.int32(np.int32(k) + np.int32(127))) << np.uint32(23)))
-
-    power = register_jitable(**INLINE)(power)
-
-    def impl(x):
-        x = x if x > lowest else (lowest if x <= lowest else x)
-        k = (x * per_ln2 + shifter) - shifter
-        r = (x - k * high) - k * low
-        return series(r) * power(k)
-
-    return impl
-
-
-def _tail_and_density(size, act):
-    """Return 1 - F(|z|) and F'(|z|) of |z|, with the logistic or the normal distribution F."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(_tail_and_density, jit_options=INLINE)
-def _tail_and_density_overload(size, act):
-    from .cpu import ERFCX_CENTRE, half_erfcx  # not at the top: cpu imports this module
-
-    double = size == types.float64
-    kind = np.float64 if double else np.float32
-    one, half, centre, scale = kind(1), kind(-0.5), kind(ERFCX_CENTRE), kind(1 / math.sqrt(2 * math.pi))
-    if isinstance(act, types.Integer):
-
-        def logistic(size, act):
-            e = _exp(-size)
-            tail = e / (one + e)
-            return tail, tail / (one + e)
-
-        return logistic
-    scaled_tail = _polynomial(half_erfcx(20 if double else 10), kind)
-
-    def normal(size, act):
-        e = _exp(half * (size * size))
-        return scaled_tail((size - centre) / (size + centre)) * e, e * scale
-
-    return normal
-
-
-def activate(z, act):
-    """Return activation(z)."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(activate, jit_options=INLINE)
-def _activate(z, act):
-    kind = np.float64 if z == types.float64 else np.float32
-    nothing, bound = kind(0), kind(800 if kind is np.float64 else 200)
-    if isinstance(act, types.NoneType):
-        return lambda z, act: z
-    if isinstance(act, types.Boolean):
-        return lambda z, act: nothing if z <= nothing else z
-    if isinstance(act, types.Float):
-        return lambda z, act: z * act if z <= nothing else z
-
-    def smooth(z, act):
-        size = abs(z)
-        size = bound if size > bound else size
-        tail, _ = _tail_and_density(size, act)
-        return (nothing if z <= nothing else z) - size * tail
-
-    return smooth
-
-
-def times_slope(g, z, act):
-    """Return g * activation'(z)."""
-    raise NotImplementedError("compiled only")
-
-
-@overload(times_slope, jit_options=INLINE)
-def _times_slope(g, z, act):
-    kind = np.float64 if z == types.float64 else np.float32
-    nothing, one, bound = kind(0), kind(1), kind(800 if kind is np.float64 else 200)
-    if isinstance(act, types.NoneType):
-        return lambda g, z, act: g
-    if isinstance(act, types.Boolean):
-        return lambda g, z, act: nothing if z <= nothing else g
-    if isinstance(act, types.Float):
-        return lambda g, z, act: g * act if z <= nothing else g
-
-    def smooth(g, z, act):
-        size = abs(z)
-        size = bound if size > bound else size
-        tail, density = _tail_and_density(size, act)
-        h = density * size - tail
-        return g * (one + h if z >= nothing else -h)
-
-    return smooth

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import config
+from .. import config
 
 LEAST = 2**18  # bytes of a result; the C library pools smaller blocks itself
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector

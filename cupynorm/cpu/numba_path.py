@@ -1,0 +1,276 @@
+"""The steps as loops compiled by numba: the layouts that they can read, and the calls."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import operator
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache, reduce
+from typing import Any
+
+import numpy as np
+
+from .._types import Array, Saved
+from ..config import get_num_threads
+from .blocking import Work, least_mean_square, merged_axes
+from .numba_backward import backward_join, backward_planes, backward_results, backward_tiles
+from .numba_forward import forward_join, forward_planes, forward_results, forward_tiles
+from .numba_intrinsics import SAMPLES
+from .numba_moves import Windows, go_through
+from .numba_tasks import drain, new_queue
+from .thread_pool import share
+
+TILE = 65536  # positions; no less than numba_forward.FORWARD_SHORT
+SMALL_TABLE = 2**14  # bytes of run tables; layouts with larger tables have a smaller cache
+PAYS = 2**18  # elements from which on a second thread pays
+STREAM = 3 * 2**23  # bytes; larger results bypass the caches, which could not hold them
+LONG_RUN = 128  # elements; shorter runs do not bypass them (many partial lines), and their planes go to windows
+PLANE_COSTS = 25  # the fixed cost of a plane, in elements
+# With fewer channels side by side, or less than a cache line of them, planes are copied to windows first.
+MIN_CHANNELS_COMPILED = 16
+SPARE = 14  # likewise if more than 1 / SPARE of the channels (16 bits: any) exceeds whole half cache lines
+MOST_RUNS = 65536  # limit of the runs of a plane read in place: each array has a table of their offsets
+
+
+def address_of(array: np.ndarray) -> int:
+    """Return the address of the first element. It follows Python's object header (see NumPy's PyArrayObject).
+
+    __array_interface__ also has it, but takes a microsecond more. numba requires CPython, so this is safe.
+    """
+    return ctypes.c_size_t.from_address(id(array) + object.__basicsize__).value
+
+
+class Layout:
+    """The loops' parameters for arrays of one shape and given strides; cached, since calls repeat.
+
+    The arrays are x, y and a residual if given; backward x, dx, dy, and a residual and its gradient if given. The loops
+    index the residual and its gradient from the end; without a residual some other array is at that index, unused.
+
+    Contiguous planes, planes of long runs, and channels side by side (`channels_last`) are read in place. Other planes
+    are copied to `windows` first.
+    """
+
+    def __init__(
+        self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], backward: bool,
+        long_run: int | None = None,
+    ):  # fmt: skip
+        itemsize = dtype.itemsize
+        self.like: Any = SAMPLES[dtype.name]
+        self.usable = all(step % itemsize == 0 for each in strides for step in each)
+        if not self.usable:
+            return
+        # Positions are visited in the order of x's memory.
+        order = sorted(range(2, len(shape)), key=lambda axis: -abs(strides[0][axis]))
+        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
+        arrays = merged_axes([each.transpose(0, 1, *order) for each in stand_ins])
+        n, c, *outer, length = arrays[0].shape
+        runs, plane = math.prod(outer), math.prod(outer) * length
+        steps = [[step // itemsize for step in a.strides] for a in arrays]
+        long_run = LONG_RUN if long_run is None else long_run
+        rows = all(each[-1] == 1 or length == 1 for each in steps) and (runs == 1 or length >= long_run)
+        line = max(MIN_CHANNELS_COMPILED, 64 // itemsize)
+        leftover = c % (line // 2)
+        fit = c >= line and (leftover == 0 or (itemsize > 2 and leftover * SPARE <= c))
+        channels_last = not rows and fit and all(each[1] == 1 for each in steps)
+        group, positions, streams, sums = 1, TILE, False, 0
+        table = np.zeros((len(arrays), 1), np.int64)
+        self.windows: Windows | None = None
+        if (rows or channels_last) and runs <= MOST_RUNS:
+            for axis, size in enumerate(outer, 2):
+                further = np.arange(size) * np.array([[each[axis]] for each in steps])
+                table = (table[:, :, None] + further[:, None]).reshape(len(arrays), -1)
+            if channels_last:
+                group = min(c, max(line, 2 * TILE // plane // line * line), 256)
+                group = max(group, -(-c // ((4 * c + 3 * group) // (4 * group))))  # avoids a small last group
+                positions = plane if plane * group <= 2 * TILE else max(TILE // group, 1)
+            else:
+                streams = length >= LONG_RUN and n * c * plane * itemsize >= STREAM
+            tile_length = min(length, positions)
+            tile_runs = min(max(positions // length, 1), runs)
+            grid = [(runs, tile_runs), (length, tile_length)]
+        else:
+            self.windows = Windows(self.like, [n, c, *outer, length], steps)
+            channels_last, sums = False, n * c
+            runs, tile_runs, length, tile_length = 1, 1, plane, plane
+            grid = [*zip(self.windows.shape, self.windows.extents, strict=True)][2:]
+        self.counts = np.ones(1, np.int64)  # elements of each tile
+        for size, extent in grid:
+            of_axis = np.minimum(extent, size - np.arange(0, size, extent))
+            self.counts = np.multiply.outer(self.counts, of_axis).ravel()
+        self.tiles = len(self.counts)
+        self.blocks = n * -(-c // group)
+        self.group, self.channels_last, self.streams = group, channels_last, streams
+        self.residual = True if len(arrays) == (5 if backward else 3) else None
+        self.alike = self.windows is None and strides[0] == strides[1]  # x and y
+        # Channels, channels per group, tiles; runs and their length in a plane, then in a tile; a flag for results that
+        # bypass the caches; elements of a plane; and, with windows, the number of planes.
+        self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(streams), plane, sums)
+        self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
+        places = np.array([[each[i] for i in (0, 1, -1)] for each in steps], np.int64)
+        self.where = (places, table, self.shape, True if channels_last else None)
+
+
+@lru_cache(maxsize=1024)
+def _layout(*given: Any) -> Layout | None:
+    """Return a layout, or None if its table is too large for this cache."""
+    layout = Layout(*given)
+    return layout if not layout.usable or layout.where[1].nbytes <= SMALL_TABLE else None
+
+
+_large_layout = lru_cache(maxsize=4)(Layout)
+
+
+def layout_of(*given: Any) -> Layout:
+    return _layout(*given) or _large_layout(*given)
+
+
+#: Defaults of weight, bias, and their strides over N and C.
+no_parameters = cache(lambda dtype: (np.ones(1, dtype), np.zeros(1, dtype), (0, 0, 0, 0)))
+
+
+nothing = cache(lambda dtype: np.empty((0, 0), dtype))
+
+
+class CompiledWork(Work):
+    """The steps as compiled loops over planes, or over groups of channels side by side."""
+
+    def __init__(self, call: Saved, layout: Layout, addresses: np.ndarray):
+        self.call, self.layout = call, layout
+        self.blocks, self.tiles = layout.blocks, layout.tiles
+        self.threads = get_num_threads() if layout.pays else 1
+        self.partials = np.empty((3, self.blocks * self.tiles * layout.group if self.tiles > 1 else 0))
+        self.where = (layout.like, addresses, *layout.where)
+        self.dtype = dtype = call.rstd.dtype
+        # A value whose type selects the activation in the loops.
+        activation = call.activation
+        self.act: Any = None
+        if activation is not None:
+            self.act = {"relu": True, "silu": 0, "gelu": (0,)}.get(activation, dtype.type(call.negative_slope))
+        parameters = no_parameters(dtype)
+        if call.weight is not None or call.bias is not None:
+            parameters = self._parameters(*parameters)
+        mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
+        self.planes = (*parameters, call.mean, mean_lo, call.rstd)
+
+    def _parameters(self, *defaults: Any) -> tuple[Any, ...]:
+        flat: list[Any] = []
+        param_strides: tuple[int, ...] = ()
+        for given, default in zip((self.call.weight, self.call.bias), defaults, strict=False):
+            if given is None:
+                flat.append(default)
+                param_strides += (0, 0)
+                continue
+            # A read-only array has another type, and would compile the loops again.
+            same = given.dtype == self.dtype and given.flags.carray
+            array = given if same else np.array(given, self.dtype)
+            flat.append(array if array.ndim == 1 else array.reshape(-1))
+            param_strides += (0, 1) if array.ndim == 1 else (given.shape[1], 1)
+        return *flat, param_strides
+
+    def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
+        """The loops take tasks from a queue: a late helper, or a slow thread, takes fewer."""
+        loop, arguments = step
+        parts = 1 if self.threads == 1 else min(count, 8 * self.threads)
+        queue = new_queue(count, parts, self.threads)
+        share(
+            lambda _, worker: loop((queue, worker), *self.where, *arguments), parts, self.threads,
+            lambda: bool(drain(queue)),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        if self.layout.channels_last:
+            return f"compiled loops over {self.blocks} group(s) of {self.layout.group} channels side by side"
+        return f"compiled loops over {self.blocks} plane(s)"
+
+    # Forward
+
+    def _kind(self) -> tuple[Any, ...]:
+        at = self.where[1]
+        return (True if self.layout.alike and at[0] == at[1] else None, self.layout.residual, self.act)
+
+    def forward(self, eps: float, variance: np.ndarray | None) -> None:
+        kind, least = self._kind(), least_mean_square(eps)
+        variance = nothing(self.dtype) if variance is None else variance
+
+        def join(first: int, last: int) -> None:
+            shape, counts = self.layout.shape, self.layout.counts
+            forward_join(shape, counts, first, last, *self.partials, eps, *self.planes[3:], variance)
+
+        self.run(
+            (forward_tiles, (least, *self.partials)), join, (forward_results, (*kind, *self.planes)),
+            (forward_planes, (*kind, eps, least, *self.planes, variance)),
+        )  # fmt: skip
+
+    def normalize(self) -> None:
+        self.share((forward_results, (*self._kind(), *self.planes)), self.blocks * self.tiles)
+
+    # Backward
+
+    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
+        kind, sums = (self.layout.residual, self.act), (sum_g, sum_g_xhat)
+        training = True if self.call.training else None
+
+        def join(first: int, last: int) -> None:
+            backward_join(self.layout.shape, first, last, *self.partials[:2], *self.planes[3:], *sums)
+
+        results = (*kind, training, *self.planes, *sums)
+        self.run(
+            (backward_tiles, (*kind, *self.planes, *self.partials[:2])), join, (backward_results, results),
+            (backward_planes, results),
+        )  # fmt: skip
+
+
+class MovedWork(CompiledWork):
+    """Planes are copied to windows for the loops, and results back, a window at a time.
+
+    In a window planes keep their numbers: the loops get addresses as if all other planes lay around them. Planes too
+    large for a window are summed tile by tile first.
+    """
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, moved together first"
+
+    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
+        if self.tiles == 1:
+            self.share(whole, self.blocks)
+            return
+        self.share(reduce, self.blocks * self.tiles)
+        # From all planes' sums of each tile to all tiles' sums of each plane, which `join` expects.
+        self.partials = self.partials.reshape(3, self.tiles, -1).transpose(0, 2, 1).reshape(3, -1)
+        join(0, self.blocks)
+        self.share(apply, self.blocks * self.tiles)
+
+    def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
+        """Distribute the boxes over the threads, whatever the number of planes or tiles."""
+        loop, arguments = step
+        like, addresses, _, runs, shape, _ = self.where
+        windows = self.layout.windows
+        assert windows is not None
+        boxes = windows.boxes(self.threads)
+        address = loop((new_queue(0, 0, 1), 0), *self.where, *arguments)
+        number = len(boxes.table)
+        queue = new_queue(number, number, self.threads)
+        reads = 1 if loop is forward_tiles else len(addresses)
+        writes = loop not in (forward_tiles, backward_tiles)
+
+        def work(_: Iterator[int], worker: int) -> None:
+            buffer = np.empty(len(addresses) * boxes.buffer_size, like.dtype)
+            go_through((queue, worker), address, reads, writes, like, addresses, buffer, boxes, runs, shape, arguments)
+
+        share(work, number, self.threads, lambda: bool(drain(queue)))
+
+
+def work_of(call: Saved, arrays: list[Array], backward: bool) -> CompiledWork | None:
+    """Return the work of a call, or None if the loops cannot address the arrays.
+
+    arrays: x, y and a residual if given; backward x, dx, dy, and a residual and its gradient if given.
+    """
+    x = arrays[0]
+    layout = layout_of(x.dtype, x.shape, tuple([a.strides for a in arrays]), backward)
+    if not layout.usable:
+        return None
+    addresses = [address_of(a) for a in arrays]
+    if reduce(operator.or_, addresses) % x.itemsize:
+        return None
+    return (MovedWork if layout.windows else CompiledWork)(call, layout, np.array(addresses))

@@ -1,0 +1,88 @@
+"""Compile the loops of a kind of call without computing anything: the CPU's part of `cupynorm.warmup`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .._types import Array, Saved, empty_like, math_dtype
+from .numba_moves import go_through
+from .numba_path import CompiledWork, Layout, work_of
+from .numba_tasks import drain, new_queue
+
+
+class Rehearsal(CompiledWork):
+    """A call without planes. Its `steps` run, and so compile, all loops that calls of its kind may use, for any number
+    of planes and threads."""
+
+    def __init__(self, *what: Any):
+        super().__init__(*what)
+        self.partials = np.empty((3, 0))
+        self.steps: list[Callable[[], Any]] = [partial(drain, new_queue(0, 0, 1))]
+        if self.layout.windows is not None:
+            self.steps += self.layout.windows.rehearsals()
+
+    def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
+        loop, arguments = step
+        queue = new_queue(0, 0, 1), 0
+        self.steps.append(partial(loop, queue, *self.where, *arguments))
+        windows = self.layout.windows
+        if windows is not None:
+            like, addresses, _, runs, shape, _ = self.where
+            buffer = np.empty(0, like.dtype)
+            self.steps.append(
+                lambda: go_through(queue, 0, 0, True, like, addresses, buffer, windows.boxes(1), runs, shape, arguments)
+            )
+
+    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
+        self.steps.append(partial(join, 0, 0))
+        for step in (reduce, apply, whole):
+            self.share(step, 0)
+
+
+def rehearsals(
+    x: Array, activation: str | None, negative_slope: float, residual: Array | None
+) -> list[tuple[str, Callable[[], Any]]]:
+    """Return (name, step) pairs that compile the loops for arrays like x; empty if the loops cannot address them.
+
+    Results and dy are laid out like a new result, or results are x itself. No array's contents are read or written.
+    """
+    if not x.size:
+        return []
+    found: list[tuple[str, Callable[[], Any]]] = []
+    y, none = empty_like(x, np.empty), np.empty((0, x.shape[1]), math_dtype(x.dtype))
+
+    def rehearse(what: str, training: bool, arrays: list[Array | None], backward: bool = False) -> None:
+        call = Saved(x, none, none, None, None, training, none, activation, negative_slope)
+        given = [array for array in arrays if array is not None]
+        work = work_of(call, given, backward)
+        if work is None:
+            return
+        layouts = [work.layout]
+        moved = work.layout.windows is not None
+        other = Layout(x.dtype, x.shape, tuple(a.strides for a in given), backward, 1 if moved else sys.maxsize)
+        if (other.windows is not None) != moved:  # other arrays may have longer or shorter runs
+            layouts.append(other)
+        for layout in layouts:
+            rehearsal = Rehearsal(call, layout, work.where[1])
+            if backward:
+                rehearsal.backward(none, none)
+            elif training:
+                rehearsal.forward(0.0, None)
+            else:
+                rehearsal.normalize()
+            found.extend((what, step) for step in rehearsal.steps)
+
+    trained = math.prod(x.shape[2:]) > 1
+    rehearse("forward", trained, [x, y, residual])  # updates of running statistics use the same loops
+    rehearse("forward in place", trained, [x, x, residual])
+    gradients = [y, residual, y] if residual is not None and activation is not None else [y]
+    if trained:
+        rehearse("backward", True, [x, y, *gradients], backward=True)
+    rehearse("backward with running statistics", False, [x, y, *gradients], backward=True)
+    return found

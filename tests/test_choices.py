@@ -12,20 +12,11 @@ import numpy as np
 import pytest
 from helpers.backends import use_compiled
 from helpers.compare import assert_allclose, assert_equal
+from helpers.loops import numba_backward, numba_forward, numba_geometry, numba_path
 
 import cupynorm as cn
 from cupynorm import cpu
-from cupynorm.cpu import (
-    blocking,
-    gelu,
-    numba_backward,
-    numba_forward,
-    numba_geometry,
-    numba_path,
-    numpy_activations,
-    numpy_double,
-    numpy_path,
-)
+from cupynorm.cpu import blocking, gelu, numpy_activations, numpy_double, numpy_path
 
 pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 

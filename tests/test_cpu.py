@@ -470,10 +470,10 @@ def test_blocks_that_do_not_come_out_even(
 
 
 def test_how_a_call_is_shared_out_is_told(way: str):
-    def told(number: int, *shape: int, layout: str = "contiguous") -> list[str]:
+    def told(number: int, *shape: int, layout: str = "contiguous", double_backward: bool = False) -> list[str]:
         cn.set_num_threads(number)
         x = laid(np.empty(shape, np.float16), layout)
-        lines = cpu.backend.describe(x, activation=None, residual=False, double_backward=False)
+        lines = cpu.backend.describe(x, activation=None, residual=False, double_backward=double_backward)
         return [line.strip() for line in lines[1:]]
 
     if way == "compiled":
@@ -499,7 +499,7 @@ def test_how_a_call_is_shared_out_is_told(way: str):
         ]  # fmt: skip
     assert told(2, 0, 3, 4, 5) == ["empty, nothing is computed"]
     cn.set_num_threads(1)
-    *more, double, threads = cpu.describe(np.empty((5, 1, 367, 500), np.float16), double_backward=True)
+    *more, double, threads = told(cn.get_num_threads(), 5, 1, 367, 500, double_backward=True)
     assert more == told(1, 5, 1, 367, 500)
     assert double == "double backward: NumPy, 3 block(s) of planes, in float32 of at most 1468000 B at a time"
     assert threads == "one thread of 1"

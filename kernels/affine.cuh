@@ -1,4 +1,4 @@
-// The affine parameters: one number a channel, or one for each sample and channel.
+// The affine parameters: one number per channel, or one per sample and channel.
 
 struct Affine {
     const void *weight, *bias;      // may be null

@@ -2,11 +2,11 @@
 //
 //     dx = weight * rstd * ((g - sum(g) / count) - xhat * (sum(g * xhat) / count)),   xhat = c - mean_lo
 //
-// with c = (x - mean) * rstd, and g what the epilogue makes of dy: dy itself without one. The saved mean is rounded:
-// mean_lo = mean(c) is what it lost, found again from x, which is on chip anyway, so that all three sums travel in one
-// exchange: sum(g * xhat) = sum(g * c) - mean_lo * sum(g).
+// with c = (x - mean) * rstd and g = dy * activation'(z), or g = dy without an epilogue. The saved mean is rounded;
+// mean_lo = mean(c) is the part that rounding took from it, here times rstd. It is computed again from x, which is on
+// chip anyway, so that all three sums need one exchange: sum(g * xhat) = sum(g * c) - mean_lo * sum(g).
 //
-// Macros as in forward.cu. sum_dy and sum_dy_xhat (of g) have N * C elements and may be null.
+// Macros as in forward.cu. sum_dy and sum_dy_xhat are sums of g, have N * C elements and may be null.
 
 #include "types.cuh"
 #include "plane.cuh"
@@ -68,7 +68,7 @@ __device__ inline void backward_scope(const Call& call, long long scope_index, l
 #endif
 }
 
-// SUBWARP: as in forward.cu; dx takes x's buffer, dresidual that of the residual.
+// SUBWARP: as in forward.cu. dx uses x's buffer; dresidual has its own.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void backward_subwarp(Call call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor dx = call.dx, dresidual = call.dresidual;

@@ -1,4 +1,4 @@
-// Reductions over the batch: from one value a plane to one a channel, in a fixed order and without atomics.
+// Reductions over the batch, from one value per plane to one per channel, in a fixed order and without atomics.
 //
 // A block of 256 threads serves 32 channels: thread (c, r) adds samples r, r + 8, ...; then row 0 adds the 8 rows.
 

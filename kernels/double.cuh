@@ -1,29 +1,29 @@
-// The double backward of a plane: what is summed over a tile of it, and both results from that.
+// Double backward of a plane: the sums over each of its tiles, and both results from these sums.
 //
-// With xhat = (x - mean) * rstd, g = dy and v = rstd * u, u = ddx, all of them less their means over the plane, and the
-// means a of v * xhat, c of g * xhat and s of v * g, less a * c:
+// Let xhat = (x - mean) * rstd, g = dy, u = ddx and v = rstd * u, each minus its mean over the plane. With
+// a = mean(v * xhat), c = mean(g * xhat) and s = mean(v * g) - a * c:
 //
 //     ddy = weight * v + q * xhat + ddbias,   q = ddweight - weight * a
 //     dx = rstd * (q * g - weight * c * v + r * xhat),   r = weight * (a * c - s) - q * c,   dweight = count * s
 //
-// (derived in cupynorm/functional.py). So all that is multiplied is of the size of some result. Means are taken away in
-// two parts, so that large ones cost no digits: first the shift, the tile's mean as rounded, then what that left.
+// (derived in cupynorm/functional.py). In this form every factor is of the size of some result. Means are subtracted in
+// two parts, so that large ones cost no digits: first the shift, which is the tile's rounded mean, then the remainder.
 
-// Of a tile, for each plane: the shifts, and the sums of QUANTITIES about them.
+// For each plane of a tile: the shifts, and the sums of these QUANTITIES, with the shifts subtracted from g and u.
 enum { OF_X, OF_G, OF_U, OF_GX, OF_VX, OF_VG, QUANTITIES };
 
 struct Products {
     Math shift_g[P], shift_u[P], sums[QUANTITIES * P];
 };
 
-// ddx may be missing (data null): it is 0 then.
+// ddx.data may be null: ddx is then 0.
 struct Inputs { Tensor x, dy, ddx; };
 
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> struct InputTiles {
     Tile<RESIDENCY, THREADS, VECS_PER_THREAD> x, dy, ddx;
     __device__ InputTiles(Vec* shared = 0, int vecs = 0) : x(shared), dy(shared + vecs), ddx(shared + 2 * vecs) {}
 
-    // f(v, x, g, u) for each element of vec k.
+    // Call f(v, x, g, u) for each element v of vec k.
     template <class F> __device__ void vec(int k, bool more, F f) const {
         const Vec a = x.get(k), b = dy.get(k);
         Vec d = {};
@@ -36,7 +36,8 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> struct InputTiles {
     }
 };
 
-// The statistics of a thread's planes. For xhat the mean is in a unit, of a plane whose own it is.
+// The statistics of a thread's planes. If they are the planes' own, xhat is computed in each plane's unit (unit.cuh),
+// otherwise in unit 1: `mean` is the mean times unit, in_unit is rstd / unit.
 struct Stats {
     Math unit[P], mean[P], in_unit[P], rstd[P];
 
@@ -58,9 +59,9 @@ struct Stats {
     __device__ Math xhat(int p, Math x) const { return (x * unit[p] - mean[p]) * in_unit[p]; }
 };
 
-// What else is known of them: read when the sums are there, as it would take registers until then.
+// weight, ddbias and ddweight. Load them after the sums: they would occupy registers until then.
 struct Parameters {
-    Affine affine, gradient;        // weight and ddbias; ddweight, as a bias: where there is none it is 0
+    Affine affine, gradient;        // affine: weight and, as its bias, ddbias; gradient: ddweight as bias, 0 if missing
 };
 
 struct ParametersOfThread {
@@ -79,7 +80,7 @@ struct ParametersOfThread {
     }
 };
 
-// scratch, other: of 2 P and of QUANTITIES * P sums (scratch_size).
+// scratch and other: areas for 2 * P and for QUANTITIES * P sums (scratch_size).
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
 __device__ inline Products products_of_tile(const Partition& partition, const Inputs& inputs,
                                             InputTiles<RESIDENCY, THREADS, VECS_PER_THREAD>& tile,
@@ -131,14 +132,14 @@ __device__ inline Products products_of_tile(const Partition& partition, const In
     return m;
 }
 
-// What follows from the sums of a whole plane.
+// The means of a whole plane, from which both results are computed.
 struct Coefficients {
-    Math shift_g, shift_u;          // of g and u
-    Math g, v, x;                   // what is left of the means without the shifts: of g, v and xhat
-    Math a, c, s;
+    Math shift_g, shift_u;          // the rounded means of g and u
+    Math g, v, x;                   // the means of g, v and xhat after the shifts are subtracted
+    Math a, c, s;                   // as in the formulas above
 };
 
-// s: the plane's sums, about base_g and base_u; T: Math, or Accum where there are several tiles.
+// x to vg: the plane's sums of OF_X to OF_VG about base_g and base_u. T: Math, or Accum if there are several tiles.
 template <class T>
 __device__ inline Coefficients coefficients_of(T count, T base_g, T base_u, T rstd, T x, T g, T u, T gx, T vx, T vg) {
     const T mean_x = x / count, mean_g = g / count, mean_u = u / count, v = u * rstd;
@@ -155,8 +156,8 @@ __device__ inline Coefficients coefficients_of(T count, T base_g, T base_u, T rs
     return m;
 }
 
-// Add the sums of a tile of n elements, number(i), to those of a plane, at(i). The distances of the tile's shifts from
-// the plane's bases count in (as for squares: Chan, Golub, LeVeque 1983).
+// Add the sums number(i) of a tile of n elements to the plane's sums at(i), corrected for far_g and far_u, the
+// distances of the tile's shifts from the plane's bases (as for squares: Chan, Golub, LeVeque 1983).
 template <class F, class G>
 __device__ inline void add_products(Accum n, Accum far_g, Accum far_u, Accum rstd, F number, G at) {
     const Accum x = number(OF_X), g = number(OF_G), u = number(OF_U), v = u * rstd, far_v = far_u * rstd;
@@ -168,7 +169,7 @@ __device__ inline void add_products(Accum n, Accum far_g, Accum far_u, Accum rst
     at(OF_VG) += number(OF_VG) + far_v * g + far_g * v + n * far_v * far_g;
 }
 
-// Both results of a thread's planes.
+// For a thread's planes: the shifts, and the factors and offsets of both results.
 struct DoubleGradient {
     Math shift_g[P], shift_u[P], weight[P], q[P], of_v[P], of_x[P], offset_ddy[P], offset_dx[P];
 
@@ -217,7 +218,7 @@ __device__ inline void write_both(const Partition& partition, const Tensor& ddy,
 
 #define INPUT_PARAMETERS TENSOR(x), TENSOR(dy), TENSOR(ddx)
 #define INPUTS Inputs{OF(x), OF(dy), OF(ddx)}
-// ddbias takes the place of the bias in flags, and ddweight in those of its own.
+// The flags of a bias describe ddbias in flags, and ddweight in gradient_flags.
 #define KNOWN_PARAMETERS                                                                                              \
     const Math *mean, const Math *rstd, const void *weight, const void *ddbias, int flags, const void *ddweight,      \
     int gradient_flags

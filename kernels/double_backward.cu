@@ -1,10 +1,9 @@
-// Double backward of a training forward, one launch: a scope reads its planes of x, dy and ddx once and writes ddy and
-// dx, both of which double.cuh explains; all three stay on chip.
+// Double backward of a training forward, one launch: a scope reads its planes of x, dy and ddx once, keeps them on chip
+// and writes ddy and dx (formulas in double.cuh).
 //
-// Macros as in forward.cu, without an epilogue. sums (those of the weight's gradient) has N * C elements and may be
-// null.
+// Macros as in forward.cu, without an epilogue. sums, for the gradient of weight, has N * C elements and may be null.
 
-#define READ_AHEAD (GROUPED && CHANNELS_LAST ? 1 : 2)   // vecs of each array: there are three
+#define READ_AHEAD (GROUPED && CHANNELS_LAST ? 1 : 2)   // vecs of each of three arrays
 
 #include "types.cuh"
 #include "plane.cuh"
@@ -30,10 +29,10 @@ struct Call {
 };
 
 #if GROUPED
-// Numbers that a block puts for each plane of its tile: its elements, the shifts and the sums.
+// Numbers that a block puts for each plane of its tile: the element count, the shifts and the sums.
 constexpr int PARTIAL_NUMBERS = 3 + QUANTITIES;
 
-// f(p, coefficients) for each plane p of a thread, from the sums of all tiles.
+// Call f(p, coefficients) for each plane p of a thread, with the coefficients from the sums of all tiles.
 template <int THREADS, class Partition, class Exchange, class F>
 __device__ inline void merge_products_of_tiles(const Partition& partition, const Products& mine, int tiles, Accum count,
                                                const Stats& stat, Exchange& exchange, Accum* scratch, F f) {
@@ -51,9 +50,9 @@ __device__ inline void merge_products_of_tiles(const Partition& partition, const
     exchange.barrier();
     const int channel_vec = partition.rank % partition.channel_vecs;
     #pragma unroll
-    for (int p = 0; p < P; p++) {   // one plane after the other: all of them would need too many registers
+    for (int p = 0; p < P; p++) {   // one plane at a time: all together need too many registers
         const int at = (channel_vec * P + p) * PARTIAL_NUMBERS;
-        // tile 0 has the most elements
+        // bases: the shifts of tile 0, which has the most elements
         const Math base_g = exchange.read(0, at + 1), base_u = exchange.read(0, at + 2);
         Accum s[QUANTITIES] = {};
         s[OF_G] = nothing_of(base_g);
@@ -84,7 +83,7 @@ __device__ inline void double_backward_scope(const Call& call, long long scope_i
                                               call.channels, spatial);
     unsigned char* shared = shared_memory();
     const int vecs = call.vecs_per_thread * THREADS * (RESIDENCY == SHARED);
-    // Behind the tiles: scratch for two exchanges, for a third, of Accum, and the partials that are put.
+    // After the tiles: scratch for two sums in Math, for a third in Accum, and the partials that the block puts.
     Math* scratch = (Math*)(shared + 3 * vecs * sizeof(Vec));
     Math* other = scratch + scratch_size<THREADS>(partition.channel_vecs, 2 * P);
     InputTiles<RESIDENCY, THREADS, VECS_PER_THREAD> tile((Vec*)shared, vecs);
@@ -95,7 +94,7 @@ __device__ inline void double_backward_scope(const Call& call, long long scope_i
     DoubleGradient d;
     const auto found = [&](int p, const Coefficients& coefficients) {
         d.set(p, coefficients, parameters);
-        // One thread a plane.
+        // One thread per plane.
         if (partition.tile == 0 && partition.rank < partition.channel_vecs && partition.c + p < call.channels) {
             call.sums.set_dy_xhat(partition.n * call.channels + partition.c + p, coefficients.s * (Math)spatial);
         }
@@ -119,7 +118,7 @@ __device__ inline void double_backward_scope(const Call& call, long long scope_i
 #endif
 }
 
-// SUBWARP: as in forward.cu; dx takes x's buffer, ddy that of dy.
+// SUBWARP: as in forward.cu. dx uses x's buffer, and ddy uses dy's.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void double_backward_subwarp(Call call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor dx = call.dx, ddy = call.ddy;

@@ -1,8 +1,8 @@
 // Double backward of planes that do not stay on chip, in the three steps of split.cu; double.cuh has the formulas.
 //
-//     partial   products_*          one scope a tile     -> its elements, shifts and sums
-//     merge     merge_products      one block a plane    -> its Coefficients, and the sum that is the weight's gradient
-//     apply     apply_products_*    one scope a tile     -> ddy and dx, tiles in reverse: the last read are in L2
+//     partial   products_*          one scope per tile   -> the tile's element count, shifts and sums
+//     merge     merge_products      one block per plane  -> the plane's Coefficients and sum for the gradient of weight
+//     apply     apply_products_*    one scope per tile   -> ddy and dx; in reverse: the tiles read last are in L2
 
 #include "types.cuh"
 #include "plane.cuh"
@@ -15,7 +15,7 @@
 #include "double.cuh"
 #include "tiles.cuh"
 
-constexpr int PARTIAL_NUMBERS = 3 + QUANTITIES;     // numbers of a tile: its elements, the shifts, the sums
+constexpr int PARTIAL_NUMBERS = 3 + QUANTITIES;     // numbers per tile: element count, shifts, sums
 constexpr int COEFFICIENTS = sizeof(Coefficients) / sizeof(Math);
 
 template <int SCOPE, int THREADS, int VECS_PER_THREAD>
@@ -80,8 +80,8 @@ VARIANTS
 
 constexpr int MERGE_THREADS = 256;
 
-// Partials lie as [number][plane][tile], means as [number][plane]. sums and dweight may be null; dweight is where the
-// sums are the gradient already.
+// Partials lie as [number][plane][tile], coefficients as [number][plane]. sums may be null; it is dweight itself if
+// that has one number per plane.
 KERNEL(MERGE_THREADS, 1) merge_products(const Math* partial, long long all_planes, long long tiles, long long first,
                                         long long planes, long long spatial, const Math* rstd, Math* coefficients,
                                         void* sums, int flags) {

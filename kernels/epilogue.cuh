@@ -1,9 +1,9 @@
-// The epilogue: what happens to a normalised element before it is stored, and to its gradient before it is used.
+// The epilogue: operations on a normalised element before it is stored, and on its gradient before it is used.
 //
 //     z = xhat * weight + bias + residual,   y = activation(z),   and backward   g = dy * activation'(z)
 //
-// EPILOGUE is a macro of the module: one kind of activation each. No activation is a rectifier of slope 1, relu one of
-// slope 0. The gradient takes the place of dy as soon as both are on chip: nothing behind it knows of epilogues.
+// EPILOGUE is a macro of the module, which has one kind of activation: without one, a rectifier of slope 1; for relu,
+// a rectifier of slope 0. g replaces dy as soon as x and dy are on chip, so that later code ignores the epilogue.
 
 enum { NONE, RECTIFIER, SILU, GELU };
 
@@ -15,7 +15,7 @@ struct Epilogue {
 #if EPILOGUE
 #define EPILOGUE_PARAMETERS TENSOR(residual), double slope,
 #define EPILOGUE_OF Epilogue{OF(residual), (Math)slope}
-// Of a backward: what z takes besides, and where g is wanted (dresidual's data may be null).
+// Of a backward: the other inputs of z, and dresidual, to which g is written (its data may be null).
 #define GRADIENT_PARAMETERS EPILOGUE_PARAMETERS TENSOR(dresidual), const Math* mean_lo, const void* bias,
 #define DRESIDUAL OF(dresidual)
 #define MEAN_LO mean_lo
@@ -41,7 +41,7 @@ __device__ inline Math scaled_erfc(Math x) { return erfcxf(x); }
 constexpr Math HALF_ROOT = 0.70710678f, PDF_AT_0 = 0.39894228f;
 #endif
 
-// The normal distribution's Phi(z), from e = exp(-z^2 / 2): the half of exp(-x^2) * erfcx(x) is its lower tail.
+// The normal distribution's Phi(z), from e = exp(-z^2 / 2). Its lower tail is e * erfcx(|z| / sqrt(2)) / 2.
 __device__ inline Math normal_cdf(Math z, Math e) {
     const Math tail = e * scaled_erfc(fabs(z) * HALF_ROOT) * (Math)0.5;
     return z < 0 ? tail : 1 - tail;
@@ -51,7 +51,7 @@ __device__ inline Math normal_cdf(Math z, Math e) {
 __device__ inline Math activated(Math affine, Math residual, Math slope) {
     if (EPILOGUE == NONE) return affine;
     const Math z = affine + residual;
-    if (EPILOGUE == RECTIFIER) return z < 0 ? (slope == 0 ? 0 : z * slope) : z;     // NaN stays, -inf * 0 is not taken
+    if (EPILOGUE == RECTIFIER) return z < 0 ? (slope == 0 ? 0 : z * slope) : z;     // NaN stays, -inf * 0 is avoided
     if (EPILOGUE == SILU) return z * inverse(1 + exponential(-z));
     return z * normal_cdf(z, exponential(z * z * (Math)-0.5));      // GELU: Hendrycks, Gimpel 2016, the exact form
 }

@@ -1,11 +1,11 @@
-// Forward, one launch: a scope reads its planes once, takes their statistics on chip and writes y.
+// Forward, one launch: a scope reads its planes once, computes their statistics on chip and writes y.
 //
 //     y = activation(((x - mean) - mean_lo) * (rstd * weight) + bias + residual),   rstd = 1 / sqrt(m2 / count + eps)
 //
 // Macros: STORAGE_..., VEC_SIZE, CHANNELS_LAST (types.cuh, plane.cuh), MISALIGNED (plane.cuh), EPILOGUE
 // (epilogue.cuh), GROUPED (group.cuh), and VARIANTS, a list of VARIANT(name, scope, residency, threads,
-// vecs_per_thread, blocks, cluster): the kernels to make, and how many blocks of each must fit on a multiprocessor.
-// mean, rstd, mean_lo and variance (unbiased) have N * C elements and may be null, like weight and bias.
+// vecs_per_thread, blocks, cluster): the kernels to compile, and how many blocks of each must fit on a multiprocessor.
+// mean, rstd, mean_lo and variance (unbiased) have N * C elements. They, weight and bias may be null.
 
 #include "types.cuh"
 #include "plane.cuh"
@@ -51,7 +51,7 @@ __device__ inline void forward_scope(const Call& call, long long scope_index, lo
     Math inverse[P];
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        // The mean as it is saved, and what it lost: backward finds the very same values again.
+        // Split the mean into the rounded mean that is saved, and mean_lo: backward finds exactly the same values.
         const Math mean = m.mean[p] + m.mean_lo[p];
         m.mean_lo[p] = (m.mean[p] - mean) + m.mean_lo[p];
         m.mean[p] = mean;
@@ -63,7 +63,7 @@ __device__ inline void forward_scope(const Call& call, long long scope_index, lo
         if (call.mean_lo) store(call.mean_lo + i, m.mean_lo[p]);
         if (call.variance) store(call.variance + i, variance_of(m.scaled_m2[p], count - 1));
     });
-    // Not sooner: the widest register variant has none to spare.
+    // Load these only now: the widest register variant has no registers to spare earlier.
     const AffineOfThread affine(partition, call.affine, call.channels);
     Normalization to;
     #pragma unroll
@@ -77,8 +77,8 @@ __device__ inline void forward_scope(const Call& call, long long scope_index, lo
 #endif
 }
 
-// SUBWARP: the warp stages its planes, and takes x's buffer for y: every value of x has been read when the first is
-// written, since it has gone into the sums that all lanes waited for.
+// SUBWARP: the warp stages its planes, and uses x's buffer for y. All of x has been read before the first y is written:
+// all lanes wait for sums that contain every x.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void forward_subwarp(Call call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor y = call.y;

@@ -1,10 +1,9 @@
 // Double backward of tracked eval, whose statistics are constants: each element is read once and written once.
 //
-//     frozen_double_backward_*   with v = rstd * ddx: ddy = weight * v + ddweight * xhat + ddbias, dx = ddweight * rstd
-//     *
-//                                dy, and the sum of v * dy, which is the weight's gradient, for each tile
-//                                ([plane][tile])
-//     merge_dots                 those of a plane's tiles, one block a plane
+//     frozen_double_backward_*   with v = rstd * ddx: ddy = weight * v + ddweight * xhat + ddbias,
+//                                dx = ddweight * rstd * dy, and the sum of v * dy over each tile ([plane][tile]), for
+//                                the gradient of weight
+//     merge_dots                 these sums over all tiles of a plane, one block per plane
 //
 // Macros as in normalize.cu, without an epilogue.
 
@@ -18,7 +17,7 @@
 #include "gradient.cuh"
 #include "double.cuh"
 
-// What has no part in a result is not read: x and dy without ddweight; but dy is for sums, if there is ddx.
+// Read only arrays that have an effect: x if there is ddweight; dy if there is ddweight, or ddx and sums.
 template <int SCOPE, int THREADS, int VECS_PER_THREAD>
 __device__ inline void frozen_double_backward(const Inputs& inputs, const Tensor& dx, const Tensor& ddy,
                                               const Math* mean, const Math* rstd, const Parameters& parameters,

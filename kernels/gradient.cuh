@@ -1,13 +1,13 @@
-// The gradient of a plane: its three sums over a tile, and dx from them.
+// Backward of a plane: three sums over each of its tiles, and dx from these sums.
 
-// What is known of a thread's planes: the saved (or running) statistics, in the unit of each, and the affine
+// The saved (or running) statistics of a thread's planes, each in its plane's unit (unit.cuh), and the affine
 // parameters.
 struct AffineStats {
     Math unit[P], mean[P], mean_lo[P], rstd[P];
     AffineOfThread affine;
 
-    // own: they are the planes' own, not running statistics, whose unit is 1. delta_ may be null; it is looked at only
-    // where there is an epilogue, whose z must be the forward's own.
+    // own: the statistics are the planes' own; for running statistics the unit is 1. mean_lo_ may be null; it is read
+    // only for an epilogue, whose z must be exactly the forward's.
     template <class Partition>
     __device__ AffineStats(const Partition& partition, bool own, const Math* mean_, const Math* mean_lo_,
                            const Math* rstd_, const Affine& affine_, long long channels)
@@ -29,9 +29,9 @@ struct AffineStats {
     __device__ Math centred(int p, Math x) const { return x * unit[p] - mean[p]; }
 };
 
-// Put the gradient g = dy * activation'(z) in the place of dy, in the batch of vecs that begins with `from`; with the
-// first, in the tail element. f(v, x, g) for each element, before g is rounded to what is stored; dresidual, if
-// there is one, is g.
+// Replace dy by the gradient g = dy * activation'(z) in the batch of vecs that begins with `from`, and with the first
+// batch in the tail element. Call f(v, x, g) for each element, with g before it is rounded to Storage. Write g to
+// dresidual, if there is one.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
 __device__ inline void apply_epilogue(const Partition& partition, const Epilogue& epilogue, const Tensor& dresidual,
                                       const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
@@ -71,7 +71,7 @@ __device__ inline void apply_epilogue(const Partition& partition, const Epilogue
     }
 }
 
-// sums: P times sum(g), then P times sum(g * c), then P times sum(c), where c = (x - mean) * rstd, as rounded.
+// sums: sum(g) of the P planes, then sum(g * c), then sum(c), where c = (x - mean) * rstd with the rounded mean.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
 __device__ inline void gradient_sums(const Partition& partition, const Tensor& x, const Tensor& dy,
                                      const Epilogue& epilogue, const Tensor& dresidual,
@@ -85,7 +85,7 @@ __device__ inline void gradient_sums(const Partition& partition, const Tensor& x
         sum_dy_xmu[line_of(v)] += g * c;
         sum_xmu[line_of(v)] += c;
     };
-    const auto add = [&](int from) {        // the vecs that have been read, and with the first the tail element
+    const auto add = [&](int from) {        // the batch of vecs just read, and with the first the tail element
 #if EPILOGUE
         apply_epilogue(partition, epilogue, dresidual, tile_x, tile_dy, from, stat, add_one);
 #else
@@ -117,7 +117,7 @@ __device__ inline void gradient_sums(const Partition& partition, const Tensor& x
     }
 }
 
-// dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), where xhat = c - mean_lo, with mean_lo = mean(c), as
+// dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), with xhat = c - mean_lo and mean_lo = mean(c), as
 // scale * ((dy - level) - (x - mean) * slope).
 struct Gradient {
     Math level[P], slope[P], scale[P];
@@ -134,7 +134,7 @@ struct Gradient {
     }
 };
 
-// The sums of a plane: in Math, or in Storage where they are the gradient of a per-sample parameter already.
+// The sums of each plane, in Math, or in Storage if they are themselves the gradient of a per-sample parameter.
 struct Sums {
     void *dy, *dy_xhat;             // may be null
     int flags;

@@ -1,13 +1,13 @@
 // A group: the blocks that share a channel tile, each with one tile of it on chip. Every block puts a few numbers of
 // its tile, all wait at one barrier, and every block merges all of the numbers in the same order.
 //
-//     CLUSTER   neighbours; each puts into its own shared memory, and reads that of the others
-//     GRID      any number of blocks of a cooperative launch, all resident: put into global memory, counted in.
-//               They serve channel tile after channel tile; two areas take turns, so that a slow reader is never
-//               overtaken.
+//     CLUSTER   neighbouring blocks: each puts into its own shared memory, and reads the others'
+//     GRID      any number of blocks of a cooperative launch, all resident: they put into global memory, and a counter
+//               counts their arrivals. They serve one channel tile after another, in two alternating areas of memory,
+//               so that no block overwrites numbers that a slow one still reads.
 
 struct Group {
-    int tiles;                      // of a channel tile, and blocks of the group
+    int tiles;                      // tiles of a channel tile, and blocks of the group
     Math* partial;                  // GRID: [group][phase][tile][number]
     unsigned* arrived;              // GRID: [group], 0 at the launch
 };
@@ -20,10 +20,10 @@ struct Group {
 #define GROUP_OF Group{1, 0, 0}
 #endif
 
-// 0, or NaN for what is not finite: a sum that begins with it is not there before the value has been read.
+// 0, or NaN if the value is not finite: a sum that starts with it cannot be complete before the value has been read.
 __device__ inline Accum nothing_of(Accum value) { return 0 * value; }
 
-// f(scope_index) for each tile that this block (or warp) serves: scope_index = channel tile * tiles + tile.
+// Call f(scope_index) for each tile that this block (or warp) serves: scope_index = channel tile * tiles + tile.
 template <int SCOPE, class Partition, class F>
 __device__ inline void each_scope(const Group& group, long long channel_tiles, F f) {
     const long long scopes = channel_tiles * group.tiles;
@@ -39,7 +39,7 @@ __device__ inline void each_scope(const Group& group, long long channel_tiles, F
 template <int SCOPE> struct Exchange;
 
 #if GROUPED
-#if defined(SIMT) || __CUDA_ARCH__ >= 900      // older ones have no clusters
+#if defined(SIMT) || __CUDA_ARCH__ >= 900      // older GPUs have no clusters
 template <> struct Exchange<CLUSTER> {
     Math* area;
     __device__ Exchange(const Group&, long long, int, Math* area) : area(area) {}
@@ -50,8 +50,8 @@ template <> struct Exchange<CLUSTER> {
         cluster_wait();
     }
     __device__ Math read(int tile, int i) const { return *peer(area + i, tile); }
-    // No block ends before all have read: the last wait is at the end of the kernel. To be called once all that the
-    // thread read has gone into sum_over_owner: its reads are complete then, without a fence.
+    // Call this after sum_over_scope has summed all numbers that the thread read: the reads are then complete without
+    // a fence. No block ends before all have read, since each waits in end(), at the end of the kernel.
     __device__ void release() { cluster_arrive(); }
     __device__ void end() { cluster_wait(); }
 };
@@ -62,7 +62,7 @@ template <> struct Exchange<GRID> {
     int numbers, tile;
     unsigned* arrived;
     unsigned target;
-    // Exchange of `numbers` numbers for the tile of number scope_index.
+    // Exchange `numbers` numbers per tile; this block's tile is scope_index.
     __device__ Exchange(const Group& group, long long scope_index, int numbers, Math*)
         : numbers(numbers), tile((int)(scope_index % group.tiles)) {
         const int number = blockIdx.x / group.tiles, groups = gridDim.x / group.tiles;
@@ -82,12 +82,12 @@ template <> struct Exchange<GRID> {
     }
     __device__ Math read(int tile, int i) const { return load_fresh(areas + tile * numbers + i); }
     __device__ void release() {}
-    // The next channel tile's first sums may take the scratch area that this one's last took.
+    // The first sums of the next channel tile may use the same scratch area as the last sums of this one.
     __device__ void end() { __syncthreads(); }
 };
 
-// The moments of a channel tile from those of its tiles, about the mean of tile 0, which has the most elements: what
-// cancels in m2 is then at most as many times the result as there are tiles, and Accum has digits to spare.
+// Merge the moments of a channel tile's tiles, about the mean of tile 0, which has the most elements: the terms that
+// cancel in m2 are then at most `tiles` times the result, and Accum has digits to spare.
 template <int THREADS, class Partition, class Exchange>
 __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partition, const MomentsOfThread& mine,
                                                          int tiles, Math count, Exchange& exchange, Accum* scratch) {
@@ -109,7 +109,7 @@ __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partit
         base[p] = exchange.read(0, (channel_vec * P + p) * 4);
         s[p] = nothing_of(base[p]);
     }
-    #pragma unroll 1        // once, as a rule: a block has more threads than a channel tile has tiles
+    #pragma unroll 1        // usually one iteration: a block has more threads than a channel tile has tiles
     for (int tile = partition.rank / partition.channel_vecs; tile < tiles; tile += THREADS / partition.channel_vecs) {
         #pragma unroll
         for (int p = 0; p < P; p++) {
@@ -134,7 +134,7 @@ __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partit
     return m;
 }
 
-// Sums of a channel tile from those of its tiles.
+// Add up the sums of a channel tile's tiles.
 template <int THREADS, int K, class Partition, class Exchange>
 __device__ inline void merge_sums_of_tiles(const Partition& partition, Math (&sums)[K], int tiles, Exchange& exchange,
                                            Accum* scratch) {
@@ -144,7 +144,7 @@ __device__ inline void merge_sums_of_tiles(const Partition& partition, Math (&su
     }
     exchange.barrier();
     Accum s[K] = {};
-    #pragma unroll 1        // once, as a rule: a block has more threads than a channel tile has tiles
+    #pragma unroll 1        // usually one iteration: a block has more threads than a channel tile has tiles
     for (int tile = partition.rank / partition.channel_vecs; tile < tiles; tile += THREADS / partition.channel_vecs) {
         #pragma unroll
         for (int k = 0; k < K; k++) s[k] += exchange.read(tile, partition.rank % partition.channel_vecs * K + k);

@@ -1,22 +1,22 @@
-// Mean and centred squares of one tile, read once.
+// Mean and m2 of one tile, read once.
 //
-// Mean first, then the mean of the centred values: mean_lo, what rounding took from the mean. (x - mean) is exact where
-// the values lie close to their mean, so (x - mean) - mean_lo keeps its digits however large the offset is. The squares
-// are summed in the same pass, about the mean without mean_lo: what that adds to them is taken off again.
+// First the mean, then the mean of the centred values: mean_lo, the part that rounding took from the mean. x - mean is
+// exact where the values lie close to their mean, so (x - mean) - mean_lo keeps its digits however large the mean is.
+// The same pass sums the squares of x - mean; the contribution of mean_lo to this sum is subtracted afterwards.
 
-// What of each value goes into their sum, which would be too large for values of 1e34 and more: no tile has as many as
-// 2^17. Means of values so small that this flushes are found with mean_lo.
+// Each value is multiplied by this in the sum for the mean, which would otherwise overflow for values of 1e34 and more:
+// no tile has 2^17 elements. If values are so small that the products flush to 0, mean_lo becomes their mean.
 constexpr Math SUM_SCALE = 7.6293945e-6;        // 2^-17
 
 struct MomentsOfThread {
-    Math mean[P], mean_lo[P], scaled_m2[P];     // scaled_m2: the sum of ((x - mean) - mean_lo)^2, as below
+    Math mean[P], mean_lo[P], scaled_m2[P];     // scaled_m2: the sum of ((x - mean) - mean_lo)^2, scaled as below
 };
 
-// Squares of values around 1e25 or 1e-25 are no numbers of float. Where their sum is not, or is so small that it has
-// lost digits, it is stored (scaled_m2) as minus its root, taken in a unit that has room. Roots are less than 1 then,
-// or 1e19 and more: those are kept divided by 2^20, since they may be too large themselves.
+// Squares of values around 1e25 or 1e-25 are out of float's range. If m2 is too, or so small that it has lost digits,
+// scaled_m2 is minus its root, computed in a unit in which the squares are in range. Such roots are less than 1, or
+// 1e19 and more; the large ones are divided by 2^20, since they may overflow themselves.
 #if !defined(STORAGE_FLOAT64)
-constexpr Math LEAST_M2 = 7.8886091e-31f, MOST_M2 = 3.4028235e38f;    // 2^-100, and float's last
+constexpr Math LEAST_M2 = 7.8886091e-31f, MOST_M2 = 3.4028235e38f;    // 2^-100, and float's largest
 __device__ inline bool in_range(Math m2, Math count) {
     return m2 >= LEAST_M2 * count && m2 <= MOST_M2;
 }
@@ -27,7 +27,7 @@ template <class T> __device__ inline T root_of(Math scaled_m2) {
 __device__ inline Accum wide_m2(Math scaled_m2) {
     return scaled_m2 < 0 ? root_of<Accum>(scaled_m2) * root_of<Accum>(scaled_m2) : scaled_m2;
 }
-// (In float: a double's root needs registers that the widest variants do not have.)
+// (The root is taken in float: in double it needs registers that the widest variants do not have.)
 __device__ inline Math scale_m2(Accum m2) {
     if (m2 >= LEAST_M2 && m2 <= MOST_M2) return (Math)m2;
     const bool large = m2 > 1;
@@ -40,7 +40,7 @@ __device__ inline Math rstd_of(Math scaled_m2, Math count, Math eps) {
     const Math unit = scaled_m2 > -1 ? 1.1529215e18f : 8.2718061e-25f;                           // 2^60, 2^-80
     const Math root = scaled_m2 * (scaled_m2 > -1 ? 1.1529215e18f : 8.6736174e-19f);             // 2^60, 2^-60
     const Math scaled = reciprocal_sqrt(root * root / count + eps * unit * unit);
-    // Below 2^-126 it is put together by hand.
+    // Below 2^-126 it is assembled from bits, since arithmetic would flush it.
     return unit < 1 && scaled < 1.4210855e-14f ? denormal(scaled * 5.9029581e20f) : scaled * unit;      // 2^-46, 2^69
 }
 __device__ inline Math variance_of(Math scaled_m2, Math count) {
@@ -66,8 +66,8 @@ template <class T> __device__ inline void swap(T& a, T& b) {
     b = first;
 }
 
-// The sums of f(p, value, terms) over the scope's tile: of each of the K terms, for each plane p. Vecs are read first
-// where READ is set.
+// Sum each of the K terms that f(p, value, terms) computes, for each plane p of the scope's tile. If READ, first read
+// the vecs.
 template <bool READ, int K, int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
 __device__ inline void sum_tile(const Partition& partition, const Tensor& x,
                                 Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile, int vecs_per_thread,
@@ -102,7 +102,7 @@ __device__ inline void sum_tile(const Partition& partition, const Tensor& x,
     sum_over_scope<SCOPE, THREADS>(total, partition.size, partition.channel_vecs, scratch);
 }
 
-// Two scratch areas of two sums each, which take turns: the first is free afterwards.
+// scratch and other are two areas for two sums each, used alternately; on return `scratch` is the free one.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
 __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, const Tensor& x,
                                                   Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile,
@@ -122,7 +122,7 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
         terms[0] = d;
         terms[1] = d * d;
     });
-    // Of a plane that is all but constant, most of the squares may be mean_lo's: they are summed again then.
+    // If a plane is nearly constant, most of the sum of squares may come from mean_lo: sum the squares again.
     bool cancelled = false;
     #pragma unroll
     for (int p = 0; p < P; p++) {
@@ -137,13 +137,13 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
             const Math d = (value - m.mean[p]) - m.mean_lo[p];
             terms[0] = d * d;
         });
-        // Only of those planes: the others' bits must not depend on what they share a warp with.
+        // Only for these planes: the bits of the others must not depend on the planes that share their warp.
         #pragma unroll
         for (int p = 0; p < P; p++) if (m.scaled_m2[p] < sums[P + p] / 4) m.scaled_m2[p] = again[p];
         swap(scratch, other);
     }
 #if !defined(STORAGE_FLOAT64)
-    // And in a unit that has room, where they are out of range; so may be the sums for mean_lo, where the values are.
+    // If m2 is out of range, sum in a unit in which it is not. The sum for mean_lo may have overflowed as well.
     bool odd = false;
     #pragma unroll
     for (int p = 0; p < P; p++) {

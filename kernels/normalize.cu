@@ -3,9 +3,9 @@
 //
 //     normalize_*         y = activation((x - running_mean) * (rstd * weight) + bias + residual); saves mean and rstd
 //     frozen_backward_*   dx = g * weight * rstd, since the statistics are constants, and in the same pass the two sums
-//                       of the affine gradients, for each tile ([plane][tile]) where there are several
+//                         for the affine gradients, of each tile ([plane][tile]) if there are several
 //
-// Macros as in forward.cu; a scope serves one tile of VECS_PER_THREAD vecs a thread.
+// Macros as in forward.cu; a scope serves one tile of VECS_PER_THREAD vecs per thread.
 
 #include "types.cuh"
 #include "plane.cuh"
@@ -44,7 +44,7 @@ __device__ inline void normalize(const Tensor& x, const Tensor& y, const void* r
     });
 }
 
-// Without sums x is read only if there is an epilogue.
+// x is read only for the sums or an epilogue.
 template <int SCOPE, int THREADS, int VECS_PER_THREAD>
 __device__ inline void frozen_backward(const Tensor& x, const Tensor& dy, const Tensor& dx, const Math* mean,
                                        const Math* rstd, const Affine& affine, const Epilogue& epilogue,

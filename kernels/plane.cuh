@@ -1,29 +1,29 @@
-// Planes: the scope that serves one, and which of its elements each thread holds.
+// Planes: which scope serves a plane, and which of its elements each thread holds.
 //
-// A scope is a group of threads. It serves one channel tile: the planes that lie interleaved in memory, over one tile.
+// A scope is a group of threads that serves a channel tile, whose planes are interleaved in memory, or one tile of it.
 //
-//     SUBWARP           2^k threads of a warp    a plane, out of a run of planes that the warp has staged (staging.cuh)
-//     WARP, BLOCK       its threads              a channel tile; in the split regime (split.cu) one tile of it
-//     CLUSTER, GRID     a block                  one tile of a channel tile; the blocks of its group have the others
-//                                                (group.cuh)
+//     SUBWARP           2^k threads of a warp    a plane of the run of planes that the warp has staged (staging.cuh)
+//     WARP, BLOCK       a warp or block          a channel tile; in the split regime (split.cu) one tile of it
+//     CLUSTER, GRID     a block                  one tile of a channel tile; the other blocks of its group serve the
+//                                                others (group.cuh)
 //
-//   channels-first: a channel tile is one plane. It is dealt out in vecs at aligned addresses, whatever the alignment
-//   of the plane: thread r of G holds vecs r, r + G, r + 2G, ... of those that lie in it whole. What is left over at
-//   its two ends, fewer than 2 VEC_SIZE elements, goes to the first 2 VEC_SIZE threads, one each: the tail elements.
+//   channels-first: a channel tile is one plane. Its vecs begin at aligned addresses, whatever the alignment of the
+//   plane: thread r of G holds vecs r, r + G, r + 2G, ..., if they lie entirely in the plane. The elements left at the
+//   two ends, fewer than 2 VEC_SIZE, are the tail elements: the first 2 VEC_SIZE threads hold at most one each.
 //
 //         | vec 0   | vec 1   | vec 2   | vec 3
-//           . . p p   p p p p   p p p p   p . . .        lo = 2, hi = 13: two tail elements before, one behind
+//           . . p p   p p p p   p p p p   p . . .        lo = 2, hi = 13: two tail elements before, one after
 //
-//   That is the alignment of what is written. Arrays that are read may lie otherwise, if the module is MISALIGNED: a
-//   vec of theirs is put together from the two that it lies in. With subdivision 0 vecs begin where planes do, wherever
-//   these are: the order of additions is then the same for every plane, and results are stored one by one where they
-//   must be.
+//   The addresses are aligned in the array that is written. If the module is MISALIGNED, arrays that are read may be
+//   aligned otherwise: each of their vecs is combined from the two aligned vecs in which it lies. With subdivision 0
+//   vecs begin where planes do, at any address: the order of additions is then the same for every plane, and results
+//   are stored element by element where necessary.
 //
 //   channels-last: a channel tile is W = channel_vecs vecs of VEC_SIZE neighbouring channels. Row s of the tile is one
-//   spatial position: thread r holds vec r % W of rows r / W, r / W + G / W, ...: each thread sees VEC_SIZE planes. No
-//   tail elements.
+//   spatial position. Thread r holds vec r % W of rows r / W, r / W + G / W, ..., and so sees VEC_SIZE planes. There
+//   are no tail elements.
 //
-// P is the number of planes one thread sees, and plane_of(v) the one that element v of a vec belongs to.
+// P is the number of planes that one thread sees, and plane_of(v) the plane of element v of a vec.
 
 enum { SUBWARP, WARP, BLOCK, CLUSTER, GRID };  // scopes
 enum { REGISTERS, SHARED };         // residencies: where a tile stays between passes
@@ -31,14 +31,14 @@ enum { REGISTERS, SHARED };         // residencies: where a tile stays between p
 constexpr int P = CHANNELS_LAST ? VEC_SIZE : 1;
 __device__ constexpr int plane_of(int v) { return CHANNELS_LAST ? v : 0; }
 
-// Sums that a thread keeps of a quantity, and the one that element v of a vec goes to: of one plane at most four, which
-// is enough for additions not to wait for each other.
+// A thread keeps LINES sums of a quantity, and adds element v of a vec to sum line_of(v). One plane has at most four of
+// them, which is enough for additions not to wait for each other.
 constexpr int LINES = CHANNELS_LAST || VEC_SIZE < 4 ? VEC_SIZE : 4;
 __device__ constexpr int line_of(int v) { return v % LINES; }
 
 #if MISALIGNED
-// The vec that begins `offset` elements into two that lie side by side. Indices are constants, so that all of it stays
-// in registers: words move by the powers of two in the distance.
+// The vec that begins `offset` elements into two adjacent vecs. Words move by the powers of two in the distance, so
+// indices are constants and all words stay in registers.
 __device__ inline Vec realigned(const Vec& a, const Vec& b, int offset) {
     unsigned w[8];
     memcpy(w, &a, 16);
@@ -59,7 +59,7 @@ __device__ inline Vec realigned(const Vec& a, const Vec& b, int offset) {
 }
 #endif
 
-// Quotient and remainder of numbers that are not negative. 64-bit division is slow, and nearly never needed.
+// Quotient and remainder of nonnegative numbers. 64-bit division is slow, and rarely needed.
 __device__ inline void divide(long long a, long long b, long long& quotient, long long& remainder) {
     if ((a | b) >> 32 == 0) {
         quotient = (unsigned)a / (unsigned)b;
@@ -73,16 +73,16 @@ struct Partition {
     static constexpr bool has_tails = !CHANNELS_LAST && VEC_SIZE > 1;
     const int size;                 // threads of the scope
     long long n, c;                 // sample and first channel of this thread's planes
-    int tile;                       // of the channel tile
-    long long start;                // spatial position of the tile's origin; below 0 where the plane starts unaligned
-    int rank, channel_vecs;         // this thread in its scope; vecs side by side in a row (1 when channels-first)
-    int lo, hi;                     // spatial positions in the tile that exist for this thread
-    int first, last;                // of those, the vecs (channels-last: the rows) that are whole
-    int tail;                       // the one position this thread holds besides its vecs, or -1
+    int tile;                       // the tile's number in its channel tile
+    long long start;                // spatial position of the tile's origin; below 0 if the plane starts unaligned
+    int rank, channel_vecs;         // thread's number in its scope; vecs side by side in a row (1 if channels-first)
+    int lo, hi;                     // spatial positions [lo, hi) of the tile exist for this thread
+    int first, last;                // vecs [first, last) of these are whole (channels-last: rows)
+    int tail;                       // the position of this thread's tail element, or -1
 
-    // The share of this thread when its scope is number scope_index, and each channel tile has `tiles` tiles of
-    // vecs_per_thread vecs a thread. `x` is the array that vecs are aligned to. subdivision: channels-last the vecs
-    // side by side in a row; of a SUBWARP its threads; else 1, or 0 where vecs begin where planes do.
+    // The partition for this thread of scope scope_index, if each channel tile has `tiles` tiles of vecs_per_thread
+    // vecs per thread. Vecs are aligned in the array `x`. subdivision: channels-last the vecs side by side in a row;
+    // for a SUBWARP its number of threads; otherwise 1, or 0 if vecs begin where planes do.
     __device__ Partition(long long scope_index, long long tiles, int vecs_per_thread, int subdivision, const Tensor& x,
                          long long channels, long long spatial)
         : size(SCOPE == SUBWARP ? subdivision : most), rank(threadIdx.x % size),
@@ -132,7 +132,7 @@ struct Partition {
         return t.data + n * t.n + c * t.c + (CHANNELS_LAST ? start * t.s : start);
     }
 
-    // Number of vec k of this thread in the tile (channels-last: its row), whether it is there, and where.
+    // Vec k of this thread: its number in the tile (channels-last: its row), whether the thread holds it, its address.
     __device__ int number(int k) const {
         return CHANNELS_LAST ? k * (size / channel_vecs) + rank / channel_vecs : k * size + rank;
     }
@@ -141,7 +141,7 @@ struct Partition {
         return (Vec*)(origin + (CHANNELS_LAST ? number(k) * t.s : (long long)number(k) * VEC_SIZE));
     }
 
-    // Vec k of an array: in global memory, or of what is staged of it.
+    // Vec k of an array, in global memory or in its staging buffer.
     __device__ Vec get(const Tensor& t, Storage* origin, int k) const {
         const Vec* p = at(t, origin, k);
         if (SCOPE == SUBWARP) return in_shared(p);
@@ -177,10 +177,10 @@ struct Partition {
         store(p, vec);
     }
 
-    // Whether this thread's planes do: all P or none, as vecs of channels divide them.
+    // True if this thread's channels are in range: all P or none, since VEC_SIZE divides the number of channels.
     __device__ bool exists(long long channels) const { return c < channels; }
 
-    // f(p, i) for each plane that this thread answers for: plane p of its P, number i = n * C + c. One thread a plane.
+    // Call f(p, i) in one thread for each plane, which is plane p of that thread's P and has number i = n * C + c.
     template <class F> __device__ void each_plane(long long channels, F f) const {
         if (rank >= channel_vecs || !exists(channels)) return;
         #pragma unroll
@@ -188,9 +188,9 @@ struct Partition {
     }
 };
 
-// What one thread holds of an array between passes: vecs in its registers or in its own slots of shared memory (slots
-// of neighbouring threads are neighbours, so there are no bank conflicts, and no thread reads another's: no barrier is
-// needed), and its tail element.
+// The part of an array that one thread holds between passes: vecs in its registers or in its own slots of shared
+// memory, and its tail element. Slots of neighbouring threads are adjacent, so there are no bank conflicts, and no
+// thread reads another's slots, so no barrier is needed.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> struct TileVecs;
 
 #if !defined(READ_AHEAD)
@@ -227,7 +227,7 @@ struct Tile : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD> {
 
     __device__ Tile(Vec* shared = 0) : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD>(shared), tail() {}
 
-    // Read vecs [from, from + batch) of a tile, all of them before the first is used; with the first batch, the tail
+    // Read vecs [from, from + batch) of a tile, all of them before the first is used, and with the first batch the tail
     // element.
     template <class Partition> __device__ void read(const Partition& partition, const Tensor& t, int from) {
         Storage* origin = partition.origin(t);
@@ -242,15 +242,15 @@ struct Tile : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD> {
     }
 };
 
-// y = f(p, x, residual) for every element a thread holds of its tile, in plane p of the thread's P; the residual is 0
-// where there is none.
+// Write y = f(p, x, residual) for every element that a thread holds of its tile, in plane p of the thread's P. The
+// residual is 0 if there is none.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
 __device__ inline void write_tile(const Partition& partition, const Tensor& y,
                                   const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x, int vecs_per_thread,
                                   const Tensor& residual, F f) {
     Storage* origin = partition.origin(y);
     const bool more = EPILOGUE && residual.data;
-    // From y's, in elements: one register less than two origins.
+    // The residual's distance from y's origin, in elements: takes one register less than two origins.
     const long long other = more ? partition.origin(residual) - origin : 0;
     x.each(vecs_per_thread, [&](int k) {
         if (!partition.holds(k)) return;
@@ -266,7 +266,7 @@ __device__ inline void write_tile(const Partition& partition, const Tensor& y,
     }
 }
 
-// The same with two arrays: dx = f(p, x, dy).
+// The same for two arrays: dx = f(p, x, dy).
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
 __device__ inline void write_tile(const Partition& partition, const Tensor& dx,
                                   const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,

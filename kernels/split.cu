@@ -1,11 +1,11 @@
-// Split: a plane of any size, over as many blocks as it has tiles. Three steps, each with a contract of its own:
+// Split: planes of any size, each over as many blocks as it has tiles, in three steps:
 //
-//     partial   moments_* / gradient_*     one scope a tile      -> count, mean, m2 / three sums of the tile
-//     merge     merge_moments / _gradient  one block a plane     -> mean, rstd, mean_lo / sum_dy, sum_dy_xhat, mean_lo
-//     apply     apply_* / apply_gradient_*  one scope a tile      -> y / dx, tiles in reverse: the last read are in L2
+//     partial   moments_* / gradient_*      one scope per tile    -> count, mean, m2 / three sums of the tile
+//     merge     merge_moments / _gradient   one block per plane   -> mean, rstd, mean_lo / sum_dy, sum_dy_xhat, mean_lo
+//     apply     apply_* / apply_gradient_*  one scope per tile    -> y / dx; in reverse: the tiles read last are in L2
 //
-// The three are launched for some channel tiles at a time, [first, first + channel_tiles): as many as L2 holds.
-// Partials lie as [quantity][plane][tile]; the merge goes through them in an order fixed by their number alone.
+// Each round of the three serves the channel tiles [first, first + channel_tiles): as many as half of L2 holds.
+// Partials lie as [quantity][plane][tile]; the order in which they are merged depends only on their number.
 
 #include "types.cuh"
 #include "plane.cuh"
@@ -69,7 +69,7 @@ __device__ inline void apply(const Tensor& x, const Tensor& y, const Math* mean,
     });
 }
 
-// dresidual, if there is one, is written here, and takes the place of dy from then on.
+// If there is a dresidual, it is written here, and replaces dy from then on.
 template <int SCOPE, int THREADS, int VECS_PER_THREAD>
 __device__ inline void gradient(const Tensor& x, const Tensor& dy, const Math* mean, const Math* rstd,
                                 const Math* mean_lo, const Affine& affine, const Epilogue& epilogue,
@@ -90,7 +90,7 @@ __device__ inline void gradient(const Tensor& x, const Tensor& dy, const Math* m
     });
 }
 
-// merged_mean_lo: what the merge found that the mean still lacks.
+// merged_mean_lo: mean_lo times rstd, as merged from all tiles.
 template <int SCOPE, int THREADS, int VECS_PER_THREAD>
 __device__ inline void apply_gradient(const Tensor& x, const Tensor& dy, const Tensor& dx, const Math* mean,
                                       const Math* rstd, const Math* mean_lo, const Affine& affine,
@@ -153,7 +153,7 @@ VARIANTS
 #if !EPILOGUE
 constexpr int MERGE_THREADS = 256;
 
-// The block's tree over one T a thread, all of them in shared memory; thread 0 leaves with the whole.
+// Merge one T of each thread of the block, as a tree in shared memory, and return the result.
 template <class T, class F> __device__ inline T merge_over_block(const T& mine, T* slots, F merge) {
     slots[threadIdx.x] = mine;
     __syncthreads();
@@ -164,7 +164,7 @@ template <class T, class F> __device__ inline T merge_over_block(const T& mine, 
     return slots[0];
 }
 
-// mean, rstd, mean_lo: what apply needs, mean + mean_lo being exact to twice the digits of Math. variance may be null.
+// Compute mean, rstd and mean_lo for apply; mean + mean_lo is exact to twice Math's digits. variance may be null.
 KERNEL(MERGE_THREADS, 1) merge_moments(const long long* counts, const Accum* means, const Accum* m2,
                                        long long tiles, long long first, long long planes, double eps, Math* mean,
                                        Math* rstd, Math* mean_lo, Math* variance) {
@@ -190,8 +190,8 @@ KERNEL(MERGE_THREADS, 1) merge_moments(const long long* counts, const Accum* mea
 struct ThreeSums { Accum dy, dy_xmu, xmu; };
 
 // Training: sum_dy, sum_dy_xhat and mean_lo from the partials of gradient_*. Tracked eval (mean_lo null): the partials
-// of frozen_backward_* are sum(dy) and sum(dy * xhat) already, and only need adding up. The sums may also be wanted
-// where they are gradients (dbias, dweight); each pointer may be null.
+// of frozen_backward_* are sum(dy) and sum(dy * xhat) already, and are only added up. If the sums are gradients
+// themselves, they are also written to dbias and dweight. Each pointer may be null.
 KERNEL(MERGE_THREADS, 1) merge_gradient(const Math* partial, long long all_planes, long long tiles, long long first,
                                         long long planes, long long spatial, Math* sum_dy, Math* sum_dy_xhat,
                                         Math* mean_lo, void* dbias, void* dweight, int flags) {

@@ -1,17 +1,17 @@
-// Staging of planes far smaller than what a warp can hold, several to a warp. They are neighbours in memory (the arrays
-// are dense), so that the warp moves them as one run of 16-byte accesses through shared memory, whatever their size:
+// Staging of planes that are far smaller than a warp can hold: several for each warp. They are adjacent in memory (the
+// arrays are dense), so the warp moves them as one run of 16-byte accesses through shared memory, whatever their size:
 //
-//     global   . . p p p p p | p p q q | q q q r | r r r r . .      one run, 16 bytes a thread
-//     shared       p p p p p   q q q q q   r r r r r                G threads for each plane, an element each at a time
+//     global   . . p p p p p | p p q q | q q q r | r r r r . .      one run, 16 bytes per thread
+//     shared       p p p p p   q q q q q   r r r r r                G threads per plane, one element each at a time
 //
-// Each array has its own buffer, and lies in it as it lies between 16-byte borders in global memory.
+// Each array has its own buffer, in which it lies between 16-byte borders as it does in global memory.
 
 template <int VECS_PER_THREAD> struct Staging {
     static_assert(VECS_PER_THREAD % WIDEST == 0,
                   "a run of 32 * VECS_PER_THREAD elements has VECS_PER_THREAD / WIDEST vecs a thread, anywhere");
     long long first, plane;         // the warp's first plane, this thread's plane
     long long dense;                // elements of a plane
-    int elements, buffer_size;      // elements of the run; of the buffer of one array
+    int elements, buffer_size;      // elements of the run; elements of one array's buffer
     const int lane;
 
     __device__ Staging(int warps, int subwarp_size, long long spatial, long long planes)
@@ -34,13 +34,13 @@ template <int VECS_PER_THREAD> struct Staging {
         return (int)((unsigned long long)run(t) / sizeof(Storage) % WIDEST);
     }
 
-    // The array as it lies staged in a buffer: its own indices, never dereferenced outside the run.
+    // The array as staged in a buffer, with its own indices: never dereferenced outside the run.
     __device__ Tensor staged(const Tensor& t, long long channels, Storage* to) const {
         return {to + misalignment(t) - first * dense, channels * dense, dense, 1};
     }
 
-    // wide(i, number) for each 16-byte vec that lies in the run whole, one(position) for each other element; positions
-    // count from the 16-byte border before the run.
+    // Call wide(i, number) for each whole 16-byte vec of the run, and one(position) for each other element; numbers and
+    // positions count from the 16-byte border before the run.
     template <class F, class G> __device__ void each(int misalignment, F wide, G one) const {
         const int begin = (misalignment + WIDEST - 1) / WIDEST, end = (misalignment + elements) / WIDEST;
         #pragma unroll

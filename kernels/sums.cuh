@@ -1,6 +1,6 @@
 // Sums over a scope, in an order fixed by the thread numbers: the same bits every run.
 
-// Fold the sums a thread keeps into one for each plane it sees.
+// Fold the sums that a thread keeps into one for each plane that it sees.
 __device__ inline void fold(const Math (&s)[LINES], Math* out) {
     if (CHANNELS_LAST) {
         #pragma unroll
@@ -18,19 +18,19 @@ __device__ inline void fold(const Math (&s)[LINES], Math* out) {
     }
 }
 
-// Whether it is so for any plane of the threads that add up together: all of them must go the same way afterwards.
+// any(so) over the threads that sum together, since all of them must take the same branch afterwards.
 template <int SCOPE, int THREADS> __device__ inline bool any_of_scope(bool so, int channel_vecs) {
     if (SCOPE == SUBWARP || SCOPE == WARP) return __any_sync(0xffffffff, so);
     return CHANNELS_LAST && channel_vecs > 1 ? __syncthreads_or(so) : so;
 }
 
-// Scratch of one exchange of K sums over a block of THREADS, in elements of the sums.
+// Scratch of one sum_over_scope of K sums over a block of THREADS, in elements of the sums.
 template <int THREADS> __device__ constexpr int scratch_size(int channel_vecs, int K) {
     return THREADS / 32 * channel_vecs * K;
 }
 
-// K sums of every thread become the totals over the scope's threads of the same channel vec (of `size` neighbouring
-// threads, if the scope is part of a warp); every thread gets them.
+// Replace the K sums of every thread by the totals over the scope's threads of the same channel vec (over `size`
+// neighbouring threads if the scope is SUBWARP).
 // Consecutive calls must alternate between two scratch areas of scratch_size() each: that saves a second barrier.
 template <int SCOPE, int THREADS, int K, class T>
 __device__ inline void sum_over_scope(T (&s)[K], int size, int channel_vecs, T* scratch) {
@@ -38,7 +38,7 @@ __device__ inline void sum_over_scope(T (&s)[K], int size, int channel_vecs, T* 
         #pragma unroll
         for (int k = 0; k < K; k++) s[k] += __shfl_xor_sync(0xffffffff, s[k], distance);
     }
-    // Shuffles do not order memory accesses, and y overwrites the x that other lanes still have to read (staging.cuh).
+    // Shuffles do not order memory accesses: without this, y may overwrite x before other lanes read it (staging.cuh).
     if (SCOPE == SUBWARP) __syncwarp();
     if (SCOPE == SUBWARP || SCOPE == WARP) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

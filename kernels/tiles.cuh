@@ -1,11 +1,11 @@
-// Tiles of a split plane: one scope each, for some channel tiles at a time.
+// Tiles of split planes: one scope per tile, for the channel tiles of one round.
 
 struct Tiles {
     long long channels, spatial, first, channel_tiles, tiles;
     int subdivision;
 };
 
-// f(partition) for the tile of this scope, in vecs of x.
+// Call f(partition) for the tile of this scope, with vecs aligned in x.
 template <int SCOPE, int THREADS, int VECS_PER_THREAD, class F>
 __device__ inline void each_tile(const Tiles& t, const Tensor& x, bool reverse, F f) {
     const long long scope_index = Partition<SCOPE, THREADS>::scope_in_grid(), scopes = t.channel_tiles * t.tiles;

@@ -1,11 +1,12 @@
-// Types: three named things.
+// Types of numbers:
 //
-//   Storage  how an element lies in memory      float, half, bfloat16 or double (STORAGE_... is defined)
-//   Math     what the threads of one scope compute and add up in: float, or double for double
-//   Accum    what tiles of a plane, and planes of a channel, are merged in: always double
+//   Storage  for elements in memory: float, half, bfloat16 or double (STORAGE_... is defined)
+//   Math     for computing and summing within a scope: float, or double for double
+//   Accum    for merging tiles of a plane, and planes of a channel: always double
 //
-// A Vec is what one thread moves in one access: VEC_SIZE elements, 16 bytes wherever alignment allows, else one.
-// Global memory is touched through load() and store() only, so that the emulator can count and check every byte.
+// A Vec is the VEC_SIZE elements that one thread moves in one access: 16 bytes if alignment allows (channels-last at
+// most 4 elements), otherwise one element.
+// Global memory is accessed only through load() and store(), so that the emulator can count and check every byte.
 // The 16-bit types are bare bits here: the toolkit's headers would triple the compile time.
 
 typedef double Accum;
@@ -47,7 +48,7 @@ __device__ inline Storage narrow(Math m) {
 }
 #else
 __device__ inline Math widen(Storage s) {
-    // Opaque on purpose: the compiler would keep the wide values in registers between passes, and spill.
+    // Opaque on purpose: otherwise the compiler keeps the wide values in registers between passes, and spills.
     float f;
     asm("mov.b32 %0, {%2, %1};" : "=f"(f) : "h"(s.bits), "h"((unsigned short)0));
     return f;
@@ -78,16 +79,16 @@ __device__ inline unsigned char* shared_memory() {
     return shared;
 }
 #if GROUPED
-// Between the blocks of a cluster: the barrier in two halves, and the same place in another's shared memory. Arriving
-// orders no memory accesses: a thread that has written what others read needs a fence before it, which takes as long as
-// one of the whole GPU.
+// For the blocks of a cluster: the barrier in two halves, and the same place in another block's shared memory. Arriving
+// orders no memory accesses: a thread that has written data for others needs a fence before it, which takes as long as
+// a fence of the whole GPU.
 #if __CUDA_ARCH__ >= 900
 __device__ inline void cluster_fence() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 __device__ inline void cluster_arrive() { __cluster_barrier_arrive_relaxed(); }
 __device__ inline void cluster_wait() { __cluster_barrier_wait(); }
 template <class T> __device__ inline T* peer(T* p, unsigned rank) { return (T*)__cluster_map_shared_rank(p, rank); }
 #endif
-// Between the blocks of a grid: count oneself in after all that was stored before; wait for the others' count.
+// For the blocks of a grid: count one's own arrival, after all earlier stores; wait until the others are counted.
 __device__ inline void add_release(unsigned* counter) {
     __threadfence();
     atomicAdd(counter, 1);
@@ -97,14 +98,14 @@ __device__ inline void wait_until(const unsigned* counter, unsigned target) {
     do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     while (seen < target);
 }
-// What another block has stored meanwhile: not from the first-level cache.
+// Load a value that another block may have just stored: not from the first-level cache.
 template <class T> __device__ inline T load_fresh(const T* p) { return __ldcg(p); }
 #endif
 template <class T> __device__ inline T load(const T* p) { return *p; }
 template <class T> __device__ inline void store(T* p, T value) { *p = value; }
-// What must be in shared memory: the emulator looks whether it is.
+// Refer to a value in shared memory: the emulator checks that it is there.
 template <class T> __device__ inline T& in_shared(T* p) { return *p; }
-// Spelled out: the compiler takes the assignment of a Vec apart, and does not always find one store for it again.
+// Spelled out: the compiler splits the assignment of a Vec, and does not always combine it into one store again.
 template <class T> __device__ inline void store_words(T* p, const T& value) {
     unsigned w[4];
     memcpy(w, &value, sizeof(T));
@@ -133,8 +134,8 @@ struct Tensor {
 #define TENSOR(t) Storage* t, long long t##_n, long long t##_c, long long t##_s
 #define OF(t) Tensor{t, t##_n, t##_c, t##_s}
 
-// Flags. An array of numbers by channel or plane is stored in Math ("wide") or in Storage, each for itself; weight and
-// bias have one number a channel, or one for each sample and channel.
+// Flags. Each array of numbers per channel or plane is stored in Math ("wide") or in Storage; weight and bias have one
+// number per channel, or one per sample and channel.
 enum {
     WIDE_WEIGHT = 1, WIDE_BIAS = 2, WIDE_RUNNING_MEAN = 4, WIDE_RUNNING_VAR = 8, SAMPLE_WEIGHT = 16, SAMPLE_BIAS = 32,
     NARROW_SUM_DY = 64, NARROW_SUM_DY_XHAT = 128,

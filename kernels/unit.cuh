@@ -1,19 +1,19 @@
 // The unit of a plane: a power of two near its rstd.
 //
-// Deviations between 1e-38 and 3e38 are numbers of float, but their products with dy, with a weight or with each other
-// need not be. So the distance of x from the mean is taken in this unit, in which it is near 1: x * unit - mean * unit
-// is x - mean with the same digits, and costs one instruction as well.
+// Deviations between 1e-38 and 3e38 are in float's range, but their products with dy, with a weight or with each other
+// need not be. So x - mean is computed in this unit, in which it is near 1: x * unit - mean * unit has the same digits
+// as x - mean, and also costs one instruction.
 
 struct Unit {
-    Math unit, rstd;        // rstd is in this unit: 1 to 2, as a rule
+    Math unit, rstd;        // rstd is in this unit: usually 1 to 2
 };
 
 #if !defined(STORAGE_FLOAT64)
 // count * 2^-149, a number below 2^-126: arithmetic would flush it to 0.
 __device__ inline Math denormal(Math count) { return __uint_as_float((unsigned)(count + 0.5f)); }
 
-// Smaller than rstd where mean * unit would be too large: x is close to the mean then. Neither the unit nor its inverse
-// is denormal; rstd may be.
+// The unit is smaller than rstd where mean * unit would otherwise overflow: x is close to the mean then. Neither the
+// unit nor its inverse is denormal; rstd may be.
 __device__ inline Unit unit_of(Math mean, Math rstd) {
     const unsigned bits = __float_as_uint(rstd);
     const int of_mean = (int)(__float_as_uint(mean) << 1 >> 24);
@@ -22,11 +22,10 @@ __device__ inline Unit unit_of(Math mean, Math rstd) {
     return {__uint_as_float((unsigned)exponent << 23), bits < 0x800000 ? (Math)bits * 1.1920929e-7f : rstd * inverse};
 }
 #else
-__device__ inline Unit unit_of(Math, Math rstd) { return {1, rstd}; }       // its squares must be in range anyway
+__device__ inline Unit unit_of(Math, Math rstd) { return {1, rstd}; }       // squares must be in range anyway
 #endif
 
-// What y, or the epilogue's z, is made of, for a thread's planes: xhat * weight + bias, with
-// xhat = (x - mean) - mean_lo.
+// xhat * weight + bias for a thread's planes, with xhat = ((x - mean) - mean_lo) * rstd: y, or z without the residual.
 struct Normalization {
     Math unit[P], mean[P], scale[P], offset[P];
 

@@ -1,4 +1,4 @@
-"""The CUDA backend on the emulator, in the place of the NumPy backend: the whole public path runs over it."""
+"""The CUDA backend on the emulator, in place of the NumPy backend: the whole public path runs through it."""
 
 from cupynorm.cuda.launch import CudaBackend
 

@@ -1,4 +1,4 @@
-"""Builds the CUDA sources with g++ (simt.h, machine.h) and runs them over NumPy arrays: a Runtime for
+"""Build the CUDA sources with g++ (simt.h, machine.h) and run them on NumPy arrays: a Runtime for
 cupynorm.cuda.launch."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cupynorm.cuda.source import OPTIONS, Module
 
 HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("CUPYNORM_SIMT_CACHE", Path(tempfile.gettempdir()) / f"cupynorm-simt-{os.getuid()}"))
-#: Most modules run once in the life of a build: what is compiled quickly is done first, and the machine is optimised.
+#: Most modules run once per build: they are compiled quickly, without optimisation; the machine is optimised.
 FLAGS = ("-O0", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
 FLAGS += ("-fuse-ld=gold",) if shutil.which("ld.gold") else ()
 # Fibers have stacks of their own, which AddressSanitizer cannot follow: it watches the heap.
@@ -39,7 +39,7 @@ Transform = Callable[[str], str]
 
 
 class SimtError(RuntimeError):
-    """What the emulator found wrong with a launch."""
+    """An error that the emulator found in a launch."""
 
 
 class _Range(ctypes.Structure):
@@ -100,7 +100,7 @@ def _compile(what: str, command: tuple[str, ...]) -> None:
 
 @contextmanager
 def _alone(made: Path) -> Iterator[bool]:
-    """Whether a file is still to be made; meanwhile no other process, and no other thread, makes it."""
+    """Yield True if a file does not exist yet. Meanwhile no other process and no other thread makes it."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(made.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -109,7 +109,7 @@ def _alone(made: Path) -> Iterator[bool]:
 
 @lru_cache(maxsize=None)
 def _machine(options: tuple[str, ...]) -> tuple[Path, Path]:
-    """machine.h, precompiled with these options, and machine.cpp's object: half of most modules' work."""
+    """Return machine.h, precompiled with these options, and machine.cpp's object: half of the work for most modules."""
     header, source = ((HERE / name).read_text() for name in ("machine.h", "machine.cpp"))
     made = CACHE / f"machine-{_key(header, source, *options)}.h"
     with _alone(made) as missing:
@@ -119,7 +119,7 @@ def _machine(options: tuple[str, ...]) -> tuple[Path, Path]:
                 text.write_text(header)
                 source = str(HERE / "machine.cpp")
                 _compile("machine.cpp", (*options, "-O2", "-include", str(text), "-c", source, "-o", object_))
-                # Behind it: g++ 12 fails on what was precompiled with another -O.
+                # After machine.cpp: g++ 12 fails on a header that was precompiled with another -O.
                 _compile("machine.h", (*options, "-x", "c++-header", str(text)))
                 os.replace(f"{text}.gch", f"{made}.gch")  # where g++ looks for it
                 os.replace(object_, made.with_suffix(".o"))
@@ -129,7 +129,7 @@ def _machine(options: tuple[str, ...]) -> tuple[Path, Path]:
 
 @lru_cache(maxsize=None)
 def build(module: Module | Text, transform: Transform | None = None) -> ctypes.CDLL:
-    """The module as a loaded shared library: built once for each text it ever had, whoever asks for it."""
+    """Return the module as a loaded shared library, built once for each text, for all processes."""
     sanitize = SANITIZE if os.environ.get("CUPYNORM_SIMT_ASAN") else ()
     options = (*OPTIONS, *FLAGS, *sanitize)
     source = source_of(module, transform)
@@ -145,16 +145,16 @@ def build(module: Module | Text, transform: Transform | None = None) -> ctypes.C
     return ctypes.CDLL(str(library))
 
 
-#: Of the one launch that the machine can do at a time.
+#: Held by a launch, since the machine can run only one at a time.
 _running = threading.Lock()
 
 
-STACK = 128 * 1024  # bytes of a thread (machine.h); pages that it does not touch cost nothing
+STACK = 128 * 1024  # bytes per thread (machine.h); pages that it does not touch cost nothing
 KEPT = 16 * 1024  # threads whose stacks are kept for the next launch
 
 
 def _stacks(threads: int) -> mmap.mmap:
-    """Memory for the stacks of so many threads that run together."""
+    """Return memory for the stacks of `threads` threads that run together."""
     return _kept_stacks() if threads <= KEPT else _new_stacks(threads)
 
 
@@ -170,7 +170,7 @@ def _new_stacks(threads: int) -> mmap.mmap:
 
 @dataclass
 class Count:
-    """Bytes that one launch read and wrote of the array at each address it was given, and accesses; how large it is."""
+    """For each address given to a launch, the size of the array there, the bytes read and written, and the accesses."""
 
     kernel: str
     size: dict[int, int]
@@ -192,7 +192,7 @@ class Emulator:
 
     @property
     def _bounds(self) -> dict[int, tuple[int, int]]:
-        """First byte and end of what lies at each address of this thread's call."""
+        """The first byte and the end of the array at each address of this thread's call."""
         bounds: dict[int, tuple[int, int]] = self._local.__dict__.setdefault("bounds", {})
         return bounds
 
@@ -202,13 +202,13 @@ class Emulator:
         try:
             yield
         finally:
-            self._local.bounds = before  # of the call that this one came in the middle of
+            self._local.bounds = before  # of the call that this one interrupted
 
     def device(self) -> Device:
         return self._device
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Poisoned: NaN in every float dtype, -1 in integers."""
+        """Return a poisoned array: NaN in every float dtype, -1 in integers."""
         array = np.empty(shape, dtype)
         array.view(np.uint8 if array.ndim else dtype).fill(255) if array.size else None
         return array
@@ -232,9 +232,9 @@ class Emulator:
 
     def launch(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> None:
         assert step.threads <= 1024
-        # Devices made up to be small still have what merges need.
+        # Devices invented to be small still have the shared memory that merges need.
         assert step.shared <= max(self._device.shared_per_block, 8192)
-        run = getattr(build(module, self.transform), f"simt_run_{step.name}")  # AttributeError: the module has no such
+        run = getattr(build(module, self.transform), f"simt_run_{step.name}")  # AttributeError: unknown kernel
         values = [np.asarray(a) for a in args]
         addresses = list(dict.fromkeys(int(a) for a in args if isinstance(a, np.uintp) and int(a)))
         ranges = (_Range * len(addresses))(*(_Range(*self._bounds[a]) for a in addresses))

@@ -1,4 +1,4 @@
-// The machine: fibers, warps, blocks and clusters, and in which order they go on.
+// The machine: fibers, warps, blocks and clusters, and the order in which they run.
 
 Index3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -6,7 +6,7 @@ namespace simt {
 
 Machine m;
 
-// The first complaint is kept; the launch stops at the next look at `failed`.
+// Keep the first error; the launch stops when `failed` is next checked.
 static void complain(const char* format, va_list values) {
     if (!m.failed) vsnprintf(m.launch->error, sizeof m.launch->error, format, values);
     m.failed = true;
@@ -86,7 +86,7 @@ void wait_until(const unsigned* counter, unsigned target, int site) {
     wait(AT_COUNTER, site);
 }
 
-// Let those go on who waited for this.
+// Let the threads that waited for this continue.
 void release(int site) {
     m.released = true;
     wait(READY, site);
@@ -113,7 +113,7 @@ void cluster_wait(int site) {
     m.block->fibers[m.current].arrived = false;
 }
 
-// The end of a thread, and of its block with the last one.
+// End a thread, and with the last thread its block.
 static void end() {
     Block& block = *m.block;
     Fiber& f = block.fibers[m.current];
@@ -123,7 +123,7 @@ static void end() {
     for (unsigned i = 0; i < 16; i++) {
         if (block.shared[m.launch->shared + i] != 0x5a) fail("a write behind the end of shared memory");
     }
-    if (m.blocks.size() > 1) memset(block.shared.get(), 0xff, m.launch->shared);  // whoever still has a pointer to it
+    if (m.blocks.size() > 1) memset(block.shared.get(), 0xff, m.launch->shared);  // peers may still point into it
 }
 
 static void body() {
@@ -132,10 +132,10 @@ static void body() {
     _longjmp(m.scheduler, 1);
 }
 
-// Begin a thread on the stack of a fiber.
+// Start a thread on the stack of a fiber.
 static void start(size_t fiber) {
     char* stack = m.launch->stacks + fiber * STACK;
-    // Not all at the same place between pages, or they would share a few lines of the cache.
+    // Stacks start at different offsets in their pages, since otherwise they would share a few cache lines.
     const size_t size = STACK - fiber % 31 * 128;
 #if defined(__x86_64__)
     asm volatile("mov %0, %%rsp\n\txor %%ebp, %%ebp\n\tcall *%1" : : "r"(stack + size), "r"(body) : "memory");
@@ -161,7 +161,7 @@ static void resume(unsigned i) {
     start(&f - m.fibers.data());
 }
 
-// Whether it may go on without a meeting of its warp or block.
+// Whether a thread may continue without a meeting of its warp or block.
 static bool pending(const Fiber& f) { return f.state == READY || f.state == AT_CLUSTER || f.state == AT_COUNTER; }
 
 static bool ready(Fiber& f) {
@@ -170,13 +170,13 @@ static bool ready(Fiber& f) {
     return f.state == READY;
 }
 
-// One of 0 .. count - 1: Knuth's generator for MMIX. (<random> would be a third of the compile time.)
+// A number from 0 to count - 1, by Knuth's generator for MMIX. (<random> would be a third of the compile time.)
 static unsigned random(unsigned count) {
     m.random = m.random * 6364136223846793005u + 1442695040888963407u;
     return (m.random >> 33) % count;
 }
 
-// Turn items into the order under test.
+// Put items into the order under test.
 static void arrange(unsigned* items, unsigned count) {
     if (m.launch->order == REVERSE) for (unsigned i = 0; i < count / 2; i++) std::swap(items[i], items[count - 1 - i]);
     if (m.launch->order == SHUFFLED) for (unsigned i = count; i > 1; i--) std::swap(items[i - 1], items[random(i)]);
@@ -186,10 +186,11 @@ static void arrange(std::vector<unsigned>& numbers) {
     arrange(numbers.data(), numbers.size());
 }
 
-// As far as it can; but shuffled, a few steps.
+// How many steps to run: a few if shuffled, otherwise any number (-1).
 static int some_steps() { return m.launch->order == SHUFFLED ? 1 + random(4) : -1; }
 
-// Run one warp until all its lanes wait for the block or for more, or are done; or, for `steps` meetings at most.
+// Run one warp until all its lanes are done or wait for the block or other blocks, or for at most `steps` meetings.
+// Return whether any lane ran.
 static bool run_warp(unsigned warp, int steps) {
     const unsigned first = warp * 32, count = std::min(32u, m.launch->threads - first);
     Fiber* fibers = m.block->fibers + first;
@@ -223,7 +224,8 @@ static bool run_warp(unsigned warp, int steps) {
     return progress;
 }
 
-// Let a block go on until it has ended, waits for others or has released some; or, for `steps` warps. Whether it did.
+// Run a block until it has ended, waits for others or has released some, or for at most `steps` runs of its warps.
+// Return whether any thread ran.
 static bool run_block(Block& block, int steps) {
     const unsigned threads = m.launch->threads;
     m.block = &block;
@@ -259,7 +261,7 @@ static bool run_block(Block& block, int steps) {
     return progress;
 }
 
-// Nobody can go on: who waits for what.
+// No thread can continue: report which one waits for what.
 static void report_deadlock() {
     const unsigned threads = m.launch->threads;
     for (Block& block : m.blocks) for (unsigned i = 0; i < threads; i++) {
@@ -283,7 +285,7 @@ static void report_deadlock() {
     }
 }
 
-// Run the blocks of m.blocks, which are those of the grid from number `first` on, until all have ended.
+// Run the blocks of m.blocks, which are the blocks of the grid from number `first` on, until all have ended.
 static void run_together(unsigned first) {
     const unsigned threads = m.launch->threads, count = m.blocks.size();
     for (Cluster& c : m.clusters) c = {};
@@ -315,7 +317,7 @@ static void run_together(unsigned first) {
     }
 }
 
-// Operands and results that are denormal become 0, if `on`.
+// If `on`, flush denormal operands and results to 0.
 struct Flush {
 #if defined(__SSE__)
     const unsigned before = _mm_getcsr();
@@ -357,7 +359,7 @@ int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pair<int,
     m.blocks.resize(together);
     for (unsigned b = 0; b < together; b++) {
         const unsigned warps = (threads + 31) / 32;
-        // Exactly as large as asked for, and a canary; AddressSanitizer watches what is behind.
+        // Exactly as large as requested, and a canary; AddressSanitizer watches the memory after it.
         m.blocks[b] = Block{{}, b % cluster, &m.clusters[b / cluster], &m.fibers[b * threads], false, 0,
                             std::unique_ptr<unsigned char[]>(new unsigned char[launch->shared + 16]),
                             std::vector<uint64_t>(warps * 64), std::vector<unsigned>(warps)};

@@ -1,20 +1,20 @@
-// The emulator: what the CUDA sources need to compile and run as C++.
+// The emulator, with which the CUDA sources compile and run as C++.
 //
-// All runs on one OS thread, each CUDA thread on a fiber of its own. A fiber runs until it meets the others at a
-// barrier or a shuffle; which fiber goes first is the order under test. Between two meetings one warp goes as far as
-// it can before the next starts, so that a missing barrier shows. Blocks run one after the other, except those that
-// may wait for each other, a cluster or a cooperative grid: they run together, and likewise one goes as far as it can
-// before the next; but a thread that did what others may wait for stops there, and the first block that can goes on.
-// Checked on the way:
-//   global memory   every access lies in an array the launch was given, is aligned, and is counted
-//   shared memory   poisoned with NaN before each block; nothing is written behind its end
+// Everything runs on one OS thread, and each CUDA thread on its own fiber. A fiber runs until it meets the others at a
+// barrier or a shuffle; the order in which fibers run is under test. Between two meetings one warp runs as far as it
+// can before the next starts, so that a missing barrier shows. Blocks run one after the other, except the blocks of a
+// cluster or of a cooperative grid, which may wait for each other: they run together. Of these too, one runs as far as
+// it can before the next; but a thread that has done something that others may wait for stops there, and the first
+// block that can continue runs. The emulator checks:
+//   global memory   every access lies in an array that the launch was given, is aligned, and is counted
+//   shared memory   poisoned with NaN before each block; nothing is written after its end
 //   barriers        all threads of a block (of a warp, of a cluster) meet at the same one
-//   waiting         somebody can always go on, or the launch is refused with a line that waits
-//   peers           a block's shared memory is reached only while it runs
-//   denormals       are flushed (on x86), as by a GPU with what CuPy compiles; but in modules of float64
-//   arguments       number, size and kind are those of the kernel's parameters
+//   waiting         some thread can always continue; otherwise the launch fails and names a line at which one waits
+//   peers           a block's shared memory is accessed only while the block runs
+//   denormals       are flushed (on x86), as by a GPU with CuPy's compiler options, except in float64 modules
+//   arguments       have the number, sizes and kinds of the kernel's parameters
 //
-// What the machine (machine.cpp) and kernels (simt.h) both need. emulator.py compiles this and the machine once.
+// The machine (machine.cpp) and kernels (simt.h) both need this header. emulator.py compiles it and the machine once.
 
 #include <cstdarg>
 #include <csetjmp>
@@ -45,16 +45,16 @@ struct Range { uintptr_t low, high; uint64_t read, written, accesses; };
 
 struct Launch {
     unsigned grid_x, grid_y, threads, shared;
-    unsigned cluster, cooperative;  // blocks of a cluster, along x; whether all blocks of the grid run together
+    unsigned cluster, cooperative;  // blocks per cluster, along x; whether all blocks of the grid run together
     int order;
     unsigned seed;
-    Range* ranges;                  // memory that may be touched; how many bytes of it were, is a result
+    Range* ranges;                  // memory that may be accessed; the accesses are counted in it
     int range_count;
     void** args;
     const unsigned char *sizes, *kinds;
     int arg_count;
     char error[256];
-    char* stacks;                   // of the fibers, STACK bytes each, one behind the other
+    char* stacks;                   // of the fibers, STACK bytes each, one after the other
     size_t stacks_size;
 };
 
@@ -64,10 +64,10 @@ struct Fiber {
     jmp_buf context;
     bool started;
     State state;
-    int site;                       // source line of what it waits for
-    bool arrived;                   // at the cluster's barrier, in its round `round`, and has not waited for it yet
+    int site;                       // source line at which it waits
+    bool arrived;                   // at the cluster's barrier, in round `round`, without having waited there yet
     unsigned round;
-    const unsigned* counter;        // AT_COUNTER: waits until it is at least `target`
+    const unsigned* counter;        // AT_COUNTER: waits until the counter is at least `target`
     unsigned target;
     bool votes[2];                  // of __syncthreads_or, in even and odd meetings of the block
 };
@@ -83,7 +83,7 @@ struct Block {
     bool begun;
     unsigned running;               // threads that have not ended
     std::unique_ptr<unsigned char[]> shared;
-    std::vector<uint64_t> slots;    // what lanes show each other: two generations a warp
+    std::vector<uint64_t> slots;    // values that lanes exchange: two generations per warp
     std::vector<unsigned> generation;
     unsigned meetings = 0;          // how often all threads have met
 };
@@ -98,9 +98,9 @@ struct Machine {
     std::vector<Cluster> clusters;
     uint64_t random;
     jmp_buf scheduler;
-    Block* block;                   // who runs: this block's
-    unsigned current;               // thread
-    bool released;                  // it did what others may wait for
+    Block* block;                   // the running thread's block
+    unsigned current;               // the running thread
+    bool released;                  // it has done something that others may wait for
     bool failed;
 };
 extern Machine m;
@@ -112,12 +112,12 @@ void cluster_arrive(int site);
 void cluster_wait(int site);
 int run(Launch* launch, void (*kernel)(void**), const std::vector<std::pair<int, char>>& parameters, bool flush);
 
-// The same from a kernel, which stops here: the fibers are dropped as they are, nothing in them needs destroying.
+// Report from a kernel and stop it: the fibers are dropped as they are, since nothing in them needs destroying.
 [[noreturn]] void fail(const char* format, ...);
 
-// Check an access to global memory; the range it lies in.
+// Check an access to global memory, and return the range in which it lies.
 Range& check(const void* p, size_t size, size_t alignment);
-// Where in the block's shared memory it lies.
+// Return the offset of p in the block's shared memory.
 size_t place_in_shared(const void* p, size_t size);
 void wait_until(const unsigned* counter, unsigned target, int site);
 
@@ -134,7 +134,7 @@ inline uint32_t bits_of(float f) {
 
 float widen_float16(uint16_t bits);
 float widen_bfloat16(uint16_t bits);
-// Rounded to nearest even.
+// Round to nearest even.
 uint16_t narrow_float16(float f);
 uint16_t narrow_bfloat16(float f);
 

@@ -1,4 +1,4 @@
-// Kernels' side of the emulator: what the CUDA sources need to compile as C++, behind machine.h.
+// The kernels' side of the emulator: with machine.h before it, the CUDA sources compile as C++.
 
 #define SIMT 1
 #define __device__
@@ -6,7 +6,7 @@
 
 namespace simt {
 
-// A GPU flushes floats alone; doubles as small do not occur.
+// A GPU flushes only floats; in their modules, denormal doubles do not occur.
 #if defined(STORAGE_FLOAT64)
 constexpr bool FLUSH = false;
 #else
@@ -69,7 +69,7 @@ inline unsigned __float_as_uint(float f) { return simt::bits_of(f); }
 inline float __uint_as_float(unsigned bits) { return simt::of_bits(bits); }
 template <class T> inline T min(T a, T b) { return b < a ? b : a; }
 template <class T> inline T max(T a, T b) { return a < b ? b : a; }
-// The C library has none. Behind 26, where erfc is denormal, the first term of the asymptotic series is exact enough.
+// Not in the C library. From 26 on, where erfc is denormal, the first term of the asymptotic series is exact enough.
 inline double erfcx(double x) { return x < 26 ? std::exp(x * x) * std::erfc(x) : 0.56418958354775629 / x; }
 inline float erfcxf(float x) { return (float)erfcx((double)x); }
 
@@ -98,7 +98,7 @@ inline void simt_add_release(unsigned* counter, int line) {
     simt::release(line);
 }
 
-// Each lane shows its value, all meet, each takes its partner's. A lane can be one shuffle ahead: two generations.
+// Each lane stores its value, all meet, each loads its partner's. A lane can be one shuffle ahead: two generations.
 template <class T> inline T simt_shuffle_xor(T value, int distance, int line) {
     const unsigned i = threadIdx.x, warp = i / 32;
     uint64_t* slots = &simt::m.block->slots[warp * 64 + simt::m.block->generation[warp] % 2 * 32];
@@ -120,7 +120,7 @@ inline int simt_any(bool vote, int line) {
 }
 #define __any_sync(mask, vote) simt_any(vote, __LINE__)
 
-// A thread can be one meeting ahead, not two.
+// A thread can be one meeting ahead of others, not two.
 inline int simt_any_of_block(bool vote, int line) {
     simt::Block& block = *simt::m.block;
     const unsigned turn = block.meetings % 2;

@@ -43,7 +43,7 @@ def launch(
     print(f"emulator seed {runtime.seed}, {order}")
     step = Step("text", kernels[kernel], grid, threads, shared, cluster=cluster, cooperative=cooperative)
     values = tuple(np.uintp(runtime.address(a)) if isinstance(a, np.ndarray) else a for a in args)
-    runtime.launch(Text("text", f'#line 1 "text"\n{source}', kernels), step, values)
+    runtime.prepare(Text("text", f'#line 1 "text"\n{source}', kernels), step, values)()
     return runtime.counts[-1]
 
 

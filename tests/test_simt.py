@@ -614,7 +614,7 @@ def test_planes_of_a_scope_where_their_number_exceeds_32_bits(kind: Any, tiles: 
     for channel_tile in (0, 3, groups, 7 * groups - 1, 2**32 - 1, 2**32, 2**33 + 3, 2**40 + 3 * groups):
         for tile in {0, tiles - 1}:
             numbers = (np.int64(channel_tile * tiles + tile), np.int64(tiles), np.int64(channels))
-            runtime.launch(text, Step("which", "which", (1, 1), 64, 0), (*numbers, np.uintp(runtime.address(found))))
+            runtime.prepare(text, Step("which", "which", (1, 1), 64, 0), (*numbers, np.uintp(runtime.address(found))))()
             group = channel_tile % groups
             planes = (group, group) if kind == "channels_first" else (8 * group, 8 * group + 4)
             assert found.tolist() == [*planes, channel_tile // groups, tile]

@@ -228,16 +228,18 @@ class Emulator:
 
     def prepare(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> partial[None]:
         build(module, self.transform)
-        return partial(self.launch, module, step, args)
+        return partial(self.launch, module, step, args, self._bounds)
 
-    def launch(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> None:
+    def launch(
+        self, module: Module | Text, step: Step, args: tuple[Any, ...], bounds: dict[int, tuple[int, int]]
+    ) -> None:
         assert step.threads <= 1024
         # Devices invented to be small still have the shared memory that merges need.
         assert step.shared <= max(self._device.shared_per_block, 8192)
         run = getattr(build(module, self.transform), f"simt_run_{step.name}")  # AttributeError: unknown kernel
         values = [np.asarray(a) for a in args]
         addresses = list(dict.fromkeys(int(a) for a in args if isinstance(a, np.uintp) and int(a)))
-        ranges = (_Range * len(addresses))(*(_Range(*self._bounds[a]) for a in addresses))
+        ranges = (_Range * len(addresses))(*(_Range(*bounds[a]) for a in addresses))
         with _running:
             self._launch(run, module, step, values, addresses, ranges)
 

@@ -46,9 +46,9 @@ from .._types import (
 from ..backend import Backend
 from ..config import get_num_threads
 from . import forks, running
-from .blocking import merged_axes
+from .blocking import Arrays
 from .numba_import import load_numba
-from .numpy_double import DoubleBackwardWork
+from .numpy_double import DoubleArrays, DoubleBackwardWork
 from .numpy_path import NumpyWork
 from .result_pool import empty
 
@@ -72,13 +72,10 @@ if config.compiled.get():
 compiled = numba is not None
 
 
-def _choose(call: Saved, arrays: list[Array], backward: bool = False) -> Any:
-    """Choose the implementation of a call: compiled if available and if the loops can address the arrays.
-
-    arrays: x, y and a residual if given; backward x, dx, dy, and a residual and its gradient if given.
-    """
-    work = numba_path.work_of(call, arrays, backward) if compiled else None
-    return NumpyWork(call, merged_axes(arrays)) if work is None else work
+def _choose(call: Saved, arrays: Arrays) -> Any:
+    """Choose the implementation of a call: compiled if available and if the loops can address the arrays."""
+    work = numba_path.work_of(call, arrays) if compiled else None
+    return NumpyWork(call, arrays) if work is None else work
 
 
 def rehearsals(
@@ -101,7 +98,7 @@ class CpuBackend(Backend):
             np.empty(planes, dtype) if call.use_input_stats else None, call.activation, call.negative_slope,
             call.residual, call.residual is not None, eps=call.eps,
         )  # fmt: skip
-        arrays = [x, y] if call.residual is None else [x, y, call.residual]
+        arrays = Arrays(x, y, residual=call.residual)
         variance = None
         if call.use_input_stats:
             if x.size:
@@ -136,8 +133,8 @@ class CpuBackend(Backend):
         dtype = math_dtype(x.dtype)
         sums = np.zeros((2, *x.shape[:2]), dtype)  # of g times xhat, and of g
         if x.size:
-            arrays = [x, dx, dy] if g_out is None else [x, dx, dy, saved.residual, g_out]
-            _choose(saved, arrays, backward=True).backward(sums[1], sums[0])
+            arrays = Arrays(x, dx, dy) if g_out is None else Arrays(x, dx, dy, saved.residual, g_out)
+            _choose(saved, arrays).backward(sums[1], sums[0])
         dweight, dbias = _gradients(sums, saved.weight, saved.bias)
         return Gradients(dx, dweight, dbias, dresidual)
 
@@ -149,8 +146,8 @@ class CpuBackend(Backend):
         sums = np.zeros(x.shape[:2], math_dtype(x.dtype))
         if x.size:
             # By NumPy: such calls are rare, and compiling loops for them would take seconds.
-            arrays = [x, dx, dy, ddy] if ddx is None else [x, dx, dy, ddy, ddx]
-            DoubleBackwardWork(saved, merged_axes(arrays), ddweight, ddbias).double_backward(sums)
+            arrays = DoubleArrays(x, dx, dy, ddy, ddx)
+            DoubleBackwardWork(saved, arrays, ddweight, ddbias).double_backward(sums)
         return DoubleGradients(ddy, dx, *_gradients(sums[None], weight))
 
     def describe(self, x: Array, *, activation: str | None, residual: bool, double_backward: bool) -> list[str]:
@@ -164,9 +161,9 @@ class CpuBackend(Backend):
             threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
             return [f"  {work}{tiles}", f"  {threads} of {get_num_threads()}"]
 
-        described = ["the CPU", *lines(_choose(call, [x, new]))]
+        described = ["the CPU", *lines(_choose(call, Arrays(x, new)))]
         if double_backward:
-            first, *more = lines(DoubleBackwardWork(call, merged_axes([x, *[new] * 4]), None, None))
+            first, *more = lines(DoubleBackwardWork(call, DoubleArrays(x, *[new] * 4), None, None))
             described += [f"  double backward: {first.strip()}", *more]
         return described
 

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from .._types import Array
 
 Index = tuple[Any, ...]
 
 
-def merged_axes(arrays: list[Array]) -> list[Array]:
-    """Return views (N, C, *spatial) with adjacent spatial axes merged where all arrays allow it, at least one left."""
-    n, c, *spatial = arrays[0].shape
-    if all(a.flags.c_contiguous for a in arrays):
+class Arrays(NamedTuple):
+    """The arrays of a forward or backward; those that the call lacks are None."""
+
+    x: Array
+    result: Array  # y or dx
+    dy: Array | None = None
+    residual: Array | None = None
+    dresidual: Array | None = None
+
+
+def merged_axes(arrays: Sequence[Any]) -> list[Any]:
+    """Return views (N, C, *spatial) with adjacent spatial axes merged where all arrays allow it, at least one left.
+
+    The first array is not None; a None stays.
+    """
+    given = [array for array in arrays if array is not None]
+    n, c, *spatial = given[0].shape
+    if all(a.flags.c_contiguous for a in given):
         shape = [n, c, math.prod(spatial)]
     else:
         shape, last = [n, c], None
         for axis, size in enumerate(spatial, 2):
             if size == 1:
                 continue
-            steps = [a.strides[axis] for a in arrays]
+            steps = [a.strides[axis] for a in given]
             if last is not None and last == [step * size for step in steps]:
                 shape[-1] *= size
             else:
                 shape.append(size)
             last = steps
         shape += [1] * (len(shape) == 2)
-    return [a if a.ndim == len(shape) else a.reshape(shape) for a in arrays]
+    return [a if a is None or a.ndim == len(shape) else a.reshape(shape) for a in arrays]
 
 
 class Work:

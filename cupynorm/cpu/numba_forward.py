@@ -14,18 +14,30 @@ from .numba_geometry import (
     PARTIAL,
     PARTIAL_CHANNELS_LAST,
     TOGETHER,
+    Coefficients,
+    Geometry,
+    Kind,
+    Offsets,
+    Planes,
+    X,
     channel_coefficients,
+    coefficients_of,
+    flat_planes,
     locate,
-    next_unit,
+    next_item,
+    offsets_of,
+    operands_of,
     plane_coefficients,
     planes_together,
+    position_offsets,
     prefetch_run,
-    previous_unit,
-    run_start,
+    previous_item,
+    run_offsets,
+    scale_short_planes,
     short_plane_offsets,
     tile_bounds,
 )
-from .numba_intrinsics import add, memory, narrow, own_address, scaled, stream, typed, unit_of, widen, zero_of, zeros_of
+from .numba_intrinsics import add, narrow, own_address, scaled, stream, typed, widen, zero_of, zeros_of
 from .numba_tasks import next_tasks, task_done
 
 FORWARD_SHORT = 2048  # elements; up to so many, several planes are processed together
@@ -52,9 +64,9 @@ def _centred_run(x, o, lo, hi, mean, mean_lo, zero):
 
 
 @inlined
-def _centred(x, o, run, shape, tile, mean, mean_lo, zero):
+def _centred(x, o, run, geometry, tile, mean, mean_lo, zero):
     """Return the sums of a tile's centred values and of their squares."""
-    r0, r1, l0, l1, _ = tile_bounds(tile, shape)
+    r0, r1, l0, l1, _ = tile_bounds(tile, geometry)
     total = sum_sq = 0.0
     for r in range(r0, r1):
         at = np.uint64(o + run[r])
@@ -68,20 +80,20 @@ def _centred(x, o, run, shape, tile, mean, mean_lo, zero):
 
 
 @inlined
-def _guess_place(i, tile, shape):
+def _guess_place(i, tile, geometry):
     """Return the run and the first position of the i-th place from which a tile's mean is guessed."""
-    r0, r1, l0, l1, _ = tile_bounds(tile, shape)
+    r0, r1, l0, l1, _ = tile_bounds(tile, geometry)
     return r0 + (r1 - r0) * i // GUESS_PLACES, l0 + max(l1 - l0 - GUESS_LENGTH, 0) * i // (GUESS_PLACES - 1)
 
 
 @inlined
-def _guess(x, o, run, shape, tile):
+def _guess(x, o, run, geometry, tile):
     """Guess a tile's mean from a few elements; the guess is rarely far off."""
-    _, _, l0, l1, _ = tile_bounds(tile, shape)
+    _, _, l0, l1, _ = tile_bounds(tile, geometry)
     size = min(l1 - l0, GUESS_LENGTH)
     total = 0.0
     for i in range(GUESS_PLACES):
-        r, lo = _guess_place(i, tile, shape)
+        r, lo = _guess_place(i, tile, geometry)
         at = np.uint64(o + run[r])
         for j in range(np.uint64(lo), np.uint64(lo + size)):
             total = add(total, np.float64(widen(x[at + j])))
@@ -89,11 +101,11 @@ def _guess(x, o, run, shape, tile):
 
 
 @inlined
-def _guess_channels(x, o, k, run, shape, tile, width, mean):
+def _guess_channels(x, o, k, run, geometry, tile, width, mean):
     """`_guess` for channels side by side, from one position in each place."""
     mean[:] = 0
     for i in range(GUESS_PLACES):
-        r, lo = _guess_place(i, tile, shape)
+        r, lo = _guess_place(i, tile, geometry)
         at = np.uint64(o + run[r]) + np.uint64(lo) * k
         for j in range(width):
             mean[j] += widen(x[at + j])
@@ -102,9 +114,9 @@ def _guess_channels(x, o, k, run, shape, tile, width, mean):
 
 
 @rare
-def _moments_float64(x, o, k, run, shape, tile):
+def _moments_float64(x, o, k, run, geometry, tile):
     """Return mean, mean_lo and m2 of a tile, in float64: the fallback for variances outside float32's range."""
-    r0, r1, l0, l1, count = tile_bounds(tile, shape)
+    r0, r1, l0, l1, count = tile_bounds(tile, geometry)
     mean = total = sum_sq = 0.0
     for _ in range(2):
         mean += total / count
@@ -118,7 +130,7 @@ def _moments_float64(x, o, k, run, shape, tile):
 
 
 @inlined
-def _moments(x, o, run, shape, tile, mean, zero, count, least):
+def _moments(x, o, run, geometry, tile, mean, zero, count, least):
     """Return mean (in computing precision), mean_lo and m2 of a tile, from a guess of the mean.
 
     sum c**2 - count * mean(c)**2 loses at most one bit if mean(c) is within the deviation. If it is not, the guess was
@@ -128,7 +140,7 @@ def _moments(x, o, run, shape, tile, mean, zero, count, least):
     mean_lo = zero
     total = sum_sq = excess = 0.0
     for attempt in range(3):
-        total, sum_sq = _centred(x, o, run, shape, tile, mean, mean_lo, zero)
+        total, sum_sq = _centred(x, o, run, geometry, tile, mean, mean_lo, zero)
         excess = total / count
         if not total * excess > 0.5 * sum_sq:
             break
@@ -137,36 +149,42 @@ def _moments(x, o, run, shape, tile, mean, zero, count, least):
         elif attempt == 1:
             mean_lo = typed(excess, zero)
     if not least * count <= sum_sq < math.inf:
-        exact, exact_lo, sum_sq = _moments_float64(x, o, np.uint64(1), run, shape, tile)
+        exact, exact_lo, sum_sq = _moments_float64(x, o, np.uint64(1), run, geometry, tile)
         mean = typed(exact, zero)
         return mean, (exact - mean) + exact_lo, sum_sq
     return mean, mean_lo + excess, sum_sq - total * excess
 
 
 @inlined
-def _reduce_forward_rows(x, place, run, shape, first, last, zero, least, means, means_lo, m2s):
-    n, c, tile = locate(first, shape)
+def _reduce_forward_rows(operands, geometry, first, last, least, sums):
+    """Set the mean, mean_lo and m2 of the items: sums are three arrays."""
+    x, run, zero = operands.x, operands.runs[X], zero_of(operands.like)
+    of_n, of_c, _ = operands.strides[X]
+    means, means_lo, m2s = sums
+    n, c, tile = locate(first, geometry)
     for item in range(last - first):
-        o = n * place[0] + c * place[1]
-        guess = typed(_guess(x, o, run, shape, tile), zero)
-        count = tile_bounds(tile, shape)[4]
-        means[item], means_lo[item], m2s[item] = _moments(x, o, run, shape, tile, guess, zero, count, least)
-        n, c, tile = next_unit(n, c, tile, shape)
+        o = n * of_n + c * of_c
+        guess = typed(_guess(x, o, run, geometry, tile), zero)
+        count = tile_bounds(tile, geometry)[4]
+        means[item], means_lo[item], m2s[item] = _moments(x, o, run, geometry, tile, guess, zero, count, least)
+        n, c, tile = next_item(n, c, tile, geometry)
 
 
 @inlined
-def _reduce_forward_channels(x, place, run, shape, first, last, zero, least, means, means_lo, m2s):
+def _reduce_forward_channels(operands, geometry, first, last, least, sums):
     """`_guess` and `_moments` for channels side by side."""
-    channels, group = shape[:2]
-    k = np.uint64(place[2])
+    x, run, zero, group = operands.x, operands.runs[X], zeros_of(operands.like), geometry.group
+    of_n, _, of_position = operands.strides[X]
+    k = np.uint64(of_position)
+    means, means_lo, m2s = sums
     mean, mean_lo, a, b = np.empty((4, group), zero.dtype)
     total, sum_sq = np.empty((2, group))
-    n, c, tile = locate(first, shape)
+    n, c, tile = locate(first, geometry)
     for item in range(last - first):
-        width = np.uint64(min(group, channels - c))
-        o = n * place[0] + c
-        r0, r1, l0, l1, count = tile_bounds(tile, shape)
-        _guess_channels(x, o, k, run, shape, tile, width, total)
+        width = np.uint64(min(group, geometry.channels - c))
+        o = n * of_n + c
+        r0, r1, l0, l1, count = tile_bounds(tile, geometry)
+        _guess_channels(x, o, k, run, geometry, tile, width, total)
         for j in range(width):
             mean[j], mean_lo[j] = total[j], zero[0]
         for attempt in range(3):
@@ -203,27 +221,29 @@ def _reduce_forward_channels(x, place, run, shape, first, last, zero, least, mea
             m2s[item * group + j] = sum_sq[j] - total[j] * excess
             if not least * count <= sum_sq[j] < math.inf:
                 at = item * group + j
-                means[at], means_lo[at], m2s[at] = _moments_float64(x, o + j, k, run, shape, tile)
-        n, c, tile = next_unit(n, c, tile, shape)
+                means[at], means_lo[at], m2s[at] = _moments_float64(x, o + j, k, run, geometry, tile)
+        n, c, tile = next_item(n, c, tile, geometry)
 
 
 @inlined
-def _counts(shape):
+def _counts(geometry):
     """Return the number of elements of each tile."""
-    counts = np.empty(shape[2], np.int64)
-    for tile in range(shape[2]):
-        counts[tile] = tile_bounds(tile, shape)[4]
+    counts = np.empty(geometry.tiles, np.int64)
+    for tile in range(geometry.tiles):
+        counts[tile] = tile_bounds(tile, geometry)[4]
     return counts
 
 
 @inlined
-def _join_forward(shape, counts, first, last, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance):
+def _join_forward(geometry, counts, first, last, sums, eps, planes, variance):
     """Merge tiles by Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's."""
-    channels, group, tiles = shape[:3]
-    inverse_count = 1 / shape[8]
-    n, c, _ = locate(first * tiles, shape)
+    group, tiles = geometry.group, geometry.tiles
+    means, means_lo, m2s = sums
+    mean, mean_lo, rstd = planes.mean, planes.mean_lo, planes.rstd
+    inverse_count = 1 / geometry.plane
+    n, c, _ = locate(first * tiles, geometry)
     for block in range(last - first):
-        for j in range(min(group, channels - c)):
+        for j in range(min(group, geometry.channels - c)):
             at = block * tiles * group + j
             pooled, m2, count = means_lo[at], m2s[at], counts[0]
             for tile in range(1, tiles):
@@ -240,86 +260,65 @@ def _join_forward(shape, counts, first, last, means, means_lo, m2s, eps, mean, m
             if variance.size:
                 variance[n, c + j] = var
         c += group
-        if c >= channels:
+        if c >= geometry.channels:
             n, c = n + 1, 0
 
 
 @inlined
-def _result_run(like, x, y, res, offsets, lo, hi, residual, act, unit, m, scale, intercept):
-    """Compute y for a part of a run of one plane."""
-    o0, o1, o2 = offsets
+def _result_run(operands, target, offsets, lo, hi, kind, values):
+    """Compute y for a part of a run of one plane; values are its Coefficients, target is y or a buffer."""
     for i in range(lo, hi):
-        z = scaled(widen(x[o0 + i]), unit, m) * scale + intercept
-        if residual is not None:
-            z = z + widen(res[o2 + i])
-        y[o1 + i] = narrow(activate(z, act), like)
+        z = scaled(widen(operands.x[offsets.x + i]), values.unit, values.mean) * values.scale + values.intercept
+        if kind.residual is not None:
+            z = z + widen(operands.residual[offsets.residual + i])
+        target[offsets.result + i] = narrow(activate(z, kind.activation), operands.like)
 
 
 @inlined
-def _apply_forward_rows(
-    like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-    weight, bias, param_strides, mean, mean_lo, rstd, follows, buffer,
-):  # fmt: skip
+def _apply_forward_rows(operands, geometry, first, last, kind, planes, follows, buffer):
     """Write y. If another plane follows, prefetch its x: reads would otherwise idle during the writes."""
-    away = np.uint64(places[0, 1])
-    streams = shape[7]
+    away = np.uint64(operands.strides[X, 1])
     zero = np.uint64(0)
-    n, c, tile = locate(last - 1, shape)
+    n, c, tile = locate(last - 1, geometry)
     for _ in range(last - first):  # backwards, as the last tile read is still in the cache
-        r0, r1, l0, l1, _ = tile_bounds(tile, shape)
-        unit, m, scale, intercept = plane_coefficients(n, c, weight, bias, param_strides, mean, mean_lo, rstd)
+        r0, r1, l0, l1, _ = tile_bounds(tile, geometry)
+        values = plane_coefficients(n, c, planes)
         for r in range(r0, r1):
-            o0 = run_start(0, n, c, r, places, runs)
-            o1 = run_start(1, n, c, r, places, runs)
-            o2 = run_start(-1, n, c, r, places, runs)
-            if inplace is not None:
-                o1 = o0
+            at = run_offsets(operands, kind.inplace, n, c, r)
             for lo in range(l0, l1, PARTIAL):
                 hi = min(lo + PARTIAL, l1)
                 if follows:
-                    prefetch_run(x, o0 + away, lo, hi)
-                if streams:
-                    at, size = np.uint64(lo), np.uint64(hi - lo)
-                    _result_run(
-                        like, x, buffer, res, (o0 + at, zero, o2 + at), zero, size, residual, act,
-                        unit, m, scale, intercept,
-                    )  # fmt: skip
-                    stream(buffer, size, y, o1 + at)
+                    prefetch_run(operands.x, at.x + away, lo, hi)
+                if geometry.streams:
+                    start, size = np.uint64(lo), np.uint64(hi - lo)
+                    part = Offsets(at.x + start, zero, zero, at.residual + start, zero)
+                    _result_run(operands, buffer, part, zero, size, kind, values)
+                    stream(buffer, size, operands.result, at.result + start)
                 else:
-                    _result_run(
-                        like, x, y, res, (o0, o1, o2), np.uint64(lo), np.uint64(hi), residual, act,
-                        unit, m, scale, intercept,
-                    )  # fmt: skip
-        n, c, tile = previous_unit(n, c, tile, shape)
+                    _result_run(operands, operands.result, at, np.uint64(lo), np.uint64(hi), kind, values)
+        n, c, tile = previous_item(n, c, tile, geometry)
 
 
 @inlined
-def _apply_forward_channels(
-    like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-    weight, bias, param_strides, mean, mean_lo, rstd,
-):  # fmt: skip
-    k0, k1, k2 = np.uint64(places[0, 2]), np.uint64(places[1, 2]), np.uint64(places[-1, 2])
-    table = np.empty((4, shape[1]), mean.dtype)
-    unit, m, scale, intercept = table
-    n, c, tile = locate(last - 1, shape)
+def _apply_forward_channels(operands, geometry, first, last, kind, planes):
+    x, y, residual = operands.x, operands.result, operands.residual
+    unit, m, scale, intercept = np.empty((4, geometry.group), planes.mean.dtype)
+    table = Coefficients(unit, m, scale, intercept)
+    n, c, tile = locate(last - 1, geometry)
     for _ in range(last - first):
-        width = min(shape[1], shape[0] - c)
-        channel_coefficients(n, c, width, weight, bias, param_strides, mean, mean_lo, rstd, table)
-        r0, r1, l0, l1, _ = tile_bounds(tile, shape)
+        width = min(geometry.group, geometry.channels - c)
+        channel_coefficients(n, c, width, planes, table)
+        r0, r1, l0, l1, _ = tile_bounds(tile, geometry)
         for r in range(r0, r1):
-            b0 = run_start(0, n, c, r, places, runs)
-            b1 = run_start(1, n, c, r, places, runs)
-            b2 = run_start(-1, n, c, r, places, runs)
+            base = run_offsets(operands, kind.inplace, n, c, r)
             for i in range(np.uint64(l0), np.uint64(l1)):
-                o0, o1, o2 = b0 + i * k0, b1 + i * k1, b2 + i * k2
-                if inplace is not None:
-                    o1 = o0
+                at = position_offsets(operands, kind.inplace, base, i)
                 for j in range(np.uint64(width)):
-                    z = scaled(widen(x[o0 + j]), unit[j], m[j]) * scale[j] + intercept[j]
-                    if residual is not None:
-                        z = z + widen(res[o2 + j])
-                    y[o1 + j] = narrow(activate(z, act), like)
-        n, c, tile = previous_unit(n, c, tile, shape)
+                    z = scaled(widen(x[at.x + j]), unit[j], m[j]) * scale[j] + intercept[j]
+                    if kind.residual is not None:
+                        z = z + widen(residual[at.residual + j])
+                    y[at.result + j] = narrow(activate(z, kind.activation), operands.like)
+        n, c, tile = previous_item(n, c, tile, geometry)
 
 
 @inlined
@@ -331,36 +330,35 @@ def _middle(size):
 
 
 @inlined
-def _forward_short_rows(
-    like, x, y, res, places, run, shape, inplace, residual, act, first, last,
-    eps, least, weight, bias, param_strides, mean, mean_lo, rstd, variance,
-):  # fmt: skip
+def _forward_short_rows(operands, geometry, first, last, kind, planes, eps, least, variance):
     """The whole forward for planes so short that per-plane work matters; it is done for many planes at a time."""
-    size, count, zero = np.uint64(shape[4]), typed(shape[4], zero_of(like)), zero_of(like)
+    x, run, zero = operands.x, operands.runs[X], zero_of(operands.like)
+    size, count = np.uint64(geometry.length), typed(geometry.length, zero)
     # Planes of 4 x 4 are frequent, and a quarter faster with loops of constant length.
     origin, sixteen = np.uint64(0), np.uint64(16)
-    m, d, q, r, unit, scale, intercept = np.zeros((7, TOGETHER), mean.dtype)
-    offsets = np.empty((len(places), TOGETHER), np.uint64)
+    m, d, q, r, unit, scale, intercept = np.zeros((7, TOGETHER), planes.mean.dtype)
+    table = Coefficients(unit, m, scale, intercept)
+    offsets = np.empty((len(operands.strides), TOGETHER), np.uint64)
     exact = np.empty(TOGETHER)
-    lowest, highest = typed(least * shape[4], zero), typed(math.inf, zero)
+    lowest, highest = typed(least * geometry.length, zero), typed(math.inf, zero)
     lo, hi = _middle(size)
     inverse_middle = typed(1 / (hi - lo), zero)
     most = planes_together(size)
     for start in range(first, last, most):
-        planes = min(most, last - start)
-        short_plane_offsets(start, planes, shape, places, offsets, param_strides, weight, bias, scale, intercept)
-        for j in range(planes):
+        together = min(most, last - start)
+        short_plane_offsets(start, together, geometry, operands.strides, offsets, planes, table)
+        for j in range(together):
             if size == sixteen:
-                m[j] = _mean_run(x, offsets[0, j], origin, sixteen, inverse_middle, zero)
+                m[j] = _mean_run(x, offsets[X, j], origin, sixteen, inverse_middle, zero)
             else:
-                m[j] = _mean_run(x, offsets[0, j], lo, hi, inverse_middle, zero)
-        for j in range(planes):
+                m[j] = _mean_run(x, offsets[X, j], lo, hi, inverse_middle, zero)
+        for j in range(together):
             if size == sixteen:
-                prefetch_run(x, offsets[0, j] + np.uint64(AHEAD), origin, sixteen)
-                d[j], q[j] = _centred_run(x, offsets[0, j], origin, sixteen, m[j], zero, zero)
+                prefetch_run(x, offsets[X, j] + np.uint64(AHEAD), origin, sixteen)
+                d[j], q[j] = _centred_run(x, offsets[X, j], origin, sixteen, m[j], zero, zero)
             else:
-                prefetch_run(x, offsets[0, j] + np.uint64(AHEAD), origin, size)
-                d[j], q[j] = _centred_run(x, offsets[0, j], origin, size, m[j], zero, zero)
+                prefetch_run(x, offsets[X, j] + np.uint64(AHEAD), origin, size)
+                d[j], q[j] = _centred_run(x, offsets[X, j], origin, size, m[j], zero, zero)
         for j in range(TOGETHER):
             share = d[j] / count
             r[j] = typed(0.5, zero) * q[j] - d[j] * share
@@ -368,13 +366,14 @@ def _forward_short_rows(
             r[j] = r[j] if lowest <= q[j] < highest else typed(-1, zero)
             d[j] = share
         again = False
-        for j in range(planes):
+        for j in range(together):
             if r[j] < zero:
                 if not again:
                     again = True
                     for i in range(TOGETHER):  # array slices take a second to compile
                         exact[i] = -1
-                m[j], d[j], exact[j] = _moments(x, np.int64(offsets[0, j]), run, shape, 0, m[j], zero, shape[4], least)
+                o = np.int64(offsets[X, j])
+                m[j], d[j], exact[j] = _moments(x, o, run, geometry, 0, m[j], zero, geometry.length, least)
                 q[j] = exact[j]
         for j in range(TOGETHER):  # round m + d to the nearest number, by Knuth's exact sum
             total = m[j] + d[j]
@@ -384,113 +383,87 @@ def _forward_short_rows(
             q[j] = (zero if q[j] <= zero else q[j]) / count
             r[j] = typed(1, zero) / typed(math.sqrt(q[j] + typed(eps, zero)), zero)
         if again:
-            for j in range(planes):
+            for j in range(together):
                 if exact[j] >= 0:  # exact may exceed the range of q
-                    r[j] = 1 / math.sqrt(exact[j] / shape[4] + eps)
-        for j in range(planes):
-            mean[start + j], mean_lo[start + j], rstd[start + j] = m[j], d[j], r[j]
+                    r[j] = 1 / math.sqrt(exact[j] / geometry.length + eps)
+        for j in range(together):
+            planes.mean[start + j], planes.mean_lo[start + j], planes.rstd[start + j] = m[j], d[j], r[j]
         if variance.size:
-            for j in range(planes):
+            for j in range(together):
                 variance[start + j] = q[j]
-        for j in range(TOGETHER):  # plane_coefficients
-            unit[j], r[j] = unit_of(m[j], r[j])
-            m[j] *= unit[j]
-            scale[j] *= r[j]
-            intercept[j] -= d[j] * unit[j] * scale[j]
-        for j in range(planes):
-            o0, o1, o2 = offsets[0, j], offsets[1, j], offsets[-1, j]
-            if inplace is not None:
-                o1 = o0
-            at, values = (o0, o1, o2), (unit[j], m[j], scale[j], intercept[j])
+        scale_short_planes(table, d, r)
+        for j in range(together):
+            at, values = offsets_of(offsets, j, kind.inplace), coefficients_of(table, j)
             if size == sixteen:
-                _result_run(like, x, y, res, at, origin, sixteen, residual, act, *values)
+                _result_run(operands, operands.result, at, origin, sixteen, kind, values)
             else:
-                _result_run(like, x, y, res, at, origin, size, residual, act, *values)
+                _result_run(operands, operands.result, at, origin, size, kind, values)
 
 
 @kernel
-def forward_tiles(queue, like, at, places, runs, shape, channels_last, least, means, means_lo, m2s):
-    x, group = memory(at[0], like), shape[1]
+def forward_tiles(queue, where, channels_last, least, sums):
+    """Set the partial sums (mean, mean_lo and m2) of tiles. where: see numba_geometry.operands_of."""
+    operands, geometry = operands_of(where, None), Geometry(*where[4])
     first, last = next_tasks(queue)
     while first < last:
-        start = shape[9] + first * group
-        sums = means[start:], means_lo[start:], m2s[start:]
+        start = geometry.sums + first * geometry.group
+        parts = sums[0][start:], sums[1][start:], sums[2][start:]
         if channels_last is None:
-            _reduce_forward_rows(x, places[0], runs[0], shape, first, last, zero_of(like), least, *sums)
+            _reduce_forward_rows(operands, geometry, first, last, least, parts)
         else:
-            _reduce_forward_channels(x, places[0], runs[0], shape, first, last, zeros_of(like), least, *sums)
+            _reduce_forward_channels(operands, geometry, first, last, least, parts)
         first, last = task_done(queue)
     return own_address()
 
 
 @kernel
-def forward_join(shape, counts, first, last, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance):
-    _join_forward(shape, counts, first, last, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance)
+def forward_join(geometry, counts, first, last, sums, eps, planes, variance):
+    """Merge the partial sums of the tiles of blocks: mean, mean_lo and rstd of planes, and variance unless empty."""
+    _join_forward(Geometry(*geometry), counts, first, last, sums, eps, Planes(*planes), variance)
 
 
 @kernel
-def forward_results(
-    queue, like, at, places, runs, shape, channels_last, inplace, residual, act,
-    weight, bias, param_strides, mean, mean_lo, rstd,
-):  # fmt: skip
-    x = memory(at[0], like)
-    y = x if inplace is not None else memory(at[1], like)
-    res = memory(at[-1], like)
-    buffer = np.empty(PARTIAL, y.dtype)
+def forward_results(queue, where, channels_last, kind, planes):
+    """Write y of tiles, given the statistics."""
+    kind, planes, geometry = Kind(*kind), Planes(*planes), Geometry(*where[4])
+    operands = operands_of(where, kind.inplace)
+    buffer = np.empty(PARTIAL, operands.result.dtype)
     first, last = next_tasks(queue)
     while first < last:
         if channels_last is None:
-            _apply_forward_rows(
-                like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-                weight, bias, param_strides, mean, mean_lo, rstd, False, buffer,
-            )  # fmt: skip
+            _apply_forward_rows(operands, geometry, first, last, kind, planes, False, buffer)
         else:
-            _apply_forward_channels(
-                like, x, y, res, places, runs, shape, inplace, residual, act, first, last,
-                weight, bias, param_strides, mean, mean_lo, rstd,
-            )  # fmt: skip
+            _apply_forward_channels(operands, geometry, first, last, kind, planes)
         first, last = task_done(queue)
     return own_address()
 
 
 @kernel
-def forward_planes(
-    queue, like, at, places, runs, shape, channels_last, inplace, residual, act,
-    eps, least, weight, bias, param_strides, mean, mean_lo, rstd, variance,
-):  # fmt: skip
-    x = memory(at[0], like)
-    y = x if inplace is not None else memory(at[1], like)
-    res = memory(at[-1], like)
-    tiles, counts = shape[2], _counts(shape)
-    means, means_lo, m2s = np.empty((3, tiles * shape[1]))
-    buffer = np.empty(PARTIAL, y.dtype)
+def forward_planes(queue, where, channels_last, kind, planes, eps, least, variance):
+    """Do the whole forward of blocks."""
+    kind, planes, geometry = Kind(*kind), Planes(*planes), Geometry(*where[4])
+    operands = operands_of(where, kind.inplace)
+    tiles, counts = geometry.tiles, _counts(geometry)
+    means, means_lo, m2s = np.empty((3, tiles * geometry.group))
+    sums = means, means_lo, m2s
+    buffer = np.empty(PARTIAL, operands.result.dtype)
     first, last = next_tasks(queue)
     while first < last:
-        if channels_last is None and shape[3] == 1 and shape[4] <= FORWARD_SHORT:
-            _forward_short_rows(
-                like, x, y, res, places, runs[0], shape, inplace, residual, act, first, last,
-                eps, least, weight, bias, param_strides, mean.ravel(), mean_lo.ravel(), rstd.ravel(), variance.ravel(),
-            )  # fmt: skip
+        if channels_last is None and geometry.runs == 1 and geometry.length <= FORWARD_SHORT:
+            flat = flat_planes(planes)
+            _forward_short_rows(operands, geometry, first, last, kind, flat, eps, least, variance.ravel())
             last = first
         for block in range(first, last):
-            u0, u1 = block * tiles, (block + 1) * tiles
-            follows = block + 1 < last and shape[3] * shape[4] <= NEAR
+            begin, end = block * tiles, (block + 1) * tiles
+            follows = block + 1 < last and geometry.runs * geometry.length <= NEAR
             if channels_last is None:
-                _reduce_forward_rows(x, places[0], runs[0], shape, u0, u1, zero_of(like), least, means, means_lo, m2s)
+                _reduce_forward_rows(operands, geometry, begin, end, least, sums)
             else:
-                _reduce_forward_channels(
-                    x, places[0], runs[0], shape, u0, u1, zeros_of(like), least, means, means_lo, m2s
-                )
-            _join_forward(shape, counts, block, block + 1, means, means_lo, m2s, eps, mean, mean_lo, rstd, variance)
+                _reduce_forward_channels(operands, geometry, begin, end, least, sums)
+            _join_forward(geometry, counts, block, block + 1, sums, eps, planes, variance)
             if channels_last is None:
-                _apply_forward_rows(
-                    like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
-                    weight, bias, param_strides, mean, mean_lo, rstd, follows, buffer,
-                )  # fmt: skip
+                _apply_forward_rows(operands, geometry, begin, end, kind, planes, follows, buffer)
             else:
-                _apply_forward_channels(
-                    like, x, y, res, places, runs, shape, inplace, residual, act, u0, u1,
-                    weight, bias, param_strides, mean, mean_lo, rstd,
-                )  # fmt: skip
+                _apply_forward_channels(operands, geometry, begin, end, kind, planes)
         first, last = task_done(queue)
     return own_address()

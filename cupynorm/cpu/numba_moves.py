@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .numba_cache import disk_cached, inlined
+from .numba_geometry import DRESIDUAL, RESULT, Geometry
 from .numba_intrinsics import call, copy_row, line_of, memory, own_address, transposition
 from .numba_tasks import COUNT, FINISHED, FIRST, PARTS, RANGES, STARTED, next_tasks, task_done
 
-RESULTS = 1, 4  # indices of the arrays written: y, or dx and a residual's gradient
+RESULTS = RESULT, DRESIDUAL  # the arrays written
 NOTHING = np.zeros((3, 3), np.int64)  # axes of an empty box
 # Up to FEW rows side by side, with steps of at most CLOSE elements within a row, have specialised loops.
 FEW = 3
@@ -41,7 +42,7 @@ class Boxes(NamedTuple):
     buffer_size: int  # elements per array: those of the largest box, and space to align it to a cache line
     planes: np.ndarray  # of each kind: the number of runs of consecutive planes, and the planes in a run
     sizes: np.ndarray  # elements of a plane, or of a tile
-    places: np.ndarray  # of each kind and array: steps between samples and between planes as the loops see them
+    strides: np.ndarray  # of each kind and array, over samples and planes, as the loops see them
     moves: np.ndarray  # addresses of the functions that copy to the window and back, 0 for an array read in place
     axes: np.ndarray  # the axes that those functions take, see `_move`
 
@@ -56,15 +57,16 @@ class Windows:
         like: a sample of the stored type.
         shape: of the arrays.
         steps: strides of each array, in elements.
+        present: whether each array is there; the others are not copied.
     """
 
-    def __init__(self, like: Any, shape: list[int], steps: list[list[int]]):
+    def __init__(self, like: Any, shape: list[int], steps: list[list[int]], present: list[bool]):
         most = self.most = WINDOW // like.itemsize
         self.like, self.shape, self.steps = like, shape, steps
         spatial = shape[2:]
         self.plane = math.prod(spatial)
         self.contiguous_steps = _contiguous_steps(spatial)
-        self.moved = [each[2:] != self.contiguous_steps for each in steps]
+        self.moved = [here and each[2:] != self.contiguous_steps for each, here in zip(steps, present, strict=True)]
         near = [each for each, moved in zip(steps, self.moved, strict=True) if moved]
         line = 64 // like.itemsize
         #: The least extents of a box: the elements of a cache line.
@@ -75,7 +77,7 @@ class Windows:
             self.extents = larger if larger[2:] == spatial else self.extents
         outer = next(axis for axis in range(2, len(shape)) if self.extents[axis] > 1 or axis == len(shape) - 1)
         if self.extents[outer + 1 :] != shape[outer + 1 :]:
-            self.moved = [True] * len(steps)
+            self.moved = list(present)
         self._last: tuple[int, Boxes] | None = None
 
     def boxes(self, threads: int) -> Boxes:
@@ -108,7 +110,7 @@ class Windows:
         ]
         c, sizes = self.shape[1], kinds[2:].prod(0).tolist()
         planes = [(1, i * j) if j == c else (i, j) for i, j in kinds[:2].T.tolist()]
-        places = [
+        strides = [
             [
                 (c * size, size, 1) if moved else (each[0], each[1], 1)
                 for each, moved in zip(self.steps, self.moved, strict=True)
@@ -116,7 +118,7 @@ class Windows:
             for size in sizes
         ]
         buffer_size = -(-kinds.prod(0).max() // 64) * 64 + 64
-        return Boxes(table, int(buffer_size), *map(np.array, (planes, sizes, places, moves, axes)))
+        return Boxes(table, int(buffer_size), *map(np.array, (planes, sizes, strides, moves, axes)))
 
     def _moves(self, array: int, rows: list[int], along: list[int]) -> tuple[int, int]:
         """Return the addresses of the functions that copy boxes of such rows to the window and back."""
@@ -300,14 +302,17 @@ def _side_by_side(rows: int, j: int, k: int) -> Any:
 
 
 @partial(disk_cached, nogil=True)
-def go_through(queue, loop, reads, writes, like, addresses, buffer, boxes, runs, shape, arguments):
+def go_through(queue, loop, where, buffer, boxes, reads, writes, arguments):
     """Take boxes from the queue: copy them to windows, call a loop of the CPU backend, copy results back.
 
-    addresses: of the arrays, in the order of the layout. The loop reads the first `reads` of them except the results,
-    which it writes if `writes`. The buffer holds a window for each array, from its first whole cache line on. like,
-    runs, shape and arguments are passed to the loop.
+    The loop is an address; it reads the first `reads` arrays except the results, which it writes if `writes`. The
+    buffer holds a window for each array, from its first whole cache line on. where: see numba_geometry.operands_of;
+    where and arguments are passed to the loop, with the addresses and the geometry of a window.
     """
-    table, _, planes, sizes, places, moves, axes = boxes
+    like, addresses, _, runs, _ = where
+    geometry = Geometry(*where[4])
+    table, _, planes, sizes, strides, moves, axes = boxes
+    zero, one = np.int64(0), np.int64(1)
     arrays, itemsize = len(addresses), np.int64(64 // line_of(like))
     at, windows = np.empty((2, arrays), np.int64)
     window = (np.int64(buffer.ctypes.data) + 63) // 64 * 64
@@ -325,14 +330,15 @@ def go_through(queue, loop, reads, writes, like, addresses, buffer, boxes, runs,
                     there = addresses[i] + table[box, 4 + i] * itemsize
                     call(moves[kind, i, 0], (like, there, windows[i], axes[kind, i, 0]))
             size = sizes[kind]
-            numbers = shape[0], 1, 1, 1, size, 1, size, 0, shape[8], shape[9] * tile
+            sums = geometry.sums * tile
+            cut = geometry.channels, one, one, one, size, one, size, zero, geometry.plane, sums
             for part in range(planes[kind, 0]):
-                first, count = table[box, 0] + part * shape[0], planes[kind, 1]
+                first, count = table[box, 0] + part * geometry.channels, planes[kind, 1]
                 for i in range(arrays):
                     further = (part * count - first) * size if moves[kind, i, 0] else begins
                     at[i] = windows[i] + further * itemsize
                 inner[STARTED], inner[FINISHED], inner[RANGES], inner[COUNT], inner[FIRST] = 0, 0, 0, count, first
-                call(loop, ((inner, 0), like, at, places[kind], runs, numbers, None, *arguments))
+                call(loop, ((inner, zero), (like, at, strides[kind], runs, cut), None, *arguments))
             if writes:
                 for i in range(arrays):
                     if moves[kind, i, 1] and i in RESULTS:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from .._types import Array, Saved
+from .._types import Saved
 from ..config import get_num_threads
-from .blocking import Work, least_mean_square, merged_axes
+from .blocking import Arrays, Work, least_mean_square, merged_axes
 from .numba_backward import backward_join, backward_planes, backward_results, backward_tiles
 from .numba_forward import forward_join, forward_planes, forward_results, forward_tiles
+from .numba_geometry import RESULT, Geometry, X
 from .numba_intrinsics import SAMPLES
 from .numba_moves import Windows, go_through
 from .numba_tasks import drain, new_queue
@@ -42,27 +43,30 @@ def address_of(array: np.ndarray) -> int:
 
 
 class Layout:
-    """The loops' parameters for arrays of one shape and given strides; cached, since calls repeat.
+    """The loops' parameters for Arrays of one shape and given strides; cached, since calls repeat.
 
-    The arrays are x, y and a residual if given; backward x, dx, dy, and a residual and its gradient if given. The loops
-    index the residual and its gradient from the end; without a residual some other array is at that index, unused.
+    strides: of each array, None for an absent one; in the tables of the loops x takes its place.
 
     Contiguous planes, planes of long runs, and channels side by side (`channels_last`) are read in place. Other planes
     are copied to `windows` first.
     """
 
     def __init__(
-        self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], backward: bool,
+        self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...],
         long_run: int | None = None,
     ):  # fmt: skip
         itemsize = dtype.itemsize
         self.like: Any = SAMPLES[dtype.name]
-        self.usable = all(step % itemsize == 0 for each in strides for step in each)
+        given = Arrays(*strides)
+        x_strides: tuple[int, ...] = given.x
+        present = [each is not None for each in given]
+        found = [x_strides if each is None else each for each in given]
+        self.usable = all(step % itemsize == 0 for each in found for step in each)
         if not self.usable:
             return
         # Positions are visited in the order of x's memory.
-        order = sorted(range(2, len(shape)), key=lambda axis: -abs(strides[0][axis]))
-        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in strides]
+        order = sorted(range(2, len(shape)), key=lambda axis: -abs(x_strides[axis]))
+        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in found]
         arrays = merged_axes([each.transpose(0, 1, *order) for each in stand_ins])
         n, c, *outer, length = arrays[0].shape
         runs, plane = math.prod(outer), math.prod(outer) * length
@@ -90,7 +94,7 @@ class Layout:
             tile_runs = min(max(positions // length, 1), runs)
             grid = [(runs, tile_runs), (length, tile_length)]
         else:
-            self.windows = Windows(self.like, [n, c, *outer, length], steps)
+            self.windows = Windows(self.like, [n, c, *outer, length], steps, present)
             channels_last, sums = False, n * c
             runs, tile_runs, length, tile_length = 1, 1, plane, plane
             grid = [*zip(self.windows.shape, self.windows.extents, strict=True)][2:]
@@ -101,21 +105,18 @@ class Layout:
         self.tiles = len(self.counts)
         self.blocks = n * -(-c // group)
         self.group, self.channels_last, self.streams = group, channels_last, streams
-        self.residual = True if len(arrays) == (5 if backward else 3) else None
-        self.alike = self.windows is None and strides[0] == strides[1]  # x and y
-        # Channels, channels per group, tiles; runs and their length in a plane, then in a tile; a flag for results that
-        # bypass the caches; elements of a plane; and, with windows, the number of planes.
-        self.shape = (c, group, self.tiles, runs, length, tile_runs, tile_length, int(streams), plane, sums)
+        self.alike = self.windows is None and given.x == given.result
+        self.geometry = Geometry(c, group, self.tiles, runs, length, tile_runs, tile_length, int(streams), plane, sums)
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
-        places = np.array([[each[i] for i in (0, 1, -1)] for each in steps], np.int64)
-        self.where = (places, table, self.shape, True if channels_last else None)
+        self.strides = np.array([[each[i] for i in (0, 1, -1)] for each in steps], np.int64)
+        self.runs = table
 
 
 @lru_cache(maxsize=1024)
 def _layout(*given: Any) -> Layout | None:
     """Return a layout, or None if its table is too large for this cache."""
     layout = Layout(*given)
-    return layout if not layout.usable or layout.where[1].nbytes <= SMALL_TABLE else None
+    return layout if not layout.usable or layout.runs.nbytes <= SMALL_TABLE else None
 
 
 _large_layout = lru_cache(maxsize=4)(Layout)
@@ -140,7 +141,11 @@ class CompiledWork(Work):
         self.blocks, self.tiles = layout.blocks, layout.tiles
         self.threads = get_num_threads() if layout.pays else 1
         self.partials = np.empty((3, self.blocks * self.tiles * layout.group if self.tiles > 1 else 0))
-        self.where = (layout.like, addresses, *layout.where)
+        self.addresses = addresses
+        # Plain tuples: see numba_geometry.
+        self.geometry = tuple(layout.geometry)
+        self.where = (layout.like, addresses, layout.strides, layout.runs, self.geometry)
+        self.channels_last = True if layout.channels_last else None
         self.dtype = dtype = call.rstd.dtype
         # A value whose type selects the activation in the loops.
         activation = call.activation
@@ -174,7 +179,7 @@ class CompiledWork(Work):
         parts = 1 if self.threads == 1 else min(count, 8 * self.threads)
         queue = new_queue(count, parts, self.threads)
         share(
-            lambda _, worker: loop((queue, worker), *self.where, *arguments), parts, self.threads,
+            lambda _, worker: loop((queue, worker), self.where, self.channels_last, *arguments), parts, self.threads,
             lambda: bool(drain(queue)),
         )  # fmt: skip
 
@@ -185,38 +190,40 @@ class CompiledWork(Work):
 
     # Forward
 
-    def _kind(self) -> tuple[Any, ...]:
-        at = self.where[1]
-        return (True if self.layout.alike and at[0] == at[1] else None, self.layout.residual, self.act)
+    def _kind(self, backward: bool = False) -> tuple[Any, ...]:
+        """Return the fields of numba_geometry.Kind."""
+        inplace = not backward and self.layout.alike and self.addresses[X] == self.addresses[RESULT]
+        residual = self.call.residual is not None
+        training = backward and self.call.training
+        return (True if inplace else None, True if residual else None, self.act, True if training else None)
 
     def forward(self, eps: float, variance: np.ndarray | None) -> None:
-        kind, least = self._kind(), least_mean_square(eps)
+        kind, least, sums = self._kind(), least_mean_square(eps), tuple(self.partials)
         variance = nothing(self.dtype) if variance is None else variance
 
         def join(first: int, last: int) -> None:
-            shape, counts = self.layout.shape, self.layout.counts
-            forward_join(shape, counts, first, last, *self.partials, eps, *self.planes[3:], variance)
+            sums = tuple(self.partials)
+            forward_join(self.geometry, self.layout.counts, first, last, sums, eps, self.planes, variance)
 
         self.run(
-            (forward_tiles, (least, *self.partials)), join, (forward_results, (*kind, *self.planes)),
-            (forward_planes, (*kind, eps, least, *self.planes, variance)),
+            (forward_tiles, (least, sums)), join, (forward_results, (kind, self.planes)),
+            (forward_planes, (kind, self.planes, eps, least, variance)),
         )  # fmt: skip
 
     def normalize(self) -> None:
-        self.share((forward_results, (*self._kind(), *self.planes)), self.blocks * self.tiles)
+        self.share((forward_results, (self._kind(), self.planes)), self.blocks * self.tiles)
 
     # Backward
 
     def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        kind, sums = (self.layout.residual, self.act), (sum_g, sum_g_xhat)
-        training = True if self.call.training else None
+        kind, plane_sums = self._kind(backward=True), (sum_g, sum_g_xhat)
 
         def join(first: int, last: int) -> None:
-            backward_join(self.layout.shape, first, last, *self.partials[:2], *self.planes[3:], *sums)
+            backward_join(self.geometry, first, last, tuple(self.partials[:2]), self.planes, plane_sums)
 
-        results = (*kind, training, *self.planes, *sums)
+        results = (kind, self.planes, plane_sums)
         self.run(
-            (backward_tiles, (*kind, *self.planes, *self.partials[:2])), join, (backward_results, results),
+            (backward_tiles, (kind, self.planes, tuple(self.partials[:2]))), join, (backward_results, results),
             (backward_planes, results),
         )  # fmt: skip
 
@@ -244,33 +251,29 @@ class MovedWork(CompiledWork):
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         """Distribute the boxes over the threads, whatever the number of planes or tiles."""
         loop, arguments = step
-        like, addresses, _, runs, shape, _ = self.where
         windows = self.layout.windows
         assert windows is not None
         boxes = windows.boxes(self.threads)
-        address = loop((new_queue(0, 0, 1), 0), *self.where, *arguments)
-        number = len(boxes.table)
+        address = loop((new_queue(0, 0, 1), 0), self.where, None, *arguments)
+        number, arrays = len(boxes.table), len(self.addresses)
         queue = new_queue(number, number, self.threads)
-        reads = 1 if loop is forward_tiles else len(addresses)
+        reads = 1 if loop is forward_tiles else arrays
         writes = loop not in (forward_tiles, backward_tiles)
 
         def work(_: Iterator[int], worker: int) -> None:
-            buffer = np.empty(len(addresses) * boxes.buffer_size, like.dtype)
-            go_through((queue, worker), address, reads, writes, like, addresses, buffer, boxes, runs, shape, arguments)
+            buffer = np.empty(arrays * boxes.buffer_size, self.layout.like.dtype)
+            go_through((queue, worker), address, self.where, buffer, boxes, reads, writes, arguments)
 
         share(work, number, self.threads, lambda: bool(drain(queue)))
 
 
-def work_of(call: Saved, arrays: list[Array], backward: bool) -> CompiledWork | None:
-    """Return the work of a call, or None if the loops cannot address the arrays.
-
-    arrays: x, y and a residual if given; backward x, dx, dy, and a residual and its gradient if given.
-    """
-    x = arrays[0]
-    layout = layout_of(x.dtype, x.shape, tuple([a.strides for a in arrays]), backward)
+def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:
+    """Return the work of a call, or None if the loops cannot address the arrays."""
+    x = arrays.x
+    layout = layout_of(x.dtype, x.shape, tuple([None if a is None else a.strides for a in arrays]))
     if not layout.usable:
         return None
-    addresses = [address_of(a) for a in arrays]
+    addresses = [address_of(x if a is None else a) for a in arrays]
     if reduce(operator.or_, addresses) % x.itemsize:
         return None
     return (MovedWork if layout.windows else CompiledWork)(call, layout, np.array(addresses))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .._types import Array, Saved, empty_like, math_dtype
+from .blocking import Arrays
 from .numba_moves import go_through
 from .numba_path import CompiledWork, Layout, work_of
 from .numba_tasks import drain, new_queue
@@ -30,14 +31,11 @@ class Rehearsal(CompiledWork):
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         loop, arguments = step
         queue = new_queue(0, 0, 1), 0
-        self.steps.append(partial(loop, queue, *self.where, *arguments))
+        self.steps.append(partial(loop, queue, self.where, self.channels_last, *arguments))
         windows = self.layout.windows
         if windows is not None:
-            like, addresses, _, runs, shape, _ = self.where
-            buffer = np.empty(0, like.dtype)
-            self.steps.append(
-                lambda: go_through(queue, 0, 0, True, like, addresses, buffer, windows.boxes(1), runs, shape, arguments)
-            )
+            buffer = np.empty(0, self.layout.like.dtype)
+            self.steps.append(lambda: go_through(queue, 0, self.where, buffer, windows.boxes(1), 0, True, arguments))
 
     def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
         self.steps.append(partial(join, 0, 0))
@@ -57,19 +55,20 @@ def rehearsals(
     found: list[tuple[str, Callable[[], Any]]] = []
     y, none = empty_like(x, np.empty), np.empty((0, x.shape[1]), math_dtype(x.dtype))
 
-    def rehearse(what: str, training: bool, arrays: list[Array | None], backward: bool = False) -> None:
-        call = Saved(x, none, none, None, None, training, none, activation, negative_slope)
-        given = [array for array in arrays if array is not None]
-        work = work_of(call, given, backward)
+    def rehearse(what: str, training: bool, arrays: Arrays) -> None:
+        call = Saved(x, none, none, None, None, training, none, activation, negative_slope, arrays.residual)
+        work = work_of(call, arrays)
         if work is None:
             return
         layouts = [work.layout]
         moved = work.layout.windows is not None
-        other = Layout(x.dtype, x.shape, tuple(a.strides for a in given), backward, 1 if moved else sys.maxsize)
+        strides = tuple(None if a is None else a.strides for a in arrays)
+        other = Layout(x.dtype, x.shape, strides, 1 if moved else sys.maxsize)
         if (other.windows is not None) != moved:  # other arrays may have longer or shorter runs
             layouts.append(other)
+        backward = arrays.dy is not None
         for layout in layouts:
-            rehearsal = Rehearsal(call, layout, work.where[1])
+            rehearsal = Rehearsal(call, layout, work.addresses)
             if backward:
                 rehearsal.backward(none, none)
             elif training:
@@ -79,10 +78,10 @@ def rehearsals(
             found.extend((what, step) for step in rehearsal.steps)
 
     trained = math.prod(x.shape[2:]) > 1
-    rehearse("forward", trained, [x, y, residual])  # updates of running statistics use the same loops
-    rehearse("forward in place", trained, [x, x, residual])
-    gradients = [y, residual, y] if residual is not None and activation is not None else [y]
+    rehearse("forward", trained, Arrays(x, y, residual=residual))  # updates of running statistics use the same loops
+    rehearse("forward in place", trained, Arrays(x, x, residual=residual))
+    gradients = Arrays(x, y, y, residual, y) if residual is not None and activation is not None else Arrays(x, y, y)
     if trained:
-        rehearse("backward", True, [x, y, *gradients], backward=True)
-    rehearse("backward with running statistics", False, [x, y, *gradients], backward=True)
+        rehearse("backward", True, gradients)
+    rehearse("backward with running statistics", False, gradients)
     return found

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._types import Array, Saved
 from .blocking import Index
 from .numpy_path import PRODUCT, RESULT, G, NumpyWork, V, X
+
+
+class DoubleArrays(NamedTuple):
+    """The arrays of a double backward; result is dx."""
+
+    x: Array
+    result: Array
+    dy: Array
+    ddy: Array
+    ddx: Array | None = None
 
 
 class DoubleBackwardWork(NumpyWork):
@@ -27,9 +37,9 @@ class DoubleBackwardWork(NumpyWork):
 
     buffers = 5  # xhat, g, v, a product, and a result that cannot be computed in place
 
-    def __init__(self, call: Saved, arrays: list[Array], ddweight: Array | None, ddbias: Array | None):
+    def __init__(self, call: Saved, arrays: DoubleArrays, ddweight: Array | None, ddbias: Array | None):
         super().__init__(call, arrays)
-        self.g, self.ddy, self.u = arrays[2], arrays[3], arrays[4] if len(arrays) == 5 else None
+        self.g, self.ddy, self.u = self.arrays.dy, self.arrays.ddy, self.arrays.ddx
         self.ddweight, self.ddbias = ddweight, ddbias
 
     def double_backward(self, sums: np.ndarray) -> None:

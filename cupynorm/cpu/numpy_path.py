@@ -14,7 +14,7 @@ from .._checks import overlap
 from .._types import Array, Saved
 from ..config import get_num_threads
 from . import halves
-from .blocking import Index, Work, least_mean_square, tile_slices
+from .blocking import Index, Work, least_mean_square, merged_axes, tile_slices
 from .numpy_activations import activate, scratch_blocks, times_slope
 from .thread_pool import share
 
@@ -55,9 +55,11 @@ class NumpyWork(Work):
     pays = 2**19  # elements from which on a second thread pays: waking it takes up to 50 microseconds
     buffers = 3  # scratch blocks, without the activation's
 
-    def __init__(self, call: Saved, arrays: list[Array]):
-        self.call, self.arrays, self.dtype = call, arrays, call.rstd.dtype
-        self.x, self.result = arrays[:2]
+    def __init__(self, call: Saved, arrays: Any):
+        """arrays: Arrays, or the DoubleArrays of a double backward."""
+        self.call, self.dtype = call, call.rstd.dtype
+        self.arrays = arrays._make(merged_axes(arrays))
+        self.x, self.result = self.arrays.x, self.arrays.result
         self.threads = 1 if self.x.size < self.pays else get_num_threads()
         self.limit = BLOCK_BYTES // self.dtype.itemsize
         n, c, *spatial = self.x.shape
@@ -310,17 +312,17 @@ class NumpyWork(Work):
         if intercept is not None:
             self._each(np.add, out, intercept.astype(self.dtype, copy=False), out)
         if self.call.residual is not None:
-            out += self._read(self.arrays[2 if len(self.arrays) == 3 else 3], index, buffer)
+            out += self._read(self.arrays.residual, index, buffer)
 
     # Forward
 
     def forward(self, eps: float, variance: np.ndarray | None) -> None:
         self.eps, self.variance = eps, variance
-        self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays[2])
+        self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays.residual)
         self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
 
     def normalize(self) -> None:
-        self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays[2])
+        self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays.residual)
         self.share(self.apply_forward, self.blocks * self.tiles)
 
     def _index(self, item: int) -> tuple[Index, Index, int]:
@@ -401,13 +403,13 @@ class NumpyWork(Work):
 
     def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
         self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
-        self.work_in_result = not overlap(self.result, self.arrays[2])
+        self.work_in_result = not overlap(self.result, self.arrays.dy)
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
 
     def _load(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return g (in scratch if it is not dy itself) and x."""
         call = self.call
-        g = dy = self._read(self.arrays[2], index, scratch[G])
+        g = dy = self._read(self.arrays.dy, index, scratch[G])
         x = self._read(self.x, index, scratch[X])
         if call.activation is not None:
             z, g, buffers = (
@@ -457,8 +459,8 @@ class NumpyWork(Work):
     ) -> None:
         """Compute dx = scale * (g - xhat * mean(g * xhat) - mean(g)), in place, beginning with x."""
         call = self.call
-        if len(self.arrays) == 5:
-            self._write(self.arrays[4], index, g, scratch[PRODUCT])
+        if self.arrays.dresidual is not None:
+            self._write(self.arrays.dresidual, index, g, scratch[PRODUCT])
         out = (
             self._target(self.result, index, scratch[X])
             if self.work_in_result

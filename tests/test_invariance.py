@@ -1,4 +1,4 @@
-"""The bits of a sample's results in any batch: always on a CPU, and on a GPU where that is set."""
+"""A sample's results have the same bits in every batch: always on a CPU, on a GPU if batch invariance is set."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind
 
 EIGHT = Device("eight", (9, 0), 8, 99 * 1024, 4 * 2**20, 4)
 THREE = Device("three", (9, 0), 3, 227 * 1024, 2**20)
-# 65 536 floats are what two multiprocessors hold in registers: four blocks each, 256 threads, eight vecs.
+# Two multiprocessors hold 65 536 floats in registers: four blocks each, 256 threads, eight vecs.
 LITTLE = Device("little", (7, 5), 2, 12 * 1024, 2**18)
 ROOMY = Device("roomy", (8, 0), 2, 150 * 1024, 2**18)
 
-#: Channels, positions, device: planes of every regime, whose number decides about some.
+#: Channels, positions, device: planes of every regime. For some of them N decides the regime.
 SHAPES = [
     (5, 21, EIGHT), (4, 129, EIGHT), (4, 997, EIGHT), (17, 997, EIGHT), (3, 4725, EIGHT), (3, 1000, EIGHT),
     (3, 20_001, THREE), (3, 30_011, EIGHT), (1, 30_011, EIGHT),
@@ -44,7 +44,7 @@ def _as_it_was() -> Iterator[None]:
 
 
 def results(backend: Backend, x: Any, dy: Any, weight: Any, double: bool) -> list[np.ndarray]:
-    """All that a call gives for its samples, forward, backward and double backward."""
+    """Return a call's results for its samples: forward, backward and double backward."""
     y, saved = cn.instance_norm_forward(x, weight)
     found = [y, saved.mean, saved.rstd, cn.instance_norm_backward(dy, saved)[0]]
     if double:
@@ -55,14 +55,14 @@ def results(backend: Backend, x: Any, dy: Any, weight: Any, double: bool) -> lis
 def unlike(
     backend: Backend, rng: np.random.Generator, dtype: str, layout: str, c: int, s: int, device: Device
 ) -> set[str]:
-    """Which samples, by themselves, have other results than as a part of a batch."""
+    """Return the slices of samples whose results differ by themselves and as a part of the batch."""
     backend.pretend(device)
     x, dy = (
         backend.array(reference.LAYOUTS[layout](rng.normal(size=(SAMPLES, c, s, 1)).astype(devices.dtype_of(dtype))))
         for _ in range(2)
     )
     weight = backend.array(rng.normal(size=c).astype(np.float32))
-    # The modules that the emulator builds for other tests.
+    # On the emulator only modules that other tests build, too.
     double = backend.name != "simt" or ((dtype, layout) == ("float16", "contiguous") and s > 256 and s % 8 > 0)
     whole = results(backend, x, dy, weight, double)
     found = set()
@@ -89,9 +89,9 @@ def test_a_sample_has_the_same_bits_in_any_batch(
         assert not unlike(backend, rng, dtype, layout, *shape), shape
 
 
-@on("simt")  # CPUs do so always, and a GPU may have too few multiprocessors
-def test_it_is_not_so_by_itself(backend: Backend, rng: np.random.Generator) -> None:
-    """Of what these shapes show: the size of the batch, and the place in it."""
+@on("simt")  # on CPUs bits never depend on the batch, and a GPU may have too few multiprocessors
+def test_bits_depend_on_the_batch_by_default(backend: Backend, rng: np.random.Generator) -> None:
+    """These shapes show that they depend on the size of the batch, and on the place in it."""
     cn.set_batch_invariant(False)
     assert unlike(backend, rng, "float32", "contiguous", 1, 30_000, EIGHT)
     assert not unlike(backend, rng, "float32", "contiguous", 32, 1000, EIGHT)
@@ -105,7 +105,7 @@ def planned(op: Op, n: int, c: int, s: int, dtype: str, kind: Kind, device: Devi
 
 
 def order(made: Plan) -> tuple[Any, ...]:
-    """What decides which values are added up first."""
+    """Return the facts that decide the order of additions."""
     step = made.steps[0]
     return made.regime, made.vec_size, step.name, step.tiles, step.vecs_per_thread, step.subdivision
 
@@ -134,8 +134,8 @@ def test_plans_do_not_depend_on_n(rng: np.random.Generator, op: Op) -> None:
             assert order(made) == of_one, (device.name, kind, dtype, n, c, s)
 
 
-def test_aligned_planes_cost_nothing_more() -> None:
-    """Where the size of the call decides nothing, the very same plan: a sample alone has blocks of 128 threads for 132
+def test_batch_invariance_is_free_for_aligned_planes() -> None:
+    """The plan is the same if N decides nothing: here a single sample has blocks of 128 threads for 132
     multiprocessors."""
     for shape in ((64, 132, 64 * 64), (20, 300, 16), (2, 64, 2**22)):
         for op in ("forward", "backward"):
@@ -144,11 +144,11 @@ def test_aligned_planes_cost_nothing_more() -> None:
 
 
 @pytest.mark.parametrize("invariant", [False, True])
-def test_what_is_copied_for_it(invariant: bool) -> None:
-    """Never what lies as a new array does; and only what would be dealt out to threads otherwise."""
+def test_copies_for_batch_invariance(invariant: bool) -> None:
+    """Only arrays that would be partitioned otherwise than a new array are copied."""
 
     def copied(c: int, channels: int, misalignment: int = 0) -> bool:
-        """Of an array whose positions have room for more channels than its own."""
+        """Return True if an array of c channels, sliced from one of `channels`, is copied."""
         strides = channels * 84, 4, channels * 28, channels * 4
         desc = ArrayDesc((2, c, 3, 7), strides, 4, misalignment)
         kind, _, (copy,) = choose_layout((desc,), invariant)
@@ -157,7 +157,7 @@ def test_what_is_copied_for_it(invariant: bool) -> None:
 
     assert not copied(8, 8)
     assert not copied(8, 16)
-    assert not copied(6, 6)  # no vecs of 16 bytes begin alike: channels one by one
+    assert not copied(6, 6)  # 6 channels are no whole vecs, so they are read one by one
     assert not copied(6, 9, 4)
     assert copied(8, 9) == copied(8, 16, 4) == invariant
     for made in (
@@ -167,22 +167,22 @@ def test_what_is_copied_for_it(invariant: bool) -> None:
 
 
 @pytest.mark.long
-def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
+def test_explain_names_n(rng: np.random.Generator) -> None:
     def told(shape: tuple[int, ...], dtype: str = "float32") -> str:
         lines = cn.explain(np.empty(shape, dtype), device="H100").splitlines()
         return next(line for line in lines if "bits" in line).split(": ", 1)[1]
 
     assert told((4, 64, 128, 128)) == "the same in every batch"
-    # Blocks of 128 threads where there are 132 of them, for as many multiprocessors.
-    assert told((4, 64, 64, 64)) == "depend on N (these are those of N = 3 or more) (cupynorm.set_batch_invariant)"
-    assert told((2, 64, 64, 64)) == "depend on N (these are those of N = 1 to 2) (cupynorm.set_batch_invariant)"
+    # Blocks of 128 threads if there is one for each of 132 multiprocessors.
+    assert told((4, 64, 64, 64)) == "depend on N (the same for N = 3 or more) (cupynorm.set_batch_invariant)"
+    assert told((2, 64, 64, 64)) == "depend on N (the same for N = 1 to 2) (cupynorm.set_batch_invariant)"
     assert told((8, 256, 7, 7)) == "the same in every batch"
-    where = "the place of its planes between 16-byte borders"
+    where = "the addresses of its planes modulo 16 bytes"
     assert told((4, 300, 35, 45)) == f"depend on {where} (cupynorm.set_batch_invariant)"
-    # Warps for twice 132 planes, blocks of 128 threads for 132.
-    assert told((4, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 1 to 43)")
-    assert told((50, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 44 to 87)")
-    assert told((88, 3, 27, 27)).startswith(f"depend on {where} and on N (these are those of N = 88 or more)")
+    # Warps from 2 x 132 planes on, blocks of 128 threads from 132 on.
+    assert told((4, 3, 27, 27)).startswith(f"depend on {where} and on N (the same for N = 1 to 43)")
+    assert told((50, 3, 27, 27)).startswith(f"depend on {where} and on N (the same for N = 44 to 87)")
+    assert told((88, 3, 27, 27)).startswith(f"depend on {where} and on N (the same for N = 88 or more)")
     for n in (2,) if tiers.asked == "default" else (1, 2, 40, 88, 1000):
         shape = (n, int(rng.integers(1, 4)), 2 * int(rng.integers(500, 500_000)))
         text = told(shape)
@@ -202,7 +202,7 @@ def test_explain_tells_for_which_n(rng: np.random.Generator) -> None:
         assert n in said or "..." in parts
         assert [m for m in range(1, 99) if m in said] == (alike if "..." not in parts else sorted(said & set(alike)))
     cn.set_batch_invariant(True)
-    assert told((4, 3, 27, 27)) == "the same in every batch, as set"
+    assert told((4, 3, 27, 27)) == "the same in every batch, since batch invariance is set"
 
 
 def desc(*shape: int) -> Any:

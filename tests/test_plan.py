@@ -1,6 +1,6 @@
-"""Plans: launchable on every device for every shape, and true to what they promise.
+"""Plans can be launched on every device for every shape, and say how many accesses their kernels make.
 
-`python tests/test_plan.py` writes the plans in plans.json anew.
+`python tests/test_plan.py` rewrites the plans in plans.json.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ SHAPES = [
     (1, 1, 2), (1, 1, 2**24), (1, 1, 2**31 + 1), (1, 3, 2**33 + 7), (1, 32, 1080 * 1920), (2, 320, 64), (2, 3, 49),
     (3, 5, 1575), (12, 512, 16), (12, 512, 1024), (20, 64, 184 * 248), (20, 100, 1575), (2, 32, 128**3), (32, 80, 5325),
     (10_000_000, 3, 4), (70_000, 70_000, 2), (2**33, 2, 2), (1, 1, 57_000), (1, 1, 58_112), (200, 300, 29_000),
-    # Subwarps: every size of one, and the largest of each dtype.
+    # Subwarps: every subwarp_size, and the largest plane of each dtype.
     (64, 96, 7), (64, 96, 33), (64, 96, 63), (1000, 3, 65), (1000, 3, 127), (64, 96, 128), (3, 1, 255), (64, 96, 256),
-    # Between the shared memory of one block and that of all.
+    # Between the shared memory of one block and that of the whole device.
     (1, 3, 20_000), (1, 1, 30_000), (4, 67, 60_000), (55, 1, 50_000), (4, 1, 500_000), (7, 9, 900_000), (1, 1, 17_409),
     (2, 2, 2_500_001), (3, 1, 6_000_000), (8, 1, 1), (2**28, 16, 500_000),
 ]  # fmt: skip
 OPS: tuple[Op, ...] = ("forward", "backward", "normalize", "frozen_backward")
 DOUBLE: tuple[Op, ...] = ("double_backward", "frozen_double_backward")
 KINDS: tuple[Kind, ...] = ("channels_first", "channels_last")
-#: Epilogue and residual. A residual alone has an epilogue of no activation, and needs none backward.
+#: Epilogue and residual. A residual alone has an epilogue without activation, and no epilogue in backward.
 EPILOGUES = [(0, False), (1, False), (1, True), (3, True)]
 
 
@@ -76,7 +76,7 @@ def _plan(
 
 @cache
 def _named(name: str) -> Variant | None:
-    """The variant of a step; None of merges and sums over N, which have none."""
+    """Return the variant of a step; None for merges and sums over N, which have none."""
     found = [variant for variants in VARIANTS.values() for variant in variants if name.endswith("_" + variant.name)]
     return found[0] if found else None
 
@@ -86,7 +86,7 @@ def _variant_of(step: Step) -> Variant | None:
 
 
 def _shared(made: Plan, step: Step, variant: Variant | None, s: int, residual: bool) -> int:
-    """Dynamic shared memory of a block, counted in the kernels' text."""
+    """Return the dynamic shared memory of a block, worked out from the kernels' source."""
     size = ITEMSIZE[made.dtype]
     math_size = 8 if made.dtype == "float64" else 4
     warps = step.threads // 32
@@ -95,16 +95,15 @@ def _shared(made: Plan, step: Step, variant: Variant | None, s: int, residual: b
             return warps * (6 if step.module == "double_split" else 1) * 8
         return step.threads * (24 if step.module == "split" else 2 * 8)
     if variant.scope == "subwarp":
-        # staging.cuh: the run of a warp's planes, wherever it lies between 16-byte borders, in a buffer for each array.
+        # staging.cuh: a buffer for each array, for the run of a warp's planes at any address modulo 16 bytes.
         wide = 16 // size
         words = max(math.ceil((at + 32 // step.subwarp_size * s) / wide) for at in range(wide))
         buffers = 1 + residual if made.op == "forward" else 3 if made.op in DOUBLE else 2 + 2 * residual
         return warps * buffers * words * 16
     if variant.scope == "warp" or step.name.startswith(("normalize", "apply")):
         return 0
-    # Sums over a block: two areas in turns forward, one backward; a number for each warp, channel vec and plane of a
-    # thread.
-    # Forward two at once, of the values about the mean and of their squares (moments.cuh).
+    # Sums over a block: forward two areas used in turn, backward one; a number for each warp, channel vec and plane of
+    # a thread. Forward adds up two quantities at once, the values about the mean and their squares (moments.cuh).
     channel_vecs, planes = (1, 1) if made.kind == "channels_first" else (step.channel_vecs, made.vec_size)
     forward = made.op == "forward"
     quantities = {
@@ -131,7 +130,7 @@ def _shared(made: Plan, step: Step, variant: Variant | None, s: int, residual: b
 def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Device, residual: bool) -> None:
     n, c, s = shape
     variant = _variant_of(step)
-    # What the hardware takes.
+    # The hardware's limits.
     blocks = step.grid[0] * step.grid[1]
     assert 1 <= step.grid[0] <= MAX_GRID
     assert 1 <= step.grid[1] <= 65535
@@ -142,8 +141,8 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
     assert 1 <= step.cluster <= device.cluster
     assert step.grid[0] % step.cluster == 0
     if step.cooperative:
-        # All at once: as many on each multiprocessor as the kernel is compiled for, and as have room in what a block
-        # alone may have of its shared memory (1 KB of each block is the driver's).
+        # All blocks are resident: at most as many on each multiprocessor as the kernel is compiled for, and as fit in
+        # the shared memory that a single block may use (1 KB of each block is the driver's).
         assert step.grid == (blocks, 1)
         assert variant is not None
         each = 1
@@ -153,7 +152,7 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
         assert blocks <= device.sm_count * each
         assert each * (step.shared + 1024) <= device.shared_per_block + 1024
     if variant is None:
-        # A block for each plane of a round, or for 32 channels.
+        # One block for each plane of a round, or for each 32 channels.
         width = 1 if made.kind == "channels_first" else made.vec_size * made.steps[0].channel_vecs
         planes = min(n * c, (made.at_a_time or made.channel_tiles) * width)
         assert blocks >= (math.ceil(c / 32) if step.module == "channels" else planes)
@@ -165,7 +164,7 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
     )
     assert exists(variant, step.module, made.dtype, made.kind, 0 if step.plain else made.epilogue, made.misaligned)
     assert step.cooperative == (variant.scope == "grid")
-    # Nobody is left out: channel tiles for all planes, scopes for all channel tiles, threads for all scopes.
+    # Nothing is left out: channel tiles cover all planes, scopes all channel tiles, threads all scopes.
     per_channel_tile = 1 if made.kind == "channels_first" else made.vec_size * step.channel_vecs
     assert made.channel_tiles == n * math.ceil(c / per_channel_tile)
     at_once = made.at_a_time or made.channel_tiles
@@ -180,7 +179,7 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
         assert (blocks - 1) * step.threads // step.subwarp_size < step.scopes
         return
     threads = 32 if variant.scope == "warp" else step.threads
-    if variant.scope == "grid":  # they serve channel tile after channel tile
+    if variant.scope == "grid":  # a group serves one channel tile after the other
         groups = blocks // step.tiles
         assert blocks == groups * step.tiles
         assert 1 <= groups <= made.channel_tiles
@@ -188,12 +187,12 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
         assert blocks * step.threads >= step.scopes * threads
     if variant.scope == "cluster":
         assert step.tiles == step.cluster
-    # All elements of a plane, in all of its tiles.
+    # The tiles hold all elements of a plane.
     assert threads % step.channel_vecs == 0
     held = step.tiles * (step.vecs_per_thread or variant.vecs_per_thread) * threads // step.channel_vecs
     assert held * (made.vec_size if made.kind == "channels_first" else 1) >= s
     if variant.residency == "registers" and step.vecs_per_thread:
-        # Each block of a group takes as many vecs as its tile needs, at most those it has registers for.
+        # Each block of a group takes as many vecs as its tile needs, at most as many as it has registers for.
         assert (
             step.vecs_per_thread <= variant.vecs_per_thread
             if variant.grouped
@@ -201,8 +200,8 @@ def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Dev
         )
 
 
-#: Accesses of global memory per element: plain; with a residual; split; split with a residual. The gradient of a
-#: residual is written, and in the split regime read in place of dy.
+#: Accesses of global memory per element: plain; with a residual; split; split with a residual. Backward writes
+#: dresidual, and a split reads it instead of dy on its second pass.
 ACCESSES = {
     "forward": (2, 3, 3, 4),
     "backward": (3, 5, 5, 7),
@@ -214,8 +213,8 @@ ACCESSES = {
 
 
 def test_known_devices() -> None:
-    """Written out once more, in bytes, as a driver tells sizes; no device has been asked. The largest cluster has 8
-    blocks where it is portable, 16 where more are allowed."""
+    """The same numbers in bytes, as a driver reports them; no device was asked. The largest cluster has 8 blocks, or 16
+    where non-portable sizes are allowed."""
     assert set(DEVICES.values()) == {
         Device("T4", (7, 5), 40, 65536, 4194304),
         Device("V100", (7, 0), 80, 98304, 6291456),
@@ -253,7 +252,7 @@ def test_every_shape_gets_a_launchable_plan(op: Op, device: Device) -> None:
 
 
 def test_gradients_without_sums() -> None:
-    """Tracked eval reads x only for sums or for an activation's mask."""
+    """With frozen statistics, backward reads x only for sums or for an activation's mask."""
     d = DEVICES["H100"]
     for sums, epilogue, residual, accesses in [
         (True, 0, False, 3), (False, 0, False, 2), (False, 1, False, 3), (False, 1, True, 5), (True, 1, True, 5),
@@ -266,7 +265,7 @@ def test_gradients_without_sums() -> None:
 def _regimes(
     op: Op, device: str, dtype: str, sizes: list[int], planes: int = 4096, epilogue: int = 0, aligned: bool = True
 ) -> list[str]:
-    """Regimes of channels-first planes; of clusters, their size."""
+    """Return the regimes of channels-first planes, with the size of a cluster in place of its name."""
     made = [_plan(op, (1, planes, s), dtype, "channels_first", DEVICES[device], aligned, epilogue) for s in sizes]
     return [
         p.regime.replace("cluster", str(p.steps[0].cluster)) if _grouped(p) else p.regime.replace("-registers", "")
@@ -279,18 +278,18 @@ def _grouped(made: Plan) -> bool:
 
 
 def _blocks(op: Op, planes: int, size: int) -> str:
-    """Scope, threads and vecs of a thread of channels-first float32 planes on an H100."""
+    """Return scope, threads and vecs per thread of channels-first float32 planes on an H100."""
     made = _plan(op, (1, planes, size), "float32", "channels_first", DEVICES["H100"])
     return made.steps[0].name.removeprefix(f"{op}_").replace("_registers", "")
 
 
-#: The largest plane, in elements, of each regime of a large channels-first batch: of a device, dtype, op and epilogue.
-#: A subwarp takes 128 elements and 512 B. Registers: 8 vecs of 16 B a thread (of a warp backward 4), of 32
-#: threads of a warp, 512 of a block, 256 of each block of a cluster; of the grid 256 of as many blocks as all
-#: multiprocessors hold at once: 4 each (resident_threads: 1024), 3 with the light epilogue (768), 2 with others and
-#: backward (512).
-#: Shared memory: as many vecs for each of 512 threads as fit, in all blocks of the group; a block has all of a
-#: multiprocessor's where registers leave no room for a second one (resident_threads: 512). Beyond the last: split.
+#: The largest plane, in elements, of each regime of a large channels-first batch, for a device, dtype, op and epilogue.
+#: A subwarp takes at most 128 elements and 512 B. Registers: 8 vecs of 16 B per thread (warps in backward: 4), for the
+#: 32 threads of a warp, 512 of a block, 256 of each block of a cluster, and for the grid 256 of each of its resident
+#: blocks; a multiprocessor holds 4 of these (resident_threads: 1024), 3 with the light epilogue (768), 2 with others
+#: and in backward (512).
+#: Shared memory: as many vecs for each of 512 threads as fit, in all blocks of the group; a block has all of its
+#: multiprocessor's if registers leave no room for a second one (resident_threads: 512). Larger planes are split.
 VARIANT_BORDERS = {
     ("H100", "float32", "forward", 0): {
         "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
@@ -324,7 +323,7 @@ VARIANT_BORDERS = {
         "subwarp": 128, "warp": 1024, "block": 32_768, "4-registers": 65_536, "8-registers": 131_072,
         "16-registers": 262_144, "grid-registers": 132 * 2 * 16_384, "grid-shared": 7_569_408,
     },
-    # 16-bit with an activation: no more than 4 vecs of x and of dy in registers (variants.exists).
+    # 16-bit with an activation: at most 4 vecs of x and of dy in registers (variants.exists).
     ("H100", "bfloat16", "backward", 1): {
         "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 57_344, "2-shared": 114_688, "4-shared": 229_376,
         "8-shared": 458_752, "16-shared": 917_504, "grid-shared": 7_569_408,
@@ -334,7 +333,7 @@ VARIANT_BORDERS = {
         "subwarp": 128, "warp": 384, "block": 4096, "block-shared": 18_432, "2-shared": 36_864, "4-shared": 73_728,
         "8-shared": 147_456, "16-shared": 294_912, "grid-shared": 2_433_024,
     },
-    # No clusters: a block may have all 163 KB.
+    # Without clusters a block may use all 163 KB.
     ("A100", "float32", "forward", 0): {
         "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 40_960, "grid-registers": 108 * 4 * 8192,
         "grid-shared": 4_423_680,
@@ -347,7 +346,7 @@ VARIANT_BORDERS = {
     ("V100", "float32", "forward", 0): {
         "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 22_528, "grid-registers": 80 * 4 * 8192,
     },
-    # 64 KB are less than a block's registers hold too.
+    # 64 KB are also less than a block's registers hold.
     ("T4", "float32", "forward", 0): {"subwarp": 128, "warp": 1024, "block": 16_384, "grid-registers": 40 * 4 * 8192},
     ("T4", "float32", "backward", 0): {"subwarp": 128, "warp": 512, "block": 16_384, "grid-registers": 40 * 2 * 8192},
     ("L4", "float32", "forward", 0): {
@@ -361,12 +360,12 @@ VARIANT_BORDERS = {
         "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "16-registers": 131_072, "grid-registers": 148 * 4 * 8192, "grid-shared": 8_486_912,
     },
-    # Clusters of at most 8; half of 99 KB is less than registers hold, and so are 99 KB of all multiprocessors.
+    # Clusters of at most 8; half of 99 KB is less than registers hold, and so are 99 KB in each multiprocessor.
     ("RTX 5090", "float32", "forward", 0): {
         "subwarp": 128, "warp": 1024, "block": 16_384, "4-registers": 32_768, "8-registers": 65_536,
         "grid-registers": 170 * 4 * 8192,
     },
-    # With an activation, 8 clustered blocks of 99 KB each and all multiprocessors' shared memory instead.
+    # With an activation the shared memory of 8 clustered blocks, 99 KB each, and of all multiprocessors holds them.
     ("RTX 5090", "bfloat16", "backward", 2): {
         "subwarp": 128, "warp": 1024, "block": 16_384, "block-shared": 24_576, "2-shared": 49_152, "4-shared": 98_304,
         "8-shared": 196_608, "grid-shared": 4_177_920,
@@ -375,8 +374,8 @@ VARIANT_BORDERS = {
 
 
 @pytest.mark.parametrize(("device", "dtype", "op", "epilogue"), VARIANT_BORDERS, ids=str)
-def test_the_order_of_scopes(device: str, dtype: str, op: Op, epilogue: int) -> None:
-    """Scopes grow with the plane: what a large batch gets on both sides of each border."""
+def test_scopes_grow_with_the_plane(device: str, dtype: str, op: Op, epilogue: int) -> None:
+    """The regime of a large batch on both sides of each border."""
     borders = VARIANT_BORDERS[device, dtype, op, epilogue]
     regimes = [*borders, "split"]
     sizes = [size for border in borders.values() for size in (border, border + 1)]
@@ -384,7 +383,7 @@ def test_the_order_of_scopes(device: str, dtype: str, op: Op, epilogue: int) -> 
     assert _regimes(op, device, dtype, sizes, epilogue=epilogue) == expected
 
 
-#: The largest plane of each block in registers, of a large channels-first float32 batch: threads times vecs times 4.
+#: The largest plane that each variant holds in registers, for a large channels-first float32 batch: threads x vecs x 4.
 BLOCK_BORDERS = {
     "forward": {
         "warp_128x1": 128, "warp_128x2": 256, "warp_128x4": 512, "warp_128x8": 1024, "block_64x8": 2048,
@@ -398,16 +397,16 @@ BLOCK_BORDERS = {
 
 
 @pytest.mark.parametrize("op", BLOCK_BORDERS)
-def test_the_blocks_in_registers(op: Op) -> None:
+def test_capacities_of_blocks_in_registers(op: Op) -> None:
     variants = list(BLOCK_BORDERS[op])
     for (variant, border), larger in zip(BLOCK_BORDERS[op].items(), variants[1:], strict=False):
-        if border > 128:  # where a subwarp would have it
+        if border > 128:  # smaller planes go to subwarps
             assert _blocks(op, 4096, border) == variant
         assert _blocks(op, 4096, border + 1) == larger
 
 
-def test_elements_of_a_thread_of_a_subwarp() -> None:
-    """Forward 16 elements a thread; 8 of planes of less than 32 floats or doubles. Backward, and twice, always 8."""
+def test_elements_per_thread_of_subwarps() -> None:
+    """Forward 16, but 8 for planes of less than 32 floats or doubles; backward and double backward always 8."""
     d = DEVICES["H100"]
     for dtype, size, expected_forward in [
         ("float32", 31, 8), ("float32", 32, 16), ("float64", 31, 8), ("float64", 32, 16), ("bfloat16", 31, 16),
@@ -417,36 +416,36 @@ def test_elements_of_a_thread_of_a_subwarp() -> None:
             made = _plan(op, (64, 96, size), dtype, "channels_first", d)
             assert (made.regime, made.steps[0].vecs_per_thread) == ("subwarp-registers", expected), (op, dtype, size)
             assert made.steps[0].subwarp_size == max(1, 2 ** math.ceil(math.log2(size / expected)))
-    # 128 elements at the most, and 512 B.
+    # At most 128 elements and 512 B.
     for dtype, most in (("float16", 128), ("float32", 128), ("float64", 64)):
         assert _plan("forward", (64, 96, most), dtype, "channels_first", d).regime == "subwarp-registers"
         assert _plan("forward", (64, 96, most + 1), dtype, "channels_first", d).regime == "warp-registers"
 
 
 def test_few_planes_get_a_larger_scope() -> None:
-    """A handful of planes would leave the device idle with a warp, a block, or a small cluster for each."""
+    """With few planes, one warp, block or small cluster for each would leave the device idle."""
     sizes = [1000, 20_000, 50_000, 100_000, 200_000]
     grown = ["4-registers", "8-registers", "16-registers", "grid-registers"]
     for op, size in (("forward", 1000), ("backward", 500)):
         sizes = [size, 20_000, 50_000, 100_000, 200_000]
-        # A warp for each while there are two for a multiprocessor, of 132. A cluster of 4 takes over from 17 planes:
-        # then more than half of the multiprocessors have a block; of 8 from 9, of 16 from 5.
+        # Planes get a warp each if there are two for each of 132 multiprocessors. Clusters of 4 are used from 17 planes
+        # on, when more than half of the multiprocessors have a block; of 8 from 9, of 16 from 5.
         for planes, smallest in [(264, 0), (263, 0), (17, 0), (16, 1), (9, 1), (8, 2), (5, 2), (4, 3), (1, 3)]:
             expected = ["warp" if planes == 264 else "block", *(grown[max(i, smallest)] for i in range(4))]
             assert _regimes(op, "H100", "float32", sizes, planes) == expected, (op, planes)
-    # The same of clusters that keep their tiles in shared memory, and of a block that does (67 planes of 132).
+    # The same for clusters and blocks (67 planes, of 132) that keep their tiles in shared memory.
     sizes = [20_000, 100_000, 200_000, 400_000]
     for planes, smallest in [(67, 1), (66, 2), (34, 2), (33, 4), (17, 4), (16, 8), (9, 8), (8, 16), (5, 16), (4, 0)]:
         expected = ["grid" if not smallest else "block" if tiles == smallest == 1 else str(max(tiles, smallest))
                     for tiles in (1, 2, 4, 8)]  # fmt: skip
         made = _regimes("backward", "H100", "bfloat16", sizes, planes, epilogue=1)
         assert made == [f"{scope}-shared" for scope in expected], planes
-    # A plane that a warp holds in one vec a thread stays with it.
+    # A plane that a warp holds in one vec per thread stays with it.
     assert _regimes("forward", "H100", "float32", [129, 128], planes=1) == ["block", "subwarp"]
 
 
 def test_narrow_blocks_are_for_many_planes() -> None:
-    """Where there are not 128 threads of them for each of 132 multiprocessors, a wider block has the plane."""
+    """With less than 128 of their threads for each of 132 multiprocessors, wider blocks are chosen."""
     for op, wide, vecs in (("forward", "256x4", 8), ("backward", "256x4", 4)):
         small, large = 48 * vecs * 4, 96 * vecs * 4  # three quarters of what 64 and 128 threads hold
         assert _blocks(op, 264, small) == f"block_64x{vecs}"
@@ -458,7 +457,7 @@ def test_narrow_blocks_are_for_many_planes() -> None:
 
 
 def test_large_planes_keep_the_device_busy() -> None:
-    """Where there are 64 KB for each multiprocessor, most of them have a block from the start."""
+    """If there are 64 KB for each multiprocessor, most of them have a block from the start."""
     for device, op, (n, s) in itertools.product(
         DEVICES.values(),
         OPS[:2],
@@ -475,8 +474,8 @@ def test_large_planes_keep_the_device_busy() -> None:
                 assert 2 * blocks > device.sm_count, f"{op} {n} x {s} on {device.name}: {blocks} blocks, {made.regime}"
 
 
-def test_a_split_goes_through_l2() -> None:
-    """4096 x 4096 float32 fit no shared memory; as many planes at a time as half of L2 holds, one at the least."""
+def test_split_rounds_fit_in_l2() -> None:
+    """4096 x 4096 float32 exceed all shared memory. A round takes as many planes as half of L2 holds, at least one."""
     made = _plan("forward", (1, 16, 4096 * 4096), "float32", "channels_first", DEVICES["H100"])
     assert (made.regime, made.at_a_time) == ("split", 1)
     # 8 MB a plane, more than registers hold, on an L4 with 48 MB of L2: three of x in 24 MB, one of x and dy.
@@ -489,7 +488,7 @@ def test_a_split_goes_through_l2() -> None:
         assert merge.grid == (at_a_time, 1)
     made = _plan("forward", (1, 2, 2_000_000), "float32", "channels_first", DEVICES["L4"])
     assert made.at_a_time == 2
-    # 16-bit that are misaligned: 4 vecs of 8 each, and 7 elements more, of what lies before the first.
+    # Misaligned 16-bit planes: 4 vecs of 8 each per thread, and at most 7 elements before the first vec.
     made = _plan("backward", (1, 2, 8192 * 500), "bfloat16", "channels_first", DEVICES["L4"], aligned=False)
     assert (made.regime, made.steps[0].tiles) == ("split", 501)
     made = _plan("backward", (1, 2, 8192 * 500), "bfloat16", "channels_first", DEVICES["L4"])
@@ -503,7 +502,7 @@ def test_subwarps_take_dense_planes_only() -> None:
     assert plan("forward", (20, 8, 49), "float32", "channels_first", (x, y), d).regime == "warp-registers"
     assert plan("forward", (20, 8, 49), "float32", "channels_first", (y, x), d).regime == "warp-registers"
     assert plan("forward", (1, 8, 49), "float32", "channels_first", (x, y), d).regime == "subwarp-registers"
-    # One channel of many.
+    # One channel, sliced from many.
     x, y = Layout(16 * 49, 49, 1, 0), Layout(49, 49, 1, 0)
     assert plan("forward", (20, 1, 49), "float32", "channels_first", (x, y), d).regime == "warp-registers"
     assert plan("forward", (20, 1, 49), "float32", "channels_first", (y, y), d).regime == "subwarp-registers"
@@ -528,7 +527,7 @@ def test_access_width() -> None:
         assert made.vec_size == 4
         return made.misaligned
 
-    # A slice of channels into a contiguous result: other strides between samples, but the same alignment.
+    # A slice of channels and a contiguous result: other strides between samples, but the same alignment.
     y = Layout(4 * 49, 49, 1, 1)
     assert not misaligned(Layout(8 * 49, 49, 1, 1), y)
     assert misaligned(Layout(8 * 49, 49, 1, 2), y)
@@ -540,7 +539,7 @@ def _desc(array: np.ndarray) -> ArrayDesc:
     return ArrayDesc(array.shape, array.strides, array.itemsize, array.ctypes.data % 16)
 
 
-def test_what_is_read_in_place() -> None:
+def test_layouts_read_in_place() -> None:
     x = np.zeros((2, 8, 5, 6), np.float32)
     expected = {
         "contiguous": ("channels_first", False), "channels_last": ("channels_last", False),
@@ -555,7 +554,7 @@ def test_what_is_read_in_place() -> None:
         array = array[:, ::3] if name == "channel_slice" else array[::3] if name == "batch_slice" else array
         kind, _, copied = choose_layout((_desc(array),))
         assert (kind, copied[0]) == expected[name], name
-    # Backwards along N and C, and broadcast over them, is in place too; a byte off an element is not.
+    # Arrays reversed along N and C, or broadcast over them, are read in place; arrays a byte off are not.
     assert choose_layout((_desc(x[::-1, ::-1]),))[2] == (False,)
     assert choose_layout((_desc(np.broadcast_to(x[:1, :1], (3, 4, 5, 6))),))[2] == (False,)
     raw = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
@@ -563,7 +562,7 @@ def test_what_is_read_in_place() -> None:
 
 
 @pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
-def test_new_arrays_fit_their_kind(kind: Kind) -> None:
+def test_contiguous_desc(kind: Kind) -> None:
     made = contiguous_desc((2, 3, 4, 5), 4, kind)
     real = np.empty((2, 3, 4, 5), np.float32)
     if kind == "channels_last":
@@ -573,9 +572,9 @@ def test_new_arrays_fit_their_kind(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize(("op", "times"), [("forward", 2), ("backward", 2), ("double_backward", 3)])
-def test_variants_follow_closely(op: Op, times: int) -> None:
-    """Of the registers that a plane's scope holds it in, no more than half (double backward: two thirds) stay empty,
-    where planes are many. For few, a block of 256 threads holds as much as a narrow one, or as two of them.
+def test_variants_leave_few_registers_empty(op: Op, times: int) -> None:
+    """With many planes, at most half of a scope's registers for its plane are empty (double backward: two thirds). For
+    few planes, a block of 256 threads holds as much as a narrow one, or as two of them.
     """
     held = [
         r.size * r.vecs_per_thread * r.cluster
@@ -590,7 +589,7 @@ def test_variants_follow_closely(op: Op, times: int) -> None:
     wide = [r for r in VARIANTS[op] if r.scope == "block" and r.residency == "registers" and r.threads >= 256]
     narrow = [r for r in VARIANTS[op] if r.scope == "block" and r.threads < 256]
     assert all(group_of(r, op) == "" for r in (*wide, *narrow))
-    # None twice, but for the first of the wide ones: it holds what the largest of the narrow ones does, or twice that.
+    # All capacities differ, except the first wide block's: it is the largest narrow block's, or twice that.
     assert len(held) - len(set(held)) == (len(narrow) > 0 and op == "forward")
     if narrow:
         first, last = wide[0].size * wide[0].vecs_per_thread, narrow[-1].size * narrow[-1].vecs_per_thread
@@ -598,26 +597,26 @@ def test_variants_follow_closely(op: Op, times: int) -> None:
 
 
 def _facts() -> list[tuple[Variant, str, str, Kind, int, bool]]:
-    """All there may be kernels of: variant, file, dtype, kind, epilogue, misaligned."""
+    """Return all combinations of variant, file, dtype, kind, epilogue and misaligned that may have kernels."""
     every = itertools.product(VARIANTS, ITEMSIZE, KINDS, range(4), (False, True))
     return [(variant, *facts) for facts in every for variant in VARIANTS[facts[0]]]
 
 
-def test_registers_fit_the_threads() -> None:
-    """A variant's launch bounds leave at least 64 registers a thread, and one block at the least."""
+def test_launch_bounds_leave_enough_registers() -> None:
+    """A variant's launch bounds ask for whole blocks, at least one, and leave at least 64 registers per thread."""
     for facts in _facts():
         resident = resident_threads(*facts)
         assert resident % facts[0].threads == 0
         assert 65536 // resident >= 64
 
 
-def test_how_many_threads_a_multiprocessor_is_to_hold() -> None:
-    """More where there is little to keep; what else a compiler makes of it, only NVRTC's test sees."""
+def test_resident_threads() -> None:
+    """More for kernels that hold little. test_compile.py checks the registers that NVRTC then uses."""
 
     def expected(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool) -> int:
         light = dtype in ("float16", "bfloat16", "float32") and kind == "channels_first" and not misaligned
         if light and file == "forward":
-            # None, a rectifier, the rest; 8 vecs and an exchange with other blocks are more than 8 vecs.
+            # No epilogue, a rectifier, others. 8 vecs and an exchange between blocks need more registers than 8 vecs.
             grouped = {"grid_registers_256x8": (1024, 768, 512), "grid_shared_512x0": (512, 512, 512)}
             grouped |= {f"cluster{size}_registers_256x8": (1024, 768, 512) for size in (4, 8, 16)}
             return grouped.get(variant.name, (1024, 1024, 512))[min(epilogue, 2)]
@@ -633,10 +632,10 @@ def test_how_many_threads_a_multiprocessor_is_to_hold() -> None:
     assert resident_threads(asked, "forward", "float64", "channels_last", 3, True) == 1024
 
 
-def test_which_kernels_there_are() -> None:
-    """8 vecs of x and dy are more than channels-last, and 16-bit with an epilogue or misaligned, have registers for:
-    clusters that keep them in shared memory are there for those, and for no others. The split of 16-bit that are
-    misaligned has 4 vecs a thread.
+def test_existing_kernels() -> None:
+    """Kernels for channels-last, and for 16-bit arrays with an epilogue or misaligned, have no registers for 8 vecs of
+    x and dy: they alone have clusters that keep these in shared memory. The split of misaligned 16-bit arrays has 4
+    vecs per thread.
     """
     eight = {"block_registers_512x8", "grid_registers_256x8", *(f"cluster{k}_registers_256x8" for k in (4, 8, 16))}
     shared = {f"cluster{k}_shared_512x0" for k in (2, 4, 8, 16)}
@@ -666,7 +665,7 @@ def test_large_counts_stay_exact() -> None:
     made = _plan("forward", (2**33, 2, 200), "float32", "channels_first", DEVICES["H100"])
     assert made.regime == "warp-registers"
     assert made.steps[0].grid[1] > 1
-    # Clusters lie along the first dimension of a grid, whole ones.
+    # Clusters lie along the first dimension of a grid, which holds whole ones.
     made = _plan("forward", (2**27, 1, 100_000), "float32", "channels_first", DEVICES["H100"])
     assert made.steps[0].cluster == 16
     assert made.steps[0].grid[1] > 1
@@ -682,8 +681,8 @@ def test_explain() -> None:
     assert "read in place" in text
     assert "copied first" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
     assert "4 accesses" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
-    # 2 M elements of float16: in the registers of 40 x 4 blocks of 256 threads with 8 vecs of 8 each; not x and dy in
-    # those of 40 x 2.
+    # 2 M elements of float16 fit in the registers of 40 x 4 blocks of 256 threads with 8 vecs of 8 each; x and dy do
+    # not fit in those of 40 x 2 blocks.
     text = cn.explain(np.zeros((1, 1, 2048, 1024), np.float16), device="T4")
     assert "forward: grid-registers" in text
     assert "backward: split" in text
@@ -701,7 +700,7 @@ def test_explain() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("residual", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_explain_tells_of_a_double_backward(residual: bool) -> None:
+def test_explain_double_backward(residual: bool) -> None:
     x = np.zeros((2, 3, 1000, 1100), np.float16)
     for device in ("H100", "L4") if residual else ("H100",):
         without = cn.explain(x, residual=residual, device=device)
@@ -723,9 +722,7 @@ def test_explain_tells_of_a_double_backward(residual: bool) -> None:
 
 
 @pytest.mark.parametrize("ask", [cn.warmup, cn.explain])
-def test_no_double_backward_of_an_activation_is_explained_or_warmed_up(
-    ask: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_explain_and_warmup_refuse_double_backward_of_an_activation(ask: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "compiled", False)  # else loops are compiled
     x = np.zeros((2, 3, 5, 7), np.float32)
     ask(x, activation="silu")
@@ -735,12 +732,12 @@ def test_no_double_backward_of_an_activation_is_explained_or_warmed_up(
 
 
 def _lines(text: str, op: str) -> str:
-    """What `explain` says of one direction."""
+    """Return the part of an explanation about forward or backward."""
     forward, backward = text.split("\n  backward: ")
     return forward if op == "forward" else backward
 
 
-def test_explain_tells_the_bytes_of_an_epilogue() -> None:
+def test_explain_accesses_of_an_epilogue() -> None:
     x = np.zeros((20, 100, 35, 45), np.float16)
     for activation, residual, forward, backward in [
         ("silu", False, 2, 3), (None, True, 3, 3), ("relu", True, 3, 5), (None, False, 2, 3),
@@ -751,7 +748,7 @@ def test_explain_tells_the_bytes_of_an_epilogue() -> None:
 
 
 def _large(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of float32 of any size, as to its shape and strides, without the memory."""
+    """Return a float32 array with the shape and strides of a large one, without its memory."""
     strides = [4]
     for size in shape[:0:-1]:
         strides.insert(0, strides[0] * size)
@@ -759,41 +756,41 @@ def _large(shape: tuple[int, ...]) -> np.ndarray:
 
 
 @pytest.mark.long
-def test_explain_tells_how_blocks_share_planes() -> None:
-    # 7 x 7: 49 elements of 4 threads with 16 each, backward of 8 with 8 each. 6144 planes: 32 of 128 threads, 16.
+def test_explain_launches() -> None:
+    # 7 x 7: 4 threads with 16 of 49 elements each, backward 8 with 8 each. 128 threads take 32 of 6144 planes, or 16.
     text = cn.explain(_large((64, 96, 7, 7)), device="H100")
     assert "subwarp-registers" in text
     assert "192 blocks of 128 threads" in _lines(text, "forward")
-    assert "8 plane(s) a warp" in _lines(text, "forward")
+    assert "8 plane(s) per warp" in _lines(text, "forward")
     assert "384 blocks of 128 threads" in _lines(text, "backward")
-    assert "4 plane(s) a warp" in _lines(text, "backward")
-    # Also where x is a single element off.
+    assert "4 plane(s) per warp" in _lines(text, "backward")
+    # The same if x is off by a single element.
     assert "16 B at a time" in cn.explain(np.zeros(2 * 3 * 9 + 1, np.float32)[1:].reshape(2, 3, 9), device="H100")
-    # 22 500 vecs: 5.5 for each of 16 x 256 threads, of x and of dy; 10 000: 4.9 for each of 8 x 256.
+    # 22 500 vecs of x, and of dy, are 5.5 for each of 16 x 256 threads; 10 000 are 4.9 for each of 8 x 256.
     text = cn.explain(_large((4, 64, 300, 300)), device="H100")
-    assert "360000 B of one plane stay in 6 vecs of 256 threads of each of 16 blocks" in _lines(text, "forward")
-    assert "clusters of 16 for a plane each" in _lines(text, "forward")
-    assert "720000 B of one plane stay in 12 vecs of 256 threads of each of 16 blocks" in _lines(text, "backward")
+    assert "360000 B of one plane stay in 6 vecs in each of 256 threads of each of 16 blocks" in _lines(text, "forward")
+    assert "clusters of 16, one for each plane" in _lines(text, "forward")
+    assert "720000 B of one plane stay in 12 vecs in each of 256 threads of each of" in _lines(text, "backward")
     text = cn.explain(_large((4, 64, 200, 200)), device="H100")
-    assert "clusters of 8 for a plane each" in _lines(text, "forward")
-    assert "clusters of 8 for a plane each" in _lines(text, "backward")
-    # 518 400 vecs, of 254 blocks with 8 for each of 256 threads; 132 x 4 blocks at a time, backward 132 x 2.
+    assert "clusters of 8, one for each plane" in _lines(text, "forward")
+    assert "clusters of 8, one for each plane" in _lines(text, "backward")
+    # 518 400 vecs are 8 for each of 256 threads in 254 blocks; 132 x 4 blocks are resident, backward 132 x 2.
     text = cn.explain(_large((2, 3, 1080, 1920)), device="H100")
     assert "508 blocks of 256 threads" in _lines(text, "forward")
-    assert "all resident: 254 for each of 2 plane(s) at a time" in _lines(text, "forward")
-    assert "all resident: 254 for each of 1 plane(s) at a time" in _lines(text, "backward")
-    # 1 200 000 vecs, more than 528 blocks hold in registers: 18 for each of 131 x 512 threads, in shared memory. These
-    # are 147 456 B; then 2 areas of 2 sums of 8 B for each of 16 warps, and the 4 numbers that a block puts.
+    assert "all resident, in groups of 254; 2 group(s), each serving one plane at a time" in _lines(text, "forward")
+    assert "all resident, in groups of 254; 1 group(s), each serving one plane at a time" in _lines(text, "backward")
+    # 1 200 000 vecs, more than 528 blocks hold in registers, are 18 for each of 131 x 512 threads, in shared memory:
+    # 147 456 B. To these come 2 areas of 2 sums of 8 B for each of 16 warps, and the 4 numbers that a block puts.
     text = cn.explain(_large((1, 8, 2400, 2000)), device="H100")
     assert "19200000 B of one plane stay in 147984 B of shared memory of each of 131 blocks" in _lines(text, "forward")
-    assert "all resident: 131 for each of 1 plane(s) at a time" in _lines(text, "forward")
+    assert "all resident, in groups of 131; 1 group(s), each serving one plane at a time" in _lines(text, "forward")
     text = cn.explain(_large((8, 64, 1600, 1250)), device="L4")
-    assert "171 rounds of the first three launches, 3 of 512 planes each" in _lines(text, "forward")
-    assert "512 rounds of the first three launches, 1 of 512 planes each" in _lines(text, "backward")
-    assert "rounds" not in cn.explain(_large((1, 1, 4096, 4096)), device="H100")
+    assert "171 rounds of the first three launches, each over 3 of 512 units; a unit is" in _lines(text, "forward")
+    assert "512 rounds of the first three launches, each over 1 of 512 units" in _lines(text, "backward")
+    assert "rounds of the" not in cn.explain(_large((1, 1, 4096, 4096)), device="H100")
 
 
-def test_explained_plan_is_the_plan_of_the_call() -> None:
+def test_plan_for() -> None:
     x = np.zeros((2, 3, 5, 7), np.float32)
     made, copies = plan_for("backward", _desc(x), "float32", DEVICES["H100"])
     assert copies == 0
@@ -801,16 +798,16 @@ def test_explained_plan_is_the_plan_of_the_call() -> None:
     assert made.steps[0].module == "backward"
     made, _ = plan_for("forward", _desc(x), "float32", DEVICES["H100"], "gelu", True)
     assert (made.epilogue, made.accesses) == (3, 3)
-    # A residual without an activation: an epilogue forward, none backward.
+    # A residual without an activation has an epilogue in forward, none in backward.
     assert plan_for("forward", _desc(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 1
     assert plan_for("backward", _desc(x), "float32", DEVICES["H100"], None, True)[0].epilogue == 0
 
 
-#: Calls and what is planned for them: the numbers were chosen for speed (bench/TUNING.md), and no result shows most of
-#: them. Of 6000 calls at random, and some at the borders of variants, these few show each change of a number or a
-#: condition that any of those shows.
+#: Calls and their plans. The plans' numbers were chosen for speed (bench/TUNING.md), so no result shows most of them.
+#: These few calls, of 6000 random ones and some at the borders of variants, show every change of a number or condition
+#: that any of the others shows.
 PLANS = Path(__file__).with_name("plans.json")
-#: Devices that are there for borders alone: three multiprocessors of little memory; one, which has no other.
+#: Devices for borders that real ones do not reach: three multiprocessors with little memory; a single one.
 FICTITIOUS = {
     "little": Device("little", (9, 0), 3, 12 * 1024, 2**18, 4),
     "one": Device("one", (7, 5), 1, 48 * 1024, 2**20),
@@ -818,7 +815,7 @@ FICTITIOUS = {
 
 
 def _planned(call: dict[str, Any]) -> dict[str, Any]:
-    """What `_prepare` makes of a call, as JSON has it. Its descs are strides in bytes and addresses modulo 16."""
+    """Return the result of `_prepare` as JSON. The call's descs are strides in bytes and addresses modulo 16."""
     given = dict(call)
     dtype, shape, device = (given.pop(name) for name in ("dtype", "shape", "device"))
     descs = tuple(
@@ -833,8 +830,8 @@ def _planned(call: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(made, default=plain))
 
 
-def test_no_plan_changes_unseen() -> None:
-    """Where one is to change, the difference in plans.json is what there is to review."""
+def test_recorded_plans() -> None:
+    """After an intended change, review the differences in plans.json."""
     for entry in json.loads(PLANS.read_text(encoding="utf-8")):
         assert _planned(entry["call"]) == entry["planned"], entry["call"]
 

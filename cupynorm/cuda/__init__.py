@@ -1,1 +1,1 @@
-"""The CuPy backend. Importing it needs CuPy and a driver; its parts plan, source and launch need neither."""
+"""The CuPy backend. Its modules backend, clusters and runtime need CuPy and a driver; the others need neither."""

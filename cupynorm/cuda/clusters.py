@@ -1,4 +1,4 @@
-"""Which clusters of blocks the current device takes: tried and asked for, once for each device."""
+"""Find the largest cluster of blocks worth using on the current device, by trial launches and an occupancy query."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .source import OPTIONS
 NON_PORTABLE = 14  # CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
 PORTABLE = 8  # the largest cluster that every device with clusters takes
 
-#: Clusters of a size are used if those that run at a time have this share of the multiprocessors. The grid's kernels,
-#: which use all of them, are 3/4 as fast on an H200 as clusters of 16 (bench/TUNING.md).
+#: A size of clusters is used if the clusters that run at a time occupy at least this share of the multiprocessors. The
+#: grid's kernels, which use all multiprocessors, are 3/4 as fast on an H200 as clusters of 16 (bench/TUNING.md).
 SHARE = 0.75
 
 PROBE = 'extern "C" __global__ void __cluster_dims__(%d, 1, 1) cupynorm_probe() {}'
 
 
 def largest_cluster(major: int, shared: int, sm_count: int) -> int:
-    """Most blocks of a cluster on the current device, of compute capability `major`; 1: it has none worth using.
+    """Return the blocks of the largest cluster worth using on the current device; 1: there is none.
 
-    A block of the cluster has all the shared memory a block can have, `shared` bytes. More than 8 blocks are not
-    promised, a part of a device (MIG) may have fewer, and a cluster must lie within one of the parts that a device is
-    built of; those differ even between two of one name.
+    major: the device's compute capability; shared: the bytes of shared memory of each block, the most that a block can
+    have. CUDA guarantees no more than 8 blocks, a part of a device (MIG) may allow fewer, and a cluster must lie within
+    one of the parts that a device is built of; these differ even between two devices of one name.
     """
     for size in (16, 8, 4, 2) if major >= 9 else ():
         kernel = cupy.RawKernel(PROBE % size, "cupynorm_probe", OPTIONS)
@@ -52,7 +52,7 @@ class _Config(ctypes.Structure):
 
 
 def _clusters_at_a_time(function: int, size: int, shared: int) -> int | None:
-    """What cuOccupancyMaxActiveClusters, which CuPy does not have, says of a kernel; None if it cannot be asked."""
+    """Return the result of cuOccupancyMaxActiveClusters, which CuPy does not wrap; None if it is not available."""
     try:
         ask = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuOccupancyMaxActiveClusters
     except (OSError, AttributeError):

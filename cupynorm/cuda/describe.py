@@ -60,7 +60,7 @@ def _described(
 ) -> Iterator[str]:
     name = op.replace("_", " ")
     if math.prod(desc.shape[2:]) == 1:
-        yield f"  {name}: refused, one spatial element has no statistics (with running statistics it is allowed)"
+        yield f"  {name}: refused, since one spatial element has no statistics (allowed with running statistics)"
         return
 
     def planned(n: int, invariant: bool) -> tuple[Plan, int]:
@@ -75,15 +75,15 @@ def _described(
     if copies:
         for_bits = copies > planned(desc.shape[0], False)[1]
         layout = "x is copied first: " + (
-            "for the same bits as a new array"
+            "batch invariance needs the layout of a new array"
             if for_bits
             else "its strides are neither channels-first nor channels-last"
         )
     if made.misaligned and first.group != "subwarp":
-        layout += ", each vec put together from two, since " + (
-            "x lies otherwise between 16-byte borders than the result"
+        layout += ", each vec combined from two aligned ones, since " + (
+            "x and the result start at different addresses modulo 16 bytes"
             if not first.at_planes
-            else "vecs begin where planes do"
+            else "vecs begin at the start of each plane"
         )
     yield f"  {name}: {made.regime}, {made.kind.replace('_', '-')}, {layout}"
     yield f"    {made.reason}"
@@ -93,22 +93,25 @@ def _described(
     )
     rounds = -(-made.channel_tiles // made.at_a_time) if made.at_a_time else 1
     if rounds > 1:
-        yield f"    {rounds} rounds of the first three launches, {made.at_a_time} of {made.channel_tiles} {unit}s each"
+        yield (
+            f"    {rounds} rounds of the first three launches, each over {made.at_a_time} of {made.channel_tiles}"
+            f" units; a unit is one {unit}"
+        )
     for step in (first, *rest):
         yield f"    {_launched(step, unit)}"
     yield f"    bits of a sample's results: {_bits(planned, desc.shape[0], device)}"
 
 
 def _bits(planned: Callable[[int, bool], tuple[Plan, int]], n: int, device: Device) -> str:
-    """Return the facts the bits depend on, besides the sample. planned: the plan for n samples, invariant or not."""
+    """Return the facts besides the sample that bits depend on. planned: the plan for n samples, invariant or not."""
     if get_batch_invariant():
-        return "the same in every batch, as set"
+        return "the same in every batch, since batch invariance is set"
 
     def order(n: int) -> tuple[Any, ...]:
         step = planned(n, False)[0].steps[0]
         return step.name, step.tiles, step.vecs_per_thread
 
-    # From this number of channel tiles on nothing changes: all multiprocessors are busy, a grid's groups share evenly.
+    # Beyond this number of channel tiles nothing changes: multiprocessors are busy, a grid's groups have equal work.
     most = 2 * device.sm_count
     if "_grid_" in order(1)[0] or "_grid_" in order(most)[0]:
         most = max(most, (device.sm_count // 2) ** 2)
@@ -121,9 +124,9 @@ def _bits(planned: Callable[[int, bool], tuple[Plan, int]], n: int, device: Devi
             alike.append(f"{first} or more" if last == most else f"{first} to {last}" if more else str(first))
     if alike != ["1 or more"]:
         several = [*alike[:3], "..."] if len(alike) > 3 else alike
-        reasons.append(f"N (these are those of N = {', '.join(several)})")
+        reasons.append(f"N (the same for N = {', '.join(several)})")
     if planned(n, True)[0].steps[0].at_planes:
-        reasons.append("the place of its planes between 16-byte borders")
+        reasons.append("the addresses of its planes modulo 16 bytes")
     if not reasons:
         return "the same in every batch"
     return f"depend on {' and on '.join(reversed(reasons))} (cupynorm.set_batch_invariant)"
@@ -133,10 +136,10 @@ def _launched(step: Step, unit: str) -> str:
     blocks = step.grid[0] * step.grid[1]
     text = f"{step.name}: {blocks} blocks of {step.threads} threads, {step.shared} B of shared memory"
     if step.group == "subwarp":
-        return f"{text}, {32 // step.subwarp_size} plane(s) a warp"
+        return f"{text}, {32 // step.subwarp_size} plane(s) per warp"
     if step.cluster > 1:
-        return f"{text}, clusters of {step.cluster} for a {unit} each"
+        return f"{text}, clusters of {step.cluster}, one for each {unit}"
     if step.cooperative:
         groups = step.grid[0] // step.tiles
-        return f"{text}, all resident: {step.tiles} for each of {groups} {unit}(s) at a time"
+        return f"{text}, all resident, in groups of {step.tiles}; {groups} group(s), each serving one {unit} at a time"
     return text

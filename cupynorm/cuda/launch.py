@@ -1,7 +1,7 @@
-"""Launches: the backend's forward, backward and double backward, over whatever runtime compiles and runs the kernels.
+"""Launches: forward, backward and double backward, on any runtime that compiles and runs the kernels.
 
-Nothing here knows CuPy: a Runtime allocates arrays, tells their addresses and launches. The CuPy one is in runtime.py;
-the tests have one that runs the same kernels on an emulator, over NumPy arrays.
+This module does not use CuPy: a Runtime allocates arrays, returns their addresses and launches. CuPy's is in
+runtime.py; the tests have one that runs the same kernels on an emulator, over NumPy arrays.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .variants import EPILOGUES, Kind
 
 # Bits of the kernels' `flags` argument (types.cuh).
 WIDE_WEIGHT, WIDE_BIAS, WIDE_RUNNING_MEAN, WIDE_RUNNING_VAR = 1, 2, 4, 8  # which arrays are in computing precision
-SAMPLE_WEIGHT, SAMPLE_BIAS = 16, 32  # which have a number for each sample
+SAMPLE_WEIGHT, SAMPLE_BIAS = 16, 32  # which are (N, C)
 NARROW_SUM_DY, NARROW_SUM_DY_XHAT = 64, 128  # which sums are stored in the input's dtype
 
 NULL = np.uintp(0)
@@ -33,30 +33,30 @@ NO_TENSOR = (NULL, np.int64(), np.int64(), np.int64())
 
 
 def _rectifier_slope(activation: str | None, negative_slope: float) -> float:
-    """The slope below 0 of the rectifier that an activation is; of no use for those that are none."""
+    """Return a rectifier's slope below 0. Other activations do not use the result."""
     return {None: 1.0, "relu": 0.0}.get(activation, negative_slope)
 
 
 class Runtime(Protocol):
-    """What compiles and runs kernels on the device of an array."""
+    """Allocates arrays, and compiles and runs kernels, on the device of an array."""
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
         """Make the array's device current."""
 
     def device(self) -> Device:
-        """The current device."""
+        """Return the current device."""
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new C-contiguous array on the current device."""
+        """Return a new C-contiguous array on the current device."""
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """The same, of zeros."""
+        """Return a new C-contiguous array of zeros on the current device."""
 
     def address(self, array: Array) -> int:
-        """Where the array's first element is."""
+        """Return the address of the array's first element."""
 
     def prepare(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
-        """A partial that enqueues a kernel on the current stream, compiled by now; of a function in C where it can be.
+        """Compile a kernel, and return a partial, of a C function if possible, that enqueues it on the current stream.
 
         args are NumPy scalars of the kernel's parameter types.
         """
@@ -65,8 +65,8 @@ class Runtime(Protocol):
 class CudaBackend(Backend):
     """The backend of CuPy arrays, on a runtime.
 
-    A call allocates and compiles all that it needs before its first launch, so that a failure until then has written
-    nothing. Kernels are launched when the call is committed, running statistics are updated last.
+    A call allocates and compiles all that it needs before its first launch, so a failure before that has written
+    nothing. Kernels are launched when the call is committed; running statistics are updated last.
     """
 
     def __init__(self, runtime: Runtime):
@@ -140,7 +140,7 @@ class CudaBackend(Backend):
         x, weight, bias, activation = saved.x, saved.weight, saved.bias, saved.activation
         with self.runtime.on(x):
             epilogue = 0 if activation is None else EPILOGUES[activation]
-            # Parameters of each sample, and of the only one, have a plane's sums for gradients.
+            # For parameters (N, C), or for one sample, the sums of a plane are the gradients themselves.
             direct = [p is not None and (p.ndim == 2 or x.shape[0] == 1) for p in (bias, weight)]
             wanted = [p is not None for p in (bias, weight)]
             op: Op = "backward" if saved.training else "frozen_backward"
@@ -174,7 +174,7 @@ class CudaBackend(Backend):
             affine = (*statistics, work.pointer(weight), flags_, *epilogue_)
             arrays = work.tensors
             step, *rest = work.plan.steps
-            # What the kernels write the sums to: the gradients themselves where they are that, else one a plane.
+            # Kernels write the sums of planes directly to a gradient that equals them, else to a new array.
             sum_dy, sum_dy_xhat = (
                 gradient if is_direct else work.planes(gradient is not None)
                 for gradient, is_direct in ((dbias, direct[0]), (dweight, direct[1]))
@@ -205,7 +205,7 @@ class CudaBackend(Backend):
                         step, *arrays[:8], *affine, work.pointer(partials), work.all_planes, plane_range=plane_range
                     )  # fmt: skip
                     merge_gradient(merge, partials, plane_range, *sums, more)
-                    if apply.plain:  # dresidual is what the epilogue made of dy
+                    if apply.plain:  # dresidual is g: dy times the activation's derivative
                         inputs, affine_ = (*arrays[:4], *work.extra, *arrays[8:]), affine[:4]
                     else:
                         inputs, affine_ = arrays, affine
@@ -213,7 +213,7 @@ class CudaBackend(Backend):
             else:
                 work.channel_tiles(step, *arrays, *affine, *merged, numbers=3)
             if reduced:
-                # Of those that are not there yet.
+                # Reduce over N only what the kernel did not write directly.
                 results = (None if done else g for g, done in ((dweight, direct[1]), (dbias, direct[0])))
                 batch = (np.int64(x.shape[0]), work.channels)
                 work.run(rest[0], *merged, *batch, *work.pointers(*results), flags_)
@@ -298,7 +298,7 @@ class CudaBackend(Backend):
 
 
 def _assignment(target: Array, source: Array) -> partial[None]:
-    """A copy between arrays of the same dtype; 16-bit ones as bits, whatever the library knows of bfloat16."""
+    """Return a copy between arrays of the same dtype, to be run later; of 16-bit ones as bits, for bfloat16's sake."""
     for array in (target, source):
         if not isinstance(array, np.ndarray) and any(n % array.itemsize for n in (array.data.ptr, *array.strides)):
             raise ValueError(
@@ -311,10 +311,10 @@ def _assignment(target: Array, source: Array) -> partial[None]:
 
 
 class _Prepared(NamedTuple):
-    """What follows from the shapes, strides and alignment of a call's arrays."""
+    """The part of a call that follows from the shapes, strides and alignment of its arrays."""
 
     kind: Kind
-    copied: tuple[bool, ...]  # which of the given arrays the kernels cannot read or write where they are
+    copied: tuple[bool, ...]  # which of the given arrays the kernels cannot read or write in place
     strides: tuple[tuple[np.int64, np.int64, np.int64], ...]  # of inputs and targets
     plan: Plan
     modules: tuple[Module, ...]  # of its steps
@@ -335,11 +335,11 @@ def _prepare(
     residual: bool,
     invariant: bool,
 ) -> _Prepared:
-    """descs: of the inputs, then of out if it is given; targets: how many arrays are written."""
+    """Plan a call. descs: of the inputs, then of out if it is given; targets: the number of arrays that are written."""
     shape, itemsize = descs[0].shape, descs[0].itemsize
     kind, _, copied = choose_layout(descs, invariant)
     new = contiguous_desc(shape, itemsize, kind)
-    # Arrays made here are aligned, and of the kind.
+    # New arrays are aligned, and have the layout of this kind.
     final = [new if copy else desc for desc, copy in zip(descs, copied, strict=True)]
     final += [new] * (inputs + targets - len(final))
     kind, layouts, _ = choose_layout(tuple(final))
@@ -359,7 +359,7 @@ class _Launches:
     """The launches of a call: its arrays as the kernels can read and write them, its plan, and the common arguments.
 
     tensors: the kernel arguments of inputs and result. residual, extra: those of the residual and of the second array
-    that is written, null where there is none.
+    that is written, null if there is none.
     """
 
     def __init__(
@@ -379,7 +379,7 @@ class _Launches:
         self.empty = runtime.empty
         self.launches: list[partial[Any]] = []
         self.updates: list[partial[Any]] = []  # of the running statistics
-        self.keepalive: list[Array] = []  # the kernels get addresses alone
+        self.keepalive: list[Array] = []  # the kernels get addresses only
         self.nc = x.shape[:2]
         self.dtype, self.math = x.dtype, math_dtype(x.dtype)
         self.out = out
@@ -408,7 +408,7 @@ class _Launches:
         self.tensors: tuple[Any, ...] = sum(args[: len(inputs)], ()) + args[len(given)]
 
     def _make_targets(self, count: int, copied: tuple[bool, ...]) -> None:
-        """The arrays that are written: the first is out, where it is given and need not be copied to afterwards."""
+        """Set the arrays that kernels write: the first is out, if it is given and they can write it in place."""
         first = self._new() if self.out is None or copied[-1] else self.out
         self.targets = [first, *(self._new() for _ in range(1, count))]
 
@@ -425,7 +425,7 @@ class _Launches:
         return copy
 
     def planes(self, wanted: bool = True) -> Array | None:
-        """A new array of one number for each plane."""
+        """Return a new array of one number for each plane, or None if it is not wanted."""
         return self.empty(self.nc, self.math) if wanted else None
 
     def pointer(self, array: Array | None) -> np.uintp:
@@ -445,7 +445,7 @@ class _Launches:
         return flags
 
     def dense(self, array: Array | None) -> Array | None:
-        """A parameter array without gaps: itself, or a copy."""
+        """Return a parameter array without gaps: itself, or a copy."""
         if array is None or (array.flags.c_contiguous and not self.runtime.address(array) % array.itemsize):
             return array
         copy = self.empty(array.shape, array.dtype)
@@ -457,12 +457,12 @@ class _Launches:
         return np.int64(self.nc[0] * self.nc[1])
 
     def rounds(self) -> list[tuple[int, int]]:
-        """First channel tile and number of channel tiles of each round of a split."""
+        """Return the first channel tile and the number of channel tiles of each round of a split."""
         channel_tiles, most = self.plan.channel_tiles, self.plan.at_a_time
         return [(first, min(most, channel_tiles - first)) for first in range(0, channel_tiles, most)]
 
     def planes_of(self, plane_range: tuple[int, int]) -> tuple[np.int64, np.int64]:
-        """First plane and number of planes of a range of channel tiles."""
+        """Return the first plane and the number of planes of a range of channel tiles."""
         n, c = self.nc
         groups = self.plan.channel_tiles // n
         width = 1 if self.kind == "channels_first" else self.plan.steps[0].channel_vecs * self.plan.vec_size
@@ -477,11 +477,11 @@ class _Launches:
         return self.runtime.prepare(self._modules[self.plan.steps.index(step)], step, args)
 
     def run(self, step: Step, *args: Any) -> None:
-        """Launch a step in its turn, when `result` is asked for."""
+        """Add a step to the launches of `commit`."""
         self.launches.append(self.prepare(step, *args))
 
     def channel_tiles(self, step: Step, *args: Any, numbers: int, after: tuple[Any, ...] = ()) -> None:
-        """A launch whose scopes serve whole channel tiles. numbers: how many a plane a group of blocks exchanges."""
+        """Add a step whose scopes serve whole channel tiles. numbers: exchanged by a group of blocks, per plane."""
         sizes = (
             self.channels,
             self.spatial,
@@ -501,7 +501,7 @@ class _Launches:
         self.run(step, *args, *sizes, *after, *group)
 
     def tiles(self, step: Step, *args: Any, plane_range: tuple[int, int] | None = None) -> None:
-        """A launch whose scopes serve a tile each; of a range of channel tiles only: first and number."""
+        """Add a step whose scopes serve a tile each. plane_range: its channel tiles, as (first, number); None: all."""
         channel_tiles = (
             (np.int64(step.scopes),) if plane_range is None else (np.int64(plane_range[0]), np.int64(plane_range[1]))
         )

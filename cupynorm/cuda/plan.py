@@ -1,8 +1,7 @@
 """Plans: which kernels to launch for a call, as pure data.
 
 A plan follows from shape, strides, dtype and the device's properties alone; this module imports neither CuPy nor
-NumPy, so it can be asked about any device on any machine. kernels/plane.cuh defines
-scopes, channel tiles and tiles.
+NumPy, so any machine can plan for any device. kernels/plane.cuh defines scopes, channel tiles and tiles.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ Op = Literal["forward", "backward", "normalize", "frozen_backward", "double_back
 
 SUBWARP_BYTES, SUBWARP_ELEMENTS = 512, 128  # the largest plane of a subwarp
 TILE_BYTES = 8192  # the smallest tile worth a block of a grid
-CHANNEL_TILE_BYTES = 64  # channels-last: neighbouring channels that one scope serves
-FEW_THREADS = 128  # of a multiprocessor: below them narrow blocks give way to wider ones
-MAX_GRID = 2**31 - 16  # the most there may be that is whole clusters, of any size
+CHANNEL_TILE_BYTES = 64  # channels-last: adjacent channels that one scope serves
+FEW_THREADS = 128  # per multiprocessor: with fewer of them a wider block is chosen
+MAX_GRID = 2**31 - 16  # the largest first dimension that clusters of every size divide
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a GPU. Sizes in bytes."""
+    """The properties of a GPU that plans depend on. Sizes are in bytes."""
 
     name: str
     capability: tuple[int, int]
@@ -36,7 +35,7 @@ class Device:
     l2_bytes: int
     cluster: int = 1  # most blocks of a cluster
 
-    def __hash__(self) -> int:  # of every call's key: must be quick
+    def __hash__(self) -> int:  # part of every call's cache key: must be fast
         return hash(self.name)
 
 
@@ -46,7 +45,7 @@ def _known(
     return Device(name, capability, sm_count, shared_kib * 1024, int(l2_mib * 2**20), cluster)
 
 
-#: Devices that can be planned for without being there, by name.
+#: Devices by name, for plans on any machine.
 DEVICES = {
     d.name: d
     for d in (
@@ -63,7 +62,7 @@ DEVICES = {
 
 
 class ArrayDesc(NamedTuple):
-    """How an array of (N, C, *spatial) lies in memory. strides in bytes; misalignment is the address modulo 16."""
+    """The memory layout of an array (N, C, *spatial). strides in bytes; misalignment is the address modulo 16."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -81,7 +80,7 @@ class Layout(NamedTuple):
 
 
 def _collapse(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The one stride that walks through all spatial positions in order, or None."""
+    """Return the one stride that steps through all spatial positions in order, or None."""
     dims = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
     if not dims:
         return 1
@@ -92,10 +91,10 @@ def _collapse(shape: Sequence[int], strides: Sequence[int]) -> int | None:
 
 
 def layout(desc: ArrayDesc, kind: Kind) -> Layout | None:
-    """How the kernels of a kind can read an array in place, or None if they cannot.
+    """Return the layout in which the kernels of a kind read an array in place, or None if they cannot.
 
-    Channels-first wants a plane in one piece, channels-last neighbouring channels side by side; the strides of N and C
-    (of N and the spatial positions) are free.
+    Channels-first needs contiguous planes, channels-last adjacent channels; the strides of N and C (of N and the
+    spatial positions) are free.
     """
     shape, strides, itemsize, misalignment = desc
     if misalignment % itemsize or any(stride % itemsize for stride in strides):
@@ -114,7 +113,7 @@ def layout(desc: ArrayDesc, kind: Kind) -> Layout | None:
 
 
 def contiguous_desc(shape: tuple[int, ...], itemsize: int, kind: Kind) -> ArrayDesc:
-    """A newly allocated array."""
+    """Return the ArrayDesc of a newly allocated array."""
     n, c, *spatial = shape
     order = (n, c, *spatial) if kind == "channels_first" else (n, *spatial, c)
     strides = [itemsize]
@@ -126,17 +125,17 @@ def contiguous_desc(shape: tuple[int, ...], itemsize: int, kind: Kind) -> ArrayD
 
 
 def _dense(x: Layout, n: int, c: int, s: int) -> bool:
-    """Whether planes lie one behind the other."""
+    """Return True if the planes are adjacent in memory, in order."""
     return (c == 1 or x.c == s) and (n == 1 or x.n == c * s)
 
 
 def _at_vecs(x: Layout, n: int, s: int, v: int) -> bool:
-    """Whether vecs of v channels begin at multiples of their size. Strides never stepped along do not matter."""
+    """Return True if vecs of v channels begin at multiples of their size. Strides of axes of size 1 do not matter."""
     return not (x.misalignment % v or (n > 1 and x.n % v) or (s > 1 and x.s % v))
 
 
 def _usual(x: Layout, shape: tuple[int, ...], itemsize: int, kind: Kind) -> bool:
-    """Whether an array is dealt out to threads as a new one of its kind is: else bits would depend on its strides."""
+    """Return True if an array is partitioned as a new one of its kind would be; else bits depend on its strides."""
     n, c, s = *shape[:2], prod(shape[2:])
     if kind == "channels_first":
         return s * itemsize > SUBWARP_BYTES or _dense(x, n, c, s)
@@ -148,13 +147,13 @@ def _usual(x: Layout, shape: tuple[int, ...], itemsize: int, kind: Kind) -> bool
 def choose_layout(
     descs: tuple[ArrayDesc, ...], invariant: bool = False
 ) -> tuple[Kind, tuple[Layout, ...], tuple[bool, ...]]:
-    """The kind of kernels for the arrays of a call, their layouts, and which of them must be copied for that.
+    """Return the kind of kernels for the arrays of a call, their layouts, and which of them must be copied.
 
-    The first array decides, if it can be read in place at all; of two kinds it could be, the one more others are.
-    invariant: whether the order of additions may depend on the kind alone.
+    The first array decides, if it can be read in place; if both kinds can read it, the kind that reads more of the
+    other arrays in place. invariant: the order of additions may depend on the kind alone.
     """
     shape, itemsize = descs[0].shape, descs[0].itemsize
-    # A plane of one element is no plane: its channels are what lies together.
+    # In planes of one element the adjacent elements are channels.
     kinds: tuple[Kind, Kind] = ("channels_first", "channels_last")
     preferred = kinds[::-1] if prod(shape[2:]) == 1 else kinds
     fitting = {kind: [layout(desc, kind) for desc in descs] for kind in preferred}
@@ -168,7 +167,7 @@ def choose_layout(
 
 @dataclass(frozen=True)
 class Step:
-    """One launch: kernel `name` of source file `module`, and the numbers its arguments need."""
+    """One launch: kernel `name` of source file `module`, and the numbers for its arguments."""
 
     module: str
     name: str
@@ -179,8 +178,8 @@ class Step:
     tiles: int = 1
     vecs_per_thread: int = 0
     channel_vecs: int = 1  # channels-last: vecs side by side in a row (kernels/plane.cuh)
-    subwarp_size: int = 0  # threads of a plane, of the scope "subwarp"
-    at_planes: bool = False  # vecs begin where planes do
+    subwarp_size: int = 0  # threads per plane, for the scope "subwarp"
+    at_planes: bool = False  # vecs begin at the start of each plane
     group: str = ""  # of the variant
     cluster: int = 1
     cooperative: bool = False  # all blocks resident at once
@@ -188,13 +187,13 @@ class Step:
 
     @property
     def subdivision(self) -> int:
-        """The kernels' argument that says how a row or a warp is divided (kernels/plane.cuh)."""
+        """The kernels' argument for the division of a row or a warp (kernels/plane.cuh)."""
         return self.subwarp_size or (0 if self.at_planes else self.channel_vecs)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call will do. accesses: storage-sized reads and writes of global memory per element."""
+    """The launches of a call. accesses: storage-sized reads and writes of global memory per element."""
 
     op: Op
     regime: str
@@ -203,11 +202,11 @@ class Plan:
     kind: Kind
     epilogue: int
     vec_size: int  # elements of one access
-    misaligned: bool  # arrays are read that lie otherwise between 16-byte borders than what is written
+    misaligned: bool  # the planes of some array start at other addresses modulo 16 bytes than the result's
     channel_tiles: int
     accesses: int
     steps: tuple[Step, ...]
-    at_a_time: int = 0  # channel tiles that a split goes through at a time: what L2 holds of them is not read again
+    at_a_time: int = 0  # channel tiles in each round of a split: few enough that L2 keeps them for the second read
 
     @property
     def bytes_per_element(self) -> int:
@@ -223,13 +222,13 @@ def _pow2(n: int) -> int:
 
 
 def grid_of(blocks: int) -> tuple[int, int]:
-    """A grid of at least `blocks`; the second dimension carries what the first cannot."""
+    """Return a grid of at least `blocks` blocks, with a second dimension if the first is too short."""
     x = min(blocks, MAX_GRID)
     return x, _ceil(blocks, x)
 
 
 class _Job:
-    """The quantities every variant is judged by."""
+    """The numbers by which variants are chosen for a call."""
 
     def __init__(
         self,
@@ -248,8 +247,8 @@ class _Job:
         self.itemsize = ITEMSIZE[dtype]
         self.math_bytes = 8 if dtype == "float64" else 4
         self.kind, self.layouts = kind, layouts
-        # What a scope holds, and exchanges for each plane: how many sums at once, in how many areas that take turns.
-        # Blocks of a group then exchange sums of Accum, and each puts some numbers of its tile.
+        # The arrays that a scope holds, the sums of each plane that it exchanges at once, and the areas of shared
+        # memory that it uses for them in turn. Blocks of a group also exchange sums of Accum, and put their partials.
         self.arrays, self.quantities, self.areas = 2, 3, 1
         self.accums, self.partial_numbers = 3, 3
         if op == "forward":
@@ -260,11 +259,12 @@ class _Job:
             self.accums, self.partial_numbers = 6, 9
         v = widest(self.itemsize, kind)
         if kind == "channels_first":
-            # Strides never stepped along do not matter; but one sample may have to be treated like more.
+            # Strides of axes of size 1 do not matter; but batch invariance treats one sample like several.
             n_steps = {x.n % v for x in layouts} if self.n > 1 or invariant else {0}
             c_steps = {x.c % v for x in layouts} if self.c > 1 else {0}
             misalignments = {x.misalignment % v for x in layouts}
-            # Whether every array's planes start at the same distance from an aligned address, and whether that is 0.
+            # misaligned: planes of different arrays start at different distances from an aligned address.
+            # misalignment: the most elements between an aligned address and the start of a plane.
             self.vec_size = v
             self.misaligned = not len(n_steps) == len(c_steps) == len(misalignments) == 1
             self.misalignment = 0 if misalignments | n_steps | c_steps == {0} else v - 1
@@ -283,9 +283,8 @@ class _Job:
             self.channel_vecs = min(most, _pow2(_ceil(self.c, self.vec_size)))
             self.channel_tiles = self.n * _ceil(self.c, self.channel_vecs * self.vec_size)
             self.vecs = self.s * self.channel_vecs
-        self.concurrent_tiles = (
-            self.channel_tiles // self.n if invariant else self.channel_tiles
-        )  # that choose a scope together
+        # Counted to see if a variant fills the device.
+        self.concurrent_tiles = self.channel_tiles // self.n if invariant else self.channel_tiles
         self.planes_per_thread = 1 if kind == "channels_first" else self.vec_size
         self.vec_bytes = self.vec_size * self.itemsize
         self.bytes = self.vecs * self.vec_bytes * self.arrays
@@ -293,21 +292,21 @@ class _Job:
         self.tile_text = f"{self.bytes} B of one {unit}"
 
     def vecs_per_thread(self, variant: Variant, tiles: int = 1) -> int:
-        """Vecs that each thread of the scope must hold to hold its tile."""
+        """Return the vecs that each thread must hold so that the scope holds its tile."""
         return _ceil(self.vecs, variant.size * tiles)
 
     def scratch(self, variant: Variant, quantities: int, areas: int) -> int:
-        """Shared bytes of exchanges within a block (sums.cuh)."""
+        """Return the bytes of shared memory for exchanges within a block (sums.cuh)."""
         if variant.size == 32:
             return 0
         return areas * variant.threads // 32 * self.channel_vecs * quantities * self.planes_per_thread * self.math_bytes
 
     def exchange(self, variant: Variant) -> int:
-        """Shared bytes of the exchanges of a pass."""
+        """Return the bytes of shared memory for the exchanges of a pass."""
         return self.scratch(variant, self.quantities, self.areas)
 
     def shared(self, variant: Variant, tiles: int) -> int:
-        """Shared bytes of a block whose tile stays there."""
+        """Return the bytes of shared memory of a block, with its tile if that stays there."""
         tile = (
             self.vecs_per_thread(variant, tiles)
             * variant.threads
@@ -325,11 +324,11 @@ class _Job:
         return tile + sums + per_row * self.partial_numbers * self.math_bytes
 
     def subwarp_size(self, variant: Variant) -> int:
-        """Threads of a warp that serve one plane."""
+        """Return the number of threads of a warp that serve one plane."""
         return _pow2(_ceil(self.s, variant.vecs_per_thread))
 
     def dense(self) -> bool:
-        """Whether the planes of every array lie one behind the other."""
+        """Return True if the planes of every array are adjacent in memory, in order."""
         return self.kind == "channels_first" and all(_dense(x, self.n, self.c, self.s) for x in self.layouts)
 
     def step(
@@ -344,7 +343,7 @@ class _Job:
         channel_tiles: int | None = None,
         plain: bool = False,
     ) -> Step:
-        """A launch of scopes, for all channel tiles or as many as are given."""
+        """Return a launch whose scopes serve all channel tiles, or as many as given."""
         scopes = (channel_tiles or self.channel_tiles) * tiles
         blocks = _ceil(scopes * variant.size, variant.threads)
         subwarp_size, at_planes = 0, self.at_planes
@@ -359,22 +358,22 @@ class _Job:
                     subwarp_size, at_planes, group, variant.cluster, cooperative, plain)  # fmt: skip
 
     def resident(self, variant: Variant) -> int:
-        """Blocks of a variant for which a multiprocessor has registers."""
+        """Return the number of blocks of a variant for which a multiprocessor has registers."""
         threads = resident_threads(variant, self.op, self.dtype, self.kind, self.epilogue, self.misaligned)
         return threads // variant.threads
 
     def slots(self, variant: Variant) -> int:
-        """Blocks that the device holds at once: a block that fills shared memory has a multiprocessor to itself."""
+        """Return the blocks that the device holds at once: with tiles in shared memory, one per multiprocessor."""
         return self.device.sm_count * (self.resident(variant) if variant.residency == "registers" else 1)
 
     def fits(self, variant: Variant, tiles: int) -> bool:
-        """Whether a block of a group can hold its tile."""
+        """Return True if a block of a group can hold its tile."""
         if variant.residency == "registers":
             return self.vecs_per_thread(variant, tiles) <= variant.vecs_per_thread
         return self.shared(variant, tiles) <= self.device.shared_per_block
 
     def merge(self, name: str, planes: int, file: str = "split", shared: int = 256 * 24) -> Step:
-        """shared: three Accums a thread (split.cu)."""
+        """Return a launch that merges partials. shared: by default three Accums per thread (split.cu)."""
         return Step(file, name, grid_of(planes), 256, shared, plain=True)
 
     def channels(self, name: str) -> Step:
@@ -388,28 +387,28 @@ class _Job:
                          _ceil(self.vecs_per_thread(variant), variant.vecs_per_thread))  # fmt: skip
 
     def try_variant(self, variant: Variant, buffers: int) -> tuple[Step | None, str]:
-        """The launch, if a variant fits, and why or why not. buffers: arrays that are staged, with a buffer each."""
+        """Return the launch if a variant fits, else None, and the reason. buffers: one for each staged array."""
         busy = self.device.sm_count
         op = self.op
         choosing = op not in FORCED  # a forced variant is taken wherever it fits
         if variant.scope == "subwarp":
             large = choosing and (self.s > SUBWARP_ELEMENTS or self.s * self.itemsize > SUBWARP_BYTES)
             if not self.dense() or large or self.s > 32 * variant.vecs_per_thread:
-                return None, "planes are too large, or not one behind the other"
-            # With 16 elements a thread has fewer instructions for each; but planes of 16 floats lie in few banks.
+                return None, "planes are too large for a subwarp, or not adjacent in memory"
+            # With 16 elements a thread needs fewer instructions for each; but planes of 16 floats lie in few banks.
             if choosing and op == "forward" and (variant.vecs_per_thread == 8) != (self.s < 32 and self.itemsize > 2):
-                return None, f"another number of elements a thread is quicker than {variant.vecs_per_thread}"
+                return None, f"another number of elements per thread is faster than {variant.vecs_per_thread}"
             most, w = 32 // self.subwarp_size(variant), 16 // self.itemsize
             buffer = (most * self.s + 2 * w - 2) // w * 16
             shared = variant.threads // 32 * buffers * buffer
             if shared > self.device.shared_per_block:
-                return None, f"staged planes exceed the {self.device.shared_per_block} B of shared memory"
-            why = f"{most} planes a warp, staged so that 16 B move at a time; {32 // most} threads a plane"
+                return None, f"the staged planes exceed the {self.device.shared_per_block} B of shared memory"
+            why = f"{most} plane(s) per warp, staged to move 16 B at a time; {32 // most} thread(s) per plane"
             return self.step(op, op, variant, shared, vecs_per_thread=variant.vecs_per_thread), why
         if choosing and not exists(variant, op, self.dtype, self.kind, self.epilogue, self.misaligned):
-            return None, f"no such kernel has registers for {variant.vecs_per_thread} vecs of each array"
+            return None, f"the kernels have no registers for {variant.vecs_per_thread} vecs of each array"
         if variant.residency == "registers" and not variant.grouped:
-            # A warp that holds its plane in one vec a thread gains nothing from others at work.
+            # A plane that a warp holds in one vec per thread gains nothing from more threads.
             if choosing and variant.scope == "warp" and self.vecs > 32 and self.concurrent_tiles < 2 * busy:
                 return None, f"{self.concurrent_tiles} warps would leave multiprocessors idle"
             narrow = variant.scope == "block" and variant.threads < 256
@@ -419,10 +418,13 @@ class _Job:
             if self.vecs_per_thread(variant) > variant.vecs_per_thread:
                 return None, f"{self.tile_text} are too many for the registers"
             shared = self.exchange(variant)
-            why = f"{self.tile_text} stay in {variant.vecs_per_thread * self.arrays} vecs of {variant.size} threads"
+            why = (
+                f"{self.tile_text} stay in {variant.vecs_per_thread * self.arrays} vecs"
+                f" in each of {variant.size} threads"
+            )
             return self.step(op, op, variant, shared, vecs_per_thread=variant.vecs_per_thread), why
-        # In shared memory, while a larger scope is to be had and registers allow it, two blocks share a multiprocessor:
-        # one computes while the other moves its tile.
+        # While there is a larger scope and registers allow it, two blocks share a multiprocessor's shared memory: one
+        # computes while the other moves its tile.
         whole, half = self.device.shared_per_block, (self.device.shared_per_block + 1024) // 2 - 1024
         tiles = variant.cluster
         if variant.scope == "grid":
@@ -433,7 +435,7 @@ class _Job:
             tiles = next(t for t in range(2, slots + 1) if self.fits(variant, t))
             groups = min(self.concurrent_tiles, slots // tiles)
             rounds = _ceil(self.concurrent_tiles, groups)
-            groups = _ceil(self.concurrent_tiles, rounds)  # as many rounds, the last one no emptier
+            groups = _ceil(self.concurrent_tiles, rounds)  # the fewest for this number of rounds
             tiles = max(tiles, min(slots // groups, _ceil(self.bytes, TILE_BYTES)))
             tiles = _ceil(self.vecs, self.vecs_per_thread(variant, tiles) * variant.threads)
             vecs, shared = self.vecs_per_thread(variant, tiles), self.shared(variant, tiles)
@@ -446,17 +448,19 @@ class _Job:
         if variant.residency == "registers" and not self.fits(variant, tiles):
             return None, f"{self.tile_text} are too many for the registers of {tiles} blocks"
         if shared > (whole if last else half):
-            return None, f"{self.tile_text} exceed the {whole if last else half} B of shared memory of {tiles} block(s)"
+            return None, (
+                f"{self.tile_text} exceed the {whole if last else half} B of shared memory in each of {tiles} block(s)"
+            )
         if choosing and 2 * self.concurrent_tiles * tiles <= busy:
             return None, f"{self.concurrent_tiles} x {tiles} blocks would leave most of {busy} multiprocessors idle"
         step = self.step(op, op, variant, shared, tiles, vecs_per_thread=self.vecs_per_thread(variant, tiles))
         return step, self.residency_text(variant, tiles)
 
     def residency_text(self, variant: Variant, tiles: int) -> str:
-        """Where a tile stays between passes."""
+        """Say where a tile stays between passes."""
         vecs, shared = self.vecs_per_thread(variant, tiles) * self.arrays, self.shared(variant, tiles)
         where = (
-            f"{vecs} vecs of {variant.size} threads"
+            f"{vecs} vecs in each of {variant.size} threads"
             if variant.residency == "registers"
             else f"{shared} B of shared memory"
         )
@@ -477,18 +481,18 @@ def plan(
     residual: bool = False,
     invariant: bool = False,
 ) -> Plan:
-    """Plan a call on arrays of (N, C, S), none of them 0, in the layouts given (one for each array, x first).
+    """Plan a call on arrays (N, C, S), none of these 0, with a layout for each array, x first.
 
     forward, backward and double_backward use the statistics of the input; normalize, frozen_backward and
-    frozen_double_backward those given (tracked eval). Of a double backward, layouts are those of x, dy, ddx if it is
-    there, dx and ddy.
-    sums: whether a backward call needs the affine gradients' sums, a forward call the update of running statistics;
-    reduced: whether one of them is to be added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward
-    without activation has none). residual: whether there is one, with an epilogue. invariant: whether the order of
-    additions in a plane must depend neither on N nor on where the plane is.
+    frozen_double_backward use given ones (tracked eval). The layouts of a double backward are those of x, dy, ddx if
+    given, dx and ddy.
+    sums: a backward needs the sums for dweight or dbias, a forward updates running statistics; reduced: some of them
+    are added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward without activation has none).
+    residual: the epilogue has one. invariant: the order of additions in a plane must depend neither on N nor on the
+    plane's address.
     """
     job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant)
-    # The residual is read; backward reads it again for z, and writes its gradient.
+    # Forward reads the residual; backward reads it again, for z, and writes its gradient.
     more = residual * (1 if op in ("forward", "normalize") else 2)
 
     def made(regime: str, reason: str, accesses: int, *steps: Step, at_a_time: int = 0) -> Plan:
@@ -532,11 +536,11 @@ def plan(
     facts = file, dtype, kind, epilogue, job.misaligned
     variant = next(variant for variant in variants_of(file) if file in FORCED or exists(variant, *facts))
     tiles = _ceil(job.vecs_per_thread(variant), variant.vecs_per_thread)
-    # (The split's backward has written the gradient of a residual when it comes back, and reads it in the place of dy.)
-    # Half of L2: what is written goes through it too.
+    # (On its second pass a split backward with a residual reads dresidual, written on the first, instead of dy.)
+    # Half of L2, since results are written through it, too.
     at_a_time = min(job.channel_tiles, max(1, device.l2_bytes // 2 // job.bytes))
     planes_at_a_time = at_a_time * job.channel_vecs * job.planes_per_thread
-    why += f", so it is split into {tiles} tiles, {at_a_time} at a time for the sake of L2"
+    why += f", hence a split into {tiles} tiles, in rounds of {at_a_time} plane(s) or channel tile(s) to stay in L2"
     if op == "double_backward":
         return made(
             "split",

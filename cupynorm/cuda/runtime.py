@@ -21,16 +21,16 @@ from . import clusters
 from .plan import Device, Step
 from .source import OPTIONS, Module, compile_error
 
-# What a launch may ask for without opting in, and cudaDevAttrMaxSharedMemoryPerBlockOptin.
+# The shared memory that a launch may use without opting in, and cudaDevAttrMaxSharedMemoryPerBlockOptin.
 DEFAULT_SHARED = 48 * 1024
 MAX_SHARED_OPTIN = 97
 
-#: struct's codes of the types that kernels take.
+#: struct's codes for the types of kernels' parameters.
 CODES = {np.dtype(np.uintp): "Q", np.dtype(np.int64): "q", np.dtype(np.int32): "i", np.dtype(np.float64): "d"}
 
 
 class _Kernel:
-    """A loaded kernel: the driver's handle, and how its arguments are laid out for a launch."""
+    """A loaded kernel: the driver's handle, and the layout of its arguments in memory."""
 
     def __init__(self, raw: cupy.RawKernel, function: int):
         self.raw, self.function = raw, function
@@ -38,7 +38,7 @@ class _Kernel:
         self._offsets: tuple[int, ...] = ()
 
     def arguments(self, args: tuple[Any, ...]) -> ctypes.Array[Any]:
-        """What the driver reads at a launch: the address of each argument, and behind those the arguments."""
+        """Return the memory that the driver reads at a launch: each argument's address, followed by the arguments."""
         if self._layout is None:
             codes = "".join(CODES[arg.dtype] for arg in args)
             start = f"{len(args)}Q"
@@ -58,8 +58,8 @@ class CupyRuntime:
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, Module, str], _Kernel] = {}
         self._devices: dict[int, Device] = {}
-        # Held while Python code runs, so that others wait for what is compiled once. A signal handler in the middle may
-        # take them again, and does all of it by itself: what is found out or loaded twice is the same.
+        # Held while Python code runs: other threads wait, so each module is compiled once. A signal handler may take
+        # them again in the middle of a load, and loads everything itself: loading twice gives the same result.
         self._locks: defaultdict[tuple[int, Module], Any] = defaultdict(threading.RLock)
         self._lock = threading.RLock()
         self._has_nvrtc = False
@@ -119,8 +119,8 @@ class CupyRuntime:
         arguments = kernel.arguments(args)
         stream = cupy.cuda.get_current_stream().ptr
         numbers = (kernel.function, *step.grid, 1, step.threads, 1, 1, step.shared, stream, ctypes.addressof(arguments))
-        # The driver's own calls. CuPy's cooperative launch would link the device runtime, and make a grid that does not
-        # fit smaller; its RawKernel takes 10 µs to look at each argument.
+        # Call the driver itself: CuPy's cooperative launch would link the device runtime and shrink a grid that does
+        # not fit, and its RawKernel takes 10 µs to inspect each argument.
         launch = (
             partial(driver.launchCooperativeKernel, *numbers)
             if step.cooperative
@@ -140,7 +140,7 @@ class CupyRuntime:
             known.add(number)
 
     def load(self, module: Module) -> None:
-        """Compile a module for the current device, or load it from CuPy's disk cache: once, whoever else asks."""
+        """Compile a module for the current device, or load it from CuPy's disk cache: once for all threads."""
         number = cupy.cuda.runtime.getDevice()
         self._load_nvrtc()
         with self._lock:
@@ -148,7 +148,7 @@ class CupyRuntime:
         with lock:
             if (number, module, module.kernels[-1]) in self._kernels:
                 return
-            # Of the device itself: what is planned for may be less.
+            # The device's own limit, since plans may be made for a device with less.
             shared = cupy.cuda.runtime.deviceGetAttribute(MAX_SHARED_OPTIN, number)
             for name in module.kernels:
                 # CuPy keeps one compiled module for all kernels of the same text and options.

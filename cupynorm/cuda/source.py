@@ -1,9 +1,9 @@
-"""Kernel sources: found, put together and named.
+"""Find the kernel sources, and assemble the text of each module.
 
 A module is one .cu file for one dtype, access width, layout, alignment and epilogue; it holds the kernels of one group
 of the file's variants: subwarps, warps, blocks, clusters, or the grid.
-Headers are put in where they are included, since CuPy's disk cache keys on the text it is given and would miss a
-change in a header; #line keeps the compiler's messages pointing at the real file.
+Headers are inlined, since CuPy's disk cache keys on the text it is given and would miss a change in a header; #line
+keeps the compiler's messages pointing at the real file.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class CompileError(RuntimeError):
 
 
 def compile_error(module: Module, log: str) -> CompileError:
-    """What the compiler said of a module: the first error with its file and line, and a hint."""
+    """Return the error for a module that does not compile: the first error's file and line, the log and a hint."""
     first = re.search(r"^(\S+)\((\d+)\): (?:catastrophic )?error.*$", log, re.M)
     where = f"{first[1]}, line {first[2]}" if first else "the compiler's options"
     return CompileError(
         f"{module.file}.cu ({module.dtype}, {module.kind}) does not compile: {where}\n"
         f"{log.strip()}\n"
         f"The sources are in {kernel_folder()}. If they are unchanged, the CUDA toolkit's NVRTC is probably too old "
-        "for this GPU or missing its files: `CUPYNORM_EAGER=0 python -m cupynorm info` shows both, and "
-        "`pip install 'cupynorm[cuda12]'` (or cuda13) brings a matching one. CUPYNORM_EAGER=0 puts compiling off until "
+        "for this GPU or incomplete: `CUPYNORM_EAGER=0 python -m cupynorm info` shows NVRTC and the GPU, and "
+        "`pip install 'cupynorm[cuda12]'` (or cuda13) installs a matching one. CUPYNORM_EAGER=0 defers compiling until "
         "a kernel is used."
     )
 
@@ -55,7 +55,7 @@ OPTIONS = ("-std=c++17",)
 
 @dataclass(frozen=True)
 class Module:
-    """One compile unit: the variants of one group of a file."""
+    """A compile unit: the variants of one group of a file."""
 
     file: str  # a key of variants.VARIANTS
     dtype: str
@@ -67,11 +67,11 @@ class Module:
 
     @classmethod
     def of(cls, step: Step, plan: Plan) -> Module:
-        """The module that holds the kernel of a plan's step."""
+        """Return the module that holds the kernel of a plan's step."""
         if step.module == "channels":
             return cls("channels", plan.dtype, 1, "channels_first")
         epilogue = 0 if step.plain else plan.epilogue
-        if step.group == "subwarp":  # staged planes are dealt out element by element
+        if step.group == "subwarp":  # staged planes are partitioned by elements
             module = cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
         else:
             module = cls(step.module, plan.dtype, plan.vec_size, plan.kind, step.group, epilogue, plan.misaligned)
@@ -85,7 +85,7 @@ class Module:
 
     @property
     def defines(self) -> str:
-        """The macros that make the module. Not compiler options: for each new tuple of those CuPy compiles a dummy."""
+        """The module's macros. They are no compiler options: CuPy compiles a dummy for each new tuple of options."""
         variants = "".join(
             f" VARIANT({r.name}, {r.scope.upper()}, {r.residency.upper()}, {r.threads}, {r.vecs_per_thread or 1},"
             f" {self.blocks(r)}, {r.cluster})"
@@ -105,7 +105,7 @@ class Module:
         )
 
     def blocks(self, variant: Variant) -> int:
-        """Blocks of a variant that must fit on a multiprocessor."""
+        """Return the number of blocks of a variant that must fit on a multiprocessor."""
         resident = resident_threads(variant, self.file, self.dtype, self.kind, self.epilogue, self.misaligned)
         return max(1, resident // variant.threads)
 
@@ -118,14 +118,14 @@ class Module:
         """The names of the kernels in this module."""
         fixed = re.findall(r"^KERNEL\([^)]*\) (\w+)\(", self.source, re.M)
         patterned = re.findall(r"^    (?:CLUSTER_)?KERNEL\([^)]*\) (\w+)_##NAME\(", self.source, re.M)
-        if self.epilogue:  # kernels/split.cu: the plain module has them
+        if self.epilogue:  # kernels/split.cu: the module without an epilogue has these
             fixed, patterned = [], [name for name in patterned if name != "moments"]
         return tuple(f"{p}_{r.name}" for p in patterned for r in self.variants) + tuple(fixed)
 
 
 @dataclass(frozen=True)
 class ForcedModule(Module):
-    """A module of one variant, whichever it is (variants.FORCED)."""
+    """A module of one variant, which need not be in VARIANTS (variants.FORCED)."""
 
     only: Variant = field(kw_only=True)
 
@@ -135,7 +135,7 @@ class ForcedModule(Module):
 
 
 def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -> list[Module]:
-    """Every module there is: the whole of what may ever be compiled."""
+    """Return every module that calls may compile."""
     modules = [Module("channels", dtype, 1, "channels_first") for dtype in ITEMSIZE]
     for epilogue, (file, variants), dtype in product(epilogues, VARIANTS.items(), ITEMSIZE):
         if epilogue and file in PLAIN:
@@ -154,8 +154,8 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
 
 
 def core_modules() -> list[Module]:
-    """What is compiled at import: forward and backward of float32, float16 and bfloat16, channels-first, by warps and
-    blocks."""
+    """Return the modules compiled at import: forward and backward for float32, float16 and bfloat16, channels-first, by
+    warps and blocks."""
     dtypes = ("float32", "float16", "bfloat16")
     return [
         Module(file, dtype, widest(ITEMSIZE[dtype], "channels_first"), "channels_first", group)
@@ -164,7 +164,7 @@ def core_modules() -> list[Module]:
 
 
 def kernel_folder() -> Path:
-    """The folder of the CUDA sources: beside the installed package's modules, else beside the package (a checkout)."""
+    """Return the folder of the CUDA sources: in the installed package, else beside the package (a checkout)."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "types.cuh").is_file():
@@ -177,7 +177,7 @@ def kernel_folder() -> Path:
 
 @lru_cache(maxsize=None)
 def inlined(name: str) -> str:
-    """A source file with its own headers put in, each once."""
+    """Return the text of a source file with its headers inlined, each once."""
     folder = kernel_folder()
     seen: set[str] = set()
 

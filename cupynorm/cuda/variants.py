@@ -1,5 +1,5 @@
-"""The kernel variants that exist, as pure data: for each source file a list, of which a plan takes the first that
-fits; and how many threads of each must fit on a multiprocessor.
+"""The kernel variants, as pure data: a list for each source file, from which a plan takes the first variant that fits;
+and the number of threads of each that must fit on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 def widest(itemsize: int, kind: Kind) -> int:
-    """Elements of a thread's widest access: 16 bytes; channels-last at most 4, since each is another plane's."""
+    """Return the elements of a thread's widest access: 16 bytes; channels-last at most 4, each of another plane."""
     v = 16 // itemsize
     return v if kind == "channels_first" else min(v, 4)
 
 
-#: What follows the affine step in a kernel (kernels/epilogue.cuh). relu and no activation are rectifiers too.
+#: The epilogue of a kernel for each activation (kernels/epilogue.cuh). relu and no activation are rectifiers, too.
 EPILOGUES: dict[str | None, int] = {None: 1, "relu": 1, "leaky_relu": 1, "silu": 2, "gelu": 3}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A scope, the residency of its tile, threads of a block, vecs a thread holds (registers)."""
+    """One kernel of an op: its scope, the residency of its tile, threads per block, vecs per thread (registers)."""
 
     scope: Literal["subwarp", "warp", "block", "cluster", "grid"]
     residency: Literal["registers", "shared"]
@@ -46,12 +46,12 @@ class Variant:
 
     @property
     def grouped(self) -> bool:
-        """Whether several blocks share a channel tile."""
+        """True if several blocks share a channel tile."""
         return self.scope in ("cluster", "grid")
 
 
 def group_of(variant: Variant, file: str) -> str:
-    """Rungs of a group are compiled together: "" for blocks, and for warps where those compile quickly."""
+    """Return a variant's group, which is compiled together: "" for blocks, and for warps that compile quickly."""
     if variant.grouped:
         return variant.scope if variant.residency == "shared" else f"{variant.scope}_registers"
     alone = variant.scope == "subwarp" or (variant.scope == "warp" and file in ("forward", "backward"))
@@ -59,15 +59,15 @@ def group_of(variant: Variant, file: str) -> str:
 
 
 def exists(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool) -> bool:
-    """Whether there is a kernel of a variant with these.
+    """Return True if a variant has a kernel for this file, dtype, kind, epilogue and alignment.
 
-    8 vecs of x and of dy are 64 registers a thread, which some kernels need for other things: those have no such
-    variants, but clusters that keep their tiles in shared memory.
+    8 vecs of x and of dy take 64 registers per thread, which some kernels need for other things: these kernels have no
+    such variants, but clusters that keep their tiles in shared memory.
     """
     needy = kind == "channels_last" or (ITEMSIZE[dtype] == 2 and (epilogue > 0 or misaligned))
-    if variant.scope == "subwarp":  # of 16-bit planes a thread takes 16 elements at once, whatever their size
+    if variant.scope == "subwarp":  # with 16-bit elements a thread always takes 16, whatever the size of planes
         return not (file == "forward" and variant.vecs_per_thread == 8 and ITEMSIZE[dtype] == 2)
-    if file == "split":  # of a misaligned array two vecs are read for each one
+    if file == "split":  # each vec of a misaligned array is combined from two
         return (variant.vecs_per_thread == 4) == (ITEMSIZE[dtype] == 2 and misaligned)
     if file != "backward":
         return True
@@ -77,7 +77,7 @@ def exists(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, m
 
 
 def resident_threads(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool) -> int:
-    """Threads that must fit on a multiprocessor: a limit of 65536 / this registers for a kernel's threads."""
+    """Return the threads that must fit on a multiprocessor: they limit each to 65536 / this number of registers."""
     if variant.resident:
         return variant.resident
     if (file, dtype, variant.scope) == ("double_backward", "float64", "subwarp"):
@@ -88,7 +88,7 @@ def resident_threads(variant: Variant, file: str, dtype: str, kind: Kind, epilog
             return 768 if epilogue else 1024
         return 512 if variant.scope == "grid" else 1024
     if file == "backward" and light and epilogue == 0:
-        # Where the registers suffice, the more blocks the better: up to 1.3 times as fast on an H200.
+        # If registers suffice, more blocks are faster: up to 1.3 times on an H200.
         return 1024 if variant.scope not in ("subwarp", "warp") and 0 < variant.vecs_per_thread <= 4 else 512
     return 512
 
@@ -139,14 +139,14 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "channels": (),
 }
 
-#: Variants in the place of those above, while a measurement asks for them (bench/variants.py): of one variant, which is
-#: taken wherever it fits, or of none, which is the split. Plans are cached: who changes this clears the caches.
+#: Lists that replace those above during a measurement (bench/variants.py): one variant, taken wherever it fits, or
+#: none, for the split. Plans are cached: clear the caches after a change.
 FORCED: dict[str, tuple[Variant, ...]] = {}
 
-#: The files that know of no epilogue.
+#: The files whose kernels have no epilogue.
 PLAIN = ("channels", "double_backward", "double_split", "frozen_double_backward")
 
 
 def variants_of(file: str) -> tuple[Variant, ...]:
-    """The variants that plans choose from."""
+    """Return the variants that plans choose from."""
     return FORCED.get(file, VARIANTS[file])

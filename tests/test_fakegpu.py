@@ -1,4 +1,4 @@
-"""The fake GPU under CuPy: what it refuses, counts and can be told to do wrong; and README's snippets on it.
+"""The fake GPU under CuPy: its checks, counts and simulated faults; and README's snippets on it.
 
 python tests/fakegpu/run.py python -m pytest -m fakegpu tests/test_fakegpu.py
 """
@@ -46,7 +46,7 @@ if control.active():
     import cupy as cp
     from cupy_backends.cuda.api import driver
 
-# For the emulator, and for NVRTC.
+# Compiles for the emulator and with NVRTC.
 SOURCE = r"""
 #ifndef SIMT
 #define KERNEL(THREADS, BLOCKS) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -58,7 +58,7 @@ KERNEL(256, 1) scale(const float* x, float* y, long long n, double factor, int s
     if (i < n) store(y + i, float(factor * load(x + i) + shift));
 }
 """
-# None of these writes anything that is looked at: they are there to be launched, or not.
+# Kernels without results, to test which launches are accepted.
 BARE = r"""
 extern "C" __global__ void __launch_bounds__(256) bounded(int n) {}
 extern "C" __global__ void fixed(int n) {
@@ -87,7 +87,7 @@ def _as_usual() -> Iterator[None]:
 
 
 def _function(name: str, shared: int = 48 << 10, non_portable: bool = False) -> int:
-    """A kernel of a module that nobody else has, so that its attributes are as they were compiled."""
+    """Return a kernel of a new module, so that no other test has changed its attributes."""
     module = cp.RawModule(code=f"// {os.urandom(8).hex()}\n" + BARE)
     function = module.get_function(name).kernel.ptr
     driver.funcSetAttribute(function, 8, shared)
@@ -108,7 +108,7 @@ def _launch(
 
 
 def _code(call: Callable[..., Any], *args: Any, **options: Any) -> int:
-    """The error code of a call, 0 if there is none."""
+    """Return the error code of a call, 0 if it succeeds."""
     try:
         call(*args, **options)
     except (driver.CUDADriverError, cp.cuda.runtime.CUDARuntimeError) as error:
@@ -133,13 +133,13 @@ def _code(call: Callable[..., Any], *args: Any, **options: Any) -> int:
         ("four", {"shared": MOST_SHARED}, (128, 32, MOST_SHARED, True), (132, 32, MOST_SHARED, True), 720),
     ],
 )
-def test_a_launch_is_checked(name: str, attributes: Any, good: Any, bad: Any, code: int) -> None:
+def test_checks_of_launches(name: str, attributes: Any, good: Any, bad: Any, code: int) -> None:
     function = _function(name, **attributes)
     assert _code(_launch, function, *good) == 0
     assert _code(_launch, function, *bad) == code
 
 
-def test_clusters_of_a_size_that_is_not_portable() -> None:
+def test_clusters_of_a_non_portable_size() -> None:
     assert _code(_launch, _function("sixteen"), 16, 32) == 912
     allowed = _function("sixteen", non_portable=True)
     assert _code(_launch, allowed, 16, 32) == 0
@@ -152,7 +152,7 @@ def test_clusters_of_a_size_that_is_not_portable() -> None:
 
 
 def _elsewhere(call: Callable[[], Any]) -> Any:
-    """What a call gives on a thread of its own."""
+    """Return the result of a call on a new thread."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(call).result()
 
@@ -165,7 +165,7 @@ def test_a_thread_needs_a_context() -> None:
 
 @pytest.mark.parametrize("side", [40, 700])
 def test_a_call_on_a_new_thread(side: int, rng: np.random.Generator) -> None:
-    """Kernels and memory are there already, so that no call of the runtime's makes a context by chance."""
+    """Kernels are loaded and memory is allocated before, so no call of the runtime creates a context by chance."""
     host = rng.normal(size=(1, 2, side, side)).astype(np.float32)
     x = cp.asarray(host)
 
@@ -179,14 +179,14 @@ def test_a_call_on_a_new_thread(side: int, rng: np.random.Generator) -> None:
     reference.assert_close(dx.get(), reference.backward(host, host)[0])
 
 
-def test_no_more_shared_memory_than_a_block_can_have() -> None:
+def test_limit_of_shared_memory() -> None:
     assert _code(_function, "bounded", MOST_SHARED) == 0
     assert _code(_function, "bounded", MOST_SHARED + 1) == 1
     assert _code(_function, "fixed", MOST_SHARED - 4096) == 0
     assert _code(_function, "fixed", MOST_SHARED - 4095) == 1
 
 
-def test_what_a_function_is_like() -> None:
+def test_attributes_of_functions() -> None:
     module = cp.RawModule(code=BARE)
     assert module.get_function("bounded").max_threads_per_block == 256
     assert module.get_function("fixed").shared_size_bytes == 4096
@@ -241,7 +241,7 @@ def test_launches_with_attributes() -> None:
     assert clusters(four, 16) == 32
 
 
-def test_images_that_are_not_of_this_device() -> None:
+def test_cubins_for_other_devices() -> None:
     from cupy_backends.cuda.libs import nvrtc
 
     def cubin(arch: str) -> bytes:
@@ -266,7 +266,7 @@ def scale() -> Any:
 
 @contextmanager
 def _memory(size: int) -> Iterator[int]:
-    """An allocation of its own."""
+    """Allocate memory of its own, outside CuPy's pool."""
     pointer = cp.cuda.runtime.malloc(size)
     try:
         yield pointer
@@ -278,7 +278,7 @@ def _scale(kernel: Any, x: int, y: int, n: int, stream: Any = None) -> None:
     kernel((-(-n // 256),), (256,), (np.uintp(x), np.uintp(y), np.int64(n), np.float64(2), np.int32(1)), stream=stream)
 
 
-def test_a_kernel_reaches_its_own_memory_alone(scale: Any) -> None:
+def test_kernels_access_their_own_memory_only(scale: Any) -> None:
     host = np.arange(100, dtype=np.float32)
     x, y = cp.asarray(host), cp.zeros(100, cp.float32)
     _scale(scale, x.data.ptr, y.data.ptr, 100)
@@ -286,18 +286,18 @@ def test_a_kernel_reaches_its_own_memory_alone(scale: Any) -> None:
     with _memory(400) as whole, _memory(396) as short:
         assert _code(_scale, scale, x.data.ptr, whole, 100) == 0
         assert _code(_scale, scale, x.data.ptr, short, 99) == 0
-        assert _code(_scale, scale, x.data.ptr, short, 100) == 700  # behind its end
+        assert _code(_scale, scale, x.data.ptr, short, 100) == 700  # beyond its end
         assert _code(_scale, scale, x.data.ptr, whole + 2, 99) == 716
     assert _code(_scale, scale, x.data.ptr, whole, 100) == 700  # freed
     assert _code(_scale, scale, host.ctypes.data, y.data.ptr, 100) == 700
 
 
-def test_cupys_own_kernels_reach_their_own_memory_alone() -> None:
+def test_kernels_of_cupy_access_their_own_memory_only() -> None:
     with _memory(400) as pointer:
         memory = cp.cuda.UnownedMemory(pointer, 400, None)
         array = cp.ndarray((100,), cp.float32, cp.cuda.MemoryPointer(memory, 0))
         longer = cp.ndarray((101,), cp.float32, cp.cuda.MemoryPointer(memory, 0))
-        assert np.isnan(array.get()).all()  # what was never written
+        assert np.isnan(array.get()).all()  # new memory is NaN
         assert _code(array.fill, 1) == 0
         assert _code(longer.fill, 1) == 700
         assert float(array.sum()) == 100
@@ -321,7 +321,7 @@ def test_copies_are_checked() -> None:
 
 
 def _python(text: str, **settings: int) -> subprocess.CompletedProcess[str]:
-    """A Python of its own on a device with these settings."""
+    """Run a new Python process on a device with these settings."""
     given = ",".join(f"{name}={value}" for name, value in settings.items())
     inherited = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
     return subprocess.run(
@@ -338,7 +338,7 @@ def test_the_host_cannot_touch_device_memory() -> None:
 
 @pytest.mark.parametrize("wrong", ["size", "missing"])
 def test_arguments(scale: Any, wrong: str) -> None:
-    """In a buffer, as they lie in the kernel's constant bank, and one by one."""
+    """In a buffer with the layout of the kernel's constant bank, and one by one."""
     x, y = cp.ones(10, cp.float32), cp.zeros(10, cp.float32)
     packed = np.zeros(36, np.uint8)
     values = (
@@ -371,12 +371,12 @@ def test_arguments(scale: Any, wrong: str) -> None:
     assert (y == 3).all()
 
 
-# What CuPy does itself
+# CuPy's own kernels
 
 
 @pytest.mark.parametrize("name", sorted(stand_ins.ELEMENTWISE))
 def test_an_elementwise_stand_in(name: str, rng: np.random.Generator) -> None:
-    """Beside NumPy, on arrays with strides, in each kind of dtype the function has."""
+    """It agrees with NumPy on strided arrays, in each kind of dtype that the function has."""
     short, inputs, tried = name.removeprefix("cupy_"), stand_ins._inputs(stand_ins.ELEMENTWISE[name]), 0
     for dtype in (np.float32, np.int32, np.bool_):
         hosts = [rng.uniform(1, 4, (3, 8)).astype(dtype)[:, ::2] for _ in range(inputs)]
@@ -413,7 +413,7 @@ def test_other_stand_ins() -> None:
     assert_equal(cp.resize(cp.arange(5), (3, 4)).get(), np.resize(np.arange(5), (3, 4)))
 
 
-def test_a_kernel_that_nobody_knows_is_an_error_that_names_it() -> None:
+def test_kernels_without_a_stand_in_are_named() -> None:
     x = cp.ones(5, cp.float32)
     with pytest.raises(driver.CUDADriverError, match="cupy_argmax has no stand-in"):
         x.argmax()
@@ -421,11 +421,11 @@ def test_a_kernel_that_nobody_knows_is_an_error_that_names_it() -> None:
     with pytest.raises(driver.CUDADriverError, match="own has no stand-in"):
         own((1,), (1,), (x,))
     squares = cp.ElementwiseKernel("float32 a", "float32 b", "b = a * a", "cupy_add")
-    with pytest.raises(driver.CUDADriverError, match="cupy_add has no stand-in"):  # it has one input
+    with pytest.raises(driver.CUDADriverError, match="cupy_add has no stand-in"):  # this one has one input
         squares(x)
 
 
-def test_what_the_device_does_not_have_says_so() -> None:
+def test_unsupported_functions_are_named() -> None:
     with pytest.raises(cp.cuda.runtime.CUDARuntimeError, match="the fake GPU has no cudaMallocManaged") as caught:
         cp.cuda.runtime.mallocManaged(100)
     assert caught.value.status == 801
@@ -437,7 +437,7 @@ def test_what_the_device_does_not_have_says_so() -> None:
 
 
 def _counted(call: Callable[..., Any], *args: Any, during_capture: bool = False) -> dict[str, int]:
-    """What a call does, of what is counted."""
+    """Return the counts of a call that are not 0."""
     before = {what: control.count(what, during_capture) for what in control.COUNTED}
     call(*args)
     after = {what: control.count(what, during_capture) - number for what, number in before.items()}
@@ -465,7 +465,7 @@ def test_counts(scale: Any) -> None:
 
 
 def test_out_of_memory_from_the_nth_allocation_on() -> None:
-    """CuPy frees what it keeps and tries again, so one failure alone would not be seen."""
+    """CuPy frees the memory in its pool and tries again, so a single failure would have no effect."""
     control.configure(oom=2)
     assert [_code(lambda: cp.cuda.runtime.free(cp.cuda.runtime.malloc(10))) for _ in range(3)] == [0, 2, 2]
     control.configure(oom=0)
@@ -511,10 +511,10 @@ def test_devices_and_drivers(settings: dict[str, int], usable: bool, why: str) -
     assert re.search(why, reason), reason
 
 
-def test_a_setting_that_there_is_not() -> None:
+def test_unknown_setting() -> None:
     done = _python("import cupy", colour=3)
     assert done.returncode
-    assert "FAKEGPU=colour=3: there is no such setting" in done.stderr
+    assert "FAKEGPU=colour=3: unknown setting" in done.stderr
     with pytest.raises(ValueError, match="colour"):
         control.configure(colour=3)
 
@@ -537,7 +537,7 @@ try:
     z((1,), (1,), (), stream=stream)
 except driver.CUDADriverError as error:
     print(error.status)
-memory = cupy.cuda.UnownedMemory(x.data.ptr, 40, x, 1)  # which is not true
+memory = cupy.cuda.UnownedMemory(x.data.ptr, 40, x, 1)  # claims device 1, but x is on device 0
 with cupy.cuda.Device(1):
     try:
         cupy.ndarray((10,), cupy.float32, cupy.cuda.MemoryPointer(memory, 0)).fill(2)
@@ -558,13 +558,13 @@ with cupy.cuda.Device(1):
         ({"capability": 80}, "A100", 1),
         ({"cluster": 8}, "H100", 8),
         ({}, "H100", 16),
-        # Six parts: clusters of 16 take 96 of 132 multiprocessors, one in each; of 8, as many; of 4, 120.
+        # Six parts: clusters of 16, one in each, take 96 of 132 multiprocessors; clusters of 8, too; of 4, 120.
         ({"part": 22}, "H100", 4),
         ({"part": 18}, "H100", 16),  # seven clusters: 112
     ],
     ids=str,
 )
-def test_cupynorm_finds_what_clusters_there_are(settings: dict[str, int], name: str, cluster: int) -> None:
+def test_cupynorm_finds_the_largest_cluster(settings: dict[str, int], name: str, cluster: int) -> None:
     text = """
 import cupy, cupynorm
 from cupynorm.cuda.backend import runtime
@@ -578,7 +578,7 @@ print(float(abs(cupynorm.instance_norm(cupy.ones((1, 2, 64, 64)))).sum()))
 # Graphs
 
 
-def test_a_graph_does_its_work_when_it_is_launched(scale: Any) -> None:
+def test_graphs_compute_at_their_launch(scale: Any) -> None:
     stream = cp.cuda.Stream(non_blocking=True)
     x, y = cp.arange(10, dtype=cp.float32), cp.zeros(10, cp.float32)
     stream.begin_capture()
@@ -620,8 +620,8 @@ RELAXED, GLOBAL = 2, 0
         (RELAXED, False, lambda stream: stream.wait_event(cp.cuda.Stream(non_blocking=True).record()), 905),
     ],
 )
-def test_what_a_capture_does_not_allow(mode: int, blocking: bool, call: Callable[[Any], Any], code: int) -> None:
-    """It is refused, and the capture is lost."""
+def test_calls_refused_during_capture(mode: int, blocking: bool, call: Callable[[Any], Any], code: int) -> None:
+    """They end the capture, too."""
     stream = cp.cuda.Stream(non_blocking=not blocking)
     cp.zeros(1)
     stream.begin_capture(mode)
@@ -641,15 +641,15 @@ def test_streams_join_a_capture_by_events(scale: Any) -> None:
     assert not y.any()
     graph.launch(first)
     assert (y == 3).all()
-    _scale(scale, y.data.ptr, x.data.ptr, 10, second)  # which captures no more
+    _scale(scale, y.data.ptr, x.data.ptr, 10, second)  # the second stream no longer captures
     assert (x == 7).all()
 
 
-# README, and the commands
+# README and the commands
 
 
 def _snippet(beginning: str) -> str:
-    """The Python block of README.md that contains a line."""
+    """Return the Python block of README.md that contains a text."""
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     (found,) = (block for block in blocks if beginning in block)
     return found
@@ -708,7 +708,7 @@ def test_child_processes() -> None:
 
 
 def test_nvidias_own_runtime_finds_no_device() -> None:
-    """PyTorch brings it along, and uses the CPU then."""
+    """PyTorch has this runtime with it; without a device it uses the CPU."""
     from cuda import pathfinder
 
     runtime = ctypes.CDLL(pathfinder.load_nvidia_dynamic_lib("cudart").abs_path)

@@ -1,8 +1,8 @@
-"""Builds the fake device for the installed CuPy: python tests/fakegpu/build.py prints the folder it is in.
+"""Build the fake device for the installed CuPy: python tests/fakegpu/build.py prints the folder of the build.
 
-Two files. libfakegpu.so, from device/*.cpp, is the driver and the runtime. runtime.so is CuPy's own extension module
-cupy_backends.cuda.api.runtime, built anew from CuPy's sources, since the wheel's has NVIDIA's runtime linked into it.
-What CuPy asks for and device/ does not have is there too, and says that it is not supported.
+It has two files. libfakegpu.so, from device/*.cpp, is the driver and the runtime. runtime.so is CuPy's own extension
+module cupy_backends.cuda.api.runtime, built anew from CuPy's sources, since NVIDIA's runtime is linked into the
+wheel's. Functions that CuPy uses and device/ does not implement return an error that names them.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ extern "C" cudaError_t cudaProfilerStop(void);
 
 
 class MissingError(RuntimeError):
-    """What the build needs and this environment lacks."""
+    """The build needs a program or a package that is not installed."""
 
 
 def versions() -> dict[str, str]:
-    """Of all that goes into the build; MissingError if something is not there."""
+    """Return the versions of all packages that the build uses; raise MissingError if one, or g++, is missing."""
     found = {}
     for name in NEEDED:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            raise MissingError(f"the fake GPU needs {name}: tests/fakegpu/README.md says how to install it") from None
+            raise MissingError(f"the fake GPU needs {name}: tests/fakegpu/README.md shows how to install it") from None
     if shutil.which("g++") is None:
         raise MissingError("the fake GPU needs g++")
     return found
 
 
 def folder() -> Path:
-    """Where the build is, or will be: for these sources and versions."""
+    """Return the folder of the build for these sources and versions."""
     key = hashlib.sha256(repr((sys.version, sorted(versions().items()))).encode())
     for file in (Path(__file__), *sorted((HERE / "device").iterdir())):
         key.update(file.read_bytes())
@@ -65,7 +65,7 @@ def folder() -> Path:
 
 
 def build() -> Path:
-    """The folder of the two files, built if they are not there."""
+    """Return the folder of the two files, and build them if they are missing."""
     made = folder()
     if not made.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def build() -> Path:
             _build(Path(scratch), Path(scratch, "made"))
             try:
                 os.replace(Path(scratch, "made"), made)
-            except OSError:  # somebody else was faster
+            except OSError:  # another process was faster
                 if not made.exists():
                     raise
     return made
@@ -89,9 +89,9 @@ def _run(*command: Any, **options: Any) -> str:
 
 
 def _download(scratch: Path, requirement: str, *options: str) -> Path:
-    """A package's file, as pip finds it."""
+    """Download a package's file with pip, and return its path."""
     target = scratch / re.split("[=<>]", requirement)[0]
-    # CuPy's setup.py, which pip asks for the package's name, would otherwise look for a CUDA toolkit.
+    # CuPy's setup.py, which pip runs to get the package's name, would otherwise look for a CUDA toolkit.
     environment = os.environ | {"CUPY_INSTALL_USE_STUB": "1"}
     _run(
         sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", *options,
@@ -120,7 +120,7 @@ def _build(scratch: Path, made: Path) -> None:
     paths = (HERE / "device", headers.parent, crt, scratch, sysconfig.get_paths()["include"], numpy.get_include())
     compiler = ("g++", "-std=c++17", "-O1", "-fPIC", "-w", *(f"-I{path}" for path in paths))
 
-    # What a user of libcuda.so.1 finds is a link to the library, in a folder of its own that the search path can miss.
+    # libcuda.so.1 is a link to the library, in a folder of its own, so that the search path can leave it out.
     (made / "driver").mkdir(parents=True)
     library, link = made / "libfakegpu.so", made / "driver" / "libcuda.so.1"
     link.symlink_to("../libfakegpu.so")
@@ -137,7 +137,7 @@ def _build(scratch: Path, made: Path) -> None:
     unsupported = scratch / "unsupported.cpp"
     unsupported.write_text(UNSUPPORTED + "".join(f"UNSUPPORTED({name})\n" for name in sorted(asked - there)))
     _run(*compiler, "-c", unsupported, "-o", scratch / "unsupported.o")
-    # The runtime's functions get names of their own: PyTorch may have brought NVIDIA's into the process.
+    # Rename the runtime's functions, since PyTorch may have loaded NVIDIA's into the process.
     names = scratch / "names"
     names.write_text("".join(f"{name} fakegpu_{name}\n" for name in sorted(asked | there) if name.startswith("cuda")))
     for file in scratch.glob("*.o"):
@@ -149,13 +149,13 @@ def _build(scratch: Path, made: Path) -> None:
 
 
 def _driver_functions(root: Path) -> set[str]:
-    """Those that CuPy looks up by name."""
+    """Return the driver's functions that CuPy looks up by name."""
     text = (root / "cupy_backends/cuda/api/_driver_extern.pxi").read_text()
     return {f"cu{name.replace('{version}', '_v2')}" for name in re.findall(r"_L\.get\(f?'([\w{}]+)'\)", text)}
 
 
 def _translate(root: Path, cuda: str) -> Path:
-    """CuPy's runtime.pyx as C++, with the settings of its wheels."""
+    """Translate CuPy's runtime.pyx to C++ with the settings of its wheels, and return the file."""
     major, minor = cuda.split(".")
     settings = {
         "CUPY_CUDA_VERSION": int(major) * 1000 + int(minor) * 10, "CUPY_HIP_VERSION": 0,

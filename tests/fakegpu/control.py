@@ -1,4 +1,4 @@
-"""The fake device's library by ctypes: its settings, its counts, and what the launch hook asks it."""
+"""The fake device's library by ctypes: its settings, its counts, and functions for the launch hook."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 from pathlib import Path
 
-#: What is counted, in the order of device.h's Counted.
+#: The names of the counts, in the order of device.h's Counted.
 COUNTED = ("mallocs", "copies", "synchronisations", "launches", "modules")
 
 
@@ -24,7 +24,7 @@ HOOK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Launch))
 
 
 def active() -> bool:
-    """Whether this process was started by tests/fakegpu/run.py."""
+    """Return True if tests/fakegpu/run.py started this process."""
     return "FAKEGPU_BUILT" in os.environ
 
 
@@ -42,7 +42,7 @@ if active():
 
 
 class DeviceError(Exception):
-    """Why a kernel could not run, with the driver's error code."""
+    """A kernel could not run. The message gives the reason, `code` the driver's error code."""
 
     def __init__(self, code: int, why: str):
         super().__init__(why)
@@ -57,20 +57,20 @@ def configure(**settings: int) -> None:
 
 
 def count(what: str, during_capture: bool = False) -> int:
-    """How often it happened in this process: in all, or while a stream was capturing."""
+    """Return how often something happened in this process: in total, or while a stream was capturing."""
     return int(library.fakegpu_count(COUNTED.index(what), int(during_capture)))
 
 
 def find(pointer: int, device: int) -> tuple[int, int, int]:
-    """The host addresses of a device pointer and of its allocation's ends."""
+    """Return the host addresses of a device pointer and of its allocation's start and end."""
     at, low, high = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_size_t()
     if not library.fakegpu_find(pointer, device, ctypes.byref(at), ctypes.byref(low), ctypes.byref(high)):
-        raise DeviceError(700, f"{pointer:#x} is not in device {device}'s memory, or is freed")
+        raise DeviceError(700, f"{pointer:#x} is not in device {device}'s memory, or has been freed")
     return at.value, low.value, high.value
 
 
 def kernels_of(module: int) -> tuple[str, ...]:
-    """The names of a module's kernels."""
+    """Return the names of a module's kernels."""
     names = []
     while name := library.fakegpu_kernel(module, len(names)):
         names.append(name.decode())
@@ -78,7 +78,7 @@ def kernels_of(module: int) -> tuple[str, ...]:
 
 
 def arguments_of(launch: Launch) -> list[bytes]:
-    """The bytes of each argument, by the sizes and places that the cubin says."""
+    """Return the bytes of each argument, with the sizes and offsets of the cubin's parameters."""
     offset, found = ctypes.c_int(), []
     while size := library.fakegpu_parameter(launch.kernel, len(found), ctypes.byref(offset)):
         found.append(ctypes.string_at(launch.parameters + offset.value, size))

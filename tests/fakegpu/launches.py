@@ -1,6 +1,6 @@
-"""Who runs a kernel: the emulator (tests/simt) those of cupynorm's sources, NumPy (stand_ins.py) CuPy's own.
+"""Run kernels: those of cupynorm's sources on the emulator (tests/simt), CuPy's own in NumPy (stand_ins.py).
 
-The device calls `_run` for every launch that passed its checks. A kernel that nobody knows is an error that names it.
+The device calls `_run` for every launch that passed its checks. An unknown kernel is an error that names it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _sources: dict[int, str] = {}
 
 
 def install() -> None:
-    """Tie the device's launches to this module, and note the source of every module that CuPy loads."""
+    """Set this module as the device's launch hook, and note the source of every module that CuPy loads."""
     from cupy.cuda import compiler
 
     load = compiler._compile_module_with_cache
@@ -48,7 +48,7 @@ def _run(pointer: Any) -> int:
             _emulate(launch, name, source, control.kernels_of(module))
         elif re.search(rf"\b{name}\([^)]*[*<][^)]*\)", source):
             stand_ins.run(launch, name, source)
-        # One without pointers changes nothing: it waits, or shows that it can be launched.
+        # A kernel without pointers changes nothing: it waits, or shows that it can be launched.
         return 0
     except DeviceError as error:
         code, why = error.code, str(error)
@@ -59,7 +59,7 @@ def _run(pointer: Any) -> int:
 
 @cache
 def _modules() -> dict[str, Any]:
-    """cupynorm's modules by their source texts, so that the emulator's builds of them serve here too."""
+    """Return cupynorm's modules by their source texts, so that the emulator's builds of them are reused."""
     from cupynorm.cuda.source import all_modules
 
     return {module.source: module for module in all_modules()}
@@ -74,11 +74,11 @@ def _emulator() -> Any:
 
 @cache
 def _built(name: str, source: str, kernels: tuple[str, ...]) -> tuple[Any, Any, str]:
-    """The module that a kernel is of, and from the emulator's build how to run it and the kinds of its parameters."""
+    """Return a kernel's module, and from the emulator's build the function that runs it and its parameters' kinds."""
     from simt import emulator
 
     module = _modules().get(source)
-    if module is None:  # a kernel that is forced, or a test's
+    if module is None:  # a forced variant, or a test's kernel
         leading = re.match(r"(?:#(?!line).*\n)*", source)
         module = emulator.Text("text", source, kernels, defines=leading[0] if leading else "")
     library = emulator.build(module)
@@ -93,7 +93,7 @@ def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -
     from cupynorm.cuda.plan import Step
 
     if launch.grid[2] != 1 or launch.block[1] * launch.block[2] != 1:
-        raise DeviceError(801, "the emulator has grids of two dimensions and blocks of one")
+        raise DeviceError(801, "the emulator supports grids of at most two dimensions and blocks of one")
     module, run, kinds = _built(name, source, kernels)
     given = control.arguments_of(launch)
     if len(given) != len(kinds):
@@ -101,7 +101,7 @@ def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -
     values = [
         np.frombuffer(raw, kind + str(len(raw))).reshape(()).copy() for kind, raw in zip(kinds, given, strict=True)
     ]
-    ends: dict[int, tuple[int, int]] = {}  # of the allocation that each address lies in
+    ends: dict[int, tuple[int, int]] = {}  # start and end of each address's allocation
     for value, kind in zip(values, kinds, strict=True):
         if kind == "u" and value:
             at, *around = control.find(int(value), launch.device)

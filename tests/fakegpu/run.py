@@ -1,7 +1,7 @@
-"""Runs a command on the fake device: python tests/fakegpu/run.py COMMAND...
+"""Run a command on the fake device: python tests/fakegpu/run.py COMMAND...
 
-Every Python it starts finds the fake device, and the hook that runs kernels (hook/sitecustomize.py). The variable
-FAKEGPU has the device's settings: FAKEGPU=devices=2,capability=80 (README.md lists them).
+Every Python process it starts finds the fake device and the hook that runs kernels (hook/sitecustomize.py). The
+variable FAKEGPU has the device's settings: FAKEGPU=devices=2,capability=80 (README.md lists them).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fakegpu import build  # noqa: E402
 
 
 def environment(built: Path) -> dict[str, str]:
-    """What a process needs to find the fake device in the folder."""
+    """Return the environment variables with which a process finds the fake device in a folder."""
     without_driver = "driver=0" in os.environ.get("FAKEGPU", "").split(",")
     first = {
         "PATH": [str(Path(sys.executable).parent)],
@@ -30,7 +30,7 @@ def environment(built: Path) -> dict[str, str]:
         **os.environ,
         **joined,
         "FAKEGPU_BUILT": str(built),
-        "CUPY_ACCELERATORS": "",  # CuPy's own plain kernels, which stand_ins.py knows
+        "CUPY_ACCELERATORS": "",  # CuPy then uses its plain kernels, which have stand-ins
     }
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     except build.MissingError as error:
         sys.exit(str(error))
     variables = environment(built)
-    os.environ["PATH"] = variables["PATH"]  # where execvpe looks the command up
+    os.environ["PATH"] = variables["PATH"]  # execvpe looks the command up there
     sys.stdout.flush()
     os.execvpe(sys.argv[1], sys.argv[1:], variables)
 

@@ -1,4 +1,4 @@
-"""CuPy's own simple kernels in NumPy. Which one it is, and of what types, is read from CuPy's source of the kernel."""
+"""CuPy's own simple kernels in NumPy. The kernel's source gives its name and types."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TYPES = {
 }  # fmt: skip
 
 
-#: Elementwise kernels: of the inputs, each of the type the kernel computes in.
+#: Elementwise kernels, as functions of the inputs in the types that the kernel computes in.
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "cupy_copy": lambda a: a,
     "cupy_fill": lambda a: a,
@@ -40,13 +40,13 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     },
 }  # fmt: skip
 
-#: Those that also look at where an element is: of the output's shape and the inputs.
+#: Elementwise kernels that use an element's position, as functions of the output's shape and the inputs.
 PLACED: dict[str, Callable[..., Any]] = {
     "cupy_arange": lambda shape, start, step: start + np.arange(shape[0]).astype(step.dtype) * step,
     "cupy_resize": lambda shape, a, size: np.resize(a, shape),
 }
 
-#: Reductions of the first axis, to which the axes that go are brought.
+#: Reductions over the first axis, to which the reduced axes are moved.
 REDUCTIONS: dict[str, Callable[..., Any]] = {
     **{
         f"cupy_{name}": getattr(np, name)
@@ -62,7 +62,7 @@ def _inputs(function: Callable[..., Any]) -> int:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One of a kernel: an array, a scalar, or (dtype None) an index range."""
+    """A kernel's parameter: an array, a scalar, or (dtype None) an index range."""
 
     name: str
     dtype: np.dtype | None
@@ -71,7 +71,7 @@ class Parameter:
 
 
 def run(launch: Launch, name: str, source: str) -> None:
-    """Do what CuPy's kernel would have done; DeviceError if it is none of those above."""
+    """Do the work of one of CuPy's kernels; raise DeviceError if it has no stand-in."""
     parameters, computed = _signature(name, source)
     values = {
         p.name: _array(raw, p.dtype, launch.device) if p.array else np.frombuffer(raw, p.dtype, 1)[0]
@@ -114,7 +114,7 @@ def _write(out: np.ndarray, result: Any) -> None:
 
 @lru_cache(maxsize=None)
 def _signature(name: str, source: str) -> tuple[list[Parameter], dict[str, np.dtype]]:
-    """The kernel's parameters, and the type that each input is computed in."""
+    """Return the kernel's parameters, and the type in which it computes with each input."""
     header = re.search(rf'extern "C" __global__ void {re.escape(name)}\((.*?)\) \{{', source, re.S)
     if header is None:
         raise _unknown(name)
@@ -141,7 +141,7 @@ def _signature(name: str, source: str) -> tuple[list[Parameter], dict[str, np.dt
 
 
 def _array(raw: bytes, dtype: Any, device: int) -> np.ndarray:
-    """A CArray: an address, a size, shape and strides; as an array over the device's memory."""
+    """Return a CArray (address, size, shape, strides) as a NumPy array over the device's memory."""
     numbers = np.frombuffer(raw, np.int64)
     rank = (len(numbers) - 2) // 2
     shape, strides = tuple(numbers[2 : 2 + rank].tolist()), tuple(numbers[2 + rank :].tolist())
@@ -151,6 +151,6 @@ def _array(raw: bytes, dtype: Any, device: int) -> np.ndarray:
     reach = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
     first, end = at + sum(r for r in reach if r < 0), at + sum(r for r in reach if r > 0) + dtype.itemsize
     if first < low or end > high:
-        raise DeviceError(700, f"an array of shape {shape} and strides {strides} reaches out of its allocation")
+        raise DeviceError(700, f"an array of shape {shape} and strides {strides} exceeds its allocation")
     memory = np.frombuffer((ctypes.c_char * (end - first)).from_address(first), np.uint8)
     return np.ndarray(shape, dtype, memory, at - first, strides)

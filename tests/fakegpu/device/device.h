@@ -1,7 +1,7 @@
-// What the parts of the fake device share: its settings, counts, errors, memory, kernels and streams.
+// Declarations shared by the parts of the fake device: settings, counts, errors, memory, kernels and streams.
 //
-// All of it is one library, which stands in for the driver (libcuda.so.1) and for the runtime (the functions that CuPy's
-// own extension module links). Work is done at once, on the calling thread; only a capturing stream puts it off.
+// The parts are one library, which stands in for the driver (libcuda.so.1) and for the runtime (the functions that
+// CuPy's own extension module links). Work is done at once, on the calling thread; only a capturing stream defers it.
 
 #pragma once
 #include <cuda.h>
@@ -18,7 +18,7 @@
 
 namespace fake {
 
-// What a device is like: an H100, or an A100, which has no clusters.
+// The properties of a device: an H100, or an A100, which has no clusters.
 struct Model {
     const char* name;
     int major, minor, multiprocessors;
@@ -34,20 +34,20 @@ extern Settings settings;
 
 const Model& model();
 int current_device();
-int ready();  // 0, or the error of every call while there is no usable device or driver
-void make_context();  // what the runtime's calls do on each thread that makes one
-int need_context();   // what the driver's calls ask for: an error on a thread that has made none
+int ready();  // 0, or the error that every call returns if no device or driver is usable
+void make_context();  // calls of the runtime create the calling thread's context
+int need_context();   // calls of the driver need one: an error on a thread without a context
 
-// Events that are counted: in all, and while any stream captures.
+// Counted events: in total, and while any stream captures.
 enum Counted { MALLOCS, COPIES, SYNCHRONISATIONS, LAUNCHES, MODULES, COUNTED };
 void count(Counted what);
 
-// An error with its reason, which the error's text then ends with on this thread.
+// Return an error code, and set the reason with which the error's text then ends on this thread.
 int refuse(int code, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 extern std::recursive_mutex lock;  // of all tables; not held while a kernel runs
 
-// Device memory: addresses that the host cannot touch, and where their bytes really are.
+// Device memory: addresses that the host cannot access, and the host addresses of their bytes.
 struct Allocation { uintptr_t low; size_t size; int device; };
 const Allocation* find(const void* device_pointer);
 void* host_of(const void* device_pointer);
@@ -65,7 +65,7 @@ struct Kernel {
     std::vector<Parameter> parameters;
 };
 
-// A launch that passed all checks, as the host's hook gets it: parameters packed as in the kernel's constant bank.
+// A launch that passed all checks, for the host's hook. Parameters are packed as in the kernel's constant bank.
 struct Launch {
     Kernel* kernel;
     unsigned grid[3], block[3], shared, cluster[3];
@@ -76,7 +76,7 @@ struct Launch {
 struct Capture;
 bool capturing();
 int enqueue(void* stream, const char* what, std::function<int()> work);  // do it now, or record it
-int may_not_wait(const char* what);                                      // an error if it may not be called in a capture
-int device_of(void* stream);                                             // -1: there is no such stream
+int may_not_wait(const char* what);                                      // an error if a capture forbids this call
+int device_of(void* stream);                                             // -1: unknown stream
 
 }  // namespace fake

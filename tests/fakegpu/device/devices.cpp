@@ -21,12 +21,12 @@ Settings settings;
 static const struct Setting { const char* name; long Settings::* value; long usual; } SETTINGS[] = {
     {"devices", &Settings::devices, 1},
     {"capability", &Settings::capability, 90},  // 90: an H100; 80: an A100, which has no clusters
-    {"cluster", &Settings::cluster, 16},        // most blocks of a cluster that can be placed; 1: none
-    {"part", &Settings::part, 16},              // multiprocessors of the parts within one of which a cluster lies
+    {"cluster", &Settings::cluster, 16},        // blocks of the largest cluster that can be placed; 1: no clusters
+    {"part", &Settings::part, 16},              // multiprocessors of each part of a device; a cluster lies within one
     {"memory", &Settings::memory, 8192},        // MiB of each device
-    {"driver", &Settings::driver, CUDA_VERSION},// the CUDA version it supports; 0: there is no driver
-    {"oom", &Settings::oom, 0},                 // from the n-th allocation on all fail; 0: none does
-    {"fail", &Settings::fail, 0},               // the n-th launch from now on fails, once; 0: none does
+    {"driver", &Settings::driver, CUDA_VERSION},// the CUDA version that the driver supports; 0: no driver
+    {"oom", &Settings::oom, 0},                 // all allocations from the n-th on fail; 0: none fails
+    {"fail", &Settings::fail, 0},               // the n-th launch from now on fails, once; 0: none fails
     {"code", &Settings::code, CUDA_ERROR_LAUNCH_FAILED},  // with this error
 };
 
@@ -44,7 +44,7 @@ static const bool from_environment = [] {
     for (size_t at = 0; at < text.size();) {
         const size_t end = std::min(text.find(',', at), text.size()), equals = text.find('=', at);
         if (equals >= end || !set(text.substr(at, equals - at), atol(text.c_str() + equals + 1))) {
-            fprintf(stderr, "FAKEGPU=%s: there is no such setting\n", given);
+            fprintf(stderr, "FAKEGPU=%s: unknown setting\n", given);
             abort();
         }
         at = end + 1;
@@ -141,7 +141,7 @@ using namespace fake;
 
 extern "C" {
 
-// For tests, by ctypes: change a setting, read a count (of all, or of those during captures), give a reason.
+// For tests, by ctypes: change a setting, read a count (in total, or during captures), set an error's reason.
 int fakegpu_set(const char* name, long value) { return set(name, value); }
 long fakegpu_count(int what, int during_capture) { return during_capture ? captured[what] : counts[what]; }
 int fakegpu_refuse(int code, const char* why) { return refuse(code, "%s", why); }
@@ -149,18 +149,19 @@ int fakegpu_refuse(int code, const char* why) { return refuse(code, "%s", why); 
 CUresult cuInit(unsigned) { return (CUresult)(settings.devices ? 0 : refuse(CUDA_ERROR_NO_DEVICE, "devices=0")); }
 CUresult cuDriverGetVersion(int* version) { return *version = settings.driver, CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int* number) { return *number = settings.devices, CUDA_SUCCESS; }
-// How NVIDIA's own runtime, which PyTorch brings along, asks for functions: it is to find no device. CuPy asks by name.
+// NVIDIA's own runtime, which PyTorch has with it, looks functions up here and must find no device. CuPy looks them up
+// by name.
 static CUresult no_device() { return CUDA_ERROR_NO_DEVICE; }
 CUresult cuGetProcAddress_v2(const char* name, void** function, int, cuuint64_t, CUdriverProcAddressQueryResult*) {
     *function = std::string(name) == "cuDriverGetVersion" ? (void*)cuDriverGetVersion : (void*)no_device;
     return CUDA_SUCCESS;
 }
-// NVRTC asks for one, and can do without.
+// NVRTC asks for a table, but works without one.
 CUresult cuGetExportTable(const void** table, const CUuuid*) { return *table = nullptr, CUDA_ERROR_NOT_FOUND; }
 CUresult cuGetErrorName(CUresult e, const char** s) { return *s = error_of(e).driver, CUDA_SUCCESS; }
 CUresult cuGetErrorString(CUresult e, const char** s) { return *s = text_of(e), CUDA_SUCCESS; }
 
-// A device has one context: its number and one.
+// A device has one context: its number plus one.
 CUresult cuCtxGetCurrent(CUcontext* c) { return *c = (CUcontext)(uintptr_t)(device + 1), CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext c) {
     const long number = (long)c - 1;
@@ -248,7 +249,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int num
         case cudaDevAttrCooperativeLaunch: *value = 1; break;
         case cudaDevAttrUnifiedAddressing: *value = 1; break;
         case cudaDevAttrClusterLaunch: *value = p.major >= 9; break;
-        // What it does not have, or nobody counts on.
+        // Features that it does not have, or that no caller relies on.
         case cudaDevAttrMemoryPoolsSupported: case cudaDevAttrManagedMemory: case cudaDevAttrKernelExecTimeout:
         case cudaDevAttrComputeMode: case cudaDevAttrGpuOverlap: case cudaDevAttrMaxTexture1DLinearWidth:
         case cudaDevAttrSingleToDoublePrecisionPerfRatio: case cudaDevAttrPageableMemoryAccess: *value = 0; break;

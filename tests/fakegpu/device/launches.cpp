@@ -1,5 +1,5 @@
-// Launches: what a driver checks before a kernel runs, occupancy, and function attributes. A launch that passes goes to
-// the hook that the host has set, at once or whenever its graph is launched.
+// Launches: the checks of a driver before a kernel runs, occupancy, and function attributes. A launch that passes goes
+// to the hook that the host has set, at once or whenever its graph is launched.
 
 #include "device.h"
 
@@ -14,7 +14,7 @@ static int (*hook)(const Launch*) = nullptr;
 
 static unsigned volume(const unsigned n[3]) { return n[0] * n[1] * n[2]; }
 
-// Blocks that fit on a multiprocessor: NVIDIA's own calculator.
+// Blocks that fit on a multiprocessor, by NVIDIA's own calculator.
 static int resident(const Kernel& k, int threads, size_t dynamic_shared) {
     cudaDeviceProp p;
     if (cudaGetDeviceProperties(&p, k.device)) return 0;
@@ -53,11 +53,11 @@ static int check(const Launch& l, void* stream) {
     if (threads > (unsigned)k.most_threads) {
         return refuse(701, "%s: %u threads, its launch bounds allow %d", name, threads, k.most_threads);
     }
-    // What it opted in to leaves room for what is static: cuFuncSetAttribute.
+    // Above the default, cuFuncSetAttribute has checked that there is room for the static memory.
     if (l.shared > (unsigned)k.dynamic_shared
         || (k.dynamic_shared <= DEFAULT_SHARED && l.shared + k.static_shared > DEFAULT_SHARED)) {
-        return refuse(1, "%s: %u bytes of dynamic and %d of static shared memory, of dynamic ones it may have %d", name,
-                      l.shared, k.static_shared, k.dynamic_shared);
+        return refuse(1, "%s: %u bytes of dynamic and %d of static shared memory; at most %d dynamic ones are allowed",
+                      name, l.shared, k.static_shared, k.dynamic_shared);
     }
     const int fitting = resident(k, threads, l.shared);
     if (fitting == 0) return refuse(701, "%s: %u threads of %d registers", name, threads, k.registers);
@@ -79,7 +79,7 @@ static int check(const Launch& l, void* stream) {
     return 0;
 }
 
-// The arguments, packed as the kernel has them: from pointers to each, or from a buffer that must be of that size.
+// Pack the arguments as in the kernel's constant bank: from pointers to each, or from a buffer of exactly that size.
 static int pack(const Kernel& k, void** pointers, void** extra, std::vector<unsigned char>& packed) {
     packed.assign(std::max(k.parameter_bytes, 1), 0);
     if (pointers && extra) return refuse(1, "%s: arguments are given in both ways", k.name.c_str());
@@ -92,7 +92,7 @@ static int pack(const Kernel& k, void** pointers, void** extra, std::vector<unsi
             else return refuse(1, "%s: an unknown item among the extra ones", k.name.c_str());
         }
         if (buffer == nullptr || size != (size_t)k.parameter_bytes) {
-            return refuse(1, "%s: %zu bytes of arguments, its parameters have %d", k.name.c_str(), size, k.parameter_bytes);
+            return refuse(1, "%s: %zu bytes of arguments for %d of parameters", k.name.c_str(), size, k.parameter_bytes);
         }
         memcpy(packed.data(), buffer, size);
         return 0;
@@ -153,7 +153,7 @@ using namespace fake;
 
 extern "C" {
 
-// For Python: who runs the kernels. It returns 0 or an error, whose reason it gives by fakegpu_refuse.
+// For Python: set the hook that runs kernels. It returns 0 or an error, and sets the reason with fakegpu_refuse.
 void fakegpu_hook(int (*f)(const Launch*)) { hook = f; }
 
 CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,

@@ -1,6 +1,6 @@
-// Device memory. Its addresses are reserved and closed: a host access to one ends the process with SIGSEGV. The bytes
-// are in a second range, at a fixed distance, which only copies and kernels reach. No address is ever given out twice,
-// and closed pages lie between allocations: what was freed, and what lies behind an end, is found out.
+// Device memory. Its addresses are reserved without access: a host access to one ends the process with SIGSEGV. The
+// bytes are in a second range, at a fixed distance, which only copies and kernels access. No address is used twice, and
+// unused pages lie between allocations, so accesses to freed memory and beyond an allocation's end are detected.
 
 #include "device.h"
 
@@ -67,7 +67,7 @@ static int release(void* p) {
     if (p == nullptr) return ready();
     std::lock_guard<std::recursive_mutex> guard(lock);
     auto found = allocations.find((uintptr_t)p);
-    if (found == allocations.end()) return refuse(cudaErrorInvalidValue, "%p was not allocated, or is freed", p);
+    if (found == allocations.end()) return refuse(cudaErrorInvalidValue, "%p was not allocated, or has been freed", p);
     const Allocation& a = found->second;
     used[a.device] -= a.size;
     madvise(host_of(p), (a.size + PAGE - 1) / PAGE * PAGE, MADV_DONTNEED);
@@ -75,7 +75,7 @@ static int release(void* p) {
     return 0;
 }
 
-// Where the bytes of one side of a copy are; null with an error if they are not where they are said to be.
+// Return the address of the bytes of one side of a copy; null, and an error, if they are not on the side given.
 enum Side { HOST, DEVICE, EITHER };
 static char* reach(const void* p, size_t size, Side side, const char* what) {
     if (!in_space(p)) {
@@ -128,7 +128,7 @@ using namespace fake;
 
 extern "C" {
 
-// For the launch hook: the host addresses of a device pointer and of its allocation's ends. 0: it is in none.
+// For the launch hook: the host addresses of a device pointer and of its allocation's start and end. 0: not allocated.
 int fakegpu_find(const void* p, int device, uintptr_t* at, uintptr_t* low, uintptr_t* high) {
     const Allocation* a = find(p);
     if (a == nullptr || a->device != device) return 0;

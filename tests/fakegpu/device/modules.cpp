@@ -1,5 +1,5 @@
-// Modules: the kernels of a cubin, and what its ELF sections say of each: registers, launch bounds, shared memory,
-// parameters, cluster.
+// Modules: the kernels of a cubin, and the properties of each in its ELF sections: registers, launch bounds, shared
+// memory, parameters, cluster.
 
 #include "device.h"
 
@@ -12,7 +12,8 @@ namespace fake {
 
 struct Module { std::map<std::string, std::unique_ptr<Kernel>> kernels; };
 
-// Attributes in .nv.info: a byte of format, one of its number, two of a value or of the length of what follows.
+// Attributes in .nv.info: one byte for the format, one for the number, two for a value or for the length of the data
+// that follows.
 constexpr int INLINE_VALUE = 3, WITH_DATA = 4;
 constexpr int MAX_THREADS_OF_BLOCK = 0x05, PARAMETER = 0x17, PARAMETER_BYTES = 0x19, REGISTER_COUNT = 0x2f,
               BLOCKS_OF_CLUSTER = 0x3d;
@@ -69,7 +70,7 @@ static int load(Module* module, const unsigned char* image) {
         if (Kernel* k = kernel(n)) read_kernel(*k, from, from + s.sh_size);
     });
     each(".nv.shared.", [&](const Elf64_Shdr& s, const std::string& n) {
-        // From sm_90 on what the system reserves is in it.
+        // From sm_90 on the section includes the memory that the system reserves.
         const int reserved = capability >= 90 ? RESERVED_SHARED : 0;
         if (Kernel* k = kernel(n)) k->static_shared = std::max((int)s.sh_size - reserved, 0);
     });
@@ -94,7 +95,7 @@ using namespace fake;
 
 extern "C" {
 
-// For the launch hook: the module of a kernel, its name, and the size and place of a parameter (0: there is no such).
+// For the launch hook: the module of a kernel, its name, and the size and offset of a parameter (0: no such parameter).
 void* fakegpu_module(Kernel* k) { return k->module; }
 const char* fakegpu_name(Kernel* k) { return k->name.c_str(); }
 int fakegpu_parameter(Kernel* k, unsigned i, int* offset) {
@@ -102,7 +103,7 @@ int fakegpu_parameter(Kernel* k, unsigned i, int* offset) {
     *offset = k->parameters[i].offset;
     return k->parameters[i].size;
 }
-// The name of a module's i-th kernel; null: there are no more.
+// The name of a module's i-th kernel; null after the last one.
 const char* fakegpu_kernel(Module* module, unsigned i) {
     if (i >= module->kernels.size()) return nullptr;
     return std::next(module->kernels.begin(), i)->first.c_str();
@@ -118,7 +119,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     return CUDA_SUCCESS;
 }
 
-// Kept: a launch hook, and graphs, may still name its kernels.
+// Modules are kept, since a launch hook or a graph may still refer to their kernels.
 CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {

@@ -1,5 +1,5 @@
 // Streams, events and graphs. Work is done when it is enqueued; a capturing stream records it instead, and a graph does
-// it at each launch. What may not be done in a capture is refused, and ends it, as by a driver.
+// it at each launch. Calls that a capture forbids are refused and end the capture, as a driver does.
 
 #include "device.h"
 
@@ -25,12 +25,12 @@ struct Capture {
 struct Stream {
     int device;
     unsigned flags;
-    std::shared_ptr<Capture> capture;  // null: it does not capture
+    std::shared_ptr<Capture> capture;  // null if it does not capture
 };
 
 struct Event {
     std::shared_ptr<double> milliseconds = std::make_shared<double>(0);  // a graph may outlive the event
-    std::shared_ptr<Capture> capture;  // it was recorded in
+    std::shared_ptr<Capture> capture;  // the capture in which it was recorded
 };
 
 static std::set<Stream*> streams;
@@ -56,7 +56,7 @@ static int invalidate(Capture& c, int code, const char* what) {
     return refuse(code, "%s", what);
 }
 
-// Waits, allocations and loads are unsafe in a capture that is not relaxed: of any thread, or of this one.
+// Waits, allocations and loads are unsafe in a capture that is not relaxed: any thread's (global), or this thread's.
 int may_not_wait(const char* what) {
     std::lock_guard<std::recursive_mutex> guard(lock);
     for (const auto& c : captures) {
@@ -99,7 +99,7 @@ static cudaError_t create(cudaStream_t* made, unsigned flags) {
     return cudaSuccess;
 }
 
-// A wait for one stream, or (null) for all of the device.
+// A wait for one stream, or (null) for all streams of the device.
 static cudaError_t wait(Stream* stream, const char* what) {
     count(SYNCHRONISATIONS);
     if (int error = may_not_wait(what)) return (cudaError_t)error;
@@ -204,7 +204,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
     return cudaSuccess;
 }
 
-// A graph and what is made of it: the recorded work, shared.
+// Graphs and executable graphs share the recorded work.
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* made, cudaGraph_t graph, unsigned long long) {
     *made = (cudaGraphExec_t) new std::shared_ptr<Work>(*(std::shared_ptr<Work>*)graph);
     return cudaSuccess;
@@ -239,7 +239,7 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEven
     *milliseconds = *((Event*)to)->milliseconds - *((Event*)from)->milliseconds;
     return cudaSuccess;
 }
-// A stream that waits for what is captured joins the capture.
+// A stream that waits for a captured event joins the capture.
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
     std::lock_guard<std::recursive_mutex> guard(lock);
     const auto& c = ((Event*)event)->capture;

@@ -1,4 +1,4 @@
-"""Puts the fake device under CuPy in any Python that tests/fakegpu/run.py starts, when CuPy is imported."""
+"""Put the fake device under CuPy when it is imported, in every Python process that tests/fakegpu/run.py starts."""
 
 from __future__ import annotations
 

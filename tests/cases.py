@@ -1,4 +1,4 @@
-"""The case table: what every backend must compute, and the references it is held to."""
+"""The case table, and checks of each case's results against extended precision."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from cupynorm import devices
 from cupynorm.cuda.plan import SUBWARP_BYTES, SUBWARP_ELEMENTS, Device, Layout, Op, _Job
 from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, VARIANTS, Kind, exists, group_of, resident_threads, widest
 
-#: Few multiprocessors: scopes are chosen by the size of a plane alone, as they are for large batches.
+#: Few multiprocessors: the size of a plane alone decides its scope, as in large batches.
 SMALL_DEVICE = Device("small", (7, 5), 1, 99 * 1024, 4 * 2**20)
-#: Many multiprocessors for few planes: scopes of few threads give way.
+#: Many multiprocessors for few planes: larger scopes are chosen.
 WIDE_DEVICE = Device("wide", (7, 5), 64, 99 * 1024, 4 * 2**20)
 
 
@@ -35,7 +35,7 @@ class Case:
     data: str = "normal"
     affine: bool = True
     device: Device = SMALL_DEVICE
-    param_dtype: str | None = None  # None: the input's, float32 for 16-bit input
+    param_dtype: str | None = None  # None: float64 for float64 input, else float32
     dy_layout: str | None = None  # None: x's
     activation: str | None = None
     residual: str | None = None  # its layout
@@ -67,7 +67,7 @@ def _data(name: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.nda
 
 
 def _stride_kept(array: np.ndarray, layout: str) -> np.ndarray:
-    """An array of any rank in a layout of reference.LAYOUTS, which are for 4 axes."""
+    """Return an array of any rank in a layout of reference.LAYOUTS, whose functions take 4 axes."""
     if array.ndim == 4 or layout == "contiguous":
         return reference.LAYOUTS[layout](array)
     if layout == "unaligned":
@@ -79,18 +79,18 @@ def _stride_kept(array: np.ndarray, layout: str) -> np.ndarray:
 
 
 def within(actual: np.ndarray, expected: Any, scale: Any, allowed: float, what: str) -> None:
-    """The error relative to scale is allowed, beyond what a GPU may flush to zero."""
+    """Assert that the error relative to scale is allowed, apart from what a GPU may flush to zero."""
     smallest = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-126, "float64": 2.0**-1074}
     with np.errstate(invalid="ignore", over="ignore"):
         assert_within(actual, expected, scale * np.longdouble(allowed) + smallest[actual.dtype.name], what, True)
 
 
 def arrays(case: Case, rng: np.random.Generator) -> tuple[Any, ...]:
-    """x, dy, weight, bias, running_mean, running_var and residual of a case."""
+    """Return x, dy, weight, bias, running_mean, running_var and residual of a case."""
     dtype = devices.dtype_of(case.dtype)
     params = devices.dtype_of(case.param_dtype or ("float64" if case.dtype == "float64" else "float32"))
     n, c = case.shape[:2]
-    if case.data == "zeros":  # for plans alone
+    if case.data == "zeros":  # for tests of plans, which need no values
         x = _stride_kept(np.zeros(case.shape, dtype), case.layout)
         dy = _stride_kept(x, case.dy_layout) if case.dy_layout else x
     else:
@@ -111,9 +111,9 @@ SLOPE = 0.2  # of leaky_relu
 
 
 def modes(backend: Backend, case: Case) -> tuple[bool, ...]:
-    """Training, and tracked eval: not for groups of blocks, which it has no variants for. Compiled loops are compiled
-    for each kind of call: below the nightly tier two of the dtypes have eval where channels are side by side, and two
-    where they are not.
+    """Return the values of `training` to test: tracked eval, too, except for groups of blocks, which it does not use.
+
+    numba compiles each kind of call: below the nightly tier two dtypes test eval channels-last, and two channels-first.
     """
     if case.device.name not in ("small", "wide", "narrow"):
         return (True,)
@@ -125,7 +125,7 @@ def modes(backend: Backend, case: Case) -> tuple[bool, ...]:
 
 
 def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
-    """Forward and backward, in training and in tracked eval, against extended precision."""
+    """Check forward and backward, in training and in tracked eval, against extended precision."""
     backend.pretend(case.device)
     x_, dy_, weight_, bias_, mean_, var_, residual_ = arrays(case, rng)
     c, params = case.shape[1], mean_.dtype
@@ -133,15 +133,15 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
     x, mean, var = (backend.array(a) for a in (x_, mean_.copy(), var_.copy()))
     weight, bias, residual = (None if a is None else backend.array(a) for a in (weight_, bias_, residual_))
 
-    # A few roundings of what is stored, on top of a few of what it is computed in. The gradient that an activation
-    # hands on is stored too, in the place of dy.
+    # A few roundings of the storage dtype, and a few of the computing dtype. With an activation, g is stored, too, in
+    # place of dy.
     storage = 2 * ROUNDING[case.dtype]
     compute = 16 * ROUNDING["float64" if case.dtype == "float64" else "float32"]
     handed = storage / 2 if case.activation else 0
     param = 2 * ROUNDING[params.name]
 
     def of_planes(parameter: np.ndarray | None, default: float) -> np.ndarray:
-        """|parameter|, to be broadcast over planes."""
+        """Return |parameter|, broadcastable over planes."""
         values = np.full(c, default) if parameter is None else np.abs(reference.wide(parameter))
         return values.reshape(*values.shape, *(1,) * (len(case.shape) - 2))
 
@@ -156,7 +156,7 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
         xhat = reference.forward(x_, running=running)
         z = reference.before_activation(x_, weight_, bias_, running=running, residual=residual_)
         scale = np.maximum(np.abs(xhat), 1) * w + b + r
-        # Not where rounding decides on which side of a kink an element is.
+        # Leave out elements for which rounding decides on which side of a kink they are.
         if case.activation in ("relu", "leaky_relu"):
             dy_[np.abs(z) <= 4 * (compute + storage * (case.dtype == "float64")) * scale] = 0
         dy = backend.array(dy_)
@@ -176,9 +176,9 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
         )
         rstd = 1 / np.sqrt((reference.statistics(x_)[1] if training else reference.wide(var_)[None]) + 1e-5)
         axes = tuple(range(2, x_.ndim))
-        # A derivative's error is that of z times its own slope, at most 1 or so.
+        # A derivative's error is z's error times the derivative's own slope, at most about 1.
         terms_g = np.abs(g) + (np.abs(reference.wide(dy_)) * (1 + scale) if case.activation in ("silu", "gelu") else 0)
-        # Rounding acts on the terms of dx, which may cancel.
+        # Each term of dx is rounded, and the terms may cancel.
         terms = terms_g + terms_g.mean(axes, keepdims=True)
         terms = terms + np.abs(xhat) * (terms_g * np.abs(xhat)).mean(axes, keepdims=True)
         with np.errstate(invalid="ignore"):
@@ -202,10 +202,10 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
         if training:
             m, v = reference.moved(mean_, var_, x_, 0.3)
             xmean, xvar = (np.abs(a).mean(0) for a in reference.statistics(x_))
-            # And about one rounding of the terms of a mean, which may cancel.
+            # A mean's terms may cancel, so about one rounding of each is allowed, too.
             terms = np.abs(mean_) + xmean + np.sqrt(xvar) / 16
             within(backend.host(mean), m, terms + 1e-30, param + compute, "running_mean")
-            # The variance of values around a large mean is that of their rounded selves: exact all the same.
+            # The variance is that of the rounded values, so it is exact around a large mean, too.
             within(backend.host(var), v, np.abs(var_) + 2 * xvar + 1e-30, param + compute, "running_var")
             mean, var = backend.array(mean_.copy()), backend.array(var_.copy())
         else:
@@ -215,7 +215,7 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
 
 
 def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None:
-    """Double backward, in training and in tracked eval, against extended precision."""
+    """Check double backward, in training and in tracked eval, against extended precision."""
     backend.pretend(case.device)
     x_, dy_, weight_, bias_, mean_, var_, residual_ = arrays(replace(case, activation=None), rng)
     ddx_ = _stride_kept((rng.normal(size=case.shape) - 2).astype(x_.dtype), case.dy_layout or case.layout)
@@ -246,7 +246,7 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
         assert ddy.dtype == dx.dtype == x.dtype
         exact = reference.double_backward(ddx_, ddweight_, ddbias_, dy_, x_, weight_, running=running)
 
-        # Rounding acts on all that is added up, as large as it is, on g and u without their means.
+        # Each summand is rounded; g and u after their means are subtracted.
         xhat = np.abs(reference.forward(x_, running=running))
         rstd = 1 / np.sqrt((reference.statistics(x_)[1] if training else reference.wide(var_)[None]) + 1e-5)
         rstd = rstd.reshape(*rstd.shape, *(1,) * len(axes))
@@ -275,7 +275,7 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
     assert_same(backend.host(dy), dy_, "dy")
 
 
-#: Layouts, ranks, dtypes and data that every backend is held to.
+#: Layouts, ranks, dtypes and data that every backend is tested with.
 TABLE = [
     *(Case((2, 3, 5, 7), dtype) for dtype in ITEMSIZE),
     *(Case((2, 8, 5, 6), dtype, "channels_last") for dtype in ITEMSIZE),
@@ -288,7 +288,7 @@ TABLE = [
     *(Case((2, 3, 45, 47), dtype, data="offset") for dtype in ("float32", "float64")),
     *(Case((2, 8, 30, 30), "float32", layout, data) for layout in ("contiguous", "channels_last")
       for data in ("offset", "far", "constant", "outlier", "checkerboard", "tiny")),
-    # As many channels as the CPU's compiled loops take side by side; one whose planes are cut into tiles.
+    # As many channels as the CPU's compiled loops take side by side; in one case planes are cut into tiles.
     *(Case((2, 32, 5, 6), dtype, "channels_last") for dtype in ITEMSIZE),
     *(Case((1, 32, 30, 30), "float32", "channels_last", data)
       for data in ("offset", "far", "constant", "outlier", "checkerboard", "tiny")),
@@ -300,11 +300,11 @@ TABLE = [
     *(Case((2, 3, 16, 17), "bfloat16", "contiguous", data) for data in ("offset", "checkerboard", "constant")),
     Case((2, 3, 5, 7), "float16", param_dtype="float16"),
     Case((2, 3, 5, 7), "bfloat16", param_dtype="bfloat16"),
-    *(Case((3, 2, 2), dtype) for dtype in ITEMSIZE),  # two elements a plane
+    *(Case((3, 2, 2), dtype) for dtype in ITEMSIZE),  # two elements per plane
     Case((1, 1, 3, 3)),
     Case((40, 70, 4, 4)),
     Case((9, 33, 2, 3), "float16", "channels_last"),
-    # As many elements to a warp as it has room for, from somewhere between 16-byte borders on.
+    # As many elements as a warp's staging has room for, misaligned.
     *(Case((3, 7, 16, size), dtype, "unaligned") for size, dtype in ((16, "float16"), (8, "float32"), (4, "float64"))),
     *(Case((3, 4, 6, 7), dtype, layout, activation=activation, residual=residual, per_sample=per_sample)
       for activation in (None, "relu", "leaky_relu", "silu", "gelu")
@@ -319,7 +319,7 @@ TABLE = [
 ]  # fmt: skip
 
 
-#: Every regime with as little work as it takes: what the sanitizers go over on a GPU.
+#: The smallest cases that reach every regime: on a GPU the sanitizers run these.
 SMALL = [
     Case(shape, dtype, layout)
     for dtype in ("float32", "float16")
@@ -331,7 +331,7 @@ SMALL = [
 ]
 
 
-#: A kind of kernels, and whether all arrays are aligned alike and channels can be packed.
+#: A kind of kernels; and True if no array is misaligned and channels form whole vecs.
 KINDS: tuple[tuple[Kind, bool], ...] = (
     ("channels_first", True), ("channels_first", False), ("channels_last", True), ("channels_last", False),
 )  # fmt: skip
@@ -339,19 +339,19 @@ GROUPS = ("", "warp", "subwarp", "cluster", "cluster_registers", "grid", "grid_r
 
 
 def turn(group: str, kind: Kind, easy: bool) -> str:
-    """The dtype in which the full tier runs a group's kernels of a kind on the emulator, besides float32.
+    """Return the dtype in which the full tier runs a group's kernels of a kind on the emulator, besides float32.
 
-    A group has every dtype and every kind, and the groups together have every dtype with every kind: to build all
-    modules takes minutes.
+    Each group covers every dtype and every kind, and the groups together cover every dtype with every kind: building
+    all modules would take minutes.
     """
     dtypes = ("float32", "float16", "bfloat16", "float64")
     return dtypes[(KINDS.index((kind, easy)) + GROUPS.index(group)) % 4]
 
 
 def variants(ops: tuple[Op, ...] = ("forward", "backward"), turns: bool = False) -> list[Case]:
-    """Cases whose plans reach every kernel without an epilogue: each variant, dtype, layout, alignment; the split.
+    """Return cases that reach every kernel without an epilogue: each variant, dtype, layout and alignment; the split.
 
-    turns: each group of kernels in the dtypes whose turn it is.
+    turns: each group of kernels only in the dtype that `turn` returns.
     """
     return [case for dtype in ITEMSIZE for kind in KINDS for case in _variants(dtype, *kind, ops, turns=turns)]
 
@@ -372,12 +372,12 @@ def _variant_cases() -> frozenset[Case]:
 
 
 def by_default(case: Case) -> bool:
-    """Whether the default tier runs a case on the emulator.
+    """Return True if the default tier runs a case on the emulator.
 
-    Every variant in one dtype: float32, and float16 for those that 16-bit dtypes alone have. In the other dtypes small
-    contiguous planes without an epilogue: each dtype has modules of its own to build. Clusters of 8 and 16 blocks,
-    which take longest, in one layout; no groups of blocks on arrays that are misaligned or whose channels are not
-    packed.
+    It runs every variant in one dtype: float32, or float16 for variants that only 16-bit dtypes have. In the other
+    dtypes it runs small contiguous planes without an epilogue, since each dtype has modules of its own to build. It
+    runs clusters of 8 and 16 blocks, which take longest, in one layout, and no groups of blocks on arrays that are
+    misaligned or whose channels form no whole vecs.
     """
     if case.dtype == "float32":
         hard = case.layout == "unaligned" or (case.layout == "channels_last" and case.shape[1] % 4 > 0)
@@ -385,7 +385,7 @@ def by_default(case: Case) -> bool:
         if group and (hard or (case.device.cluster >= 8 and case.layout != "contiguous")):
             return False
         return case.activation is None or case.layout == "contiguous"
-    if case in _variant_cases():  # of float16, unaligned, backward clusters and the split are others
+    if case in _variant_cases():  # for unaligned float16, backward's clusters and the split are variants of their own
         other = case.device.name.startswith("shared") or (case.device is SMALL_DEVICE and case.shape[2] > 40_000)
         return case.dtype == "float16" and case.layout == "unaligned" and other and case in _single_cases()
     plain = case.activation is None and case.residual is None
@@ -393,8 +393,8 @@ def by_default(case: Case) -> bool:
 
 
 def tiers(*ops: Op) -> Callable[[Any], Any]:
-    """Mark a test over cases with its tiers on the emulator: what `by_default` leaves out is of the full tier, or, of
-    the variants of these ops, nightly where it is not their turn."""
+    """Mark a test over cases with its tiers on the emulator: cases that `by_default` leaves out are of the full tier;
+    variants of these ops in other dtypes than `turn` returns are of the nightly tier."""
 
     def left_out(given: dict[str, Any]) -> bool:
         case = given["case"]
@@ -411,7 +411,7 @@ def tiers(*ops: Op) -> Callable[[Any], Any]:
 
 
 def epilogue_variants() -> list[Case]:
-    """The same for the kernels with an epilogue: layouts, dtypes, activations and residuals take turns."""
+    """Return cases that reach every kernel with an epilogue: layouts, dtypes, activations and residuals take turns."""
     turns = [
         ("channels_first", True, "float32", "leaky_relu"), ("channels_first", False, "float16", "silu"),
         ("channels_first", False, "float32", "leaky_relu"),
@@ -426,7 +426,7 @@ def epilogue_variants() -> list[Case]:
                 cases.append(fused)
             if (i % 2 == 0 or case is plain[-1]) and activation is not None:
                 cases.append(replace(fused, residual=None))
-    # 16-bit backward has no kernels with an epilogue that keep planes in the registers of clusters and the grid.
+    # In 16 bits, backward with an epilogue has no variants that keep planes in the registers of clusters or the grid.
     for activation in ("silu", "gelu"):
         for case in _variants("float32", "channels_first", True, epilogue=EPILOGUES[activation]):
             if case.device.name.startswith("registers"):
@@ -442,7 +442,7 @@ def _variants(
     epilogue: int = 0,
     turns: bool = False,
 ) -> list[Case]:
-    # 16 bytes of channels-last rows at the least, so that several vecs lie side by side; 3 channels cannot be packed.
+    # Rows of 16 channels have several vecs side by side; 3 channels form no whole vec.
     c = 2 if kind == "channels_first" else (16 if easy else 3)
     layout = kind if kind == "channels_last" else ("contiguous" if easy else "unaligned")
     vec_size = 1 if kind == "channels_last" and not easy else widest(ITEMSIZE[dtype], kind)
@@ -479,14 +479,14 @@ def _variants(
                         add(s)
             elif variant.residency == "registers" and not variant.grouped:
                 capacity = variant.vecs_per_thread * variant.size // channel_vecs * unit
-                if capacity <= held:  # there for few planes
+                if capacity <= held:  # a variant for few planes
                     add(capacity - (unit - 1), WIDE_DEVICE)
                     continue
-                # Just over what the one before holds, and all that this one holds.
+                # Slightly more than the previous variant holds, and as much as this one holds.
                 add(held + 3)
                 add(capacity - (unit - 1))
                 if kind == "channels_first" and capacity * ITEMSIZE[dtype] <= SUBWARP_BYTES:
-                    # Not one behind the other, or a subwarp would have them.
+                    # With gaps between the planes, or subwarps would serve them.
                     add(capacity if easy else capacity - unit + 1, layout="gaps")
                 held = capacity
             elif variant.scope == "block":
@@ -494,7 +494,7 @@ def _variants(
                 fits = shared <= SMALL_DEVICE.shared_per_block
                 add(held + 5, SMALL_DEVICE if fits else Device("block", (9, 0), 1, shared, 2**20))
             elif variant.scope == "cluster":
-                # As many multiprocessors as half as large a cluster would leave idle.
+                # So many multiprocessors that a cluster of half the size would leave most idle.
                 made = job(op, held + 5, 3)
                 shared = made.shared(variant, variant.cluster) if variant.residency == "shared" else 2**14
                 name = f"{variant.residency}{variant.cluster}"
@@ -505,7 +505,7 @@ def _variants(
             elif variant.residency == "registers":
                 add(held + 5, Device("registers", (8, 0), 5, 2**12, 2**20))
             else:
-                # The smallest grid that this variant, and none before it, try_variant.
+                # The smallest grid that fits this variant and no earlier one.
                 of_registers = [
                     r
                     for r in VARIANTS[op]

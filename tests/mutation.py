@@ -469,7 +469,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     if name in ("launch", "plan", "source"):
         emulated = [
             k("cases", "simt and float32 and (table or small)"), k("simt", "launches or reach"),
-            k("cases", "simt and float32"), k("simt", "not barrier and not bites"), k("cases", "simt"),
+            k("cases", "simt and float32"), k("simt", "not barrier and not detects"), k("cases", "simt"),
             *((f"tests/test_{file}.py", "-m", "simt") for file in ("semantics", "epilogue", "double_backward")),
         ]  # fmt: skip
         return [*own[:1], *emulated, *own[1:]]

@@ -1,4 +1,4 @@
-"""The bench's variants: forcing is undone, what is forced is right, what is tried is sensible, what is written."""
+"""The bench's variants: forced ones are correct, and no longer forced afterwards; which are tried; the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cupynorm.cuda.plan import DEVICES, Device
 from cupynorm.cuda.variants import FORCED, VARIANTS, Variant, widest
 
 DTYPES = {"float32": 4, "bfloat16": 2}
-SMALL = Device("small", (9, 0), 5, 227 * 1024, 2**20, 16)  # the whole of a grid is soon emulated
+SMALL = Device("small", (9, 0), 5, 227 * 1024, 2**20, 16)  # small enough to emulate a whole grid
 
 
 def case(op: str, dtype: str, positions: int, channels: int = 3) -> Case:
@@ -43,12 +43,12 @@ def test_forcing_is_undone() -> None:
         made, (module,) = variants.planned(one, DEVICES["H100"], {})
         assert made.steps[0].name == f"forward_{variant.name}"
         assert module.kernels == (f"forward_{variant.name}",)
-        assert "1024, 1, 2, 1)" in module.defines  # two such blocks to a multiprocessor
+        assert "1024, 1, 2, 1)" in module.defines  # two such blocks per multiprocessor
     assert FORCED == {}
     assert variants.planned(one, DEVICES["H100"], {}) == before
 
 
-def test_a_forced_module_is_another() -> None:
+def test_forced_modules_are_other_modules() -> None:
     variant = VARIANTS["forward"][-1]
     large = case("forward", "float32", 2**20)
     (today,), (forced,), (bound,) = (
@@ -65,7 +65,7 @@ def test_a_forced_module_is_another() -> None:
 
 
 @pytest.mark.parametrize("op", variants.OPS)
-def test_what_is_tried_includes_todays_variants(op: str) -> None:
+def test_catalogue_includes_current_variants(op: str) -> None:
     listed = [trial.variant for trial in variants.catalogue(op) if not trial.split]
     assert set(VARIANTS[op]) < set(listed)
     names = [trial.name for trial in variants.catalogue(op)]
@@ -73,7 +73,7 @@ def test_what_is_tried_includes_todays_variants(op: str) -> None:
 
 
 @pytest.mark.long
-def test_what_suits_a_plane() -> None:
+def test_variants_tried_for_a_plane() -> None:
     found = {each: variants.entries(each, DEVICES["H200"]) for each in sweep()}
     assert 300 < sum(map(len, found.values())) < 700
     for each, mine in found.items():
@@ -85,7 +85,7 @@ def test_what_suits_a_plane() -> None:
             assert all(step.name.endswith(variant.name) for step in entry.plan.steps if step.name[:5] != "merge")
             assert step.shared <= DEVICES["H200"].shared_per_block
             if variant.residency == "registers" and variant.scope != "subwarp" and not entry.trial.split:
-                held = variant.size * variant.vecs_per_thread * step.tiles  # of a group: in all of its blocks
+                held = variant.size * variant.vecs_per_thread * step.tiles  # in all blocks of a group
                 assert vecs <= held
                 assert held <= 4 * vecs or entry.today
                 assert variant.grouped or step.tiles == 1
@@ -100,7 +100,7 @@ def test_what_suits_a_plane() -> None:
 
 
 def some(op: str) -> list[Trial]:
-    """Variants whose number of threads no plan takes, one of each scope."""
+    """Return variants of each scope, with numbers of threads that no plan uses."""
     bound = 2048 if op == "forward" else 1024
     return [
         Trial(Variant("subwarp", "registers", 128, 16)),
@@ -115,7 +115,7 @@ def some(op: str) -> list[Trial]:
 
 
 def every() -> list[Any]:
-    """All of them in the nightly tier, some in the full one."""
+    """Return the whole catalogue, for the nightly tier, with some variants in the full tier."""
     found = []
     for op in variants.OPS:
         for trial in variants.catalogue(op):
@@ -131,7 +131,7 @@ def every() -> list[Any]:
 @pytest.mark.simt
 @pytest.mark.parametrize(("op", "dtype", "trial"), every())
 def test_each_variant_is_right(run_on: Callable[..., Any], op: str, dtype: str, trial: Trial) -> None:
-    """Where its threads are full, where most are idle, and where planes begin and end between 16-byte borders."""
+    """For planes that fill its threads, that leave most of them idle, and that are not multiples of 16 bytes."""
     emulator.require()
     runtime = run_on(Emulator(SMALL))
     variant, v = trial.variant, widest(DTYPES[dtype], "channels_first")
@@ -156,7 +156,7 @@ def test_each_variant_is_right(run_on: Callable[..., Any], op: str, dtype: str, 
 
 
 class Loading(Emulator):
-    """An emulator that is told what to compile, and cannot compile warps of one vec."""
+    """An emulator with `load`, which fails for warps of one vec."""
 
     def load(self, module: Any) -> None:
         if any("warp" in name and name.endswith("x1") for name in module.kernels):
@@ -166,11 +166,11 @@ class Loading(Emulator):
 
 @pytest.mark.simt
 def test_a_run(run_on: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the emulator: rows of right, wrong and broken variants, and a table of them."""
+    """On the emulator, with a variant that does not compile: the rows in the file, and the summary."""
     emulator.require()
     tried = {
         op: [
-            Trial(Variant("subwarp", "registers", 128, 16 if op == "forward" else 8)),  # as planned of 8 x 8
+            Trial(Variant("subwarp", "registers", 128, 16 if op == "forward" else 8)),  # as planned for 8 x 8
             Trial(Variant("warp", "registers", 128, 1)),
             Trial(Variant("block", "registers", 64, 1)),
         ]
@@ -241,9 +241,9 @@ def test_the_table() -> None:
     assert table[-1] == "forward float32 channels_first, planes of 16,16: block 128x1: spills"
 
 
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if cn.devices.gpu_status()[0]:
-        pytest.skip("there is one")
+        pytest.skip("a GPU is usable")
     with pytest.raises(SystemExit):
         bench.main(["variants"])
     assert "no usable GPU" in capsys.readouterr().err

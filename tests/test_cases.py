@@ -15,12 +15,12 @@ from cupynorm.cuda import plan
 from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.plan import ArrayDesc, Device, Op
 
-#: Numba compiles each kind of call for itself, in seconds: the dtype in which an activation is compiled.
+#: The dtype in which each activation is tested with the compiled loops: numba compiles each kind of call, in seconds.
 COMPILED = {"relu": "float32", "leaky_relu": "float16", "silu": "bfloat16", "gelu": "float64"}
 
 
 def compiled_elsewhere(given: dict[str, Any]) -> bool:
-    """Whether another case compiles the activation or the residual, and another the dtype and the layout."""
+    """Return True if other cases compile the activation or residual, and the dtype and layout."""
     case = given["case"]
     if case.activation is not None:
         return case.dtype != COMPILED[case.activation]
@@ -40,14 +40,14 @@ def test_small(backend: Backend, case: cases.Case, rng: np.random.Generator) -> 
     cases.check(backend, case, rng)
 
 
-@on_kernels  # the loops of a CPU have no variants
+@on_kernels  # the CPU backend has no variants
 @cases.tiers("forward", "backward")
 @pytest.mark.parametrize("case", cases.variants(), ids=str)
 def test_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)
 
 
-# The double backward of the CPU is NumPy's, also where its forward is compiled.
+# On the CPU the double backward runs on NumPy alone, even if forward is compiled.
 @on("numpy", "simt", "cupy")
 @cases.tiers("double_backward")
 @pytest.mark.parametrize("case", [case for case in cases.TABLE if case.activation is None], ids=str)
@@ -78,8 +78,8 @@ def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Gen
 
 @on_kernels
 @pytest.mark.full(simt=lambda given: True)  # in float16, channels side by side
-def test_more_tiles_than_threads_that_merge_them(backend: Backend, rng: np.random.Generator) -> None:
-    """In a grid whose blocks have 32 channels side by side, of 16 bits: 16 threads merge those of a channel."""
+def test_more_tiles_than_merge_threads_of_a_channel(backend: Backend, rng: np.random.Generator) -> None:
+    """In a grid whose blocks have 32 16-bit channels side by side, 16 threads merge the tiles of a channel."""
     case = cases.Case((1, 31, 40, 75), "float16", "channels_last", device=Device("many", (8, 0), 24, 72 * 1024, 2**20))
     backend.pretend(case.device)
     desc = ArrayDesc(case.shape, (2 * 31 * 3000, 2, 2 * 31 * 75, 2 * 31), 2, 0)
@@ -101,7 +101,7 @@ def test_more_tiles_than_threads_that_merge_them(backend: Backend, rng: np.rando
 def test_grids_of_two_dimensions(
     backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], layout: str
 ) -> None:
-    """No GPU has memory for more planes than the first dimension of a grid holds blocks: it ends earlier here."""
+    """No GPU has memory for more planes than a grid's first dimension can hold; here that dimension is shorter."""
     monkeypatch.setattr(plan, "MAX_GRID", 16)
     case = cases.Case(shape, "float32", layout, device=replace(cases.SMALL_DEVICE, name="narrow"))
     cases.check(backend, case, rng)

@@ -1,10 +1,10 @@
-"""Kernels compiled by NVRTC itself, without a GPU, and held to their resources.
+"""Compile the kernels with NVRTC, without a GPU, and check the resources they need.
 
-The core modules are compiled for sm_90 each time. Everything for every architecture takes most of an hour, so the full
-tier deals: modules take turns at the architectures, each is compiled for one (clusters: of sm_90 and later). Of
-variants that differ in vecs or in the cluster's size alone it takes the largest, which needs most registers; and
-dtypes, vecs and epilogues take turns too (_code). The nightly tier compiles everything for every architecture: for
-changes of kernels, of VARIANTS, of resident_threads.
+The core modules are always compiled, for sm_90. Compiling everything for every architecture takes most of an hour, so
+the full tier takes a part: each module for one of the architectures in turn (clusters: sm_90 and later), only the
+largest, which needs most registers, of variants that differ in vecs or in the cluster's size alone, and dtypes, vecs
+and epilogues in turn (_code). The nightly tier compiles everything for every architecture; run it after changes of
+kernels, VARIANTS or resident_threads.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 CUPY_OPTIONS = ("-ftz=true",)
 REGISTERS = 65536  # of a multiprocessor, on all of them
 FIRST_WITH_CLUSTERS = 90  # older ones have no kernels of the groups "cluster" and "cluster_registers"
-#: Bytes of local memory of a thread that kernels of a file, scope and residency may have; others have none. A few go to
-#: the first-level cache: measured, they cost nothing, and to hold fewer threads does. What NVRTC 13.0 reports for
-#: sm_90; for other architectures the same kernels may have ELSEWHERE, where up to 208 were seen (sm_100, NVRTC
-#: 12.9), and others a few: which of them is compiled for which changes with the list of modules.
+#: Bytes of local memory per thread that the kernels of a file, scope and residency may have on sm_90, as NVRTC 13.0
+#: reports them; other kernels may have none. A few bytes stay in the first-level cache: measurements show that they
+#: cost nothing, while fewer resident threads do. On other architectures the same kernels may have ELSEWHERE bytes (up
+#: to 208 were seen: sm_100, NVRTC 12.9) and the others FEW: a module's architecture changes with the list of modules.
 ELSEWHERE, FEW = 224, 16
 SPILLED = {
     ("forward", "subwarp", "registers"): 8,
@@ -57,7 +57,7 @@ def _nvrtc() -> ctypes.CDLL:
         from cuda.pathfinder import load_nvidia_dynamic_lib
 
         return ctypes.CDLL(load_nvidia_dynamic_lib("nvrtc").abs_path)
-    except Exception as error:  # whichever way it is missing
+    except Exception as error:  # missing in any way
         pytest.skip(f"no NVRTC library: {type(error).__name__}")
 
 
@@ -98,12 +98,12 @@ def _supported(architecture: int) -> bool:
 
 
 def _variant_of(module: Module, kernel: str) -> Variant | None:
-    """The variant of a kernel; None of merges, and sums over N, which have a block to themselves."""
+    """Return the variant of a kernel; None for merges and sums over N, which have none."""
     return next((variant for variant in module.variants if kernel.endswith(f"_{variant.name}")), None)
 
 
 def _allowed(module: Module, kernel: str, architecture: int) -> int:
-    """Bytes of a thread's local memory that a kernel may have."""
+    """Return the bytes of local memory per thread that a kernel may have."""
     variant = _variant_of(module, kernel)
     known = (module.file, variant.scope, variant.residency) if variant else None
     if architecture != 90:
@@ -112,19 +112,17 @@ def _allowed(module: Module, kernel: str, architecture: int) -> int:
 
 
 def _registers(module: Module, kernel: str) -> int:
-    """The most registers of a thread with which as many blocks as are to stay on a multiprocessor do."""
+    """Return the most registers per thread with which the wanted number of blocks fits on a multiprocessor."""
     variant = _variant_of(module, kernel)
-    most = (
-        REGISTERS // (module.blocks(variant) * variant.threads) // 8 * 8 if variant else 255
-    )  # they are given in eights
+    # Registers are allocated in eights.
+    most = REGISTERS // (module.blocks(variant) * variant.threads) // 8 * 8 if variant else 255
     return min(most, 255)
 
 
 def _check_resources(module: Module, architecture: int, whole: bool = True) -> int:
-    """Compile a module to machine code; no more local memory than SPILLED allows, no more registers than its threads
-    may have.
+    """Compile a module to machine code, and check that local memory and registers are within their limits.
 
-    Not whole: of variants that differ in vecs or in the cluster's size alone, the largest.
+    whole=False: compile only the largest of variants that differ in vecs or in the cluster's size alone.
     """
     options = (*OPTIONS, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v")
     text, kernels = module.source, set(module.kernels)
@@ -161,12 +159,12 @@ def test_core_modules(module: Module) -> None:
 
 
 def _code(module: Module) -> Module:
-    """One for all modules that take turns: those that differ in dtype, in the size of their vecs, in which epilogue."""
+    """Return one key for all modules that take turns: they differ only in dtype, vec_size or the kind of epilogue."""
     return replace(module, dtype="float16", vec_size=min(module.vec_size, 2), epilogue=0)
 
 
 def _dealt(architecture: int) -> list[Module]:
-    """The modules that are compiled for an architecture."""
+    """Return the modules that are compiled for an architecture."""
     same: dict[Module, list[Module]] = {}
     for module in all_modules():
         same.setdefault(_code(module), []).append(module)
@@ -176,7 +174,7 @@ def _dealt(architecture: int) -> list[Module]:
         possible = [a for a in known if a >= FIRST_WITH_CLUSTERS or not code.group.startswith("cluster")]
         if EVERYTHING:
             mine += modules if architecture in possible else []
-        elif architecture == possible[(i + i // len(possible)) % len(possible)]:  # the list has periods: not in step
+        elif architecture == possible[(i + i // len(possible)) % len(possible)]:  # out of step with the list's periods
             mine.append(modules[i % len(modules)])
     return mine
 
@@ -187,7 +185,7 @@ def test_every_module(architecture: int) -> None:
     if not _supported(architecture):
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
     modules = _dealt(architecture)
-    _nvrtc()  # loaded by one thread, before others compile: else some find it without its builtins (status 7)
+    _nvrtc()  # load it in one thread before others compile, or some find it without its builtins (status 7)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checks = [pool.submit(_check_resources, module, architecture, EVERYTHING) for module in modules]
     faults = [str(check.exception()) for check in checks if check.exception()]
@@ -196,7 +194,7 @@ def test_every_module(architecture: int) -> None:
     print(f"sm_{architecture}: {sum(check.result() for check in checks)} kernels of {len(modules)} modules")
 
 
-def test_the_deal_leaves_no_code_out() -> None:
+def test_every_kind_of_module_is_compiled() -> None:
     dealt = [module for architecture in ARCHITECTURES if _supported(architecture) for module in _dealt(architecture)]
     assert {_code(module) for module in dealt} == {_code(module) for module in all_modules()}
     for fused in (False, True):
@@ -204,7 +202,7 @@ def test_the_deal_leaves_no_code_out() -> None:
 
 
 def _wide_modules() -> list[Module]:
-    """One module of each group with and without an epilogue, besides the core."""
+    """Return the core modules, and a bfloat16 one of each group, with and without an epilogue."""
     files = [(file, epilogue) for file in _FILES for epilogue in (0, 1)] + [("double_backward", 0)]
     modules = [
         Module(file, "bfloat16", _width(group), "channels_first", group, epilogue)
@@ -224,8 +222,8 @@ def _width(group: str) -> int:
 
 @lru_cache(maxsize=1)
 def _planned() -> dict[Module, set[Step]]:
-    """What recorded plans launch, under one module of each file and its variants, with an epilogue and without: one of
-    _wide_modules if it has them.
+    """Return the launches of the recorded plans (plans.json), by one module for each file, list of variants, and
+    epilogue or none: the module is one of _wide_modules if possible.
     """
     wide = _wide_modules()
     modules = {(m.file, m.variants, m.epilogue > 0): m for m in wide}
@@ -250,8 +248,9 @@ def test_launch_bounds_and_accesses(module: Module) -> None:
 
 
 def _check_launch_bounds(module: Module, entries: list[str]) -> None:
-    """Kernels are compiled for as many threads as plans launch, for the cluster, and for the blocks that are to stay on
-    a multiprocessor. The emulator runs any number; a GPU refuses more threads than were compiled for.
+    """Check that kernels are compiled for the threads, cluster and resident blocks of planned launches.
+
+    The emulator runs any number of threads; a GPU refuses more than a kernel was compiled for.
     """
     kernels = {entry.split("(")[0]: entry.split("{")[0] for entry in entries}
     for step in _planned()[module]:
@@ -263,8 +262,8 @@ def _check_launch_bounds(module: Module, entries: list[str]) -> None:
 
 
 def _check_accesses(module: Module, entries: list[str]) -> None:
-    """Vecs move in one access each: 16 bytes channels-first, and only tail elements and numbers of planes by
-    themselves."""
+    """Check that vecs move in one access each, 16 bytes channels-first; only tail elements and numbers of planes move
+    one by one."""
     forward, double, fused = module.file == "forward", module.file == "double_backward", bool(module.epilogue)
     inputs = (1 if forward else 3 if double else 2) + fused  # x, dy, ddx, residual
     outputs = 1 + double + (fused and not forward)  # y or dx, ddy, dresidual
@@ -274,16 +273,16 @@ def _check_accesses(module: Module, entries: list[str]) -> None:
         loads = len(re.findall(r"ld\.global\.v4\.(?:b32|u32|f32)", entry))
         stores = len(re.findall(r"st\.global\.v4\.b32", entry))
         if variant.residency == "registers":
-            vecs = variant.vecs_per_thread  # of a group as well: all that a block has registers for
-            if variant.scope == "subwarp":  # as many wide vecs as a warp's run may hold whole, dealt to its lanes
+            vecs = variant.vecs_per_thread  # in groups of blocks, too: as many as a block has registers for
+            if variant.scope == "subwarp":  # as many vecs of 16 bytes as each lane moves of a warp's run
                 vecs = variant.vecs_per_thread // widest(ITEMSIZE[module.dtype], "channels_first")
             assert loads == inputs * vecs, name
             assert stores == outputs * vecs, name
         else:
             assert loads >= inputs, name
             assert stores >= outputs, name
-        # Narrow ones: tail elements, what a plane has of its own (forward 4 statistics, backward 2 sums of either
-        # dtype, at most), and what a block of a grid puts; not a vec taken apart.
+        # Narrow stores are tail elements, numbers of planes (at most 4 statistics forward, 2 sums of either dtype
+        # backward), and partials of a grid's block; vecs are not split.
         numbers = 4 if forward else 2 if module.dtype == "float32" else 4
         partials = (4 if forward else 9 if double else 3) if variant.scope == "grid" else 0
         narrow = len(re.findall(r"st\.global\.(?:u16|b16|f32|u32|b32)\b", entry))
@@ -312,7 +311,7 @@ def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("file", ["forward", "backward"])
 def test_clusters_are_fenced_once(file: str) -> None:
-    """By the warp that puts. An arrival that releases would be a fence of the whole GPU, by each warp."""
+    """Only the warp that puts has a fence. An arrival with release semantics would be a GPU-wide fence in each warp."""
     module = Module(file, "float32", 4, "channels_first", "cluster_registers")
     ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
     entries = ptx.split(".visible .entry ")[1:]

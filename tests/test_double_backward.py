@@ -22,7 +22,7 @@ from cupynorm.cpu import numpy_path
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
-#: The CPU's double backward is NumPy's alone: of calls whose forward is compiled one test is enough (test_arguments).
+#: On the CPU the double backward runs on NumPy alone, so one test after compiled forwards is enough (test_arguments).
 pytestmark = [
     on("numpy", "simt", "cupy"),
     pytest.mark.full(simt=lambda given: given.get("dtype") in ("float16", "bfloat16")),
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 class Call:
-    """Random arrays of a double backward on the host, and what the three functions make of them on a backend."""
+    """Random arrays of a double backward on the host, and their results on a backend."""
 
     def __init__(
         self, rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float64", *, affine: str = "wb",
@@ -62,7 +62,7 @@ class Call:
         return cn.instance_norm_forward(array(self.x), weight, bias, eps=self.eps, **options)[1]
 
     def results(self, backend: Backend) -> tuple[Any, ...]:
-        """The backend's own arrays."""
+        """Return the results as the backend's arrays."""
         given = [None if a is None else backend.array(a) for a in self.given]
         return cn.instance_norm_double_backward(*given, backend.array(self.dy), self.forward(backend.array))
 
@@ -74,7 +74,7 @@ class Call:
         return reference.double_backward(*self.given, self.dy, self.x, self.weight, eps=self.eps, running=self.running)
 
 
-#: affine, per_sample, missing: which of weight and bias there are, which are (N, C), which gradients are None.
+#: affine, per_sample, missing: which of weight and bias are given, which are (N, C), which gradients are None.
 ARGUMENTS = [
     ("", "", ""), ("wb", "", ""), ("wb", "wb", ""), ("w", "w", "x"), ("wb", "", "x"), ("wb", "b", "w"), ("b", "", ""),
     ("wb", "w", "wb"), ("w", "", "w"), ("b", "", "x"), ("wb", "", "xw"), ("wb", "", "b"),
@@ -109,7 +109,7 @@ def test_finite_differences(
         assert abs((sides[0] - sides[1]) / 2 - expected) <= 1e-7 * np.abs(gradient * step).sum() + 1e-15
 
 
-@on("numpy", "cupy")  # the emulated kernels are held to NumPy's numbers by the formulas
+@on("numpy", "cupy")  # test_arguments compares the emulated kernels with the same formulas
 @pairwise(arguments=ARGUMENTS, shape=SHAPES, training=[True, False], dtype=["float32", "float64"])
 def test_pytorch(
     backend: Backend, rng: np.random.Generator, dtype: str, shape: Any, arguments: tuple[str, str, str], training: bool
@@ -137,7 +137,7 @@ def test_pytorch(
     expected = torch.autograd.grad(loss, wanted, allow_unused=True)
     for actual, theirs in zip(results, expected, strict=False):
         theirs_ = np.zeros_like(actual) if theirs is None else theirs.numpy()
-        bound = 10 * reference.TOLERANCE[dtype]  # as much theirs as ours
+        bound = 10 * reference.TOLERANCE[dtype]  # for their roundings and ours
         assert_within(actual, theirs_, bound * max(1, np.abs(theirs_).max()))
 
 
@@ -166,10 +166,10 @@ def test_arguments(
 def test_offsets_and_means_cost_no_digits(
     backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, offset: float, mean: float
 ) -> None:
-    """The largest plane is one in tiles: blocks are an eighth as large as usual."""
+    """The largest plane is cut into tiles, since blocks have an eighth of the usual size."""
     monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
     call = Call(rng, shape, "float32", offset=offset, mean=mean)
-    terms = call.x.size // shape[1]  # of each of dweight, of deviation 1: their sum may be near 0 by chance
+    terms = call.x.size // shape[1]  # summands of each dweight, of deviation 1; their sum may be near 0 by chance
     for actual, exact, least in zip(call.on(backend), call.exact, (0, 0, math.sqrt(terms)), strict=True):
         assert_within(actual, exact, 4e-6 * max(least, np.abs(exact).max()))
 
@@ -177,7 +177,7 @@ def test_offsets_and_means_cost_no_digits(
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("training", [True, False])
 def test_large_numbers_in_16_bits(backend: Backend, rng: np.random.Generator, dtype: str, training: bool) -> None:
-    """No NaN, and no infinity where the exact number can be stored."""
+    """No NaN, and no infinity if the exact number can be stored."""
     call = Call(rng, (2, 3, 40, 40), dtype, training=training)
     call.x, call.dy, call.given[0] = (
         (scale * np.tanh(rng.normal(size=call.x.shape))).astype(call.dtype) for scale in (60000, 40000, 50000)
@@ -195,7 +195,7 @@ def test_large_numbers_in_16_bits(backend: Backend, rng: np.random.Generator, dt
 def test_products_do_not_overflow(
     backend: Backend, rng: np.random.Generator, dtype: str, powers: tuple[int, int, int]
 ) -> None:
-    """x, dy and ddx of very different size, whose plain products float32 could not hold."""
+    """x, dy and ddx have very different sizes, so their products are out of float32's range."""
     call = Call(rng, (2, 3, 6, 7), dtype, missing="wb", eps=0)
     arrays = [call.x, call.dy, call.given[0]]
     call.x, call.dy, call.given[0] = (
@@ -211,21 +211,19 @@ def test_products_do_not_overflow(
 
 @pytest.mark.parametrize("what", ["x", "dy", "ddx"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_stays_in_its_plane(
-    backend: Backend, rng: np.random.Generator, what: str, value: float
-) -> None:
+def test_nan_and_inf_stay_in_their_plane(backend: Backend, rng: np.random.Generator, what: str, value: float) -> None:
     call = Call(rng, (3, 4, 9, 11), "float32", per_sample="w")
     array = {"x": call.x, "dy": call.dy, "ddx": call.given[0]}[what]
     clean = call.on(backend)
     array[1, 2, 3, 4] = value
     for name, actual, before in zip(("ddy", "dx", "dweight"), call.on(backend), clean, strict=True):
         struck = np.zeros(actual.shape, bool)
-        struck[1, 2] = not (name == "ddy" and what == "dy")  # which does not depend on it
+        struck[1, 2] = not (name == "ddy" and what == "dy")  # ddy does not depend on dy
         assert np.isnan(actual[struck]).all() and (actual[~struck] == before[~struck]).all(), name
 
 
-def test_tracked_eval_leaves_out_what_has_no_part(backend: Backend, rng: np.random.Generator) -> None:
-    """An element alone is struck, and none by what is multiplied by nothing."""
+def test_tracked_eval_ignores_arrays_without_influence(backend: Backend, rng: np.random.Generator) -> None:
+    """x and dy would be multiplied by 0; an infinity in ddx reaches its own element only."""
     call = Call(rng, (2, 3, 5, 6), "float32", affine="", missing="wb", training=False)
     call.x[...] = np.nan
     call.dy[...] = np.inf
@@ -236,13 +234,13 @@ def test_tracked_eval_leaves_out_what_has_no_part(backend: Backend, rng: np.rand
 
 
 def test_constant_planes(backend: Backend, rng: np.random.Generator) -> None:
-    """With eps their xhat is 0; without, all of them that depends on it is NaN, as in the other passes."""
+    """With eps their xhat is 0; with eps=0 all results that depend on it are NaN, as in the other passes."""
     for eps in (1e-5, 0):
         call = Call(rng, (2, 3, 5, 6), "float32", eps=eps)
         call.x[0, 1] = 3.7
         ddy, dx, dweight = call.on(backend)
         if eps:
-            # Rounding acts on the products that a plane's part of dweight is the sum of, and they cancel.
+            # dweight's summands are rounded, and cancel in this plane.
             products = np.abs(call.given[0][0, 1] * call.dy[0, 1]).sum() / np.sqrt(eps)
             scales = (np.abs(call.exact[0]).max(), np.abs(call.exact[1]).max(), products)
             for actual, exact, scale in zip((ddy, dx, dweight), call.exact, scales, strict=True):
@@ -262,7 +260,7 @@ def test_empty(backend: Backend, rng: np.random.Generator, shape: Any, dtype: st
 @pytest.mark.parametrize("layout", reference.LAYOUTS)
 @pytest.mark.parametrize("which", ["x", "dy", "ddx", "all"])
 def test_layouts(backend: Backend, rng: np.random.Generator, layout: str, which: str) -> None:
-    """Any strides; results lie channels-last where x does."""
+    """Any strides; results are channels-last if x is."""
     call = Call(rng, (2, 8, 5, 6), "float32")
     lay = reference.LAYOUTS[layout]
     call.x = lay(call.x) if which in ("x", "all") else call.x
@@ -277,7 +275,7 @@ def test_layouts(backend: Backend, rng: np.random.Generator, layout: str, which:
 
 
 def test_stride_0(backend: Backend, rng: np.random.Generator) -> None:
-    """As of the gradients of sums; the results are new arrays all the same."""
+    """As in gradients of sums; the results are new arrays with strides of their own."""
     call = Call(rng, (2, 3, 5, 6), "float32")
     call.dy = np.broadcast_to(np.float32(1.5), call.x.shape)
     call.given[0] = np.broadcast_to(call.given[0][:, :, :1], call.x.shape)
@@ -294,7 +292,7 @@ def test_unaffected_by_a_residual(backend: Backend, rng: np.random.Generator) ->
         assert_equal(backend.host(actual), expected)
 
 
-def test_nothing_is_written_and_saved_stays_good(backend: Backend, rng: np.random.Generator) -> None:
+def test_arguments_and_saved_are_unchanged(backend: Backend, rng: np.random.Generator) -> None:
     call = Call(rng, (2, 3, 5, 6), "float32")
     x, weight, bias, dy, *given = (backend.array(a) for a in (call.x, call.weight, call.bias, call.dy, *call.given))
     before = [backend.host(a).copy() for a in (x, weight, bias, dy, *given)]
@@ -352,7 +350,7 @@ def test_refusals(backend: Backend, rng: np.random.Generator) -> None:
 
 
 def _gradient_penalty() -> Callable[..., tuple[Any, ...]]:
-    """The function that README shows."""
+    """Return the function that README shows."""
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     code = next(c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "def gradient_penalty" in c)
     names: dict[str, Any] = {"cn": cn}
@@ -361,7 +359,7 @@ def _gradient_penalty() -> Callable[..., tuple[Any, ...]]:
 
 
 def _critic(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-    """x, w, gamma, beta, v with no element near the kink of leaky_relu."""
+    """Return x, w, gamma, beta, v with no element near the kink of leaky_relu."""
     while True:
         x, w, gamma, beta, v = (rng.normal(size=shape) for shape in ((3, 4, 7), (5, 4), (5,), (5,), (5,)))
         if np.abs(cn.instance_norm(w @ x, weight=gamma, bias=beta)).min() > 1e-3:
@@ -369,20 +367,20 @@ def _critic(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def test_gradient_penalty(backend: Backend, rng: np.random.Generator) -> None:
-    """README's, against central differences of every parameter."""
+    """README's function, against central differences for every parameter."""
     function = _gradient_penalty()
     x, *parameters = _critic(rng)
     w, gamma, beta, v = parameters
     penalty, dw, dgamma, dv = (backend.host(a) for a in function(*map(backend.array, (x, *parameters))))
 
-    # The critic's gradient is what the penalty says it is.
+    # The penalty is that of the critic's gradient.
     def critic(x: np.ndarray) -> np.ndarray:
         z = reference.forward(w @ x, gamma, beta, activation="leaky_relu", negative_slope=0.2)
         return (z * v[:, None]).sum((1, 2))
 
     units = np.eye(x[0].size).reshape(-1, *x.shape[1:]) * 1e-6
     slopes = np.array([critic(x + unit) - critic(x - unit) for unit in units]) / 2e-6
-    lengths = np.sqrt((slopes**2).sum(0) + 1e-12)  # it is 0 where each channel is on one side of the kink
+    lengths = np.sqrt((slopes**2).sum(0) + 1e-12)  # 0 if all of each channel is on one side of the kink
     assert_allclose(penalty, ((lengths - 1) ** 2).mean(), rtol=1e-6)
     for place, gradient in ((0, dw), (1, dgamma), (3, dv)):
         for index in np.ndindex(gradient.shape):
@@ -395,11 +393,11 @@ def test_gradient_penalty(backend: Backend, rng: np.random.Generator) -> None:
 
 
 @pytest.mark.full(simt=lambda given: True)
-def test_a_gradient_penalty_falls(backend: Backend, rng: np.random.Generator) -> None:
-    """In plain gradient descent, in float32."""
+def test_gradient_descent_lowers_the_penalty(backend: Backend, rng: np.random.Generator) -> None:
+    """In float32, by plain gradient descent."""
     function = _gradient_penalty()
     x, w, gamma, beta, v = _critic(rng)
-    gamma += np.copysign(0.5, gamma)  # where all are near 0, a sample may have no gradient to make longer
+    gamma += np.copysign(0.5, gamma)  # if all were near 0, a sample could have no gradient to lengthen
     x, w, gamma, beta, v = (backend.array(a.astype(np.float32)) for a in (x, w, gamma, beta, v))
     while float(function(x, w, gamma, beta, v)[0]) < 1:  # far from its minimum
         v *= 2
@@ -414,7 +412,7 @@ def test_a_gradient_penalty_falls(backend: Backend, rng: np.random.Generator) ->
     assert penalties[-1] < 0.5 * penalties[0]
 
 
-# On a CPU
+# The CPU backend
 
 
 @pytest.mark.long
@@ -442,7 +440,7 @@ def test_same_bits_for_any_number_of_threads(
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_call_takes_a_few_blocks_beside_its_results(
+def test_memory_is_a_few_blocks_besides_the_results(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     monkeypatch.setattr(numpy_path, "get_num_threads", lambda: 1)

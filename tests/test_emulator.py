@@ -1,4 +1,4 @@
-"""The emulator's clusters, distributed shared memory and cooperative grids: right kernels pass, broken ones do not."""
+"""The emulator's clusters, distributed shared memory and cooperative grids: correct kernels pass, broken ones fail."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def launch(
     kernels: tuple[str, ...] = ("kernel",),
     kernel: int = 0,
 ) -> emulator.Count:
-    """Run one of the kernels of a source text over arrays and numbers; the bytes it moved."""
+    """Run one of the kernels of a source text over arrays and numbers, and return the bytes it moved."""
     runtime = Emulator(order=order)
     runtime.seed = seed_of(os.environ["PYTEST_CURRENT_TEST"]) % 2**16
     print(f"emulator seed {runtime.seed}, {order}")
@@ -48,13 +48,13 @@ def launch(
 
 
 def without(source: str, mark: str) -> str:
-    """The source without the line that ends with this comment; the other lines keep their numbers."""
+    """Return the source without the line that ends with this comment; the other lines keep their numbers."""
     lines = source.splitlines()
     (here,) = (i for i, line in enumerate(lines) if line.endswith(f"// {mark}"))
     return "\n".join([*lines[:here], "", *lines[here + 1 :]])
 
 
-#: What one block adds up: its two or more warps' sums lie in own[].
+#: The sums of a block's two or more warps, which go to own[].
 _OWN = """
     const unsigned i = threadIdx.x, number = (blockIdx.y * gridDim.x + blockIdx.x) * blockDim.x + i;
     const unsigned warps = blockDim.x / 32;
@@ -63,7 +63,7 @@ _OWN = """
     for (int distance = 16; distance; distance /= 2) s += __shfl_xor_sync(0xffffffff, s, distance);
 """
 
-#: Every thread of a cluster gets the sum over the cluster, from what the other blocks hold.
+#: Every thread of a cluster gets the sum over the cluster by reading the other blocks' sums.
 PULL = f"""
 CLUSTER_KERNEL(64, 1, 4) kernel(const double* x, double* sums, int size) {{{_OWN}
     cluster_arrive(); cluster_wait();  // begun
@@ -91,7 +91,7 @@ CLUSTER_KERNEL(64, 1, 4) kernel(const double* x, double* sums, int size) {{{_OWN
 }}
 """
 
-#: The same, each block writing to the others.
+#: The same, but each block writes to the others.
 PUSH = f"""
 CLUSTER_KERNEL(64, 1, 4) kernel(const double* x, double* sums, int size) {{{_OWN}
     cluster_arrive(); cluster_wait();  // begun
@@ -124,7 +124,7 @@ KERNEL(64, 1) kernel(const double* x, double* partials, unsigned* counter, doubl
 def cluster_sums(
     source: str, rng: np.random.Generator, order: str, cluster: int = 4, threads: int = THREADS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What every thread of six clusters got, and what it should have got."""
+    """Return the sums that the threads of six clusters got, and the exact ones."""
     grid = (3 * cluster, 2)
     x = rng.normal(size=(2, 3, cluster * threads))
     sums = np.full(x.shape, np.nan)
@@ -135,7 +135,7 @@ def cluster_sums(
 
 
 def grid_sums(source: str, rng: np.random.Generator, order: str, **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """What every thread of a cooperative grid of eight blocks got, and what it should have got."""
+    """Return the sums that the threads of a cooperative grid of eight blocks got, and the exact ones."""
     x = rng.normal(size=(8, THREADS))
     partials, sums, counter = np.full(x.shape, np.nan), np.full(x.shape, np.nan), np.zeros(1, np.uint32)
     launch(source, x, partials, counter, sums, grid=(4, 2), order=order, **({"cooperative": True} | options))
@@ -158,7 +158,7 @@ def test_large_cluster(rng: np.random.Generator) -> None:
 
 
 def test_cluster_sum_needs_its_barrier(rng: np.random.Generator) -> None:
-    """What the other blocks have not written yet is NaN, and who did not wait for it has ended."""
+    """A value that another block has not written yet is NaN; a block that does not wait has ended."""
     for order in emulator.ORDERS:
         for source in (PULL, EARLY):
             sums, _ = cluster_sums(without(source, "written"), rng, order)
@@ -168,8 +168,8 @@ def test_cluster_sum_needs_its_barrier(rng: np.random.Generator) -> None:
             cluster_sums(without(PUSH, "written"), rng, order)
 
 
-def test_cluster_sum_writes_before_it_arrives(rng: np.random.Generator) -> None:
-    """After the arrival is too late, although before the wait."""
+def test_write_after_cluster_arrive(rng: np.random.Generator) -> None:
+    """A write between arrive and wait is too late."""
     write, meet = "if (i % 32 == 0) own[i / 32] = s;", "cluster_arrive(); __syncthreads(); cluster_wait();  // written"
     assert f"{write}\n    {meet}" in PULL
     late = PULL.replace(f"{write}\n    {meet}", f"cluster_arrive();\n{write}\ncluster_wait();")
@@ -213,8 +213,8 @@ def test_deadlock(rng: np.random.Generator) -> None:
             grid_sums(GRID, rng, order, cooperative=False)
 
 
-def test_lanes_wait_for_one_of_them(rng: np.random.Generator) -> None:
-    """A lane may wait for a counter while the others of its warp wait for it."""
+def test_one_lane_waits_for_a_counter(rng: np.random.Generator) -> None:
+    """The other lanes of its warp wait for it."""
     source = GRID.replace("if (i == 0) wait_until", "if (i % 32 == 7) wait_until")
     source = source.replace("__syncthreads();  // waited", "__syncwarp();  // waited")
     for order in emulator.ORDERS:
@@ -222,7 +222,7 @@ def test_lanes_wait_for_one_of_them(rng: np.random.Generator) -> None:
     assert not all(right(*grid_sums(without(source, "waited"), rng, order)) for order in emulator.ORDERS)
 
 
-def test_counters_are_counted(rng: np.random.Generator) -> None:
+def test_accesses_to_counters_are_counted(rng: np.random.Generator) -> None:
     x, partials, sums, counter = *rng.normal(size=(3, 8, THREADS)), np.zeros(1, np.uint32)
     count = launch(GRID, x, partials, counter, sums, grid=(4, 2), cooperative=True)
     address = counter.ctypes.data
@@ -241,7 +241,7 @@ CLUSTER_KERNEL(64, 1, 4) kernel(unsigned* counter, unsigned* tickets) {
 
 
 @pytest.mark.parametrize(("cluster", "cooperative"), [(1, False), (4, False), (1, True), (4, True)])
-def test_blocks_go_in_the_order_under_test(cluster: int, cooperative: bool) -> None:
+def test_order_of_blocks(cluster: int, cooperative: bool) -> None:
     came = {}
     for order in emulator.ORDERS:
         counter, tickets = np.zeros(1, np.uint32), np.zeros(40, np.uint32)
@@ -253,7 +253,7 @@ def test_blocks_go_in_the_order_under_test(cluster: int, cooperative: bool) -> N
     assert came["shuffled"] not in (came["forward"], came["reverse"])  # chance: 2 in 10!
 
 
-#: The body of a kernel over two clusters of two blocks (line 3 on), and what is said of it.
+#: The body of a kernel over two clusters of two blocks (line 3 on), and the emulator's complaint.
 WRONG = {
     "wait alone": ("cluster_wait();", "cluster_wait without cluster_arrive at line 3"),
     "wait twice": ("cluster_arrive();\ncluster_wait();\ncluster_wait();", "cluster_wait without .* at line 5"),
@@ -293,7 +293,7 @@ WRONG = {
 
 
 def wrong() -> str:
-    """A kernel for each wrong use, called after its number."""
+    """Return a kernel for each wrong use, with its number in the name."""
     head = "CLUSTER_KERNEL(64, 1, 2) wrong_{}(unsigned* data) {{\nunsigned* own = (unsigned*)shared_memory();\n"
     return "\n".join(f'#line 1 "text"\n{head.format(k)}{body}\n}}' for k, (body, _) in enumerate(WRONG.values()))
 
@@ -317,7 +317,7 @@ KERNEL(64, 1) kernel(const float* given, float* out) {
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator flushes on x86 alone")
 def test_denormals_are_flushed() -> None:
-    """As a GPU does with what CuPy compiles: operands and results, of the kernels alone."""
+    """Operands and results are flushed, in kernels only, as a GPU does in kernels that CuPy compiles."""
     given, out = np.array([1e-38, 1.2e-38, 1e-20, 1.1e-19], np.float32), np.full(4, -1, np.float32)
     launch(FLUSH, given, out, grid=(1, 1))
     two = np.float32(2)
@@ -327,7 +327,7 @@ def test_denormals_are_flushed() -> None:
 
 
 @pytest.mark.parametrize(("grid", "cluster"), [((6, 4), 4), ((32, 1), 32), ((4, 1), 0)])
-def test_grid_that_is_no_clusters(grid: tuple[int, int], cluster: int) -> None:
+def test_grid_of_incomplete_clusters(grid: tuple[int, int], cluster: int) -> None:
     tickets = np.zeros(64, np.uint32)
     with pytest.raises(SimtError, match=f"a cluster of {cluster} blocks in a grid of {grid[0]} along x"):
         launch(TICKET, np.zeros(1, np.uint32), tickets, grid=grid, cluster=cluster)

@@ -1,4 +1,4 @@
-"""Epilogues on every backend: activation, residual, parameters for each sample; their gradients; the layers' forms."""
+"""Epilogues on every backend: activation, residual, parameters for each sample; their gradients; layers with them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from reference import LAYOUTS, assert_close
 import cupynorm as cn
 from cupynorm.cpu import numpy_path
 
-#: Numba compiles each kind of call for itself, in seconds (test_cases.py's table has every activation), and each dtype
-#: has kernels of its own.
+#: numba compiles each kind of call, in seconds, and each dtype has kernels of its own. (test_cases.py's table has every
+#: activation.)
 pytestmark = [
     pytest.mark.nightly(compiled=lambda given: given.get("activation") not in (None, "relu") or not _float32(given)),
     pytest.mark.full(simt=lambda given: not _float32(given)),
@@ -53,7 +53,7 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], dtype: Any = np.flo
 
 
 class Inputs:
-    """Host arrays of one call. No z is so near to a kink that rounding could take it across."""
+    """Host arrays of one call. No z is so near to a kink that rounding could change its side."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Inputs:
         return cn.instance_norm_forward(x, weight, bias, residual=residual, **self.options, **other)
 
     def expected(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """y, and dx, dweight, dbias, dresidual."""
+        """Return y, and [dx, dweight, dbias, dresidual]."""
         y = reference.forward(self.x, self.weight, self.bias, **self.exact, **self.options)
         gradients = reference.backward(self.dy, self.x, self.weight, bias=self.bias, **self.exact, **self.options)
         return y, list(gradients)
@@ -121,11 +121,11 @@ def test_every_epilogue(
             assert ours is None
         else:
             assert (ours.shape, ours.dtype) == (of.shape, of.dtype)
-            # Twice as much: sums of roundings too.
+            # Twice the bound, since sums of roundings are included.
             assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
-@on("numpy", "cupy")  # the others are held to NumPy's numbers by the formulas
+@on("numpy", "cupy")  # test_every_epilogue compares the others with the same formulas
 @pairwise(
     activation=ACTIVATIONS, with_residual=[True, False], affine=["none", "channels", "samples", "channels, samples"],
     training=[True, False], dtype=["float32", "float64"],
@@ -200,7 +200,7 @@ def grid(rng: np.random.Generator, dtype: Any) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_values_of_an_activation(backend: Backend, rng: np.random.Generator, activation: str, dtype: str) -> None:
-    """With running statistics 0 and 1, z is x. A few roundings of z at most, and none of 1 where z is small."""
+    """z is x, since the running statistics are 0 and 1. Errors are a few roundings of z, and none of 1 for small z."""
     z = grid(rng, dtype)
     mean, var, dy = (backend.array(np.full(s, v, dtype)) for s, v in (((1,), 0), ((1,), 1), ((1, 1, z.size), 1)))
     y, saved = cn.instance_norm_forward(
@@ -215,8 +215,8 @@ def test_values_of_an_activation(backend: Backend, rng: np.random.Generator, act
     assert error.max() <= 8 * rounding, (error / rounding).max()
 
 
-def test_gelu_keeps_its_tail(rng: np.random.Generator) -> None:
-    """NumPy's own Phi, against math.erfc: relative to the result, also where that is tiny."""
+def test_tail_of_gelu(rng: np.random.Generator) -> None:
+    """The NumPy path's Phi against math.erfc: the error is relative to the result, even if that is tiny."""
     for dtype, bound in ((np.float32, 1e-5), (np.float64, 1e-12)):
         z = rng.uniform(-12, 0, 4000).astype(dtype)
         one = np.ones(1, dtype)
@@ -225,12 +225,12 @@ def test_gelu_keeps_its_tail(rng: np.random.Generator) -> None:
         assert_allclose(y, exact, rtol=bound, atol=1e-40)
 
 
-# Nasty values
+# Unusual values
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_mask_is_the_forwards_own(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
-    """The middle of each plane is above its mean by less than rounding takes from the mean."""
+def test_backward_has_the_mask_of_forward(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
+    """Some elements are above their plane's mean by less than its rounding."""
     step = 2.0**-10 if dtype == "float32" else 2.0**-39
     half = rng.integers(-3, 4, (2, 3, 300)).astype(dtype)
     x = np.concatenate([half, -half, np.zeros((2, 3, 9), dtype)], 2)
@@ -241,7 +241,7 @@ def test_the_mask_is_the_forwards_own(backend: Backend, rng: np.random.Generator
     y, saved = cn.instance_norm_forward(backend.array(x), activation="relu", residual=zero)
     *_, g = cn.instance_norm_backward(ones, saved)
     y = backend.host(y)
-    assert ((y > 0) & (y < 1e-5)).sum((2, 3)).min() >= 9  # what this is about
+    assert ((y > 0) & (y < 1e-5)).sum((2, 3)).min() >= 9  # the elements in question
     assert_equal(backend.host(g), y > 0)
     assert_close(y, reference.forward(x, activation="relu"))
 
@@ -286,7 +286,7 @@ def test_z_of_exactly_zero(backend: Backend, rng: np.random.Generator, activatio
 
 @pairwise(activation=ACTIVATIONS[1:], dtype=DTYPES)
 def test_huge_z(backend: Backend, rng: np.random.Generator, activation: str, dtype: Any) -> None:
-    """No overflow on the way, no warning, no NaN; and gradients that are those of the asymptotes."""
+    """No overflow in between, no warning, no NaN; gradients are those of the asymptotes."""
     huge = {"float16": 6e4, "float64": 1e308}.get(dtype.name, 3e38)
     sign = rng.choice([-1, 1], SHAPE)
     residual = (sign * huge).astype(dtype)
@@ -334,7 +334,7 @@ def test_nan_and_inf_of_a_residual_stay_where_they_are(
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-def test_relu_takes_nothing_of_dy_where_it_is_flat(backend: Backend, rng: np.random.Generator, value: float) -> None:
+def test_relu_ignores_dy_where_it_is_flat(backend: Backend, rng: np.random.Generator, value: float) -> None:
     inputs = Inputs(rng, activation="relu")
     y, saved = inputs.forward(backend)
     flat = backend.host(y) == 0
@@ -358,7 +358,7 @@ def test_negative_slopes(backend: Backend, rng: np.random.Generator, slope: Any)
 
 
 @pairwise(activation=ACTIVATIONS, training=[True, False], shape=[(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)])
-def test_nothing_at_all(backend: Backend, shape: Any, training: bool, activation: Any) -> None:
+def test_empty_input(backend: Backend, shape: Any, training: bool, activation: Any) -> None:
     n, c = shape[:2]
     x, residual = (backend.array(np.zeros(shape, np.float32)) for _ in range(2))
     weight, bias, mean, var = (backend.array(np.ones(s, np.float32)) for s in ((n, c), (c,), (c,), (c,)))
@@ -373,12 +373,12 @@ def test_nothing_at_all(backend: Backend, shape: Any, training: bool, activation
     assert bits(mean, var) == bits(np.ones(c, np.float32)) * 2
 
 
-# What is kept, and statistics
+# Saved arrays and statistics
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("training", [True, False])
-def test_saved_keeps_no_array_of_its_own_but_statistics(
+def test_saved_has_no_new_arrays_except_statistics(
     backend: Backend, rng: np.random.Generator, activation: Any, training: bool
 ) -> None:
     inputs = Inputs(rng, activation=activation, training=training)
@@ -392,7 +392,7 @@ def test_saved_keeps_no_array_of_its_own_but_statistics(
     assert saved.residual is (None if activation is None else residual)
     assert saved.with_residual
     assert saved.mean.shape == saved.rstd.shape == (2, 3)
-    on_cpu = backend.name in ("numpy", "compiled")  # where mean_lo is always kept
+    on_cpu = backend.name in ("numpy", "compiled")  # these always keep mean_lo
     if not training or (activation is None and not on_cpu):
         assert saved.mean_lo is None
     else:
@@ -406,7 +406,7 @@ def test_saved_keeps_no_array_of_its_own_but_statistics(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_running_statistics_move_as_without_an_epilogue(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
+def test_epilogues_do_not_change_running_statistics(backend: Backend, rng: np.random.Generator, dtype: str) -> None:
     x = backend.array((rng.standard_normal((3, 2, 24, 25)) + 1e4).astype(dtype))
     moved = []
     for options in ({}, {"activation": "relu", "residual": x}):
@@ -559,7 +559,7 @@ def test_out_that_overlaps_is_refused(backend: Backend, rng: np.random.Generator
     assert bits(base, x, *running) == before
 
 
-# What is refused
+# Refusals
 
 
 def test_refused_arguments_change_nothing(backend: Backend, rng: np.random.Generator) -> None:
@@ -599,7 +599,7 @@ def test_parameters_of_other_shapes(backend: Backend, rng: np.random.Generator, 
     assert bits(*arrays.values()) == before
 
 
-def test_running_statistics_have_no_samples(backend: Backend, rng: np.random.Generator) -> None:
+def test_running_statistics_of_samples_are_refused(backend: Backend, rng: np.random.Generator) -> None:
     x, ones, both = (backend.array(normal(rng, s)) for s in (SHAPE, (3,), (2, 3)))
     for pair in ((ones, both), (both, ones)):
         with pytest.raises(ValueError, match=r"running_.* has shape \(2, 3\)"):
@@ -626,7 +626,7 @@ def test_residual_on_another_device(rng: np.random.Generator) -> None:
 def test_numpy_blocks_of_every_kind(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, training: bool, activation: str
 ) -> None:
-    """Blocks are an eighth as large as usual."""
+    """With blocks of an eighth of the usual size."""
     monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
     n, c = shape[:2]
     x, dy, residual, weight, bias = (normal(rng, s, np.float64) for s in (shape, shape, shape, (n, c), (c,)))
@@ -657,10 +657,10 @@ def test_numpy_blocks_of_every_kind(
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("given", [*itertools.chain(*(itertools.combinations(("weight", "bias", "residual"), k)
                                                      for k in range(4)))], ids=str)  # fmt: skip
-def test_layer_that_is_given_more(
+def test_layer_with_arguments_of_a_call(
     backend: Backend, rng: np.random.Generator, given: tuple[str, ...], batched: bool, mode: str
 ) -> None:
-    """dx alone, or with the gradients of all that was given, in the order weight, bias, residual."""
+    """backward returns dx, and the gradients of all given arguments in the order weight, bias, residual."""
     shape = (2, 3, 4, 5) if batched else (1, 3, 4, 5)
     shapes = {"weight": (2, 3) if batched else (3,), "bias": (3,), "residual": shape}
     while True:
@@ -711,7 +711,7 @@ def test_affine_layer(backend: Backend, rng: np.random.Generator, activation: An
         assert_close(backend.host(actual), expected, factor=2)
 
 
-def test_one_sample_takes_parameters_of_one_sample(backend: Backend, rng: np.random.Generator) -> None:
+def test_parameters_of_an_unbatched_input(backend: Backend, rng: np.random.Generator) -> None:
     layer = cn.InstanceNorm2d(3, device=backend.device)
     x, weight = backend.array(normal(rng, (3, 4, 5))), backend.array(normal(rng, (3,)))
     y = layer(x, weight=weight)
@@ -724,7 +724,7 @@ def test_one_sample_takes_parameters_of_one_sample(backend: Backend, rng: np.ran
         layer(x, weight=backend.array(np.ones((2, 3), np.float32)))
 
 
-def test_gradient_of_the_residual_is_dy_where_it_can_be(backend: Backend, rng: np.random.Generator) -> None:
+def test_dresidual_is_dy_without_an_activation(backend: Backend, rng: np.random.Generator) -> None:
     layer = cn.InstanceNorm2d(3, device=backend.device)
     x, residual, dy = (backend.array(normal(rng, SHAPE)) for _ in range(3))
     layer(x, residual=residual)
@@ -740,7 +740,7 @@ def test_gradient_of_the_residual_is_dy_where_it_can_be(backend: Backend, rng: n
     assert bits(dresidual, dy) == before + expected
 
 
-def test_what_a_layer_refuses(backend: Backend, rng: np.random.Generator) -> None:
+def test_refusals_of_a_layer(backend: Backend, rng: np.random.Generator) -> None:
     for error, arguments in (
         (ValueError, {"activation": "tanh"}),
         (TypeError, {"activation": 1}),
@@ -768,7 +768,7 @@ def test_what_a_layer_refuses(backend: Backend, rng: np.random.Generator) -> Non
     with pytest.raises(TypeError, match=r"^weight must be"):
         plain(x, weight=1.0, out=out)
     assert bits(full.running_mean, full.running_var, out) == before
-    assert full.backward(x).shape == SHAPE  # the forward before still counts
+    assert full.backward(x).shape == SHAPE  # for the forward before, which is still saved
 
 
 def test_copies_and_state_of_a_layer_with_an_activation(rng: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""What only a GPU shows. The case table runs there too: tests marked gpu in the other files."""
+"""Behaviour that only a GPU shows. Other files have more tests marked gpu, such as the case table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def cp() -> Any:
 
 
 SIZES = [(4, 8, 9, 9), (4, 8, 40, 40), (2, 4, 200, 200), (1, 2, 700, 700)]
-#: Clusters, the cooperative grid and the split on an H100; on others whatever is planned.
+#: On an H100 clusters, the cooperative grid and the split; on other GPUs whatever is planned.
 LARGE = [(4, 40, 256, 256), (1, 3, 1500, 1500), (1, 1, 5000, 5000)]
 
 
@@ -39,7 +39,7 @@ def _graph(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], fused: boo
     mean, var = cp.zeros(shape[1], cp.float32), cp.ones(shape[1], cp.float32)
     y, dx = cp.empty_like(x), cp.empty_like(x)
     stream = cp.cuda.Stream(non_blocking=True)
-    pool = cp.cuda.MemoryPool()  # the graph's own: what a call allocates besides must not be given to others
+    pool = cp.cuda.MemoryPool()  # the graph's own: its calls' temporary memory must not be given to other arrays
     cp.cuda.get_current_stream().synchronize()
     with stream:
         with cp.cuda.using_allocator(pool.malloc):
@@ -59,7 +59,7 @@ def _graph(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], fused: boo
             reference.assert_close(y.get(), reference.forward(new, weight.get(), weight.get(), **host))
             expected, *_ = reference.backward(dy.get(), new, weight.get(), bias=weight.get(), **host)
             reference.assert_close(dx.get(), expected)
-    # Running statistics moved once for each replay: capturing alone runs nothing.
+    # Replays updated the running statistics: capturing alone runs nothing.
     assert float(cp.abs(mean).sum()) > 0
     assert len(kept) == 2
 
@@ -81,7 +81,7 @@ def test_graph_capture_of_groups_of_blocks(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_planes(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> None:
-    """What the device's own properties lead to, and not what tests pretend: against float64 on the device."""
+    """With plans for the real device, not for a pretended one: against float64 on the device."""
     host = rng.normal(3, 2, shape).astype(np.float32).astype(devices.dtype_of(dtype))
     x = devices.to_device(host, "cuda:0")
     y, saved = cn.instance_norm_forward(x, activation="leaky_relu")
@@ -97,13 +97,13 @@ def test_large_planes(cp: Any, rng: np.random.Generator, shape: tuple[int, ...],
     for actual, exact, scale in answers:
         got = cp.asarray(devices.to_host(actual).astype(np.float32)).astype(cp.float64)
         wrong = cp.abs(got - exact) > 2 * tolerance * scale * (1 + cp.abs(exact))
-        assert not bool((wrong & (cp.abs(xhat) > 1e-4)).any())  # at the kink rounding decides
+        assert not bool((wrong & (cp.abs(xhat) > 1e-4)).any())  # nearer to the kink, rounding decides the side
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [*SIZES[2:], *LARGE], ids=str)
 def test_double_backward_of_large_planes(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> None:
-    """As the device's own properties lead to, against float64 on the device."""
+    """With plans for the real device, against float64 on the device."""
     hosts = [rng.normal(2, 1, shape).astype(np.float32).astype(devices.dtype_of(dtype)) for _ in range(3)]
     x, dy, ddx = (devices.to_device(host, "cuda:0") for host in hosts)
     weight, ddweight = (cp.asarray(rng.normal(size=shape[1]), cp.float32) for _ in range(2))
@@ -131,7 +131,7 @@ def test_double_backward_of_large_planes(cp: Any, rng: np.random.Generator, shap
 
 @pytest.mark.parametrize("shape", [*SIZES, *LARGE[:2]], ids=str)
 def test_graph_capture_of_a_double_backward(cp: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
-    """After warmup, which compiles the kernels and fills the graph's pool."""
+    """Capture it after warmup, which compiles the kernels and fills the graph's pool."""
     x, dy, ddx = (cp.asarray(rng.normal(size=shape), cp.float32) for _ in range(3))
     weight = cp.asarray(rng.normal(size=shape[1]), cp.float32)
     stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
@@ -153,7 +153,7 @@ def test_graph_capture_of_a_double_backward(cp: Any, rng: np.random.Generator, s
 
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_current_stream_small(cp: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
-    """Work is enqueued behind what the current stream is busy with, not behind the default stream."""
+    """Work is enqueued after the current stream's work, not on the default stream."""
     host = rng.normal(size=shape).astype(np.float32)
     stream = cp.cuda.Stream(non_blocking=True)
     large = cp.ones((4096, 4096), cp.float32)
@@ -181,11 +181,11 @@ def test_same_bits_every_run(cp: Any, rng: np.random.Generator) -> None:
             results += cn.instance_norm_double_backward(dy, weight, None, x, saved)
             first = first or results
             for a, b in zip(first, results, strict=True):
-                assert bool((a == b).all())  # on the device: these are gigabytes
+                assert bool((a == b).all())  # compared on the device: these are gigabytes
 
 
 def test_first_calls_from_several_threads(cp: Any) -> None:
-    """Each kernel is compiled once, whoever comes first."""
+    """Each kernel is compiled once, whichever thread is first."""
     from cupynorm.cuda import runtime
 
     made = runtime.CupyRuntime()
@@ -209,7 +209,7 @@ def test_first_calls_from_several_threads(cp: Any) -> None:
 
 @pytest.mark.parametrize("role", ["x", "out", "dy", "weight"])
 def test_elements_that_are_not_aligned_are_refused(cp: Any, role: str) -> None:
-    """A GPU cannot access them: an error before anything is launched, which such an access would end for good."""
+    """A GPU cannot access them, and such an access would break the context: raise an error before any launch."""
     memory = cp.zeros(5 * 4 * 3 * 4 * 4 + 1, cp.uint8)
     odd = cp.ndarray((2, 3, 4, 4), cp.float32, memory.data + 1)
     given = {name: cp.ones((2, 3, 4, 4), cp.float32) for name in ("x", "out", "dy")}
@@ -263,7 +263,7 @@ def test_more_than_two_to_the_31_elements(cp: Any, shape: tuple[int, int, int]) 
             expected = (values[-1000:] - values.mean()) / cp.sqrt(values.var() + 1e-5)
             cp.testing.assert_allclose(y[plane][-1000:].astype(cp.float64), expected, rtol=2e-3, atol=2e-3)
         dx, *_ = cn.instance_norm_backward(y, saved, out=y)
-        assert float(cp.abs(dx[n, c].astype(cp.float32)).max()) < 1e-2  # y has no gradient through its own norm
+        assert float(cp.abs(dx[n, c].astype(cp.float32)).max()) < 1e-2  # for dy = y, dx is 0 up to eps and rounding
     finally:
         del x
         y = saved = dx = None
@@ -293,7 +293,7 @@ def test_layer_moves(cp: Any, rng: np.random.Generator) -> None:
 
 
 def test_import(tmp_path: Path) -> None:
-    """The first import compiles the core into CuPy's disk cache, the second adds nothing; a lazy one needs no CuPy."""
+    """The first import compiles the core into CuPy's disk cache, the second adds nothing; EAGER=0 imports no CuPy."""
     environment = os.environ | {"CUPY_CACHE_DIR": str(tmp_path)}
     root = str(Path(cn.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])

@@ -1,4 +1,4 @@
-"""What a call on the CUDA kernels allocates, copies and tells them, where nothing is launched."""
+"""Allocations, copies and launches of calls on the CUDA kernels, recorded without launching."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from cupynorm.cuda.plan import DEVICES, Device
 
 BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
 GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
-#: A device, and how many positions planes have there that one scope has, that blocks of a grid share, or that are
-#: split: by themselves, and eight of them side by side.
+#: A device, and the positions of planes that a single scope serves, that a grid's blocks share, or that are split:
+#: channels-first, and channels-last with eight channels.
 ROOMS = {"alone": (BLOCKS, 300, 300), "grid": (GRID, 18_000, 2400), "split": (BLOCKS, 30_000, 30_000)}
 
 
@@ -30,8 +30,8 @@ def laid(shape: tuple[int, ...], layout: str) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("scope", ROOMS)
-def test_what_each_regime_allocates(run_on: Callable[..., Any], scope: str, layout: str) -> None:
-    """Results, numbers a plane, numbers a tile where blocks tell each other some, and nothing else."""
+def test_allocations_of_each_regime(run_on: Callable[..., Any], scope: str, layout: str) -> None:
+    """Results, numbers of planes, partials that blocks exchange, and nothing else."""
     device, *sizes = ROOMS[scope]
     n, c = 3, 8
     runtime = run_on(Recorder(device))
@@ -41,7 +41,7 @@ def test_what_each_regime_allocates(run_on: Callable[..., Any], scope: str, layo
     of_planes, of_channels = ((n, c), "float32"), ((c,), "float32")
 
     def shared(numbers: int) -> Counter[Any]:
-        """What blocks share, of so many numbers a plane."""
+        """Return the arrays that blocks share, with so many numbers per plane."""
         step = runtime.steps[0]
         assert (scope == "grid") == step.cooperative and (scope == "split") == (step.tiles > 1 and not step.cooperative)
         if scope != "grid":
@@ -75,7 +75,7 @@ def test_what_each_regime_allocates(run_on: Callable[..., Any], scope: str, layo
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_what_tracked_eval_allocates(run_on: Callable[..., Any], layout: str) -> None:
+def test_allocations_of_tracked_eval(run_on: Callable[..., Any], layout: str) -> None:
     runtime = run_on(Recorder(DEVICES["H100"]))
     x = laid((2, 8, 100, 100), layout)
     weight, running = np.ones(8, np.float32), np.ones(8, np.float32)
@@ -97,7 +97,7 @@ def test_what_tracked_eval_allocates(run_on: Callable[..., Any], layout: str) ->
 
 
 def test_modules_without_an_epilogue(run_on: Callable[..., Any]) -> None:
-    """Plain calls, and double backward, have the modules that are compiled first; a residual alone is an epilogue."""
+    """Plain calls and double backward use modules without an epilogue; a residual alone is an epilogue."""
     runtime = run_on(Recorder(BLOCKS))
     for shape in ((2, 3, 20), (2, 3, 300), (2, 3, 30_000)):
         x, weight = np.zeros(shape, np.float32), np.ones(3, np.float32)
@@ -115,8 +115,8 @@ def test_modules_without_an_epilogue(run_on: Callable[..., Any]) -> None:
     assert {module.epilogue for module in runtime.modules} == {0}
 
 
-def test_what_is_copied(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parameters with gaps and arrays that the kernels cannot address, and back where they are written: no others."""
+def test_copies(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only parameters with gaps and arrays that kernels cannot address are copied, and copied back if written."""
     run_on(Recorder(DEVICES["H100"]))
     copies: list[tuple[Any, Any]] = []
     made = launch._assignment
@@ -146,8 +146,8 @@ def test_what_is_copied(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPa
     assert target is odd
 
 
-def test_numbers_of_16_bits_are_copied_as_bits() -> None:
-    """Whatever an array library makes of bfloat16. Elements that no GPU can access are refused before that."""
+def test_16_bit_arrays_are_copied_as_bits() -> None:
+    """So array libraries need not know bfloat16. Elements that no GPU can access are refused first."""
     for dtype, bits in (("float16", True), ("bfloat16", True), ("float32", False), ("float64", False)):
         target, source = np.zeros((2, 4), cn.devices.dtype_of(dtype))
         given = launch._assignment(target, source).args
@@ -163,7 +163,7 @@ def test_numbers_of_16_bits_are_copied_as_bits() -> None:
     launch._assignment(unaligned, unaligned)  # NumPy can
 
 
-def test_calls_are_prepared_once_for_an_alignment(run_on: Callable[..., Any]) -> None:
+def test_calls_are_prepared_once_per_alignment(run_on: Callable[..., Any]) -> None:
     run_on(Recorder(DEVICES["H100"]))
     memory = np.zeros(2000, np.float32)
     shift = -memory.ctypes.data % 16 // 4
@@ -177,7 +177,7 @@ def test_calls_are_prepared_once_for_an_alignment(run_on: Callable[..., Any]) ->
     (3, 5, 4, 1, 8), (2, 7, 100, 1, 2), (1, 1, 1, 1, 4), (3, 40, 2, 4, 4), (2, 33, 3, 16, 1), (4, 16, 1, 2, 4),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
-def test_rounds_of_a_split_have_each_plane_once(
+def test_rounds_of_a_split_cover_each_plane_once(
     n: int, c: int, most: int, channel_vecs: int, vec_size: int, kind: str
 ) -> None:
     width = channel_vecs * vec_size if kind == "channels_last" else 1
@@ -199,10 +199,10 @@ def test_rounds_of_a_split_have_each_plane_once(
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 20), (1, 3, 20), (2, 3, 300), (2, 3, 30_000)], ids=str)
-def test_what_is_planned_is_launched(
+def test_launches_match_the_plan(
     run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
 ) -> None:
-    """And nothing else, whichever parameters there are: the plan is what `explain` shows."""
+    """The planned steps, which `explain` shows, and nothing else are launched, with and without each parameter."""
     runtime = run_on(Recorder(BLOCKS))
     made, plans = launch._prepare, []
     monkeypatch.setattr(launch, "_prepare", lambda *given: plans.append(made(*given).plan) or made(*given))

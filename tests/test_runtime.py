@@ -1,4 +1,4 @@
-"""The CuPy runtime, on modules in the place of CuPy's: what it loads in which order, and how it lays out arguments."""
+"""The CuPy runtime on stand-ins for CuPy's modules: the order in which it loads, and the layout of its arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cupynorm.cuda.source import Module, all_modules, core_modules
 
 
 class Cupy:
-    """What the runtime asks of CuPy; says in `done` what was called."""
+    """A stand-in for the parts of CuPy that the runtime uses. `done` records the calls."""
 
     def __init__(self) -> None:
         self.done: list[tuple[Any, ...]] = []
@@ -32,7 +32,7 @@ class Cupy:
 
     def version(self) -> tuple[int, int]:
         self.done.append(("version",))
-        time.sleep(0.05)  # others come in meanwhile
+        time.sleep(0.05)  # other threads call meanwhile
         self.done.append(("version known",))
         return 13, 0
 
@@ -61,7 +61,7 @@ class Cupy:
 
 
 class Kernel:
-    """A RawKernel: compiled when its `kernel` is asked for."""
+    """A RawKernel, which is compiled when its `kernel` is first used."""
 
     def __init__(self, cupy: Cupy, source: str, name: str):
         self.cupy, self.source, self.name = cupy, source, name
@@ -85,7 +85,7 @@ class Kernel:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Cupy]]:
-    """cupynorm.cuda.runtime and clusters, imported anew on the stand-ins, and those."""
+    """Import cupynorm.cuda.runtime and clusters anew on the stand-ins; yield the runtime and the stand-ins."""
     cupy = Cupy()
     for name, module in cupy.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -101,7 +101,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Cupy]]:
             setattr(package, name, module)
 
 
-def test_nvrtc_is_loaded_once_before_anything_is_compiled(fake: tuple[Any, Cupy]) -> None:
+def test_nvrtc_is_loaded_once_before_compiling(fake: tuple[Any, Cupy]) -> None:
     runtime, cupy = fake
     loaded, modules = runtime.CupyRuntime(), core_modules()
     start = threading.Barrier(len(modules))
@@ -114,12 +114,12 @@ def test_nvrtc_is_loaded_once_before_anything_is_compiled(fake: tuple[Any, Cupy]
         list(pool.map(load, modules))
     assert cupy.done[:2] == [("version",), ("version known",)]
     assert cupy.done.count(("version",)) == 1
-    assert cupy.most_compiling > 1  # side by side, after that
+    assert cupy.most_compiling > 1  # in parallel, after that
     expected = sorted((module.source, name) for module in modules for name in module.kernels)
     assert sorted(done[1:] for done in cupy.done if done[0] == "compile") == expected
 
 
-def test_a_module_is_loaded_once_whoever_else_asks(fake: tuple[Any, Cupy]) -> None:
+def test_threads_load_a_module_once(fake: tuple[Any, Cupy]) -> None:
     runtime, cupy = fake
     loaded, module = runtime.CupyRuntime(), core_modules()[0]
     with ThreadPoolExecutor(8) as pool:
@@ -127,10 +127,8 @@ def test_a_module_is_loaded_once_whoever_else_asks(fake: tuple[Any, Cupy]) -> No
     assert [done[2] for done in cupy.done if done[0] == "compile"] == list(module.kernels)
 
 
-def test_a_handler_loads_a_module_in_the_middle_of_its_loading(
-    fake: tuple[Any, Cupy], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A signal handler's call does not wait for the one that it has come in the middle of."""
+def test_signal_handler_loads_a_module_being_loaded(fake: tuple[Any, Cupy], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler's call does not wait for the call that it interrupts."""
     runtime, cupy = fake
     loaded, module = runtime.CupyRuntime(), core_modules()[0]
     nested: list[int] = []
@@ -185,10 +183,10 @@ def test_the_smallest_module_is_loaded_first_and_alone(fake: tuple[Any, Cupy]) -
         (lambda size: {16: 6, 8: 16}[size], 8),  # 96 of 132 multiprocessors; 128
         (lambda size: {16: 7}[size], 16),  # 112
         (lambda size: 1, 1),
-        (lambda size: None, 16),  # a driver that cannot be asked: what could be launched
+        (lambda size: None, 16),  # the driver has no such function: the largest that could be launched
     ],
 )
-def test_no_clusters_that_leave_a_quarter_idle(
+def test_clusters_that_leave_a_quarter_idle_are_not_used(
     fake: tuple[Any, Cupy], monkeypatch: pytest.MonkeyPatch, at_a_time: Any, largest: int
 ) -> None:
     clusters = fake[0].clusters
@@ -198,10 +196,10 @@ def test_no_clusters_that_leave_a_quarter_idle(
 
 
 @pytest.mark.parametrize("missing", [OSError("no library"), None])
-def test_a_driver_that_cannot_be_asked_for_clusters(
+def test_driver_without_cluster_occupancy(
     fake: tuple[Any, Cupy], monkeypatch: pytest.MonkeyPatch, missing: OSError | None
 ) -> None:
-    """Neither the library, nor the function in it."""
+    """The driver's library is missing, or has no such function."""
 
     def load(name: str) -> Any:
         if missing:
@@ -213,7 +211,7 @@ def test_a_driver_that_cannot_be_asked_for_clusters(
     assert clusters._clusters_at_a_time(1, 2, 1024) is None
 
 
-def test_clusters_of_16_are_asked_for(fake: tuple[Any, Cupy]) -> None:
+def test_clusters_of_16_are_requested(fake: tuple[Any, Cupy]) -> None:
     runtime, cupy = fake
     for group in ("cluster", "cluster_registers"):
         module = next(m for m in all_modules([0]) if m.file == "backward" and m.group == group)
@@ -229,7 +227,7 @@ C_TYPES = {"Q": ctypes.c_uint64, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": 
 
 
 @pytest.mark.parametrize("codes", ["Q", "i", "iQ", "Qi", "iiiQ", "iqidiQ", "iiqd", "dididi", "QQqqiidQi"])
-def test_arguments_lie_as_c_would_lay_them(fake: tuple[Any, Cupy], codes: str) -> None:
+def test_layout_of_arguments_is_that_of_c(fake: tuple[Any, Cupy], codes: str) -> None:
     runtime, _ = fake
     types = {code: dtype.type for dtype, code in runtime.CODES.items()}
     assert set(types) == set(C_TYPES)
@@ -244,7 +242,7 @@ def test_arguments_lie_as_c_would_lay_them(fake: tuple[Any, Cupy], codes: str) -
     for given in (args, tuple(arg + arg.dtype.type(1) for arg in args)):  # the layout is worked out once
         memory = kernel.arguments(given)
         base = ctypes.addressof(memory)
-        padded = bytes(memory).ljust(ctypes.sizeof(Arguments), b"\0")  # C pads behind the last one
+        padded = bytes(memory).ljust(ctypes.sizeof(Arguments), b"\0")  # C pads after the last one
         assert ctypes.sizeof(Arguments) - ctypes.sizeof(memory) in (0, 4)
         laid = Arguments.from_buffer_copy(padded)
         for i, (code, arg) in enumerate(zip(codes, given, strict=True)):
@@ -256,7 +254,7 @@ def test_arguments_lie_as_c_would_lay_them(fake: tuple[Any, Cupy], codes: str) -
 
 
 @pytest.mark.parametrize("cooperative", [False, True])
-def test_what_the_driver_is_told(fake: tuple[Any, Cupy], cooperative: bool) -> None:
+def test_arguments_of_the_driver(fake: tuple[Any, Cupy], cooperative: bool) -> None:
     runtime, cupy = fake
     module = core_modules()[0]
     name = module.kernels[0]

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the emulator: bytes moved, the same bits in every order, and that the emulator bites."""
+"""The CUDA kernels on the emulator: bytes moved, the same bits in every order, and faults that the emulator detects."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_default_tier_reaches_every_variant(run_on: Callable[..., Any], rng:
 
 
 def test_the_epilogue_cases_reach_every_kernel(run_on: Callable[..., Any], rng: np.random.Generator) -> None:
-    """In one dtype and with one epilogue each; and every epilogue in every file."""
+    """Each kernel in one dtype and with one epilogue; and every epilogue in every file."""
 
     def code(m: Module, name: str) -> tuple[Any, ...]:
         return m.file, m.kind, m.misaligned or m.vec_size > 1, m.misaligned, name
@@ -84,7 +84,7 @@ def test_the_epilogue_cases_reach_every_kernel(run_on: Callable[..., Any], rng: 
 
 
 def since(runtime: Recorder) -> tuple[int, int]:
-    """(launches, arrays made) since the last call."""
+    """Return (launches, allocated arrays) since the last call."""
     counted = len(runtime.steps), sum(runtime.made.values())
     runtime.clear()
     return counted
@@ -93,7 +93,7 @@ def since(runtime: Recorder) -> tuple[int, int]:
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 35, 45), (4, 3, 120, 120), (4, 3, 300, 300)], ids=str)
 @pytest.mark.parametrize("fused", [{}, {"activation": "gelu"}], ids=["plain", "gelu"])
 def test_launches_and_allocations(run_on: Callable[..., Any], shape: tuple[int, ...], fused: dict[str, Any]) -> None:
-    """One launch forward, one backward, one more for what is reduced over N; arrays are made for results alone."""
+    """One launch forward, one backward, and one more to reduce over N; arrays are allocated for results only."""
     runtime = run_on(Recorder(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
     x = np.zeros(shape, np.float32)
     channel, sample = np.ones(3, np.float32), np.ones((4, 3), np.float32)
@@ -102,7 +102,7 @@ def test_launches_and_allocations(run_on: Callable[..., Any], shape: tuple[int, 
     cn.instance_norm(x, channel.copy(), channel.copy(), channel, channel, **fused)
     assert since(runtime) == (2, 3)  # y; means and variances, for the running statistics
     _, saved = cn.instance_norm_forward(x, **fused)
-    assert since(runtime) == (1, 3 + len(fused))  # y, mean, rstd; for a mask also what the mean has lost
+    assert since(runtime) == (1, 3 + len(fused))  # y, mean, rstd; for a mask also mean_lo
     cn.instance_norm_backward(x, saved)
     assert since(runtime) == (1, 1)
     _, saved = cn.instance_norm_forward(x, sample, sample, **fused)
@@ -112,11 +112,11 @@ def test_launches_and_allocations(run_on: Callable[..., Any], shape: tuple[int, 
     _, saved = cn.instance_norm_forward(x, channel, channel, **fused)
     since(runtime)
     cn.instance_norm_backward(x, saved)
-    assert since(runtime) == (2, 5)  # and their summands by plane
+    assert since(runtime) == (2, 5)  # and the sums of planes for dweight and dbias
     _, saved = cn.instance_norm_forward(x[:1], channel, channel, **fused)
     since(runtime)
     cn.instance_norm_backward(x[:1], saved)
-    assert since(runtime) == (1, 3)  # one sample: the summands are the gradients
+    assert since(runtime) == (1, 3)  # one sample: the sums of planes are the gradients
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 3, 35, 45), (4, 3, 120, 120), (4, 3, 300, 300)], ids=str)
@@ -126,7 +126,7 @@ def test_launches_and_allocations_of_a_double_backward(
 ) -> None:
     runtime = run_on(Recorder(Device("many", (9, 0), 1, 227 * 1024, 2**20, 16)))
     x, channel, sample = np.zeros(shape, np.float32), np.ones(3, np.float32), np.ones((4, 3), np.float32)
-    tiled = 0 if training else int(np.prod(shape[2:]) > 3 * 256 * 4)  # several tiles a plane: partial sums and a merge
+    tiled = 0 if training else int(np.prod(shape[2:]) > 3 * 256 * 4)  # several tiles per plane: partials and a merge
 
     def counted(x: np.ndarray, weight: Any, *given: Any) -> tuple[int, int]:
         _, saved = cn.instance_norm_forward(x, weight, weight, running_mean=channel.copy(), running_var=channel.copy(),
@@ -137,16 +137,16 @@ def test_launches_and_allocations_of_a_double_backward(
 
     assert counted(x, None, x, None, None) == (1, 2)  # dx, ddy
     assert counted(x, sample, x, sample, sample) == (1 + tiled, 3 + tiled)  # dweight
-    assert counted(x, channel, x, channel, channel) == (2 + tiled, 4 + tiled)  # and its summands by plane
-    assert counted(x[:1], channel, x[:1], channel, channel) == (1 + tiled, 3 + tiled)  # which it has in one sample
-    assert counted(x, channel, None, channel, channel) == (1, 3)  # without ddx it is 0
+    assert counted(x, channel, x, channel, channel) == (2 + tiled, 4 + tiled)  # and its sums of planes
+    assert counted(x[:1], channel, x[:1], channel, channel) == (1 + tiled, 3 + tiled)  # one sample: dweight itself
+    assert counted(x, channel, None, channel, channel) == (1, 3)  # without ddx dweight is 0
 
 
-# One case for each regime: shape, layout, and a device that has that regime for it.
+# Cases of each regime: its name, shape, layout, and a device on which the case has this regime.
 DEVICE = Device("bytes", (8, 0), 1, 100 * 1024, 2**20)
 CLUSTERS = Device("clusters", (9, 0), 1, 40 * 1024, 2**20, 8)
 GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
-# More shared memory than registers: of a block, and of two multiprocessors (256 KB forward).
+# More shared memory than registers: for a block, and for two multiprocessors (256 KB forward).
 LARGE = Device("large block", (8, 0), 1, 180 * 1024, 2**20)
 ROOMY = Device("roomy grid", (8, 0), 2, 290 * 1024, 2**20)
 REGIMES = [
@@ -171,28 +171,31 @@ REGIMES = [
     ("split", (2, 8, 70, 100), "channels_last", DEVICE),
     ("split", (2, 3, 70, 100), "channels_last", DEVICE),
 ]
-#: Activation, whether there is a residual, and accesses that forward and backward have besides.
+#: Activation, residual or not, and the additional accesses of forward and backward.
 EPILOGUES = [(None, False, 0, 0), ("relu", False, 0, 0), (None, True, 1, 0), ("leaky_relu", True, 1, 2)]
 
 
 def _accesses(runtime: Emulator, x: np.ndarray, layout: str, made: Plan) -> int:
-    """Accesses of arrays like x, in its size, since the last call; of smaller ones, that they are numbers of tiles."""
+    """Return the accesses of arrays of x's size since the last call, as multiples of its size.
+
+    Check that smaller arrays are no larger than numbers of tiles.
+    """
     total, tiles = 0, max(step.tiles for step in made.steps)
     access = 16 if made.kind == "channels_first" else made.vec_size * x.itemsize
-    # Of each tile of a plane, elements at both ends move by themselves; those of a vec each at borders, if misaligned.
+    # At both ends of each tile of a plane single elements move, up to a vec's at each end; twice as many if misaligned.
     tails = 0 if made.kind == "channels_last" else x.shape[0] * x.shape[1] * tiles * (4 if layout == "unaligned" else 2)
     for count in runtime.counts:
         first = next((a for a in count.size if count.written[a] >= x.nbytes), None)
         for address, size in count.size.items():
             if size >= x.nbytes:
-                # A vec that lies across two borders is read as two, the other half of each by the next thread: from
-                # the first-level cache.
+                # A misaligned vec is combined from two aligned ones, each read again by the next thread, from the
+                # first-level cache.
                 skew = 2 if layout == "unaligned" and count.read[address] > x.nbytes else 1
                 assert count.read[address] <= 2 * x.nbytes or skew == 1
                 total += min(count.read[address], x.nbytes) if skew == 2 else count.read[address]
                 total += count.written[address]
                 moved = count.read[address] + count.written[address]
-                # A second result that lies otherwise between borders than the first is written by elements.
+                # A second result at another address modulo 16 than the first is written by elements.
                 if first is None or not count.written[address] or (address - first) % 16 == 0:
                     assert count.accesses[address] <= moved / access + tails * (access / x.itemsize), count.kernel
             else:
@@ -209,7 +212,7 @@ def label(regime: tuple[Any, ...]) -> str:
 
 
 def cases_of_bytes() -> list[Any]:
-    """Regimes, dtypes and epilogues: of the default tier all regimes in float32, and two with an epilogue."""
+    """Return regimes, dtypes and epilogues: in the default tier all regimes in float32, two of them with epilogues."""
     given = [(dtype, EPILOGUES[0]) for dtype in ("float32", "float16", "bfloat16", "float64")]
     given += [("float32", epilogue) for epilogue in EPILOGUES[1:]]
     found = []
@@ -226,9 +229,9 @@ def test_bytes(
     run_on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
     device: Device, dtype: str, epilogue: tuple[str | None, bool, int, int],
 ) -> None:  # fmt: skip
-    """Every element is read and written as often as the plan says, and nothing else of its size is touched."""
+    """Every element is read and written as often as the plan says, and no other array of x's size is accessed."""
     activation, with_residual, forward_more, backward_more = epilogue
-    scale = {"float64": 2, "float32": 1}.get(dtype, 0.5)  # the same bytes a plane in every dtype
+    scale = {"float64": 2, "float32": 1}.get(dtype, 0.5)  # the same bytes per plane in every dtype
     shape = (*shape[:3], round(shape[3] / scale))
 
     def array() -> np.ndarray:
@@ -254,10 +257,10 @@ def test_bytes(
     made = plan_of("backward")
     assert made.accesses == (5 if made.regime == "split" else 3)
     cn.instance_norm_backward(dy, saved, out=y)
-    # A split has written the residual's gradient when it comes back to it, and reads it in place of dy and residual.
+    # On its second pass a split reads dresidual, which it has written, instead of dy and residual.
     assert accesses() == made.accesses + backward_more
 
-    # Tracked eval: two and three accesses whatever the size; without affine gradients x is read only for a mask.
+    # Tracked eval: two and three accesses for any size; without affine gradients x is read only for a mask.
     made = plan_of("frozen_backward")
     ones = np.ones(shape[1], math_dtype(x.dtype))
     running: dict[str, Any] = {"running_mean": ones, "running_var": ones, "use_input_stats": False, "out": y}
@@ -272,7 +275,7 @@ def test_bytes(
 
 
 def test_the_shapes_reach_every_regime() -> None:
-    """That variants have, of a layout of memory: forward by name, backward beside it."""
+    """Each layout has cases of every regime of its variants: forward as named in the table, backward by its plan."""
     for layout, kind in (("contiguous", "channels_first"), ("channels_last", "channels_last")):
         for op in ("forward", "backward"):
             reached = set()
@@ -284,7 +287,7 @@ def test_the_shapes_reach_every_regime() -> None:
             assert reached == {f"{v.scope}-{v.residency}" for v in variants} | {"split"}, (op, layout)
 
 
-#: Where three arrays stay on chip.
+#: The same for double backward, which holds three arrays on chip.
 DOUBLE_REGIMES = [
     ("subwarp-registers", (2, 3, 5, 7), "contiguous", DEVICE),
     ("warp-registers", (2, 3, 13, 11), "contiguous", DEVICE),
@@ -315,7 +318,7 @@ def test_bytes_of_a_double_backward(
     run_on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
     device: Device, dtype: str,
 ) -> None:  # fmt: skip
-    """x, dy and ddx are read once where they stay on chip, else twice; what has no part in a result is not read."""
+    """x, dy and ddx are read once if they stay on chip, else twice; arrays that no result depends on are not read."""
     shape = (*shape[:3], round(shape[3] / {"float64": 2, "float32": 1}.get(dtype, 0.5)))
     x, dy, ddx = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(devices.dtype_of(dtype))) for _ in range(3))
     runtime = run_on(Emulator(device))
@@ -363,7 +366,7 @@ def test_double_backward_of_more_tiles_than_merge_threads(
 def test_more_tiles_than_merge_threads(
     run_on: Callable[..., Emulator], rng: np.random.Generator, training: bool
 ) -> None:
-    """Around a mean whose rounding counts. A tile has 8192 elements, with given statistics 4096."""
+    """With a mean whose rounding matters. A tile has 8192 elements, with frozen statistics 4096."""
     runtime = run_on(Emulator(DEVICE))
     size = 2_200_000 if training else 1_600_000
     x, dy = ((rng.normal(size=(1, 1, size)) + add).astype(np.float32) for add in (10000.3, 2))
@@ -385,7 +388,7 @@ Results = list[np.ndarray]
 
 
 def _inputs(regime: tuple[Any, ...], runtime: Any, seed: int) -> tuple[Results, Results]:
-    """Three arrays and four parameters of a regime; the runtime has its device then."""
+    """Return three arrays and four parameters of a regime, and set the runtime's device to the regime's."""
     _, shape, layout, device = regime
     rng = np.random.default_rng(seed)
     if runtime is not None:
@@ -395,7 +398,7 @@ def _inputs(regime: tuple[Any, ...], runtime: Any, seed: int) -> tuple[Results, 
 
 
 def _double(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fused: bool = False) -> Results:
-    """Results of a double backward."""
+    """Return the results of a double backward."""
     (x, dy, ddx), (weight, bias, mean, var) = _inputs(regime, runtime, seed)
     _, saved = cn.instance_norm_forward(
         x, weight, bias, running_mean=mean.copy(), running_var=var, use_input_stats=training
@@ -404,10 +407,10 @@ def _double(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fu
 
 
 def _single(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fused: bool = False) -> Results:
-    """Results of forward and backward."""
+    """Return the results of forward and backward."""
     (x, dy, residual), (weight, bias, mean, var) = _inputs(regime, runtime, seed)
     options: dict[str, Any] = {"activation": "silu", "residual": residual} if fused else {}
-    # Of subwarps, a result at another place between 16-byte borders than what it is made of.
+    # For subwarps, results at another address modulo 16 bytes than the inputs.
     y, dx = (reference.LAYOUTS["unaligned"](x) if regime[0].startswith("subwarp") else None for _ in range(2))
     y, saved = cn.instance_norm_forward(
         x, weight, bias, running_mean=mean, running_var=var, use_input_stats=training, out=y, **options
@@ -416,8 +419,8 @@ def _single(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fu
 
 
 def cases_of_orders() -> list[Any]:
-    """A function, a regime, training, fused: in the full tier fused ones, most of those in tracked eval, and every
-    other one of channels side by side."""
+    """Return (function, regime, training, fused). The full tier has the fused cases, most cases of tracked eval, and
+    every second channels-last case."""
     found = []
     for run, table in ((_single, REGIMES), (_double, DOUBLE_REGIMES)):
         for number, regime in enumerate(table):
@@ -436,7 +439,7 @@ def test_same_bits_in_every_order(
     run_on: Callable[..., Emulator], request: pytest.FixtureRequest, run: Callable[..., Results],
     regime: tuple[Any, ...], training: bool, fused: bool,
 ) -> None:  # fmt: skip
-    """Of threads and blocks; and they are about what the NumPy backend makes of it."""
+    """Every order of threads and blocks gives the same bits, near the results of the NumPy backend."""
     seed = seed_of(request.node.nodeid)
     expected = run(None, seed, regime, training, fused)
     results = [run(run_on(Emulator(DEVICE, order)), seed, regime, training, fused) for order in emulator.ORDERS]
@@ -451,11 +454,11 @@ def test_same_bits_in_every_order(
     pytest.param(regime, marks=() if regime[0] == "block-registers" else pytest.mark.full, id=label(regime))
     for regime in REGIMES if regime[0][:4] in ("bloc", "clus", "grid")
 ])  # fmt: skip
-def test_same_bits_in_every_order_where_squares_are_summed_again(
+def test_same_bits_in_every_order_where_m2_is_summed_again(
     run_on: Callable[..., Emulator], rng: np.random.Generator, regime: tuple[Any, ...], scale: float
 ) -> None:
-    """Planes of one value but for an element, whose sum is rounded by more than they deviate; and so small ones that
-    they are summed a third time."""
+    """Planes in which one element differs, by less than the rounding of the plane's sum; and planes so small that m2 is
+    summed a third time."""
     x = np.full(regime[1], 12345.678, np.float32)
     x += rng.uniform(-1, 1, (*x.shape[:2], 1, 1)).astype(np.float32)
     x[..., 1, 2] = np.nextafter(x[..., 1, 2], np.float32(np.inf))
@@ -477,7 +480,7 @@ def _caught(
     run_on: Callable[..., Emulator], monkeypatch: pytest.MonkeyPatch, transform: emulator.Transform,
     regimes: Sequence[tuple[Any, ...]], run: Callable[..., Results] = _single,
 ) -> str:  # fmt: skip
-    """What the emulator says of broken kernels: the first complaint, or '' if nothing is wrong in any order."""
+    """Return the emulator's first complaint about changed kernels, or '' if no order shows a fault."""
     for regime in regimes:
         monkeypatch.setitem(MODULES, "cpu", "cupynorm.cpu")
         expected = run(None, 1, regime, True)
@@ -492,23 +495,23 @@ def _caught(
     return ""
 
 
-#: Barriers whose removal nothing shows, with the reason why they are redundant: none.
+#: Barriers whose removal no test shows, with the reason why they are redundant: none.
 SURVIVORS: dict[str, str] = {}
 
-#: Where threads wait for each other, or tell that they need not be waited for.
+#: Calls by which threads wait for each other, or announce their arrival.
 BARRIER = re.compile(
     r"(?:__sync(?:threads|warp)\(\)|cluster_(?:arrive|wait)\(\)|add_release\(\w+\)|wait_until\(\w+, \w+\));"
 )
 
 
 def _first(*names: str, layout: str = "contiguous", table: Sequence[Any] = REGIMES) -> list[tuple[Any, ...]]:
-    """The first regime of each name in the table."""
+    """Return the first regime of each name in the table."""
     return [next(r for r in table if r[0].startswith(name) and r[2] == layout) for name in names]
 
 
-#: The regimes that show what is wrong with a file: few, since each is compiled anew.
+#: The regimes that show a missing barrier in a file: few, since each is compiled anew.
 SHOWN_BY = {
-    # Channels-first one thread puts alone.
+    # Not channels-first, where a single thread puts.
     "group.cuh": _first("cluster", "grid", layout="channels_last"),
     "forward.cu": _first("subwarp"), "backward.cu": _first("subwarp"),
     "double_backward.cu": _first("subwarp", table=DOUBLE_REGIMES),
@@ -517,7 +520,7 @@ SHOWN_BY = {
 
 
 def _barriers() -> list[tuple[str, int, int]]:
-    """Every barrier in the kernel sources: file, line, and number in the line."""
+    """Return every barrier in the kernel sources: file, line, and number in the line."""
     sites = []
     for path in sorted(kernel_folder().glob("*.cu*")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -535,7 +538,7 @@ def test_every_barrier_is_needed(
     without = text[: site.start()] + ";" + text[site.end() :]
 
     def removed(source: str) -> str:
-        # The line as it stands in its file; modules that do not include the file stay as they are.
+        # Find the line in its inlined file; leave modules alone that do not include the file.
         marker = f'#line 1 "kernels/{file}"\n'
         head, found, body = source.partition(marker)
         if not found:
@@ -553,7 +556,7 @@ def test_every_barrier_is_needed(
 
 
 def _line_in(body: str, file: str, line: int) -> int:
-    """Where line `line` of a file is in a text that begins with it and has other files put in."""
+    """Return the index of line `line` of a file in a text that begins with the file and has others inlined."""
     current, number = file, 0
     for index, text in enumerate(body.splitlines()):
         directive = re.match(r'#line (\d+) "kernels/(.+)"', text)
@@ -585,7 +588,7 @@ def _line_in(body: str, file: str, line: int) -> int:
     ],
     ids=["bounds", "alignment", "poison", "barrier", "shuffle", "shared", "arguments"],
 )  # fmt: skip
-def test_the_emulator_bites(
+def test_emulator_detects_faults(
     run_on: Callable[..., Emulator], monkeypatch: pytest.MonkeyPatch, old: str, new: str, complaint: str
 ) -> None:
     assert any(old in (kernel_folder() / file).read_text() for file in ("forward.cu", "plane.cuh", "sums.cuh"))
@@ -605,8 +608,8 @@ KERNEL(64, 1) which(long long scope_index, long long tiles, long long channels, 
 @pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("tiles", [1, 3])
 @pytest.mark.parametrize("channels", [1, 5, 2**32 - 1, 2**32, 2**35 + 6])
-def test_planes_of_a_scope_where_their_number_exceeds_32_bits(kind: Any, tiles: int, channels: int) -> None:
-    """No array here has as many; the numbers are divided in 32 bits where that is enough."""
+def test_planes_of_a_scope_beyond_32_bits(kind: Any, tiles: int, channels: int) -> None:
+    """Channel tiles of arrays larger than any here. Kernels divide their numbers in 32 bits if these suffice."""
     module = Module("forward", "float32", 4, kind)
     text = Text("which", inlined("types.cuh") + inlined("plane.cuh") + WHICH, ("which",), "text", module.defines)
     groups = channels if kind == "channels_first" else -(-channels // 8)  # of two threads with vecs of 4
@@ -622,9 +625,9 @@ def test_planes_of_a_scope_where_their_number_exceeds_32_bits(kind: Any, tiles: 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bit_conversions(run_on: Callable[..., Emulator], dtype: str) -> None:
-    """Every 16-bit value passes through the kernels as NumPy and ml_dtypes read and round it, but for denormal floats.
+    """The kernels read and round every 16-bit value as NumPy and ml_dtypes do, except denormal float32 numbers.
 
-    Those, which bfloat16 has, may be flushed in between (the emulator does so on x86).
+    These, which bfloat16 can store, may be flushed in between (the emulator does so on x86).
     """
     run_on(Emulator(DEVICE))
     x = np.arange(65536, dtype=np.uint16).view(devices.dtype_of(dtype)).reshape(1, 1, 65536)
@@ -636,7 +639,7 @@ def test_sixteen_bit_conversions(run_on: Callable[..., Emulator], dtype: str) ->
     y = cn.instance_norm(x, zero, one, use_input_stats=False, eps=0.0)
     wide = x.astype(np.float32)
     assert_equal(flushed(y.astype(np.float32)), flushed(wide))
-    # Between the values: a third of each, rounded back.
+    # Values between the 16-bit ones: a third of each, rounded.
     y = cn.instance_norm(x, zero, one, one / 3, use_input_stats=False, eps=0.0)
     with np.errstate(all="ignore"):
         third = flushed(wide) * (one / 3)
@@ -657,7 +660,7 @@ def _asan_environment() -> dict[str, str]:
 
 @pytest.mark.full
 def test_address_sanitizer() -> None:
-    """A part of the case table, with the heap watched: arrays and shared memory."""
+    """Run a part of the case table with arrays and shared memory watched on the heap."""
     command = [
         sys.executable,
         "-m",
@@ -694,7 +697,7 @@ cupynorm.instance_norm(np.ones((1, 1, 35, 450), np.float32))
 
 
 @pytest.mark.full
-def test_address_sanitizer_bites() -> None:
+def test_address_sanitizer_detects_an_overflow() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _OVERFLOW, os.path.dirname(__file__)],
         env=_asan_environment(), capture_output=True, text=True, check=False,

@@ -804,8 +804,8 @@ def test_plan_for() -> None:
 
 
 #: Calls and their plans. The plans' numbers were chosen for speed (bench/TUNING.md), so no result shows most of them.
-#: These few calls, of 6000 random ones and some at the borders of variants, show every change of a number or condition
-#: that any of the others shows.
+#: These few, of 6000 random calls and some at the borders of variants, show every change of a number or condition that
+#: any of the others shows.
 PLANS = Path(__file__).with_name("plans.json")
 #: Devices for borders that real ones do not reach: three multiprocessors with little memory; a single one.
 FICTITIOUS = {

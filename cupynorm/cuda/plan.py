@@ -423,7 +423,7 @@ class _Job:
                 f" in each of {variant.size} threads"
             )
             return self.step(op, op, variant, shared, vecs_per_thread=variant.vecs_per_thread), why
-        # While there is a larger scope and registers allow it, two blocks share a multiprocessor's shared memory: one
+        # If a larger scope is left and registers allow it, two blocks share a multiprocessor's shared memory: one
         # computes while the other moves its tile.
         whole, half = self.device.shared_per_block, (self.device.shared_per_block + 1024) // 2 - 1024
         tiles = variant.cluster

@@ -65,7 +65,7 @@ def exists(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, m
     such variants, but clusters that keep their tiles in shared memory.
     """
     needy = kind == "channels_last" or (ITEMSIZE[dtype] == 2 and (epilogue > 0 or misaligned))
-    if variant.scope == "subwarp":  # with 16-bit elements a thread always takes 16, whatever the size of planes
+    if variant.scope == "subwarp":  # in forward a thread takes 16 elements of 16 bits, whatever the size of planes
         return not (file == "forward" and variant.vecs_per_thread == 8 and ITEMSIZE[dtype] == 2)
     if file == "split":  # each vec of a misaligned array is combined from two
         return (variant.vecs_per_thread == 4) == (ITEMSIZE[dtype] == 2 and misaligned)
@@ -114,15 +114,14 @@ _BLOCK_SHARED = (Variant("block", "shared", 512, 0),)
 _CLUSTER_SHARED = tuple(Variant("cluster", "shared", 512, 0, size) for size in (2, 4, 8, 16))
 _GRID_SHARED = (Variant("grid", "shared", 512, 0),)
 
-#: The first variant that fits (_Job.try_variant) is taken, and a plane that none fits is split. With one 16-byte vec a
-#: thread a warp holds 512 bytes, 256 threads 4 KB. Their order and borders are those measured on an H200
-#: (bench/TUNING.md).
+#: The first variant that fits (_Job.try_variant) is taken; a plane that none fits is split. With one 16-byte vec per
+#: thread a warp holds 512 bytes, 256 threads 4 KB. Their order and limits were measured on an H200 (bench/TUNING.md).
 VARIANTS: dict[str, tuple[Variant, ...]] = {
     "forward": (
         *(*_subwarp(128, 8, 16), *_warp(1, 2, 4, 8), *_block((64, 8), (128, 8), (256, 4), (256, 8), (512, 8))),
         *(*_cluster(256, 8, 4, 8, 16), *_BLOCK_SHARED, *_GRID, *_GRID_SHARED),
     ),
-    # x and dy are both held: half as much of each.
+    # Backward holds x and dy: half as much of each.
     "backward": (
         *(*_subwarp(128, 8), *_warp(1, 2, 4), *_block((64, 4), (128, 4), (256, 4), (512, 4), (512, 8))),
         *(*_cluster(256, 8, 4, 8, 16), *_BLOCK_SHARED, *_CLUSTER_SHARED, *_GRID, *_GRID_SHARED),

@@ -87,16 +87,15 @@ def test_tiles_are_shared_where_blocks_are_few(threads: int, blocks: int, tiles:
 def test_parts_of_a_call_on_numpy_alone(monkeypatch: pytest.MonkeyPatch, size: int, number: int, count: int):
     """They hold each block once, as many as any other part, and there is one for each thread at least."""
     given: list[Any] = []
-    monkeypatch.setattr(numpy_path, "share", lambda work, tasks, threads: given.append((work, tasks, threads)))
+    monkeypatch.setattr(numpy_path, "share", lambda work, queue, threads: given.append((work, queue, threads)))
     cn.set_num_threads(number)
     work = on_numpy((1, 1, size))
     work.share("step", count)
-    [(each, tasks, threads)] = given
-    assert min(number, count) <= tasks <= count and threads == number
+    [(each, _, threads)] = given
     ranges: list[Any] = []
     monkeypatch.setattr(work, "work", lambda step, parts: ranges.extend(parts))
-    for task in range(tasks):
-        each([task], None)
+    each(0)
+    assert min(number, count) <= len(ranges) <= count and threads == min(number, len(ranges))
     assert [i for first, last in ranges for i in range(first, last)] == [*range(count)]
     assert max(last - first for first, last in ranges) - min(last - first for first, last in ranges) <= 1
 

@@ -36,7 +36,7 @@ def said(code: str, folder: Path, **environment: str) -> str:
 USE = """
 import cupynorm
 from cupynorm.cpu import numba_tasks
-assert numba_tasks.drain(numba_tasks.new_queue(1, 1, 1))
+assert numba_tasks.TaskQueue(1, 1, 1).drain()
 print(cupynorm.__path__[0], sum(numba_tasks.drain.stats.cache_hits.values()))
 """
 

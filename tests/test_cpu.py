@@ -601,24 +601,21 @@ def test_many_python_threads_at_once(way: str, rng: np.random.Generator):
 
 def taken(tasks: int, number: int) -> list[int]:
     done: list[int] = []
-
-    def work(mine: Any, worker: int) -> None:
-        for task in mine:
-            done.append(task)
-
-    thread_pool.share(work, tasks, number)
+    queue = thread_pool.TaskQueue(tasks)
+    thread_pool.share(lambda worker: done.extend(queue.tasks(worker)), queue, number)
     return sorted(done)
 
 
 def test_an_error_in_a_helper_is_raised_once_all_have_ended():
     running, most = [0], [0]
     both = threading.Barrier(2)
+    queue = thread_pool.TaskQueue(10**6)
 
-    def work(tasks: Any, worker: int) -> None:
+    def work(worker: int) -> None:
         running[0] += 1
         both.wait(10)
         try:
-            for _ in tasks:
+            for _ in queue.tasks(worker):
                 if threading.current_thread() is not threading.main_thread():
                     raise MemoryError("of a helper")
         finally:
@@ -626,7 +623,7 @@ def test_an_error_in_a_helper_is_raised_once_all_have_ended():
             running[0] -= 1
 
     with pytest.raises(MemoryError, match="of a helper"):
-        thread_pool.share(work, 10**6, 2)
+        thread_pool.share(work, queue, 2)
     assert (running, most) == ([0], [2])
     assert taken(100, 2) == list(range(100))  # the pool goes on
 

@@ -495,8 +495,8 @@ def test_helper_threads_finish_before_an_interrupt_is_raised(
         jobs.append(job)
         work = job.work
 
-        def slow(tasks: Any, who: int) -> None:
-            work(tasks, who)
+        def slow(worker: int) -> None:
+            work(worker)
             if threading.current_thread() is not threading.main_thread():
                 time.sleep(0.002)
 
@@ -529,8 +529,8 @@ def test_helper_threads_finish_before_an_interrupt_is_raised(
                 pass
             else:
                 finished = True
-            # Compiled helpers that are returning, with every part done, write no more.
-            at_work = [job for job in jobs if job.active and not (job.settled is not None and job.settled())]
+            # Compiled helpers that are returning, with every task done, write no more.
+            at_work = [job for job in jobs if job.active and not job.queue.drain()]
             assert not at_work, f"interrupt {number}"
         assert jobs
         assert not late

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, lru_cache, reduce
 from typing import Any
 
@@ -19,7 +19,7 @@ from .numba_forward import forward_join, forward_planes, forward_results, forwar
 from .numba_geometry import RESULT, Geometry, X
 from .numba_intrinsics import SAMPLES
 from .numba_moves import Windows, go_through
-from .numba_tasks import drain, new_queue
+from .numba_tasks import TaskQueue
 from .thread_pool import share
 
 TILE = 65536  # positions; no less than numba_forward.FORWARD_SHORT
@@ -176,11 +176,11 @@ class CompiledWork(Work):
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         """The loops take tasks from a queue: a late helper, or a slow thread, takes fewer."""
         loop, arguments = step
-        parts = 1 if self.threads == 1 else min(count, 8 * self.threads)
-        queue = new_queue(count, parts, self.threads)
+        tasks = 1 if self.threads == 1 else min(count, 8 * self.threads)
+        queue = TaskQueue(count, tasks, self.threads)
         share(
-            lambda _, worker: loop((queue, worker), self.where, self.channels_last, *arguments), parts, self.threads,
-            lambda: bool(drain(queue)),
+            lambda worker: loop((queue.numbers, worker), self.where, self.channels_last, *arguments), queue,
+            min(self.threads, tasks),
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -254,17 +254,17 @@ class MovedWork(CompiledWork):
         windows = self.layout.windows
         assert windows is not None
         boxes = windows.boxes(self.threads)
-        address = loop((new_queue(0, 0, 1), 0), self.where, None, *arguments)
+        address = loop((TaskQueue(0, 0, 1).numbers, 0), self.where, None, *arguments)
         number, arrays = len(boxes.table), len(self.addresses)
-        queue = new_queue(number, number, self.threads)
+        queue = TaskQueue(number, number, self.threads)
         reads = 1 if loop is forward_tiles else arrays
         writes = loop not in (forward_tiles, backward_tiles)
 
-        def work(_: Iterator[int], worker: int) -> None:
+        def work(worker: int) -> None:
             buffer = np.empty(arrays * boxes.buffer_size, self.layout.like.dtype)
-            go_through((queue, worker), address, self.where, buffer, boxes, reads, writes, arguments)
+            go_through((queue.numbers, worker), address, self.where, buffer, boxes, reads, writes, arguments)
 
-        share(work, number, self.threads, lambda: bool(drain(queue)))
+        share(work, queue, min(self.threads, number))
 
 
 def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:

@@ -14,7 +14,7 @@ from .._types import Array, Saved, empty_like, math_dtype
 from .blocking import Arrays
 from .numba_moves import go_through
 from .numba_path import CompiledWork, Layout, work_of
-from .numba_tasks import drain, new_queue
+from .numba_tasks import TaskQueue
 
 
 class Rehearsal(CompiledWork):
@@ -24,13 +24,13 @@ class Rehearsal(CompiledWork):
     def __init__(self, *what: Any):
         super().__init__(*what)
         self.partials = np.empty((3, 0))
-        self.steps: list[Callable[[], Any]] = [partial(drain, new_queue(0, 0, 1))]
+        self.steps: list[Callable[[], Any]] = [TaskQueue(0, 0, 1).drain]
         if self.layout.windows is not None:
             self.steps += self.layout.windows.rehearsals()
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         loop, arguments = step
-        queue = new_queue(0, 0, 1), 0
+        queue = TaskQueue(0, 0, 1).numbers, 0
         self.steps.append(partial(loop, queue, self.where, self.channels_last, *arguments))
         windows = self.layout.windows
         if windows is not None:

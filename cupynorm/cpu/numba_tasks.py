@@ -36,11 +36,15 @@ def _atomic(operation):
 _add_to, _exchange = _atomic("add"), _atomic("xchg")
 
 
-def new_queue(count, parts, threads):
-    """Create the numbers of a queue with `count` items, numbered from 0, in `parts` tasks for `threads` threads."""
-    numbers = np.zeros(RANGES + 8 * threads, np.int64)
-    numbers[PARTS], numbers[COUNT] = parts, count
-    return numbers
+class TaskQueue:
+    """A queue of `tasks` tasks, which are parts of `count` items numbered from 0, for `threads` threads."""
+
+    def __init__(self, count, tasks, threads):
+        self.numbers = np.zeros(RANGES + 8 * threads, np.int64)
+        self.numbers[PARTS], self.numbers[COUNT] = tasks, count
+
+    def drain(self):
+        return bool(drain(self.numbers))
 
 
 @numba.njit(**INTERNAL)

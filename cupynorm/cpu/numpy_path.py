@@ -16,7 +16,7 @@ from ..config import get_num_threads
 from . import halves
 from .blocking import Index, Work, least_mean_square, merged_axes, tile_slices
 from .numpy_activations import activate, scratch_blocks, times_slope
-from .thread_pool import share
+from .thread_pool import TaskQueue, share
 
 BLOCK_BYTES = 2**21  # of an array in computing precision; smaller blocks cost more in calls than they gain in cache
 # At most ROW elements are summed in computing precision; sums of rows are added in float64. A gufunc releases the
@@ -111,7 +111,12 @@ class NumpyWork(Work):
     def share(self, step: Callable[..., None], count: int) -> None:
         parts = 1 if self.threads == 1 else min(count, self.threads * (1 if self.x.size < 8 * self.pays else 4))
         borders = [count * i // parts for i in range(parts + 1)]
-        share(lambda tasks, _: self.work(step, ((borders[i], borders[i + 1]) for i in tasks)), parts, self.threads)
+        queue = TaskQueue(parts)
+
+        def work(worker: int) -> None:
+            self.work(step, ((borders[i], borders[i + 1]) for i in queue.tasks(worker)))
+
+        share(work, queue, min(self.threads, parts))
 
     def work(self, step: Callable[..., None], ranges: Iterator[tuple[int, int]]) -> None:
         """Run step on each block or tile in the ranges, in one thread."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 _library: Any = None
 with suppress(Exception):  # the C library lacks these functions
@@ -37,31 +37,49 @@ def _set_mode(mode: Any) -> None:
         _library.fesetenv(mode)
 
 
-class _Job:
-    """The tasks of one call. Each thread calls work(iterator over its tasks, its own number)."""
+class Queue(Protocol):
+    """What threads take the tasks of a call from: `TaskQueue`, or numba_tasks.TaskQueue for compiled loops."""
 
-    def __init__(self, work: Callable[[Iterator[int], int], None], tasks: int, drain: Callable[[], bool] | None):
+    def drain(self) -> bool:
+        """Let no further task start; True if all started tasks are known to have finished."""
+
+
+class TaskQueue:
+    """The tasks 0 … count - 1 of a call, for threads that run Python."""
+
+    def __init__(self, count: int):
+        self._tasks = deque(range(count))
+
+    def tasks(self, worker: int) -> Iterator[int]:
+        """Take tasks until none is left. The caller (0) takes them from one end, helpers from the other: a core's
+        caches hold recent data."""
+        take = self._tasks.pop if worker else self._tasks.popleft
+        while True:
+            try:
+                task = take()
+            except IndexError:
+                return
+            yield task
+
+    def drain(self) -> bool:
+        self._tasks.clear()
+        return False
+
+
+class _Job:
+    """A call whose threads run work(the number of the thread) on the tasks of its queue."""
+
+    def __init__(self, work: Callable[[int], None], queue: Queue):
         self.work = work
-        self.drain = drain
+        self.queue = queue
         self.mode = _mode()  # the caller's: helpers compute in it too, so results do not depend on the thread
-        self.tasks = deque(range(tasks))
         self.lock = threading.Lock()  # one per call: calls in a signal handler, during this one, have their own
         self.active = 0  # helpers at work
-        self.closed = False  # no further task starts
-        self.drained = False  # and none is running
+        self.closed = False  # no further helper starts
+        self.drained = False  # and none is at work
         self.finished = threading.Lock()  # released when closed and the last helper has finished
         self.finished.acquire()
         self.failure: BaseException | None = None
-
-    def _next(self, worker: int) -> Iterator[int]:
-        # The caller takes tasks from one end, helpers from the other: a core's caches hold recent data.
-        take = self.tasks.pop if worker else self.tasks.popleft
-        while True:
-            with self.lock:
-                task = None if self.closed or not self.tasks else take()
-            if task is None:
-                return
-            yield task
 
     def help(self, worker: int) -> None:
         with self.lock:
@@ -71,10 +89,11 @@ class _Job:
         own = _mode()
         try:
             _set_mode(self.mode)
-            self.work(self._next(worker), worker)
+            self.work(worker)
         except BaseException as failure:
             self.failure = failure
             self.closed = True
+            self.queue.drain()
         finally:
             _set_mode(own)
             with self.lock:
@@ -87,7 +106,7 @@ class _Job:
         try:
             try:
                 offer()
-                self.work(self._next(0), 0)
+                self.work(0)
             finally:
                 self._close()
         finally:
@@ -101,7 +120,7 @@ class _Job:
         while not self.drained:
             try:
                 self.closed = True
-                if self.drain is None or not self.drain():
+                if not self.queue.drain():
                     with self.lock:
                         idle = not self.active
                     if not idle:
@@ -117,7 +136,7 @@ class _Pool:
     """Helper threads that wait for jobs."""
 
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self.jobs: SimpleQueue[_Job | None] = SimpleQueue()
         self.helpers: list[threading.Thread] = []
         self.starting: dict[str, object] = {}  # under "who": the call that is starting helpers
         self.ended = False
@@ -175,20 +194,17 @@ class _State:
 _state = _State()
 
 
-def share(
-    work: Callable[[Iterator[int], int], None], tasks: int, threads: int, drain: Callable[[], bool] | None = None
-) -> None:
-    """Call work(iterator, worker) in up to `threads` threads, with the tasks 0, 1, … divided among the iterators.
+def share(work: Callable[[int], None], queue: Queue, threads: int) -> None:
+    """Call work(worker) in up to `threads` threads, each of which takes tasks from the queue until none is left.
 
-    worker is 0 for the caller; a helper has the same number in every call. An exception in any thread stops the
-    distribution of tasks and is raised here once all threads have finished. If work distributes its tasks itself,
-    drain() closes that queue and returns True if all started tasks have finished: then there is no need to wait for
-    helpers that are about to return.
+    worker is 0 for the caller; a helper has the same number in every call. An exception in any thread drains the queue,
+    and is raised here once all threads have finished. If the drained queue knows that all tasks have finished, there is
+    no need to wait for helpers that are about to return.
     """
-    if threads > 1 and tasks > 1:
-        _state.pool.run(_Job(work, tasks, drain), min(threads, tasks) - 1)
+    if threads > 1:
+        _state.pool.run(_Job(work, queue), threads - 1)
     else:
-        work(iter(range(tasks)), 0)
+        work(0)
 
 
 def _after_fork() -> None:

@@ -29,6 +29,7 @@ from .numba_geometry import (
     plane_coefficients,
     planes_together,
     position_offsets,
+    position_steps,
     prefetch_run,
     previous_item,
     run_offsets,
@@ -91,7 +92,7 @@ def _reduce_backward_channels(operands, geometry, first, last, kind, planes, sum
     group, zeros = geometry.group, zeros_of(operands.like)
     totals, dots = sums
     unit, m, scale, intercept = np.empty((4, group), planes.mean.dtype)
-    table = Coefficients(unit, m, scale, intercept)
+    table, steps = Coefficients(unit, m, scale, intercept), position_steps(operands.strides)
     a, b = np.empty((2, group), planes.mean.dtype)
     n, c, tile = locate(first, geometry)
     for item in range(last - first):
@@ -107,7 +108,7 @@ def _reduce_backward_channels(operands, geometry, first, last, kind, planes, sum
                 a[:] = zeros[0]
                 b[:] = zeros[0]
                 for i in range(np.uint64(lo), np.uint64(min(lo + PARTIAL_CHANNELS_LAST, l1))):
-                    at = position_offsets(operands, None, base, i)
+                    at = position_offsets(base, steps, None, i)
                     for j in range(np.uint64(width)):
                         g, centred = _gradient_at(operands, at, j, kind, coefficients_of(table, j))
                         a[j] += g
@@ -198,7 +199,7 @@ def _apply_backward_rows(operands, geometry, first, last, kind, planes, plane_su
 def _apply_backward_channels(operands, geometry, first, last, kind, planes, plane_sums):
     dx, dresidual, like = operands.result, operands.dresidual, operands.like
     unit, m, scale, intercept = np.empty((4, geometry.group), planes.mean.dtype)
-    table = Coefficients(unit, m, scale, intercept)
+    table, steps = Coefficients(unit, m, scale, intercept), position_steps(operands.strides)
     slope, constant = np.empty((2, geometry.group), planes.mean.dtype)
     n, c, tile = locate(last - 1, geometry)
     for _ in range(last - first):
@@ -210,7 +211,7 @@ def _apply_backward_channels(operands, geometry, first, last, kind, planes, plan
         for r in range(r0, r1):
             base = run_offsets(operands, None, n, c, r)
             for i in range(np.uint64(l0), np.uint64(l1)):
-                at = position_offsets(operands, None, base, i)
+                at = position_offsets(base, steps, None, i)
                 for j in range(np.uint64(width)):
                     g, centred = _gradient_at(operands, at, j, kind, coefficients_of(table, j))
                     if kind.residual is not None:

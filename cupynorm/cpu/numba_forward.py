@@ -30,6 +30,7 @@ from .numba_geometry import (
     plane_coefficients,
     planes_together,
     position_offsets,
+    position_steps,
     prefetch_run,
     previous_item,
     run_offsets,
@@ -303,7 +304,7 @@ def _apply_forward_rows(operands, geometry, first, last, kind, planes, follows, 
 def _apply_forward_channels(operands, geometry, first, last, kind, planes):
     x, y, residual = operands.x, operands.result, operands.residual
     unit, m, scale, intercept = np.empty((4, geometry.group), planes.mean.dtype)
-    table = Coefficients(unit, m, scale, intercept)
+    table, steps = Coefficients(unit, m, scale, intercept), position_steps(operands.strides)
     n, c, tile = locate(last - 1, geometry)
     for _ in range(last - first):
         width = min(geometry.group, geometry.channels - c)
@@ -312,7 +313,7 @@ def _apply_forward_channels(operands, geometry, first, last, kind, planes):
         for r in range(r0, r1):
             base = run_offsets(operands, kind.inplace, n, c, r)
             for i in range(np.uint64(l0), np.uint64(l1)):
-                at = position_offsets(operands, kind.inplace, base, i)
+                at = position_offsets(base, steps, kind.inplace, i)
                 for j in range(np.uint64(width)):
                     z = scaled(widen(x[at.x + j]), unit[j], m[j]) * scale[j] + intercept[j]
                     if kind.residual is not None:

@@ -127,20 +127,25 @@ def run_offsets(operands, inplace, n, c, r):
 
 
 @inlined
-def position_offsets(operands, inplace, base, i):
+def position_steps(strides):
+    """Return the steps from position to position: read once, as the compiler would load them for each position."""
+    return Offsets(
+        np.uint64(strides[X, 2]),
+        np.uint64(strides[RESULT, 2]),
+        np.uint64(strides[DY, 2]),
+        np.uint64(strides[RESIDUAL, 2]),
+        np.uint64(strides[DRESIDUAL, 2]),
+    )
+
+
+@inlined
+def position_offsets(base, steps, inplace, i):
     """Return the offsets of a position of channels side by side; base: those of its run."""
-    strides = operands.strides
-    x = base.x + i * np.uint64(strides[X, 2])
-    result = base.result + i * np.uint64(strides[RESULT, 2])
+    x, result = base.x + i * steps.x, base.result + i * steps.result
     if inplace is not None:
         result = x
-    return Offsets(
-        x,
-        result,
-        base.dy + i * np.uint64(strides[DY, 2]),
-        base.residual + i * np.uint64(strides[RESIDUAL, 2]),
-        base.dresidual + i * np.uint64(strides[DRESIDUAL, 2]),
-    )
+    dy, residual = base.dy + i * steps.dy, base.residual + i * steps.residual
+    return Offsets(x, result, dy, residual, base.dresidual + i * steps.dresidual)
 
 
 @inlined

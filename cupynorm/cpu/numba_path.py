@@ -273,7 +273,8 @@ def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:
     layout = layout_of(x.dtype, x.shape, tuple([None if a is None else a.strides for a in arrays]))
     if not layout.usable:
         return None
-    addresses = [address_of(x if a is None else a) for a in arrays]
+    address = address_of(x)
+    addresses = [address if a is None or a is x else address_of(a) for a in arrays]
     if reduce(operator.or_, addresses) % x.itemsize:
         return None
     return (MovedWork if layout.windows else CompiledWork)(call, layout, np.array(addresses))

@@ -109,7 +109,10 @@ class NumpyWork(Work):
         return [slice(first, last) for first, last in itertools.pairwise(borders)]
 
     def share(self, step: Callable[..., None], count: int) -> None:
-        parts = 1 if self.threads == 1 else min(count, self.threads * (1 if self.x.size < 8 * self.pays else 4))
+        if self.threads == 1:
+            self.work(step, iter([(0, count)]))
+            return
+        parts = min(count, self.threads * (1 if self.x.size < 8 * self.pays else 4))
         borders = [count * i // parts for i in range(parts + 1)]
         queue = TaskQueue(parts)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 import cupynorm
 from cupynorm import cpu
-from cupynorm.cpu.blocking import merged_axes
+from cupynorm.cpu import blocking
 from cupynorm.cpu.numpy_path import NumpyWork
 
 from . import peers, report
@@ -36,16 +36,18 @@ BATCH = 0.005  # seconds
 def passes(arrays: Arrays, y: Array) -> dict[str, dict[str, Callable[[], Any]]]:
     """Return the passes of each op: functions that run over all blocks on one thread and write to y."""
     x, weight, bias = arrays.x[0], arrays.weight, arrays.bias
-    work = NumpyWork(cupynorm.instance_norm_forward(x, weight, bias)[1], merged_axes([x, y, arrays.dy[0]]))
-    scratch = np.empty(min(x.size, work.room), work.dtype)
-    numbers = np.ones(x.shape[:2], work.dtype)  # one a plane; 1, so that products leave y as it is
+    saved = cupynorm.instance_norm_forward(x, weight, bias)[1]
+    work = NumpyWork(saved, blocking.Arrays(x, y, arrays.dy[0]))
+    scratch = np.empty(min(x.size, work.buffer_size), work.dtype)
+    values = np.ones(x.shape[:2], work.dtype)  # one for each plane; 1, so that products leave y as it is
     parts = [planes + tile for planes in work.planes for tile in work.tile]
-    blocks = [(*(array[part] for array in work.arrays), numbers[part[:2]]) for part in parts]
+    inputs = work.x, work.result, work.arrays.dy
+    blocks = [(*(array[part] for array in inputs), values[part[:2]]) for part in parts]
 
     def over(step: Callable[..., Any]) -> Callable[[], None]:
         def every() -> None:
-            with np.errstate(all="ignore"):  # also restores the buffers' size
-                np.setbufsize(work.buffered)
+            with np.errstate(all="ignore"):  # also restores the ufunc buffer size
+                np.setbufsize(work.ufunc_buffer)
                 for block in blocks:
                     step(*block)
 
@@ -59,7 +61,7 @@ def passes(arrays: Arrays, y: Array) -> dict[str, dict[str, Callable[[], Any]]]:
             "sums": over(lambda x, y, dy, each: work._sums(x)),
             "squares": over(lambda x, y, dy, each: work._dots(x, x, scratch)),
             "* scale": product,
-            "+ shift": sum_there,
+            "+ intercept": sum_there,
         },
         "backward": {
             "sums": over(lambda x, y, dy, each: work._sums(dy)),

@@ -555,7 +555,7 @@ def test_passes_output(capsys: pytest.CaptureFixture[str]):
     assert (cpu.compiled, cupynorm.get_num_threads()) == (compiled, threads)
     forward, backward = capsys.readouterr().out.splitlines()
     for line, op, each in (
-        (forward, "forward", ("sums", "squares", "* scale", "+ shift")),
+        (forward, "forward", ("sums", "squares", "* scale", "+ intercept")),
         (backward, "backward", ("sums", "products", "* slope", "+ dy", "+ constant", "* scale")),
     ):
         found = re.fullmatch(rf"2,3,5,5 plain, {op}: passes (\d+) us \((.*)\); calls: 1 thread \d+.*", line)

@@ -27,7 +27,8 @@ from helpers.tiers import amount
 
 import cupynorm as cn
 from cupynorm import config, cpu, cpu_count
-from cupynorm.cpu import blocking, halves, numpy_path, thread_pool
+from cupynorm.cpu import halves, numpy_path, thread_pool
+from cupynorm.cpu.blocking import Arrays
 
 pytestmark = [pytest.mark.usefixtures("threads_as_they_were"), on_cpu, pytest.mark.long]
 ROOT = Path(__file__).parents[1]
@@ -407,8 +408,8 @@ def test_a_thread_goes_on_to_the_tiles_of_the_next_plane(
 
 
 @pytest.mark.parametrize("layout", LAID)
-def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
-    """Blocks hold each element once, as many as there is room for, and no thread has fewer of them than another."""
+def test_blocks_of_numpy_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Blocks hold each element once, are as large as allowed, and are equally many for each thread."""
     for _ in range(amount(50, 200)):
         let_blocks_be_small(rng, monkeypatch)
         n, c, h, w = shape = tuple(map(int, rng.integers(1, (9, 40, 16, 16))))
@@ -416,13 +417,12 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
         monkeypatch.setattr(numpy_path, "MIN_CHANNELS", least)
         monkeypatch.setattr(numpy_path, "MIN_CHANNEL_TILE", int(rng.choice([8, 64])))
         x = laid(np.zeros(shape, np.float32), layout)
-        if rng.random() < 0.3:  # just what a block holds
+        if rng.random() < 0.3:  # exactly a block
             monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 4 * h * w * int(rng.choice([1, c])))
         number, limit = cn.get_num_threads(), numpy_path.BLOCK_BYTES // 4
         print(shape, numpy_path.BLOCK_BYTES, number)
-        work = numpy_path.NumpyWork(
-            cn.Saved(x, *np.zeros((2, n, c), np.float32), None, None, False), blocking.merged_axes([x, x])
-        )
+        call = cn.Saved(x, *np.zeros((2, n, c), np.float32), None, None, False)
+        work = numpy_path.NumpyWork(call, Arrays(x, x))
         seen, sizes = np.zeros(work.x.shape, int), []
         for item in range(work.blocks * work.tiles):
             _, index, _ = work._index(item)
@@ -430,10 +430,10 @@ def test_blocks_are_shared_out(rng: np.random.Generator, monkeypatch: pytest.Mon
             sizes.append(seen[index].size)
         assert (seen == 1).all()
         channels_last = work.channels_last
-        if 1 not in (w, h):  # which may look otherwise
+        if 1 not in (w, h):  # then the strides are unambiguous
             assert channels_last == (layout == "channels_last" and c >= least and w * h > 1)
         width = min(c, max(limit // (h * w), numpy_path.MIN_CHANNEL_TILE)) if channels_last else 1
-        assert (work.tiles > 1) == (h * w * width > limit)  # what there is room for is not cut
+        assert (work.tiles > 1) == (h * w * width > limit)
         if work.tiles > 1:
             assert max(sizes) <= max(limit, width)
             continue
@@ -577,7 +577,7 @@ def ready(rng: np.random.Generator) -> tuple[np.ndarray, Bits]:
 def test_helpers_take_part(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     x, expected = ready(rng)
     seen = set()
-    kind, name = (cpu, "_forward_planes") if way == "compiled" else (numpy_path.NumpyWork, "work")
+    kind, name = (numba_path, "forward_planes") if way == "compiled" else (numpy_path.NumpyWork, "work")
     work = getattr(kind, name)
 
     def watched(*given: Any) -> None:
@@ -953,7 +953,7 @@ def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: p
 
 def work_of(x: np.ndarray, y: np.ndarray) -> Any:
     stats = np.empty((3, *x.shape[:2]), np.float32)
-    return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), [x, y])
+    return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), Arrays(x, y))
 
 
 @pytest.mark.compiled
@@ -968,12 +968,10 @@ def test_addresses(rng: np.random.Generator, tmp_path: Path):
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("backward", [False, True])
-def test_layouts_reach_every_element_in_its_turn(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, backward: bool
-):
-    """The loops' tables lead to where the strides say, whatever these are; tiles hold each position of a plane once.
+def test_layouts_find_every_element(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, backward: bool):
+    """The loops' tables agree with any strides, and tiles hold each position of a plane once.
 
-    Positions are in the same order in all arrays. What is moved has tables of its own, in test_numba_moves.
+    Positions are in the same order in all arrays. Windows have tables of their own, which test_moves tests.
     """
     use_compiled(monkeypatch, True)
     seen = {"rows": 0, "channels last": 0, "moved": 0}
@@ -988,59 +986,56 @@ def test_layouts_reach_every_element_in_its_turn(
         monkeypatch.setattr(numba_path, "STREAM", bytes_of_one + int(rng.integers(-1, 2)))
         monkeypatch.setattr(numba_path, "LONG_RUN", int(rng.choice([1, 5, 25])))
         count, fused = (3, 5) if backward else (2, 3), rng.random() < 0.5
-        strides = []
+        found = []
         usual = rng.random() < 0.8
         for _ in range(count[fused]):
             steps, order = [dtype.itemsize] * len(shape), rng.permutation(len(shape))
-            if usual:  # the same order for all, now and then with gaps
+            if usual:  # the same order for all, sometimes with gaps
                 order = np.array([*range(len(shape))] if c % 16 else [0, *range(2, len(shape)), 1])
             for i in reversed(range(len(shape) - 1)):
                 after = order[i + 1]
                 steps[order[i]] = steps[after] * (shape[after] + int(rng.random() < 0.1))
-            strides.append(tuple(-s if rng.random() < 0.02 else s for s in steps))
-        made = numba_path.Layout(dtype, shape, tuple(strides), backward)
+            found.append(tuple(-s if rng.random() < 0.02 else s for s in steps))
+        strides = Arrays(*found) if backward else Arrays(*found[:2], residual=found[2] if fused else None)
+        made = numba_path.Layout(dtype, shape, strides)
         print(shape, strides, numba_path.TILE)
         assert made.usable
-        places, table, numbers, channels_last = made.where
-        planes_of, group, tiles, runs, length, tile_runs, tile_length, streams, plane, sums = numbers
-        assert planes_of == c and runs * length == np.prod(spatial) == plane == made.counts.sum()
-        assert made.residual is (True if fused else None)
+        channels_last = made.channels_last
+        channels, group, tiles, runs, length, tile_runs, tile_length, streams, plane, sums = made.geometry
+        assert channels == c and runs * length == np.prod(spatial) == plane == made.counts.sum()
         assert len(made.counts) == tiles == made.tiles and (made.counts > 0).all()
         seen["moved" if made.windows else "channels last" if channels_last else "rows"] += 1
         if made.windows:
-            assert channels_last is None and group == 1 and made.blocks == n * c == sums and not (streams or made.alike)
+            assert not (channels_last or streams or made.alike)
+            assert group == 1 and made.blocks == n * c == sums
             continue
         assert sums == 0
         first: Any = None
-        for (of_n, of_c, of_s), begins, each in zip(places, table, strides, strict=True):
+        for (of_n, of_c, of_s), begins, given in zip(made.strides, made.runs, strides, strict=True):
+            each = strides.x if given is None else given  # x stands for absent arrays
             offsets = sum(i * s for i, s in zip(np.indices(shape), each, strict=True)) // dtype.itemsize
             along = (begins[:, None] + np.arange(length) * of_s).ravel()
             reached = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along
             expected = offsets.reshape(n, c, -1)
-            if first is None:  # in which order x's positions come: its offsets are all different
+            if first is None:  # the order of x's positions: its offsets are all different
                 first = np.argsort(expected[0, 0])[np.argsort(np.argsort(along))]
             assert_equal(reached, expected[:, :, first])
-        contiguous = length == 1 or (places[:, 2] == 1).all()
-        assert (
-            contiguous and (runs == 1 or length >= numba_path.LONG_RUN)
-            if channels_last is None
-            else (places[:, 1] == 1).all()
-        )
-        assert (
-            streams
-            == (channels_last is None and length >= numba_path.LONG_RUN and bytes_of_one >= numba_path.STREAM)
-            == made.streams
-        )
-        assert (group > 1) <= bool(channels_last) and made.blocks == n * -(-c // group) and made.group == group
+        contiguous = length == 1 or (made.strides[:, 2] == 1).all()
+        if channels_last:
+            assert (made.strides[:, 1] == 1).all()
+        else:
+            assert contiguous and (runs == 1 or length >= numba_path.LONG_RUN)
+        large = length >= numba_path.LONG_RUN and bytes_of_one >= numba_path.STREAM
+        assert streams == made.streams == (not channels_last and large)
+        assert (group > 1) <= channels_last and made.blocks == n * -(-c // group) and made.group == group
         line = 64 // dtype.itemsize
         assert group == 1 or line <= group <= max(256, line * 5 // 4)
         assert c % group == 0 or c % group >= min(group, line) // 4
         assert tiles == -(-runs // tile_runs) * -(-length // tile_length)
         assert tile_runs == 1 or tile_length == length
         assert tile_runs * tile_length * group <= max(2 * numba_path.TILE, group)
-        together = group * runs * length  # is not cut where there is room for it
-        assert tiles == 1 or together > numba_path.TILE
-        assert made.alike == (strides[0] == strides[1])
+        assert tiles == 1 or group * runs * length > numba_path.TILE
+        assert made.alike == (strides.x == strides.result)
     assert min(seen.values()) > 10, seen
 
 
@@ -1048,11 +1043,13 @@ def test_layouts_reach_every_element_in_its_turn(
 @pytest.mark.parametrize(("shape", "streams"), [
     ((12, 512, 32, 32), True), ((12, 512, 32, 31), False), ((1, 49_152, 128), True), ((1, 50_000, 127), False),
 ])  # fmt: skip
-def test_which_results_go_past_the_caches(shape: tuple[int, ...], streams: bool, monkeypatch: pytest.MonkeyPatch):
-    """Of 24 MiB and more, as README says, in rows of 128 elements and more."""
+def test_results_written_past_the_caches_are_large(
+    shape: tuple[int, ...], streams: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """At least 24 MiB, as README says, in runs of at least 128 elements."""
     use_compiled(monkeypatch, True)
     strides = np.empty(shape, np.float32).strides
-    assert numba_path.Layout(np.dtype(np.float32), shape, (strides,) * 2, False).streams == streams
+    assert numba_path.Layout(np.dtype(np.float32), shape, Arrays(strides, strides)).streams == streams
 
 
 @pytest.mark.compiled
@@ -1088,17 +1085,17 @@ def test_layouts_are_kept_only_so_many(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.compiled
-def test_tables_of_layouts_take_only_so_much_memory(monkeypatch: pytest.MonkeyPatch):
-    """Of planes in many pieces they are large: 1.5 MiB for three arrays at most."""
+def test_memory_of_cached_layouts_is_limited(monkeypatch: pytest.MonkeyPatch):
+    """Tables of planes of many runs are large, up to 2.5 MiB: four of them are kept."""
     use_compiled(monkeypatch, True)
-    strides = 4 * 129 * 230 * 360, 4 * 129 * 230 * 360, 4 * 129 * 230, 4 * 129, 4
+    steps = 4 * 129 * 230 * 360, 4 * 129 * 230 * 360, 4 * 129 * 230, 4 * 129, 4
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         for i in range(160, 280):
-            layout = numba_path.layout_of(np.dtype(np.float32), (1, 1, i, 230, 128), (strides,) * 3, False)
-            assert layout.usable and layout.where[1].nbytes == 3 * 8 * 230 * i
-        assert tracemalloc.get_traced_memory()[0] - before < 8 * 2**20
+            layout = numba_path.layout_of(np.dtype(np.float32), (1, 1, i, 230, 128), Arrays(steps, steps, steps))
+            assert layout.usable and layout.runs.nbytes == len(Arrays._fields) * 8 * 230 * i
+        assert tracemalloc.get_traced_memory()[0] - before < 12 * 2**20
     finally:
         tracemalloc.stop()
 
@@ -1106,24 +1103,26 @@ def test_tables_of_layouts_take_only_so_much_memory(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("threads", [2, 64])
 @pytest.mark.parametrize("shape", [(1, 64, 256, 256), (64, 1, 256, 256), (1, 1, 2048, 2048)], ids=str)
 def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, shape: tuple[int, ...]):
-    """As much as their blocks together: three times the input at most, however many threads there are."""
+    """At most as large as all blocks: three times the input for any number of threads."""
     use_compiled(monkeypatch, False)
     let_threads_pay(monkeypatch)
     cn.set_num_threads(threads)
     x = np.zeros(shape, np.float32)
-    work = numpy_path.NumpyWork(
-        cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False), blocking.merged_axes([x, x])
-    )
+    call = cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False)
+    work = numpy_path.NumpyWork(call, Arrays(x, x))
     assert min(threads, work.blocks * work.tiles) * work.buffer_size <= x.size
 
 
 @pytest.mark.compiled
 def test_every_loop_is_used():
-    tree = ast.parse(Path(cpu.__file__).read_text(encoding="utf-8"))
-    kernels = {f.name for f in tree.body if isinstance(f, ast.FunctionDef) and f.decorator_list
-               and getattr(f.decorator_list[0], "id", "") == "_kernel"}  # fmt: skip
-    used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    assert kernels
+    trees = {
+        name: ast.parse(Path(cpu.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        for name in ("numba_forward", "numba_backward", "numba_path")
+    }
+    kernels = {f.name for tree in trees.values() for f in tree.body if isinstance(f, ast.FunctionDef)
+               and f.decorator_list and getattr(f.decorator_list[0], "id", "") == "kernel"}  # fmt: skip
+    used = {n.id for n in ast.walk(trees["numba_path"]) if isinstance(n, ast.Name)}
+    assert len(kernels) == 8
     assert kernels <= used
 
 

@@ -1,4 +1,4 @@
-"""Planes moved together: boxes hold every element once, and what moves them moves those and no others."""
+"""Planes copied to windows: boxes hold every element once, and copies touch these elements and no others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from helpers.compare import assert_equal
 from helpers.loops import numba_intrinsics, numba_moves, numba_path
 
 import cupynorm as cn
+from cupynorm.cpu.blocking import Arrays
 
 pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("threads_as_they_were")]
 
@@ -19,7 +20,7 @@ LAYOUTS = ("contiguous", "channels_last", "fortran", "any order", "reversed", "s
 
 
 def laid(rng: np.random.Generator, shape: tuple[int, ...], layout: str, dtype: Any) -> np.ndarray:
-    """An array of different numbers: a view in the middle of memory that nothing else may be written to."""
+    """Return an array of distinct numbers: a view in the middle of memory that must not be written otherwise."""
     order = {"contiguous": [*range(len(shape))], "channels_last": [0, *range(2, len(shape)), 1]}.get(layout)
     order = [*range(len(shape))][::-1] if layout == "fortran" else order or list(map(int, rng.permutation(len(shape))))
     around = [int(rng.integers(1, 4)) if layout in ("steps", "crop") else 0 for _ in shape]
@@ -49,30 +50,30 @@ STAND_INS: dict[str, Any] = {
 
 
 def whole(view: np.ndarray) -> np.ndarray:
-    """The memory that it is a view of."""
+    """Return the array that owns a view's memory."""
     while isinstance(view.base, np.ndarray):
         view = view.base
     return view
 
 
 def loops_of(windows: Any, axes: Any) -> list[Any]:
-    """The loops that move boxes of such axes there and back."""
+    """Return the loops that copy boxes of such axes to the window and back."""
     with pytest.MonkeyPatch.context() as patch:
         real = numba_moves._side_by_side, numba_moves._transposed, numba_moves._move
-        met: list[Any] = []
+        used: list[Any] = []
 
         def noting(loop: Any) -> Any:
-            return lambda *_: met.append(loop) or 0
+            return lambda *_: used.append(loop) or 0
 
         patch.setattr(numba_moves, "_side_by_side", lambda *rows: noting(real[0](*rows)))
         patch.setattr(numba_moves, "_transposed", lambda size: noting(real[1](size)))
         patch.setattr(numba_moves, "_move", noting(real[2]))
         windows._moves(0, *axes[-2:])
-    return met
+    return used
 
 
 def reached(axes: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Of each element of a box: where it is in the array, and in the window."""
+    """Return the offsets of a box's elements in the array and in the window."""
     there, here = np.zeros((2, 1), int)
     for size, step, apart in axes.tolist():
         there = (there[:, None] + np.arange(size) * step).ravel()
@@ -82,7 +83,7 @@ def reached(axes: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int):
-    """And the same elements in the same order in the windows of all arrays, and in those that are not moved."""
+    """The windows, and the arrays read in place, have the same elements in the same order."""
     monkeypatch.setattr(numba_moves, "FAIR", 64)
     for name in ("_move", "_side_by_side", "_transposed"):  # need not be compiled
         monkeypatch.setattr(numba_moves, name, STAND_INS[name])
@@ -90,17 +91,19 @@ def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: py
     for _ in range(300):
         monkeypatch.setattr(numba_moves, "WINDOW", int(np.exp2(rng.uniform(5, 12))))
         shape = shapes(rng)
-        if math.prod(shape) > 2000:  # takes long
+        if math.prod(shape) > 2000:  # too slow
             continue
         dtype = np.dtype(rng.choice(["float16", "float32", "float64"]))
         layouts = [str(rng.choice(LAYOUTS[:-1])), *map(str, rng.choice(LAYOUTS, 2))]
-        strides = tuple(laid(rng, shape, layout, dtype).strides for layout in layouts)
-        windows = numba_path.Layout(dtype, shape, strides, True).windows
+        strides = Arrays(*(laid(rng, shape, layout, dtype).strides for layout in layouts))
+        windows = numba_path.Layout(dtype, shape, strides).windows
         if windows is None:
             continue
         _, c, *spatial = windows.shape
         print(shape, layouts, numba_moves.WINDOW, windows.extents)
         boxes = windows.boxes(threads)
+        given = len(layouts)
+        assert not any(windows.moved[given:]) and not boxes.moves[:, given:].any()  # absent arrays
         assert windows.boxes(threads).table.tobytes() == boxes.table.tobytes()
         every = np.indices(windows.shape).reshape(len(windows.shape), -1)
         offsets = np.dot(windows.steps, every)  # of each element, in each array
@@ -108,17 +111,17 @@ def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: py
         held: list[int] = []
         of_tile: dict[int, list[int]] = {}
         for first, tile, kind, begins, *there in boxes.table.tolist():
-            parts, many = boxes.planes[kind].tolist()
+            parts, count = boxes.planes[kind].tolist()
             size = int(boxes.sizes[kind])
-            assert parts * many * size <= boxes.buffer_size - 64
-            planes = np.concatenate([np.arange(many) + first + i * c for i in range(parts)])
+            assert parts * count * size <= boxes.buffer_size - 64
+            planes = np.concatenate([np.arange(count) + first + i * c for i in range(parts)])
             elements: Any = None
-            for array, moved in enumerate(windows.moved):
-                steps = boxes.places[kind, array]
+            for array, moved in enumerate(windows.moved[:given]):
+                steps = boxes.strides[kind, array]
                 if moved:
-                    at, together = reached(boxes.axes[kind, array, 0])
-                    box = np.full(parts * many * size, -1)
-                    box[together] = there[array] + at
+                    at, in_window = reached(boxes.axes[kind, array, 0])
+                    box = np.full(parts * count * size, -1)
+                    box[in_window] = there[array] + at
                     assert_equal(boxes.axes[kind, array, 1], boxes.axes[kind, array, 0][:, [0, 2, 1]])
                     assert_equal(steps, [c * size, size, 1])
                     assert boxes.moves[kind, array].all()
@@ -142,30 +145,30 @@ def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: py
 
 
 def test_windows_hold_all_boxes(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
-    """Of more threads, too: their boxes are smaller on the whole, but may have more samples."""
+    """Also for several threads, whose boxes have fewer elements, but may span more samples."""
     for name, loop in STAND_INS.items():
         monkeypatch.setattr(numba_moves, name, loop)
     for threads in (1, 2, 3, 5, 16):
         for n in range(8, 40):
             c, spatial = int(rng.integers(1, 130)), int(rng.integers(2, 40)) ** 2
             steps = [[1, spatial * n, n], [c * spatial, spatial, 1]]
-            boxes = numba_moves.Windows(np.float32(0), [n, c, spatial], steps).boxes(threads)
+            boxes = numba_moves.Windows(np.float32(0), [n, c, spatial], steps, [True, True]).boxes(threads)
             assert (boxes.planes.prod(1) * boxes.sizes).max() + 64 <= boxes.buffer_size, (n, c, spatial)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.full), "float32",
                                    pytest.param("float64", marks=pytest.mark.full)])  # fmt: skip
-def test_boxes_are_moved_there_and_back(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):
-    """As NumPy copies them, and no element beside them is read into the window or written."""
-    monkeypatch.setattr(numba_moves, "CLOSE", 4)  # each number is compiled for itself
+def test_boxes_are_copied_to_windows_and_back(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):
+    """As NumPy copies them; nothing else is written, in the window or in the array."""
+    monkeypatch.setattr(numba_moves, "CLOSE", 4)  # each step has a loop of its own to compile
     used: set[Any] = set()
     for _ in range(300):
         shape = shapes(rng)
         array = laid(rng, shape, str(rng.choice(LAYOUTS)), dtype)
         steps = [step // array.itemsize for step in array.strides]
         if steps[2:] == [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]:
-            continue  # in one piece
-        windows = numba_moves.Windows(numba_intrinsics.SAMPLES[dtype], list(shape), [steps])
+            continue  # contiguous planes
+        windows = numba_moves.Windows(numba_intrinsics.SAMPLES[dtype], list(shape), [steps], [True])
         there, back = numba_moves._axes(list(shape), steps)
         gather, scatter = loops_of(windows, there)
         window = np.full(array.size + 128, -1, dtype)
@@ -190,10 +193,10 @@ def test_boxes_are_moved_there_and_back(rng: np.random.Generator, monkeypatch: p
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_results_have_the_bits_of_planes_in_one_piece(
+def test_results_have_the_bits_of_contiguous_planes(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int
 ):
-    """Where positions come in the same order; and nothing beside a result is written."""
+    """If positions have the same order; and nothing but the result is written."""
     monkeypatch.setattr(numba_path, "PAYS", 1)
     monkeypatch.setattr(numba_moves, "FAIR", 64)
     monkeypatch.setattr(numba_moves, "CLOSE", 4)
@@ -212,9 +215,9 @@ def test_results_have_the_bits_of_planes_in_one_piece(
         cn.instance_norm(x, out=y)
         assert_equal(y, cn.instance_norm(np.ascontiguousarray(x)))
         y[...] = 0
-        beside = memory.copy()
+        others = memory.copy()
         memory[:] = before
         y[...] = 0
-        assert_equal(beside, memory)
-        moved += numba_path.Layout(x.dtype, shape, (x.strides, y.strides), False).windows is not None
+        assert_equal(others, memory)
+        moved += numba_path.Layout(x.dtype, shape, Arrays(x.strides, y.strides)).windows is not None
     assert moved > 20

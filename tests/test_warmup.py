@@ -1,4 +1,4 @@
-"""`warmup` on NumPy arrays: what it compiles is what calls need, and nothing else. Its CUDA side is in test_gpu."""
+"""`warmup` on NumPy arrays compiles the loops that calls need, and no others. Its CUDA side is in test_gpu."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Kinds = set[tuple[str, Any]]
 
 
 def loops(module: Any) -> dict[str, Any]:
-    """The compiled loops that Python calls."""
+    """Return the compiled loops that Python calls."""
     functions = {name: value for name, value in vars(module).items() if hasattr(value, "targetoptions")}
     return {name: each for name, each in functions.items() if "no_cpython_wrapper" not in each.targetoptions}
 
 
 @pytest.fixture
 def met(monkeypatch: pytest.MonkeyPatch) -> Kinds:
-    """The kinds of calls that loops get, each of which would be compiled by itself. The loops do nothing."""
+    """Record the loops' calls by argument types, each of which numba would compile. The loops do nothing."""
     use_compiled(monkeypatch, True)
     kinds: Kinds = set()
 
@@ -48,9 +48,8 @@ def met(monkeypatch: pytest.MonkeyPatch) -> Kinds:
             monkeypatch.setattr(module, name, noting(name))
     monkeypatch.setattr(numba_moves, "_transposed", cache(lambda size: noting(f"move {size} x {size}")))
     monkeypatch.setattr(numba_moves, "_side_by_side", cache(lambda *rows: noting(f"move side by side {rows}")))
-    monkeypatch.setattr(
-        numba_path, "_layout", lru_cache(numba_path._layout.__wrapped__)
-    )  # others know the loops' addresses
+    # Cached layouts hold addresses of the real loops.
+    monkeypatch.setattr(numba_path, "_layout", lru_cache(numba_path._layout.__wrapped__))
     return kinds
 
 
@@ -67,7 +66,7 @@ SHAPES = [(2, 3, 4, 4), (3, 2, 70), (2, 2, 5, 6, 7), (80, 64, 8, 8), (2, 9, 80, 
 
 
 def use(x: np.ndarray, residual: np.ndarray | None = None, activation: str | None = None) -> None:
-    """All sorts of calls on an array."""
+    """Make calls of all kinds on an array."""
     n, c = x.shape[:2]
     own, wide = np.ones(c, x.dtype), np.ones(c, math_dtype(x.dtype))
     per_sample, read_only = np.ones((c, n), wide.dtype).T, wide.copy()
@@ -83,7 +82,7 @@ def use(x: np.ndarray, residual: np.ndarray | None = None, activation: str | Non
             cn.instance_norm_backward(y, saved)
             cn.instance_norm_backward(y, saved, out=y)
             cn.instance_norm_backward(x, saved)
-            if activation is None and x.size < 10_000:  # in NumPy alone
+            if activation is None and x.size < 10_000:  # computed by NumPy alone
                 cn.instance_norm_double_backward(y, None, None, y, saved)
             if residual is not None and residual.flags.writeable:
                 cn.instance_norm_forward(x, weight, bias, out=residual, **more, **given)
@@ -98,10 +97,12 @@ def use(x: np.ndarray, residual: np.ndarray | None = None, activation: str | Non
     activation=[None, "relu", "leaky_relu", "silu", "gelu"],
     residual=[None, "contiguous", "channels_last"],
 )
-def test_what_calls_need(met: Kinds, dtype: str, layout: str, activation: str | None, residual: str | None) -> None:
-    """For other sizes, several threads and one, and parameters of all kinds, no loop is missing.
+def test_warmup_compiles_what_calls_need(
+    met: Kinds, dtype: str, layout: str, activation: str | None, residual: str | None
+) -> None:
+    """No loop is missing for other sizes, several threads or one, and parameters of all kinds.
 
-    None is too many, except loops that move: planes may be too short to need all of these.
+    No other loops are compiled, except copying loops: the planes may be too short to need all of them.
     """
 
     def arrays(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -110,8 +111,8 @@ def test_what_calls_need(met: Kinds, dtype: str, layout: str, activation: str | 
 
     compiled: Kinds = set()
     needed: Kinds = set()
-    for shape in (*SHAPES, (1, 2, 7000, 80)):  # of which crops have runs too short to be read where they lie
-        if layout == "transposed" and len(shape) == 3:  # as channels-last
+    for shape in (*SHAPES, (1, 2, 7000, 80)):  # crops of the last have runs too short to be read in place
+        if layout == "transposed" and len(shape) == 3:  # the same as channels-last
             continue
         cn.set_num_threads(1)
         x, other = arrays((3, shape[1], 7, 9))
@@ -130,7 +131,7 @@ def test_what_calls_need(met: Kinds, dtype: str, layout: str, activation: str | 
 
 
 @pytest.mark.compiled
-def test_one_position_is_not_trained_on(met: Kinds) -> None:
+def test_training_loops_are_not_compiled_for_one_position(met: Kinds) -> None:
     cn.warmup(np.zeros((5, 3, 1, 1), np.float32))
     compiled = met.copy()
     met.clear()
@@ -138,11 +139,11 @@ def test_one_position_is_not_trained_on(met: Kinds) -> None:
     cn.set_num_threads(2)
     use(np.zeros((300, 200, 1, 1), np.float32))
     assert met <= compiled
-    assert "_forward_planes" not in {name for name, _ in compiled}
+    assert "forward_planes" not in {name for name, _ in compiled}
 
 
 @pytest.mark.compiled
-def test_nothing_is_compiled_where_numpy_is_alone(met: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compiled_if_numpy_alone_computes(met: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.zeros((2, 3, 4, 5), np.float32)
     unaligned = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)
     records = np.zeros(x.shape, [("a", np.float32), ("b", np.int8)])["a"]

@@ -11,7 +11,8 @@
     --report     report on OUT, test nothing
     --recheck    also test the survivors recorded in mutation_survivors.toml, otherwise counted as survivors
 
-The parts: `kernels`, `backends` (the CPU backend; plans, sources and launches of the CUDA backend), `rest`.
+The parts: `kernels`, `backends` (the steps and loops of the CPU backend; plans, sources and launches of the CUDA
+backend), `rest`.
 Needs Python 3.11, g++, and the extras test and cpu; torch and NVRTC (the extra dev) add their tests.
 
 A mutant goes through stages of tests, each of which passes on the unchanged code, and is killed by the first stage that
@@ -57,25 +58,20 @@ ROOT = Path(__file__).resolve().parents[1]
 SURVIVORS = Path(__file__).with_name("mutation_survivors.toml")
 GOAL = 0.95
 
-BACKENDS = ("cupynorm/cpu.py", "cupynorm/cuda/launch.py", "cupynorm/cuda/plan.py", "cupynorm/cuda/source.py")
+BACKENDS = (
+    *(f"cupynorm/cpu/{name}.py" for name in (
+        "__init__", "blocking", "gelu", "numba_activations", "numba_backward", "numba_forward", "numba_geometry",
+        "numba_intrinsics", "numba_moves", "numba_path", "numba_rehearsal", "numba_tasks", "numpy_activations",
+        "numpy_double", "numpy_path",
+    )),
+    *(f"cupynorm/cuda/{name}.py" for name in ("launch", "plan", "source")),
+)  # fmt: skip
 #: Without the modules that need a GPU or Chainer, and without commands.
 REST = (
-    "compiling",
-    "devices",
-    "explain",
-    "forks",
-    "functional",
-    "halves",
-    "inference",
-    "layers",
-    "memory",
-    "moves",
-    "running",
-    "scalars",
-    "thinc",
-    "threads",
-    "warm",
-)
+    "_checks", "_types", "backend", "config", "cpu/forks", "cpu/halves", "cpu/numba_cache", "cpu/numba_import",
+    "cpu/result_pool", "cpu/running", "cpu/thread_pool", "cpu_count", "cuda/describe", "devices", "explain",
+    "functional", "inference", "layers", "thinc", "warm",
+)  # fmt: skip
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
     "backends": BACKENDS,
@@ -94,7 +90,7 @@ class Mutant:
     new: str
     operator: str
     name: str
-    compiled: str = ""  # its function or class, among the compiled loops and the code that chooses them
+    within: str = ""  # the function or class of a Python module around it
 
 
 # The mutants of a text
@@ -229,13 +225,13 @@ def _is_statement(tokens: list[str], text: str) -> bool:
 
 
 class _OfPython(ast.NodeVisitor):
-    """Collect the mutants of a Python source, as (start, end, new text, operator, compiled)."""
+    """Collect the mutants of a Python source, as (start, end, new text, operator, within)."""
 
     def __init__(self, text: str):
         self.text = text
         self.rows = text.splitlines(keepends=True)
         self.begins = [0, *itertools.accumulate(map(len, self.rows))]
-        self.compiled = ""
+        self.within = ""
         self.found: list[tuple[int, int, str, str, str]] = []
         self.visit(ast.parse(text))
 
@@ -251,7 +247,7 @@ class _OfPython(ast.NodeVisitor):
         return f"({text})" if isinstance(node, (ast.BinOp, ast.BoolOp, ast.Compare, ast.IfExp)) else text
 
     def put(self, node: Any, new: str, operator: str) -> None:
-        self.found.append((*self.span(node), new, operator, self.compiled))
+        self.found.append((*self.span(node), new, operator, self.within))
 
     def swap(self, left: Any, right: Any, operator: str) -> None:
         """Swap the operator between two expressions, which may have brackets and comments beside it."""
@@ -259,7 +255,7 @@ class _OfPython(ast.NodeVisitor):
         match = re.search(r"//|<=|>=|==|!=|not in|is not|[-+*/%<>]|\b(?:is|in|and|or)\b", self.text[first:last])
         if match and match[0] in SWAPPED:
             new = SWAPPED[match[0]]
-            self.found.append((first + match.start(), first + match.end(), new, operator, self.compiled))
+            self.found.append((first + match.start(), first + match.end(), new, operator, self.within))
 
     def visit(self, node: ast.AST) -> None:
         match node:
@@ -273,23 +269,21 @@ class _OfPython(ast.NodeVisitor):
         super().visit(node)
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        before = self.compiled
-        if node.name in FOR_LOOPS or any(ast.unparse(d).split("(")[0] in NUMBA for d in node.decorator_list):
-            self.compiled = node.name
+        before = self.within
+        self.within = before or node.name
         for default in (*node.args.defaults, *node.args.kw_defaults):
             if default is not None:
                 self.visit(default)
         for statement in node.body:
             self.visit(statement)
-        self.compiled = before
+        self.within = before
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        before = self.compiled
-        if node.name in FOR_LOOPS:
-            self.compiled = node.name
+        before = self.within
+        self.within = before or node.name
         for statement in node.body:
             self.visit(statement)
-        self.compiled = before
+        self.within = before
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value is not None:
@@ -359,7 +353,7 @@ class _OfPython(ast.NodeVisitor):
 
 
 #: Prefetches: the function, its arguments, and its condition.
-AHEAD = {"_fetch", "AHEAD", "NEAR", "CLOSE", "away", "away2", "follows"}
+AHEAD = {"prefetch_run", "AHEAD", "NEAR", "away", "follows"}
 #: Choices for speed, and guesses of a mean that save a pass: they change no result, and tests repeat no measured
 #: numbers.
 SPEED = {
@@ -368,12 +362,8 @@ SPEED = {
     "LONG_RUN", "PLANE_COSTS", "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "GUESS_PLACES", "TILE_BYTES",
     "CHANNEL_TILE_BYTES", "FEW_THREADS",
     "SPIN_LIMIT", "LEAST", "FEW", "CHUNK", "_guess", "_guess_channels", "_middle",
-    "NEAR", "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
+    "CLOSE", "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
 }  # fmt: skip
-#: Code that only calls of the compiled loops test.
-FOR_LOOPS = {"_choose", "_Layout", "_Compiled", "_Moved", "_Rehearsal", "rehearsals"}
-#: Decorators that have numba compile a function.
-NUMBA = {"_loop", "_rare", "_kernel", "numba.njit", "overload", "register_jitable", "intrinsic"}
 
 
 def mutants_of(file: str, text: str) -> list[Mutant]:
@@ -383,7 +373,7 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
     known: Counter[str] = Counter()
     rows = text.splitlines()
     mutants = []
-    for start, end, new, operator, compiled in sorted(set(changes)):
+    for start, end, new, operator, within in sorted(set(changes)):
         line = text.count("\n", 0, start) + 1
         where = rows[line - 1].strip()
         old = " ".join(text[start:end].split())
@@ -391,7 +381,7 @@ def mutants_of(file: str, text: str) -> list[Mutant]:
         name = f"{file}: {where}: {_short(old)} -> {_short(long) or 'nothing'}"
         known[name] += 1
         name += f" ({known[name]})" if known[name] > 1 else ""
-        mutants.append(Mutant(file, line, start, end, new, operator, name, compiled))
+        mutants.append(Mutant(file, line, start, end, new, operator, name, within))
     return mutants
 
 
@@ -411,61 +401,68 @@ def k(file: str, expression: str) -> tuple[str, ...]:
     return (f"tests/test_{file}.py", "-k", expression)
 
 
+#: The compiled loops, and the modules that only calls of these loops use.
+LOOPS = {
+    "numba_activations", "numba_backward", "numba_forward", "numba_geometry", "numba_intrinsics", "numba_moves",
+    "numba_path", "numba_tasks",
+}  # fmt: skip
+#: Functions and classes outside numba_moves that only copies to windows use.
+FOR_MOVES = {"MovedWork", "transposition", "_copy", "copy_row"}
+
+
 def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     """Return arguments of pytest for each stage, quick ones first: compiling a module or a loop takes seconds."""
-    name = Path(mutant.file).stem
+    path = Path(mutant.file)
+    name = path.parent.name if path.stem == "__init__" else path.stem
     if mutant.file.startswith("kernels/"):
         return _kernel_stages(name)
     without = ("-m", "not simt and not compiled and not nvrtc")
-    if mutant.compiled in ("_Rehearsal", "rehearsals"):
+    if name == "numba_rehearsal" or mutant.within == "rehearsals":
         return [
             ("tests/test_warmup.py", "-m", "compiled", "-k", "not really and not afterwards"),
-            ("tests/test_warmup.py",),
+            ("tests/test_warmup.py", "-m", "compiled"),
         ]
-    if mutant.compiled or name in ("moves", "scalars"):
-        small = "test_small and compiled and float32"
-        moves = mutant.compiled == "_Moved" or name == "moves"
-        kind = re.search("channels|short", mutant.compiled)
-        case = f"{small} and {'2x8x5x6' if moves else '1x2x100x100'}"
-        if kind:
-            case = {"channels": "test_table and compiled and 2x32x5x6", "short": f"{small} and 2x3x5x7"}[kind[0]]
-        layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "in_its_turn")  # compiles nothing, like choices
-        choices = (f"tests/test_{'moves' if moves else 'choices'}.py", "CUPYNORM_COMPILED=1")
-        quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", case))
-        chooses = mutant.compiled in ("_at_a_time", "_choose", "_Compiled", "_Layout")
-        return [
-            *[layouts] * (mutant.compiled == "_Layout"),
-            *((choices, quick) if chooses else (quick, choices)),
-            k("cases", small),
-            k("cases", "test_table and compiled"),
-            ("tests/test_cpu.py", "-m", "compiled"),
-            ("tests/test_accuracy.py", "tests/test_semantics.py", "tests/test_epilogue.py", "tests/test_properties.py",
-             "-m", "compiled"),
-        ]  # fmt: skip
-    if name == "compiling":
-        return [("tests/test_compiling.py",)]
+    if name in LOOPS or mutant.within == "_choose":
+        return _loop_stages(name, mutant.within)
+    if name == "numba_cache":
+        return [("tests/test_compiling.py", "-m", "compiled")]
+    if name == "numba_import":
+        return [("tests/test_cpu.py", "-m", "compiled", "-k", "without_numba or a_numba or numba_is_imported")]
     files = {
+        "_checks": "refusals functional layers semantics",
+        "_types": "functional refusals cpu",
+        "backend": "house functional",
+        "blocking": "choices cpu double_backward",
+        "config": "house cpu memory invariance",
         "cpu": "choices cpu double_backward plan epilogue semantics functional accuracy layers together",
-        "launch": "launch plan semantics functional refusals invariance together",
-        "plan": "plan invariance functional info",
-        "source": "plan package",
+        "cpu_count": "cpu",
+        "describe": "plan functional info invariance",
         "devices": "functional layers checkpoints refusals info package",
         "explain": "functional info plan invariance semantics",
         "forks": "together",
         "functional": "functional refusals semantics properties double_backward epilogue layers",
+        "gelu": "choices epilogue accuracy",
         "halves": "halves cpu",
         "inference": "layers semantics refusals",
+        "launch": "launch plan semantics functional refusals invariance together",
         "layers": "layers loops checkpoints refusals together functional",
-        "memory": "memory cpu together",
+        "numpy_activations": "choices epilogue accuracy semantics",
+        "numpy_double": "choices double_backward cpu",
+        "numpy_path": "choices cpu epilogue semantics functional accuracy layers",
+        "plan": "plan invariance functional info",
+        "result_pool": "memory cpu together",
         "running": "together refusals semantics cpu",
+        "source": "plan package",
         "thinc": "thinc",
-        "threads": "cpu together info memory",
+        "thread_pool": "cpu together info memory",
         "warm": "warmup plan",
     }[name]
     own = tuple((f"tests/test_{file}.py", *without) for file in files.split())
-    if name == "cpu":
-        importing = ("tests/test_cpu.py", "-m", "compiled", "-k", "without_numba or public_names")
-        return [k("cases", "numpy and not double and float32"), own[0], k("cases", "numpy"), *own[1:], importing]
+    if name in ("cpu", "blocking", "gelu") or name.startswith("numpy_"):
+        double = "double" if name == "numpy_double" else "not double"
+        numpy = [k("cases", f"numpy and {double} and float32"), own[0], k("cases", "numpy"), *own[1:]]
+        importing = ("tests/test_cpu.py", "-m", "compiled", "-k", "without_numba or a_numba")
+        return [*numpy, importing] if name == "cpu" else numpy
     if name in ("launch", "plan", "source"):
         emulated = [
             k("cases", "simt and float32 and (table or small)"), k("simt", "launches or reach"),
@@ -474,6 +471,30 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         ]  # fmt: skip
         return [*own[:1], *emulated, *own[1:]]
     return [*own, ("tests/test_cases.py", "-k", "numpy and float32")]
+
+
+def _loop_stages(name: str, within: str) -> list[tuple[str, ...]]:
+    small = "test_small and compiled and float32"
+    moves = name == "numba_moves" or within in FOR_MOVES
+    kind = re.search("channel|short", within)
+    case = f"{small} and {'2x8x5x6' if moves else '1x2x100x100'}"
+    if name == "numba_activations":
+        case = "test_table and compiled and 3x4x6x7 and float32"
+    elif kind:
+        case = {"channel": "test_table and compiled and 2x32x5x6", "short": f"{small} and 2x3x5x7"}[kind[0]]
+    layouts = ("tests/test_cpu.py", "-m", "compiled", "-k", "layouts_find")  # compiles nothing, like choices
+    choices = (f"tests/test_{'moves' if moves else 'choices'}.py", "-m", "compiled")
+    quick = ("NUMBA_OPT=0", "-W", "ignore:Cannot cache", *k("cases", case))
+    chooses = name == "numba_path" or within in ("planes_together", "_choose")
+    return [
+        *[layouts] * (within == "Layout"),
+        *((choices, quick) if chooses else (quick, choices)),
+        k("cases", small),
+        k("cases", "test_table and compiled"),
+        ("tests/test_cpu.py", "-m", "compiled"),
+        ("tests/test_accuracy.py", "tests/test_semantics.py", "tests/test_epilogue.py", "tests/test_properties.py",
+         "-m", "compiled"),
+    ]  # fmt: skip
 
 
 #: Headers that the double backward uses as well.
@@ -563,18 +584,15 @@ class Copy:
     def test(self, mutant: Mutant, limits: dict[tuple[str, ...], float], quick: bool = False) -> str:
         """Return the outcome: "survived", "invalid", or "killed by …"."""
         path = self.root / mutant.file
-        times, text = path.stat(), path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         broken = text[: mutant.start] + mutant.new + text[mutant.end :]
         for stage in stages(mutant)[: 2 if quick else None]:
             with _clean[stage]:
                 if stage not in limits:
                     self.clean(stage, limits)
-            if path.stem == "scalars":  # numba's cache is keyed on the time of the caller's file only
-                shutil.rmtree(self.environment["NUMBA_CACHE_DIR"], ignore_errors=True)
             path.write_text(broken, encoding="utf-8")
             how, said = self.run(stage, limits[stage])
             path.write_text(text, encoding="utf-8")
-            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # numba's cache is keyed on a file's time
             if how == "failed" and re.search(NO_MUTANT[path.suffix == ".py"], said):
                 return "invalid"
             if how != "passed":

@@ -71,20 +71,32 @@ def test_prefetches_are_not_mutated() -> None:
         "cupynorm/a.py",
         """
 AHEAD = 4096
-def _fetch(x, o, lo, hi):
+def prefetch_run(x, o, lo, hi):
     for i in range(lo, hi, 1 + 1):
         prefetch(x, o + i)
 def f(x, o, lo, hi):
-    away, away2 = x[0, 1], x[2, 1]
+    away, away_dy = x[0, 1], x[2, 1]
     follows = hi - lo < 2
     if follows:
-        _fetch(x, o + away, lo, hi)
-    _fetch(x, o + AHEAD, lo, hi)
+        prefetch_run(x, o + away, lo, hi)
+    prefetch_run(x, o + AHEAD, lo, hi)
 """,
     )
     assert changes("cupynorm/a.py", "if following:\n    fetch(1)\nahead = 1") == {
         ("negate", "following", "(not following)"), ("drop a statement", "fetch(1)", "pass"), ("off by one", "1", "2"),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("part", mutation.PARTS)
+def test_every_mutant_has_stages(part: str) -> None:
+    for file in mutation.PARTS[part]:
+        mutants = mutation.mutants_of(file, (mutation.ROOT / file).read_text(encoding="utf-8"))
+        assert all(mutation.stages(m) for m in mutants)
+
+
+def test_mutants_know_what_they_are_within() -> None:
+    text = "ONE = 1\nclass A:\n    def f():\n        return 1\ndef g():\n    def h():\n        return 1\n"
+    assert [m.within for m in mutation.mutants_of("cupynorm/a.py", text)] == ["", "A", "g"]
 
 
 @pytest.mark.full

@@ -18,7 +18,7 @@ def load_numba() -> None:
 
     def load() -> None:
         try:
-            import numba  # noqa: F401  # first, so that its absence is the reason given
+            import numba  # first, so that its absence is the reason given
             import numba.core.boxing  # noqa: F401
             from numba.core.registry import cpu_target
 

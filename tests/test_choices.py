@@ -89,16 +89,13 @@ def test_threads_share_tiles_if_there_are_few_blocks(threads: int, blocks: int, 
 @pytest.mark.parametrize(("number", "count"), [(1, 9), (2, 9), (2, 7), (3, 100), (3, 2)])
 def test_parts_of_a_call_on_numpy_alone(monkeypatch: pytest.MonkeyPatch, size: int, number: int, count: int):
     """Parts hold each block once; their sizes differ by at most one block; each thread has at least one part."""
-    given: list[Any] = []
-    monkeypatch.setattr(numpy_path, "share", lambda work, queue, threads: given.append((work, queue, threads)))
+    used, ranges = [1], []
+    monkeypatch.setattr(numpy_path, "share", lambda work, queue, threads: used.append(threads) or work(0))
     cn.set_num_threads(number)
     work = on_numpy((1, 1, size))
-    work.share("step", count)
-    [(each, _, threads)] = given
-    ranges: list[Any] = []
     monkeypatch.setattr(work, "work", lambda step, parts: ranges.extend(parts))
-    each(0)
-    assert min(number, count) <= len(ranges) <= count and threads == min(number, len(ranges))
+    work.share("step", count)
+    assert min(number, count) <= len(ranges) <= count and used[-1] == min(number, len(ranges))
     assert [i for first, last in ranges for i in range(first, last)] == [*range(count)]
     assert max(last - first for first, last in ranges) - min(last - first for first, last in ranges) <= 1
 

@@ -12,11 +12,11 @@ ERFCX_CENTRE = 4.0  # the |z| at which the argument of the polynomial below is 0
 
 @cache
 def half_erfcx(degree: int) -> list[float]:
-    """Return the coefficients of p, highest first: 1 - Phi(z) = p((z - PIVOT) / (z + PIVOT)) exp(-z**2 / 2) for z >= 0.
+    """Return the coefficients of p, highest first: 1 - Phi(z) = p((z - c) / (z + c)) exp(-z**2 / 2) for z >= 0.
 
-    p interpolates erfc(z / sqrt(2)) exp(z**2 / 2) / 2 at Chebyshev points up to z = 37, where erfc underflows in
-    float64. The argument is from Shepherd, Laframboise 1981. The coefficients decay so fast that powers are as accurate
-    as Chebyshev polynomials.
+    c is ERFCX_CENTRE. p interpolates erfc(z / sqrt(2)) exp(z**2 / 2) / 2 at Chebyshev points up to z = 37, where erfc
+    underflows in float64. The argument is from Shepherd, Laframboise 1981. The coefficients decay so fast that powers
+    are as accurate as Chebyshev polynomials.
     """
     from numpy.polynomial import Chebyshev, Polynomial  # keeps the import of cupynorm light
 

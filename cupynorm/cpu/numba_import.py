@@ -35,4 +35,7 @@ def load_numba() -> None:
     else:
         loading.join()
     if failures:
-        raise failures[0]
+        try:
+            raise failures[0]
+        finally:
+            failures.clear()  # else the failure would refer to itself, and so keep its callers' arrays

@@ -1,4 +1,4 @@
-"""`python -m cupynorm info`: facts for a bug report. An unknown fact gives the reason; nothing here raises."""
+"""`python -m cupynorm info`: facts for a bug report. An unknown fact gives the reason and is no error."""
 
 from __future__ import annotations
 

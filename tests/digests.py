@@ -1,4 +1,4 @@
-"""Digests of every output's bits over the case table, to show that a change of form changes no result.
+"""Digests of the bits of all results and statistics over the case table, to show that a change of form changes none.
 
     python tests/digests.py record before.json numpy compiled simt
     ... change ...
@@ -43,7 +43,8 @@ def recorded(patch: pytest.MonkeyPatch, found: list[str]) -> None:
 
     def noted_forward(*args: Any, **given: Any) -> Any:
         y, saved = forward(*args, **given)
-        found.append(digest(y, saved.mean, saved.rstd, given.get("running_mean"), given.get("running_var")))
+        statistics = saved.mean, saved.mean_lo, saved.rstd, given.get("running_mean"), given.get("running_var")
+        found.append(digest(y, *statistics))
         return y, saved
 
     def noted(function: Any) -> Any:

@@ -54,7 +54,7 @@ def forced(lists: Variants) -> Iterator[None]:
 
     def forget() -> None:
         plan.plan.cache_clear()
-        launch._prepare.cache_clear()
+        launch._plan_call.cache_clear()
 
     before = dict(variants.FORCED)
     variants.FORCED.update(lists)
@@ -135,7 +135,7 @@ def planned(case: Case, device: Device, lists: Variants) -> tuple[Plan, tuple[Mo
     kind, layouts, _ = choose_layout((contiguous_desc(case.shape, case.itemsize, kind),) * ACCESSES[case.op])
     op: Any = case.op
     with forced(lists):
-        made = plan.plan(op, (n, c, math.prod(spatial)), case.dtype, kind, layouts, device, False, False)
+        made = plan.plan(op, (n, c, math.prod(spatial)), case.dtype, kind, layouts, device, sums=False, reduced=False)
         return made, tuple(Module.of(step, made) for step in made.steps)
 
 

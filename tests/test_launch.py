@@ -167,10 +167,10 @@ def test_calls_are_prepared_once_per_alignment(run_on: Callable[..., Any]) -> No
     run_on(Recorder(DEVICES["H100"]))
     memory = np.zeros(2000, np.float32)
     shift = -memory.ctypes.data % 16 // 4
-    launch._prepare.cache_clear()
+    launch._plan_call.cache_clear()
     for first in (0, 4, 40, 400, 1, 41):
         cn.instance_norm(memory[shift + first :][:120].reshape(2, 3, 20), out=np.zeros((2, 3, 20), np.float32))
-    assert launch._prepare.cache_info().misses == 2
+    assert launch._plan_call.cache_info().misses == 2
 
 
 @pytest.mark.parametrize(("n", "c", "most", "channel_vecs", "vec_size"), [
@@ -204,8 +204,8 @@ def test_launches_match_the_plan(
 ) -> None:
     """The planned steps, which `explain` shows, and nothing else are launched, with and without each parameter."""
     runtime = run_on(Recorder(BLOCKS))
-    made, plans = launch._prepare, []
-    monkeypatch.setattr(launch, "_prepare", lambda *given: plans.append(made(*given).plan) or made(*given))
+    made, plans = launch._plan_call, []
+    monkeypatch.setattr(launch, "_plan_call", lambda *a, **k: plans.append(made(*a, **k).plan) or made(*a, **k))
     x = np.zeros(shape, np.float32)
     parameters = [None, np.ones(shape[1], np.float32), np.ones(shape[:2], np.float32)]
     for weight, bias, training in itertools.product(parameters, parameters, (True, False)):

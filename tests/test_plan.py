@@ -21,7 +21,7 @@ import reference
 import cupynorm as cn
 from cupynorm import cpu
 from cupynorm.cuda.describe import plan_for
-from cupynorm.cuda.launch import _prepare
+from cupynorm.cuda.launch import _plan_call
 from cupynorm.cuda.plan import (
     DEVICES,
     MAX_GRID,
@@ -71,7 +71,7 @@ def _plan(
     first = Layout(*stride, 0 if aligned else 1)
     arrays = 5 if op in DOUBLE else 3 + 2 * residual if op in ("backward", "frozen_backward") else 2 + residual
     layouts = (first, *[Layout(*stride, 0)] * (arrays - 1))
-    return plan(op, shape, dtype, kind, layouts, device, sums, sums, epilogue, residual)
+    return plan(op, shape, dtype, kind, layouts, device, sums=sums, reduced=sums, epilogue=epilogue, residual=residual)
 
 
 @cache
@@ -815,14 +815,14 @@ FICTITIOUS = {
 
 
 def _planned(call: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of `_prepare` as JSON. The call's descs are strides in bytes and addresses modulo 16."""
+    """Return the result of `_plan_call` as JSON. The call's descs are strides in bytes and addresses modulo 16."""
     given = dict(call)
     dtype, shape, device = (given.pop(name) for name in ("dtype", "shape", "device"))
     descs = tuple(
         ArrayDesc(tuple(shape), tuple(s), ITEMSIZE[dtype], misalignment) for s, misalignment in given.pop("descs")
     )
     device = FICTITIOUS.get(device) or DEVICES[device]
-    made = _prepare(given.pop("op"), descs, dtype=cn.devices.dtype_of(dtype), device=device, **given)._asdict()
+    made = _plan_call(given.pop("op"), descs, dtype=cn.devices.dtype_of(dtype), device=device, **given)._asdict()
 
     def plain(value: Any) -> Any:
         return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value.item()  # type: ignore[arg-type]

@@ -83,15 +83,19 @@ class CudaBackend(Backend):
             update = call.updates
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
             op: Op = "forward" if training else "normalize"
-            work = _Launches(self.runtime, op, x, residual, (x,), call.out, 1, update, update, epilogue)
+            work = _Launches(
+                self.runtime, op, x, (x,), targets=1, sums=update, reduced=update, out=call.out, epilogue=epilogue,
+                residual=residual,
+            )  # fmt: skip
             mean, variance = work.planes(call.save or update), work.planes(update)
             rstd = work.planes(call.save)
             mean_lo = work.planes(call.save and training and activation is not None)
             saved: Saved | None = None
             if call.save:
                 saved = Saved(
-                    x, mean, rstd, call.weight, call.bias, training, mean_lo, activation, call.negative_slope,
-                    residual if activation is not None else None, residual is not None, eps=call.eps,
+                    x, mean, rstd, call.weight, call.bias, training, mean_lo=mean_lo, activation=activation,
+                    negative_slope=call.negative_slope, residual=residual if activation is not None else None,
+                    with_residual=residual is not None, eps=call.eps,
                 )  # fmt: skip
             if x.size == 0:
                 if mean_lo is not None:
@@ -147,7 +151,8 @@ class CudaBackend(Backend):
             reduced = any(w and not d for w, d in zip(wanted, direct, strict=True))
             targets = 1 if saved.residual is None else 2
             work = _Launches(
-                self.runtime, op, x, saved.residual, (x, dy), out, targets, any(wanted), reduced, epilogue
+                self.runtime, op, x, (x, dy), targets=targets, sums=any(wanted), reduced=reduced, out=out,
+                epilogue=epilogue, residual=saved.residual,
             )  # fmt: skip
             dresidual = work.targets[1] if targets == 2 else None
             if saved.with_residual and activation is None:
@@ -230,7 +235,7 @@ class CudaBackend(Backend):
             summed = weight is not None and ddx is not None
             op: Op = "double_backward" if saved.training else "frozen_double_backward"
             inputs = (x, dy) if ddx is None else (x, dy, ddx)
-            work = _Launches(self.runtime, op, x, None, inputs, None, 2, summed, summed and not direct, 0)
+            work = _Launches(self.runtime, op, x, inputs, targets=2, sums=summed, reduced=summed and not direct)
             dx, ddy = work.targets
             dweight = None if weight is None else work.empty(weight.shape, weight.dtype)
             if dweight is not None and (ddx is None or x.size == 0):
@@ -310,7 +315,7 @@ def _assignment(target: Array, source: Array) -> partial[None]:
     return partial(operator.setitem, target, ..., source)
 
 
-class _Prepared(NamedTuple):
+class _PlannedCall(NamedTuple):
     """The part of a call that follows from the shapes, strides and alignment of its arrays."""
 
     kind: Kind
@@ -322,19 +327,20 @@ class _Prepared(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _prepare(
+def _plan_call(
     op: Op,
     descs: tuple[ArrayDesc, ...],
-    inputs: int,
-    targets: int,
     dtype: np.dtype,
     device: Device,
+    *,
+    inputs: int,
+    targets: int,
     sums: bool,
     reduced: bool,
     epilogue: int,
     residual: bool,
     invariant: bool,
-) -> _Prepared:
+) -> _PlannedCall:
     """Plan a call. descs: of the inputs, then of out if it is given; targets: the number of arrays that are written."""
     shape, itemsize = descs[0].shape, descs[0].itemsize
     kind, _, copied = choose_layout(descs, invariant)
@@ -344,8 +350,11 @@ def _prepare(
     final += [new] * (inputs + targets - len(final))
     kind, layouts, _ = choose_layout(tuple(final))
     sizes = (shape[0], shape[1], math.prod(shape[2:]))
-    made = plan(op, sizes, dtype.name, kind, layouts, device, sums, reduced, epilogue, residual, invariant)
-    return _Prepared(
+    made = plan(
+        op, sizes, dtype.name, kind, layouts, device, sums=sums, reduced=reduced, epilogue=epilogue, residual=residual,
+        invariant=invariant,
+    )  # fmt: skip
+    return _PlannedCall(
         kind,
         copied,
         tuple((np.int64(x.n), np.int64(x.c), np.int64(x.s)) for x in layouts),
@@ -367,13 +376,14 @@ class _Launches:
         runtime: Runtime,
         op: Op,
         x: Array,
-        residual: Array | None,
         inputs: tuple[Array, ...],
-        out: Array | None,
+        *,
         targets: int,
         sums: bool,
         reduced: bool,
-        epilogue: int,
+        out: Array | None = None,
+        epilogue: int = 0,
+        residual: Array | None = None,
     ):
         self.runtime = runtime
         self.empty = runtime.empty
@@ -393,9 +403,9 @@ class _Launches:
             self.kind, _, copied = choose_layout(descs)
             self._make_targets(targets, copied)
             return
-        self.kind, copied, strides, self.plan, self._modules, sizes = _prepare(
-            op, descs, len(given), targets, x.dtype, runtime.device(), sums, reduced, epilogue,
-            residual is not None, get_batch_invariant(),
+        self.kind, copied, strides, self.plan, self._modules, sizes = _plan_call(
+            op, descs, x.dtype, runtime.device(), inputs=len(given), targets=targets, sums=sums, reduced=reduced,
+            epilogue=epilogue, residual=residual is not None, invariant=get_batch_invariant(),
         )  # fmt: skip
         self.channels, self.spatial, self._channel_tiles = sizes
         arrays = self.keepalive = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]

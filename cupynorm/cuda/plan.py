@@ -475,6 +475,7 @@ def plan(
     kind: Kind,
     layouts: tuple[Layout, ...],
     device: Device,
+    *,
     sums: bool = True,
     reduced: bool = True,
     epilogue: int = 0,

@@ -1,7 +1,9 @@
 """The contract of the backends, and which backend an array has.
 
-A backend computes on arrays of one place; nothing is moved between devices. It gets arguments that are checked.
+A backend computes on arrays of one place; nothing is moved between devices. Its arguments have been checked.
 `CpuBackend` (cupynorm.cpu) computes on NumPy arrays, `CudaBackend` (cupynorm.cuda.launch) on CuPy arrays.
+
+One thing is outside the contract: on NumPy arrays `warmup` rehearses the compiled loops (`cupynorm.cpu.rehearsals`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from ._types import Array, DoubleGradients, ForwardCall, ForwardResult, Gradient
 
 
 class Backend(Protocol):
-    """What `cupynorm.functional` calls. A call that fails has written nothing that outlives it, but for `out`."""
+    """What the public functions call. A call that fails has changed no array of its caller, except `out`."""
 
     @abstractmethod
     def forward(self, call: ForwardCall) -> ForwardResult:
@@ -32,7 +34,7 @@ class Backend(Protocol):
 
     @abstractmethod
     def describe(self, x: Array, *, activation: str | None, residual: bool, double_backward: bool) -> list[str]:
-        """Return lines on how calls on x, with all other arrays new in its layout, are computed: the device first."""
+        """Return lines of text: the device, then how calls on x are computed if other arrays are laid out like x."""
 
 
 #: The module of each kind of place, imported at first use. Its attribute `backend` is the Backend.

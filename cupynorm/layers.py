@@ -15,6 +15,7 @@ from . import devices
 from ._checks import (
     check_activation,
     check_apart,
+    check_count,
     check_dtype,
     check_eps,
     check_number,
@@ -189,14 +190,7 @@ class _InstanceNorm:
         activation: str | None = None,
         negative_slope: float = 0.01,
     ):
-        if isinstance(num_features, (bool, np.bool_)):
-            raise TypeError(f"num_features must be an integer, got {num_features!r}")
-        try:
-            self.num_features = operator.index(num_features)
-        except TypeError:
-            raise TypeError(f"num_features must be an integer, got {num_features!r}") from None
-        if self.num_features < 0:
-            raise ValueError(f"num_features must not be negative, got {num_features!r}")
+        self.num_features = check_count(num_features, "num_features", 0)
         self.eps = check_eps(eps)
         self.momentum = None if momentum is None else check_number(momentum, "momentum")
         self.affine = bool(affine)

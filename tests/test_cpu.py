@@ -1100,6 +1100,18 @@ def test_memory_of_cached_layouts_is_limited(monkeypatch: pytest.MonkeyPatch):
         tracemalloc.stop()
 
 
+@pytest.mark.compiled
+@pytest.mark.parametrize("runs", [2, 500, 1000])
+def test_layouts_of_few_runs_are_kept(runs: int):
+    """Even a thousand runs in each of five arrays, and while layouts of more runs come and go."""
+    strides = Arrays(*[(8 * 128 * runs, 8 * 128 * runs, 8 * 128, 4)] * len(Arrays._fields))
+    given = np.dtype(np.float32), (1, 2, runs, 128), strides
+    layout = numba_path.layout_of(*given)
+    for i in range(10):
+        numba_path.layout_of(np.dtype(np.float32), (1, 2, 2000 + i, 128), strides)
+    assert numba_path.layout_of(*given) is layout
+
+
 @pytest.mark.parametrize("threads", [2, 64])
 @pytest.mark.parametrize("shape", [(1, 64, 256, 256), (64, 1, 256, 256), (1, 1, 2048, 2048)], ids=str)
 def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, shape: tuple[int, ...]):

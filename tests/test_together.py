@@ -583,7 +583,7 @@ def test_many_shapes_in_turn(backend: Backend, rng: np.random.Generator, monkeyp
     by_shape = {
         name: cache for name, cache in caches.items()
         if name.rsplit(".", 1)[1]
-        in ("_layout", "_large_layout", "_rows", "_prepare", "choose_layout", "layout", "plan", "_accepted",
+        in ("_layout", "_large_layout", "_rows", "_plan_call", "choose_layout", "layout", "plan", "_accepted",
             "contiguous_desc")
     }  # fmt: skip
     for name, cache in by_shape.items():

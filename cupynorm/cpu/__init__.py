@@ -13,12 +13,14 @@ float32.
 
 In a block, planes lie as in the result: each in one piece (rows), or side by side (channels-last).
 
-    blocking             how a call is cut into blocks and tiles, and who computes them
-    numpy_path, numpy_double, numpy_activations, gelu, halves       the steps as NumPy calls
-    numba_path           the steps as compiled loops: layouts, calls, warm-up (numba_rehearsal)
-    numba_forward, numba_backward, numba_geometry, numba_moves      the loops
-    numba_intrinsics, numba_activations, numba_tasks, numba_cache   what the loops are made of
-    thread_pool, result_pool, running, forks                        threads, memory, running statistics, forks
+    blocking                                     what NumPy and the compiled loops share; the order of the steps
+    numpy_path, numpy_double                     the steps as NumPy calls, cut into blocks for the caches
+    numpy_activations, gelu, halves              what they use: activations, float16 and bfloat16
+    numba_path, numba_rehearsal                  the steps as compiled loops: layouts and calls; `warmup`
+    numba_forward, numba_backward, numba_moves   the loops
+    numba_geometry, numba_intrinsics, numba_activations, numba_tasks    what the loops are made of
+    numba_import, numba_cache                    numba's import, its cache on disk
+    thread_pool, result_pool, running, forks     threads, memory, running statistics, forks
 """
 
 from __future__ import annotations
@@ -45,16 +47,15 @@ from .._types import (
 )
 from ..backend import Backend
 from ..config import get_num_threads
-from . import forks, running
+from . import forks as forks  # imported for its effect
+from . import running
 from .blocking import Arrays
 from .numba_import import load_numba
 from .numpy_double import DoubleArrays, DoubleBackwardWork
 from .numpy_path import NumpyWork
 from .result_pool import empty
 
-forks.prepare()
-
-#: numba, or None if there are no compiled loops, and the reason.
+#: numba, or None without compiled loops; then the next line is the reason.
 numba: Any = None
 without_numba = "CUPYNORM_COMPILED=0"
 if config.compiled.get():
@@ -95,8 +96,9 @@ class CpuBackend(Backend):
         mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
         saved = Saved(
             x, mean, rstd, call.weight, call.bias, call.use_input_stats,
-            np.empty(planes, dtype) if call.use_input_stats else None, call.activation, call.negative_slope,
-            call.residual, call.residual is not None, eps=call.eps,
+            mean_lo=np.empty(planes, dtype) if call.use_input_stats else None, activation=call.activation,
+            negative_slope=call.negative_slope, residual=call.residual, with_residual=call.residual is not None,
+            eps=call.eps,
         )  # fmt: skip
         arrays = Arrays(x, y, residual=call.residual)
         variance = None
@@ -154,7 +156,7 @@ class CpuBackend(Backend):
         if not x.size:
             return ["the CPU", "  empty, nothing is computed"]
         unused = np.empty(x.shape[:2], math_dtype(x.dtype))
-        call, new = Saved(x, unused, unused, None, None, True, unused), empty_like(x, np.empty)
+        call, new = Saved(x, unused, unused, None, None, True, mean_lo=unused), empty_like(x, np.empty)
 
         def lines(work: Any) -> list[str]:
             tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""

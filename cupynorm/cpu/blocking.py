@@ -1,4 +1,4 @@
-"""How a call is cut into blocks and tiles, and how its threads share them."""
+"""What NumPy and the compiled loops share: a call's arrays, their axes, tiles of a plane, the order of the steps."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ def merged_axes(arrays: Sequence[Any]) -> list[Any]:
 class Work:
     """A call and the distribution of its blocks. Subclasses implement the steps.
 
-    A subclass sets `blocks`, `tiles` (per block) and `threads`. Each pass has the steps `reduce`, `join`, `apply` and
-    `whole` (all three on one block): functions in NumPy, otherwise pairs of a compiled loop and its arguments.
+    A subclass sets `blocks`, `tiles` (per block) and `threads`. The steps are `reduce`, `join`, `apply` and `whole`
+    (these three on one block). `join` is a function of a range of blocks. The others are functions of an item in NumPy,
+    and pairs of a loop and its arguments in the compiled loops.
     """
 
     blocks: int
@@ -58,6 +59,7 @@ class Work:
 
     def share(self, step: Any, count: int) -> None:
         """Run step over the items 0 … count - 1, divided among the threads."""
+        raise NotImplementedError
 
     def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
         if self.threads == 1 or self.tiles == 1 or self.blocks >= 4 * self.threads:

@@ -58,7 +58,5 @@ def _after() -> None:
         _forking.held.pop().close()
 
 
-def prepare() -> None:
-    """Register the fork handlers. Handlers run before a fork in reverse order of registration."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_parent=_after, after_in_child=_after)

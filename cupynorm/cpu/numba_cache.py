@@ -30,7 +30,7 @@ if _config.BOUNDSCHECK:
 #: Files of the package that the compiled code is built from.
 SOURCES = (
     "gelu.py", "numba_activations.py", "numba_backward.py", "numba_cache.py", "numba_forward.py", "numba_geometry.py",
-    "numba_intrinsics.py", "numba_moves.py", "numba_path.py", "numba_tasks.py",
+    "numba_intrinsics.py", "numba_moves.py", "numba_tasks.py",
 )  # fmt: skip
 
 #: Numba settings that change the code. Numba itself checks the processor's name and features.

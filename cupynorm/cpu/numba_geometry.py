@@ -1,4 +1,4 @@
-"""Where the compiled loops find planes, tiles and runs, and the named tuples they are given.
+"""Where the compiled loops find planes, tiles and runs, and the loops' named tuples.
 
 In the loops an array is all memory from its first element on, and an offset is in elements, unsigned: with signed
 offsets the compiler would have to allow for negative indices, and would not use vector instructions.
@@ -15,7 +15,7 @@ import numpy as np
 from .numba_cache import inlined
 from .numba_intrinsics import line_of, memory, prefetch, unit_of
 
-#: The rows of a call's tables: its arrays, in the order of Operands.
+#: The rows of a call's tables: its arrays, in the order of blocking.Arrays, Operands and Offsets.
 X, RESULT, DY, RESIDUAL, DRESIDUAL = range(5)
 
 PARTIAL = 512  # elements summed in computing precision; these sums are added in float64
@@ -151,13 +151,13 @@ def position_offsets(base, steps, inplace, i):
 @inlined
 def tile_bounds(tile, geometry):
     """Return the ranges of runs and of positions in a tile, and the number of elements."""
-    _, _, tiles, runs, length, tile_runs, tile_length, _, _, _ = geometry
-    if tiles == 1:
+    runs, length = geometry.runs, geometry.length
+    if geometry.tiles == 1:
         return 0, runs, 0, length, runs * length
-    along = (length + tile_length - 1) // tile_length
-    r0 = tile // along * tile_runs
-    l0 = tile % along * tile_length
-    r1, l1 = min(r0 + tile_runs, runs), min(l0 + tile_length, length)
+    along = (length + geometry.tile_length - 1) // geometry.tile_length
+    r0 = tile // along * geometry.tile_runs
+    l0 = tile % along * geometry.tile_length
+    r1, l1 = min(r0 + geometry.tile_runs, runs), min(l0 + geometry.tile_length, length)
     return r0, r1, l0, l1, (r1 - r0) * (l1 - l0)
 
 

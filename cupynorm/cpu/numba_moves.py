@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .numba_cache import disk_cached, inlined
+from .numba_cache import inlined, kernel
 from .numba_geometry import DRESIDUAL, RESULT, Geometry
 from .numba_intrinsics import call, copy_row, line_of, memory, own_address, transposition
-from .numba_tasks import COUNT, FINISHED, FIRST, PARTS, RANGES, STARTED, next_tasks, task_done
+from .numba_tasks import COUNT, FINISHED, FIRST, RANGES, STARTED, TASKS, next_tasks, task_done
 
 RESULTS = RESULT, DRESIDUAL  # the arrays written
 NOTHING = np.zeros((3, 3), np.int64)  # axes of an empty box
@@ -39,7 +39,7 @@ class Boxes(NamedTuple):
     """
 
     table: np.ndarray
-    buffer_size: int  # elements per array: those of the largest box, and space to align it to a cache line
+    buffer_size: int  # elements of a window: those of the largest box, and space to align it to a cache line
     planes: np.ndarray  # of each kind: the number of runs of consecutive planes, and the planes in a run
     sizes: np.ndarray  # elements of a plane, or of a tile
     strides: np.ndarray  # of each kind and array, over samples and planes, as the loops see them
@@ -233,7 +233,7 @@ def _copy_strided(a, o, j, b, p, k, size):
             b[p + i * k] = a[o + i * j]
 
 
-@partial(disk_cached, nogil=True)
+@kernel
 def _move(like, source, target, axes):
     a, b = memory(source, like), memory(target, like)
     rows, size, from_row, j, to_row, k = _rows_of(axes)
@@ -276,7 +276,7 @@ def _transposed(block: int) -> Any:
                         transpose(a, o + row * from_row + i * j, apart, b, p + row * to_row + i * k, width)
         return own_address()
 
-    return disk_cached(move, nogil=True)
+    return kernel(move)
 
 
 @cache
@@ -298,16 +298,17 @@ def _side_by_side(rows: int, j: int, k: int) -> Any:
                     b[p + k_ * i + row * to_row] = a[o + j_ * i + row * from_row]
         return own_address()
 
-    return disk_cached(move, nogil=True)
+    return kernel(move)
 
 
-@partial(disk_cached, nogil=True)
+@kernel
 def go_through(queue, loop, where, buffer, boxes, reads, writes, arguments):
-    """Take boxes from the queue: copy them to windows, call a loop of the CPU backend, copy results back.
+    """Take boxes from the queue: copy them to windows, call a loop, copy results back.
 
-    The loop is an address; it reads the first `reads` arrays except the results, which it writes if `writes`. The
-    buffer holds a window for each array, from its first whole cache line on. where: see numba_geometry.operands_of;
-    where and arguments are passed to the loop, with the addresses and the geometry of a window.
+    loop: the loop's address. It reads the first `reads` arrays except the results, and writes these if `writes`.
+    where: see numba_geometry.operands_of; the loop gets it with the addresses and the geometry of a box instead.
+    buffer: memory for the windows of the arrays that are copied, which begin at its first whole cache line.
+    arguments: the loop's further ones.
     """
     like, addresses, _, runs, _ = where
     geometry = Geometry(*where[4])
@@ -315,12 +316,18 @@ def go_through(queue, loop, where, buffer, boxes, reads, writes, arguments):
     zero, one = np.int64(0), np.int64(1)
     arrays, itemsize = len(addresses), np.int64(64 // line_of(like))
     at, windows = np.empty((2, arrays), np.int64)
+    copied = zero
+    for i in range(arrays):
+        copied += moves[0, i, 0] != 0
+    size_of_window = len(buffer) // max(copied, one) // 64 * 64 * itemsize
     window = (np.int64(buffer.ctypes.data) + 63) // 64 * 64
     for i in range(arrays):
-        windows[i] = window if moves[0, i, 0] else addresses[i]
-        window += len(buffer) // arrays // 64 * 64 * itemsize
+        windows[i] = addresses[i]
+        if moves[0, i, 0]:
+            windows[i] = window
+            window += size_of_window
     inner = np.zeros(RANGES + 8, np.int64)
-    inner[PARTS] = 1
+    inner[TASKS] = 1
     start, stop = next_tasks(queue)
     while start < stop:
         for box in range(start, stop):
@@ -331,6 +338,7 @@ def go_through(queue, loop, where, buffer, boxes, reads, writes, arguments):
                     call(moves[kind, i, 0], (like, there, windows[i], axes[kind, i, 0]))
             size = sizes[kind]
             sums = geometry.sums * tile
+            # A Geometry of contiguous planes, or of one tile of each: a block is one plane, which is one tile and run.
             cut = geometry.channels, one, one, one, size, one, size, zero, geometry.plane, sums
             for part in range(planes[kind, 0]):
                 first, count = table[box, 0] + part * geometry.channels, planes[kind, 1]

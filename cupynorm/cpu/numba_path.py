@@ -23,14 +23,16 @@ from .numba_tasks import TaskQueue
 from .thread_pool import share
 
 TILE = 65536  # positions; no less than numba_forward.FORWARD_SHORT
-SMALL_TABLE = 2**14  # bytes of run tables; layouts with larger tables have a smaller cache
+SMALL_TABLE = 1024  # runs; layouts with larger tables have a smaller cache
 PAYS = 2**18  # elements from which on a second thread pays
 STREAM = 3 * 2**23  # bytes; larger results bypass the caches, which could not hold them
 LONG_RUN = 128  # elements; shorter runs do not bypass them (many partial lines), and their planes go to windows
 PLANE_COSTS = 25  # the fixed cost of a plane, in elements
 # With fewer channels side by side, or less than a cache line of them, planes are copied to windows first.
 MIN_CHANNELS_COMPILED = 16
-SPARE = 14  # likewise if more than 1 / SPARE of the channels (16 bits: any) exceeds whole half cache lines
+# So are planes of channels that do not fill half cache lines, unless fewer than 1 / SPARE of them are left over (of
+# 16 bits: unless none is).
+SPARE = 14
 MOST_RUNS = 65536  # limit of the runs of a plane read in place: each array has a table of their offsets
 
 
@@ -116,7 +118,7 @@ class Layout:
 def _layout(*given: Any) -> Layout | None:
     """Return a layout, or None if its table is too large for this cache."""
     layout = Layout(*given)
-    return layout if not layout.usable or layout.runs.nbytes <= SMALL_TABLE else None
+    return layout if not layout.usable or layout.runs.shape[1] <= SMALL_TABLE else None
 
 
 _large_layout = lru_cache(maxsize=4)(Layout)
@@ -261,7 +263,7 @@ class MovedWork(CompiledWork):
         writes = loop not in (forward_tiles, backward_tiles)
 
         def work(worker: int) -> None:
-            buffer = np.empty(arrays * boxes.buffer_size, self.layout.like.dtype)
+            buffer = np.empty(sum(windows.moved) * boxes.buffer_size, self.layout.like.dtype)
             go_through((queue.numbers, worker), address, self.where, buffer, boxes, reads, writes, arguments)
 
         share(work, queue, min(self.threads, number))

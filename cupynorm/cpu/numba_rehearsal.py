@@ -18,8 +18,10 @@ from .numba_tasks import TaskQueue
 
 
 class Rehearsal(CompiledWork):
-    """A call without planes. Its `steps` run, and so compile, all loops that calls of its kind may use, for any number
-    of planes and threads."""
+    """A call without planes.
+
+    Its `steps`, when called, compile all loops that calls of its kind may use, for any number of planes and threads.
+    """
 
     def __init__(self, *what: Any):
         super().__init__(*what)
@@ -56,7 +58,10 @@ def rehearsals(
     y, none = empty_like(x, np.empty), np.empty((0, x.shape[1]), math_dtype(x.dtype))
 
     def rehearse(what: str, training: bool, arrays: Arrays) -> None:
-        call = Saved(x, none, none, None, None, training, none, activation, negative_slope, arrays.residual)
+        call = Saved(
+            x, none, none, None, None, training, mean_lo=none, activation=activation, negative_slope=negative_slope,
+            residual=arrays.residual,
+        )  # fmt: skip
         work = work_of(call, arrays)
         if work is None:
             return

@@ -1,9 +1,9 @@
 """A queue of tasks that compiled loops share without Python.
 
-numbers[STARTED] counts the parts that threads have taken, numbers[FINISHED] those that are done, each in a cache line
+numbers[STARTED] counts the tasks that threads have taken, numbers[FINISHED] those that are done, each in a cache line
 of its own, since threads write them at the same time. Each thread begins with a range of its own, counted in a line of
-its own, and goes on to those of others: what a core's caches hold from the last call, it need not fetch from another
-core's. A thread's queue is these numbers and its own number.
+its own, and goes on to those of others: so a core tends to get the items of the last call, which its caches still hold.
+A thread's queue is these numbers and the thread's own number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from .numba_cache import INTERNAL, disk_cached
 
-STARTED, PARTS, COUNT, FIRST, FINISHED, RANGES = 0, 1, 2, 3, 8, 16
+STARTED, TASKS, COUNT, FIRST, FINISHED, RANGES = 0, 1, 2, 3, 8, 16
 SPIN_LIMIT = 20_000  # reads of a counter, about 20 microseconds
 
 
@@ -41,7 +41,7 @@ class TaskQueue:
 
     def __init__(self, count, tasks, threads):
         self.numbers = np.zeros(RANGES + 8 * threads, np.int64)
-        self.numbers[PARTS], self.numbers[COUNT] = tasks, count
+        self.numbers[TASKS], self.numbers[COUNT] = tasks, count
 
     def drain(self):
         return bool(drain(self.numbers))
@@ -51,15 +51,15 @@ class TaskQueue:
 def next_tasks(queue):
     """Start a task: return the range (first, last) of its items, excluding last; an empty one if no task is left."""
     numbers, worker = queue
-    parts, count, first, ranges = numbers[PARTS], numbers[COUNT], numbers[FIRST], (len(numbers) - RANGES) // 8
-    if _add_to(numbers, STARTED, 1) >= parts:
+    tasks, count, first, ranges = numbers[TASKS], numbers[COUNT], numbers[FIRST], (len(numbers) - RANGES) // 8
+    if _add_to(numbers, STARTED, 1) >= tasks:
         return first, first
     while True:  # the counter guarantees that a task remains
         worker %= ranges
-        part = parts * worker // ranges + _add_to(numbers, RANGES + 8 * worker, 1)
+        task = tasks * worker // ranges + _add_to(numbers, RANGES + 8 * worker, 1)
         worker += 1
-        if part < parts * worker // ranges:
-            return first + count * part // parts, first + count * (part + 1) // parts
+        if task < tasks * worker // ranges:
+            return first + count * task // tasks, first + count * (task + 1) // tasks
 
 
 @numba.njit(**INTERNAL)
@@ -72,7 +72,7 @@ def task_done(queue):
 @disk_cached
 def drain(numbers):
     """Close the queue and spin briefly; True if all started tasks finished."""
-    started = min(_exchange(numbers, STARTED, numbers[PARTS]), numbers[PARTS])
+    started = min(_exchange(numbers, STARTED, numbers[TASKS]), numbers[TASKS])
     spins = 0
     while _add_to(numbers, FINISHED, 0) < started and spins < SPIN_LIMIT:
         spins += 1

@@ -68,7 +68,7 @@ class NumpyWork(Work):
         plane = self.spatial = math.prod(spatial)
         # The dtype of values computed once per plane.
         self.plane_dtype = np.dtype(np.float64) if plane > SHORT_ROW else self.dtype
-        # Half if no sum is computed in higher precision.
+        # Half as much if plane_dtype has no more digits than dtype: then sums cancel sooner.
         self.centre_ratio = CENTRE_RATIO if self.plane_dtype != self.dtype else CENTRE_RATIO / 2
         most = self.limit if self.threads == 1 else 2 * self.limit  # as threads wait for each other between NumPy calls
         self.tile: list[Index] = [()]  # the whole plane

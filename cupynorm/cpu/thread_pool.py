@@ -198,8 +198,8 @@ def share(work: Callable[[int], None], queue: Queue, threads: int) -> None:
     """Call work(worker) in up to `threads` threads, each of which takes tasks from the queue until none is left.
 
     worker is 0 for the caller; a helper has the same number in every call. An exception in any thread drains the queue,
-    and is raised here once all threads have finished. If the drained queue knows that all tasks have finished, there is
-    no need to wait for helpers that are about to return.
+    and is raised here once all threads have finished. If the drained queue knows that all started tasks have finished,
+    there is no need to wait for helpers that are about to return.
     """
     if threads > 1:
         _state.pool.run(_Job(work, queue), threads - 1)

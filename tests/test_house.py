@@ -124,7 +124,7 @@ def test_backend_of_a_place() -> None:
         assert type(backend_of("cuda:0")).__name__ == "CudaBackend"
 
 
-@pytest.mark.skipif(bool(missing("numba")), reason="numba is missing")
+@pytest.mark.compiled
 def test_the_arrays_of_a_call_have_one_order() -> None:
     from cupynorm.cpu import numba_geometry as geometry
 

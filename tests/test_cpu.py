@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from helpers.backends import Backend, on_cpu, peak_of, use_compiled
+from helpers.backends import Backend, on_cpu, peak_of, traced_memory, use_compiled
 from helpers.compare import Bits, assert_equal, assert_same, assert_within, bits
 from helpers.loops import numba_forward, numba_moves, numba_path
 from helpers.pairwise import pairwise
@@ -1089,15 +1089,12 @@ def test_memory_of_cached_layouts_is_limited(monkeypatch: pytest.MonkeyPatch):
     """Tables of planes of many runs are large, up to 2.5 MiB: four of them are kept."""
     use_compiled(monkeypatch, True)
     steps = 4 * 129 * 230 * 360, 4 * 129 * 230 * 360, 4 * 129 * 230, 4 * 129, 4
-    tracemalloc.start()
-    try:
+    with traced_memory():
         before = tracemalloc.get_traced_memory()[0]
         for i in range(160, 280):
             layout = numba_path.layout_of(np.dtype(np.float32), (1, 1, i, 230, 128), Arrays(steps, steps, steps))
             assert layout.usable and layout.runs.nbytes == len(Arrays._fields) * 8 * 230 * i
         assert tracemalloc.get_traced_memory()[0] - before < 12 * 2**20
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.compiled

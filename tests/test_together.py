@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import reference
 from faults import Faults, ending, handled
-from helpers.backends import Backend, on_cpu, use_compiled
+from helpers.backends import Backend, on_cpu, traced_memory, use_compiled
 from helpers.compare import Bits, assert_same, bits
 from helpers.loops import numba_path
 from helpers.tiers import amount
@@ -551,8 +551,7 @@ def test_thousands_of_calls(backend: Backend, rng: np.random.Generator) -> None:
         runtime.counts.clear()
     train(20)
     gc.collect()
-    tracemalloc.start()
-    try:
+    with traced_memory():
         train(times // 10)  # what is kept once, as Python 3.10 keeps frames
         gc.collect()
         before = tracemalloc.get_traced_memory()[0]
@@ -566,8 +565,6 @@ def test_thousands_of_calls(backend: Backend, rng: np.random.Generator) -> None:
             runtime.counts.clear()
         gc.collect()
         grown = tracemalloc.get_traced_memory()[0] - before
-    finally:
-        tracemalloc.stop()
     assert grown < 20_000, f"{grown} bytes in {times} calls"
     if backend.name == "cupy":
         assert pool.total_bytes() == held

@@ -10,7 +10,8 @@ import ctypes
 import shutil
 import tracemalloc
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 
 from cupynorm import cpu, devices
 from cupynorm.backend import MODULES
+from cupynorm.cpu import thread_pool
 from cupynorm.cuda.plan import Device
 
 #: Every backend, with the mark of its tests.
@@ -159,11 +161,24 @@ def use_compiled(patch: pytest.MonkeyPatch, wanted: bool) -> None:
     patch.setattr(cpu, "compiled", wanted)
 
 
-def peak_of(call: Callable[[], Any]) -> int:
-    """Return the peak of NumPy's allocations during a call, in bytes."""
+@contextmanager
+def traced_memory() -> Iterator[None]:
+    """Run tracemalloc, and end the helper threads before it stops.
+
+    Compiled loops allocate without Python's lock. If another thread does so just then, tracemalloc.stop crashes the
+    process (CPython 3.11, in a loop of starts and stops beside any compiled function that allocates).
+    """
     tracemalloc.start()
     try:
+        yield
+    finally:
+        thread_pool._state.pool.end()
+        thread_pool._state.pool = thread_pool._Pool()
+        tracemalloc.stop()
+
+
+def peak_of(call: Callable[[], Any]) -> int:
+    """Return the peak of NumPy's allocations during a call, in bytes."""
+    with traced_memory():
         call()
         return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()

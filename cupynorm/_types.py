@@ -83,6 +83,14 @@ class ForwardCall:
         """Whether the forward updates the running statistics."""
         return self.use_input_stats and self.running_mean is not None and self.momentum != 0
 
+    def saved(self, mean: Array, rstd: Array, mean_lo: Array | None) -> Saved:
+        """Return the state for the backward, with these statistics."""
+        return Saved(
+            self.x, mean, rstd, self.weight, self.bias, self.use_input_stats, mean_lo=mean_lo,
+            activation=self.activation, negative_slope=self.negative_slope, residual=self.residual,
+            with_residual=self.residual is not None, eps=self.eps,
+        )  # fmt: skip
+
 
 class ForwardResult(NamedTuple):
     """The result of a backend's forward, before it is committed.

@@ -158,6 +158,8 @@ def checked_forward(call: ForwardCall, place: str | None = None) -> ForwardResul
         check_out(call.out, x, place, (*inputs, *statistics))
     result = backend_of(place).forward(call)
     if result.saved is not None:
+        if call.activation is None:
+            result.saved.residual = None
         note_overwritten(result.saved, call.out)
     return result
 

@@ -94,12 +94,7 @@ class CpuBackend(Backend):
         y = empty_like(x, empty) if out is None else out
         planes, dtype = x.shape[:2], math_dtype(x.dtype)
         mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
-        saved = Saved(
-            x, mean, rstd, call.weight, call.bias, call.use_input_stats,
-            mean_lo=np.empty(planes, dtype) if call.use_input_stats else None, activation=call.activation,
-            negative_slope=call.negative_slope, residual=call.residual, with_residual=call.residual is not None,
-            eps=call.eps,
-        )  # fmt: skip
+        saved = call.saved(mean, rstd, np.empty(planes, dtype) if call.use_input_stats else None)
         arrays = Arrays(x, y, residual=call.residual)
         variance = None
         if call.use_input_stats:
@@ -113,8 +108,6 @@ class CpuBackend(Backend):
                 rstd[...] = 1 / np.sqrt(call.running_var.astype(dtype) + dtype.type(call.eps))
             if x.size:
                 _choose(saved, arrays).normalize()
-        if call.activation is None:
-            saved.residual = None
         update: Callable[..., None] = commit
         if variance is not None:
             count = math.prod(x.shape[2:])

@@ -90,13 +90,7 @@ class CudaBackend(Backend):
             mean, variance = work.planes(call.save or update), work.planes(update)
             rstd = work.planes(call.save)
             mean_lo = work.planes(call.save and training and activation is not None)
-            saved: Saved | None = None
-            if call.save:
-                saved = Saved(
-                    x, mean, rstd, call.weight, call.bias, training, mean_lo=mean_lo, activation=activation,
-                    negative_slope=call.negative_slope, residual=residual if activation is not None else None,
-                    with_residual=residual is not None, eps=call.eps,
-                )  # fmt: skip
+            saved = call.saved(mean, rstd, mean_lo) if call.save else None
             if x.size == 0:
                 if mean_lo is not None:
                     mean_lo.fill(0)

@@ -156,7 +156,7 @@ def planned(op: str, x: Array, device: Any) -> tuple[str, int | None]:
 
         return "compiled" if cpu.compiled else "numpy", None
     from cupynorm.cuda.describe import plan_for
-    from cupynorm.cuda.plan import ArrayDesc
+    from cupynorm.cuda.layout import ArrayDesc
 
     address = x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
     desc = ArrayDesc(x.shape, x.strides, x.itemsize, address % 16)

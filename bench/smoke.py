@@ -24,7 +24,10 @@ import numpy as np
 import cupynorm as cn
 from cupynorm import devices
 from cupynorm.cuda.describe import plan_for
-from cupynorm.cuda.plan import Device, Op, Plan, contiguous_desc
+from cupynorm.cuda.device import Device
+from cupynorm.cuda.layout import contiguous_desc
+from cupynorm.cuda.ops import Op
+from cupynorm.cuda.plan import Plan
 from cupynorm.cuda.variants import ITEMSIZE, Kind
 
 from . import report

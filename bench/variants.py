@@ -23,7 +23,9 @@ import numpy as np
 
 from cupynorm import devices
 from cupynorm.cuda import launch, plan, variants
-from cupynorm.cuda.plan import Device, Plan, choose_layout, contiguous_desc
+from cupynorm.cuda.device import Device
+from cupynorm.cuda.layout import choose_layout, contiguous_desc
+from cupynorm.cuda.plan import Plan
 from cupynorm.cuda.source import Module
 from cupynorm.cuda.variants import Variant
 

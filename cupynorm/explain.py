@@ -6,7 +6,7 @@ from ._checks import check_activation, check_input, check_no_activation
 from ._types import Array
 from .backend import backend_of
 from .cuda.describe import describe
-from .cuda.plan import DEVICES
+from .cuda.device import DEVICES
 
 
 def explain(

@@ -12,13 +12,8 @@ struct AffineOfThread {
     __device__ AffineOfThread(const Partition& partition, const Affine& affine, long long channels) {
         const int flags = affine.flags;
         const bool exists = partition.exists(channels);
-        #pragma unroll
-        for (int p = 0; p < P; p++) {
-            const long long c = partition.c + p, i = partition.n * channels + c;
-            weight[p] = affine.weight && exists
-                ? load_parameter(affine.weight, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT ? i : c) : 1;
-            bias[p] = affine.bias && exists
-                ? load_parameter(affine.bias, flags & WIDE_BIAS, flags & SAMPLE_BIAS ? i : c) : 0;
-        }
+        const long long c = partition.c, i = partition.n * channels + c;
+        load_parameters(weight, exists ? affine.weight : 0, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT ? i : c, 1);
+        load_parameters(bias, exists ? affine.bias : 0, flags & WIDE_BIAS, flags & SAMPLE_BIAS ? i : c, 0);
     }
 };

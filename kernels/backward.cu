@@ -19,7 +19,7 @@
 #include "gradient.cuh"
 #include "group.cuh"
 
-struct Call {
+struct BackwardArguments {
     Tensor x, dy, dx;
     const Math *mean, *rstd, *mean_lo;
     Affine affine;
@@ -32,7 +32,7 @@ struct Call {
 };
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
-__device__ inline void backward_scope(const Call& call, long long scope_index, long long spatial) {
+__device__ inline void backward_scope(const BackwardArguments& call, long long scope_index, long long spatial) {
     const int vecs_per_thread = RESIDENCY == REGISTERS && !GROUPED ? VECS_PER_THREAD : call.vecs_per_thread;
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.dx,
                                               call.channels, spatial);
@@ -69,7 +69,7 @@ __device__ inline void backward_scope(const Call& call, long long scope_index, l
 }
 
 // SUBWARP: as in forward.cu. dx uses x's buffer; dresidual has its own.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void backward_subwarp(Call call) {
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void backward_subwarp(BackwardArguments call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor dx = call.dx, dresidual = call.dresidual;
     const bool more = EPILOGUE && call.epilogue.residual.data, wanted = EPILOGUE && dresidual.data;
@@ -97,21 +97,16 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline voi
 }
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
-__device__ inline void backward(const Call& call) {
+__device__ inline void backward(BackwardArguments call) {
+    if (!EPILOGUE) {
+        call.epilogue = {};
+        call.dresidual = {};
+        call.mean_lo = 0;
+        call.affine.bias = 0;
+    }
+    if (!GROUPED) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) backward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
         backward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);
     });
 }
-
-#define VARIANT(NAME, SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD, BLOCKS, CLUSTER_SIZE)                               \
-    CLUSTER_KERNEL(THREADS, BLOCKS, CLUSTER_SIZE) backward_##NAME(                                                    \
-        TENSOR(x), TENSOR(dy), TENSOR(dx), const Math* mean, const Math* rstd, const void* weight, int flags,         \
-        GRADIENT_PARAMETERS void* sum_dy, void* sum_dy_xhat, long long channels, long long spatial,                   \
-        long long channel_tiles, int subdivision, int vecs_per_thread GROUP_PARAMETERS) {                             \
-        backward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(Call{                                                    \
-            OF(x), OF(dy), OF(dx), mean, rstd, MEAN_LO, Affine{weight, BIAS, flags}, EPILOGUE_OF, DRESIDUAL,          \
-            Sums{sum_dy, sum_dy_xhat, flags}, channels, spatial, channel_tiles, subdivision, vecs_per_thread,         \
-            GROUP_OF});                                                                                               \
-    }
-VARIANTS

@@ -22,32 +22,48 @@ __device__ inline Accum sum_over_batch(const Math* values, long long samples, lo
 }
 
 // running <- (1 - momentum) * running + momentum * mean over the batch, for the mean and the unbiased variance.
-KERNEL(COLUMNS * ROWS, 1) running_statistics(const Math* mean, const Math* variance, long long samples,
-                                             long long channels, double momentum, void* running_mean,
-                                             void* running_var, int flags) {
+struct RunningStatisticsArguments {
+    const Math *mean, *variance;
+    long long samples, channels;
+    double momentum;
+    void *running_mean, *running_var;
+    int flags;
+};
+
+KERNEL(COLUMNS * ROWS, 1) running_statistics(RunningStatisticsArguments call) {
     unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
-    const Accum mean_ = sum_over_batch(mean, samples, channels, c, (Accum*)shared) / samples;
-    const Accum var_ = sum_over_batch(variance, samples, channels, c, (Accum*)shared + COLUMNS * ROWS) / samples;
-    if (threadIdx.x >= COLUMNS || c >= channels) return;
-    const bool wide_mean = flags & WIDE_RUNNING_MEAN, wide_var = flags & WIDE_RUNNING_VAR;
-    const Accum old_mean = load_parameter(running_mean, wide_mean, c), old_var = load_parameter(running_var, wide_var, c);
-    store_parameter(running_mean, wide_mean, c, (Math)((1 - momentum) * old_mean + momentum * mean_));
-    store_parameter(running_var, wide_var, c, (Math)((1 - momentum) * old_var + momentum * var_));
+    Accum *first = (Accum*)shared, *second = first + COLUMNS * ROWS;
+    const Accum mean = sum_over_batch(call.mean, call.samples, call.channels, c, first) / call.samples;
+    const Accum var = sum_over_batch(call.variance, call.samples, call.channels, c, second) / call.samples;
+    if (threadIdx.x >= COLUMNS || c >= call.channels) return;
+    const bool wide_mean = call.flags & WIDE_RUNNING_MEAN, wide_var = call.flags & WIDE_RUNNING_VAR;
+    const Accum old_mean = load_parameter(call.running_mean, wide_mean, c);
+    const Accum old_var = load_parameter(call.running_var, wide_var, c);
+    const double momentum = call.momentum;
+    store_parameter(call.running_mean, wide_mean, c, (Math)((1 - momentum) * old_mean + momentum * mean));
+    store_parameter(call.running_var, wide_var, c, (Math)((1 - momentum) * old_var + momentum * var));
 }
 
 // dweight = sum of sum_dy_xhat over the batch, dbias = sum of sum_dy; each may be null.
-KERNEL(COLUMNS * ROWS, 1) parameter_gradients(const Math* sum_dy, const Math* sum_dy_xhat, long long samples,
-                                              long long channels, void* dweight, void* dbias, int flags) {
+struct ParameterGradientsArguments {
+    const Math *sum_dy, *sum_dy_xhat;
+    long long samples, channels;
+    void *dweight, *dbias;
+    int flags;
+};
+
+KERNEL(COLUMNS * ROWS, 1) parameter_gradients(ParameterGradientsArguments call) {
     unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
-    const bool writes = threadIdx.x < COLUMNS && c < channels;
-    if (dweight) {
-        const Accum sum = sum_over_batch(sum_dy_xhat, samples, channels, c, (Accum*)shared);
-        if (writes) store_parameter(dweight, flags & WIDE_WEIGHT, c, (Math)sum);
+    const bool writes = threadIdx.x < COLUMNS && c < call.channels;
+    Accum *first = (Accum*)shared, *second = first + COLUMNS * ROWS;
+    if (call.dweight) {
+        const Accum sum = sum_over_batch(call.sum_dy_xhat, call.samples, call.channels, c, first);
+        if (writes) store_parameter(call.dweight, call.flags & WIDE_WEIGHT, c, (Math)sum);
     }
-    if (dbias) {
-        const Accum sum = sum_over_batch(sum_dy, samples, channels, c, (Accum*)shared + COLUMNS * ROWS);
-        if (writes) store_parameter(dbias, flags & WIDE_BIAS, c, (Math)sum);
+    if (call.dbias) {
+        const Accum sum = sum_over_batch(call.sum_dy, call.samples, call.channels, c, second);
+        if (writes) store_parameter(call.dbias, call.flags & WIDE_BIAS, c, (Math)sum);
     }
 }

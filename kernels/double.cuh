@@ -85,10 +85,9 @@ template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Part
 __device__ inline Products products_of_tile(const Partition& partition, const Inputs& inputs,
                                             InputTiles<RESIDENCY, THREADS, VECS_PER_THREAD>& tile,
                                             int vecs_per_thread, const Stats& stat, Math* scratch, Math* other) {
-    const bool more = inputs.ddx.data;
     Products m;
-    {
-        Math s_g[LINES] = {}, s_u[LINES] = {}, means[2 * P];
+    Math s_g[LINES] = {}, s_u[LINES] = {}, means[2 * P];
+    with_constant(inputs.ddx.data, [&](bool more) {
         const auto add = [&](int v, Math, Math g, Math u) {
             s_g[line_of(v)] += g;
             s_u[line_of(v)] += u;
@@ -103,29 +102,31 @@ __device__ inline Products products_of_tile(const Partition& partition, const In
             }
         }
         if (Partition::has_tails && partition.tail >= 0) tile.at_tail(more, add);
-        fold(s_g, means);
-        fold(s_u, means + P);
-        sum_over_scope<SCOPE, THREADS>(means, partition.size, partition.channel_vecs, scratch);
-        #pragma unroll
-        for (int p = 0; p < P; p++) {
-            m.shift_g[p] = means[p] / (Math)partition.count();
-            m.shift_u[p] = means[P + p] / (Math)partition.count();
-        }
+    });
+    fold(s_g, means);
+    fold(s_u, means + P);
+    sum_over_scope<SCOPE, THREADS>(means, partition.size, partition.channel_vecs, scratch);
+    #pragma unroll
+    for (int p = 0; p < P; p++) {
+        m.shift_g[p] = means[p] / (Math)partition.count();
+        m.shift_u[p] = means[P + p] / (Math)partition.count();
     }
     Math s[QUANTITIES][LINES] = {};
-    const auto add = [&](int v, Math x, Math g_, Math u) {
-        const int p = plane_of(v), line = line_of(v);
-        const Math xhat = stat.xhat(p, x), g = g_ - m.shift_g[p];
-        s[OF_X][line] += xhat;
-        s[OF_G][line] += g;
-        s[OF_GX][line] += g * xhat;
-        const Math u_ = u - m.shift_u[p], v_ = u_ * stat.rstd[p];
-        s[OF_U][line] += u_;
-        s[OF_VX][line] += v_ * xhat;
-        s[OF_VG][line] += v_ * g;
-    };
-    tile.x.each(vecs_per_thread, [&](int k) { if (partition.holds(k)) tile.vec(k, more, add); });
-    if (Partition::has_tails && partition.tail >= 0) tile.at_tail(more, add);
+    with_constant(inputs.ddx.data, [&](bool more) {
+        const auto add = [&](int v, Math x, Math g_, Math u) {
+            const int p = plane_of(v), line = line_of(v);
+            const Math xhat = stat.xhat(p, x), g = g_ - m.shift_g[p];
+            s[OF_X][line] += xhat;
+            s[OF_G][line] += g;
+            s[OF_GX][line] += g * xhat;
+            const Math u_ = u - m.shift_u[p], v_ = u_ * stat.rstd[p];
+            s[OF_U][line] += u_;
+            s[OF_VX][line] += v_ * xhat;
+            s[OF_VG][line] += v_ * g;
+        };
+        tile.x.each(vecs_per_thread, [&](int k) { if (partition.holds(k)) tile.vec(k, more, add); });
+        if (Partition::has_tails && partition.tail >= 0) tile.at_tail(more, add);
+    });
     #pragma unroll
     for (int i = 0; i < QUANTITIES; i++) fold(s[i], m.sums + i * P);
     sum_over_scope<SCOPE, THREADS>(m.sums, partition.size, partition.channel_vecs, other);
@@ -188,7 +189,7 @@ struct DoubleGradient {
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
 __device__ inline void write_both(const Partition& partition, const Tensor& ddy, const Tensor& dx,
                                   const InputTiles<RESIDENCY, THREADS, VECS_PER_THREAD>& tile, int vecs_per_thread,
-                                  bool more, const Stats& stat, const DoubleGradient& d) {
+                                  bool with_ddx, const Stats& stat, const DoubleGradient& d) {
     Storage *to_ddy = partition.origin(ddy), *to_dx = partition.origin(dx);
     Storage first, second;
     const auto both = [&](int v, Math x, Math g, Math u) {
@@ -198,28 +199,22 @@ __device__ inline void write_both(const Partition& partition, const Tensor& ddy,
         second = narrow((d.q[p] * (g - d.shift_g[p]) + (d.of_x[p] * xhat - d.of_v[p] * v_) + d.offset_dx[p])
                         * stat.rstd[p]);
     };
-    tile.x.each(vecs_per_thread, [&](int k) {
-        if (!partition.holds(k)) return;
-        Vec a, b;
-        tile.vec(k, more, [&](int v, Math x, Math g, Math u) {
-            both(v, x, g, u);
-            a.v[v] = first;
-            b.v[v] = second;
+    with_constant(with_ddx, [&](bool more) {
+        tile.x.each(vecs_per_thread, [&](int k) {
+            if (!partition.holds(k)) return;
+            Vec a, b;
+            tile.vec(k, more, [&](int v, Math x, Math g, Math u) {
+                both(v, x, g, u);
+                a.v[v] = first;
+                b.v[v] = second;
+            });
+            partition.put(ddy, to_ddy, k, a);
+            partition.put(dx, to_dx, k, b);
         });
-        partition.put(ddy, to_ddy, k, a);
-        partition.put(dx, to_dx, k, b);
+        if (Partition::has_tails && partition.tail >= 0) {
+            tile.at_tail(more, both);
+            store(to_ddy + partition.tail, first);
+            store(to_dx + partition.tail, second);
+        }
     });
-    if (Partition::has_tails && partition.tail >= 0) {
-        tile.at_tail(more, both);
-        store(to_ddy + partition.tail, first);
-        store(to_dx + partition.tail, second);
-    }
 }
-
-#define INPUT_PARAMETERS TENSOR(x), TENSOR(dy), TENSOR(ddx)
-#define INPUTS Inputs{OF(x), OF(dy), OF(ddx)}
-// The flags of a bias describe ddbias in flags, and ddweight in gradient_flags.
-#define KNOWN_PARAMETERS                                                                                              \
-    const Math *mean, const Math *rstd, const void *weight, const void *ddbias, int flags, const void *ddweight,      \
-    int gradient_flags
-#define PARAMETERS Parameters{Affine{weight, ddbias, flags}, Affine{0, ddweight, gradient_flags}}

@@ -17,7 +17,7 @@
 #include "double.cuh"
 #include "group.cuh"
 
-struct Call {
+struct DoubleBackwardArguments {
     Inputs inputs;
     Tensor dx, ddy;
     const Math *mean, *rstd;
@@ -77,7 +77,7 @@ __device__ inline void merge_products_of_tiles(const Partition& partition, const
 #endif
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
-__device__ inline void double_backward_scope(const Call& call, long long scope_index, long long spatial) {
+__device__ inline void double_backward_scope(const DoubleBackwardArguments& call, long long scope_index, long long spatial) {
     const int vecs_per_thread = RESIDENCY == REGISTERS ? VECS_PER_THREAD : call.vecs_per_thread;
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.dx,
                                               call.channels, spatial);
@@ -119,7 +119,7 @@ __device__ inline void double_backward_scope(const Call& call, long long scope_i
 }
 
 // SUBWARP: as in forward.cu. dx uses x's buffer, and ddy uses dy's.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void double_backward_subwarp(Call call) {
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void double_backward_subwarp(DoubleBackwardArguments call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor dx = call.dx, ddy = call.ddy;
     Storage* buffer = staging.buffers(shared_memory(), 3);
@@ -141,19 +141,10 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline voi
 }
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
-__device__ inline void double_backward(const Call& call) {
+__device__ inline void double_backward(DoubleBackwardArguments call) {
+    if (!GROUPED) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) double_backward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
         double_backward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);
     });
 }
-
-#define VARIANT(NAME, SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD, BLOCKS, CLUSTER_SIZE)                               \
-    CLUSTER_KERNEL(THREADS, BLOCKS, CLUSTER_SIZE) double_backward_##NAME(                                             \
-        INPUT_PARAMETERS, TENSOR(dx), TENSOR(ddy), KNOWN_PARAMETERS, void* sums, long long channels,                  \
-        long long spatial, long long channel_tiles, int subdivision, int vecs_per_thread GROUP_PARAMETERS) {          \
-        double_backward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(Call{                                             \
-            INPUTS, OF(dx), OF(ddy), mean, rstd, PARAMETERS, Sums{0, sums, flags}, channels, spatial, channel_tiles,  \
-            subdivision, vecs_per_thread, GROUP_OF});                                                                 \
-    }
-VARIANTS

@@ -9,25 +9,8 @@ enum { NONE, RECTIFIER, SILU, GELU };
 
 struct Epilogue {
     Tensor residual;                // data may be null
-    Math slope;
+    double slope;
 };
-
-#if EPILOGUE
-#define EPILOGUE_PARAMETERS TENSOR(residual), double slope,
-#define EPILOGUE_OF Epilogue{OF(residual), (Math)slope}
-// Of a backward: the other inputs of z, and dresidual, to which g is written (its data may be null).
-#define GRADIENT_PARAMETERS EPILOGUE_PARAMETERS TENSOR(dresidual), const Math* mean_lo, const void* bias,
-#define DRESIDUAL OF(dresidual)
-#define MEAN_LO mean_lo
-#define BIAS bias
-#else
-#define EPILOGUE_PARAMETERS
-#define EPILOGUE_OF Epilogue{}
-#define GRADIENT_PARAMETERS
-#define DRESIDUAL Tensor{}
-#define MEAN_LO 0
-#define BIAS 0
-#endif
 
 #if defined(STORAGE_FLOAT64)
 __device__ inline Math exponential(Math z) { return exp(z); }

@@ -3,8 +3,8 @@
 //     y = activation(((x - mean) - mean_lo) * (rstd * weight) + bias + residual),   rstd = 1 / sqrt(m2 / count + eps)
 //
 // Macros: STORAGE_..., VEC_SIZE, CHANNELS_LAST (types.cuh, plane.cuh), MISALIGNED (plane.cuh), EPILOGUE
-// (epilogue.cuh), GROUPED (group.cuh), and VARIANTS, a list of VARIANT(name, scope, residency, threads,
-// vecs_per_thread, blocks, cluster): the kernels to compile, and how many blocks of each must fit on a multiprocessor.
+// (epilogue.cuh), GROUPED (group.cuh). The module's text ends with a kernel for each of its variants, which calls
+// forward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call) (cupynorm/cuda/source.py).
 // mean, rstd, mean_lo and variance (unbiased) have N * C elements. They, weight and bias may be null.
 
 #include "types.cuh"
@@ -17,7 +17,7 @@
 #include "moments.cuh"
 #include "group.cuh"
 
-struct Call {
+struct ForwardArguments {
     Tensor x, y;
     Epilogue epilogue;
     Affine affine;
@@ -29,7 +29,7 @@ struct Call {
 };
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
-__device__ inline void forward_scope(const Call& call, long long scope_index, long long spatial) {
+__device__ inline void forward_scope(const ForwardArguments& call, long long scope_index, long long spatial) {
     const int vecs_per_thread = RESIDENCY == REGISTERS && !GROUPED ? VECS_PER_THREAD : call.vecs_per_thread;
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.y,
                                               call.channels, spatial);
@@ -68,9 +68,10 @@ __device__ inline void forward_scope(const Call& call, long long scope_index, lo
     Normalization to;
     #pragma unroll
     for (int p = 0; p < P; p++) to.set(p, m.mean[p], m.mean_lo[p], inverse[p], affine);
+    const Math slope = (Math)call.epilogue.slope;
     write_tile(partition, call.y, tile, call.vecs_per_thread, call.epilogue.residual,
                [&](int p, Math value, Math residual) {
-        return activated(to.z(p, value), residual, call.epilogue.slope);
+        return activated(to.z(p, value), residual, slope);
     });
 #if GROUPED
     exchange.end();
@@ -79,7 +80,7 @@ __device__ inline void forward_scope(const Call& call, long long scope_index, lo
 
 // SUBWARP: the warp stages its planes, and uses x's buffer for y. All of x has been read before the first y is written:
 // all lanes wait for sums that contain every x.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void forward_subwarp(Call call) {
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void forward_subwarp(ForwardArguments call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor y = call.y;
     const bool more = EPILOGUE && call.epilogue.residual.data;
@@ -98,20 +99,12 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline voi
     staging.put(y, buffer);
 }
 
-template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void forward(const Call& call) {
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void forward(ForwardArguments call) {
+    if (!EPILOGUE) call.epilogue = {};      // constants: the compiler removes the code that reads them
+    if (!GROUPED) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) forward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
         forward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);
     });
 }
-
-#define VARIANT(NAME, SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD, BLOCKS, CLUSTER_SIZE)                               \
-    CLUSTER_KERNEL(THREADS, BLOCKS, CLUSTER_SIZE) forward_##NAME(                                                     \
-        TENSOR(x), TENSOR(y), const void* weight, const void* bias, int flags, EPILOGUE_PARAMETERS Math* mean,        \
-        Math* rstd, Math* mean_lo, Math* variance, long long channels, long long spatial, long long channel_tiles,    \
-        int subdivision, int vecs_per_thread, double eps GROUP_PARAMETERS) {                                          \
-        forward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(Call{                                                     \
-            OF(x), OF(y), EPILOGUE_OF, Affine{weight, bias, flags}, mean, rstd, mean_lo, variance, channels, spatial, \
-            channel_tiles, subdivision, vecs_per_thread, eps, GROUP_OF});                                             \
-    }
-VARIANTS

@@ -16,8 +16,7 @@ struct AffineStats {
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = partition.n * channels + partition.c + p;
-            const Math m = exists ? load(mean_ + i) : 0;
-            const Math r = exists ? load(rstd_ + i) : 0;
+            const Math m = exists ? load(mean_ + i) : 0, r = exists ? load(rstd_ + i) : 0;
             const Unit u = own ? unit_of(m, r) : Unit{1, r};
             unit[p] = u.unit;
             rstd[p] = u.rstd;
@@ -30,16 +29,14 @@ struct AffineStats {
 };
 
 // Replace dy by the gradient g = dy * activation'(z) in the batch of vecs that begins with `from`, and with the first
-// batch in the tail element. Call f(v, x, g) for each element, with g before it is rounded to Storage. Write g to
-// dresidual, if there is one.
+// batch in the tail element. Call f(v, x, g) for each element, with g before it is rounded to Storage. If there is
+// a residual, write g to dresidual, too.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
 __device__ inline void apply_epilogue(const Partition& partition, const Epilogue& epilogue, const Tensor& dresidual,
                                       const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
                                       Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& dy, int from,
                                       const AffineStats& stat, F f) {
-    const bool more = epilogue.residual.data, wanted = dresidual.data;
-    Storage* residual = more ? partition.origin(epilogue.residual) : 0;
-    Storage* to = wanted ? partition.origin(dresidual) : 0;
+    const Math slope = (Math)epilogue.slope;
     Math scale[P], offset[P];
     #pragma unroll
     for (int p = 0; p < P; p++) {
@@ -49,26 +46,30 @@ __device__ inline void apply_epilogue(const Partition& partition, const Epilogue
     const auto gradient = [&](int v, Storage x_, Storage dy_, Math r) {
         const int p = plane_of(v);
         const Math affine = stat.centred(p, widen(x_)) * scale[p] + offset[p];
-        const Math g = gradient_through(affine, r, widen(dy_), epilogue.slope);
+        const Math g = gradient_through(affine, r, widen(dy_), slope);
         f(v, widen(x_), g);
         return narrow(g);
     };
-    const auto one = [&](int k) {
-        if (!partition.holds(k)) return;
-        const Vec a = x.get(k);
-        Vec b = dy.get(k), r = {};
-        if (more) r = partition.get(epilogue.residual, residual, k);
+    with_constant(epilogue.residual.data, [&](bool more) {
+        Storage* residual = more ? partition.origin(epilogue.residual) : 0;
+        Storage* to = more ? partition.origin(dresidual) : 0;
+        const auto one = [&](int k) {
+            if (!partition.holds(k)) return;
+            const Vec a = x.get(k);
+            Vec b = dy.get(k), r = {};
+            if (more) r = partition.get(epilogue.residual, residual, k);
+            #pragma unroll
+            for (int v = 0; v < VEC_SIZE; v++) b.v[v] = gradient(v, a.v[v], b.v[v], more ? widen(r.v[v]) : 0);
+            dy.set(k, b);
+            if (more) partition.put(dresidual, to, k, b);
+        };
         #pragma unroll
-        for (int v = 0; v < VEC_SIZE; v++) b.v[v] = gradient(v, a.v[v], b.v[v], more ? widen(r.v[v]) : 0);
-        dy.set(k, b);
-        if (wanted) partition.put(dresidual, to, k, b);
-    };
-    #pragma unroll
-    for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) one(from + i);
-    if (Partition::has_tails && from == 0 && partition.tail >= 0) {
-        dy.tail = gradient(0, x.tail, dy.tail, more ? widen(load(residual + partition.tail)) : 0);
-        if (wanted) store(to + partition.tail, dy.tail);
-    }
+        for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) one(from + i);
+        if (Partition::has_tails && from == 0 && partition.tail >= 0) {
+            dy.tail = gradient(0, x.tail, dy.tail, more ? widen(load(residual + partition.tail)) : 0);
+            if (more) store(to + partition.tail, dy.tail);
+        }
+    });
 }
 
 // sums: sum(g) of the P planes, then sum(g * c), then sum(c), where c = (x - mean) * rstd with the rounded mean.

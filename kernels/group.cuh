@@ -12,14 +12,6 @@ struct Group {
     unsigned* arrived;              // GRID: [group], 0 at the launch
 };
 
-#if GROUPED
-#define GROUP_PARAMETERS , int tiles, Math* partial, unsigned* arrived
-#define GROUP_OF Group{tiles, partial, arrived}
-#else
-#define GROUP_PARAMETERS
-#define GROUP_OF Group{1, 0, 0}
-#endif
-
 // 0, or NaN if the value is not finite: a sum that starts with it cannot be complete before the value has been read.
 __device__ inline Accum nothing_of(Accum value) { return 0 * value; }
 

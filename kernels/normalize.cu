@@ -16,57 +16,83 @@
 #include "moments.cuh"
 #include "gradient.cuh"
 
-template <int SCOPE, int THREADS, int VECS_PER_THREAD>
-__device__ inline void normalize(const Tensor& x, const Tensor& y, const void* running_mean, const void* running_var,
-                                 const Affine& parameters, const Epilogue& epilogue, Math* mean, Math* rstd, double eps,
-                                 long long channels, long long spatial, long long scopes, long long tiles,
-                                 int subdivision) {
+struct NormalizeArguments {
+    Tensor x, y;
+    const void *running_mean, *running_var;
+    Affine affine;
+    Epilogue epilogue;
+    Math *mean, *rstd;              // may be null
+    double eps;
+    long long channels, spatial, scopes, tiles;
+    int subdivision;
+};
+
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void normalize(NormalizeArguments call) {
+    if (!EPILOGUE) call.epilogue = {};      // constant, as in forward.cu
     const long long scope_index = Partition<SCOPE, THREADS>::scope_in_grid();
-    if (scope_index >= scopes) return;
-    const Partition<SCOPE, THREADS> partition(scope_index, tiles, VECS_PER_THREAD, subdivision, y, channels, spatial);
-    const AffineOfThread affine(partition, parameters, channels);
-    Math center[P], inverse[P], scale[P];
+    if (scope_index >= call.scopes) return;
+    const Partition<SCOPE, THREADS> partition(scope_index, call.tiles, VECS_PER_THREAD, call.subdivision, call.y,
+                                              call.channels, call.spatial);
+    const AffineOfThread affine(partition, call.affine, call.channels);
+    const bool exists = partition.exists(call.channels);
+    Math center[P], var[P], inverse[P], scale[P];
+    load_parameters(center, exists ? call.running_mean : 0, call.affine.flags & WIDE_RUNNING_MEAN, partition.c, 0);
+    load_parameters(var, exists ? call.running_var : 0, call.affine.flags & WIDE_RUNNING_VAR, partition.c, 1);
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const long long c = partition.exists(channels) ? partition.c + p : 0;
-        center[p] = load_parameter(running_mean, parameters.flags & WIDE_RUNNING_MEAN, c);
-        inverse[p] = reciprocal_sqrt(load_parameter(running_var, parameters.flags & WIDE_RUNNING_VAR, c) + (Math)eps);
+        inverse[p] = reciprocal_sqrt(var[p] + (Math)call.eps);
         scale[p] = inverse[p] * affine.weight[p];
     }
-    if (mean && partition.tile == 0) partition.each_plane(channels, [&](int p, long long i) {
-        store(mean + i, center[p]);
-        store(rstd + i, inverse[p]);
+    if (call.mean && partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
+        store(call.mean + i, center[p]);
+        store(call.rstd + i, inverse[p]);
     });
-    Tile<REGISTERS, THREADS, VECS_PER_THREAD> tile;
-    tile.read(partition, x, 0);
-    write_tile(partition, y, tile, VECS_PER_THREAD, epilogue.residual, [&](int p, Math value, Math residual) {
-        return activated((value - center[p]) * scale[p] + affine.bias[p], residual, epilogue.slope);
+    Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile;
+    tile.read(partition, call.x, 0);
+    const Math slope = (Math)call.epilogue.slope;
+    write_tile(partition, call.y, tile, VECS_PER_THREAD, call.epilogue.residual, [&](int p, Math value, Math residual) {
+        return activated((value - center[p]) * scale[p] + affine.bias[p], residual, slope);
     });
 }
 
+struct FrozenBackwardArguments {
+    Tensor x, dy, dx;
+    const Math *mean, *rstd;
+    Affine affine;
+    Epilogue epilogue;
+    Tensor dresidual;
+    Sums sums;
+    long long channels, spatial, scopes, tiles;
+    int subdivision;
+};
+
 // x is read only for the sums or an epilogue.
-template <int SCOPE, int THREADS, int VECS_PER_THREAD>
-__device__ inline void frozen_backward(const Tensor& x, const Tensor& dy, const Tensor& dx, const Math* mean,
-                                       const Math* rstd, const Affine& affine, const Epilogue& epilogue,
-                                       const Tensor& dresidual, const Sums& results, long long channels,
-                                       long long spatial, long long scopes, long long tiles, int subdivision) {
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void frozen_backward(FrozenBackwardArguments call) {
+    if (!EPILOGUE) {
+        call.epilogue = {};
+        call.dresidual = {};
+        call.affine.bias = 0;
+    }
     unsigned char* shared = shared_memory();
     const long long scope_index = Partition<SCOPE, THREADS>::scope_in_grid();
-    if (scope_index >= scopes) return;
-    const Partition<SCOPE, THREADS> partition(scope_index, tiles, VECS_PER_THREAD, subdivision, dx, channels, spatial);
-    const AffineStats stat(partition, false, mean, 0, rstd, affine, channels);
-    const bool summed = results.dy || results.dy_xhat;
-    Tile<REGISTERS, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
-    if (EPILOGUE || summed) tile_x.read(partition, x, 0);
-    tile_dy.read(partition, dy, 0);
+    if (scope_index >= call.scopes) return;
+    const Partition<SCOPE, THREADS> partition(scope_index, call.tiles, VECS_PER_THREAD, call.subdivision, call.dx,
+                                              call.channels, call.spatial);
+    const AffineStats stat(partition, false, call.mean, 0, call.rstd, call.affine, call.channels);
+    const bool summed = call.sums.dy || call.sums.dy_xhat;
+    Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
+    if (EPILOGUE || summed) tile_x.read(partition, call.x, 0);
+    tile_dy.read(partition, call.dy, 0);
     Math sum_dy[LINES] = {}, sum_dy_xhat[LINES] = {};
     const auto add_one = [&](int v, Math x_, Math g) {
         const int p = plane_of(v);
         sum_dy[line_of(v)] += g;
         sum_dy_xhat[line_of(v)] += g * ((x_ - stat.mean[p]) * stat.rstd[p]);
     };
-    if (EPILOGUE) apply_epilogue(partition, epilogue, dresidual, tile_x, tile_dy, 0, stat, add_one);
-    write_tile(partition, dx, tile_dy, VECS_PER_THREAD, Tensor{}, [&](int p, Math g, Math) {
+    if (EPILOGUE) apply_epilogue(partition, call.epilogue, call.dresidual, tile_x, tile_dy, 0, stat, add_one);
+    write_tile(partition, call.dx, tile_dy, VECS_PER_THREAD, Tensor{}, [&](int p, Math g, Math) {
         return g * (stat.rstd[p] * stat.affine.weight[p]);
     });
     if (!summed) return;
@@ -86,26 +112,7 @@ __device__ inline void frozen_backward(const Tensor& x, const Tensor& dy, const 
     fold(sum_dy, sums);
     fold(sum_dy_xhat, sums + P);
     sum_over_scope<SCOPE, THREADS>(sums, partition.size, partition.channel_vecs, (Math*)shared);
-    partition.each_plane(channels, [&](int p, long long i) {
-        results.set(i * tiles + partition.tile, sums[p], sums[P + p]);
+    partition.each_plane(call.channels, [&](int p, long long i) {
+        call.sums.set(i * call.tiles + partition.tile, sums[p], sums[P + p]);
     });
 }
-
-#define VARIANT(NAME, SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD, BLOCKS, CLUSTER_SIZE)                               \
-    KERNEL(THREADS, BLOCKS) normalize_##NAME(                                                                         \
-        TENSOR(x), TENSOR(y), const void* running_mean, const void* running_var, const void* weight,                  \
-        const void* bias, int flags, EPILOGUE_PARAMETERS Math* mean, Math* rstd, double eps, long long channels,      \
-        long long spatial, long long scopes, long long tiles, int subdivision) {                                      \
-        normalize<SCOPE, THREADS, VECS_PER_THREAD>(                                                                   \
-            OF(x), OF(y), running_mean, running_var, Affine{weight, bias, flags}, EPILOGUE_OF, mean, rstd, eps,       \
-            channels, spatial, scopes, tiles, subdivision);                                                           \
-    }                                                                                                                 \
-    KERNEL(THREADS, BLOCKS) frozen_backward_##NAME(                                                                   \
-        TENSOR(x), TENSOR(dy), TENSOR(dx), const Math* mean, const Math* rstd, const void* weight, int flags,         \
-        GRADIENT_PARAMETERS void* sum_dy, void* sum_dy_xhat, long long channels, long long spatial, long long scopes, \
-        long long tiles, int subdivision) {                                                                           \
-        frozen_backward<SCOPE, THREADS, VECS_PER_THREAD>(                                                             \
-            OF(x), OF(dy), OF(dx), mean, rstd, Affine{weight, BIAS, flags}, EPILOGUE_OF, DRESIDUAL,                   \
-            Sums{sum_dy, sum_dy_xhat, flags}, channels, spatial, scopes, tiles, subdivision);                         \
-    }
-VARIANTS

@@ -249,21 +249,24 @@ __device__ inline void write_tile(const Partition& partition, const Tensor& y,
                                   const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x, int vecs_per_thread,
                                   const Tensor& residual, F f) {
     Storage* origin = partition.origin(y);
-    const bool more = EPILOGUE && residual.data;
-    // The residual's distance from y's origin, in elements: takes one register less than two origins.
-    const long long other = more ? partition.origin(residual) - origin : 0;
-    x.each(vecs_per_thread, [&](int k) {
-        if (!partition.holds(k)) return;
-        Vec vec = x.get(k), r = {};
-        if (more) r = partition.get(residual, origin + other, k);
-        #pragma unroll
-        for (int v = 0; v < VEC_SIZE; v++) vec.v[v] = narrow(f(plane_of(v), widen(vec.v[v]), more ? widen(r.v[v]) : 0));
-        partition.put(y, origin, k, vec);
+    with_constant(EPILOGUE && residual.data, [&](bool more) {
+        // The residual's distance from y's origin, in elements: takes one register less than two origins.
+        const long long other = more ? partition.origin(residual) - origin : 0;
+        x.each(vecs_per_thread, [&](int k) {
+            if (!partition.holds(k)) return;
+            Vec vec = x.get(k), r = {};
+            if (more) r = partition.get(residual, origin + other, k);
+            #pragma unroll
+            for (int v = 0; v < VEC_SIZE; v++) {
+                vec.v[v] = narrow(f(plane_of(v), widen(vec.v[v]), more ? widen(r.v[v]) : 0));
+            }
+            partition.put(y, origin, k, vec);
+        });
+        if (Partition::has_tails && partition.tail >= 0) {
+            const Math r = more ? widen(load(origin + other + partition.tail)) : 0;
+            store(origin + partition.tail, narrow(f(0, widen(x.tail), r)));
+        }
     });
-    if (Partition::has_tails && partition.tail >= 0) {
-        const Math r = more ? widen(load(origin + other + partition.tail)) : 0;
-        store(origin + partition.tail, narrow(f(0, widen(x.tail), r)));
-    }
 }
 
 // The same for two arrays: dx = f(p, x, dy).

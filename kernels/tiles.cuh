@@ -13,7 +13,3 @@ __device__ inline void each_tile(const Tiles& t, const Tensor& x, bool reverse, 
     f(Partition<SCOPE, THREADS>(t.first * t.tiles + (reverse ? scopes - 1 - scope_index : scope_index), t.tiles,
                                 VECS_PER_THREAD, t.subdivision, x, t.channels, t.spatial));
 }
-
-#define TILES_PARAMETERS                                                                                              \
-    long long channels, long long spatial, long long first, long long channel_tiles, long long tiles, int subdivision
-#define TILES_OF Tiles{channels, spatial, first, channel_tiles, tiles, subdivision}

@@ -68,12 +68,7 @@ __device__ inline Storage narrow(Math m) {
 
 #if !defined(SIMT)
 #define KERNEL(THREADS, BLOCKS) extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-#define CLUSTER_KERNEL(THREADS, BLOCKS, SIZE) KERNEL(THREADS, BLOCKS) CLUSTER_OF_##SIZE
-#define CLUSTER_OF_1
-#define CLUSTER_OF_2 __cluster_dims__(2, 1, 1)
-#define CLUSTER_OF_4 __cluster_dims__(4, 1, 1)
-#define CLUSTER_OF_8 __cluster_dims__(8, 1, 1)
-#define CLUSTER_OF_16 __cluster_dims__(16, 1, 1)
+#define CLUSTER_OF(SIZE) __cluster_dims__(SIZE, 1, 1)
 __device__ inline unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char shared[];
     return shared;
@@ -126,23 +121,39 @@ __device__ inline float reciprocal(float f) { return __frcp_rn(f); }
 #endif
 #endif
 
+// Call f(answer) with the answer as a constant: the code of f exists for each answer, without a branch in its loops.
+template <class F> __device__ inline void with_constant(bool answer, F f) {
+    if (answer) f(true);
+    else f(false);
+}
+
 // An array as the kernels see it: strides in elements between samples, channels and spatial positions.
 struct Tensor {
     Storage* data;
     long long n, c, s;
 };
-#define TENSOR(t) Storage* t, long long t##_n, long long t##_c, long long t##_s
-#define OF(t) Tensor{t, t##_n, t##_c, t##_s}
 
-// Flags. Each array of numbers per channel or plane is stored in Math ("wide") or in Storage; weight and bias have one
-// number per channel, or one per sample and channel.
-enum {
-    WIDE_WEIGHT = 1, WIDE_BIAS = 2, WIDE_RUNNING_MEAN = 4, WIDE_RUNNING_VAR = 8, SAMPLE_WEIGHT = 16, SAMPLE_BIAS = 32,
-    NARROW_SUM_DY = 64, NARROW_SUM_DY_XHAT = 128,
-};
+// Flags say how arrays of per-channel or per-plane numbers are stored; cupynorm/cuda/arguments.py defines them. WIDE_...:
+// in Math, else in Storage. SAMPLE_...: one number per sample and channel, else one per channel. NARROW_...: sums in
+// Storage, else in Math.
 
 __device__ inline Math load_parameter(const void* data, bool wide, long long i) {
     return wide ? load((const Math*)data + i) : widen(load((const Storage*)data + i));
+}
+
+// Load K numbers from place `first` on; without data, each is `missing`.
+template <int K>
+__device__ inline void load_parameters(Math (&to)[K], const void* data, bool wide, long long first, Math missing) {
+    if (!data) {
+        #pragma unroll
+        for (int k = 0; k < K; k++) to[k] = missing;
+    } else if (wide) {
+        #pragma unroll
+        for (int k = 0; k < K; k++) to[k] = load((const Math*)data + first + k);
+    } else {
+        #pragma unroll
+        for (int k = 0; k < K; k++) to[k] = widen(load((const Storage*)data + first + k));
+    }
 }
 
 __device__ inline void store_parameter(void* data, bool wide, long long i, Math value) {

@@ -16,7 +16,10 @@ from helpers.compare import ROUNDING, assert_same, assert_within
 
 import cupynorm as cn
 from cupynorm import devices
-from cupynorm.cuda.plan import SUBWARP_BYTES, SUBWARP_ELEMENTS, Device, Layout, Op, _Job
+from cupynorm.cuda.device import Device
+from cupynorm.cuda.layout import SUBWARP_BYTES, SUBWARP_ELEMENTS, Layout
+from cupynorm.cuda.ops import Op
+from cupynorm.cuda.plan import _Job
 from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, VARIANTS, Kind, exists, group_of, resident_threads, widest
 
 #: Few multiprocessors: the size of a plane alone decides its scope, as in large batches.

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cupynorm.cuda.plan import Device, Step
+from cupynorm.cuda.device import Device
+from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import Module
 
 
@@ -40,7 +41,7 @@ class Recorder:
     def address(self, array: np.ndarray) -> int:
         return array.ctypes.data
 
-    def prepare(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+    def prepare(self, module: Module, step: Step, arguments: bytearray) -> partial[Any]:
         self.steps.append(step)
         self.modules.append(module)
         return partial(int)

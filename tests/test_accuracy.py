@@ -20,7 +20,7 @@ import cupynorm as cn
 from bench import __main__ as bench
 from bench import accuracy
 from cupynorm import cpu, devices
-from cupynorm.cuda.plan import Device
+from cupynorm.cuda.device import Device
 
 
 @pytest.mark.parametrize(

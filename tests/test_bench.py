@@ -24,7 +24,8 @@ from bench import aims, cases, claims, dram, host, passes, peers, prime, report,
 from cupynorm import cpu, devices
 from cupynorm.cpu import numpy_path
 from cupynorm.cuda.describe import plan_for
-from cupynorm.cuda.plan import DEVICES, contiguous_desc
+from cupynorm.cuda.device import DEVICES
+from cupynorm.cuda.layout import contiguous_desc
 from cupynorm.cuda.variants import ITEMSIZE
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,7 @@ from bench import peers, variants
 from bench.cases import TOLERANCE, Arrays, Case
 from bench.timing import HostClock
 from bench.variants import SPLIT, Trial
-from cupynorm.cuda.plan import DEVICES, Device
+from cupynorm.cuda.device import DEVICES, Device
 from cupynorm.cuda.variants import FORCED, VARIANTS, Variant, widest
 
 DTYPES = {"float32": 4, "bfloat16": 2}
@@ -43,7 +43,7 @@ def test_forcing_is_undone() -> None:
         made, (module,) = variants.planned(one, DEVICES["H100"], {})
         assert made.steps[0].name == f"forward_{variant.name}"
         assert module.kernels == (f"forward_{variant.name}",)
-        assert "1024, 1, 2, 1)" in module.defines  # two such blocks per multiprocessor
+        assert "KERNEL(1024, 2) " in module.source  # two such blocks per multiprocessor
     assert FORCED == {}
     assert variants.planned(one, DEVICES["H100"], {}) == before
 

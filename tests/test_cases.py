@@ -13,7 +13,9 @@ from helpers.backends import Backend, on, on_kernels
 
 from cupynorm.cuda import plan
 from cupynorm.cuda.describe import plan_for
-from cupynorm.cuda.plan import ArrayDesc, Device, Op
+from cupynorm.cuda.device import Device
+from cupynorm.cuda.layout import ArrayDesc
+from cupynorm.cuda.ops import Op
 
 #: The dtype in which each activation is tested with the compiled loops: numba compiles each kind of call, in seconds.
 COMPILED = {"relu": "float32", "leaky_relu": "float16", "silu": "bfloat16", "gelu": "float64"}

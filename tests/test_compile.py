@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import tiers
+from helpers import offsets, tiers
 
 from cupynorm.cuda import source
+from cupynorm.cuda.arguments import STRUCTS
 from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
 from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Variant, group_of, widest
@@ -129,7 +131,7 @@ def _check_resources(module: Module, architecture: int, whole: bool = True) -> i
     if not whole:
         largest = {(variant.scope, variant.residency, variant.threads): variant for variant in module.variants}.values()
         for variant in set(module.variants).difference(largest):
-            text = re.sub(rf" VARIANT\({variant.name}, [^)]*\)", "", text, count=1)
+            text = re.sub(rf"^KERNEL.* \w+_{variant.name}\(.*\n", "", text, flags=re.M)
             kernels = {name for name in kernels if not name.endswith(f"_{variant.name}")}
     done = _compile(text, options)
     assert done.status == 0, f"{module} for sm_{architecture}:\n{done.log}"
@@ -307,6 +309,22 @@ def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) ->
     assert "nonsense" in message
     assert "CUPYNORM_EAGER=0" in message
     assert isinstance(compile_error(module, "no such option"), CompileError)
+
+
+@pytest.mark.parametrize("file", VARIANTS)
+def test_arguments_lie_where_numpy_puts_them(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """NVRTC checks it; a wrong order of fields is found. The emulator's builds check the same with g++."""
+    module = next(module for module in all_modules([0]) if module.file == file)
+    options = (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90")
+    kernels = offsets.structs_of(module)
+    assert all(any(name == kernel or name.startswith(f"{kernel}_") for kernel in kernels) for name in module.kernels)
+    done = _compile(module.source + offsets.asserted(module, offsets.NVRTC), options)
+    assert done.status == 0, done.log
+    first = min(kernels)
+    names = STRUCTS[first].names
+    assert names is not None
+    monkeypatch.setitem(STRUCTS, first, np.dtype([(name, STRUCTS[first][name]) for name in names[::-1]], align=True))
+    assert "static assertion failed" in _compile(module.source + offsets.asserted(module, offsets.NVRTC), options).log
 
 
 @pytest.mark.parametrize("file", ["forward", "backward"])

@@ -41,7 +41,9 @@ def launch(
     runtime = Emulator(order=order)
     runtime.seed = seed_of(os.environ["PYTEST_CURRENT_TEST"]) % 2**16
     print(f"emulator seed {runtime.seed}, {order}")
-    step = Step("text", kernels[kernel], grid, threads, shared, cluster=cluster, cooperative=cooperative)
+    step = Step(
+        "text", kernels[kernel], kernels[kernel], grid, threads, shared, cluster=cluster, cooperative=cooperative
+    )
     values = tuple(np.uintp(runtime.address(a)) if isinstance(a, np.ndarray) else a for a in args)
     runtime.prepare(Text("text", f'#line 1 "text"\n{source}', kernels), step, values)()
     return runtime.counts[-1]

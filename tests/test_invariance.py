@@ -18,7 +18,10 @@ from helpers.compare import Bits
 import cupynorm as cn
 from cupynorm import config, devices
 from cupynorm.cuda.describe import plan_for
-from cupynorm.cuda.plan import DEVICES, ArrayDesc, Device, Layout, Op, Plan, choose_layout, contiguous_desc, plan
+from cupynorm.cuda.device import DEVICES, Device
+from cupynorm.cuda.layout import ArrayDesc, Layout, choose_layout, contiguous_desc
+from cupynorm.cuda.ops import Op
+from cupynorm.cuda.plan import Plan, plan
 from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind
 
 EIGHT = Device("eight", (9, 0), 8, 99 * 1024, 4 * 2**20, 4)

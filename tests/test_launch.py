@@ -14,8 +14,8 @@ import reference
 from recorder import Recorder
 
 import cupynorm as cn
-from cupynorm.cuda import launch
-from cupynorm.cuda.plan import DEVICES, Device
+from cupynorm.cuda import arguments, launch
+from cupynorm.cuda.device import DEVICES, Device
 
 BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
 GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
@@ -184,18 +184,42 @@ def test_rounds_of_a_split_cover_each_plane_once(
     tiles = n * -(-c // width)
     step = SimpleNamespace(channel_vecs=channel_vecs)
     other = SimpleNamespace(channel_vecs=9)
-    plan = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])
-    call: Any = SimpleNamespace(nc=(n, c), plan=plan, kind=kind)
-    rounds = launch._Launches.rounds(call)
-    assert [tile for first, number in rounds for tile in range(first, first + number)] == [*range(tiles)]
-    assert all(number == most for _, number in rounds[:-1])
+    call = object.__new__(launch._Launches)
+    call.nc, call.kind = (n, c), kind  # type: ignore[assignment]
+    call.plan = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])  # type: ignore[assignment]
+    rounds = [[*range(r["tiles.first"], r["tiles.first"] + r["tiles.channel_tiles"])] for r in call.rounds()]
+    assert [*itertools.chain(*rounds)] == [*range(tiles)]
+    assert all(len(served) == most for served in rounds[:-1])
     last = 0
-    for first, number in rounds:
-        begin, planes = launch._Launches.planes_of(call, (first, number))
-        assert begin == last
-        last = begin + planes
-        assert planes == sum(min(width, c - tile % (tiles // n) * width) for tile in range(first, first + number))
+    for served, given in zip(rounds, call.rounds(), strict=True):
+        assert given["first"] == last
+        assert given["planes"] == sum(min(width, c - tile % (tiles // n) * width) for tile in served)
+        last += given["planes"]
     assert last == n * c
+
+
+def test_every_argument_that_is_set_belongs_to_some_kernel(
+    run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fill` ignores names that a kernel does not have: a misspelt one would go unnoticed."""
+    run_on(Recorder(BLOCKS))
+    known = {name for struct in arguments.STRUCTS.values() for name, *_ in arguments.leaves(struct)}
+    filled, fill = set(), arguments.fill
+    monkeypatch.setattr(
+        arguments, "fill", lambda kernel, memory, values: filled.update(values) or fill(kernel, memory, values)
+    )
+    launch._plan_call.cache_clear()
+    w = np.ones(3, np.float32)
+    for size, training in itertools.product((20, 300, 30_000), (True, False)):
+        x = np.zeros((2, 3, size), np.float32)
+        running = {"running_mean": w.copy(), "running_var": w.copy()}
+        for fused in ({}, {"residual": x, "activation": "relu"}):
+            _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training, **fused)
+            cn.instance_norm_backward(x, saved)
+        _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training)
+        cn.instance_norm_double_backward(x, w, w, x, saved)
+    assert len(filled) > 50
+    assert filled <= known
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 20), (1, 3, 20), (2, 3, 300), (2, 3, 30_000)], ids=str)

@@ -20,22 +20,14 @@ import reference
 
 import cupynorm as cn
 from cupynorm import cpu
+from cupynorm.cuda import ops
+from cupynorm.cuda.arguments import STRUCTS
 from cupynorm.cuda.describe import plan_for
+from cupynorm.cuda.device import DEVICES, Device
 from cupynorm.cuda.launch import _plan_call
-from cupynorm.cuda.plan import (
-    DEVICES,
-    MAX_GRID,
-    ArrayDesc,
-    Device,
-    Layout,
-    Op,
-    Plan,
-    Step,
-    choose_layout,
-    contiguous_desc,
-    layout,
-    plan,
-)
+from cupynorm.cuda.layout import ArrayDesc, Layout, choose_layout, contiguous_desc, layout_of
+from cupynorm.cuda.ops import Op
+from cupynorm.cuda.plan import MAX_GRID, Plan, Step, plan
 from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind, Variant, exists, group_of, resident_threads
 
 SHAPES = [
@@ -568,7 +560,7 @@ def test_contiguous_desc(kind: Kind) -> None:
     if kind == "channels_last":
         real = np.moveaxis(np.empty((2, 4, 5, 3), np.float32), -1, 1)
     assert made.strides == real.strides
-    assert layout(made, kind) is not None
+    assert layout_of(made, kind) is not None
 
 
 @pytest.mark.parametrize(("op", "times"), [("forward", 2), ("backward", 2), ("double_backward", 3)])
@@ -815,19 +807,33 @@ FICTITIOUS = {
 
 
 def _planned(call: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of `_plan_call` as JSON. The call's descs are strides in bytes and addresses modulo 16."""
+    """Return the result of `_plan_call` as JSON, with the strides of each array in the kernels' arguments.
+
+    The call's descs are strides in bytes and addresses modulo 16.
+    """
     given = dict(call)
+    op, inputs, residual = given.pop("op"), given.pop("inputs"), given["residual"]
+    names = sum(ops.OPS[op].tensors(inputs - residual, residual), ())
     dtype, shape, device = (given.pop(name) for name in ("dtype", "shape", "device"))
     descs = tuple(
         ArrayDesc(tuple(shape), tuple(s), ITEMSIZE[dtype], misalignment) for s, misalignment in given.pop("descs")
     )
     device = FICTITIOUS.get(device) or DEVICES[device]
-    made = _plan_call(given.pop("op"), descs, dtype=cn.devices.dtype_of(dtype), device=device, **given)._asdict()
+    made = _plan_call(op, descs, names, cn.devices.dtype_of(dtype), device, **given)
+    templates = [np.frombuffer(planned.template, STRUCTS[planned.step.kernel])[0] for planned in made.steps]
 
-    def plain(value: Any) -> Any:
-        return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value.item()  # type: ignore[arg-type]
+    def strides(name: str) -> list[int]:
+        first, *inner = name.split(".")
+        tensor = next(template for template in templates if first in template.dtype.fields)[first]
+        for part in inner:
+            tensor = tensor[part]
+        return [int(tensor[axis]) for axis in "ncs"]
 
-    return json.loads(json.dumps(made, default=plain))
+    planned = {
+        "kind": made.kind, "copied": made.copied, "strides": [strides(name) for name in names], "plan": made.plan,
+        "modules": [planned.module for planned in made.steps],
+    }  # fmt: skip
+    return json.loads(json.dumps(planned, default=dataclasses.asdict))
 
 
 def test_recorded_plans() -> None:

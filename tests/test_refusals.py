@@ -26,7 +26,7 @@ import cupynorm as cn
 from cupynorm import devices
 from cupynorm._types import commit
 from cupynorm.cpu import numpy_path, result_pool, thread_pool
-from cupynorm.cuda.plan import Device
+from cupynorm.cuda.device import Device
 from cupynorm.inference import inferring
 
 SHAPE = (3, 4, 6, 7)

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from faults import ending
 
@@ -223,43 +222,14 @@ def test_clusters_of_16_are_requested(fake: tuple[Any, Cupy]) -> None:
         assert len(wanted) == 1
 
 
-C_TYPES = {"Q": ctypes.c_uint64, "q": ctypes.c_int64, "i": ctypes.c_int32, "d": ctypes.c_double}
-
-
-@pytest.mark.parametrize("codes", ["Q", "i", "iQ", "Qi", "iiiQ", "iqidiQ", "iiqd", "dididi", "QQqqiidQi"])
-def test_layout_of_arguments_is_that_of_c(fake: tuple[Any, Cupy], codes: str) -> None:
-    runtime, _ = fake
-    types = {code: dtype.type for dtype, code in runtime.CODES.items()}
-    assert set(types) == set(C_TYPES)
-    args = tuple(types[code](-1.5 * i - 1 if code == "d" else 1000 * i + 7) for i, code in enumerate(codes))
-    kernel = runtime._Kernel(None, 0)
-
-    class Arguments(ctypes.Structure):
-        _fields_ = [(f"a{i}", ctypes.c_uint64) for i in range(len(codes))] + [
-            (f"v{i}", C_TYPES[code]) for i, code in enumerate(codes)
-        ]
-
-    for given in (args, tuple(arg + arg.dtype.type(1) for arg in args)):  # the layout is worked out once
-        memory = kernel.arguments(given)
-        base = ctypes.addressof(memory)
-        padded = bytes(memory).ljust(ctypes.sizeof(Arguments), b"\0")  # C pads after the last one
-        assert ctypes.sizeof(Arguments) - ctypes.sizeof(memory) in (0, 4)
-        laid = Arguments.from_buffer_copy(padded)
-        for i, (code, arg) in enumerate(zip(codes, given, strict=True)):
-            field = getattr(Arguments, f"v{i}")
-            assert getattr(laid, f"a{i}") == base + field.offset
-            assert (base + field.offset) % ctypes.alignment(C_TYPES[code]) == 0
-            assert getattr(laid, f"v{i}") == arg
-            assert C_TYPES[code].from_address(getattr(laid, f"a{i}")).value == arg
-
-
 @pytest.mark.parametrize("cooperative", [False, True])
 def test_arguments_of_the_driver(fake: tuple[Any, Cupy], cooperative: bool) -> None:
     runtime, cupy = fake
     module = core_modules()[0]
     name = module.kernels[0]
-    step = Step(module.file, name, (7, 3), 128, 4096, cooperative=cooperative)
-    launch = runtime.CupyRuntime().prepare(module, step, (np.int32(5), np.float64(2.5)))
+    step = Step(module.file, name, name, (7, 3), 128, 4096, cooperative=cooperative)
+    given = bytes(range(40))
+    launch = runtime.CupyRuntime().prepare(module, step, bytearray(given))
     launch()
     launch()
     (what, *told), again = cupy.launched
@@ -269,6 +239,5 @@ def test_arguments_of_the_driver(fake: tuple[Any, Cupy], cooperative: bool) -> N
     assert (function, x, y, z) == (len(name), 7, 3, 1)
     assert (threads, one, also_one, shared, stream) == (128, 1, 1, 4096, 77)
     assert rest == ([] if cooperative else [0])
-    first, second = (ctypes.c_uint64.from_address(arguments + 8 * i).value for i in range(2))
-    assert ctypes.c_int32.from_address(first).value == 5
-    assert ctypes.c_double.from_address(second).value == 2.5
+    # The driver reads the address of each parameter; the kernels have one.
+    assert ctypes.string_at(ctypes.c_uint64.from_address(arguments).value, len(given)) == given

@@ -18,14 +18,17 @@ from helpers.compare import assert_equal, assert_same, assert_within
 from helpers.seeds import seed_of
 from recorder import Recorder
 from simt import emulator
-from simt.emulator import Emulator, SimtError, Text
+from simt.emulator import Emulator, SimtError, Text, build
 
 import cupynorm as cn
 from cupynorm import devices
 from cupynorm._types import math_dtype
 from cupynorm.backend import MODULES
+from cupynorm.cuda import arguments
 from cupynorm.cuda.describe import plan_for
-from cupynorm.cuda.plan import ArrayDesc, Device, Plan, Step, contiguous_desc
+from cupynorm.cuda.device import Device
+from cupynorm.cuda.layout import ArrayDesc, contiguous_desc
+from cupynorm.cuda.plan import Plan, Step
 from cupynorm.cuda.source import Module, all_modules, inlined, kernel_folder
 from cupynorm.cuda.variants import VARIANTS, exists
 
@@ -583,8 +586,7 @@ def _line_in(body: str, file: str, line: int) -> int:
         ("scratch[(warp * channel_vecs + lane) * K + k] = s[k];",
          "scratch[(warp * channel_vecs + lane) * K + k + 1] = s[k];",
          "behind the end of shared memory"),
-        ("const void* bias, int flags, EPILOGUE_PARAMETERS Math* mean,",
-         "const void* bias, long long flags, EPILOGUE_PARAMETERS Math* mean,", "argument 10"),
+        ("    double eps;", "    double eps, more;", "argument 0"),
     ],
     ids=["bounds", "alignment", "poison", "barrier", "shuffle", "shared", "arguments"],
 )  # fmt: skip
@@ -594,6 +596,15 @@ def test_emulator_detects_faults(
     assert any(old in (kernel_folder() / file).read_text() for file in ("forward.cu", "plane.cuh", "sums.cuh"))
     said = _caught(run_on, monkeypatch, lambda source: source.replace(old, new), _first("block-registers"))
     assert complaint in said
+
+
+def test_the_emulator_checks_offsets_of_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So g++ agrees with NumPy on every module that is built."""
+    fields = arguments.STRUCTS["running_statistics"].descr
+    wrong = np.dtype([fields[1], fields[0], *fields[2:]], align=True)
+    monkeypatch.setitem(arguments.STRUCTS, "running_statistics", wrong)  # type: ignore[arg-type]
+    with pytest.raises(SimtError, match="static assertion failed"):
+        build(Module("channels", "float32", 1, "channels_first"))
 
 
 WHICH = """
@@ -617,7 +628,9 @@ def test_planes_of_a_scope_beyond_32_bits(kind: Any, tiles: int, channels: int) 
     for channel_tile in (0, 3, groups, 7 * groups - 1, 2**32 - 1, 2**32, 2**33 + 3, 2**40 + 3 * groups):
         for tile in {0, tiles - 1}:
             numbers = (np.int64(channel_tile * tiles + tile), np.int64(tiles), np.int64(channels))
-            runtime.prepare(text, Step("which", "which", (1, 1), 64, 0), (*numbers, np.uintp(runtime.address(found))))()
+            runtime.prepare(
+                text, Step("which", "which", "which", (1, 1), 64, 0), (*numbers, np.uintp(runtime.address(found)))
+            )()
             group = channel_tile % groups
             planes = (group, group) if kind == "channels_first" else (8 * group, 8 * group + 4)
             assert found.tolist() == [*planes, channel_tile // groups, tile]

@@ -9,7 +9,10 @@ from typing import Any
 
 from .._types import Array
 from ..config import get_batch_invariant
-from .plan import ArrayDesc, Device, Plan, Step, choose_layout, contiguous_desc, plan
+from .device import Device
+from .layout import ArrayDesc, choose_layout, contiguous_desc
+from .ops import OPS
+from .plan import Plan, Step, plan
 from .variants import EPILOGUES, ITEMSIZE
 
 
@@ -39,17 +42,14 @@ def plan_for(
     invariant: bool = False,
 ) -> tuple[Plan, int]:
     """Return the plan of a call whose other arrays are new, in the layout of the first, and the number of copies."""
+    if activation is None and op not in ("forward", "normalize"):
+        residual = False  # its gradient is dy itself
+    epilogue = EPILOGUES[activation] if activation is not None or residual else 0
     kind, _, copied = choose_layout((desc,), invariant)
     new = contiguous_desc(desc.shape, desc.itemsize, kind)
     first = new if copied[0] else desc
-    if op in ("forward", "normalize"):
-        epilogue = EPILOGUES[activation] if activation is not None or residual else 0
-        arrays = 2 + residual
-    else:  # without an activation the gradient of a residual is dy itself
-        epilogue = 0 if activation is None else EPILOGUES[activation]
-        residual = residual and activation is not None
-        arrays = 5 if op in ("double_backward", "frozen_double_backward") else 3 + 2 * residual
-    kind, layouts, _ = choose_layout((first, *[new] * (arrays - 1)))
+    read, written = OPS[op].tensors(len(OPS[op].inputs), residual)
+    kind, layouts, _ = choose_layout((first, *[new] * (len(read) + len(written) - 1)))
     shape = (desc.shape[0], desc.shape[1], math.prod(desc.shape[2:]))
     made = plan(op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, invariant=invariant)
     return made, int(copied[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol
@@ -18,18 +19,17 @@ from .._checks import overlap
 from .._types import Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved, commit, math_dtype
 from ..backend import Backend
 from ..config import get_batch_invariant
+from . import arguments
+from .arguments import FLAGS
 from .describe import describe
-from .plan import ArrayDesc, Device, Op, Plan, Step, choose_layout, contiguous_desc, plan
+from .device import Device
+from .layout import ArrayDesc, choose_layout, contiguous_desc
+from .ops import COEFFICIENTS, OPS, Op
+from .plan import Plan, Step, plan
 from .source import Module
 from .variants import EPILOGUES, Kind
 
-# Bits of the kernels' `flags` argument (types.cuh).
-WIDE_WEIGHT, WIDE_BIAS, WIDE_RUNNING_MEAN, WIDE_RUNNING_VAR = 1, 2, 4, 8  # which arrays are in computing precision
-SAMPLE_WEIGHT, SAMPLE_BIAS = 16, 32  # which are (N, C)
-NARROW_SUM_DY, NARROW_SUM_DY_XHAT = 64, 128  # which sums are stored in the input's dtype
-
-NULL = np.uintp(0)
-NO_TENSOR = (NULL, np.int64(), np.int64(), np.int64())
+NOTHING: Mapping[str, Any] = {}
 
 
 def _rectifier_slope(activation: str | None, negative_slope: float) -> float:
@@ -55,10 +55,10 @@ class Runtime(Protocol):
     def address(self, array: Array) -> int:
         """Return the address of the array's first element."""
 
-    def prepare(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+    def prepare(self, module: Module, step: Step, arguments: bytearray) -> partial[Any]:
         """Compile a kernel, and return a partial, of a C function if possible, that enqueues it on the current stream.
 
-        args are NumPy scalars of the kernel's parameter types.
+        arguments: the memory of its structure (arguments.py).
         """
 
 
@@ -84,8 +84,7 @@ class CudaBackend(Backend):
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
             op: Op = "forward" if training else "normalize"
             work = _Launches(
-                self.runtime, op, x, (x,), targets=1, sums=update, reduced=update, out=call.out, epilogue=epilogue,
-                residual=residual,
+                self.runtime, op, (x,), residual=residual, out=call.out, sums=update, reduced=update, epilogue=epilogue
             )  # fmt: skip
             mean, variance = work.planes(call.save or update), work.planes(update)
             rstd = work.planes(call.save)
@@ -99,39 +98,36 @@ class CudaBackend(Backend):
             weight, bias, mean_, var_ = (
                 work.dense(array) for array in (call.weight, call.bias, running_mean, running_var)
             )
-            flags = work.flags(weight, bias)
+            flags = work.affine_flags(weight, bias)
             if running_mean is not None and running_var is not None:
-                flags |= WIDE_RUNNING_MEAN * (running_mean.dtype == work.math)
-                flags |= WIDE_RUNNING_VAR * (running_var.dtype == work.math)
-            slope = np.float64(_rectifier_slope(activation, call.negative_slope))
-            epilogue_ = (*work.residual, slope) if epilogue else ()
-            affine = (*work.pointers(weight, bias), np.int32(flags), *epilogue_)
-            running = work.pointers(mean_, var_)
-            eps = np.float64(call.eps)
-            step, *rest = work.plan.steps
-            if op == "normalize":
-                results = work.pointers(mean, rstd)
-                work.tiles(step, *work.tensors, *running, *affine, *results, eps)
-            elif work.plan.regime == "split":
-                merge, apply, *rest = rest
+                flags |= FLAGS["WIDE_RUNNING_MEAN"] * (running_mean.dtype == work.math)
+                flags |= FLAGS["WIDE_RUNNING_VAR"] * (running_var.dtype == work.math)
+            work.point("affine.weight", weight)
+            work.point("affine.bias", bias)
+            work.point("running_mean", mean_)
+            work.point("running_var", var_)
+            work.values |= {
+                "affine.flags": flags, "flags": flags, "eps": call.eps, "momentum": call.momentum,
+                "epilogue.slope": _rectifier_slope(activation, call.negative_slope),
+            }  # fmt: skip
+            step, *rest = work.steps
+            if work.plan.regime == "split":
                 mean, rstd, mean_lo = (work.planes() if array is None else array for array in (mean, rstd, mean_lo))
-                partials = [work.empty((*work.nc, step.tiles), t) for t in (np.int64, np.float64, np.float64)]
-                results = work.pointers(mean, rstd, mean_lo, variance)
-                for plane_range in work.rounds():
-                    work.tiles(step, *work.tensors[:4], *work.pointers(*partials), plane_range=plane_range)
-                    sizes = (np.int64(step.tiles), *work.planes_of(plane_range), eps)
-                    work.run(merge, *work.pointers(*partials), *sizes, *results)
-                    work.tiles(apply, *work.tensors, *results[:3], *affine, plane_range=plane_range)
+                for name, dtype in (("counts", np.int64), ("means", np.float64), ("m2", np.float64)):
+                    work.point(name, work.empty((*work.nc, work.tiles), dtype))
+            for name, array in (("mean", mean), ("rstd", rstd), ("mean_lo", mean_lo), ("variance", variance)):
+                work.point(name, array)
+            if work.plan.regime == "split":
+                merge, apply, *rest = rest
+                for round_ in work.rounds():
+                    for each in (step, merge, apply):
+                        work.run(each, round_)
             else:
-                results = work.pointers(mean, rstd, mean_lo, variance)
-                work.channel_tiles(step, *work.tensors, *affine, *results, after=(eps,), numbers=4)
+                work.run(step)
             if update:
-                batch = (np.int64(x.shape[0]), work.channels, np.float64(call.momentum))
-                statistics = work.pointers(mean, variance)
-                move = work.prepare(rest[0], *statistics, *batch, *running, np.int32(flags))
                 copies = [(a, b) for a, b in ((running_mean, mean_), (running_var, var_)) if a is not b]
                 again = [_assignment(b, a) for a, b in copies]  # other calls may have updated them since
-                work.updates = [*again, move, *(_assignment(a, b) for a, b in copies)]
+                work.updates = [*again, work.prepare(rest[0]), *(_assignment(a, b) for a, b in copies)]
             return ForwardResult(work.result, saved, work.commit)
 
     def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> Gradients:
@@ -143,12 +139,11 @@ class CudaBackend(Backend):
             wanted = [p is not None for p in (bias, weight)]
             op: Op = "backward" if saved.training else "frozen_backward"
             reduced = any(w and not d for w, d in zip(wanted, direct, strict=True))
-            targets = 1 if saved.residual is None else 2
             work = _Launches(
-                self.runtime, op, x, (x, dy), targets=targets, sums=any(wanted), reduced=reduced, out=out,
-                epilogue=epilogue, residual=saved.residual,
+                self.runtime, op, (x, dy), residual=saved.residual, out=out, sums=any(wanted), reduced=reduced,
+                epilogue=epilogue,
             )  # fmt: skip
-            dresidual = work.targets[1] if targets == 2 else None
+            dresidual = work.targets.get("dresidual")
             if saved.with_residual and activation is None:
                 dresidual = dy
                 if out is not None and overlap(out, dy):
@@ -160,62 +155,58 @@ class CudaBackend(Backend):
                         gradient.fill(0)
                 work.commit()
                 return Gradients(work.result, dweight, dbias, dresidual)
-            flags = work.flags(weight, bias)
-            flags |= NARROW_SUM_DY * (dbias is not None and direct[0] and dbias.dtype != work.math)
-            flags |= NARROW_SUM_DY_XHAT * (dweight is not None and direct[1] and dweight.dtype != work.math)
-            flags_ = np.int32(flags)
-            weight, bias = work.dense(weight), work.dense(bias)
-            statistics = work.pointers(saved.mean, saved.rstd)
-            epilogue_: tuple[Any, ...] = ()
+            narrow = 0
+            if dbias is not None and direct[0] and dbias.dtype != work.math:
+                narrow |= FLAGS["NARROW_SUM_DY"]
+            if dweight is not None and direct[1] and dweight.dtype != work.math:
+                narrow |= FLAGS["NARROW_SUM_DY_XHAT"]
+            flags = work.affine_flags(weight, bias) | narrow
+            work.point("mean", saved.mean)
+            work.point("rstd", saved.rstd)
+            work.point("affine.weight", work.dense(weight))
             if epilogue:
-                slope = np.float64(_rectifier_slope(activation, saved.negative_slope))
-                epilogue_ = (*work.residual, slope, *work.extra, *work.pointers(saved.mean_lo, bias))
-            affine = (*statistics, work.pointer(weight), flags_, *epilogue_)
-            arrays = work.tensors
-            step, *rest = work.plan.steps
-            # Kernels write the sums of planes directly to a gradient that equals them, else to a new array.
+                work.point("affine.bias", work.dense(bias))
+                work.point("mean_lo", saved.mean_lo)
+            # Kernels write the sums to the gradients themselves if these are sums of one plane, else one per plane.
             sum_dy, sum_dy_xhat = (
                 gradient if is_direct else work.planes(gradient is not None)
                 for gradient, is_direct in ((dbias, direct[0]), (dweight, direct[1]))
             )
-            merged = work.pointers(sum_dy, sum_dy_xhat)
-
-            def merge_gradient(merge: Step, partials: Array, plane_range: tuple[int, int], *sums: np.uintp) -> None:
-                sizes = (work.all_planes, np.int64(step.tiles), *work.planes_of(plane_range), work.spatial)
-                work.run(merge, work.pointer(partials), *sizes, *sums, *merged, flags_)
-
-            if op == "frozen_backward":
-                if step.tiles == 1:
-                    work.tiles(step, *arrays, *affine, *merged)
-                else:
-                    partials = work.empty((2, *work.nc, step.tiles), work.math) if any(wanted) else (None, None)
-                    unflagged = (*affine[:3], np.int32(flags & ~(NARROW_SUM_DY | NARROW_SUM_DY_XHAT)), *affine[4:])
-                    work.tiles(step, *arrays, *unflagged, work.pointer(partials[0]), work.pointer(partials[1]))
-                    if any(wanted):
-                        merge, *rest = rest
-                        merge_gradient(merge, partials, (0, work.plan.channel_tiles), NULL, NULL, NULL)
+            work.point("sums.dy", sum_dy)
+            work.point("sums.dy_xhat", sum_dy_xhat)
+            work.values |= {
+                "affine.flags": flags, "sums.flags": flags, "flags": flags,
+                "epilogue.slope": _rectifier_slope(activation, saved.negative_slope),
+            }  # fmt: skip
+            step, *rest = work.steps
+            if op == "frozen_backward" and work.tiles > 1 and any(wanted):
+                merge, *rest = rest
+                sums = {name: work.values[name] for name in ("sums.dy", "sums.dy_xhat", "sums.flags")}
+                partials = work.empty((2, *work.nc, work.tiles), work.math)
+                work.point("sums.dy", partials[0])
+                work.point("sums.dy_xhat", partials[1])
+                work.run(step, {"sums.flags": flags & ~narrow})
+                work.point("partials", partials)
+                work.run(merge, sums)
+                work.values |= sums
             elif work.plan.regime == "split":
                 merge, apply, *rest = rest
-                partials = work.empty((3, *work.nc, step.tiles), work.math)
-                kept_sums = work.planes(), work.planes(), work.planes()
-                *sums, more = work.pointers(*kept_sums)
-                for plane_range in work.rounds():
-                    work.tiles(
-                        step, *arrays[:8], *affine, work.pointer(partials), work.all_planes, plane_range=plane_range
-                    )  # fmt: skip
-                    merge_gradient(merge, partials, plane_range, *sums, more)
-                    if apply.plain:  # dresidual is g: dy times the activation's derivative
-                        inputs, affine_ = (*arrays[:4], *work.extra, *arrays[8:]), affine[:4]
-                    else:
-                        inputs, affine_ = arrays, affine
-                    work.tiles(apply, *inputs, *affine_, more, *sums, plane_range=plane_range)
+                work.point("partials", work.empty((work.operation.partials, *work.nc, work.tiles), work.math))
+                for name in ("sum_dy", "sum_dy_xhat", "merged_mean_lo"):
+                    work.point(name, work.planes())
+                # dresidual is the epilogue's g, and takes the place of dy.
+                of_dy = {"dy.data": work.values["dresidual.data"]} if apply.step.plain else NOTHING
+                for round_ in work.rounds():
+                    work.run(step, round_)
+                    work.run(merge, round_)
+                    work.run(apply, {**round_, **of_dy})
             else:
-                work.channel_tiles(step, *arrays, *affine, *merged, numbers=3)
+                work.run(step)
             if reduced:
-                # Reduce over N only what the kernel did not write directly.
-                results = (None if done else g for g, done in ((dweight, direct[1]), (dbias, direct[0])))
-                batch = (np.int64(x.shape[0]), work.channels)
-                work.run(rest[0], *merged, *batch, *work.pointers(*results), flags_)
+                # The gradients that the kernels did not write directly.
+                work.point("dweight", None if direct[1] else dweight)
+                work.point("dbias", None if direct[0] else dbias)
+                work.run(rest[0], {"sum_dy": work.values["sums.dy"], "sum_dy_xhat": work.values["sums.dy_xhat"]})
             work.commit()
             return Gradients(work.result, dweight, dbias, dresidual)
 
@@ -229,69 +220,47 @@ class CudaBackend(Backend):
             summed = weight is not None and ddx is not None
             op: Op = "double_backward" if saved.training else "frozen_double_backward"
             inputs = (x, dy) if ddx is None else (x, dy, ddx)
-            work = _Launches(self.runtime, op, x, inputs, targets=2, sums=summed, reduced=summed and not direct)
-            dx, ddy = work.targets
+            work = _Launches(self.runtime, op, inputs, sums=summed, reduced=summed and not direct)
+            dx, ddy = work.targets["dx"], work.targets["ddy"]
             dweight = None if weight is None else work.empty(weight.shape, weight.dtype)
             if dweight is not None and (ddx is None or x.size == 0):
                 dweight.fill(0)
             if x.size == 0:
                 return DoubleGradients(ddy, dx, dweight)
             weight, ddweight, ddbias = work.dense(weight), work.dense(ddweight), work.dense(ddbias)
-            flags = work.flags(weight, ddbias)
-            flags |= NARROW_SUM_DY_XHAT * (dweight is not None and direct and dweight.dtype != work.math)
-            gradient_flags = work.flags(None, ddweight)
-            given, to_dx, to_ddy = (*work.tensors[:-4], *NO_TENSOR)[:12], work.tensors[-4:], work.extra
-            rstd = work.pointer(saved.rstd)
-            affine = work.pointers(weight, ddbias)
-
-            def known(flags: int) -> tuple[Any, ...]:
-                numbers = np.int32(flags), work.pointer(ddweight), np.int32(gradient_flags)
-                return work.pointer(saved.mean), rstd, *affine, *numbers
-
+            narrow = 0
+            if dweight is not None and direct and dweight.dtype != work.math:
+                narrow = FLAGS["NARROW_SUM_DY_XHAT"]
+            flags = work.affine_flags(weight, ddbias) | narrow
             sums = (dweight if direct else work.planes()) if summed else None
-            step, *rest = work.plan.steps
-            if op == "frozen_double_backward":
-                if step.tiles == 1 or not summed:
-                    work.tiles(step, *given, *to_dx, *to_ddy, *known(flags), work.pointer(sums))
-                else:
-                    partials = work.empty((*work.nc, step.tiles), work.math)
-                    partial_flags = known(flags & ~NARROW_SUM_DY_XHAT)
-                    work.tiles(step, *given, *to_dx, *to_ddy, *partial_flags, work.pointer(partials))
-                    merge, *rest = rest
-                    counts = np.int64(step.tiles), work.all_planes
-                    work.run(merge, work.pointer(partials), *counts, work.pointer(sums), np.int32(flags))
+            for name, array in (
+                ("mean", saved.mean), ("rstd", saved.rstd), ("parameters.affine.weight", weight),
+                ("parameters.affine.bias", ddbias), ("parameters.gradient.bias", ddweight), ("sums.dy_xhat", sums),
+            ):  # fmt: skip
+                work.point(name, array)
+            work.values |= {
+                "parameters.affine.flags": flags, "parameters.gradient.flags": work.affine_flags(None, ddweight),
+                "sums.flags": flags, "flags": flags,
+            }  # fmt: skip
+            step, *rest = work.steps
+            if op == "frozen_double_backward" and work.tiles > 1 and summed:
+                merge, *rest = rest
+                whole = work.values["sums.dy_xhat"]
+                work.point("partials", work.empty((*work.nc, work.tiles), work.math))
+                work.run(step, {"sums.dy_xhat": work.values["partials"], "sums.flags": flags & ~narrow})
+                work.run(merge, {"sums.dy_xhat": whole})
             elif work.plan.regime == "split":
                 merge, apply, *rest = rest
-                partials, means = (
-                    work.empty((9, *work.nc, step.tiles), work.math),
-                    work.empty((8, *work.nc), work.math),
-                )
-                statistics = work.pointers(saved.mean, saved.rstd)
-                results = (rstd, *work.pointers(means, sums), np.int32(flags))
-                for plane_range in work.rounds():
-                    work.tiles(
-                        step,
-                        *given,
-                        *to_dx,
-                        *statistics,
-                        work.pointer(partials),
-                        work.all_planes,
-                        plane_range=plane_range,
-                    )
-                    sizes = (
-                        work.all_planes,
-                        np.int64(step.tiles),
-                        *work.planes_of(plane_range),
-                        work.spatial,
-                    )
-                    work.run(merge, work.pointer(partials), *sizes, *results)
-                    more = work.pointer(means), work.all_planes
-                    work.tiles(apply, *given, *to_dx, *to_ddy, *known(flags), *more, plane_range=plane_range)
+                work.point("partials", work.empty((work.operation.partials, *work.nc, work.tiles), work.math))
+                work.point("coefficients", work.empty((COEFFICIENTS, *work.nc), work.math))
+                for round_ in work.rounds():
+                    for each in (step, merge, apply):
+                        work.run(each, round_)
             else:
-                work.channel_tiles(step, *given, *to_dx, *to_ddy, *known(flags), work.pointer(sums), numbers=9)
+                work.run(step)
             if summed and not direct:
-                batch = (np.int64(x.shape[0]), work.channels)
-                work.run(rest[0], NULL, work.pointer(sums), *batch, work.pointer(dweight), NULL, np.int32(flags))
+                work.point("dweight", dweight)
+                work.run(rest[0], {"sum_dy_xhat": work.values["sums.dy_xhat"]})
             work.commit()
             return DoubleGradients(ddy, work.result, dweight)
 
@@ -309,112 +278,124 @@ def _assignment(target: Array, source: Array) -> partial[None]:
     return partial(operator.setitem, target, ..., source)
 
 
+class _PlannedStep(NamedTuple):
+    """A step of a plan, its module, and the arguments of its kernel that follow from the plan: all but pointers."""
+
+    step: Step
+    module: Module
+    template: bytes
+
+
 class _PlannedCall(NamedTuple):
     """The part of a call that follows from the shapes, strides and alignment of its arrays."""
 
     kind: Kind
     copied: tuple[bool, ...]  # which of the given arrays the kernels cannot read or write in place
-    strides: tuple[tuple[np.int64, np.int64, np.int64], ...]  # of inputs and targets
     plan: Plan
-    modules: tuple[Module, ...]  # of its steps
-    sizes: tuple[np.int64, np.int64, np.int64]  # channels, spatial positions, channel tiles
+    steps: tuple[_PlannedStep, ...]
 
 
 @lru_cache(maxsize=4096)
 def _plan_call(
     op: Op,
     descs: tuple[ArrayDesc, ...],
+    names: tuple[str, ...],
     dtype: np.dtype,
     device: Device,
     *,
-    inputs: int,
-    targets: int,
     sums: bool,
     reduced: bool,
     epilogue: int,
     residual: bool,
     invariant: bool,
 ) -> _PlannedCall:
-    """Plan a call. descs: of the inputs, then of out if it is given; targets: the number of arrays that are written."""
+    """Plan a call. descs: of the inputs, then of out if it is given; names: of the inputs' and the results' tensors."""
     shape, itemsize = descs[0].shape, descs[0].itemsize
     kind, _, copied = choose_layout(descs, invariant)
     new = contiguous_desc(shape, itemsize, kind)
     # New arrays are aligned, and have the layout of this kind.
     final = [new if copy else desc for desc, copy in zip(descs, copied, strict=True)]
-    final += [new] * (inputs + targets - len(final))
+    final += [new] * (len(names) - len(final))
     kind, layouts, _ = choose_layout(tuple(final))
-    sizes = (shape[0], shape[1], math.prod(shape[2:]))
+    n, c, s = shape[0], shape[1], math.prod(shape[2:])
     made = plan(
-        op, sizes, dtype.name, kind, layouts, device, sums=sums, reduced=reduced, epilogue=epilogue, residual=residual,
-        invariant=invariant,
+        op, (n, c, s), dtype.name, kind, layouts, device, sums=sums, reduced=reduced, epilogue=epilogue,
+        residual=residual, invariant=invariant,
     )  # fmt: skip
-    return _PlannedCall(
-        kind,
-        copied,
-        tuple((np.int64(x.n), np.int64(x.c), np.int64(x.s)) for x in layouts),
-        made,
-        tuple(Module.of(step, made) for step in made.steps),
-        (np.int64(shape[1]), np.int64(sizes[2]), np.int64(made.channel_tiles)),
-    )
+    tiles = made.steps[0].tiles
+    sizes = {
+        "samples": n, "channels": c, "spatial": s, "all_planes": n * c, "planes": n * c, "tiles": tiles,
+        "channel_tiles": made.channel_tiles, "tiles.channels": c, "tiles.spatial": s, "tiles.tiles": tiles,
+    }  # fmt: skip
+    for name, layout in zip(names, layouts, strict=True):
+        sizes |= {f"{name}.{axis}": getattr(layout, axis) for axis in "ncs"}
+    of_dy = {f"dy.{axis}": sizes[f"dresidual.{axis}"] for axis in "ncs"} if "dresidual" in names else {}
+    steps = []
+    for step in made.steps:
+        memory = arguments.new(step.kernel)
+        arguments.fill(step.kernel, memory, sizes | {
+            "scopes": step.scopes, "subdivision": step.subdivision, "tiles.subdivision": step.subdivision,
+            "vecs_per_thread": step.vecs_per_thread, "group.tiles": step.tiles,
+        })  # fmt: skip
+        if step.kernel == "apply_gradient":  # reads dresidual in place of dy
+            arguments.fill(step.kernel, memory, of_dy)
+        steps.append(_PlannedStep(step, Module.of(step, made), bytes(memory)))
+    return _PlannedCall(kind, copied, made, tuple(steps))
 
 
 class _Launches:
-    """The launches of a call: its arrays as the kernels can read and write them, its plan, and the common arguments.
+    """The launches of a call: its arrays as the kernels can read and write them, its plan, and their arguments.
 
-    tensors: the kernel arguments of inputs and result. residual, extra: those of the residual and of the second array
-    that is written, null if there is none.
+    values: those that the call has set, by the names of the kernels' arguments; each kernel takes the ones it has.
     """
 
     def __init__(
         self,
         runtime: Runtime,
         op: Op,
-        x: Array,
         inputs: tuple[Array, ...],
         *,
-        targets: int,
         sums: bool,
         reduced: bool,
-        out: Array | None = None,
-        epilogue: int = 0,
         residual: Array | None = None,
+        epilogue: int = 0,
+        out: Array | None = None,
     ):
         self.runtime = runtime
+        self.operation = OPS[op]
         self.empty = runtime.empty
         self.launches: list[partial[Any]] = []
         self.updates: list[partial[Any]] = []  # of the running statistics
         self.keepalive: list[Array] = []  # the kernels get addresses only
-        self.nc = x.shape[:2]
+        self.values: dict[str, Any] = {}
+        x = inputs[0]
+        self.shape, self.nc, self.out = x.shape, x.shape[:2], out
         self.dtype, self.math = x.dtype, math_dtype(x.dtype)
-        self.out = out
         given = inputs if residual is None else (*inputs, residual)
+        read, self._written = self.operation.tensors(len(inputs), residual is not None)
         descs = tuple(
             ArrayDesc(array.shape, array.strides, array.itemsize, runtime.address(array) % 16)
             for array in (given if out is None else (*given, out))
         )
-        self.shape = x.shape
         if x.size == 0:
             self.kind, _, copied = choose_layout(descs)
-            self._make_targets(targets, copied)
+            self.targets = self._make_targets(copied)
             return
-        self.kind, copied, strides, self.plan, self._modules, sizes = _plan_call(
-            op, descs, x.dtype, runtime.device(), inputs=len(given), targets=targets, sums=sums, reduced=reduced,
-            epilogue=epilogue, residual=residual is not None, invariant=get_batch_invariant(),
+        self.kind, copied, self.plan, self.steps = _plan_call(
+            op, descs, read + self._written, x.dtype, runtime.device(), sums=sums, reduced=reduced, epilogue=epilogue,
+            residual=residual is not None, invariant=get_batch_invariant(),
         )  # fmt: skip
-        self.channels, self.spatial, self._channel_tiles = sizes
-        arrays = self.keepalive = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
-        self._make_targets(targets, copied)
-        args = [
-            (np.uintp(runtime.address(a)), *steps) for a, steps in zip((*arrays, *self.targets), strides, strict=True)
-        ]
-        self.residual = NO_TENSOR if residual is None else args[len(inputs)]
-        self.extra = NO_TENSOR if targets == 1 else args[-1]
-        self.tensors: tuple[Any, ...] = sum(args[: len(inputs)], ()) + args[len(given)]
+        self.tiles = self.plan.steps[0].tiles
+        arrays = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
+        self.targets = self._make_targets(copied)
+        for name, array in (*zip(read, arrays, strict=True), *self.targets.items()):
+            self.point(f"{name}.data", array)
 
-    def _make_targets(self, count: int, copied: tuple[bool, ...]) -> None:
-        """Set the arrays that kernels write: the first is out, if it is given and they can write it in place."""
-        first = self._new() if self.out is None or copied[-1] else self.out
-        self.targets = [first, *(self._new() for _ in range(1, count))]
+    def _make_targets(self, copied: tuple[bool, ...]) -> dict[str, Array]:
+        """Return the arrays that kernels write: the first is out, if it is given and they can write it in place."""
+        first, *others = self._written
+        targets = {first: self._new() if self.out is None or copied[-1] else self.out}
+        return targets | {name: self._new() for name in others}
 
     def _new(self) -> Array:
         n, c, *spatial = self.shape
@@ -432,20 +413,18 @@ class _Launches:
         """Return a new array of one number for each plane, or None if it is not wanted."""
         return self.empty(self.nc, self.math) if wanted else None
 
-    def pointer(self, array: Array | None) -> np.uintp:
-        if array is None:
-            return NULL
-        self.keepalive.append(array)
-        return np.uintp(self.runtime.address(array))
+    def point(self, name: str, array: Array | None) -> None:
+        """Set a pointer, null without an array."""
+        self.values[name] = 0 if array is None else self.runtime.address(array)
+        if array is not None:
+            self.keepalive.append(array)
 
-    def pointers(self, *arrays: Array | None) -> tuple[np.uintp, ...]:
-        return tuple(map(self.pointer, arrays))
-
-    def flags(self, weight: Array | None, bias: Array | None) -> int:
+    def affine_flags(self, weight: Array | None, bias: Array | None) -> int:
         flags = 0
-        for array, wide, sample in ((weight, WIDE_WEIGHT, SAMPLE_WEIGHT), (bias, WIDE_BIAS, SAMPLE_BIAS)):
+        for name, array in (("WEIGHT", weight), ("BIAS", bias)):
             if array is not None:
-                flags |= wide * (array.dtype == self.math) | sample * (array.ndim == 2)
+                flags |= FLAGS[f"WIDE_{name}"] * (array.dtype == self.math)
+                flags |= FLAGS[f"SAMPLE_{name}"] * (array.ndim == 2)
         return flags
 
     def dense(self, array: Array | None) -> Array | None:
@@ -456,70 +435,60 @@ class _Launches:
         _assignment(copy, array)()
         return copy
 
-    @property
-    def all_planes(self) -> np.int64:
-        return np.int64(self.nc[0] * self.nc[1])
-
-    def rounds(self) -> list[tuple[int, int]]:
-        """Return the first channel tile and the number of channel tiles of each round of a split."""
-        channel_tiles, most = self.plan.channel_tiles, self.plan.at_a_time
-        return [(first, min(most, channel_tiles - first)) for first in range(0, channel_tiles, most)]
-
-    def planes_of(self, plane_range: tuple[int, int]) -> tuple[np.int64, np.int64]:
-        """Return the first plane and the number of planes of a range of channel tiles."""
+    def rounds(self) -> Iterator[dict[str, int]]:
+        """Yield the arguments of each round of a split: its channel tiles and its planes."""
         n, c = self.nc
-        groups = self.plan.channel_tiles // n
-        width = 1 if self.kind == "channels_first" else self.plan.steps[0].channel_vecs * self.plan.vec_size
+        channel_tiles, at_a_time = self.plan.channel_tiles, self.plan.at_a_time
+        per_sample, width = channel_tiles // n, self._width(self.plan.steps[0])
 
         def plane(channel_tile: int) -> int:
-            return channel_tile // groups * c + min(channel_tile % groups * width, c)
+            return channel_tile // per_sample * c + min(channel_tile % per_sample * width, c)
 
-        first, end = plane(plane_range[0]), plane(sum(plane_range))
-        return np.int64(first), np.int64(end - first)
+        for first in range(0, channel_tiles, at_a_time):
+            end = min(first + at_a_time, channel_tiles)
+            planes = plane(end) - plane(first)
+            yield {
+                "tiles.first": first, "tiles.channel_tiles": end - first, "first": plane(first), "planes": planes,
+            }  # fmt: skip
 
-    def prepare(self, step: Step, *args: Any) -> partial[Any]:
-        return self.runtime.prepare(self._modules[self.plan.steps.index(step)], step, args)
+    def _width(self, step: Step) -> int:
+        """Return the number of channels in a channel tile."""
+        return 1 if self.kind == "channels_first" else step.channel_vecs * self.plan.vec_size
 
-    def run(self, step: Step, *args: Any) -> None:
-        """Add a step to the launches of `commit`."""
-        self.launches.append(self.prepare(step, *args))
+    def _exchange(self, step: Step) -> dict[str, int]:
+        """Allocate the memory through which the blocks of a grid exchange partials."""
+        groups = step.grid[0] // step.tiles
+        numbers = self._width(step) * self.operation.partials
+        partials = self.empty((groups, 2, step.tiles, numbers), self.math)
+        arrived = self.runtime.zeros((groups,), np.uint32)
+        self.keepalive += [partials, arrived]
+        return {"group.partial": self.runtime.address(partials), "group.arrived": self.runtime.address(arrived)}
 
-    def channel_tiles(self, step: Step, *args: Any, numbers: int, after: tuple[Any, ...] = ()) -> None:
-        """Add a step whose scopes serve whole channel tiles. numbers: exchanged by a group of blocks, per plane."""
-        sizes = (
-            self.channels,
-            self.spatial,
-            self._channel_tiles,
-            np.int32(step.subdivision),
-            np.int32(step.vecs_per_thread),
-        )
-        group: tuple[Any, ...] = ()
-        if step.cluster > 1 or step.cooperative:
-            partials = arrived = None
-            if step.cooperative:
-                groups = step.grid[0] // step.tiles
-                width = 1 if self.kind == "channels_first" else step.channel_vecs * self.plan.vec_size
-                partials = self.empty((groups, 2, step.tiles, width * numbers), self.math)
-                arrived = self.runtime.zeros((groups,), np.uint32)
-            group = (np.int32(step.tiles), *self.pointers(partials, arrived))
-        self.run(step, *args, *sizes, *after, *group)
+    def prepare(self, planned: _PlannedStep, values: Mapping[str, Any] = NOTHING) -> partial[Any]:
+        """Return a step's launch. values: arguments of this launch alone."""
+        step, kernel, memory = planned.step, planned.step.kernel, bytearray(planned.template)
+        arguments.fill(kernel, memory, self.values)
+        if step.cooperative:
+            arguments.fill(kernel, memory, self._exchange(step))
+        arguments.fill(kernel, memory, values)
+        return self.runtime.prepare(planned.module, step, memory)
 
-    def tiles(self, step: Step, *args: Any, plane_range: tuple[int, int] | None = None) -> None:
-        """Add a step whose scopes serve a tile each. plane_range: its channel tiles, as (first, number); None: all."""
-        channel_tiles = (
-            (np.int64(step.scopes),) if plane_range is None else (np.int64(plane_range[0]), np.int64(plane_range[1]))
-        )
-        sizes = (self.channels, self.spatial, *channel_tiles, np.int64(step.tiles))
-        self.run(step, *args, *sizes, np.int32(step.subdivision))
+    def run(self, planned: _PlannedStep, values: Mapping[str, Any] = NOTHING) -> None:
+        """Add a step to the launches of `commit`: see `prepare`."""
+        self.launches.append(self.prepare(planned, values))
 
     @property
     def result(self) -> Array:
         """The first array that is written: out, if it is given."""
-        return self.targets[0] if self.out is None else self.out
+        return self._target if self.out is None else self.out
+
+    @property
+    def _target(self) -> Array:
+        return self.targets[self._written[0]]
 
     def commit(self, *writes: partial[Any]) -> None:
         """Launch the kernels, update the running statistics, then perform the writes: see ForwardResult."""
-        target = self.targets[0]
+        target = self._target
         with self.runtime.on(target):
             copies = [] if self.out is None or target is self.out else [_assignment(self.out, target)]
             commit(*self.launches, *copies, *self.updates, *writes)

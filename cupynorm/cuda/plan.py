@@ -6,18 +6,14 @@ NumPy, so any machine can plan for any device. kernels/plane.cuh defines scopes,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
-from math import prod
-from typing import Literal, NamedTuple
 
+from .device import Device
+from .layout import SUBWARP_BYTES, SUBWARP_ELEMENTS, Layout, at_vecs, dense
+from .ops import OPS, Op
 from .variants import FORCED, ITEMSIZE, Kind, Variant, exists, group_of, resident_threads, variants_of, widest
 
-Op = Literal["forward", "backward", "normalize", "frozen_backward", "double_backward", "frozen_double_backward"]
-
-SUBWARP_BYTES, SUBWARP_ELEMENTS = 512, 128  # the largest plane of a subwarp
 TILE_BYTES = 8192  # the smallest tile worth a block of a grid
 CHANNEL_TILE_BYTES = 64  # channels-last: adjacent channels that one scope serves
 FEW_THREADS = 128  # per multiprocessor: with fewer of them a wider block is chosen
@@ -25,151 +21,11 @@ MAX_GRID = 2**31 - 16  # the largest first dimension that clusters of every size
 
 
 @dataclass(frozen=True)
-class Device:
-    """The properties of a GPU that plans depend on. Sizes are in bytes."""
-
-    name: str
-    capability: tuple[int, int]
-    sm_count: int
-    shared_per_block: int  # the opt-in limit
-    l2_bytes: int
-    cluster: int = 1  # most blocks of a cluster
-
-    def __hash__(self) -> int:  # part of every call's cache key: must be fast
-        return hash(self.name)
-
-
-def _known(
-    name: str, capability: tuple[int, int], sm_count: int, shared_kib: int, l2_mib: float, cluster: int = 1
-) -> Device:
-    return Device(name, capability, sm_count, shared_kib * 1024, int(l2_mib * 2**20), cluster)
-
-
-#: Devices by name, for plans on any machine.
-DEVICES = {
-    d.name: d
-    for d in (
-        _known("T4", (7, 5), 40, 64, 4),
-        _known("V100", (7, 0), 80, 96, 6),
-        _known("A100", (8, 0), 108, 163, 40),
-        _known("L4", (8, 9), 58, 99, 48),
-        _known("H100", (9, 0), 132, 227, 50, 16),
-        _known("H200", (9, 0), 132, 227, 60, 16),
-        _known("B200", (10, 0), 148, 227, 126, 16),
-        _known("RTX 5090", (12, 0), 170, 99, 96, 8),
-    )
-}
-
-
-class ArrayDesc(NamedTuple):
-    """The memory layout of an array (N, C, *spatial). strides in bytes; misalignment is the address modulo 16."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    itemsize: int
-    misalignment: int
-
-
-class Layout(NamedTuple):
-    """An ArrayDesc as the kernels see it: strides and misalignment (the address modulo 16 bytes) in elements."""
-
-    n: int
-    c: int
-    s: int
-    misalignment: int
-
-
-def _collapse(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """Return the one stride that steps through all spatial positions in order, or None."""
-    dims = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
-    if not dims:
-        return 1
-    for (_, outer), (size, inner) in pairwise(dims):
-        if outer != inner * size:
-            return None
-    return dims[-1][1]
-
-
-def layout(desc: ArrayDesc, kind: Kind) -> Layout | None:
-    """Return the layout in which the kernels of a kind read an array in place, or None if they cannot.
-
-    Channels-first needs contiguous planes, channels-last adjacent channels; the strides of N and C (of N and the
-    spatial positions) are free.
-    """
-    shape, strides, itemsize, misalignment = desc
-    if misalignment % itemsize or any(stride % itemsize for stride in strides):
-        return None
-    n, c, *spatial = (stride // itemsize for stride in strides)
-    s = _collapse(shape[2:], spatial)
-    if s is None:
-        return None
-    if kind == "channels_first":
-        fits = s == 1
-        s = 1
-    else:
-        fits = c == 1 or shape[1] == 1
-        c = 1
-    return Layout(n, c, s, misalignment // itemsize) if fits else None
-
-
-def contiguous_desc(shape: tuple[int, ...], itemsize: int, kind: Kind) -> ArrayDesc:
-    """Return the ArrayDesc of a newly allocated array."""
-    n, c, *spatial = shape
-    order = (n, c, *spatial) if kind == "channels_first" else (n, *spatial, c)
-    strides = [itemsize]
-    for size in order[:0:-1]:
-        strides.insert(0, strides[0] * size)
-    if kind == "channels_last":
-        strides = [strides[0], strides[-1], *strides[1:-1]]
-    return ArrayDesc(shape, tuple(strides), itemsize, 0)
-
-
-def _dense(x: Layout, n: int, c: int, s: int) -> bool:
-    """Return True if the planes are adjacent in memory, in order."""
-    return (c == 1 or x.c == s) and (n == 1 or x.n == c * s)
-
-
-def _at_vecs(x: Layout, n: int, s: int, v: int) -> bool:
-    """Return True if vecs of v channels begin at multiples of their size. Strides of axes of size 1 do not matter."""
-    return not (x.misalignment % v or (n > 1 and x.n % v) or (s > 1 and x.s % v))
-
-
-def _usual(x: Layout, shape: tuple[int, ...], itemsize: int, kind: Kind) -> bool:
-    """Return True if an array is partitioned as a new one of its kind would be; else bits depend on its strides."""
-    n, c, s = *shape[:2], prod(shape[2:])
-    if kind == "channels_first":
-        return s * itemsize > SUBWARP_BYTES or _dense(x, n, c, s)
-    v = widest(itemsize, kind)
-    return c % v > 0 or _at_vecs(x, n, s, v)
-
-
-@lru_cache(maxsize=4096)
-def choose_layout(
-    descs: tuple[ArrayDesc, ...], invariant: bool = False
-) -> tuple[Kind, tuple[Layout, ...], tuple[bool, ...]]:
-    """Return the kind of kernels for the arrays of a call, their layouts, and which of them must be copied.
-
-    The first array decides, if it can be read in place; if both kinds can read it, the kind that reads more of the
-    other arrays in place. invariant: the order of additions may depend on the kind alone.
-    """
-    shape, itemsize = descs[0].shape, descs[0].itemsize
-    # In planes of one element the adjacent elements are channels.
-    kinds: tuple[Kind, Kind] = ("channels_first", "channels_last")
-    preferred = kinds[::-1] if prod(shape[2:]) == 1 else kinds
-    fitting = {kind: [layout(desc, kind) for desc in descs] for kind in preferred}
-    possible = [kind for kind in preferred if fitting[kind][0]]
-    kind = max(possible, key=lambda k: sum(x is not None for x in fitting[k])) if possible else "channels_first"
-    copy = layout(contiguous_desc(shape, itemsize, kind), kind)
-    assert copy is not None
-    layouts = [x if x and not (invariant and not _usual(x, shape, itemsize, kind)) else None for x in fitting[kind]]
-    return kind, tuple(x or copy for x in layouts), tuple(x is None for x in layouts)
-
-
-@dataclass(frozen=True)
 class Step:
     """One launch: kernel `name` of source file `module`, and the numbers for its arguments."""
 
     module: str
+    kernel: str  # without the variant
     name: str
     grid: tuple[int, int]
     threads: int
@@ -247,16 +103,8 @@ class _Job:
         self.itemsize = ITEMSIZE[dtype]
         self.math_bytes = 8 if dtype == "float64" else 4
         self.kind, self.layouts = kind, layouts
-        # The arrays that a scope holds, the sums of each plane that it exchanges at once, and the areas of shared
-        # memory that it uses for them in turn. Blocks of a group also exchange sums of Accum, and put their partials.
-        self.arrays, self.quantities, self.areas = 2, 3, 1
-        self.accums, self.partial_numbers = 3, 3
-        if op == "forward":
-            self.arrays, self.quantities, self.areas = 1, 2, 2
-            self.accums, self.partial_numbers = 2, 4
-        elif op == "double_backward":
-            self.arrays, self.quantities = 3, 2 + 6
-            self.accums, self.partial_numbers = 6, 9
+        self.operation = OPS[op]
+        self.arrays = len(self.operation.inputs)  # that a scope holds
         v = widest(self.itemsize, kind)
         if kind == "channels_first":
             # Strides of axes of size 1 do not matter; but batch invariance treats one sample like several.
@@ -276,7 +124,7 @@ class _Job:
             self.vecs = _ceil(self.s + self.misalignment, self.vec_size)
         else:
             self.misaligned = self.at_planes = False
-            whole = self.c % v == 0 and all(_at_vecs(x, self.n, self.s, v) for x in layouts)
+            whole = self.c % v == 0 and all(at_vecs(x, self.n, self.s, v) for x in layouts)
             self.vec_size = v if whole else 1
             self.misalignment = 0
             most = min(32, CHANNEL_TILE_BYTES // (self.vec_size * self.itemsize))
@@ -295,15 +143,12 @@ class _Job:
         """Return the vecs that each thread must hold so that the scope holds its tile."""
         return _ceil(self.vecs, variant.size * tiles)
 
-    def scratch(self, variant: Variant, quantities: int, areas: int) -> int:
-        """Return the bytes of shared memory for exchanges within a block (sums.cuh)."""
+    def exchange(self, variant: Variant) -> int:
+        """Return the bytes of shared memory in which the threads of a block add up sums (sums.cuh)."""
         if variant.size == 32:
             return 0
-        return areas * variant.threads // 32 * self.channel_vecs * quantities * self.planes_per_thread * self.math_bytes
-
-    def exchange(self, variant: Variant) -> int:
-        """Return the bytes of shared memory for the exchanges of a pass."""
-        return self.scratch(variant, self.quantities, self.areas)
+        sums = self.operation.areas * self.operation.sums
+        return variant.threads // 32 * self.channel_vecs * sums * self.planes_per_thread * self.math_bytes
 
     def shared(self, variant: Variant, tiles: int) -> int:
         """Return the bytes of shared memory of a block, with its tile if that stays there."""
@@ -319,9 +164,9 @@ class _Job:
         # Two areas for sums of Accum, and the partials of a cluster's block (group.cuh). (double_backward.cu has more
         # sums within a block, and no second area for them.)
         per_row = self.channel_vecs * self.planes_per_thread
-        sums = variant.threads // 32 * per_row * self.accums * 8
+        sums = variant.threads // 32 * per_row * self.operation.merged * 8
         sums += self.exchange(variant) if self.op == "double_backward" else sums
-        return tile + sums + per_row * self.partial_numbers * self.math_bytes
+        return tile + sums + per_row * self.operation.partials * self.math_bytes
 
     def subwarp_size(self, variant: Variant) -> int:
         """Return the number of threads of a warp that serve one plane."""
@@ -329,7 +174,7 @@ class _Job:
 
     def dense(self) -> bool:
         """Return True if the planes of every array are adjacent in memory, in order."""
-        return self.kind == "channels_first" and all(_dense(x, self.n, self.c, self.s) for x in self.layouts)
+        return self.kind == "channels_first" and all(dense(x, self.n, self.c, self.s) for x in self.layouts)
 
     def step(
         self,
@@ -354,8 +199,8 @@ class _Job:
             blocks = min(self.channel_tiles, self.slots(variant) // tiles) * tiles
         grid, name = grid_of(blocks), f"{prefix}_{variant.name}"
         group, cooperative = group_of(variant, module), variant.scope == "grid"
-        return Step(module, name, grid, variant.threads, shared, scopes, tiles, vecs_per_thread, self.channel_vecs,
-                    subwarp_size, at_planes, group, variant.cluster, cooperative, plain)  # fmt: skip
+        return Step(module, prefix, name, grid, variant.threads, shared, scopes, tiles, vecs_per_thread,
+                    self.channel_vecs, subwarp_size, at_planes, group, variant.cluster, cooperative, plain)  # fmt: skip
 
     def resident(self, variant: Variant) -> int:
         """Return the number of blocks of a variant for which a multiprocessor has registers."""
@@ -374,16 +219,16 @@ class _Job:
 
     def merge(self, name: str, planes: int, file: str = "split", shared: int = 256 * 24) -> Step:
         """Return a launch that merges partials. shared: by default three Accums per thread (split.cu)."""
-        return Step(file, name, grid_of(planes), 256, shared, plain=True)
+        return Step(file, name, name, grid_of(planes), 256, shared, plain=True)
 
     def channels(self, name: str) -> Step:
-        return Step("channels", name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
+        return Step("channels", name, name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
 
-    def pointwise(self, prefix: str, quantities: int, file: str = "normalize") -> Step:
+    def pointwise(self, file: str = "normalize") -> Step:
         for variant in variants_of(file):
             if self.vecs_per_thread(variant) <= variant.vecs_per_thread:
                 break
-        return self.step(file, prefix, variant, self.scratch(variant, quantities, 1),
+        return self.step(file, self.op, variant, self.exchange(variant),
                          _ceil(self.vecs_per_thread(variant), variant.vecs_per_thread))  # fmt: skip
 
     def try_variant(self, variant: Variant, buffers: int) -> tuple[Step | None, str]:
@@ -494,7 +339,7 @@ def plan(
     """
     job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant)
     # Forward reads the residual; backward reads it again, for z, and writes its gradient.
-    more = residual * (1 if op in ("forward", "normalize") else 2)
+    more = residual * (1 + len(OPS[op].residual_targets))
 
     def made(regime: str, reason: str, accesses: int, *steps: Step, at_a_time: int = 0) -> Plan:
         return Plan(
@@ -513,16 +358,16 @@ def plan(
         )
 
     if op == "normalize":
-        return made("pointwise", "statistics are given", 2, job.pointwise("normalize", 0))
+        return made("pointwise", "statistics are given", 2, job.pointwise())
     last = "running_statistics" if op == "forward" else "parameter_gradients"
     after = (job.channels(last),) if sums and reduced else ()
     planes = job.n * job.c
     if op == "frozen_backward":
-        step = job.pointwise("frozen_backward", 2)
+        step = job.pointwise()
         merge = (job.merge("merge_gradient", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", 3 if sums or epilogue else 2, step, *merge, *after)
     if op == "frozen_double_backward":
-        step = job.pointwise("frozen_double_backward", 1, "frozen_double_backward")
+        step = job.pointwise("frozen_double_backward")
         merge = (job.merge("merge_dots", planes, "frozen_double_backward", 8 * 8),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", len(layouts), step, *merge, *after)
 
@@ -548,7 +393,7 @@ def plan(
             why,
             2 * len(layouts) - 2,
             job.step(file, "products", variant, job.exchange(variant), tiles, channel_tiles=at_a_time),
-            job.merge("merge_products", planes_at_a_time, file, 8 * job.accums * 8),
+            job.merge("merge_products", planes_at_a_time, file, 8 * job.operation.merged * 8),
             job.step(file, "apply_products", variant, 0, tiles, channel_tiles=at_a_time),
             *after,
             at_a_time=at_a_time,

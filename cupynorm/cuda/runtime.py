@@ -10,46 +10,34 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
-import numpy as np
 from cupy_backends.cuda.api import driver
 
 from .._types import Array
 from . import clusters
-from .plan import Device, Step
+from .device import Device
+from .plan import Step
 from .source import OPTIONS, Module, compile_error
 
 # The shared memory that a launch may use without opting in, and cudaDevAttrMaxSharedMemoryPerBlockOptin.
 DEFAULT_SHARED = 48 * 1024
 MAX_SHARED_OPTIN = 97
 
-#: struct's codes for the types of kernels' parameters.
-CODES = {np.dtype(np.uintp): "Q", np.dtype(np.int64): "q", np.dtype(np.int32): "i", np.dtype(np.float64): "d"}
+
+class _Kernel(NamedTuple):
+    """A loaded kernel, and the driver's handle of it."""
+
+    raw: cupy.RawKernel
+    function: int
 
 
-class _Kernel:
-    """A loaded kernel: the driver's handle, and the layout of its arguments in memory."""
-
-    def __init__(self, raw: cupy.RawKernel, function: int):
-        self.raw, self.function = raw, function
-        self._layout: struct.Struct | None = None
-        self._offsets: tuple[int, ...] = ()
-
-    def arguments(self, args: tuple[Any, ...]) -> ctypes.Array[Any]:
-        """Return the memory that the driver reads at a launch: each argument's address, followed by the arguments."""
-        if self._layout is None:
-            codes = "".join(CODES[arg.dtype] for arg in args)
-            start = f"{len(args)}Q"
-            self._offsets = tuple(
-                struct.calcsize(start + codes[: i + 1]) - struct.calcsize(code) for i, code in enumerate(codes)
-            )
-            self._layout = struct.Struct(start + codes)
-        memory = ctypes.create_string_buffer(self._layout.size)
-        base = ctypes.addressof(memory)
-        self._layout.pack_into(memory, 0, *[base + offset for offset in self._offsets], *args)
-        return memory
+def _in_c(arguments: bytearray) -> ctypes.Array[Any]:
+    """Return the memory that the driver reads at a launch: the address of the arguments, followed by themselves."""
+    memory = ctypes.create_string_buffer(8 + len(arguments))
+    struct.pack_into(f"Q{len(arguments)}s", memory, 0, ctypes.addressof(memory) + 8, bytes(arguments))
+    return memory
 
 
 class CupyRuntime:
@@ -108,7 +96,7 @@ class CupyRuntime:
     def address(self, array: Array) -> int:
         return array.data.ptr
 
-    def prepare(self, module: Module, step: Step, args: tuple[Any, ...]) -> partial[Any]:
+    def prepare(self, module: Module, step: Step, arguments: bytearray) -> partial[Any]:
         number = cupy.cuda.runtime.getDevice()
         key = (number, module, step.name)
         kernel = self._kernels.get(key)
@@ -116,9 +104,9 @@ class CupyRuntime:
             self.load(module)
             kernel = self._kernels[key]
         self._make_context(number)
-        arguments = kernel.arguments(args)
+        memory = _in_c(arguments)
         stream = cupy.cuda.get_current_stream().ptr
-        numbers = (kernel.function, *step.grid, 1, step.threads, 1, 1, step.shared, stream, ctypes.addressof(arguments))
+        numbers = (kernel.function, *step.grid, 1, step.threads, 1, 1, step.shared, stream, ctypes.addressof(memory))
         # Call the driver itself: CuPy's cooperative launch would link the device runtime and shrink a grid that does
         # not fit, and its RawKernel takes 10 µs to inspect each argument.
         launch = (
@@ -126,7 +114,7 @@ class CupyRuntime:
             if step.cooperative
             else partial(driver.launchKernel, *numbers, 0)
         )
-        launch.arguments = arguments  # type: ignore[attr-defined]  # lives as long as the launch
+        launch.arguments = memory  # type: ignore[attr-defined]  # lives as long as the launch
         return launch
 
     def _make_context(self, number: int) -> None:

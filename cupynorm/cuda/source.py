@@ -15,12 +15,16 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from .arguments import FLAGS, struct_name
 from .plan import Plan, Step
 from .variants import (
     EPILOGUES,
     FORCED,
     ITEMSIZE,
+    KERNELS,
+    MERGES,
     PLAIN,
+    PLAIN_KERNELS,
     VARIANTS,
     Kind,
     Variant,
@@ -86,23 +90,27 @@ class Module:
     @property
     def defines(self) -> str:
         """The module's macros. They are no compiler options: CuPy compiles a dummy for each new tuple of options."""
-        variants = "".join(
-            f" VARIANT({r.name}, {r.scope.upper()}, {r.residency.upper()}, {r.threads}, {r.vecs_per_thread or 1},"
-            f" {self.blocks(r)}, {r.cluster})"
-            for r in self.variants
+        macros: dict[str, int] = {
+            f"STORAGE_{self.dtype.upper()}": 1,
+            "VEC_SIZE": self.vec_size,
+            "CHANNELS_LAST": int(self.kind == "channels_last"),
+            "MISALIGNED": int(self.misaligned),
+            "EPILOGUE": self.epilogue,
+            "GROUPED": int(any(variant.grouped for variant in self.variants)),
+            **FLAGS,
+        }
+        return "".join(f"#define {name} {value}\n" for name, value in macros.items())
+
+    def _kernel(self, prefix: str, variant: Variant) -> str:
+        """Return the text of one variant of a kernel."""
+        bounds = f"KERNEL({variant.threads}, {self.blocks(variant)})"
+        cluster = f" CLUSTER_OF({variant.cluster})" if variant.scope == "cluster" else ""
+        template = (
+            f"{prefix}<{variant.scope.upper()}, {variant.residency.upper()}, {variant.threads},"
+            f" {variant.vecs_per_thread or 1}>"
         )
-        return (
-            f"#define STORAGE_{self.dtype.upper()} 1\n"
-            f"#define VEC_SIZE {self.vec_size}\n"
-            f"#define CHANNELS_LAST {int(self.kind == 'channels_last')}\n"
-            f"#define MISALIGNED {int(self.misaligned)}\n"
-            f"#define EPILOGUE {self.epilogue}\n"
-            f"#define GROUPED {int(any(r.grouped for r in self.variants))}\n"
-            f"#define VARIANTS{variants}\n"
-            # Older GPUs have no clusters: the module is empty there.
-            + any(r.scope == "cluster" for r in self.variants)
-            * "#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900\n#undef VARIANTS\n#define VARIANTS\n#endif\n"
-        )
+        parameter = f"{struct_name(prefix)} call"
+        return f"{bounds}{cluster} {prefix}_{variant.name}({parameter}) {{ {template}(call); }}\n"
 
     def blocks(self, variant: Variant) -> int:
         """Return the number of blocks of a variant that must fit on a multiprocessor."""
@@ -110,17 +118,23 @@ class Module:
         return max(1, resident // variant.threads)
 
     @property
+    def _prefixes(self) -> tuple[str, ...]:
+        """The kernels of this module that have variants."""
+        kernels = KERNELS[self.file]
+        return tuple(kernel for kernel in kernels if not (self.epilogue and kernel in PLAIN_KERNELS))
+
+    @property
     def source(self) -> str:
-        return self.defines + inlined(f"{self.file}.cu")
+        kernels = "".join(self._kernel(prefix, variant) for prefix in self._prefixes for variant in self.variants)
+        if any(variant.scope == "cluster" for variant in self.variants):  # older GPUs have none: the module is empty
+            kernels = f"#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900\n{kernels}#endif\n"
+        return f'{self.defines}{inlined(f"{self.file}.cu")}#line 1 "the variants"\n{kernels}'
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """The names of the kernels in this module."""
-        fixed = re.findall(r"^KERNEL\([^)]*\) (\w+)\(", self.source, re.M)
-        patterned = re.findall(r"^    (?:CLUSTER_)?KERNEL\([^)]*\) (\w+)_##NAME\(", self.source, re.M)
-        if self.epilogue:  # kernels/split.cu: the module without an epilogue has these
-            fixed, patterned = [], [name for name in patterned if name != "moments"]
-        return tuple(f"{p}_{r.name}" for p in patterned for r in self.variants) + tuple(fixed)
+        variants = tuple(f"{prefix}_{variant.name}" for prefix in self._prefixes for variant in self.variants)
+        return variants + (() if self.epilogue else MERGES[self.file])
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,29 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
 #: none, for the split. Plans are cached: clear the caches after a change.
 FORCED: dict[str, tuple[Variant, ...]] = {}
 
-#: The files whose kernels have no epilogue.
+#: The kernels of each file that exist in its variants,
+KERNELS: dict[str, tuple[str, ...]] = {
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "split": ("moments", "apply", "gradient", "apply_gradient"),
+    "normalize": ("normalize", "frozen_backward"),
+    "double_backward": ("double_backward",),
+    "double_split": ("products", "apply_products"),
+    "frozen_double_backward": ("frozen_double_backward",),
+    "channels": (),
+}
+#: and those that exist once, in the module without an epilogue: merges of partials, and sums over the batch.
+MERGES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(KERNELS, ()),
+    "split": ("merge_moments", "merge_gradient"),
+    "double_split": ("merge_products",),
+    "frozen_double_backward": ("merge_dots",),
+    "channels": ("running_statistics", "parameter_gradients"),
+}
+
+#: The files whose kernels have no epilogue, and the kernels of other files that have none.
 PLAIN = ("channels", "double_backward", "double_split", "frozen_double_backward")
+PLAIN_KERNELS = ("moments",)
 
 
 def variants_of(file: str) -> tuple[Variant, ...]:

@@ -90,6 +90,7 @@ def _built(name: str, source: str, kernels: tuple[str, ...]) -> tuple[Any, Any, 
 def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -> None:
     from simt import emulator
 
+    from cupynorm.cuda.arguments import STRUCTS
     from cupynorm.cuda.plan import Step
 
     if launch.grid[2] != 1 or launch.block[1] * launch.block[2] != 1:
@@ -98,17 +99,18 @@ def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -
     given = control.arguments_of(launch)
     if len(given) != len(kinds):
         raise DeviceError(719, f"the cubin has {len(given)} parameters, the emulator's build {len(kinds)}")
-    values = [
-        np.frombuffer(raw, kind + str(len(raw))).reshape(()).copy() for kind, raw in zip(kinds, given, strict=True)
-    ]
+    # The kernel's name without its variant: the longest that fits. Those of tests have numbers as parameters.
+    kernel = max((known for known in STRUCTS if name == known or name.startswith(f"{known}_")), key=len, default="")
+    types = [STRUCTS[kernel] if kind == "V" else kind + str(len(raw)) for kind, raw in zip(kinds, given, strict=True)]
+    values = [np.frombuffer(raw, type_).reshape(()).copy() for type_, raw in zip(types, given, strict=True)]
     ends: dict[int, tuple[int, int]] = {}  # start and end of each address's allocation
-    for value, kind in zip(values, kinds, strict=True):
-        if kind == "u" and value:
-            at, *around = control.find(int(value), launch.device)
-            value[...] = at
+    for words, indices in map(emulator.pointers, values):
+        for i in indices:
+            at, *around = control.find(int(words[i]), launch.device)
+            words[i] = at
             ends[at] = tuple(around)
     step = Step(
-        "", name, (launch.grid[0], launch.grid[1]), launch.block[0], launch.shared, cluster=launch.cluster[0],
+        "", kernel, name, (launch.grid[0], launch.grid[1]), launch.block[0], launch.shared, cluster=launch.cluster[0],
         cooperative=bool(launch.cooperative),
     )  # fmt: skip
     ranges = (emulator._Range * len(ends))(*(emulator._Range(*around) for around in ends.values()))

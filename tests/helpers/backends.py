@@ -22,7 +22,7 @@ import pytest
 from cupynorm import cpu, devices
 from cupynorm.backend import MODULES
 from cupynorm.cpu import thread_pool
-from cupynorm.cuda.plan import Device
+from cupynorm.cuda.device import Device
 
 #: Every backend, with the mark of its tests.
 BACKENDS: dict[str, Any] = {

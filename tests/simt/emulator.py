@@ -22,8 +22,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import offsets
 
-from cupynorm.cuda.plan import DEVICES, Device, Step
+from cupynorm.cuda.arguments import POINTER, STRUCTS, leaves
+from cupynorm.cuda.device import DEVICES, Device
+from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import OPTIONS, Module
 
 HERE = Path(__file__).parent
@@ -36,6 +39,13 @@ SANITIZE = ("-fsanitize=address", "--param", "asan-stack=0", "-g1")
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 
 Transform = Callable[[str], str]
+
+
+def pointers(argument: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Return a kernel's argument as words of 64 bits, and the indices of the pointers that are not null."""
+    found = [offset // 8 for _, offset, dtype in leaves(argument.dtype) if dtype == POINTER]
+    words = argument.reshape(1).view(np.uint64 if found else np.uint8)
+    return words, [i for i in found if words[i]]
 
 
 class SimtError(RuntimeError):
@@ -55,7 +65,7 @@ class _Launch(ctypes.Structure):
         ("cluster", ctypes.c_uint), ("cooperative", ctypes.c_uint),
         ("order", ctypes.c_int), ("seed", ctypes.c_uint),
         ("ranges", ctypes.POINTER(_Range)), ("range_count", ctypes.c_int),
-        ("args", ctypes.POINTER(ctypes.c_void_p)), ("sizes", ctypes.c_char_p), ("kinds", ctypes.c_char_p),
+        ("args", ctypes.POINTER(ctypes.c_void_p)), ("sizes", ctypes.POINTER(ctypes.c_int)), ("kinds", ctypes.c_char_p),
         ("arg_count", ctypes.c_int), ("error", ctypes.c_char * 256),
         ("stacks", ctypes.c_void_p), ("stacks_size", ctypes.c_size_t),
     )  # fmt: skip
@@ -83,6 +93,8 @@ def require() -> None:
 
 def source_of(module: Module | Text, transform: Transform | None = None) -> str:
     source = f'{module.defines}#line 1 "simt.h"\n{(HERE / "simt.h").read_text()}\n{module.source}'
+    if isinstance(module, Module):
+        source += offsets.asserted(module, offsets.GCC)
     if transform is not None:
         source = transform(source)
     return source + "\n" + "\n".join(f"SIMT_EXPORT({name})" for name in module.kernels) + "\n"
@@ -226,19 +238,21 @@ class Emulator:
         self._bounds[address] = (low, high)
         return address
 
-    def prepare(self, module: Module | Text, step: Step, args: tuple[Any, ...]) -> partial[None]:
+    def prepare(self, module: Module | Text, step: Step, arguments: Any) -> partial[None]:
+        """arguments: those of a kernel of the package, or a tuple of the parameters of a kernel in a Text."""
         build(module, self.transform)
-        return partial(self.launch, module, step, args, self._bounds)
+        return partial(self.launch, module, step, arguments, self._bounds)
 
-    def launch(
-        self, module: Module | Text, step: Step, args: tuple[Any, ...], bounds: dict[int, tuple[int, int]]
-    ) -> None:
+    def launch(self, module: Module | Text, step: Step, arguments: Any, bounds: dict[int, tuple[int, int]]) -> None:
         assert step.threads <= 1024
         # Devices invented to be small still have the shared memory that merges need.
         assert step.shared <= max(self._device.shared_per_block, 8192)
         run = getattr(build(module, self.transform), f"simt_run_{step.name}")  # AttributeError: unknown kernel
-        values = [np.asarray(a) for a in args]
-        addresses = list(dict.fromkeys(int(a) for a in args if isinstance(a, np.uintp) and int(a)))
+        if isinstance(arguments, bytearray):
+            arguments = (np.frombuffer(arguments, STRUCTS[step.kernel]).reshape(()),)
+        values = [np.asarray(a) for a in arguments]
+        found = (int(words[i]) for words, indices in map(pointers, values) for i in indices)
+        addresses = list(dict.fromkeys(found))
         ranges = (_Range * len(addresses))(*(_Range(*bounds[a]) for a in addresses))
         with _running:
             self._launch(run, module, step, values, addresses, ranges)
@@ -252,7 +266,8 @@ class Emulator:
             *step.grid, step.threads, step.shared, step.cluster, step.cooperative, ORDERS[self.order], self.seed,
             ranges, len(addresses),
             (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values)),
-            bytes(v.itemsize for v in values), "".join(v.dtype.kind for v in values).encode(), len(values),
+            (ctypes.c_int * len(values))(*(v.itemsize for v in values)),
+            "".join(v.dtype.kind for v in values).encode(), len(values),
             stacks=ctypes.addressof(stacks), stacks_size=len(memory),
         )  # fmt: skip
         if run(ctypes.byref(launch)):

@@ -51,7 +51,8 @@ struct Launch {
     Range* ranges;                  // memory that may be accessed; the accesses are counted in it
     int range_count;
     void** args;
-    const unsigned char *sizes, *kinds;
+    const int* sizes;
+    const unsigned char* kinds;
     int arg_count;
     char error[256];
     char* stacks;                   // of the fibers, STACK bytes each, one after the other

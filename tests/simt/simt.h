@@ -17,7 +17,7 @@ template <class... A, size_t... I> void call(void (*kernel)(A...), void** args, 
     kernel(*(A*)args[I]...);
 }
 template <class A> constexpr char kind() {
-    return std::is_pointer<A>::value ? 'u' : std::is_floating_point<A>::value ? 'f' : 'i';
+    return std::is_class<A>::value ? 'V' : std::is_pointer<A>::value ? 'u' : std::is_floating_point<A>::value ? 'f' : 'i';
 }
 template <class... A> std::vector<std::pair<int, char>> parameters(void (*)(A...)) {
     return {{(int)sizeof(A), kind<A>()}...};
@@ -41,7 +41,8 @@ inline uint16_t narrow16(float f) { return narrow_float16(f); }
 }  // namespace simt
 
 #define KERNEL(THREADS, BLOCKS) extern "C" void
-#define CLUSTER_KERNEL(THREADS, BLOCKS, SIZE) extern "C" void
+#define CLUSTER_OF(SIZE)
+#define __grid_constant__
 inline unsigned char* shared_memory() { return simt::m.block->shared.get(); }
 #define SIMT_EXPORT(name) \
     extern "C" int simt_run_##name(simt::Launch* launch) { \

@@ -1,0 +1,152 @@
+"""The kernels' arguments: one structure for each kernel, passed by value and filled by name.
+
+Each aligned NumPy dtype here has the fields of a structure in kernels/, in the same order: those of `forward` are
+ForwardArguments. Tests have the compilers check that they have the same offsets. Pointers are addresses, 0 for null;
+strides and sizes are in elements.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+POINTER, INT64, INT32, FLOAT64 = np.dtype(np.uintp), np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.float64)
+
+#: The bits of `flags`: which arrays are in computing precision, which have one number per sample and channel, and which
+#: sums are in the input's dtype. They are put into the text of each module.
+FLAGS = {
+    "WIDE_WEIGHT": 1,
+    "WIDE_BIAS": 2,
+    "WIDE_RUNNING_MEAN": 4,
+    "WIDE_RUNNING_VAR": 8,
+    "SAMPLE_WEIGHT": 16,
+    "SAMPLE_BIAS": 32,
+    "NARROW_SUM_DY": 64,
+    "NARROW_SUM_DY_XHAT": 128,
+}
+
+
+def _struct(*fields: tuple[str, np.dtype]) -> np.dtype:
+    names = [(name, dtype) for listed, dtype in fields for name in listed.split()]
+    return np.dtype(names, align=True)
+
+
+TENSOR = _struct(("data", POINTER), ("n c s", INT64))
+AFFINE = _struct(("weight bias", POINTER), ("flags", INT32))
+EPILOGUE = _struct(("residual", TENSOR), ("slope", FLOAT64))
+SUMS = _struct(("dy dy_xhat", POINTER), ("flags", INT32))
+GROUP = _struct(("tiles", INT32), ("partial arrived", POINTER))
+TILES = _struct(("channels spatial first channel_tiles tiles", INT64), ("subdivision", INT32))
+INPUTS = _struct(("x dy ddx", TENSOR))
+PARAMETERS = _struct(("affine gradient", AFFINE))
+
+_WHOLE = ("channels spatial channel_tiles", INT64), ("subdivision vecs_per_thread", INT32)
+_POINTWISE = ("channels spatial scopes tiles", INT64), ("subdivision", INT32)
+_MERGE = ("all_planes tiles first planes spatial", INT64)
+
+#: By kernel, without the variant: those that have variants first.
+STRUCTS: dict[str, np.dtype] = {
+    "forward": _struct(
+        ("x y", TENSOR), ("epilogue", EPILOGUE), ("affine", AFFINE), ("mean rstd mean_lo variance", POINTER),
+        *_WHOLE, ("eps", FLOAT64), ("group", GROUP),
+    ),
+    "backward": _struct(
+        ("x dy dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
+        ("dresidual", TENSOR), ("sums", SUMS), *_WHOLE, ("group", GROUP),
+    ),
+    "double_backward": _struct(
+        ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS), ("sums", SUMS),
+        *_WHOLE, ("group", GROUP),
+    ),
+    "normalize": _struct(
+        ("x y", TENSOR), ("running_mean running_var", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
+        ("mean rstd", POINTER), ("eps", FLOAT64), *_POINTWISE,
+    ),
+    "frozen_backward": _struct(
+        ("x dy dx", TENSOR), ("mean rstd", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
+        ("dresidual", TENSOR), ("sums", SUMS), *_POINTWISE,
+    ),
+    "frozen_double_backward": _struct(
+        ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS), ("sums", SUMS),
+        *_POINTWISE,
+    ),
+    "moments": _struct(("x", TENSOR), ("counts means m2", POINTER), ("tiles", TILES)),
+    "apply": _struct(
+        ("x y", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE), ("tiles", TILES),
+    ),
+    "gradient": _struct(
+        ("x dy", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
+        ("dresidual", TENSOR), ("partials", POINTER), ("all_planes", INT64), ("tiles", TILES),
+    ),
+    "apply_gradient": _struct(
+        ("x dy dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
+        ("merged_mean_lo sum_dy sum_dy_xhat", POINTER), ("tiles", TILES),
+    ),
+    "products": _struct(
+        ("inputs", INPUTS), ("dx", TENSOR), ("mean rstd partials", POINTER), ("all_planes", INT64), ("tiles", TILES),
+    ),
+    "apply_products": _struct(
+        ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS),
+        ("coefficients", POINTER), ("all_planes", INT64), ("tiles", TILES),
+    ),
+    "merge_moments": _struct(
+        ("counts means m2", POINTER), ("tiles first planes", INT64), ("eps", FLOAT64),
+        ("mean rstd mean_lo variance", POINTER),
+    ),
+    "merge_gradient": _struct(
+        ("partials", POINTER), _MERGE, ("sum_dy sum_dy_xhat merged_mean_lo", POINTER), ("sums", SUMS),
+    ),
+    "merge_products": _struct(("partials", POINTER), _MERGE, ("rstd coefficients", POINTER), ("sums", SUMS)),
+    "merge_dots": _struct(("partials", POINTER), ("tiles all_planes", INT64), ("sums", SUMS)),
+    "running_statistics": _struct(
+        ("mean variance", POINTER), ("samples channels", INT64), ("momentum", FLOAT64),
+        ("running_mean running_var", POINTER), ("flags", INT32),
+    ),
+    "parameter_gradients": _struct(
+        ("sum_dy sum_dy_xhat", POINTER), ("samples channels", INT64), ("dweight dbias", POINTER), ("flags", INT32),
+    ),
+}  # fmt: skip
+
+
+def struct_name(kernel: str) -> str:
+    """Return the name of a kernel's structure in its source."""
+    return "".join(word.capitalize() for word in kernel.split("_")) + "Arguments"
+
+
+def leaves(dtype: np.dtype, name: str = "", offset: int = 0) -> Iterator[tuple[str, int, np.dtype]]:
+    """Yield the name ("affine.weight"), the offset in bytes and the dtype of each field, also of nested structures."""
+    if dtype.fields is None:
+        yield name, offset, dtype
+        return
+    for field, (inner, at, *_) in dtype.fields.items():
+        yield from leaves(inner, f"{name}.{field}" if name else field, offset + at)
+
+
+#: Functions that write a field's value to memory at an offset.
+_WRITERS = {
+    dtype: struct.Struct(code).pack_into for dtype, code in ((POINTER, "Q"), (INT64, "q"), (INT32, "i"), (FLOAT64, "d"))
+}
+
+
+@cache
+def _writers(kernel: str) -> dict[str, tuple[Callable[..., None], int]]:
+    return {name: (_WRITERS[dtype], offset) for name, offset, dtype in leaves(STRUCTS[kernel])}
+
+
+def new(kernel: str) -> bytearray:
+    """Return the memory of a kernel's arguments, all 0."""
+    return bytearray(STRUCTS[kernel].itemsize)
+
+
+def fill(kernel: str, memory: bytearray, values: Mapping[str, Any]) -> None:
+    """Write values to a kernel's arguments, by the names of `leaves`. Names that the kernel does not have are ignored:
+    one mapping serves all kernels of a call."""
+    writers = _writers(kernel)
+    for name, value in values.items():
+        if name in writers:
+            write, offset = writers[name]
+            write(memory, offset, value)

@@ -1,0 +1,41 @@
+"""The operations that kernels compute: their arrays, and how many numbers of a plane their threads exchange."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+Op = Literal[
+    "forward", "normalize", "backward", "frozen_backward", "double_backward", "frozen_double_backward"
+]  # fmt: skip
+
+
+class Operation(NamedTuple):
+    """Arrays have the names of their tensors in the kernels' arguments (arguments.py)."""
+
+    inputs: tuple[str, ...]  # the last one of a double backward may be missing
+    targets: tuple[str, ...]  # the arrays that are written,
+    residual_targets: tuple[str, ...] = ()  # and those that are written if an epilogue has a residual
+    sums: int = 0  # of a plane that the threads of a block add up at once, in shared memory,
+    areas: int = 1  # in areas used in turn (a double backward's second area has other sums);
+    merged: int = 0  # sums of Accum that the blocks of a group merge,
+    partials: int = 0  # and the numbers of a tile that they exchange, also in a split
+
+    def tensors(self, inputs: int, residual: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of the arrays that a call reads and of those that it writes. inputs: those it is given."""
+        read, written = self.inputs[:inputs], self.targets
+        return (*read, "epilogue.residual") if residual else read, written + self.residual_targets * residual
+
+
+_DOUBLE = ("inputs.x", "inputs.dy", "inputs.ddx"), ("dx", "ddy")
+
+OPS: dict[Op, Operation] = {
+    "forward": Operation(("x",), ("y",), sums=2, areas=2, merged=2, partials=4),
+    "normalize": Operation(("x",), ("y",)),
+    "backward": Operation(("x", "dy"), ("dx",), ("dresidual",), sums=3, merged=3, partials=3),
+    "frozen_backward": Operation(("x", "dy"), ("dx",), ("dresidual",), sums=2),
+    "double_backward": Operation(*_DOUBLE, sums=2 + 6, merged=6, partials=9),
+    "frozen_double_backward": Operation(*_DOUBLE, sums=1),
+}
+
+#: Numbers of a plane that merge_products computes from the partials of its tiles.
+COEFFICIENTS = 8

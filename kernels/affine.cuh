@@ -1,5 +1,10 @@
 // The affine parameters: one number per channel, or one per sample and channel.
 
+#ifndef CUPYNORM_AFFINE
+#define CUPYNORM_AFFINE
+
+#include "partition.cuh"
+
 struct Affine {
     const void *weight, *bias;      // may be null
     int flags;
@@ -17,3 +22,5 @@ struct AffineOfThread {
         load_parameters(bias, exists ? affine.bias : 0, flags & WIDE_BIAS, flags & SAMPLE_BIAS ? i : c, 0);
     }
 };
+
+#endif

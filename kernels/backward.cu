@@ -6,18 +6,11 @@
 // mean_lo = mean(c) is the part that rounding took from it, here times rstd. It is computed again from x, which is on
 // chip anyway, so that all three sums need one exchange: sum(g * xhat) = sum(g * c) - mean_lo * sum(g).
 //
-// Macros as in forward.cu. sum_dy and sum_dy_xhat are sums of g, have N * C elements and may be null.
+// Constants as in forward.cu. sum_dy and sum_dy_xhat are sums of g, have N * C elements and may be null.
 
-#include "types.cuh"
-#include "plane.cuh"
-#include "epilogue.cuh"
-#include "affine.cuh"
-#include "staging.cuh"
-#include "sums.cuh"
-#include "unit.cuh"
-#include "moments.cuh"
 #include "gradient.cuh"
 #include "group.cuh"
+#include "staging.cuh"
 
 struct BackwardArguments {
     Tensor x, dy, dx;
@@ -33,7 +26,8 @@ struct BackwardArguments {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void backward_scope(const BackwardArguments& call, long long scope_index, long long spatial) {
-    const int vecs_per_thread = RESIDENCY == REGISTERS && !GROUPED ? VECS_PER_THREAD : call.vecs_per_thread;
+    constexpr bool grouped = SCOPE == CLUSTER || SCOPE == GRID;
+    const int vecs_per_thread = RESIDENCY == REGISTERS && !grouped ? VECS_PER_THREAD : call.vecs_per_thread;
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.dx,
                                               call.channels, spatial);
     unsigned char* shared = shared_memory();
@@ -41,35 +35,35 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
     unsigned char* scratch = shared + 2 * vecs * sizeof(Vec);
     Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x((Vec*)shared), tile_dy((Vec*)shared + vecs);
     const AffineStats stat(partition, true, call.mean, call.mean_lo, call.rstd, call.affine, call.channels);
-    Math sums[3 * P], count = (Math)partition.count();
-    gradient_sums<SCOPE>(partition, call.x, call.dy, call.epilogue, call.dresidual, tile_x, tile_dy,
-                         call.vecs_per_thread, stat, sums, (Math*)scratch);
-#if GROUPED
-    const int area = scratch_size<THREADS>(partition.channel_vecs, 3 * P * sizeof(Accum));
-    Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * 3 * P, (Math*)(scratch + 2 * area));
-    count = (Math)spatial;
-    merge_sums_of_tiles<THREADS>(partition, sums, call.group.tiles, exchange, (Accum*)(scratch + area));
-#endif
+    Math sums[BACKWARD_SUMS * P], count = (Math)partition.count();
+    gradient_sums_of_tile<SCOPE>(partition, call.x, call.dy, call.epilogue, call.dresidual, tile_x, tile_dy,
+                                 call.vecs_per_thread, stat, sums, (Math*)scratch);
+    const int area = scratch_size<THREADS>(partition.channel_vecs, BACKWARD_SUMS * P * sizeof(Accum));
+    Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * BACKWARD_PARTIALS,
+                             (Math*)(scratch + 2 * area));
+    if constexpr (grouped) {
+        count = (Math)spatial;
+        merge_gradient_sums_of_tiles<THREADS>(partition, sums, call.group.tiles, exchange, (Accum*)(scratch + area));
+    }
 
     Gradient g;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const Math mean_lo = sums[2 * P + p] / count;
-        sums[P + p] -= mean_lo * sums[p];
-        g.set(p, sums[p], sums[P + p], mean_lo, count, stat);
+        const Math mean_lo = sums[OF_C * P + p] / count;
+        sums[OF_DY_C * P + p] -= mean_lo * sums[OF_DY * P + p];     // sum(g * xhat) from now on
+        g.set(p, sums[OF_DY * P + p], sums[OF_DY_C * P + p], mean_lo, count, stat);
     }
-    if (!GROUPED || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
-        call.sums.set(i, sums[p], sums[P + p]);
+    if (!grouped || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
+        call.sums.set(i, sums[OF_DY * P + p], sums[OF_DY_C * P + p]);
     });
     write_tile(partition, call.dx, tile_x, tile_dy, call.vecs_per_thread,
                [&](int p, Math x, Math dy) { return g.dx(p, x, dy, stat); });
-#if GROUPED
     exchange.end();
-#endif
 }
 
 // SUBWARP: as in forward.cu. dx uses x's buffer; dresidual has its own.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void backward_subwarp(BackwardArguments call) {
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void backward_subwarp(BackwardArguments call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor dx = call.dx, dresidual = call.dresidual;
     const bool more = EPILOGUE && call.epilogue.residual.data, wanted = EPILOGUE && dresidual.data;
@@ -104,7 +98,7 @@ __device__ inline void backward(BackwardArguments call) {
         call.mean_lo = 0;
         call.affine.bias = 0;
     }
-    if (!GROUPED) call.group = {1, 0, 0};
+    if (SCOPE != CLUSTER && SCOPE != GRID) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) backward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
         backward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);

@@ -1,14 +1,14 @@
 // Reductions over the batch, from one value per plane to one per channel, in a fixed order and without atomics.
 //
-// A block of 256 threads serves 32 channels: thread (c, r) adds samples r, r + 8, ...; then row 0 adds the 8 rows.
+// A block serves COLUMNS channels: thread (c, r) adds samples r, r + ROWS, ...; then row 0 adds the rows.
 
-#include "types.cuh"
+#include "arrays.cuh"
 
-constexpr int COLUMNS = 32, ROWS = 8;
+constexpr int ROWS = SINGLE_THREADS / COLUMNS;
 
 __device__ inline long long channel_of_thread() { return (long long)blockIdx.x * COLUMNS + threadIdx.x % COLUMNS; }
 
-// The sum of values[n * channels + c] over n, for the threads of row 0. Scratch: 256 Accums for each call.
+// The sum of values[n * channels + c] over n, for the threads of row 0. Scratch: an Accum for each thread.
 __device__ inline Accum sum_over_batch(const Math* values, long long samples, long long channels, long long c,
                                        Accum* scratch) {
     const int row = threadIdx.x / COLUMNS;
@@ -30,10 +30,10 @@ struct RunningStatisticsArguments {
     int flags;
 };
 
-KERNEL(COLUMNS * ROWS, 1) running_statistics(RunningStatisticsArguments call) {
+KERNEL(SINGLE_THREADS, 1) running_statistics(RunningStatisticsArguments call) {
     unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
-    Accum *first = (Accum*)shared, *second = first + COLUMNS * ROWS;
+    Accum *first = (Accum*)shared, *second = first + SINGLE_THREADS;
     const Accum mean = sum_over_batch(call.mean, call.samples, call.channels, c, first) / call.samples;
     const Accum var = sum_over_batch(call.variance, call.samples, call.channels, c, second) / call.samples;
     if (threadIdx.x >= COLUMNS || c >= call.channels) return;
@@ -53,11 +53,11 @@ struct ParameterGradientsArguments {
     int flags;
 };
 
-KERNEL(COLUMNS * ROWS, 1) parameter_gradients(ParameterGradientsArguments call) {
+KERNEL(SINGLE_THREADS, 1) parameter_gradients(ParameterGradientsArguments call) {
     unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
     const bool writes = threadIdx.x < COLUMNS && c < call.channels;
-    Accum *first = (Accum*)shared, *second = first + COLUMNS * ROWS;
+    Accum *first = (Accum*)shared, *second = first + SINGLE_THREADS;
     if (call.dweight) {
         const Accum sum = sum_over_batch(call.sum_dy_xhat, call.samples, call.channels, c, first);
         if (writes) store_parameter(call.dweight, call.flags & WIDE_WEIGHT, c, (Math)sum);

@@ -9,8 +9,18 @@
 // (derived in cupynorm/functional.py). In this form every factor is of the size of some result. Means are subtracted in
 // two parts, so that large ones cost no digits: first the shift, which is the tile's rounded mean, then the remainder.
 
+#ifndef CUPYNORM_DOUBLE
+#define CUPYNORM_DOUBLE
+
+#include "affine.cuh"
+#include "merge.cuh"
+#include "sums.cuh"
+#include "tile.cuh"
+#include "unit.cuh"
+
 // For each plane of a tile: the shifts, and the sums of these QUANTITIES, with the shifts subtracted from g and u.
 enum { OF_X, OF_G, OF_U, OF_GX, OF_VX, OF_VG, QUANTITIES };
+static_assert(QUANTITIES == DOUBLE_BACKWARD_MERGED, "ops.py");
 
 struct Products {
     Math shift_g[P], shift_u[P], sums[QUANTITIES * P];
@@ -87,22 +97,22 @@ __device__ inline Products products_of_tile(const Partition& partition, const In
                                             int vecs_per_thread, const Stats& stat, Math* scratch, Math* other) {
     Products m;
     Math s_g[LINES] = {}, s_u[LINES] = {}, means[2 * P];
-    with_constant(inputs.ddx.data, [&](bool more) {
-        const auto add = [&](int v, Math, Math g, Math u) {
-            s_g[line_of(v)] += g;
-            s_u[line_of(v)] += u;
-        };
-        for (int from = 0; from < (RESIDENCY == REGISTERS ? 1 : vecs_per_thread); from += tile.x.batch) {
-            tile.x.read(partition, inputs.x, from);
-            tile.dy.read(partition, inputs.dy, from);
-            if (more) tile.ddx.read(partition, inputs.ddx, from);
+    const auto add_means = [&](int v, Math, Math g, Math u) {
+        s_g[line_of(v)] += g;
+        s_u[line_of(v)] += u;
+    };
+    for (int from = 0; from < (RESIDENCY == REGISTERS ? 1 : vecs_per_thread); from += tile.x.batch) {
+        tile.x.read(partition, inputs.x, from);
+        tile.dy.read(partition, inputs.dy, from);
+        if (inputs.ddx.data) tile.ddx.read(partition, inputs.ddx, from);
+        with_constant(inputs.ddx.data, [&](bool more) {
             #pragma unroll
             for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) {
-                if (partition.holds(from + i)) tile.vec(from + i, more, add);
+                if (partition.holds(from + i)) tile.vec(from + i, more, add_means);
             }
-        }
-        if (Partition::has_tails && partition.tail >= 0) tile.at_tail(more, add);
-    });
+        });
+    }
+    if (Partition::has_tails && partition.tail >= 0) tile.at_tail(inputs.ddx.data, add_means);
     fold(s_g, means);
     fold(s_u, means + P);
     sum_over_scope<SCOPE, THREADS>(means, partition.size, partition.channel_vecs, scratch);
@@ -140,11 +150,12 @@ struct Coefficients {
     Math a, c, s;                   // as in the formulas above
 };
 
-// x to vg: the plane's sums of OF_X to OF_VG about base_g and base_u. T: Math, or Accum if there are several tiles.
+// sums: the plane's, about base_g and base_u. T: Math, or Accum if there are several tiles.
 template <class T>
-__device__ inline Coefficients coefficients_of(T count, T base_g, T base_u, T rstd, T x, T g, T u, T gx, T vx, T vg) {
-    const T mean_x = x / count, mean_g = g / count, mean_u = u / count, v = u * rstd;
-    const T a = (vx - v * mean_x) / count, c = (gx - g * mean_x) / count, s = (vg - v * mean_g) / count - a * c;
+__device__ inline Coefficients coefficients_of(T count, T base_g, T base_u, T rstd, const T (&sums)[QUANTITIES]) {
+    const T mean_x = sums[OF_X] / count, mean_g = sums[OF_G] / count, mean_u = sums[OF_U] / count;
+    const T v = sums[OF_U] * rstd, a = (sums[OF_VX] - v * mean_x) / count;
+    const T c = (sums[OF_GX] - sums[OF_G] * mean_x) / count, s = (sums[OF_VG] - v * mean_g) / count - a * c;
     Coefficients m;
     m.shift_g = (Math)(base_g + mean_g);
     m.shift_u = (Math)(base_u + mean_u);
@@ -157,17 +168,55 @@ __device__ inline Coefficients coefficients_of(T count, T base_g, T base_u, T rs
     return m;
 }
 
-// Add the sums number(i) of a tile of n elements to the plane's sums at(i), corrected for far_g and far_u, the
-// distances of the tile's shifts from the plane's bases (as for squares: Chan, Golub, LeVeque 1983).
-template <class F, class G>
-__device__ inline void add_products(Accum n, Accum far_g, Accum far_u, Accum rstd, F number, G at) {
+// Add the sums number(i) of a tile of n elements to the plane's sums s, corrected for far_g and far_u, the distances of
+// the tile's shifts from the plane's bases (as for squares: Chan, Golub, LeVeque 1983).
+template <class F>
+__device__ inline void add_products(Accum n, Accum far_g, Accum far_u, Accum rstd, F number, Accum (&s)[QUANTITIES]) {
     const Accum x = number(OF_X), g = number(OF_G), u = number(OF_U), v = u * rstd, far_v = far_u * rstd;
-    at(OF_X) += x;
-    at(OF_G) += g + n * far_g;
-    at(OF_U) += u + n * far_u;
-    at(OF_GX) += number(OF_GX) + far_g * x;
-    at(OF_VX) += number(OF_VX) + far_v * x;
-    at(OF_VG) += number(OF_VG) + far_v * g + far_g * v + n * far_v * far_g;
+    s[OF_X] += x;
+    s[OF_G] += g + n * far_g;
+    s[OF_U] += u + n * far_u;
+    s[OF_GX] += number(OF_GX) + far_g * x;
+    s[OF_VX] += number(OF_VX) + far_v * x;
+    s[OF_VG] += number(OF_VG) + far_v * g + far_g * v + n * far_v * far_g;
+}
+
+// The numbers of a tile that are merged: its element count, the shifts and the sums.
+enum { COUNT, SHIFT_G, SHIFT_U, SUMS };
+static_assert(SUMS + QUANTITIES == DOUBLE_BACKWARD_PARTIALS, "ops.py");
+
+template <class Partition>
+__device__ inline Math partial_of_tile(const Partition& partition, const Products& m, int p, int i) {
+    return i == COUNT ? (Math)partition.count() : i == SHIFT_G ? m.shift_g[p] : i == SHIFT_U ? m.shift_u[p]
+                                                                              : m.sums[(i - SUMS) * P + p];
+}
+
+// Call f(p, coefficients) for each plane p of a thread, with the coefficients from the numbers of all tiles.
+template <int THREADS, class Partition, class Exchange, class F>
+__device__ inline void merge_products_of_tiles(const Partition& partition, const Products& mine, int tiles, Accum count,
+                                               const Stats& stat, Exchange& exchange, Accum* scratch, F f) {
+    const TileNumbers<DOUBLE_BACKWARD_PARTIALS, Partition, Exchange> numbers(partition, exchange, [&](int p, int i) {
+        return partial_of_tile(partition, mine, p, i);
+    });
+    #pragma unroll
+    for (int p = 0; p < P; p++) {   // one plane at a time: all together need too many registers
+        // bases: the shifts of tile 0, which has the most elements
+        const Math base_g = numbers.read(0, p, SHIFT_G), base_u = numbers.read(0, p, SHIFT_U);
+        Accum s[QUANTITIES] = {};
+        s[OF_G] = nothing_of(base_g);
+        s[OF_U] = nothing_of(base_u);
+        Accum* area = scratch + p * scratch_size<THREADS>(partition.channel_vecs, QUANTITIES);
+        numbers.template sum<THREADS>(tiles, s, area, [&](int tile) {
+            const Accum n = numbers.read(tile, p, COUNT);
+            if (n == 0) return;
+            const Accum far_g = (Accum)numbers.read(tile, p, SHIFT_G) - base_g;
+            const Accum far_u = (Accum)numbers.read(tile, p, SHIFT_U) - base_u;
+            add_products(n, far_g, far_u, stat.rstd[p], [&](int i) { return (Accum)numbers.read(tile, p, SUMS + i); },
+                         s);
+        });
+        if (p == P - 1) exchange.release();
+        f(p, coefficients_of<Accum>(count, base_g, base_u, stat.rstd[p], s));
+    }
 }
 
 // For a thread's planes: the shifts, and the factors and offsets of both results.
@@ -218,3 +267,5 @@ __device__ inline void write_both(const Partition& partition, const Tensor& ddy,
         }
     });
 }
+
+#endif

@@ -2,8 +2,13 @@
 //
 //     z = xhat * weight + bias + residual,   y = activation(z),   and backward   g = dy * activation'(z)
 //
-// EPILOGUE is a macro of the module, which has one kind of activation: without one, a rectifier of slope 1; for relu,
-// a rectifier of slope 0. g replaces dy as soon as x and dy are on chip, so that later code ignores the epilogue.
+// EPILOGUE is the module's kind of activation: without one, a rectifier of slope 1; for relu, a rectifier of slope 0. g
+// replaces dy as soon as x and dy are on chip, so that later code ignores the epilogue.
+
+#ifndef CUPYNORM_EPILOGUE
+#define CUPYNORM_EPILOGUE
+
+#include "arrays.cuh"
 
 enum { NONE, RECTIFIER, SILU, GELU };
 
@@ -12,17 +17,13 @@ struct Epilogue {
     double slope;
 };
 
-#if defined(STORAGE_FLOAT64)
-__device__ inline Math exponential(Math z) { return exp(z); }
-__device__ inline Math inverse(Math z) { return 1 / z; }
-__device__ inline Math scaled_erfc(Math x) { return erfcx(x); }
-constexpr Math HALF_ROOT = 0.70710678118654752440, PDF_AT_0 = 0.39894228040143267794;
-#else
-__device__ inline Math exponential(Math z) { return expf(z); }
-__device__ inline Math inverse(Math z) { return reciprocal(z); }
-__device__ inline Math scaled_erfc(Math x) { return erfcxf(x); }
-constexpr Math HALF_ROOT = 0.70710678f, PDF_AT_0 = 0.39894228f;
-#endif
+__device__ inline double exponential(double z) { return exp(z); }
+__device__ inline double inverse(double z) { return 1 / z; }
+__device__ inline double scaled_erfc(double x) { return erfcx(x); }
+__device__ inline float exponential(float z) { return expf(z); }
+__device__ inline float inverse(float z) { return reciprocal(z); }
+__device__ inline float scaled_erfc(float x) { return erfcxf(x); }
+constexpr Math HALF_ROOT = (Math)0.70710678118654752440, PDF_AT_0 = (Math)0.39894228040143267794;
 
 // The normal distribution's Phi(z), from e = exp(-z^2 / 2). Its lower tail is e * erfcx(|z| / sqrt(2)) / 2.
 __device__ inline Math normal_cdf(Math z, Math e) {
@@ -50,3 +51,5 @@ __device__ inline Math gradient_through(Math affine, Math residual, Math dy, Mat
     const Math e = exponential(z * z * (Math)-0.5);
     return dy * (normal_cdf(z, e) + z * (e * PDF_AT_0));
 }
+
+#endif

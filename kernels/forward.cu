@@ -2,20 +2,15 @@
 //
 //     y = activation(((x - mean) - mean_lo) * (rstd * weight) + bias + residual),   rstd = 1 / sqrt(m2 / count + eps)
 //
-// Macros: STORAGE_..., VEC_SIZE, CHANNELS_LAST (types.cuh, plane.cuh), MISALIGNED (plane.cuh), EPILOGUE
-// (epilogue.cuh), GROUPED (group.cuh). The module's text ends with a kernel for each of its variants, which calls
+// The text of each module begins with its constants: the macro STORAGE_..., VEC_SIZE, CHANNELS_LAST, MISALIGNED,
+// EPILOGUE, …. It ends with a kernel for each of its variants, which calls
 // forward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call) (cupynorm/cuda/source.py).
 // mean, rstd, mean_lo and variance (unbiased) have N * C elements. They, weight and bias may be null.
 
-#include "types.cuh"
-#include "plane.cuh"
 #include "epilogue.cuh"
-#include "affine.cuh"
-#include "staging.cuh"
-#include "sums.cuh"
-#include "unit.cuh"
-#include "moments.cuh"
 #include "group.cuh"
+#include "moments.cuh"
+#include "staging.cuh"
 
 struct ForwardArguments {
     Tensor x, y;
@@ -30,23 +25,25 @@ struct ForwardArguments {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void forward_scope(const ForwardArguments& call, long long scope_index, long long spatial) {
-    const int vecs_per_thread = RESIDENCY == REGISTERS && !GROUPED ? VECS_PER_THREAD : call.vecs_per_thread;
+    constexpr bool grouped = SCOPE == CLUSTER || SCOPE == GRID;
+    const int vecs_per_thread = RESIDENCY == REGISTERS && !grouped ? VECS_PER_THREAD : call.vecs_per_thread;
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.y,
                                               call.channels, spatial);
     unsigned char* shared = shared_memory();
     const int tile_bytes = call.vecs_per_thread * THREADS * (int)sizeof(Vec) * (RESIDENCY == SHARED);
-    const int area = scratch_size<THREADS>(partition.channel_vecs, 2 * P * (GROUPED ? sizeof(Accum) : sizeof(Math)));
+    const int sums_bytes = FORWARD_SUMS * P * (grouped ? sizeof(Accum) : sizeof(Math));
+    const int area = scratch_size<THREADS>(partition.channel_vecs, sums_bytes);
     Math* scratch = (Math*)(shared + tile_bytes);
     Math* other = (Math*)(shared + tile_bytes + area);
     Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile((Vec*)shared);
     MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, call.vecs_per_thread, scratch, other);
     Math count = (Math)partition.count();
-#if GROUPED
-    Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * 4,
+    Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * FORWARD_PARTIALS,
                              (Math*)(shared + tile_bytes + 2 * area));
-    count = (Math)spatial;
-    m = merge_moments_of_tiles<THREADS>(partition, m, call.group.tiles, count, exchange, (Accum*)scratch);
-#endif
+    if constexpr (grouped) {
+        count = (Math)spatial;
+        m = merge_moments_of_tiles<THREADS>(partition, m, call.group.tiles, count, exchange, (Accum*)scratch);
+    }
 
     Math inverse[P];
     #pragma unroll
@@ -57,7 +54,7 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
         m.mean[p] = mean;
         inverse[p] = rstd_of(m.scaled_m2[p], count, (Math)call.eps);
     }
-    if (!GROUPED || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
+    if (!grouped || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         if (call.mean) store(call.mean + i, m.mean[p]);
         if (call.rstd) store(call.rstd + i, inverse[p]);
         if (call.mean_lo) store(call.mean_lo + i, m.mean_lo[p]);
@@ -73,14 +70,13 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
                [&](int p, Math value, Math residual) {
         return activated(to.z(p, value), residual, slope);
     });
-#if GROUPED
     exchange.end();
-#endif
 }
 
 // SUBWARP: the warp stages its planes, and uses x's buffer for y. All of x has been read before the first y is written:
 // all lanes wait for sums that contain every x.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline void forward_subwarp(ForwardArguments call) {
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void forward_subwarp(ForwardArguments call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor y = call.y;
     const bool more = EPILOGUE && call.epilogue.residual.data;
@@ -102,7 +98,7 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> __device__ inline voi
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void forward(ForwardArguments call) {
     if (!EPILOGUE) call.epilogue = {};      // constants: the compiler removes the code that reads them
-    if (!GROUPED) call.group = {1, 0, 0};
+    if (SCOPE != CLUSTER && SCOPE != GRID) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) forward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
         forward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);

@@ -1,5 +1,13 @@
 // Backward of a plane: three sums over each of its tiles, and dx from these sums.
 
+#ifndef CUPYNORM_GRADIENT
+#define CUPYNORM_GRADIENT
+
+#include "epilogue.cuh"
+#include "merge.cuh"
+#include "tile.cuh"
+#include "unit.cuh"
+
 // The saved (or running) statistics of a thread's planes, each in its plane's unit (unit.cuh), and the affine
 // parameters.
 struct AffineStats {
@@ -72,13 +80,17 @@ __device__ inline void apply_epilogue(const Partition& partition, const Epilogue
     });
 }
 
-// sums: sum(g) of the P planes, then sum(g * c), then sum(c), where c = (x - mean) * rstd with the rounded mean.
+// Sums of a plane: sum(g), sum(g * c) and sum(c), where c = (x - mean) * rstd with the rounded mean.
+enum { OF_DY, OF_DY_C, OF_C };
+static_assert(OF_C + 1 == BACKWARD_SUMS && OF_C + 1 == BACKWARD_PARTIALS, "ops.py");
+
+// sums: of the P planes, one quantity after the other.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
-__device__ inline void gradient_sums(const Partition& partition, const Tensor& x, const Tensor& dy,
-                                     const Epilogue& epilogue, const Tensor& dresidual,
-                                     Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_x,
-                                     Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_dy, int vecs_per_thread,
-                                     const AffineStats& stat, Math (&sums)[3 * P], Math* scratch) {
+__device__ inline void gradient_sums_of_tile(const Partition& partition, const Tensor& x, const Tensor& dy,
+                                             const Epilogue& epilogue, const Tensor& dresidual,
+                                             Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_x,
+                                             Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_dy, int vecs_per_thread,
+                                             const AffineStats& stat, Math (&sums)[BACKWARD_SUMS * P], Math* scratch) {
     Math sum_dy[LINES] = {}, sum_dy_xmu[LINES] = {}, sum_xmu[LINES] = {};
     const auto add_one = [&](int v, Math x_, Math g) {
         const Math c = stat.centred(plane_of(v), x_);
@@ -87,35 +99,52 @@ __device__ inline void gradient_sums(const Partition& partition, const Tensor& x
         sum_xmu[line_of(v)] += c;
     };
     const auto add = [&](int from) {        // the batch of vecs just read, and with the first the tail element
-#if EPILOGUE
-        apply_epilogue(partition, epilogue, dresidual, tile_x, tile_dy, from, stat, add_one);
-#else
-        #pragma unroll
-        for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) {
-            if (!partition.holds(from + i)) continue;
-            const Vec a = tile_x.get(from + i), b = tile_dy.get(from + i);
+        if constexpr (EPILOGUE != 0) {
+            apply_epilogue(partition, epilogue, dresidual, tile_x, tile_dy, from, stat, add_one);
+        } else {
             #pragma unroll
-            for (int v = 0; v < VEC_SIZE; v++) add_one(v, widen(a.v[v]), widen(b.v[v]));
+            for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) {
+                if (!partition.holds(from + i)) continue;
+                const Vec a = tile_x.get(from + i), b = tile_dy.get(from + i);
+                #pragma unroll
+                for (int v = 0; v < VEC_SIZE; v++) add_one(v, widen(a.v[v]), widen(b.v[v]));
+            }
+            if (Partition::has_tails && from == 0 && partition.tail >= 0) {
+                add_one(0, widen(tile_x.tail), widen(tile_dy.tail));
+            }
         }
-        if (Partition::has_tails && from == 0 && partition.tail >= 0) {
-            add_one(0, widen(tile_x.tail), widen(tile_dy.tail));
-        }
-#endif
     };
     for (int from = 0; from < (RESIDENCY == REGISTERS ? 1 : vecs_per_thread); from += tile_x.batch) {
         tile_x.read(partition, x, from);
         tile_dy.read(partition, dy, from);
         add(from);
     }
-    fold(sum_dy, sums);
-    fold(sum_dy_xmu, sums + P);
-    fold(sum_xmu, sums + 2 * P);
+    fold(sum_dy, sums + OF_DY * P);
+    fold(sum_dy_xmu, sums + OF_DY_C * P);
+    fold(sum_xmu, sums + OF_C * P);
     sum_over_scope<SCOPE, THREADS>(sums, partition.size, partition.channel_vecs, scratch);
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        sums[P + p] *= stat.rstd[p];
-        sums[2 * P + p] *= stat.rstd[p];
+        sums[OF_DY_C * P + p] *= stat.rstd[p];
+        sums[OF_C * P + p] *= stat.rstd[p];
     }
+}
+
+// Add up the sums of a channel tile's tiles.
+template <int THREADS, class Partition, class Exchange>
+__device__ inline void merge_gradient_sums_of_tiles(const Partition& partition, Math (&sums)[BACKWARD_SUMS * P],
+                                                    int tiles, Exchange& exchange, Accum* scratch) {
+    const TileNumbers<BACKWARD_PARTIALS, Partition, Exchange> numbers(partition, exchange, [&](int p, int i) {
+        return sums[i * P + p];
+    });
+    Accum s[BACKWARD_SUMS * P] = {};
+    numbers.template sum<THREADS>(tiles, s, scratch, [&](int tile) {
+        #pragma unroll
+        for (int k = 0; k < BACKWARD_SUMS * P; k++) s[k] += numbers.read(tile, k % P, k / P);
+    });
+    exchange.release();
+    #pragma unroll
+    for (int k = 0; k < BACKWARD_SUMS * P; k++) sums[k] = (Math)s[k];
 }
 
 // dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), with xhat = c - mean_lo and mean_lo = mean(c), as
@@ -135,16 +164,4 @@ struct Gradient {
     }
 };
 
-// The sums of each plane, in Math, or in Storage if they are themselves the gradient of a per-sample parameter.
-struct Sums {
-    void *dy, *dy_xhat;             // may be null
-    int flags;
-
-    __device__ void set(long long i, Math sum_dy, Math sum_dy_xhat) const {
-        if (dy) store_parameter(dy, !(flags & NARROW_SUM_DY), i, sum_dy);
-        set_dy_xhat(i, sum_dy_xhat);
-    }
-    __device__ void set_dy_xhat(long long i, Math sum) const {
-        if (dy_xhat) store_parameter(dy_xhat, !(flags & NARROW_SUM_DY_XHAT), i, sum);
-    }
-};
+#endif

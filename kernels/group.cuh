@@ -6,20 +6,22 @@
 //               counts their arrivals. They serve one channel tile after another, in two alternating areas of memory,
 //               so that no block overwrites numbers that a slow one still reads.
 
+#ifndef CUPYNORM_GROUP
+#define CUPYNORM_GROUP
+
+#include "partition.cuh"
+
 struct Group {
     int tiles;                      // tiles of a channel tile, and blocks of the group
     Math* partial;                  // GRID: [group][phase][tile][number]
     unsigned* arrived;              // GRID: [group], 0 at the launch
 };
 
-// 0, or NaN if the value is not finite: a sum that starts with it cannot be complete before the value has been read.
-__device__ inline Accum nothing_of(Accum value) { return 0 * value; }
-
 // Call f(scope_index) for each tile that this block (or warp) serves: scope_index = channel tile * tiles + tile.
 template <int SCOPE, class Partition, class F>
 __device__ inline void each_scope(const Group& group, long long channel_tiles, F f) {
     const long long scopes = channel_tiles * group.tiles;
-    if (SCOPE == GRID) {
+    if constexpr (SCOPE == GRID) {
         const long long step = gridDim.x / group.tiles * group.tiles;
         for (long long scope_index = blockIdx.x; scope_index < scopes; scope_index += step) f(scope_index);
     } else {
@@ -28,10 +30,13 @@ __device__ inline void each_scope(const Group& group, long long channel_tiles, F
     }
 }
 
-template <int SCOPE> struct Exchange;
+// A scope of one block has nothing to exchange.
+template <int SCOPE> struct Exchange {
+    __device__ Exchange(const Group&, long long, int, Math*) {}
+    __device__ void end() {}
+};
 
-#if GROUPED
-#if defined(SIMT) || __CUDA_ARCH__ >= 900      // older GPUs have no clusters
+#if defined(SIMT) || __CUDA_ARCH__ >= 900       // older GPUs have no clusters
 template <> struct Exchange<CLUSTER> {
     Math* area;
     __device__ Exchange(const Group&, long long, int, Math* area) : area(area) {}
@@ -78,72 +83,4 @@ template <> struct Exchange<GRID> {
     __device__ void end() { __syncthreads(); }
 };
 
-// Merge the moments of a channel tile's tiles, about the mean of tile 0, which has the most elements: the terms that
-// cancel in m2 are then at most `tiles` times the result, and Accum has digits to spare.
-template <int THREADS, class Partition, class Exchange>
-__device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partition, const MomentsOfThread& mine,
-                                                         int tiles, Math count, Exchange& exchange, Accum* scratch) {
-    if (partition.rank < partition.channel_vecs) {
-        #pragma unroll
-        for (int p = 0; p < P; p++) {
-            const int at = (partition.rank * P + p) * 4;
-            exchange.put(at, mine.mean[p]);
-            exchange.put(at + 1, mine.mean_lo[p]);
-            exchange.put(at + 2, mine.scaled_m2[p]);
-            exchange.put(at + 3, (Math)partition.count());
-        }
-    }
-    exchange.barrier();
-    const int channel_vec = partition.rank % partition.channel_vecs;
-    Accum base[P], s[2 * P] = {};
-    #pragma unroll
-    for (int p = 0; p < P; p++) {
-        base[p] = exchange.read(0, (channel_vec * P + p) * 4);
-        s[p] = nothing_of(base[p]);
-    }
-    #pragma unroll 1        // usually one iteration: a block has more threads than a channel tile has tiles
-    for (int tile = partition.rank / partition.channel_vecs; tile < tiles; tile += THREADS / partition.channel_vecs) {
-        #pragma unroll
-        for (int p = 0; p < P; p++) {
-            const int at = (channel_vec * P + p) * 4;
-            const Accum n = exchange.read(tile, at + 3);
-            if (n == 0) continue;
-            const Accum distance = (exchange.read(tile, at) - base[p]) + exchange.read(tile, at + 1);
-            s[p] += n * distance;
-            s[P + p] += wide_m2(exchange.read(tile, at + 2)) + n * distance * distance;
-        }
-    }
-    sum_over_scope<BLOCK, THREADS>(s, partition.size, partition.channel_vecs, scratch);
-    exchange.release();
-    MomentsOfThread m;
-    #pragma unroll
-    for (int p = 0; p < P; p++) {
-        const Accum distance = s[p] / count, m2 = s[P + p] - s[p] * distance;
-        m.mean[p] = (Math)(base[p] + distance);
-        m.mean_lo[p] = (Math)((base[p] - m.mean[p]) + distance);
-        m.scaled_m2[p] = m2 < 0 ? 0 : scale_m2(m2);
-    }
-    return m;
-}
-
-// Add up the sums of a channel tile's tiles.
-template <int THREADS, int K, class Partition, class Exchange>
-__device__ inline void merge_sums_of_tiles(const Partition& partition, Math (&sums)[K], int tiles, Exchange& exchange,
-                                           Accum* scratch) {
-    if (partition.rank < partition.channel_vecs) {
-        #pragma unroll
-        for (int k = 0; k < K; k++) exchange.put(partition.rank * K + k, sums[k]);
-    }
-    exchange.barrier();
-    Accum s[K] = {};
-    #pragma unroll 1        // usually one iteration: a block has more threads than a channel tile has tiles
-    for (int tile = partition.rank / partition.channel_vecs; tile < tiles; tile += THREADS / partition.channel_vecs) {
-        #pragma unroll
-        for (int k = 0; k < K; k++) s[k] += exchange.read(tile, partition.rank % partition.channel_vecs * K + k);
-    }
-    sum_over_scope<BLOCK, THREADS>(s, partition.size, partition.channel_vecs, scratch);
-    exchange.release();
-    #pragma unroll
-    for (int k = 0; k < K; k++) sums[k] = (Math)s[k];
-}
 #endif

@@ -4,6 +4,14 @@
 // exact where the values lie close to their mean, so (x - mean) - mean_lo keeps its digits however large the mean is.
 // The same pass sums the squares of x - mean; the contribution of mean_lo to this sum is subtracted afterwards.
 
+#ifndef CUPYNORM_MOMENTS
+#define CUPYNORM_MOMENTS
+
+#include "merge.cuh"
+#include "sums.cuh"
+#include "tile.cuh"
+#include "unit.cuh"
+
 // Each value is multiplied by this in the sum for the mean, which would otherwise overflow for values of 1e34 and more:
 // no tile has 2^17 elements. If values are so small that the products flush to 0, mean_lo becomes their mean.
 constexpr Math SUM_SCALE = 7.6293945e-6;        // 2^-17
@@ -15,50 +23,49 @@ struct MomentsOfThread {
 // Squares of values around 1e25 or 1e-25 are out of float's range. If m2 is too, or so small that it has lost digits,
 // scaled_m2 is minus its root, computed in a unit in which the squares are in range. Such roots are less than 1, or
 // 1e19 and more; the large ones are divided by 2^20, since they may overflow themselves.
-#if !defined(STORAGE_FLOAT64)
-constexpr Math LEAST_M2 = 7.8886091e-31f, MOST_M2 = 3.4028235e38f;    // 2^-100, and float's largest
-__device__ inline bool in_range(Math m2, Math count) {
-    return m2 >= LEAST_M2 * count && m2 <= MOST_M2;
-}
+constexpr float LEAST_M2 = 7.8886091e-31f, MOST_M2 = 3.4028235e38f;    // 2^-100, and float's largest
+__device__ inline bool in_range(Math m2, Math count) { return m2 >= LEAST_M2 * count && m2 <= MOST_M2; }
 __device__ inline Math unit_for(Math m2) { return m2 <= 1 ? 1.2089258e24f : 8.2718061e-25f; }  // 2^80, 2^-80
-template <class T> __device__ inline T root_of(Math scaled_m2) {
+template <class T> __device__ inline T root_of(float scaled_m2) {
     return scaled_m2 > -1 ? (T)scaled_m2 : (T)scaled_m2 * 1048576;
 }
-__device__ inline Accum wide_m2(Math scaled_m2) {
+__device__ inline Accum wide_m2(float scaled_m2) {
     return scaled_m2 < 0 ? root_of<Accum>(scaled_m2) * root_of<Accum>(scaled_m2) : scaled_m2;
 }
 // (The root is taken in float: in double it needs registers that the widest variants do not have.)
-__device__ inline Math scale_m2(Accum m2) {
-    if (m2 >= LEAST_M2 && m2 <= MOST_M2) return (Math)m2;
+__device__ inline float scale_m2_to_float(Accum m2) {
+    if (m2 >= LEAST_M2 && m2 <= MOST_M2) return (float)m2;
     const bool large = m2 > 1;
     const Accum unit = large ? 6.223015277861142e-61 : 1.6069380442589903e60;       // 2^-200, 2^200
-    return -sqrtf((Math)(m2 * unit)) * (large ? 1.2089258e24f : 7.8886091e-31f);   // 2^80, 2^-100
+    return -sqrtf((float)(m2 * unit)) * (large ? 1.2089258e24f : 7.8886091e-31f);   // 2^80, 2^-100
 }
-__device__ inline Math rstd_of(Math scaled_m2, Math count, Math eps) {
+__device__ inline float rstd_of(float scaled_m2, float count, float eps) {
     if (!(scaled_m2 < 0)) return reciprocal_sqrt(scaled_m2 / count + eps);
     if (scaled_m2 > -1 && eps > 1) return reciprocal_sqrt(eps);
-    const Math unit = scaled_m2 > -1 ? 1.1529215e18f : 8.2718061e-25f;                           // 2^60, 2^-80
-    const Math root = scaled_m2 * (scaled_m2 > -1 ? 1.1529215e18f : 8.6736174e-19f);             // 2^60, 2^-60
-    const Math scaled = reciprocal_sqrt(root * root / count + eps * unit * unit);
+    const float unit = scaled_m2 > -1 ? 1.1529215e18f : 8.2718061e-25f;                           // 2^60, 2^-80
+    const float root = scaled_m2 * (scaled_m2 > -1 ? 1.1529215e18f : 8.6736174e-19f);             // 2^60, 2^-60
+    const float scaled = reciprocal_sqrt(root * root / count + eps * unit * unit);
     // Below 2^-126 it is assembled from bits, since arithmetic would flush it.
     return unit < 1 && scaled < 1.4210855e-14f ? denormal(scaled * 5.9029581e20f) : scaled * unit;      // 2^-46, 2^69
 }
-__device__ inline Math variance_of(Math scaled_m2, Math count) {
-    return scaled_m2 < 0 ? root_of<Math>(scaled_m2) / count * root_of<Math>(scaled_m2) : scaled_m2 / count;
+__device__ inline float variance_of(float scaled_m2, float count) {
+    return scaled_m2 < 0 ? root_of<float>(scaled_m2) / count * root_of<float>(scaled_m2) : scaled_m2 / count;
+}
+// double has the range.
+__device__ inline Accum wide_m2(double scaled_m2) { return scaled_m2; }
+__device__ inline double rstd_of(double scaled_m2, double count, double eps) {
+    return reciprocal_sqrt(scaled_m2 / count + eps);
+}
+__device__ inline double variance_of(double scaled_m2, double count) { return scaled_m2 / count; }
+__device__ inline Math scale_m2(Accum m2) {
+    if constexpr (FLOAT64) return m2;
+    else return scale_m2_to_float(m2);
 }
 __device__ inline Math rstd_of(Accum square) {
     const Accum rstd = 1 / sqrt(square);
-    return rstd < 1.1754944e-38 ? denormal((Math)(rstd * 7.1362384635298e44)) : (Math)rstd;     // 2^-126, 2^149
+    if constexpr (FLOAT64) return rstd;
+    else return rstd < 1.1754944e-38 ? denormal((float)(rstd * 7.1362384635298e44)) : (Math)rstd;     // 2^-126, 2^149
 }
-#else
-__device__ inline Math rstd_of(Accum square) { return 1 / sqrt(square); }
-__device__ inline Accum wide_m2(Math scaled_m2) { return scaled_m2; }
-__device__ inline Math scale_m2(Accum m2) { return m2; }
-__device__ inline Math rstd_of(Math scaled_m2, Math count, Math eps) {
-    return reciprocal_sqrt(scaled_m2 / count + eps);
-}
-__device__ inline Math variance_of(Math scaled_m2, Math count) { return scaled_m2 / count; }
-#endif
 
 template <class T> __device__ inline void swap(T& a, T& b) {
     const T first = a;
@@ -142,31 +149,86 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
         for (int p = 0; p < P; p++) if (m.scaled_m2[p] < sums[P + p] / 4) m.scaled_m2[p] = again[p];
         swap(scratch, other);
     }
-#if !defined(STORAGE_FLOAT64)
-    // If m2 is out of range, sum in a unit in which it is not. The sum for mean_lo may have overflowed as well.
-    bool odd = false;
-    #pragma unroll
-    for (int p = 0; p < P; p++) {
-        odd |= !in_range(m.scaled_m2[p], count);
-        if (!(m.scaled_m2[p] <= MOST_M2)) m.mean_lo[p] = 0;
-    }
-    if (any_of_scope<SCOPE, THREADS>(odd, partition.channel_vecs)) {
-        sum_tile<false, 2, SCOPE>(partition, x, tile, vecs_per_thread, scratch, sums,
-                                  [&](int p, Math value, Math (&terms)[2]) {
-            const Math d = ((value - m.mean[p]) - m.mean_lo[p]) * unit_for(m.scaled_m2[p]);
-            terms[0] = d;
-            terms[1] = d * d;
-        });
+    if constexpr (!FLOAT64) {
+        // If m2 is out of range, sum in a unit in which it is not. The sum for mean_lo may have overflowed as well.
+        bool odd = false;
         #pragma unroll
         for (int p = 0; p < P; p++) {
-            if (in_range(m.scaled_m2[p], count)) continue;
-            const Math more = sums[p] / count, m2 = sums[P + p] - sums[p] * more;
-            const bool small = m.scaled_m2[p] <= 1;
-            m.mean_lo[p] += more * (small ? 8.2718061e-25f : 1.2089258e24f);                              // 2^-80, 2^80
-            m.scaled_m2[p] = -sqrtf(m2 < 0 ? 0 : m2) * (small ? 8.2718061e-25f : 1.1529215e18f);    // 2^-80, 2^60
+            odd |= !in_range(m.scaled_m2[p], count);
+            if (!(m.scaled_m2[p] <= MOST_M2)) m.mean_lo[p] = 0;
         }
-        swap(scratch, other);
+        if (any_of_scope<SCOPE, THREADS>(odd, partition.channel_vecs)) {
+            sum_tile<false, 2, SCOPE>(partition, x, tile, vecs_per_thread, scratch, sums,
+                                      [&](int p, Math value, Math (&terms)[2]) {
+                const Math d = ((value - m.mean[p]) - m.mean_lo[p]) * unit_for(m.scaled_m2[p]);
+                terms[0] = d;
+                terms[1] = d * d;
+            });
+            #pragma unroll
+            for (int p = 0; p < P; p++) {
+                if (in_range(m.scaled_m2[p], count)) continue;
+                const Math more = sums[p] / count, m2 = sums[P + p] - sums[p] * more;
+                const bool small = m.scaled_m2[p] <= 1;
+                m.mean_lo[p] += more * (small ? 8.2718061e-25f : 1.2089258e24f);                        // 2^-80, 2^80
+                m.scaled_m2[p] = -sqrtf(m2 < 0 ? 0 : m2) * (small ? 8.2718061e-25f : 1.1529215e18f);    // 2^-80, 2^60
+            }
+            swap(scratch, other);
+        }
     }
-#endif
     return m;
 }
+
+// Merge the moments of a channel tile's tiles, about the mean of tile 0, which has the most elements: the terms that
+// cancel in m2 are then at most `tiles` times the result, and Accum has digits to spare.
+template <int THREADS, class Partition, class Exchange>
+__device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partition, const MomentsOfThread& mine,
+                                                         int tiles, Math count, Exchange& exchange, Accum* scratch) {
+    enum { MEAN, MEAN_LO, SCALED_M2, COUNT };
+    const TileNumbers<FORWARD_PARTIALS, Partition, Exchange> numbers(partition, exchange, [&](int p, int i) {
+        return i == MEAN ? mine.mean[p] : i == MEAN_LO ? mine.mean_lo[p] : i == SCALED_M2 ? mine.scaled_m2[p]
+                                                                                         : (Math)partition.count();
+    });
+    Accum base[P], s[FORWARD_SUMS * P] = {};
+    #pragma unroll
+    for (int p = 0; p < P; p++) {
+        base[p] = numbers.read(0, p, MEAN);
+        s[p] = nothing_of(base[p]);
+    }
+    numbers.template sum<THREADS>(tiles, s, scratch, [&](int tile) {
+        #pragma unroll
+        for (int p = 0; p < P; p++) {
+            const Accum n = numbers.read(tile, p, COUNT);
+            if (n == 0) continue;
+            const Accum distance = (numbers.read(tile, p, MEAN) - base[p]) + numbers.read(tile, p, MEAN_LO);
+            s[p] += n * distance;
+            s[P + p] += wide_m2(numbers.read(tile, p, SCALED_M2)) + n * distance * distance;
+        }
+    });
+    exchange.release();
+    MomentsOfThread m;
+    #pragma unroll
+    for (int p = 0; p < P; p++) {
+        const Accum distance = s[p] / count, m2 = s[P + p] - s[p] * distance;
+        m.mean[p] = (Math)(base[p] + distance);
+        m.mean_lo[p] = (Math)((base[p] - m.mean[p]) + distance);
+        m.scaled_m2[p] = m2 < 0 ? 0 : scale_m2(m2);
+    }
+    return m;
+}
+
+// Moments of `count` values: m2 is the sum of their squared distances from their mean.
+struct Moments {
+    long long count;
+    Accum mean, m2;
+};
+
+// Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1, about the pooled mean.
+__device__ inline Moments merge(const Moments& a, const Moments& b) {
+    if (b.count == 0) return a;
+    if (a.count == 0) return b;
+    const Accum distance = b.mean - a.mean, fraction = (Accum)b.count / (Accum)(a.count + b.count);
+    return {a.count + b.count, a.mean + distance * fraction,
+            a.m2 + b.m2 + distance * distance * ((Accum)a.count * fraction)};
+}
+
+#endif

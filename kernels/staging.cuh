@@ -6,6 +6,11 @@
 //
 // Each array has its own buffer, in which it lies between 16-byte borders as it does in global memory.
 
+#ifndef CUPYNORM_STAGING
+#define CUPYNORM_STAGING
+
+#include "arrays.cuh"
+
 template <int VECS_PER_THREAD> struct Staging {
     static_assert(VECS_PER_THREAD % WIDEST == 0,
                   "a run of 32 * VECS_PER_THREAD elements has VECS_PER_THREAD / WIDEST vecs a thread, anywhere");
@@ -70,3 +75,5 @@ template <int VECS_PER_THREAD> struct Staging {
              [&](int position) { store(border + position, in_shared(from + position)); });
     }
 };
+
+#endif

@@ -1,5 +1,10 @@
 // Sums over a scope, in an order fixed by the thread numbers: the same bits every run.
 
+#ifndef CUPYNORM_SUMS
+#define CUPYNORM_SUMS
+
+#include "partition.cuh"
+
 // Fold the sums that a thread keeps into one for each plane that it sees.
 __device__ inline void fold(const Math (&s)[LINES], Math* out) {
     if (CHANNELS_LAST) {
@@ -54,3 +59,5 @@ __device__ inline void sum_over_scope(T (&s)[K], int size, int channel_vecs, T* 
         for (int k = 0; k < K; k++) s[k] += scratch[(w * channel_vecs + lane % channel_vecs) * K + k];
     }
 }
+
+#endif

@@ -4,37 +4,46 @@
 // need not be. So x - mean is computed in this unit, in which it is near 1: x * unit - mean * unit has the same digits
 // as x - mean, and also costs one instruction.
 
+#ifndef CUPYNORM_UNIT
+#define CUPYNORM_UNIT
+
+#include "affine.cuh"
+
 struct Unit {
     Math unit, rstd;        // rstd is in this unit: usually 1 to 2
 };
 
-#if !defined(STORAGE_FLOAT64)
 // count * 2^-149, a number below 2^-126: arithmetic would flush it to 0.
-__device__ inline Math denormal(Math count) { return __uint_as_float((unsigned)(count + 0.5f)); }
+__device__ inline float denormal(float count) { return __uint_as_float((unsigned)(count + 0.5f)); }
 
 // The unit is smaller than rstd where mean * unit would otherwise overflow: x is close to the mean then. Neither the
 // unit nor its inverse is denormal; rstd may be.
-__device__ inline Unit unit_of(Math mean, Math rstd) {
+__device__ inline Unit unit_of(float mean, float rstd) {
     const unsigned bits = __float_as_uint(rstd);
     const int of_mean = (int)(__float_as_uint(mean) << 1 >> 24);
     const int exponent = max(1, min(min((int)(bits >> 23), 253), 376 - of_mean));
-    const Math inverse = __uint_as_float((unsigned)(254 - exponent) << 23);
-    return {__uint_as_float((unsigned)exponent << 23), bits < 0x800000 ? (Math)bits * 1.1920929e-7f : rstd * inverse};
+    const float inverse = __uint_as_float((unsigned)(254 - exponent) << 23);
+    return {__uint_as_float((unsigned)exponent << 23), bits < 0x800000 ? (float)bits * 1.1920929e-7f : rstd * inverse};
 }
-#else
-__device__ inline Unit unit_of(Math, Math rstd) { return {1, rstd}; }       // squares must be in range anyway
-#endif
+__device__ inline Unit unit_of(double, double rstd) { return {1, (Math)rstd}; }    // squares must be in range anyway
 
 // xhat * weight + bias for a thread's planes, with xhat = ((x - mean) - mean_lo) * rstd: y, or z without the residual.
 struct Normalization {
     Math unit[P], mean[P], scale[P], offset[P];
 
+    // With the plane's own statistics, in its unit.
     __device__ void set(int p, Math mean_, Math mean_lo, Math rstd, const AffineOfThread& affine) {
         const Unit u = unit_of(mean_, rstd);
+        set(p, mean_, u, affine);
+        offset[p] -= mean_lo * u.unit * scale[p];
+    }
+    __device__ void set(int p, Math mean_, const Unit& u, const AffineOfThread& affine) {
         unit[p] = u.unit;
         mean[p] = mean_ * u.unit;
         scale[p] = u.rstd * affine.weight[p];
-        offset[p] = affine.bias[p] - mean_lo * u.unit * scale[p];
+        offset[p] = affine.bias[p];
     }
     __device__ Math z(int p, Math x) const { return (x * unit[p] - mean[p]) * scale[p] + offset[p]; }
 };
+
+#endif

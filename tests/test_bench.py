@@ -598,8 +598,8 @@ NCU = (
                 ("next_case", "", 0, 0),
                 ("forward_warp", "const T *, T *", 4_000_000, 3_900_000),
                 ("next_case", "", 0, 0),
-                ("gradient", "", 8_000_000, 1_000),
-                ("apply_gradient", "", 8_000_000, 3_999_000),
+                ("gradient_sums", "", 8_000_000, 1_000),
+                ("input_gradient", "", 8_000_000, 3_999_000),
             ]
         )
         for direction, count in (("read", read), ("write", write))
@@ -619,10 +619,10 @@ def test_dram_bytes():
         ("forward", 4_000_000, 3_900_000),
         ("backward", 16_000_000, 4_000_000),
     ]
-    assert [kernel["name"] for kernel in rows[1]["kernels"]] == ["gradient", "apply_gradient"]
+    assert [kernel["name"] for kernel in rows[1]["kernels"]] == ["gradient_sums", "input_gradient"]
     assert [dram.ratio(row) for row in rows] == [pytest.approx(7.9 / 8), pytest.approx(1.0)]
     text = "\n".join(dram.lines(rows))
-    assert "0.988" in text and "1.000" in text and "apply_gradient" in text
+    assert "0.988" in text and "1.000" in text and "input_gradient" in text
     assert dram.rows_of(cases_, "==ERROR== ERR_NVGPUCTRPERM\n") == []
 
 

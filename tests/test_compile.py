@@ -268,10 +268,12 @@ def _check_accesses(module: Module, entries: list[str]) -> None:
     one by one."""
     forward, double, fused = module.file == "forward", module.file == "double_backward", bool(module.epilogue)
     inputs = (1 if forward else 3 if double else 2) + fused  # x, dy, ddx, residual
-    outputs = 1 + double + (fused and not forward)  # y or dx, ddy, dresidual
     for entry in entries:
         name = entry.split("(")[0]
         variant = next(r for r in module.variants if name.endswith(r.name))
+        outputs = 1 + double + (fused and not forward)  # y or dx, ddy, dresidual
+        if (double or (forward and fused)) and variant.scope != "subwarp":
+            outputs *= 2  # the code that writes exists twice: with ddx or a residual, and without (with_constant)
         loads = len(re.findall(r"ld\.global\.v4\.(?:b32|u32|f32)", entry))
         stores = len(re.findall(r"st\.global\.v4\.b32", entry))
         if variant.residency == "registers":
@@ -309,6 +311,17 @@ def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) ->
     assert "nonsense" in message
     assert "CUPYNORM_EAGER=0" in message
     assert isinstance(compile_error(module, "no such option"), CompileError)
+
+
+@pytest.mark.parametrize("header", sorted(path.name for path in source.kernel_folder().glob("*.cuh")))
+def test_headers_are_self_contained(header: str) -> None:
+    module = Module("forward", "float32", 4, "channels_first")
+    text = module.constants + source.inlined(header)
+    done = _compile(text, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"))
+    assert done.status == 0, done.log
+    # Included twice without the inlining, which leaves out repetitions, a header must guard itself.
+    guard = re.search(r"^#ifndef (\w+)\n#define \1$", source.inlined(header), re.M)
+    assert guard and text.rstrip().endswith("#endif")
 
 
 @pytest.mark.parametrize("file", VARIANTS)

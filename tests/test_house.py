@@ -16,6 +16,7 @@ import cupynorm as cn
 from cupynorm import _checks, config
 from cupynorm.backend import Backend, backend_of
 from cupynorm.cpu.blocking import Arrays
+from cupynorm.cuda.source import kernel_folder
 
 PACKAGE = Path(cn.__file__).parent
 MODULES = {
@@ -87,6 +88,17 @@ def test_settings_have_one_place() -> None:
         texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         named = [text for text in texts if re.fullmatch("CUPYNORM_[A-Z_]+", text)]
         assert not named or module == "cupynorm.config", f"{module} names {named}"
+
+
+def test_kernels_choose_by_constants() -> None:
+    """`#if` asks for the architecture, the emulator, the dtype of the elements, or guards a header; nothing else."""
+    allowed = r"defined\(SIMT\)|__CUDA_ARCH__|defined\(STORAGE_\w+\)|ifndef CUPYNORM_\w+"
+    for path in sorted(kernel_folder().iterdir()):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.match(r"\s*#\s*(if|elif)", line):
+                assert re.search(allowed, line), f"{path.name}:{number}: {line}"
+            macro = re.match(r"\s*#\s*define (\w+)", line)
+            assert not macro or re.fullmatch(r"CUPYNORM_\w+|KERNEL|CLUSTER_OF", macro[1]), f"{path.name}:{number}"
 
 
 @pytest.mark.parametrize("setting", ["eager", "compiled", "batch_invariant", "memory_limit", "num_threads"])

@@ -187,7 +187,7 @@ def test_rounds_of_a_split_cover_each_plane_once(
     call = object.__new__(launch._Launches)
     call.nc, call.kind = (n, c), kind  # type: ignore[assignment]
     call.plan = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])  # type: ignore[assignment]
-    rounds = [[*range(r["tiles.first"], r["tiles.first"] + r["tiles.channel_tiles"])] for r in call.rounds()]
+    rounds = [[*range(r["round.first"], r["round.first"] + r["round.channel_tiles"])] for r in call.rounds()]
     assert [*itertools.chain(*rounds)] == [*range(tiles)]
     assert all(len(served) == most for served in rounds[:-1])
     last = 0

@@ -82,17 +82,17 @@ def _shared(made: Plan, step: Step, variant: Variant | None, s: int, residual: b
     size = ITEMSIZE[made.dtype]
     math_size = 8 if made.dtype == "float64" else 4
     warps = step.threads // 32
-    if variant is None:  # Moments or ThreeSums a thread (split.cu); two Accum a thread (channels.cu)
-        if step.module in ("double_split", "frozen_double_backward"):  # Accums of a warp: six, one
-            return warps * (6 if step.module == "double_split" else 1) * 8
-        return step.threads * (24 if step.module == "split" else 2 * 8)
+    if variant is None:  # what each thread merges (merges.cu); two Accum a thread (channels.cu)
+        of_three = dict.fromkeys(("merge_moments", "merge_gradient_sums"), 3)
+        numbers = of_three | {"merge_products": 6, "merge_dots": 1, "running_statistics": 2, "parameter_gradients": 2}
+        return step.threads * numbers[step.name] * 8
     if variant.scope == "subwarp":
         # staging.cuh: a buffer for each array, for the run of a warp's planes at any address modulo 16 bytes.
         wide = 16 // size
         words = max(math.ceil((at + 32 // step.subwarp_size * s) / wide) for at in range(wide))
         buffers = 1 + residual if made.op == "forward" else 3 if made.op in DOUBLE else 2 + 2 * residual
         return warps * buffers * words * 16
-    if variant.scope == "warp" or step.name.startswith(("normalize", "apply")):
+    if variant.scope == "warp" or step.name.startswith(("normalize", "input_gradient", "apply_products")):
         return 0
     # Sums over a block: forward two areas used in turn, backward one; a number for each warp, channel vec and plane of
     # a thread. Forward adds up two quantities at once, the values about the mean and their squares (moments.cuh).

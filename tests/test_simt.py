@@ -30,7 +30,7 @@ from cupynorm.cuda.device import Device
 from cupynorm.cuda.layout import ArrayDesc, contiguous_desc
 from cupynorm.cuda.plan import Plan, Step
 from cupynorm.cuda.source import Module, all_modules, inlined, kernel_folder
-from cupynorm.cuda.variants import VARIANTS, exists
+from cupynorm.cuda.variants import SINGLE, VARIANTS, exists
 
 pytestmark = pytest.mark.simt
 
@@ -82,7 +82,7 @@ def test_the_epilogue_cases_reach_every_kernel(run_on: Callable[..., Any], rng: 
         code(*pair) for pair in launched
     }
     assert not missing, sorted(missing)
-    files = {(m.file, m.group, m.epilogue) for m in all_modules(range(1, 4)) if m.file != "channels"}
+    files = {(m.file, m.group, m.epilogue) for m in all_modules(range(1, 4)) if m.file not in SINGLE}
     assert files <= {(m.file, m.group, m.epilogue) for m, _ in launched}
 
 
@@ -622,7 +622,7 @@ KERNEL(64, 1) which(long long scope_index, long long tiles, long long channels, 
 def test_planes_of_a_scope_beyond_32_bits(kind: Any, tiles: int, channels: int) -> None:
     """Channel tiles of arrays larger than any here. Kernels divide their numbers in 32 bits if these suffice."""
     module = Module("forward", "float32", 4, kind)
-    text = Text("which", inlined("types.cuh") + inlined("plane.cuh") + WHICH, ("which",), "text", module.defines)
+    text = Text("which", inlined("partition.cuh") + WHICH, ("which",), "text", module.constants)
     groups = channels if kind == "channels_first" else -(-channels // 8)  # of two threads with vecs of 4
     runtime, found = Emulator(), np.zeros(4, np.int64)
     for channel_tile in (0, 3, groups, 7 * groups - 1, 2**32 - 1, 2**32, 2**33 + 3, 2**40 + 3 * groups):

@@ -40,12 +40,11 @@ AFFINE = _struct(("weight bias", POINTER), ("flags", INT32))
 EPILOGUE = _struct(("residual", TENSOR), ("slope", FLOAT64))
 SUMS = _struct(("dy dy_xhat", POINTER), ("flags", INT32))
 GROUP = _struct(("tiles", INT32), ("partial arrived", POINTER))
-TILES = _struct(("channels spatial first channel_tiles tiles", INT64), ("subdivision", INT32))
+ROUND = _struct(("channels spatial first channel_tiles tiles", INT64), ("subdivision", INT32))
 INPUTS = _struct(("x dy ddx", TENSOR))
 PARAMETERS = _struct(("affine gradient", AFFINE))
 
 _WHOLE = ("channels spatial channel_tiles", INT64), ("subdivision vecs_per_thread", INT32)
-_POINTWISE = ("channels spatial scopes tiles", INT64), ("subdivision", INT32)
 _MERGE = ("all_planes tiles first planes spatial", INT64)
 
 #: By kernel, without the variant: those that have variants first.
@@ -63,45 +62,42 @@ STRUCTS: dict[str, np.dtype] = {
         *_WHOLE, ("group", GROUP),
     ),
     "normalize": _struct(
-        ("x y", TENSOR), ("running_mean running_var", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("mean rstd", POINTER), ("eps", FLOAT64), *_POINTWISE,
+        ("x y", TENSOR), ("running_mean running_var mean rstd mean_lo", POINTER), ("eps", FLOAT64), ("affine", AFFINE),
+        ("epilogue", EPILOGUE), ("round", ROUND),
     ),
     "frozen_backward": _struct(
         ("x dy dx", TENSOR), ("mean rstd", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("dresidual", TENSOR), ("sums", SUMS), *_POINTWISE,
+        ("dresidual", TENSOR), ("sums", SUMS), ("round", ROUND),
     ),
     "frozen_double_backward": _struct(
         ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS), ("sums", SUMS),
-        *_POINTWISE,
+        ("round", ROUND),
     ),
-    "moments": _struct(("x", TENSOR), ("counts means m2", POINTER), ("tiles", TILES)),
-    "apply": _struct(
-        ("x y", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE), ("tiles", TILES),
-    ),
-    "gradient": _struct(
+    "moments": _struct(("x", TENSOR), ("counts means m2", POINTER), ("round", ROUND)),
+    "gradient_sums": _struct(
         ("x dy", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("dresidual", TENSOR), ("partials", POINTER), ("all_planes", INT64), ("tiles", TILES),
+        ("dresidual", TENSOR), ("partials", POINTER), ("all_planes", INT64), ("round", ROUND),
     ),
-    "apply_gradient": _struct(
+    "input_gradient": _struct(
         ("x dy dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("merged_mean_lo sum_dy sum_dy_xhat", POINTER), ("tiles", TILES),
+        ("merged_mean_lo sum_dy sum_dy_xhat", POINTER), ("round", ROUND),
     ),
     "products": _struct(
-        ("inputs", INPUTS), ("dx", TENSOR), ("mean rstd partials", POINTER), ("all_planes", INT64), ("tiles", TILES),
+        ("inputs", INPUTS), ("dx", TENSOR), ("mean rstd partials", POINTER), ("all_planes", INT64), ("round", ROUND),
     ),
     "apply_products": _struct(
         ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS),
-        ("coefficients", POINTER), ("all_planes", INT64), ("tiles", TILES),
+        ("coefficients", POINTER), ("all_planes", INT64), ("round", ROUND),
     ),
     "merge_moments": _struct(
         ("counts means m2", POINTER), ("tiles first planes", INT64), ("eps", FLOAT64),
         ("mean rstd mean_lo variance", POINTER),
     ),
-    "merge_gradient": _struct(
+    "merge_gradient_sums": _struct(
         ("partials", POINTER), _MERGE, ("sum_dy sum_dy_xhat merged_mean_lo", POINTER), ("sums", SUMS),
     ),
     "merge_products": _struct(("partials", POINTER), _MERGE, ("rstd coefficients", POINTER), ("sums", SUMS)),
-    "merge_dots": _struct(("partials", POINTER), ("tiles all_planes", INT64), ("sums", SUMS)),
+    "merge_dots": _struct(("partials", POINTER), ("tiles planes", INT64), ("sums", SUMS)),
     "running_statistics": _struct(
         ("mean variance", POINTER), ("samples channels", INT64), ("momentum", FLOAT64),
         ("running_mean running_var", POINTER), ("flags", INT32),

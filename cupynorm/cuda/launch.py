@@ -104,8 +104,9 @@ class CudaBackend(Backend):
                 flags |= FLAGS["WIDE_RUNNING_VAR"] * (running_var.dtype == work.math)
             work.point("affine.weight", weight)
             work.point("affine.bias", bias)
-            work.point("running_mean", mean_)
-            work.point("running_var", var_)
+            if not training:  # normalize uses the statistics of each plane, unless it is given these
+                work.point("running_mean", mean_)
+                work.point("running_var", var_)
             work.values |= {
                 "affine.flags": flags, "flags": flags, "eps": call.eps, "momentum": call.momentum,
                 "epilogue.slope": _rectifier_slope(activation, call.negative_slope),
@@ -125,6 +126,8 @@ class CudaBackend(Backend):
             else:
                 work.run(step)
             if update:
+                work.point("running_mean", mean_)
+                work.point("running_var", var_)
                 copies = [(a, b) for a, b in ((running_mean, mean_), (running_var, var_)) if a is not b]
                 again = [_assignment(b, a) for a, b in copies]  # other calls may have updated them since
                 work.updates = [*again, work.prepare(rest[0]), *(_assignment(a, b) for a, b in copies)]
@@ -325,7 +328,8 @@ def _plan_call(
     tiles = made.steps[0].tiles
     sizes = {
         "samples": n, "channels": c, "spatial": s, "all_planes": n * c, "planes": n * c, "tiles": tiles,
-        "channel_tiles": made.channel_tiles, "tiles.channels": c, "tiles.spatial": s, "tiles.tiles": tiles,
+        "channel_tiles": made.channel_tiles, "round.channels": c, "round.spatial": s, "round.tiles": tiles,
+        "round.channel_tiles": made.channel_tiles,
     }  # fmt: skip
     for name, layout in zip(names, layouts, strict=True):
         sizes |= {f"{name}.{axis}": getattr(layout, axis) for axis in "ncs"}
@@ -334,10 +338,10 @@ def _plan_call(
     for step in made.steps:
         memory = arguments.new(step.kernel)
         arguments.fill(step.kernel, memory, sizes | {
-            "scopes": step.scopes, "subdivision": step.subdivision, "tiles.subdivision": step.subdivision,
+            "subdivision": step.subdivision, "round.subdivision": step.subdivision,
             "vecs_per_thread": step.vecs_per_thread, "group.tiles": step.tiles,
         })  # fmt: skip
-        if step.kernel == "apply_gradient":  # reads dresidual in place of dy
+        if step.kernel == "input_gradient":  # reads dresidual in place of dy
             arguments.fill(step.kernel, memory, of_dy)
         steps.append(_PlannedStep(step, Module.of(step, made), bytes(memory)))
     return _PlannedCall(kind, copied, made, tuple(steps))
@@ -448,7 +452,7 @@ class _Launches:
             end = min(first + at_a_time, channel_tiles)
             planes = plane(end) - plane(first)
             yield {
-                "tiles.first": first, "tiles.channel_tiles": end - first, "first": plane(first), "planes": planes,
+                "round.first": first, "round.channel_tiles": end - first, "first": plane(first), "planes": planes,
             }  # fmt: skip
 
     def _width(self, step: Step) -> int:

@@ -1,4 +1,5 @@
-"""The operations that kernels compute: their arrays, and how many numbers of a plane their threads exchange."""
+"""The operations that kernels compute: their arrays, how many numbers of a plane their threads exchange, and the shared
+memory for these. Each module's text has the same numbers (`constants`)."""
 
 from __future__ import annotations
 
@@ -39,3 +40,26 @@ OPS: dict[Op, Operation] = {
 
 #: Numbers of a plane that merge_products computes from the partials of its tiles.
 COEFFICIENTS = 8
+
+#: Threads of a block of the kernels that exist once (variants.SINGLE), and the bytes of shared memory for each thread:
+#: what it merges, or the sums of two quantities. A block of the kernels in channels.cu serves COLUMNS channels.
+SINGLE_THREADS = 256
+SHARED = {
+    "merge_moments": 24,
+    "merge_gradient_sums": 24,
+    "merge_products": 48,
+    "merge_dots": 8,
+    "running_statistics": 16,
+    "parameter_gradients": 16,
+}
+COLUMNS = 32
+
+
+def constants() -> dict[str, int]:
+    """Return the numbers above that kernels need, by the names that they have in each module's text."""
+    numbers = {"COEFFICIENTS": COEFFICIENTS, "SINGLE_THREADS": SINGLE_THREADS, "COLUMNS": COLUMNS}
+    for op in ("forward", "backward", "double_backward"):
+        operation = OPS[op]  # type: ignore[index]
+        of_op = {"SUMS": operation.sums, "MERGED": operation.merged, "PARTIALS": operation.partials}
+        numbers |= {f"{op.upper()}_{name}": number for name, number in of_op.items()}
+    return numbers

@@ -1,7 +1,7 @@
 """Plans: which kernels to launch for a call, as pure data.
 
 A plan follows from shape, strides, dtype and the device's properties alone; this module imports neither CuPy nor
-NumPy, so any machine can plan for any device. kernels/plane.cuh defines scopes, channel tiles and tiles.
+NumPy, so any machine can plan for any device. kernels/partition.cuh defines scopes, channel tiles and tiles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from .device import Device
 from .layout import SUBWARP_BYTES, SUBWARP_ELEMENTS, Layout, at_vecs, dense
-from .ops import OPS, Op
+from .ops import COLUMNS, OPS, SHARED, SINGLE_THREADS, Op
 from .variants import FORCED, ITEMSIZE, Kind, Variant, exists, group_of, resident_threads, variants_of, widest
 
 TILE_BYTES = 8192  # the smallest tile worth a block of a grid
@@ -33,7 +33,7 @@ class Step:
     scopes: int = 0
     tiles: int = 1
     vecs_per_thread: int = 0
-    channel_vecs: int = 1  # channels-last: vecs side by side in a row (kernels/plane.cuh)
+    channel_vecs: int = 1  # channels-last: vecs side by side in a row (kernels/partition.cuh)
     subwarp_size: int = 0  # threads per plane, for the scope "subwarp"
     at_planes: bool = False  # vecs begin at the start of each plane
     group: str = ""  # of the variant
@@ -43,7 +43,7 @@ class Step:
 
     @property
     def subdivision(self) -> int:
-        """The kernels' argument for the division of a row or a warp (kernels/plane.cuh)."""
+        """The kernels' argument for the division of a row or a warp (kernels/partition.cuh)."""
         return self.subwarp_size or (0 if self.at_planes else self.channel_vecs)
 
 
@@ -217,14 +217,15 @@ class _Job:
             return self.vecs_per_thread(variant, tiles) <= variant.vecs_per_thread
         return self.shared(variant, tiles) <= self.device.shared_per_block
 
-    def merge(self, name: str, planes: int, file: str = "split", shared: int = 256 * 24) -> Step:
-        """Return a launch that merges partials. shared: by default three Accums per thread (split.cu)."""
-        return Step(file, name, name, grid_of(planes), 256, shared, plain=True)
+    def merge(self, name: str, planes: int) -> Step:
+        """Return a launch that merges the partials of each plane."""
+        return Step("merges", name, name, grid_of(planes), SINGLE_THREADS, SINGLE_THREADS * SHARED[name])
 
     def channels(self, name: str) -> Step:
-        return Step("channels", name, name, (_ceil(self.c, 32), 1), 256, 2 * 256 * 8)
+        grid = _ceil(self.c, COLUMNS), 1
+        return Step("channels", name, name, grid, SINGLE_THREADS, SINGLE_THREADS * SHARED[name])
 
-    def pointwise(self, file: str = "normalize") -> Step:
+    def pointwise(self, file: str = "frozen") -> Step:
         for variant in variants_of(file):
             if self.vecs_per_thread(variant) <= variant.vecs_per_thread:
                 break
@@ -364,11 +365,11 @@ def plan(
     planes = job.n * job.c
     if op == "frozen_backward":
         step = job.pointwise()
-        merge = (job.merge("merge_gradient", planes),) if sums and step.tiles > 1 else ()
+        merge = (job.merge("merge_gradient_sums", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", 3 if sums or epilogue else 2, step, *merge, *after)
     if op == "frozen_double_backward":
         step = job.pointwise("frozen_double_backward")
-        merge = (job.merge("merge_dots", planes, "frozen_double_backward", 8 * 8),) if sums and step.tiles > 1 else ()
+        merge = (job.merge("merge_dots", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", len(layouts), step, *merge, *after)
 
     why = "the split is forced"
@@ -393,13 +394,15 @@ def plan(
             why,
             2 * len(layouts) - 2,
             job.step(file, "products", variant, job.exchange(variant), tiles, channel_tiles=at_a_time),
-            job.merge("merge_products", planes_at_a_time, file, 8 * job.operation.merged * 8),
+            job.merge("merge_products", planes_at_a_time),
             job.step(file, "apply_products", variant, 0, tiles, channel_tiles=at_a_time),
             *after,
             at_a_time=at_a_time,
         )
     partial, merged, apply = (
-        ("moments", "merge_moments", "apply") if op == "forward" else ("gradient", "merge_gradient", "apply_gradient")
+        ("moments", "merge_moments", "normalize")
+        if op == "forward"
+        else ("gradient_sums", "merge_gradient_sums", "input_gradient")
     )
     return made(
         "split",

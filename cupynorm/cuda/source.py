@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from . import ops
 from .arguments import FLAGS, struct_name
 from .plan import Plan, Step
 from .variants import (
@@ -22,9 +23,9 @@ from .variants import (
     FORCED,
     ITEMSIZE,
     KERNELS,
-    MERGES,
     PLAIN,
     PLAIN_KERNELS,
+    SINGLE,
     VARIANTS,
     Kind,
     Variant,
@@ -72,8 +73,8 @@ class Module:
     @classmethod
     def of(cls, step: Step, plan: Plan) -> Module:
         """Return the module that holds the kernel of a plan's step."""
-        if step.module == "channels":
-            return cls("channels", plan.dtype, 1, "channels_first")
+        if step.module in SINGLE:
+            return cls(step.module, plan.dtype, 1, "channels_first")
         epilogue = 0 if step.plain else plan.epilogue
         if step.group == "subwarp":  # staged planes are partitioned by elements
             module = cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
@@ -85,21 +86,31 @@ class Module:
     @property
     def variants(self) -> tuple[Variant, ...]:
         facts = self.file, self.dtype, self.kind, self.epilogue, self.misaligned
-        return tuple(r for r in VARIANTS[self.file] if group_of(r, self.file) == self.group and exists(r, *facts))
+        known = (variant for variant in VARIANTS.get(self.file, ()) if group_of(variant, self.file) == self.group)
+        return tuple(variant for variant in known if exists(variant, *facts))
 
     @property
-    def defines(self) -> str:
-        """The module's macros. They are no compiler options: CuPy compiles a dummy for each new tuple of options."""
-        macros: dict[str, int] = {
-            f"STORAGE_{self.dtype.upper()}": 1,
+    def constants(self) -> str:
+        """The text with the module's constants. They are no compiler options: CuPy compiles a dummy for each new tuple
+        of options."""
+        numbers = {
             "VEC_SIZE": self.vec_size,
             "CHANNELS_LAST": int(self.kind == "channels_last"),
             "MISALIGNED": int(self.misaligned),
             "EPILOGUE": self.epilogue,
-            "GROUPED": int(any(variant.grouped for variant in self.variants)),
+            "READ_AHEAD": self._read_ahead,
             **FLAGS,
+            **ops.constants(),
         }
-        return "".join(f"#define {name} {value}\n" for name, value in macros.items())
+        lines = [f"[[maybe_unused]] constexpr int {name} = {number};\n" for name, number in numbers.items()]
+        return "".join([f"#define STORAGE_{self.dtype.upper()} 1\n", *lines])
+
+    @property
+    def _read_ahead(self) -> int:
+        """The vecs that a thread reads of each array before it uses the first, if its tile stays in shared memory."""
+        if self.file == "double_backward":
+            return 1 if any(variant.grouped for variant in self.variants) and self.kind == "channels_last" else 2
+        return 2 if self.epilogue or self.misaligned else 4  # these need registers for other things
 
     def _kernel(self, prefix: str, variant: Variant) -> str:
         """Return the text of one variant of a kernel."""
@@ -120,7 +131,7 @@ class Module:
     @property
     def _prefixes(self) -> tuple[str, ...]:
         """The kernels of this module that have variants."""
-        kernels = KERNELS[self.file]
+        kernels = KERNELS.get(self.file, ())
         return tuple(kernel for kernel in kernels if not (self.epilogue and kernel in PLAIN_KERNELS))
 
     @property
@@ -128,13 +139,13 @@ class Module:
         kernels = "".join(self._kernel(prefix, variant) for prefix in self._prefixes for variant in self.variants)
         if any(variant.scope == "cluster" for variant in self.variants):  # older GPUs have none: the module is empty
             kernels = f"#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900\n{kernels}#endif\n"
-        return f'{self.defines}{inlined(f"{self.file}.cu")}#line 1 "the variants"\n{kernels}'
+        return f'{self.constants}{inlined(f"{self.file}.cu")}#line 1 "the variants"\n{kernels}'
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """The names of the kernels in this module."""
         variants = tuple(f"{prefix}_{variant.name}" for prefix in self._prefixes for variant in self.variants)
-        return variants + (() if self.epilogue else MERGES[self.file])
+        return variants + SINGLE.get(self.file, ())
 
 
 @dataclass(frozen=True)
@@ -150,7 +161,7 @@ class ForcedModule(Module):
 
 def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -> list[Module]:
     """Return every module that calls may compile."""
-    modules = [Module("channels", dtype, 1, "channels_first") for dtype in ITEMSIZE]
+    modules = [Module(file, dtype, 1, "channels_first") for file, dtype in product(SINGLE, ITEMSIZE)]
     for epilogue, (file, variants), dtype in product(epilogues, VARIANTS.items(), ITEMSIZE):
         if epilogue and file in PLAIN:
             continue
@@ -164,7 +175,7 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
                 for misaligned in (False, True)
             ]
             modules += [Module(file, dtype, v, "channels_last", group, epilogue) for v in (last, 1)]
-    return [module for module in modules if module.variants or module.file == "channels"]
+    return [module for module in modules if module.kernels]
 
 
 def core_modules() -> list[Module]:

@@ -127,7 +127,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         *(*_cluster(256, 8, 4, 8, 16), *_BLOCK_SHARED, *_CLUSTER_SHARED, *_GRID, *_GRID_SHARED),
     ),
     "split": _block((256, 8), (256, 4)),
-    "normalize": (*_warp(1, 4), *_block((256, 4))),
+    "frozen": (*_warp(1, 4), *_block((256, 4))),
     # x, dy and ddx.
     "double_backward": (
         *(*_subwarp(256, 8), *_warp(1, 3), *_block((256, 1), (256, 2), (512, 2)), *_BLOCK_SHARED),
@@ -135,7 +135,6 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     ),
     "double_split": _block((256, 3)),
     "frozen_double_backward": (*_warp(1, 3), *_block((256, 3))),
-    "channels": (),
 }
 
 #: Lists that replace those above during a measurement (bench/variants.py): one variant, taken wherever it fits, or
@@ -146,24 +145,20 @@ FORCED: dict[str, tuple[Variant, ...]] = {}
 KERNELS: dict[str, tuple[str, ...]] = {
     "forward": ("forward",),
     "backward": ("backward",),
-    "split": ("moments", "apply", "gradient", "apply_gradient"),
-    "normalize": ("normalize", "frozen_backward"),
+    "split": ("moments", "normalize", "gradient_sums", "input_gradient"),
+    "frozen": ("normalize", "frozen_backward"),
     "double_backward": ("double_backward",),
     "double_split": ("products", "apply_products"),
     "frozen_double_backward": ("frozen_double_backward",),
-    "channels": (),
 }
-#: and those that exist once, in the module without an epilogue: merges of partials, and sums over the batch.
-MERGES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(KERNELS, ()),
-    "split": ("merge_moments", "merge_gradient"),
-    "double_split": ("merge_products",),
-    "frozen_double_backward": ("merge_dots",),
+#: and those that exist once: merges of the partials of each plane, and sums over the batch.
+SINGLE: dict[str, tuple[str, ...]] = {
+    "merges": ("merge_moments", "merge_gradient_sums", "merge_products", "merge_dots"),
     "channels": ("running_statistics", "parameter_gradients"),
 }
 
 #: The files whose kernels have no epilogue, and the kernels of other files that have none.
-PLAIN = ("channels", "double_backward", "double_split", "frozen_double_backward")
+PLAIN = ("double_backward", "double_split", "frozen_double_backward")
 PLAIN_KERNELS = ("moments",)
 
 

@@ -79,8 +79,8 @@ def _built(name: str, source: str, kernels: tuple[str, ...]) -> tuple[Any, Any, 
 
     module = _modules().get(source)
     if module is None:  # a forced variant, or a test's kernel
-        leading = re.match(r"(?:#(?!line).*\n)*", source)
-        module = emulator.Text("text", source, kernels, defines=leading[0] if leading else "")
+        leading = re.match(r"(?:(?:#(?!line)|\[\[maybe_unused).*\n)*", source)
+        module = emulator.Text("text", source, kernels, constants=leading[0] if leading else "")
     library = emulator.build(module)
     kinds = getattr(library, f"simt_kinds_{name}")
     kinds.restype = ctypes.c_char_p

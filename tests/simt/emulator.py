@@ -79,7 +79,7 @@ class Text:
     source: str
     kernels: tuple[str, ...]
     dtype: str = "text"
-    defines: str = ""
+    constants: str = ""
 
     def __str__(self) -> str:
         return self.file
@@ -92,7 +92,8 @@ def require() -> None:
 
 
 def source_of(module: Module | Text, transform: Transform | None = None) -> str:
-    source = f'{module.defines}#line 1 "simt.h"\n{(HERE / "simt.h").read_text()}\n{module.source}'
+    simt, text = (HERE / "simt.h").read_text(), module.source.removeprefix(module.constants)
+    source = f'{module.constants}#line 1 "simt.h"\n{simt}\n{text}'
     if isinstance(module, Module):
         source += offsets.asserted(module, offsets.GCC)
     if transform is not None:
@@ -246,7 +247,7 @@ class Emulator:
     def launch(self, module: Module | Text, step: Step, arguments: Any, bounds: dict[int, tuple[int, int]]) -> None:
         assert step.threads <= 1024
         # Devices invented to be small still have the shared memory that merges need.
-        assert step.shared <= max(self._device.shared_per_block, 8192)
+        assert step.shared <= max(self._device.shared_per_block, 12 * 1024)
         run = getattr(build(module, self.transform), f"simt_run_{step.name}")  # AttributeError: unknown kernel
         if isinstance(arguments, bytearray):
             arguments = (np.frombuffer(arguments, STRUCTS[step.kernel]).reshape(()),)

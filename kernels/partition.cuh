@@ -25,6 +25,12 @@
 //
 // P is the number of planes that one thread sees, and plane_of(v) the plane of element v of a vec.
 
+#ifndef CUPYNORM_PARTITION
+#define CUPYNORM_PARTITION
+
+#include "arrays.cuh"
+#include "unaligned.cuh"
+
 enum { SUBWARP, WARP, BLOCK, CLUSTER, GRID };  // scopes
 enum { REGISTERS, SHARED };         // residencies: where a tile stays between passes
 
@@ -35,29 +41,6 @@ __device__ constexpr int plane_of(int v) { return CHANNELS_LAST ? v : 0; }
 // them, which is enough for additions not to wait for each other.
 constexpr int LINES = CHANNELS_LAST || VEC_SIZE < 4 ? VEC_SIZE : 4;
 __device__ constexpr int line_of(int v) { return v % LINES; }
-
-#if MISALIGNED
-// The vec that begins `offset` elements into two adjacent vecs. Words move by the powers of two in the distance, so
-// indices are constants and all words stay in registers.
-__device__ inline Vec realigned(const Vec& a, const Vec& b, int offset) {
-    unsigned w[8];
-    memcpy(w, &a, 16);
-    memcpy(w + 4, &b, 16);
-    const int bytes = offset * (int)sizeof(Storage);
-    #pragma unroll
-    for (int step = 2; step > 0; step /= 2) {
-        #pragma unroll
-        for (int i = 0; i + step < 8; i++) w[i] = bytes & 4 * step ? w[i + step] : w[i];
-    }
-    if (sizeof(Storage) == 2) {
-        #pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = bytes & 2 ? w[i] >> 16 | w[i + 1] << 16 : w[i];
-    }
-    Vec vec;
-    memcpy(&vec, w, 16);
-    return vec;
-}
-#endif
 
 // Quotient and remainder of nonnegative numbers. 64-bit division is slow, and rarely needed.
 __device__ inline void divide(long long a, long long b, long long& quotient, long long& remainder) {
@@ -145,36 +128,14 @@ struct Partition {
     __device__ Vec get(const Tensor& t, Storage* origin, int k) const {
         const Vec* p = at(t, origin, k);
         if (SCOPE == SUBWARP) return in_shared(p);
-#if MISALIGNED
-        const int offset = (int)((unsigned long long)p / sizeof(Storage) % VEC_SIZE),
-        position = number(k) * VEC_SIZE - offset;
-        if (offset != 0) {
-            Storage* border = (Storage*)p - offset;
-            if (position >= lo && position + 2 * VEC_SIZE <= hi) {
-                return realigned(load((Vec*)border), load((Vec*)border + 1), offset);
-            }
-            Vec vec;
-            #pragma unroll
-            for (int v = 0; v < VEC_SIZE; v++) vec.v[v] = load((const Storage*)p + v);
-            return vec;
-        }
-#endif
+        if constexpr (MISALIGNED) return load_unaligned(p, number(k) * VEC_SIZE, lo, hi);
         return load(p);
     }
     __device__ void put(const Tensor& t, Storage* origin, int k, const Vec& vec) const {
         Vec* p = at(t, origin, k);
-        if (SCOPE == SUBWARP) {
-            in_shared(p) = vec;
-            return;
-        }
-#if MISALIGNED
-        if ((unsigned long long)p % sizeof(Vec) != 0) {
-            #pragma unroll
-            for (int v = 0; v < VEC_SIZE; v++) store((Storage*)p + v, vec.v[v]);
-            return;
-        }
-#endif
-        store(p, vec);
+        if (SCOPE == SUBWARP) in_shared(p) = vec;
+        else if constexpr (MISALIGNED) store_unaligned(p, vec);
+        else store(p, vec);
     }
 
     // True if this thread's channels are in range: all P or none, since VEC_SIZE divides the number of channels.
@@ -188,102 +149,4 @@ struct Partition {
     }
 };
 
-// The part of an array that one thread holds between passes: vecs in its registers or in its own slots of shared
-// memory, and its tail element. Slots of neighbouring threads are adjacent, so there are no bank conflicts, and no
-// thread reads another's slots, so no barrier is needed.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> struct TileVecs;
-
-#if !defined(READ_AHEAD)
-#define READ_AHEAD (EPILOGUE || MISALIGNED ? 2 : 4)     // these need registers for other things
 #endif
-
-template <int THREADS, int VECS_PER_THREAD> struct TileVecs<REGISTERS, THREADS, VECS_PER_THREAD> {
-    static constexpr int batch = VECS_PER_THREAD;    // vecs read before the first is used
-    Vec vec[VECS_PER_THREAD];
-    __device__ TileVecs(Vec*) {}
-    __device__ Vec get(int k) const { return vec[k]; }
-    __device__ void set(int k, const Vec& p) { vec[k] = p; }
-    template <class F> static __device__ void each(int, F f) {
-        #pragma unroll
-        for (int k = 0; k < VECS_PER_THREAD; k++) f(k);
-    }
-};
-
-template <int THREADS, int VECS_PER_THREAD> struct TileVecs<SHARED, THREADS, VECS_PER_THREAD> {
-    static constexpr int batch = READ_AHEAD;
-    Vec* slot;
-    __device__ TileVecs(Vec* shared) : slot(shared + threadIdx.x) {}
-    __device__ Vec get(int k) const { return slot[k * THREADS]; }
-    __device__ void set(int k, const Vec& p) { slot[k * THREADS] = p; }
-    template <class F> static __device__ void each(int vecs_per_thread, F f) {
-        #pragma unroll READ_AHEAD < 2 && sizeof(Math) == 8 ? 1 : 2
-        for (int k = 0; k < vecs_per_thread; k++) f(k);
-    }
-};
-
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD>
-struct Tile : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD> {
-    Storage tail;
-
-    __device__ Tile(Vec* shared = 0) : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD>(shared), tail() {}
-
-    // Read vecs [from, from + batch) of a tile, all of them before the first is used, and with the first batch the tail
-    // element.
-    template <class Partition> __device__ void read(const Partition& partition, const Tensor& t, int from) {
-        Storage* origin = partition.origin(t);
-        Vec vec[Tile::batch];
-        #pragma unroll
-        for (int i = 0; i < Tile::batch; i++) {
-            if (partition.holds(from + i)) vec[i] = partition.get(t, origin, from + i);
-        }
-        if (Partition::has_tails && from == 0 && partition.tail >= 0) tail = load(origin + partition.tail);
-        #pragma unroll
-        for (int i = 0; i < Tile::batch; i++) if (partition.holds(from + i)) this->set(from + i, vec[i]);
-    }
-};
-
-// Write y = f(p, x, residual) for every element that a thread holds of its tile, in plane p of the thread's P. The
-// residual is 0 if there is none.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
-__device__ inline void write_tile(const Partition& partition, const Tensor& y,
-                                  const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x, int vecs_per_thread,
-                                  const Tensor& residual, F f) {
-    Storage* origin = partition.origin(y);
-    with_constant(EPILOGUE && residual.data, [&](bool more) {
-        // The residual's distance from y's origin, in elements: takes one register less than two origins.
-        const long long other = more ? partition.origin(residual) - origin : 0;
-        x.each(vecs_per_thread, [&](int k) {
-            if (!partition.holds(k)) return;
-            Vec vec = x.get(k), r = {};
-            if (more) r = partition.get(residual, origin + other, k);
-            #pragma unroll
-            for (int v = 0; v < VEC_SIZE; v++) {
-                vec.v[v] = narrow(f(plane_of(v), widen(vec.v[v]), more ? widen(r.v[v]) : 0));
-            }
-            partition.put(y, origin, k, vec);
-        });
-        if (Partition::has_tails && partition.tail >= 0) {
-            const Math r = more ? widen(load(origin + other + partition.tail)) : 0;
-            store(origin + partition.tail, narrow(f(0, widen(x.tail), r)));
-        }
-    });
-}
-
-// The same for two arrays: dx = f(p, x, dy).
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
-__device__ inline void write_tile(const Partition& partition, const Tensor& dx,
-                                  const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
-                                  const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& dy, int vecs_per_thread, F f) {
-    Storage* origin = partition.origin(dx);
-    x.each(vecs_per_thread, [&](int k) {
-        if (!partition.holds(k)) return;
-        const Vec a = x.get(k), b = dy.get(k);
-        Vec out;
-        #pragma unroll
-        for (int v = 0; v < VEC_SIZE; v++) out.v[v] = narrow(f(plane_of(v), widen(a.v[v]), widen(b.v[v])));
-        partition.put(dx, origin, k, out);
-    });
-    if (Partition::has_tails && partition.tail >= 0) {
-        store(origin + partition.tail, narrow(f(0, widen(x.tail), widen(dy.tail))));
-    }
-}

@@ -1,0 +1,72 @@
+// normalize: y from given statistics, for planes of any size. Each element is read once and written once.
+//
+//     y = activation(((x - mean) - mean_lo) * (rstd * weight) + bias + residual)
+//
+// It is the last step of a split forward, and the whole of a forward with running statistics.
+
+#ifndef CUPYNORM_NORMALIZE
+#define CUPYNORM_NORMALIZE
+
+#include "epilogue.cuh"
+#include "round.cuh"
+#include "tile.cuh"
+#include "unit.cuh"
+
+struct NormalizeArguments {
+    Tensor x, y;
+    const void *running_mean, *running_var;     // one number per channel; if null, the statistics of each plane are
+    Math *mean, *rstd, *mean_lo;                // these; otherwise mean and rstd are written, if not null
+    double eps;
+    Affine affine;
+    Epilogue epilogue;
+    Round round;
+};
+
+// The running statistics of a thread's planes, which are saved as those of each plane.
+template <class Partition>
+__device__ inline void use_running_statistics(const NormalizeArguments& call, const Partition& partition,
+                                          const AffineOfThread& affine, Normalization& to) {
+    const bool exists = partition.exists(call.round.channels);
+    Math mean[P], var[P], rstd[P];
+    load_parameters(mean, exists ? call.running_mean : 0, call.affine.flags & WIDE_RUNNING_MEAN, partition.c, 0);
+    load_parameters(var, exists ? call.running_var : 0, call.affine.flags & WIDE_RUNNING_VAR, partition.c, 1);
+    #pragma unroll
+    for (int p = 0; p < P; p++) {
+        rstd[p] = reciprocal_sqrt(var[p] + (Math)call.eps);
+        to.set(p, mean[p], Unit{1, rstd[p]}, affine);
+    }
+    if (call.mean && partition.tile == 0) partition.each_plane(call.round.channels, [&](int p, long long i) {
+        store(call.mean + i, mean[p]);
+        store(call.rstd + i, rstd[p]);
+    });
+}
+
+// Begin with the last tile: the tiles that were read or written last are in L2.
+template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
+__device__ inline void normalize(NormalizeArguments call) {
+    if (!EPILOGUE) call.epilogue = {};      // constant, as in forward.cu
+    const Round& round = call.round;
+    each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.y, true, [&](const Partition<SCOPE, THREADS>& partition) {
+        const AffineOfThread affine(partition, call.affine, round.channels);
+        Normalization to;
+        if (call.running_mean) use_running_statistics(call, partition, affine, to);
+        else {
+            const long long i = partition.n * round.channels + partition.c;
+            const bool exists = partition.exists(round.channels);
+            #pragma unroll
+            for (int p = 0; p < P; p++) {
+                to.set(p, exists ? load(call.mean + i + p) : 0, exists ? load(call.mean_lo + i + p) : 0,
+                       exists ? load(call.rstd + i + p) : 0, affine);
+            }
+        }
+        Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile;
+        tile.read(partition, call.x, 0);
+        const Math slope = (Math)call.epilogue.slope;
+        write_tile(partition, call.y, tile, VECS_PER_THREAD, call.epilogue.residual,
+                   [&](int p, Math value, Math residual) {
+            return activated(to.z(p, value), residual, slope);
+        });
+    });
+}
+
+#endif

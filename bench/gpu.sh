@@ -76,7 +76,7 @@ facts() {
         CUPYNORM_EAGER=0 "$python" -W error -c "import $module" 2>&1 | tail -n 1 | sed "s/^/import $module: /"
     done
     CUPYNORM_EAGER=0 "$python" -W error -c "import cupynorm" || status=1
-    CUPYNORM_EAGER=0 "$python" -c 'from bench.report import versions
+    CUPYNORM_EAGER=0 "$python" -c 'from bench.core.report import versions
 print(*(f"{name}=={version}" for name, version in versions().items()), sep="\n")' || status=1
     "$python" -m cupynorm info || status=1
     return $status
@@ -120,8 +120,8 @@ sanitizer() {
         # Report errors in kernels, not API errors, which CuPy uses to find out what a device can do. Run only the small
         # cases of the table: PyTorch, numba and interrupts would only make it slow.
         CUPYNORM_EAGER=0 CUPYNORM_COMPILED=0 part "$tool" 45 sanitizer.txt "$program" --tool "$tool" \
-            --error-exitcode 99 --report-api-errors no "$python" -m pytest -p bench.no_pool -p no:cacheprovider \
-            -m gpu -k "test_small or test_double_small" -q --tb=short -p no:benchmark tests/test_cases.py
+            --error-exitcode 99 --report-api-errors no "$python" -m pytest -p bench.core.no_pool -p no:cacheprovider \
+            -m gpu -k "test_small or test_double_small" -q --tb=short -p no:benchmark tests/conformance/test_cases.py
     done
 }
 
@@ -130,7 +130,7 @@ telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,1
 real=real all="real sweep" scopes=() tests=() sizes=() calls=() compiling=60
 if [ -n "${SMALL:-}" ]; then
     telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=bfloat16
-    scopes=(--scopes cluster4) tests=(tests/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1)
+    scopes=(--scopes cluster4) tests=(tests/conformance/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1)
     [ $stage = first ] || calls+=(--no-import)
     sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=1
 fi
@@ -156,18 +156,18 @@ if [ "$gpu" != yes ]; then
         rehearse benchmark 60 "$python" -m bench --shapes 2,3,16,16 2,320,4,4,4 --epilogue none,fused \
             --layout channels_first,channels_last --peers "${PEERS:-torch}" --compile-limit 0 --rounds 2 --batch-ms 1 \
             --plot "$out/bench.png"
-        [ $stage = quick ] || rehearse "host cost" 60 "$python" -m bench.host --rounds 1 --calls 1
-        [ $stage != full ] || part dram 20 bench.txt "$python" -m bench.dram
+        [ $stage = quick ] || rehearse "host cost" 60 "$python" -m bench host --rounds 1 --calls 1
+        [ $stage != full ] || part dram 20 bench.txt "$python" -m bench dram
     fi
 elif [ $stage = first ]; then
     part facts 30 facts.txt bash -c facts
-    part smoke 80 smoke.txt "$python" -m bench.smoke --limit "$(seconds 50)" "${scopes[@]}"
+    part smoke 80 smoke.txt "$python" -m bench smoke --limit "$(seconds 50)" "${scopes[@]}"
     bench benchmark 70 --shapes $telling --dtype $both --op forward,backward --peers "${PEERS:-torch}" --rounds 5 \
         --plot "$out/bench.png"
-    part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json" --rounds 11 "${calls[@]}"
+    part "host cost" 20 bench.txt "$python" -m bench host --device gpu --json "$out/bench.json" --rounds 11 "${calls[@]}"
 elif [ $stage = full ]; then
     part facts 20 facts.txt bash -c facts
-    part prime 75 tests.txt "$python" -m bench.prime --limit "$(seconds $compiling)"
+    part prime 75 tests.txt "$python" -m bench prime --limit "$(seconds $compiling)"
     # pytest fails (status 5) if it selects no test, and so does this part.
     part tests 120 tests.txt "$python" -m pytest -n 8 --full -m gpu -q -ra --tb=short -p no:cacheprovider \
         -p no:benchmark "${tests[@]}"
@@ -176,8 +176,8 @@ elif [ $stage = full ]; then
     bench "channels-last and fused" 60 --shapes $real --dtype $both --layout channels_first,channels_last \
         --epilogue none,fused --op both,forward,backward --peers "${PEERS:-torch}" --rounds 5 --resume \
         --plot "$out/bench.png"
-    part "host cost" 20 bench.txt "$python" -m bench.host --device gpu --json "$out/bench.json" "${calls[@]}"
-    part dram 40 bench.txt "$python" -m bench.dram --json "$out/bench.json"
+    part "host cost" 20 bench.txt "$python" -m bench host --device gpu --json "$out/bench.json" "${calls[@]}"
+    part dram 40 bench.txt "$python" -m bench dram --json "$out/bench.json"
     left=$((530 - SECONDS * 100 / pace))
     [ $left -lt 30 ] || bench "torch.compile and JAX" $left --shapes $real --dtype $both --op both \
         --peers "${PEERS:-torch,torch.compile,jax}" --rounds 5 --resume
@@ -190,7 +190,7 @@ else
 fi
 
 {
-    "$python" -m bench.summary "$out"
+    "$python" -m bench summary "$out"
     printf '%s\n' "${results[@]}"
 } >"$out/summary.txt" 2>&1
 echo

@@ -27,7 +27,7 @@ constexpr Math HALF_ROOT = (Math)0.70710678118654752440, PDF_AT_0 = (Math)0.3989
 
 // The normal distribution's Phi(z), from e = exp(-z^2 / 2). Its lower tail is e * erfcx(|z| / sqrt(2)) / 2.
 __device__ inline Math normal_cdf(Math z, Math e) {
-    const Math tail = e * scaled_erfc(fabs(z) * HALF_ROOT) * (Math)0.5;
+    const Math tail = e * scaled_erfc((Math)fabs(z) * HALF_ROOT) * (Math)0.5;
     return z < 0 ? tail : 1 - tail;
 }
 

@@ -58,7 +58,7 @@ __device__ inline void frozen_backward(FrozenBackwardArguments call) {
                 add_one(0, widen(tile_x.tail), widen(tile_dy.tail));
             }
         }
-        Math sums[2 * P];
+        Math sums[FROZEN_BACKWARD_SUMS * P];
         fold(sum_dy, sums);
         fold(sum_dy_xhat, sums + P);
         sum_over_scope<SCOPE, THREADS>(sums, partition.size, partition.channel_vecs, (Math*)shared_memory());

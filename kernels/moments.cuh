@@ -122,9 +122,9 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
     });
     #pragma unroll
     for (int p = 0; p < P; p++) m.mean[p] = m.mean[p] / count / SUM_SCALE;
-    Math sums[2 * P];
-    sum_tile<false, 2, SCOPE>(partition, x, tile, vecs_per_thread, other, sums,
-                              [&](int p, Math value, Math (&terms)[2]) {
+    Math sums[FORWARD_SUMS * P];
+    sum_tile<false, FORWARD_SUMS, SCOPE>(partition, x, tile, vecs_per_thread, other, sums,
+                                         [&](int p, Math value, Math (&terms)[FORWARD_SUMS]) {
         const Math d = value - m.mean[p];
         terms[0] = d;
         terms[1] = d * d;
@@ -158,8 +158,8 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
             if (!(m.scaled_m2[p] <= MOST_M2)) m.mean_lo[p] = 0;
         }
         if (any_of_scope<SCOPE, THREADS>(odd, partition.channel_vecs)) {
-            sum_tile<false, 2, SCOPE>(partition, x, tile, vecs_per_thread, scratch, sums,
-                                      [&](int p, Math value, Math (&terms)[2]) {
+            sum_tile<false, FORWARD_SUMS, SCOPE>(partition, x, tile, vecs_per_thread, scratch, sums,
+                                                 [&](int p, Math value, Math (&terms)[FORWARD_SUMS]) {
                 const Math d = ((value - m.mean[p]) - m.mean_lo[p]) * unit_for(m.scaled_m2[p]);
                 terms[0] = d;
                 terms[1] = d * d;

@@ -13,7 +13,6 @@ from helpers import backends, compare, pairwise, seeds, tiers
 from helpers.backends import Backend
 
 from cupynorm import config, cpu
-from cupynorm.backend import MODULES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,11 +37,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 #: Packages that some test files need; without its package a file is not even imported.
 NEEDED = {
-    "test_chainer.py": "chainer",
-    "test_checkpoints.py": "torch",
-    "test_fakegpu.py": "cupy",
-    "test_gpu.py": "cupy",
-    "test_thinc.py": "thinc",
+    "adapters/test_chainer.py": "chainer",
+    "adapters/test_thinc.py": "thinc",
+    "conformance/test_checkpoints.py": "torch",
+    "kernels/test_fakegpu.py": "cupy",
+    "kernels/test_gpu.py": "cupy",
 }
 collect_ignore = [file for file, package in NEEDED.items() if find_spec(package) is None]
 
@@ -91,12 +90,9 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def run_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Run the public functions on NumPy arrays, with a runtime that replaces the GPU's."""
-    from cupynorm.cuda.launch import CudaBackend
 
     def made(runtime: Any) -> Any:
-        backends.note_launches(runtime, monkeypatch)
-        monkeypatch.setattr("simt.backend.backend", CudaBackend(runtime))
-        monkeypatch.setitem(MODULES, "cpu", "simt.backend")
+        backends.started("simt", monkeypatch, runtime)
         return runtime
 
     return made

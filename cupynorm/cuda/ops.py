@@ -58,8 +58,7 @@ COLUMNS = 32
 def constants() -> dict[str, int]:
     """Return the numbers above that kernels need, by the names that they have in each module's text."""
     numbers = {"COEFFICIENTS": COEFFICIENTS, "SINGLE_THREADS": SINGLE_THREADS, "COLUMNS": COLUMNS}
-    for op in ("forward", "backward", "double_backward"):
-        operation = OPS[op]  # type: ignore[index]
+    for op, operation in OPS.items():
         of_op = {"SUMS": operation.sums, "MERGED": operation.merged, "PARTIALS": operation.partials}
-        numbers |= {f"{op.upper()}_{name}": number for name, number in of_op.items()}
+        numbers |= {f"{op.upper()}_{name}": number for name, number in of_op.items() if number}
     return numbers

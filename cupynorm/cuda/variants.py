@@ -137,7 +137,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "frozen_double_backward": (*_warp(1, 3), *_block((256, 3))),
 }
 
-#: Lists that replace those above during a measurement (bench/variants.py): one variant, taken wherever it fits, or
+#: Lists that replace those above during a measurement (bench/commands/variants.py): one variant, taken wherever it fits, or
 #: none, for the split. Plans are cached: clear the caches after a change.
 FORCED: dict[str, tuple[Variant, ...]] = {}
 

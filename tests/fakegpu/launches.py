@@ -1,4 +1,4 @@
-"""Run kernels: those of cupynorm's sources on the emulator (tests/simt), CuPy's own in NumPy (stand_ins.py).
+"""Run kernels: those of cupynorm's sources on the emulator (tests/emulator), CuPy's own in NumPy (stand_ins.py).
 
 The device calls `_run` for every launch that passed its checks. An unknown kernel is an error that names it.
 """
@@ -67,7 +67,7 @@ def _modules() -> dict[str, Any]:
 
 @cache
 def _emulator() -> Any:
-    from simt import emulator
+    from emulator import runtime as emulator
 
     return emulator.Emulator()
 
@@ -75,7 +75,7 @@ def _emulator() -> Any:
 @cache
 def _built(name: str, source: str, kernels: tuple[str, ...]) -> tuple[Any, Any, str]:
     """Return a kernel's module, and from the emulator's build the function that runs it and its parameters' kinds."""
-    from simt import emulator
+    from emulator import runtime as emulator
 
     module = _modules().get(source)
     if module is None:  # a forced variant, or a test's kernel
@@ -88,7 +88,7 @@ def _built(name: str, source: str, kernels: tuple[str, ...]) -> tuple[Any, Any, 
 
 
 def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -> None:
-    from simt import emulator
+    from emulator import runtime as emulator
 
     from cupynorm.cuda.arguments import STRUCTS
     from cupynorm.cuda.plan import Step

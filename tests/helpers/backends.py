@@ -1,19 +1,28 @@
-"""Backends of the tests: numpy (alone), compiled (by numba), simt (the CUDA kernels on the emulator), cupy.
+"""Choose what the public functions run on: numpy (alone), compiled (by numba), simt (the CUDA kernels on the emulator,
+over NumPy arrays), cupy (a GPU).
 
-A test with the fixture `backend` runs once on each available backend, or on each that `@on` names. The public functions
-then run on that backend, and `backend.array` makes its arrays.
+`use` is for any script whose sys.path has the folder tests:
+
+    with use("simt"):
+        y = cupynorm.instance_norm(x)
+
+A test with the fixture `backend` runs once on each available backend, or on each that `@on` names; `backend.array`
+makes its arrays.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import shutil
+import sys
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +32,9 @@ from cupynorm import cpu, devices
 from cupynorm.backend import MODULES
 from cupynorm.cpu import thread_pool
 from cupynorm.cuda.device import Device
+from cupynorm.cuda.launch import CudaBackend
 
+TESTS = str(Path(__file__).parents[1])
 #: Every backend, with the mark of its tests.
 BACKENDS: dict[str, Any] = {
     "numpy": (),
@@ -101,7 +112,7 @@ class Backend:
     def pretend(self, device: Device) -> None:
         """Plan for this device until the end of the test; no effect on the CPU backend."""
         if self.name == "simt":
-            from simt.backend import runtime
+            from emulator.backend import runtime
 
             self._patch.setattr(runtime, "_device", device)
         elif self.name == "cupy":
@@ -120,15 +131,38 @@ class Backend:
         return devices.to_host(array)
 
 
-def started(name: str, patch: pytest.MonkeyPatch) -> Backend:
-    """Run the public functions on this backend until the patch is undone."""
+@contextmanager
+def use(name: str, runtime: Any = None) -> Iterator[Backend]:
+    """Run the public functions on a backend within the block. Not for several threads at once: it patches the package.
+
+    Args:
+        name: "numpy", "compiled", "simt" or "cupy".
+        runtime: under "simt", a runtime in place of the emulator's, such as a `recorder.Recorder`.
+
+    Raises:
+        ValueError: there is no such backend. RuntimeError: it is not available here; the message says why.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"a backend is one of {', '.join(BACKENDS)}, got {name!r}")
+    if why := missing(name):
+        raise RuntimeError(f"the backend {name} is not available: {why}")
+    with pytest.MonkeyPatch.context() as patch:
+        yield started(name, patch, runtime)
+
+
+def started(name: str, patch: pytest.MonkeyPatch, runtime: Any = None) -> Backend:
+    """Run the public functions on this backend until the patch is undone. runtime: see `use`."""
     if name in ("numpy", "compiled"):
+        patch.setitem(MODULES, "cpu", "cupynorm.cpu")
         use_compiled(patch, name == "compiled")
         return Backend(name, "cpu", patch)
     if name == "simt":
-        from simt.backend import runtime
-
-        patch.setitem(MODULES, "cpu", "simt.backend")
+        if TESTS not in sys.path:
+            patch.syspath_prepend(TESTS)
+        emulated = importlib.import_module("emulator.backend")
+        runtime = runtime or emulated.runtime
+        patch.setattr(emulated, "backend", CudaBackend(runtime))
+        patch.setitem(MODULES, "cpu", "emulator.backend")
     else:
         from cupynorm.cuda.backend import runtime
     note_launches(runtime, patch)

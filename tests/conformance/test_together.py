@@ -1,0 +1,598 @@
+"""Calls side by side, within others, and one after another: threads, signals, processes, thousands of calls."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import reference
+from helpers.backends import TESTS, Backend, on_cpu, traced_memory, use_compiled
+from helpers.compare import Bits, assert_same, bits
+from helpers.faults import Faults, ending, handled
+from helpers.loops import numba_path
+from helpers.tiers import amount
+
+import cupynorm as cn
+from cupynorm import _checks, cpu
+from cupynorm.cpu import forks, numpy_path, result_pool, running, thread_pool
+from cupynorm.cuda import launch, plan
+
+ROOT = Path(__file__).parents[2]
+SHAPE = (3, 4, 6, 7)
+
+
+def normal(backend: Backend, rng: np.random.Generator, shape: tuple[int, ...] = SHAPE) -> Any:
+    return backend.array(rng.normal(size=shape).astype(np.float32))
+
+
+def side_by_side(calls: list[Callable[[], Any]]) -> list[Any]:
+    """What the calls return, begun at the same moment in threads of their own."""
+    barrier = threading.Barrier(len(calls))
+
+    def called(call: Callable[[], Any]) -> Any:
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(called, calls))
+
+
+# Threads
+
+
+def test_many_threads_on_one_layer_in_eval(backend: Backend, rng: np.random.Generator) -> None:
+    """Nothing of a layer is written in eval but what the last forward kept: every result is right."""
+    layer = cn.InstanceNorm2d(4, affine=True, track_running_stats=True, device=backend.device)
+    layer.forward(normal(backend, rng))
+    layer.eval()
+    inputs = [normal(backend, rng) for _ in range(4)]
+    expected = [Bits(layer.forward(x)) for x in inputs]
+
+    def work(number: int) -> bool:
+        return all(Bits(layer.forward(inputs[number])) == expected[number] for _ in range(20))
+
+    assert all(side_by_side([lambda number=number: work(number) for number in range(4)]))
+
+
+def test_no_batch_is_lost_from_the_running_statistics(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards in training of several threads: each batch moves the statistics once, in some order."""
+    layer = cn.InstanceNorm2d(4, momentum=0.5, track_running_stats=True, device=backend.device)
+    x = normal(backend, rng)
+    once = cn.InstanceNorm2d(4, momentum=0.5, track_running_stats=True, device=backend.device)
+    times, threads = 5, 4
+    for _ in range(times * threads):  # of one batch, the order does not matter
+        once.forward(x)
+    expected = bits(*once.state_dict().values())
+    y = Bits(once.forward(x))
+
+    def work() -> list[Bits]:
+        return [Bits(layer.forward(x)) for _ in range(times)]
+
+    moved = running._moved
+
+    def slowly(*given: Any) -> Any:
+        """Others have time to read what is about to be moved."""
+        result = moved(*given)
+        time.sleep(1e-3)
+        return result
+
+    monkeypatch.setattr(running, "_moved", slowly)
+    results = side_by_side([work] * threads)
+    assert {r for some in results for r in some} == {y}
+    assert bits(*layer.state_dict().values()) == expected
+
+
+def test_many_layers_in_many_threads(backend: Backend, rng: np.random.Generator) -> None:
+    """A layer for each thread, forward and backward: the same bits as one after the other."""
+    shapes = [SHAPE, (2, 4, 9, 9), (1, 4, 30, 31), (5, 4, 2, 3)]
+    data = [(normal(backend, rng, shape), normal(backend, rng, shape)) for shape in shapes]
+
+    def train(x: Any, dy: Any) -> list[Bits]:
+        layer = cn.InstanceNorm2d(4, affine=True, track_running_stats=True, device=backend.device)
+        results: list[Any] = []
+        for _ in range(5):
+            results += [layer.forward(x), layer.backward(dy)]
+        results += [layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
+        return bits(*results)
+
+    expected = [train(*pair) for pair in data]
+    assert side_by_side([lambda pair=pair: train(*pair) for pair in data]) == expected
+
+
+@pytest.mark.compiled
+def test_first_calls_at_the_same_moment_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba compiles one function for one kind of call once, whoever asks."""
+    use_compiled(monkeypatch, True)
+    code = """
+import threading, numpy as np, cupynorm as cn
+from cupynorm.cpu import numba_forward
+from numba.core import event
+compiled = []
+class Listener(event.Listener):
+    def on_start(self, e): compiled.append((e.data["dispatcher"].py_func.__name__, str(e.data["args"])))
+    def on_end(self, e): pass
+event.register("numba:compile", Listener())
+numba_forward.forward_planes.disable_cache() if hasattr(numba_forward.forward_planes, "disable_cache") else None
+x = np.random.default_rng(1).normal(size=(2, 3, 9, 9)).astype(np.float32)
+barrier, results = threading.Barrier(4), []
+def go():
+    barrier.wait()
+    results.append(cn.instance_norm(x).tobytes())
+threads = [threading.Thread(target=go) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+mine = [c for c in compiled if c[0] == "_forward_planes"]
+print(len(results), len(set(results)), len(mine), len(set(mine)))
+"""
+    ran = run(code, NUMBA_CACHE_DIR="")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout in ("4 1 1 1\n", "4 1 0 0\n")  # 0: found on disk
+
+
+@pytest.mark.simt
+def test_first_calls_at_the_same_moment_on_the_emulator(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Each module is asked for by whoever comes first, and built once; all get the same bits."""
+    from emulator import runtime as emulator
+
+    emulator.require()
+    from cupynorm.backend import MODULES
+
+    monkeypatch.setitem(MODULES, "cpu", "emulator.backend")
+    monkeypatch.setattr(emulator, "CACHE", tmp_path)
+    emulator.build.cache_clear()
+    compiled: list[Any] = []
+    ran = subprocess.run
+
+    def noted(command: Any, **options: Any) -> Any:
+        compiled.extend(word for word in command if word.endswith("kernels.cpp"))
+        return ran(command, **options)
+
+    monkeypatch.setattr(emulator.subprocess, "run", noted)
+    x = rng.normal(size=SHAPE).astype(np.float32)
+    try:
+        results = side_by_side([lambda: Bits(cn.instance_norm(x))] * 4)
+    finally:
+        emulator.build.cache_clear()
+    assert len(set(results)) == 1
+    assert len(compiled) == len(list(tmp_path.glob("*.so"))) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
+def test_first_calls_at_the_same_moment_import_the_backend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is imported at first use: whoever comes while another thread does that waits for it."""
+    use_compiled(monkeypatch, way == "compiled")
+    code = """
+import builtins, sys, threading, time, numpy as np, cupynorm as cn
+assert "cupynorm.cpu" not in sys.modules
+usual = builtins.__import__
+def slowly(name, scope=None, *rest):
+    if scope and scope.get("__name__") == "cupynorm.cpu":
+        time.sleep(0.01)
+    return usual(name, scope, *rest)
+builtins.__import__ = slowly
+x = np.random.default_rng(1).normal(size=(2, 3, 9, 9)).astype(np.float32)
+results = []
+def go(number):
+    time.sleep(0.005 * number)
+    results.append(cn.instance_norm(x).tobytes())
+threads = [threading.Thread(target=go, args=(i,)) for i in range(8)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print(len(results), len(set(results)))
+"""
+    ran = run(code, CUPYNORM_COMPILED=str(int(way == "compiled")))
+    assert (ran.stdout, ran.stderr) == ("8 1\n", "")
+
+
+# Signal handlers and finalisers, which run in the middle of other calls
+
+
+@pytest.mark.full(simt=lambda given: given["strided"])
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_handler_calls_at_any_point_of_a_forward(backend: Backend, rng: np.random.Generator, strided: bool) -> None:
+    """Both batches move the running statistics, and both results are right."""
+    x = normal(backend, rng)
+    start = [rng.normal(size=8).astype(np.float32), rng.uniform(1, 2, 8).astype(np.float32)]
+
+    def statistics() -> list[Any]:
+        return [backend.array(a.copy())[::-2] if strided else backend.array(a[:4].copy()) for a in start]
+
+    expected = statistics()
+    for _ in range(2):
+        y = Bits(cn.instance_norm(x, *expected))
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        own, nested = statistics(), []
+
+        def handler(own: Any = own, nested: Any = nested) -> None:
+            nested.append(Bits(cn.instance_norm(x, *own)))
+
+        with ending(), handled(Faults(number), handler):
+            result = cn.instance_norm(x, *own)
+        if not nested:
+            finished = True
+            cn.instance_norm(x, *own)
+        assert bits(*own) == bits(*expected), f"handler at point {number}"
+        assert {Bits(result), *nested} == {y}
+    assert number > 10
+
+
+@on_cpu
+def test_a_finaliser_calls_as_a_forward_ends(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last forward kept goes as the statistics have been written; its memory is given back by Python code."""
+    layer, once = (cn.InstanceNorm2d(4, momentum=0.5, track_running_stats=True, device="cpu") for _ in range(2))
+    x = normal(backend, rng, (8, 4, 64, 64))
+    for _ in range(3):
+        y = Bits(once.forward(x))
+    back, nested = result_pool._Memory._give_back, []
+
+    def called(*given: Any) -> None:
+        back(*given)
+        if not nested:
+            nested.append(None)
+            with ending():
+                nested.append(Bits(layer.forward(x)))
+
+    monkeypatch.setattr(result_pool, "_memory", result_pool._Memory())
+    monkeypatch.setattr(result_pool._Memory, "_give_back", called)
+    kept = cn.instance_norm(x)
+    result = layer.forward(kept)
+    layer.running_mean[...], layer.running_var[...] = 0, 1
+    del kept  # now the layer alone holds it
+    assert not nested
+    assert Bits(layer.forward(x)) == y
+    assert nested == [None, y]
+    layer.forward(x)
+    del result
+    assert bits(layer.running_mean, layer.running_var) == bits(once.running_mean, once.running_var)
+
+
+@on_cpu
+@pytest.mark.usefixtures("threads_as_they_were")
+def test_a_handler_calls_as_helpers_are_started_and_ended(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool is in the middle of starting threads, with Python's own locks of threads held, or of ending them."""
+    monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
+    monkeypatch.setattr(numba_path, "PAYS", 1)
+    numba_path._layout.cache_clear()
+    x = normal(backend, rng, (6, 4, 9, 9))
+    expected = Bits(cn.instance_norm(x))
+    number, finished = 0, False
+    while not finished:
+        number += 1
+        pool = thread_pool._Pool()
+        monkeypatch.setattr(thread_pool._state, "pool", pool)
+        cn.set_num_threads(3)
+        results: list[Bits] = []
+
+        def handler(results: list[Bits] = results) -> None:
+            results.append(Bits(cn.instance_norm(x)))
+
+        with ending(), handled(Faults(number), handler, threading.__file__):
+            result = cn.instance_norm(x)
+            pool.end()
+        finished = not results
+        assert {Bits(result), *results} == {expected}, f"handler at point {number}"
+        assert pool.helpers == []
+    assert number > 20
+    numba_path._layout.cache_clear()
+
+
+# Processes
+
+
+def _work(number: int) -> list[Any]:
+    """In a worker: what a call gives, and a layer that went through a pickle."""
+    x = np.random.default_rng(number).normal(size=(2, 3, 40, 41)).astype(np.float32)
+    layer = pickle.loads(_layer)
+    y = layer.forward(x)
+    return bits(y, layer.backward(y), layer.weight.grad, layer.running_var)
+
+
+def _begin(layer: bytes, way: bool, backend: str) -> None:
+    global _layer  # noqa: PLW0603
+    _layer = layer
+    cpu.compiled = way
+    if backend == "simt":
+        from cupynorm.backend import MODULES
+
+        MODULES["cpu"] = "emulator.backend"
+
+
+_layer = b""
+
+
+@pytest.mark.long
+@pytest.mark.full(simt=lambda given: given["method"] != "spawn")
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers(backend: Backend, rng: np.random.Generator, method: str) -> None:
+    """Processes of every kind, with a layer that was pickled into them: the same bits as here."""
+    if backend.name == "cupy" and method == "fork":
+        pytest.skip("CUDA cannot be used in a forked child")
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip("not on this system")
+    if backend.name == "cupy":
+        pytest.skip("test_pickles_between_devices has it")
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cpu")
+    layer.weight.data = [1.5, -2, 0.5]
+    layer.forward(rng.normal(size=(2, 3, 5, 5)).astype(np.float32))
+    given = pickle.dumps(layer), cpu.compiled, backend.name
+    was = _layer
+    _begin(*given[:2], "")
+    try:
+        expected = [_work(number) for number in range(3)]
+        patch = pytest.MonkeyPatch()
+        with patch.context() as inner:
+            paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), TESTS, os.environ.get("PYTHONPATH", "")])
+            inner.setenv("PYTHONPATH", paths)
+            inner.setattr("sys.stdin", None)
+            with multiprocessing.get_context(method).Pool(2, _begin, given) as pool:
+                assert pool.map(_work, range(3)) == expected
+    finally:
+        _begin(was, given[1], "")
+
+
+#: What the child of a fork does, while another thread of the parent is within `busy`.
+FORK = """
+import os, signal, sys, threading, time
+import numpy as np, cupynorm as cn
+assert "logging" not in sys.modules  # which takes its lock for a fork, too
+x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+{setup}
+import logging
+begun = threading.Event()
+def busy():
+{busy}
+other = threading.Thread(target=busy)
+other.start()
+begun.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+{child}
+    os._exit(0)
+status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+other.join()
+busy()  # the parent goes on
+print(status)
+"""
+
+#: Locks of numba, and what takes them.
+COMPILING = {
+    "numba": ("from numba.core.compiler_lock import global_compiler_lock as lock", "lock"),
+    "llvmlite": ("from llvmlite.binding import ffi; lock = ffi.lib._lock", "lock"),
+    "both": (
+        "from numba.core.compiler_lock import global_compiler_lock as lock; from llvmlite.binding import ffi",
+        "lock, ffi.lib._lock",
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("locks", COMPILING)
+def test_a_fork_while_another_thread_compiles(locks: str) -> None:
+    setup, held = COMPILING[locks]
+    # It asks a logger, as numba does, for which a fork holds a lock.
+    busy = f"    with {held}:\n        begun.set(); time.sleep(0.5); logging.getLogger('mine').debug('')"
+    child = "    import numba\n    assert numba.njit(lambda a: a + 1)(1) == 2"
+    ran = run(FORK.format(setup=f"from cupynorm import cpu\n{setup}", busy=busy, child=child))
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+@pytest.mark.long
+@pytest.mark.compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_in_the_middle_of_compiling() -> None:
+    """By the thread that compiles: it waits for nobody."""
+    code = """
+import os, signal
+from llvmlite.binding import ffi
+from numba.core.compiler_lock import global_compiler_lock as lock
+import cupynorm, threading
+with lock, ffi.lib._lock:
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        with lock, ffi.lib._lock:
+            os._exit(0)
+def take():
+    with lock, ffi.lib._lock:
+        pass
+thread = threading.Thread(target=take)
+thread.start()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    ran = run(code)
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_while_another_thread_imports_the_backend() -> None:
+    setup = """
+import builtins
+usual = builtins.__import__
+def slowly(name, scope=None, *rest):
+    if scope and scope.get("__name__") == "cupynorm.cpu.numba_import" and name == "numba":
+        begun.set()
+        time.sleep(0.5)
+        logging.getLogger("mine").debug("")
+        raise ImportError("is not installed")
+    return usual(name, scope, *rest)
+builtins.__import__ = slowly
+"""
+    call = "    assert abs(cn.instance_norm(x).std() - 1) < 1e-3"
+    ran = run(FORK.format(setup=setup, busy=call, child=call), CUPYNORM_COMPILED="1")
+    assert (ran.stdout, ran.stderr) == ("0\n", "")
+
+
+def test_forks_hold_only_existing_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what has been imported, and of numba what this version has."""
+    from types import SimpleNamespace
+
+    for module, _ in forks.LOCKS:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert forks._locks() == []
+    monkeypatch.setitem(sys.modules, "numba.core.compiler_lock", SimpleNamespace(global_compiler_lock=object()))
+    lock = threading.RLock()
+    monkeypatch.setitem(sys.modules, "llvmlite.binding.ffi", SimpleNamespace(lib=SimpleNamespace(_lock=lock)))
+    assert forks._locks() == [lock]
+
+
+@pytest.mark.gpu
+def test_pickles_between_devices(rng: np.random.Generator) -> None:
+    """A layer on a GPU comes back on the GPU; one that was moved to the CPU first has NumPy arrays."""
+    layer = cn.InstanceNorm2d(3, affine=True, track_running_stats=True, device="cuda")
+    import cupy
+
+    x = cupy.asarray(rng.normal(size=(2, 3, 5, 5)), cupy.float32)
+    layer.backward(layer.forward(x))
+    twin = pickle.loads(pickle.dumps(layer))
+    assert twin.device == layer.device
+    assert_same(twin.forward(x), layer.forward(x))
+    host = pickle.loads(pickle.dumps(layer.to_cpu()))
+    assert type(host.weight.data) is np.ndarray
+    reference.assert_close(host.eval().forward(x.get()), layer.eval().forward(x.get()))
+
+
+# Ends
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+BUSY = """
+import numpy as np, cupynorm as cn, threading, time, sys, os
+from cupynorm import cpu
+cpu.compiled = cpu.compiled and {way!r} == "compiled"
+cn.set_num_threads(3)
+x = np.random.default_rng(1).standard_normal((8, 64, 64, 65), dtype=np.float32)
+layer = cn.InstanceNorm2d(64, affine=True, track_running_stats=True, device="cpu")
+layer.backward(layer.forward(x))
+begun = threading.Event()
+def busy():
+    while True:
+        layer.forward(x)
+        begun.set()
+        layer.backward(x)
+for _ in range(2):
+    threading.Thread(target=busy, daemon=True).start()
+begun.wait()
+{end}
+"""
+
+ENDS = {
+    "the end of the program": ("", 0),
+    "sys.exit": ("sys.exit(3)", 3),
+    "an error": ("raise SystemExit(4)", 4),
+    "os._exit": ("os._exit(5)", 5),
+    "a terminating signal": ("import signal; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", -15),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["numpy", pytest.param("compiled", marks=pytest.mark.compiled)])
+@pytest.mark.parametrize("end", ENDS)
+def test_the_interpreter_ends_in_the_middle_of_calls(way: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daemon threads are within calls, helpers at work for them: the process ends with its own code, and silently."""
+    use_compiled(monkeypatch, way == "compiled")
+    code, status = ENDS[end]
+    ran = run(BUSY.format(way=way, end=code))
+    assert (ran.returncode, ran.stdout, ran.stderr) == (status, "", "")
+
+
+# Thousands
+
+
+@pytest.mark.long
+def test_thousands_of_calls(backend: Backend, rng: np.random.Generator) -> None:
+    """Nothing grows in 500 or 5,000 forwards and as many backwards: what Python and NumPy hold, caches among it."""
+    times = amount(50, 200) if backend.name == "simt" else amount(500, 5_000)
+    x, dy = normal(backend, rng, (1, 2, 3, 3)), normal(backend, rng, (1, 2, 3, 3))
+    layer = cn.InstanceNorm2d(2, affine=True, track_running_stats=True, device=backend.device)
+
+    def train(count: int) -> None:
+        for _ in range(count):
+            layer.cleargrads()
+            layer.forward(x)
+            layer.backward(dy)
+
+    if backend.name == "simt":
+        from emulator.backend import runtime
+
+        runtime.counts.clear()
+    train(20)
+    gc.collect()
+    with traced_memory():
+        train(times // 10)  # what is kept once, as Python 3.10 keeps frames
+        gc.collect()
+        before = tracemalloc.get_traced_memory()[0]
+        if backend.name == "cupy":
+            import cupy
+
+            pool = cupy.get_default_memory_pool()
+            held = pool.total_bytes()
+        train(times)
+        if backend.name == "simt":
+            runtime.counts.clear()
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    assert grown < 20_000, f"{grown} bytes in {times} calls"
+    if backend.name == "cupy":
+        assert pool.total_bytes() == held
+    assert layer.saved[0].x is x
+
+
+def test_many_shapes_in_turn(backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cache of what follows from a shape has an end, and results do not depend on what it has forgotten."""
+    from functools import _lru_cache_wrapper, lru_cache
+
+    caches = {f"{m.__name__}.{name}": value for m in (cpu, launch, plan, _checks) for name, value in
+              vars(m).items() if isinstance(value, _lru_cache_wrapper)}  # fmt: skip
+    by_shape = {
+        name: cache for name, cache in caches.items()
+        if name.rsplit(".", 1)[1]
+        in ("_layout", "_large_layout", "_rows", "_plan_call", "choose_layout", "layout", "plan", "_accepted",
+            "contiguous_desc")
+    }  # fmt: skip
+    for name, cache in by_shape.items():
+        assert cache.cache_parameters()["maxsize"] is not None, f"{name} may grow without end"
+    # The rest is of few things: dtypes, activations.
+    rest = {name.rsplit(".", 1)[1] for name in caches} - {name.rsplit(".", 1)[1] for name in by_shape}
+    assert rest <= {"_ones", "half_erfcx", "_no_parameters", "_nothing", "inlined", "resident_threads", "widest"}, rest
+    for name, cache in by_shape.items():  # so small that all of it is forgotten again and again
+        module, attribute = name.rsplit(".", 1)
+        monkeypatch.setattr(sys.modules[module], attribute, lru_cache(maxsize=2)(cache.__wrapped__))
+    shapes = [(1 + i % 3, 1 + i % 4, 2 + i % 5, 1 + i % 7) for i in range(30 if backend.name == "simt" else 120)]
+    for shape in shapes * 2:
+        x = rng.normal(size=shape).astype(np.float32)
+        y, saved = cn.instance_norm_forward(backend.array(x), eps=1.0)
+        reference.assert_close(backend.host(y), reference.forward(x, eps=1.0))
+        cn.instance_norm_backward(y, saved)

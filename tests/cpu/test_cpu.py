@@ -1,0 +1,1194 @@
+"""The CPU backend by itself: the same bits for any number of threads, memory, forks, Python threads, exits, layouts."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import math
+import os
+import platform
+import subprocess
+import sys
+import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import reference
+from helpers.backends import Backend, on_cpu, peak_of, traced_memory, use_compiled
+from helpers.compare import Bits, assert_equal, assert_same, assert_within, bits
+from helpers.loops import numba_forward, numba_moves, numba_path
+from helpers.pairwise import pairwise
+from helpers.tiers import amount
+
+import cupynorm as cn
+from cupynorm import config, cpu, cpu_count
+from cupynorm.cpu import halves, numpy_path, thread_pool
+from cupynorm.cpu.blocking import Arrays
+
+pytestmark = [pytest.mark.usefixtures("threads_as_they_were"), on_cpu, pytest.mark.long]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def way(backend: Backend) -> str:
+    return backend.name
+
+
+def let_threads_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on threads take part in every call, to the end of the test."""
+    monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
+    monkeypatch.setattr(numba_path, "PAYS", 1)
+    monkeypatch.setattr(numba_path, "_layout", lru_cache(numba_path.Layout))
+
+
+def laid(array: np.ndarray, layout: str) -> np.ndarray:
+    if layout == "channels_last":
+        return np.moveaxis(np.ascontiguousarray(np.moveaxis(array, 1, -1)), -1, 1)
+    if layout == "crop":
+        wide = np.zeros((*array.shape[:-1], array.shape[-1] + 3), array.dtype)
+        wide[..., 1:-2] = array
+        return wide[..., 1:-2]
+    if layout == "every second column":
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    if layout == "transposed":
+        return np.ascontiguousarray(array.swapaxes(2, 3)).swapaxes(2, 3)
+    if layout == "expanded":
+        return np.broadcast_to(array[:1, :1], array.shape)
+    return array
+
+
+#: Many planes; few that are cut into tiles; one; short ones.
+SHAPES = [(5, 40, 32, 33), (2, 3, 600, 301), (1, 1, 700, 801), (32, 100, 5, 5), (3, 70, 45, 7)]
+
+
+def everything(x: np.ndarray, dy: np.ndarray, residual: np.ndarray | None, **options: Any) -> list[Bits]:
+    c = x.shape[1]
+    weight, bias = np.linspace(0.5, 2, c, dtype=np.float32), np.linspace(-1, 1, c, dtype=np.float32)
+    running = [np.zeros(c, np.float32), np.ones(c, np.float32)]
+    y, saved = cn.instance_norm_forward(
+        x, weight, bias, running_mean=running[0], running_var=running[1], residual=residual, **options
+    )
+    return bits(y, saved.mean, saved.rstd, *running, *cn.instance_norm_backward(dy, saved))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_same_bits_for_any_number_of_threads(
+    way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, layout: str
+):
+    """Also where so many threads pay for so small a call that they share tiles; and fused."""
+    let_threads_pay(monkeypatch)
+    x, dy, residual = (laid(rng.standard_normal(shape, dtype=np.float32) + k, layout) for k in (3, 0, 0))
+    options: Any = {} if layout == "crop" else {"activation": "relu", "residual": residual}
+    options.setdefault("residual", None)
+    found = []
+    for number in (1, 2, 3, 7):
+        cn.set_num_threads(number)
+        found.append(everything(x, dy, **options))
+    assert found[1:] == found[:1] * 3
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(6, 37, 9, 11), (3, 40, 3, 4), (4, 30, 17, 19), (2, 3, 500, 300)], ids=str)
+@pytest.mark.parametrize("offset", ["large", "of one plane", "of most planes", "infinite"])
+def test_planes_are_independent_of_their_neighbours(
+    way: str, rng: np.random.Generator, shape: Any, layout: str, offset: str
+):
+    """A sample by itself has the bits it has in the batch: y, dx and the statistics."""
+    add = np.ones(shape[:2], np.float32)
+    if offset == "large":
+        add[:] = 100
+    elif offset == "of one plane":
+        add[0, 1] = 1000
+    elif offset == "of most planes":
+        add[rng.random(shape[:2]) < 0.7] = -300
+    else:
+        add[0, 1] = np.inf
+    x = laid(rng.standard_normal(shape, dtype=np.float32) + add[:, :, None, None], layout)
+    dy = laid(rng.standard_normal(shape, dtype=np.float32), layout)
+    y, saved = cn.instance_norm_forward(x)
+    dx = cn.instance_norm_backward(dy, saved)[0]
+    for n in range(shape[0]):
+        one, own = cn.instance_norm_forward(x[n : n + 1])
+        gradient = cn.instance_norm_backward(dy[n : n + 1], own)[0]
+        assert_same(one, y[n : n + 1])
+        assert_same(gradient, dx[n : n + 1])
+        assert bits(own.mean, own.rstd) == bits(saved.mean[n : n + 1], saved.rstd[n : n + 1])
+
+
+def amid(values: np.ndarray, layout: str, beside: float) -> tuple[np.ndarray, np.ndarray]:
+    """An array with these values, and the memory that it lies in the middle of, else full of `beside`."""
+    memory = np.full(values.size + 20000, beside, values.dtype)
+    like = laid(values, layout)
+    array = np.lib.stride_tricks.as_strided(memory[10000:], like.shape, like.strides)
+    array[...] = values
+    return array, memory
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one thread", "threads"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(3, 25, 4, 4), (2, 37, 5, 7), (3, 3, 30, 31), (1, 3, 50, 51), (2, 270, 3, 3), (1, 5, 250, 263)], ids=str
+)
+def test_nothing_beside_the_arrays_is_read_or_written(
+    way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, layout: str, several: bool
+):
+    if several:
+        let_threads_pay(monkeypatch)
+        cn.set_num_threads(3)
+    values, gradient, added = (rng.standard_normal(shape, dtype=np.float32) for _ in range(3))
+    options = {"activation": "relu"}
+    y, saved = cn.instance_norm_forward(laid(values, layout), residual=laid(added, layout), **options)
+    dx, *_, dresidual = cn.instance_norm_backward(laid(gradient, layout), saved)
+
+    x, dy, residual = (amid(each, layout, np.nan)[0] for each in (values, gradient, added))
+    out, around = amid(np.zeros(shape, np.float32), layout, 7)
+    again, saved = cn.instance_norm_forward(x, residual=residual, out=out, **options)
+    assert again is out
+    assert_same(out, y)
+    got, *_, handed = cn.instance_norm_backward(dy, saved, out=out)
+    assert got is out
+    assert bits(out, handed) == bits(dx, dresidual)
+    assert (around[:10000] == 7).all() and (around[-10000:] == 7).all()
+
+
+GUARDED = """
+import ctypes, math, mmap, os, sys
+import numpy as np
+import cupynorm as cn
+from cupynorm import cpu
+
+cpu.compiled = sys.argv[1] == "compiled"
+tile = cpu.numba_path.TILE if cpu.compiled else 65536
+mprotect, regions = ctypes.CDLL(None).mprotect, []
+
+def guarded(size, at_end):
+    # Bytes after a page that must not be touched, or before one.
+    room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    regions.append(mmap.mmap(-1, room + 2 * mmap.PAGESIZE))
+    base = ctypes.addressof(ctypes.c_char.from_buffer(regions[-1]))
+    for page in (base, base + mmap.PAGESIZE + room):
+        assert mprotect(ctypes.c_void_p(page), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return np.frombuffer(regions[-1], np.uint8, size, mmap.PAGESIZE + (room - size) * at_end)
+
+def placed(values, layout, at_end):
+    n, c, *spatial = values.shape
+    step = 2 if layout == "every second" else 1
+    shape = (n, *spatial, c) if layout == "channels_last" else values.shape
+    memory = guarded((step * (values.size - 1) + 1) * values.itemsize, at_end).view(values.dtype)
+    array = np.lib.stride_tricks.as_strided(
+        memory, shape, [step * values.itemsize * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    )
+    array = np.moveaxis(array, -1, 1) if layout == "channels_last" else array
+    array[...] = values
+    return array
+
+rng = np.random.default_rng(int(sys.argv[2]))
+for shape in [(3, 5, 4, 4), (2, 3, 5, 7), (1, 2, 30, 31), (2, 37, 3, 3), (1, 2, tile + 3)]:
+    values, gradient = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    for layout in ("contiguous", "every second", "channels_last"):
+        for at_end in (False, True):
+            print(shape, layout, at_end, flush=True)
+            x, dy, y, dx = (placed(each, layout, at_end) for each in (values, gradient, values, values))
+            weight, bias = (placed(np.ones((1, shape[1], 1), "f"), "contiguous", at_end)[0, :, 0] for _ in "wb")
+            saved = cn.instance_norm_forward(x, weight, bias, out=y)[1]
+            cn.instance_norm_backward(dy, saved, out=dx)
+            axes = tuple(range(2, len(shape)))
+            xhat = (values - values.mean(axes, keepdims=True)) / values.std(axes, keepdims=True)
+            assert np.abs(y - (xhat + 1)).max() < 1e-3
+print("untouched", flush=True)
+os._exit(0)  # the regions have views
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs pages that may not be touched")
+def test_no_page_before_or_after_the_arrays_is_touched(way: str, rng: np.random.Generator):
+    """What is read beside an array and then not used changes no result, but may be nobody's memory."""
+    ran = subprocess.run(
+        [sys.executable, "-c", GUARDED, way, str(rng.integers(2**31))],
+        capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, ["untouched"]), ran.stdout + ran.stderr
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_results_written_past_the_caches(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):
+    """The same bits as in the ordinary way, wherever lines of the cache begin and end, and nothing beside them."""
+    use_compiled(monkeypatch, True)
+    let_threads_pay(monkeypatch)
+    for _ in range(8):
+        shape = (2, 3, *map(int, rng.integers(47, 60, 2)))  # planes too long for those that are done side by side
+        x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
+        y, saved = cn.instance_norm_forward(x)
+        dx = cn.instance_norm_backward(dy, saved)[0]
+
+        memory = np.full(x.size + 400, 7, dtype)
+        start = int(rng.integers(64, 128))
+        out = memory[start : start + x.size].reshape(shape)
+        with pytest.MonkeyPatch.context() as patch:
+            layouts: list[Any] = []
+            patch.setattr(numba_path, "STREAM", 0)
+            patch.setattr(
+                numba_path, "_layout", lambda *given, met=layouts: met.append(numba_path.Layout(*given)) or met[-1]
+            )
+            assert_same(cn.instance_norm(x, out=out), y)
+            assert_same(cn.instance_norm_backward(dy, saved, out=out)[0], dx)
+        assert [layout.streams for layout in layouts] == [True, True]
+        assert (memory[:start] == 7).all() and (memory[start + x.size :] == 7).all()
+
+
+@pytest.mark.parametrize("data", ["offset", "steps", "half", "outlier"])
+@pytest.mark.parametrize("size", [5, 16, 100, 512, 513, 5000, 70001])
+def test_nearly_constant_planes_keep_their_digits(way: str, rng: np.random.Generator, data: str, size: int):
+    """Values that differ by the last digits of a large mean: sum c**2 - size * mean_lo**2 would cancel."""
+    base = np.float32(16384.0)
+    grain = np.spacing(base)
+    x = {
+        "offset": lambda: base + rng.standard_normal((3, 4, size)),
+        "steps": lambda: base + grain * rng.integers(0, 3, (3, 4, size)),
+        "half": lambda: base + grain * (np.arange(size) < max(size // 2, 1)) + np.zeros((3, 4, 1)),
+        "outlier": lambda: base + grain * (np.arange(size) == size - 1) + np.zeros((3, 4, 1)),
+    }[data]().astype(np.float32)
+    dy = rng.standard_normal(x.shape, dtype=np.float32)
+    eps = float(grain) ** 2 * 1e-3
+    y, saved = cn.instance_norm_forward(x, eps=eps)
+    expected = reference.forward(x, eps=eps)
+    largest = np.abs(expected).max(-1, keepdims=True)
+    assert np.abs(y - expected).max(where=largest > 0, initial=0) <= 2e-6 * max(float(largest.max()), 1)
+    dx, _, _ = cn.instance_norm_backward(dy, saved)
+    exact = reference.backward(dy, x, eps=eps)[0]
+    assert_within(dx, exact, 4e-6 * np.abs(exact).max() * max(float(largest.max()), 1))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("size", [16, 100, 512, 2048, 5000, 70001])
+def test_saved_mean_is_the_number_next_to_the_mean(
+    way: str, rng: np.random.Generator, size: int, offset: float, layout: str
+):
+    """And mean_lo is what it lacks: y needs their sum alone, who reads what was saved needs each."""
+    x = laid((offset + rng.standard_normal((3, 4, size))).astype(np.float32), layout)
+    saved = cn.instance_norm_forward(x)[1]
+    assert saved.mean_lo is not None
+    exact = x.astype(np.longdouble).mean(-1)
+    assert_within(saved.mean, exact, 0.51 * np.spacing(np.abs(saved.mean)) + 1e-6)
+    assert np.abs((saved.mean - exact) + saved.mean_lo).max() <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 16, 17), (1, 2, 400, 401)], ids=str)
+def test_saved_mean_of_planes_whose_squares_overflow(way: str, rng: np.random.Generator, shape: Any):
+    x = 1e200 * (1e6 + rng.standard_normal(shape))
+    saved = cn.instance_norm_forward(x)[1]
+    exact = x.astype(np.longdouble).mean((2, 3))
+    assert saved.mean_lo is not None
+    assert_within((saved.mean.astype(np.longdouble) + saved.mean_lo) / exact, 1, 2.0**-60)
+
+
+def let_blocks_be_small(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks and tiles of as few elements, and as many threads, as chance has it, to the end of the test. The compiled
+    loops take planes up to FORWARD_SHORT for ones of one tile.
+    """
+    let_threads_pay(monkeypatch)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", int(np.exp2(rng.uniform(5, 13))))
+    tile = np.exp2(rng.uniform(0, 2))
+    monkeypatch.setattr(numba_path, "TILE", int(tile * int(numba_forward.FORWARD_SHORT)))
+    monkeypatch.setattr(numba_path, "STREAM", int(rng.choice([0, 2**60])))
+    monkeypatch.setattr(numba_path, "LONG_RUN", 1)
+    cn.set_num_threads(int(rng.integers(1, 5)))
+
+
+LAID = ["contiguous", "channels_last", "crop", "transposed"]
+
+
+@pytest.mark.parametrize("layout", LAID)
+def test_blocks_and_tiles_of_any_size(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Small arrays cut as large ones are: forward, backward and double backward are what the reference says."""
+    if way == "compiled" and layout == "transposed":
+        pytest.skip("each kind of call is compiled for itself: those of other tests are enough")
+    for _ in range(amount(4, 40)):
+        let_blocks_be_small(rng, monkeypatch)
+        most = (7, 40, 16, 16) if rng.random() < (0.3 if way == "compiled" else 0.7) else (4, 5, 90, 90)
+        shape = tuple(map(int, rng.integers(1, most)))
+        if np.prod(shape[2:]) < 6:  # the terms of dx cancel in planes of two
+            continue
+        dtype, activation, fused = np.float32, None, layout == "channels_last"
+        if way == "numpy":
+            dtype, fused = rng.choice([np.float32, np.float16]), rng.random() < 0.7
+        if fused:
+            activation = "relu" if way == "compiled" else rng.choice([None, "relu", "leaky_relu", "silu", "gelu"])
+        print(
+            shape, dtype, activation, numpy_path.BLOCK_BYTES, numba_path.TILE, cn.get_num_threads()
+        )  # shown with a failure
+        x, dy, ddx, added = (laid(rng.standard_normal(shape).astype(dtype), layout) for _ in range(4))
+        weight, bias = rng.uniform(0.5, 2, shape[1]).astype(np.float32), rng.random(shape[1], np.float32)
+        options: Any = {"residual": added if fused else None, "activation": activation, "negative_slope": 0.01}
+        z = reference.before_activation(x, weight, bias, residual=options["residual"])
+        dy[np.abs(z) < 0.01] = 0  # rounding may decide on which side of a kink an element is
+
+        y, saved = cn.instance_norm_forward(x, weight, bias, **options)
+        reference.assert_all_close([y], [reference.forward(x, weight, bias, **options)], x)
+        given = rng.standard_normal(shape[1], dtype=np.float32), rng.uniform(0.5, 2, shape[1]).astype(np.float32)
+        tracked = cn.instance_norm(x, *given, weight, bias, use_input_stats=False, **options)
+        reference.assert_all_close([tracked], [reference.forward(x, weight, bias, running=given, **options)], x)
+        gradients = cn.instance_norm_backward(dy, saved)
+        exact = reference.backward(dy, x, weight, bias=bias, **options)[: len(gradients)]
+        reference.assert_all_close(gradients, exact, x)
+        if activation is None:
+            again = cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)
+            reference.assert_all_close(again, reference.double_backward(ddx, weight, bias, dy, x, weight), x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every few"])
+def test_gaps_that_differ(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Each array of a call is a part of a larger one of another size, or has columns in between of its own number."""
+
+    def within(a: np.ndarray) -> np.ndarray:
+        before, after = rng.integers(0, 4, (2, a.ndim))
+        every = int(rng.integers(2, 5)) if layout == "every few" else 1
+        shape = a.shape + before + after
+        shape[-1] *= every
+        larger = laid(np.full(shape, 7, a.dtype), "channels_last" if layout == "channels_last" else "contiguous")
+        part = larger[tuple(slice(first, first + size) for first, size in zip(before[:-1], a.shape, strict=False))]
+        part = part[..., every * before[-1] :: every][..., : a.shape[-1]]
+        part[...] = a
+        return part
+
+    for _ in range(10):
+        let_blocks_be_small(rng, monkeypatch)
+        shape = (2, 5, *map(int, rng.integers(3, 12, 2))) if rng.random() < 0.5 else (2, 5, int(rng.integers(6, 60)))
+        x, dy, added, y, dx = (within(rng.standard_normal(shape, dtype=np.float32)) for _ in range(5))
+        options: Any = {"residual": added, "activation": "relu"}
+        if way == "compiled" and layout == "every few":  # a kind of call that other tests compile
+            options = {}
+        z = reference.before_activation(x, residual=options.get("residual"))
+        dy[np.abs(z) < 0.01] = 0  # rounding may decide on which side of the kink an element is
+        y, saved = cn.instance_norm_forward(x, out=y, **options)
+        reference.assert_all_close([y], [reference.forward(x, **options)], x)
+        dx, _, _, *dresidual = cn.instance_norm_backward(dy, saved, out=dx)
+        exact, _, _, g = reference.backward(dy, x, **options)
+        reference.assert_all_close([dx, *dresidual], [exact, g][: 1 + len(dresidual)], x)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_in_the_place_of_inputs(
+    way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str
+):
+    """Nothing is done twice, and nothing is read that was written: the bits are those of results elsewhere."""
+    for shape in ((3, 5, 4, 4), (3, 5, 6, 7), (3, 5, 25, 30), (2, 3, 50, 60), (2, 37, 9, 30)):
+        let_blocks_be_small(rng, monkeypatch)
+        x, dy = (laid(rng.standard_normal(shape, dtype=np.float32), layout) for _ in range(2))
+        y, saved = cn.instance_norm_forward(x)
+        dx = cn.instance_norm_backward(dy, saved)[0].copy()
+        z, into = (laid(a.copy(), layout) for a in (x, dy))
+        assert cn.instance_norm(z, out=z) is z
+        assert cn.instance_norm_backward(into, saved, out=into)[0] is into
+        assert bits(z, into) == bits(y, dx)
+
+
+def test_a_thread_goes_on_to_the_tiles_of_the_next_plane(
+    way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+):
+    """Few planes of many tiles, a thread's share of which reaches over planes and samples."""
+    let_threads_pay(monkeypatch)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 8192)
+    monkeypatch.setattr(numba_path, "TILE", numba_forward.FORWARD_SHORT)
+    cn.set_num_threads(2)
+    x, dy = (rng.standard_normal((3, 2, 150, 151), dtype=np.float32) for _ in range(2))
+    weight, bias = rng.random((2, 2), np.float32)
+    y, saved = cn.instance_norm_forward(x, weight, bias)
+    reference.assert_all_close([y], [reference.forward(x, weight, bias)], x)
+    gradients = cn.instance_norm_backward(dy, saved)
+    reference.assert_all_close(gradients, reference.backward(dy, x, weight, bias=bias)[:3], x)
+
+
+@pytest.mark.parametrize("layout", LAID)
+def test_blocks_of_numpy_alone(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
+    """Blocks hold each element once, are as large as allowed, and are equally many for each thread."""
+    for _ in range(amount(50, 200)):
+        let_blocks_be_small(rng, monkeypatch)
+        n, c, h, w = shape = tuple(map(int, rng.integers(1, (9, 40, 16, 16))))
+        least = int(rng.choice([2, numpy_path.MIN_CHANNELS]))
+        monkeypatch.setattr(numpy_path, "MIN_CHANNELS", least)
+        monkeypatch.setattr(numpy_path, "MIN_CHANNEL_TILE", int(rng.choice([8, 64])))
+        x = laid(np.zeros(shape, np.float32), layout)
+        if rng.random() < 0.3:  # exactly a block
+            monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 4 * h * w * int(rng.choice([1, c])))
+        number, limit = cn.get_num_threads(), numpy_path.BLOCK_BYTES // 4
+        print(shape, numpy_path.BLOCK_BYTES, number)
+        call = cn.Saved(x, *np.zeros((2, n, c), np.float32), None, None, False)
+        work = numpy_path.NumpyWork(call, Arrays(x, x))
+        seen, sizes = np.zeros(work.x.shape, int), []
+        for item in range(work.blocks * work.tiles):
+            _, index, _ = work._index(item)
+            seen[index] += 1
+            sizes.append(seen[index].size)
+        assert (seen == 1).all()
+        channels_last = work.channels_last
+        if 1 not in (w, h):  # then the strides are unambiguous
+            assert channels_last == (layout == "channels_last" and c >= least and w * h > 1)
+        width = min(c, max(limit // (h * w), numpy_path.MIN_CHANNEL_TILE)) if channels_last else 1
+        assert (work.tiles > 1) == (h * w * width > limit)
+        if work.tiles > 1:
+            assert max(sizes) <= max(limit, width)
+            continue
+        if channels_last and h * w * c > limit:
+            assert max(sizes) <= limit and work.blocks == n * -(-c // width)
+            continue
+        most = limit if number == 1 else 2 * limit
+        assert max(sizes) <= most
+        if channels_last or (h * w * c <= most and n >= number):
+            count, times, size = n, 1, h * w * c
+        else:
+            count, times, size = c, n, h * w
+        fewest = -(-count // (most // size))
+        parts = work.blocks // times
+        assert parts * times == work.blocks
+        assert fewest <= parts < fewest + number
+        assert parts == count or work.blocks % number == 0
+        assert max(sizes) - min(sizes) <= size
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 22950), (1, 5, 22950), (7, 1, 34405), (1, 75001, 2)], ids=str)
+@pytest.mark.parametrize("number", [1, 2])
+def test_uneven_blocks(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: Any, number: int):
+    """A third or half of a block, here an eighth as large as usual, a sample: once scratch was a third too small."""
+    let_threads_pay(monkeypatch)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
+    cn.set_num_threads(number)
+    for layout in ("contiguous", "channels_last"):
+        x = laid(rng.standard_normal(shape, dtype=np.float32).astype(np.float16), layout)
+        y = cn.instance_norm(x)
+        reference.assert_close(y, reference.forward(x))
+
+
+def test_describe_threads_and_tiles(way: str):
+    def told(number: int, *shape: int, layout: str = "contiguous", double_backward: bool = False) -> list[str]:
+        cn.set_num_threads(number)
+        x = laid(np.empty(shape, np.float16), layout)
+        lines = cpu.backend.describe(x, activation=None, residual=False, double_backward=double_backward)
+        return [line.strip() for line in lines[1:]]
+
+    if way == "compiled":
+        assert told(3, 2, 3, 4, 5) == ["compiled loops over 6 plane(s)", "one thread of 3"]
+        assert told(3, 1, 2, 300, 500) == [
+            "compiled loops over 2 plane(s), each in 3 tiles, put together in a fixed order", "up to 3 threads of 3",
+        ]  # fmt: skip
+        assert told(1, 2, 64, 4, 5, layout="channels_last") == [
+            "compiled loops over 2 group(s) of 64 channels side by side", "one thread of 1",
+        ]  # fmt: skip
+        for few in ("channels_last", "crop", "transposed"):
+            assert told(1, 2, 7, 4, 5, layout=few)[0] == "compiled loops over 14 plane(s), moved together first"
+    else:
+        assert told(1, 5, 1, 367, 500) == [
+            "NumPy, 3 block(s) of planes, in float32 of at most 1468000 B at a time", "one thread of 1",
+        ]  # fmt: skip
+        assert told(2, 5, 1, 367, 500) == [
+            "NumPy, 2 block(s) of planes, in float32 of at most 2202000 B at a time", "up to 2 threads of 2",
+        ]  # fmt: skip
+        assert told(2, 1, 2, 1024, 1024) == [
+            "NumPy, 2 block(s) of planes, in float32 of at most 2097152 B at a time, each in 2 tiles, "
+            "put together in a fixed order", "up to 2 threads of 2",
+        ]  # fmt: skip
+    assert told(2, 0, 3, 4, 5) == ["empty, nothing is computed"]
+    cn.set_num_threads(1)
+    *more, double, threads = told(cn.get_num_threads(), 5, 1, 367, 500, double_backward=True)
+    assert more == told(1, 5, 1, 367, 500)
+    assert double == "double backward: NumPy, 3 block(s) of planes, in float32 of at most 1468000 B at a time"
+    assert threads == "one thread of 1"
+
+
+#: Of 1 or 2 MiB.
+MEMORY = {
+    "planes": ((2, 16, 128, 128), np.float32, "contiguous"),
+    "channels last": ((4, 8, 128, 128), np.float32, "channels_last"),
+    "float16": ((2, 32, 128, 128), np.float16, "contiguous"),
+    "float16, channels last": ((8, 8, 128, 128), np.float16, "channels_last"),
+    "one plane": ((1, 1, 1024, 512), np.float32, "contiguous"),
+    "small planes": ((256, 64, 8, 4), np.float32, "contiguous"),
+    "one row": ((1, 1, 1, 2**19), np.float32, "contiguous"),
+    "one line": ((1, 1, 2**19), np.float16, "contiguous"),
+    "one column": ((1, 1, 2**19, 1), np.float32, "contiguous"),
+    "crop": ((2, 16, 128, 128), np.float32, "crop"),
+    "every second column": ((2, 4, 256, 256), np.float32, "every second column"),
+    "transposed": ((1, 4, 512, 256), np.float32, "transposed"),
+    "expanded": ((1, 4, 512, 256), np.float32, "expanded"),
+}
+
+
+def of_another_kind(given: dict[str, Any]) -> bool:
+    """The loops take no blocks, or always windows, whatever the call; each kind of call is compiled for itself."""
+    return given["activation"] is not None or not (given["training"] or given["kind"] == "planes")
+
+
+@pytest.mark.nightly(compiled=of_another_kind)
+@pairwise(kind=[*MEMORY], training=[True, False], activation=[None, "gelu"])
+def test_memory_of_a_call_is_a_few_blocks(
+    way: str, monkeypatch: pytest.MonkeyPatch, kind: str, training: bool, activation: str | None
+):
+    """Blocks, windows, and what halves are converted in, are an eighth as large as usual. Beside results: for each of
+    two threads up to 6 blocks, which are twice as large where they hold several planes, and one more where these are
+    small; or a window for each array; and some numbers for each plane."""
+    let_threads_pay(monkeypatch)
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
+    if way == "compiled":
+        monkeypatch.setattr(numba_moves, "WINDOW", numba_moves.WINDOW // 8)
+    monkeypatch.setattr(halves, "CHUNK", halves.CHUNK // 8)
+    shape, dtype, layout = MEMORY[kind]
+    cn.set_num_threads(2)
+    x = laid(np.ones(shape, dtype), layout)
+    size = x.size * x.itemsize
+    blocks = {"numpy": 3.25 if activation is None else 6.25, "compiled": 0}[way] + (kind == "small planes")
+    several = 2 if np.prod(shape[2:]) * 4 <= numpy_path.BLOCK_BYTES else 1
+    most = 2 * several * blocks * numpy_path.BLOCK_BYTES + 2**17 + 64 * shape[0] * shape[1]
+    if way == "compiled" and layout != "contiguous":
+        most += 2 * 3 * numba_moves.LARGER * numba_moves.WINDOW
+    mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
+    options: Any = {"activation": activation, "use_input_stats": training, "running_mean": mean, "running_var": var}
+    y, saved = cn.instance_norm_forward(x, **options)  # compiles, starts threads
+    cn.instance_norm_backward(x, saved)
+    cn.instance_norm(x, **options, out=y)
+    assert peak_of(lambda: cn.instance_norm(x, **options)) < size + most
+    assert peak_of(lambda: cn.instance_norm(x, **options, out=y)) < most
+    assert peak_of(lambda: cn.instance_norm_backward(x, saved)) < size + most
+    assert peak_of(lambda: cn.instance_norm_backward(x, saved, out=y)) < most
+
+
+# Threads
+
+LARGE = (4, 64, 128, 129)
+
+
+def ready(rng: np.random.Generator) -> tuple[np.ndarray, Bits]:
+    x = rng.standard_normal(LARGE, dtype=np.float32)
+    cn.set_num_threads(1)
+    expected = Bits(cn.instance_norm(x))
+    cn.set_num_threads(4)
+    return x, expected
+
+
+def test_helpers_take_part(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    x, expected = ready(rng)
+    seen = set()
+    kind, name = (numba_path, "forward_planes") if way == "compiled" else (numpy_path.NumpyWork, "work")
+    work = getattr(kind, name)
+
+    def watched(*given: Any) -> None:
+        seen.add(threading.get_ident())
+        both.wait(10)
+        work(*given)
+
+    both = threading.Barrier(4)
+    monkeypatch.setattr(kind, name, watched)
+    assert Bits(cn.instance_norm(x)) == expected
+    assert len(seen) == 4
+    assert {t.name for t in threading.enumerate() if t.ident in seen} <= {"cupynorm", "MainThread"}
+
+
+def test_many_python_threads_at_once(way: str, rng: np.random.Generator):
+    x, expected = ready(rng)
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: Bits(cn.instance_norm(x)) == expected, range(32)))
+    assert all(results)
+
+
+def taken(tasks: int, number: int) -> list[int]:
+    done: list[int] = []
+    queue = thread_pool.TaskQueue(tasks)
+    thread_pool.share(lambda worker: done.extend(queue.tasks(worker)), queue, number)
+    return sorted(done)
+
+
+def test_an_error_in_a_helper_is_raised_once_all_have_ended():
+    running, most = [0], [0]
+    both = threading.Barrier(2)
+    queue = thread_pool.TaskQueue(10**6)
+
+    def work(worker: int) -> None:
+        running[0] += 1
+        both.wait(10)
+        try:
+            for _ in queue.tasks(worker):
+                if threading.current_thread() is not threading.main_thread():
+                    raise MemoryError("of a helper")
+        finally:
+            most[0] = max(most[0], running[0])
+            running[0] -= 1
+
+    with pytest.raises(MemoryError, match="of a helper"):
+        thread_pool.share(work, queue, 2)
+    assert (running, most) == ([0], [2])
+    assert taken(100, 2) == list(range(100))  # the pool goes on
+
+
+def test_each_task_goes_to_one_thread():
+    for _ in range(50):
+        assert taken(200, 5) == list(range(200))
+
+
+USE = """
+import numpy as np, cupynorm as cn, os, sys, threading
+from cupynorm import cpu
+cpu.compiled = cpu.compiled and WAY == "compiled"
+cn.set_num_threads(4)
+x = np.random.default_rng(1).standard_normal((4, 64, 128, 129), dtype=np.float32)
+y = cn.instance_norm(x)
+"""
+
+ENDINGS = {
+    "fork": """
+assert threading.active_count() > 1
+child = os.fork()
+if child == 0:
+    os._exit(0 if cn.instance_norm(x).tobytes() == y.tobytes() and threading.active_count() > 1 else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert cn.instance_norm(x).tobytes() == y.tobytes()
+""",
+    "fork while others call": """
+stop = threading.Event()
+def go():
+    while not stop.is_set():
+        assert cn.instance_norm(x).tobytes() == y.tobytes()
+callers = [threading.Thread(target=go) for _ in range(2)]
+[t.start() for t in callers]
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if cn.instance_norm(x).tobytes() == y.tobytes() else 3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+stop.set()
+[t.join() for t in callers]
+""",
+    "fork while statistics are written": """
+running = np.zeros(64, np.float32), np.ones(64, np.float32)
+from cupynorm.cpu.running import _present
+_present.clear()  # as another thread does
+child = os.fork()
+if child == 0:
+    cn.instance_norm(x, *running)
+    os._exit(0 if running[0].any() else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+""",
+    "workers": """
+import multiprocessing
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert all(r == y[:, :2].tobytes() for r in pool.map(lambda_, [x[:, :2]] * 4))
+""",
+    "plain end": "",
+    "end in a thread": """
+def late():
+    threading.main_thread().join()
+    assert cn.instance_norm(x).tobytes() == y.tobytes()
+threading.Thread(target=late).start()
+""",
+    "call at exit": """
+import atexit
+atexit.register(lambda: print(cn.instance_norm(x).tobytes() == y.tobytes()))
+""",
+    "interrupt": """
+import signal, _thread
+for _ in range(20):
+    timer = threading.Timer(0.003, _thread.interrupt_main)
+    try:
+        timer.start()
+        for _ in range(200):
+            cn.instance_norm(x)
+    except KeyboardInterrupt:
+        pass
+    timer.join()
+assert cn.instance_norm(x).tobytes() == y.tobytes()
+""",
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("ending", [
+    pytest.param(ending, marks=[pytest.mark.full] * (ending in ("fork while others call", "workers", "interrupt")))
+    for ending in ENDINGS
+])  # fmt: skip
+def test_forks_and_exits(way: str, ending: str):
+    """Each in a process of its own, which must end, and well."""
+    code = f"WAY = {way!r}\n{USE}lambda_ = lambda a: None\n{ENDINGS[ending]}"
+    if ending == "workers":
+        code = f"WAY = {way!r}\n{USE}def lambda_(a):\n    return cn.instance_norm(a).tobytes()\n{ENDINGS[ending]}"
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout == ("True\n" if ending == "call at exit" else "")
+
+
+def said(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def test_number_of_threads():
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert 1 <= cpu_count.available_cpus() <= (usable or 1)
+    ask = "import cupynorm; print(cupynorm.get_num_threads())"
+    assert said(ask, CUPYNORM_NUM_THREADS="7", OMP_NUM_THREADS="").stdout == "7\n"
+    assert said(ask, CUPYNORM_NUM_THREADS="", OMP_NUM_THREADS="").stdout == f"{cpu_count.available_cpus()}\n"
+    if hasattr(os, "sched_setaffinity"):
+        pinned = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
+        assert said(pinned + ask, CUPYNORM_NUM_THREADS="").stdout == "1\n"
+    for wrong in ("0", "many"):
+        failed = said(ask, CUPYNORM_NUM_THREADS=wrong)
+        assert f"CUPYNORM_NUM_THREADS must be a positive integer, got {wrong!r}" in failed.stderr
+    cn.set_num_threads(np.int64(3))
+    assert cn.get_num_threads() == 3
+    for number, error in ((0, ValueError), (-1, ValueError), (1.0, TypeError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="number of threads must be"):
+            cn.set_num_threads(number)  # type: ignore[arg-type]
+    assert cn.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "3"}, 3),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "30"}, 7),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": " 4 , 2"}, 4),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_THREAD_LIMIT": "5", "OMP_NUM_THREADS": "6"}, 5),
+        ({"OMP_NUM_THREADS": "1"}, 1),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "0"}, 7),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "-2"}, 7),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": "many"}, 7),
+        ({"CUPYNORM_NUM_THREADS": "7", "OMP_NUM_THREADS": ",2", "OMP_THREAD_LIMIT": "1.5"}, 7),
+    ],
+)
+def test_limits_from_the_environment(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], number: int):
+    """As joblib and dask set them for their workers: asked once, at first use. What is set by a call counts alone."""
+    for name in ("CUPYNORM_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cpu_count, "library_limits", lambda: [])
+    monkeypatch.setattr(cpu_count, "available_cpus", lambda: 8)
+    monkeypatch.setattr(config.num_threads, "found", None)
+    monkeypatch.setattr(config.num_threads, "given", None)
+    assert cn.get_num_threads() == number
+    monkeypatch.setenv("CUPYNORM_NUM_THREADS", "1")
+    assert cn.get_num_threads() == number
+    cn.set_num_threads(9)
+    assert cn.get_num_threads() == 9
+
+
+def test_limits_of_threadpoolctl(monkeypatch: pytest.MonkeyPatch):
+    """As they are at the moment, for whoever has imported it."""
+    control = pytest.importorskip("threadpoolctl")
+    monkeypatch.setattr(config.num_threads, "found", 64)
+    monkeypatch.setattr(config.num_threads, "given", None)
+    monkeypatch.setattr(cpu_count, "_controllers", [])
+    usual = min(library["num_threads"] for library in control.threadpool_info())
+    assert cn.get_num_threads() == min(64, usual)
+    with control.threadpool_limits(1):
+        assert cn.get_num_threads() == 1
+        cn.set_num_threads(5)
+        assert cn.get_num_threads() == 5
+        monkeypatch.setattr(config.num_threads, "given", None)
+    assert cn.get_num_threads() == min(64, usual)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)  # not imported
+    assert cn.get_num_threads() == 64
+    monkeypatch.setitem(sys.modules, "threadpoolctl", object())  # something else of the name
+    monkeypatch.setattr(cpu_count, "_controllers", [])
+    assert cn.get_num_threads() == 64
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_children_ask_their_own_environment():
+    code = """
+import os, cupynorm as cn
+before = cn.get_num_threads()
+def child():
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pid = os.fork()
+    if not pid:
+        os._exit(cn.get_num_threads())
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+print(before, child(), cn.get_num_threads())
+cn.set_num_threads(3)
+print(child())
+"""
+    ran = said(code, CUPYNORM_NUM_THREADS="4", OMP_NUM_THREADS="")
+    assert (ran.stdout, ran.stderr) == ("4 1 4\n3\n", "")
+
+
+def test_workers_of_a_data_loader():
+    """PyTorch has each compute with one thread. What it may use in the main process does not matter."""
+    pytest.importorskip("torch")
+    code = """
+import sys, warnings
+import cupynorm as cn
+assert "torch" not in sys.modules
+first = cn.get_num_threads()
+import torch.utils.data
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, index): return cn.get_num_threads()
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    found = [int(n) for n in torch.utils.data.DataLoader(Numbers(), batch_size=None, num_workers=1)]
+    print(first, cn.get_num_threads(), found)
+"""
+    ran = said(code, CUPYNORM_NUM_THREADS="4", OMP_NUM_THREADS="4")
+    assert (ran.stdout, ran.stderr) == ("4 4 [1, 1]\n", "")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_quota_of_a_container(tmp_path: Path, version: int):
+    own = tmp_path / "cgroup"
+    if version == 2:
+        own.write_text("0::/a/b\n")
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
+        (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
+    else:
+        own.write_text("3:memory:/x\n2:cpu,cpuacct:/a\n")
+        folder = tmp_path / "cpu,cpuacct" / "a"
+        folder.mkdir(parents=True)
+        (folder / "cpu.cfs_quota_us").write_text("150000\n")
+        (folder / "cpu.cfs_period_us").write_text("100000\n")
+        (folder.parent / "cpu.cfs_quota_us").write_text("-1\n")
+        (folder.parent / "cpu.cfs_period_us").write_text("100000\n")
+    assert list(cpu_count._quotas(tmp_path, own)) == [1.5]
+    assert list(cpu_count._quotas(tmp_path, tmp_path / "nothing")) == []
+
+
+# The compiled loops
+
+
+@pytest.mark.compiled
+def test_without_numba_or_with_it_turned_off():
+    code = "import numpy; from cupynorm import cpu; print(cpu.compiled, cpu.without_numba if not cpu.compiled else '')"
+    assert said(code, CUPYNORM_COMPILED="0").stdout == "False CUPYNORM_COMPILED=0\n"
+    hidden = "import sys; sys.modules['numba'] = None; " + code
+    assert said(hidden).stdout.startswith("False import of numba halted")
+    assert said("import sys, cupynorm; assert 'numba' not in sys.modules").returncode == 0
+
+
+@pytest.mark.parametrize("how", ["SystemError('initialization failed')", "AttributeError('no _ARRAY_API')"])
+def test_broken_numba_import(tmp_path: Path, how: str):
+    """In whatever way: calls are computed by NumPy then."""
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text(f"raise {how}\n", encoding="utf-8")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import numpy as np; from cupynorm import cpu; "
+        "import cupynorm; y = cupynorm.instance_norm(np.arange(6, dtype=np.float32).reshape(1, 2, 3)); "
+        "print(cpu.compiled, cpu.without_numba, abs(y).max() > 1)"
+    )
+    done = said(code, CUPYNORM_COMPILED="1")
+    assert done.stdout == f"False {how.split(chr(39))[1]} True\n", done.stderr
+
+
+@pytest.mark.compiled
+def test_an_interrupt_while_numba_is_imported(monkeypatch: pytest.MonkeyPatch):
+    """Later calls compile as if it had not been: modules of numba that register something cannot be imported twice."""
+    use_compiled(monkeypatch, True)
+    code = """
+import signal, numpy as np, cupynorm as cn, numba.core.pythonapi as api
+register, pressed = api.unbox, []
+def unbox(kind):
+    def decorated(function):
+        register(kind)(function)
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return function
+    return decorated
+api.unbox = unbox
+x = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
+try:
+    cn.instance_norm(x)
+except KeyboardInterrupt:
+    print("interrupted")
+from cupynorm import cpu
+print(cpu.compiled, cn.instance_norm(x).std().round(3))
+"""
+    done = said(code)
+    assert done.stdout == "interrupted\nTrue 1.0\n", done.stderr
+
+
+@pytest.mark.compiled
+def test_where_no_folder_for_compiled_code_can_be_written(monkeypatch: pytest.MonkeyPatch):
+    use_compiled(monkeypatch, True)
+    code = (
+        "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
+        "import numpy as np, cupynorm as cn; from cupynorm import cpu\n"
+        "print(cpu.compiled, cn.instance_norm(np.arange(4.0).reshape(1, 1, 4)).std().round(3))"
+    )
+    assert said(code).stdout == "True 1.0\n"
+
+
+@pytest.mark.compiled
+def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    """All layouts that the loops can address go to them, whatever the array's strides."""
+    use_compiled(monkeypatch, True)
+    x = rng.standard_normal((2, 6, 10, 12), dtype=np.float32)
+    last = laid(x, "channels_last")
+    views = [x, x[:, ::2], x[::-1], x[..., ::-1], x[..., 1:-1], x[:, :, ::2, ::3], x.swapaxes(2, 3), x.T]
+    for view in (*views, last, last[:, 1:4], np.broadcast_to(x[:1, :1], x.shape)):
+        y = np.empty(view.shape, np.float32)
+        assert isinstance(work_of(view, y), numba_path.CompiledWork)
+        cn.instance_norm(view, out=y)
+        reference.assert_close(y, reference.forward(view), "float32")
+    odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)  # not aligned
+    records = np.zeros(x.shape, [("a", np.float32), ("b", np.int8)])["a"]  # strides are no multiples of 4 bytes
+    for view in (odd, records):
+        view[...] = x
+        assert type(work_of(view, x)) is numpy_path.NumpyWork
+        reference.assert_close(cn.instance_norm(view), reference.forward(x), "float32")
+
+
+def work_of(x: np.ndarray, y: np.ndarray) -> Any:
+    stats = np.empty((3, *x.shape[:2]), np.float32)
+    return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), Arrays(x, y))
+
+
+@pytest.mark.compiled
+def test_addresses(rng: np.random.Generator, tmp_path: Path):
+    x = rng.standard_normal((4, 5, 6))
+    mapped = np.memmap(tmp_path / "x", np.float16, "w+", shape=(3, 40))
+    bytes_of = np.frombuffer(bytes(range(200)), np.float32)
+    views = [x[1:, 2:], x[::-1], x.T, x[..., 3], np.broadcast_to(x[0, 0, 5], (2, 3)), np.asfortranarray(x), x[3, 4, 5:]]
+    for array in (x, *views, mapped, mapped[1:], bytes_of[3:], np.empty(3, cn.devices.dtype_of("bfloat16"))[1:]):
+        assert numba_path.address_of(array) == array.__array_interface__["data"][0] == array.ctypes.data
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("backward", [False, True])
+def test_layouts_find_every_element(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, backward: bool):
+    """The loops' tables agree with any strides, and tiles hold each position of a plane once.
+
+    Positions are in the same order in all arrays. Windows have tables of their own, which test_moves tests.
+    """
+    use_compiled(monkeypatch, True)
+    seen = {"rows": 0, "channels last": 0, "moved": 0}
+    monkeypatch.setattr(numba_path, "MIN_CHANNELS_COMPILED", 1)
+    for _ in range(400):
+        monkeypatch.setattr(numba_path, "TILE", int(np.exp2(rng.uniform(0, 8))))
+        dtype = cn.devices.dtype_of(str(rng.choice(["float16", "bfloat16", "float32", "float64"])))
+        n, c, *spatial = map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3))
+        c *= 16 if rng.random() < 0.3 else 1
+        shape = (n, c, *spatial)
+        bytes_of_one = math.prod(shape) * dtype.itemsize
+        monkeypatch.setattr(numba_path, "STREAM", bytes_of_one + int(rng.integers(-1, 2)))
+        monkeypatch.setattr(numba_path, "LONG_RUN", int(rng.choice([1, 5, 25])))
+        count, fused = (3, 5) if backward else (2, 3), rng.random() < 0.5
+        found = []
+        usual = rng.random() < 0.8
+        for _ in range(count[fused]):
+            steps, order = [dtype.itemsize] * len(shape), rng.permutation(len(shape))
+            if usual:  # the same order for all, sometimes with gaps
+                order = np.array([*range(len(shape))] if c % 16 else [0, *range(2, len(shape)), 1])
+            for i in reversed(range(len(shape) - 1)):
+                after = order[i + 1]
+                steps[order[i]] = steps[after] * (shape[after] + int(rng.random() < 0.1))
+            found.append(tuple(-s if rng.random() < 0.02 else s for s in steps))
+        strides = Arrays(*found) if backward else Arrays(*found[:2], residual=found[2] if fused else None)
+        made = numba_path.Layout(dtype, shape, strides)
+        print(shape, strides, numba_path.TILE)
+        assert made.usable
+        channels_last = made.channels_last
+        channels, group, tiles, runs, length, tile_runs, tile_length, streams, plane, sums = made.geometry
+        assert channels == c and runs * length == np.prod(spatial) == plane == made.counts.sum()
+        assert len(made.counts) == tiles == made.tiles and (made.counts > 0).all()
+        seen["moved" if made.windows else "channels last" if channels_last else "rows"] += 1
+        if made.windows:
+            assert not (channels_last or streams or made.alike)
+            assert group == 1 and made.blocks == n * c == sums
+            continue
+        assert sums == 0
+        first: Any = None
+        for (of_n, of_c, of_s), begins, given in zip(made.strides, made.runs, strides, strict=True):
+            each = strides.x if given is None else given  # x stands for absent arrays
+            offsets = sum(i * s for i, s in zip(np.indices(shape), each, strict=True)) // dtype.itemsize
+            along = (begins[:, None] + np.arange(length) * of_s).ravel()
+            reached = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along
+            expected = offsets.reshape(n, c, -1)
+            if first is None:  # the order of x's positions: its offsets are all different
+                first = np.argsort(expected[0, 0])[np.argsort(np.argsort(along))]
+            assert_equal(reached, expected[:, :, first])
+        contiguous = length == 1 or (made.strides[:, 2] == 1).all()
+        if channels_last:
+            assert (made.strides[:, 1] == 1).all()
+        else:
+            assert contiguous and (runs == 1 or length >= numba_path.LONG_RUN)
+        large = length >= numba_path.LONG_RUN and bytes_of_one >= numba_path.STREAM
+        assert streams == made.streams == (not channels_last and large)
+        assert (group > 1) <= channels_last and made.blocks == n * -(-c // group) and made.group == group
+        line = 64 // dtype.itemsize
+        assert group == 1 or line <= group <= max(256, line * 5 // 4)
+        assert c % group == 0 or c % group >= min(group, line) // 4
+        assert tiles == -(-runs // tile_runs) * -(-length // tile_length)
+        assert tile_runs == 1 or tile_length == length
+        assert tile_runs * tile_length * group <= max(2 * numba_path.TILE, group)
+        assert tiles == 1 or group * runs * length > numba_path.TILE
+        assert made.alike == (strides.x == strides.result)
+    assert min(seen.values()) > 10, seen
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("shape", "streams"), [
+    ((12, 512, 32, 32), True), ((12, 512, 32, 31), False), ((1, 49_152, 128), True), ((1, 50_000, 127), False),
+])  # fmt: skip
+def test_results_written_past_the_caches_are_large(
+    shape: tuple[int, ...], streams: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """At least 24 MiB, as README says, in runs of at least 128 elements."""
+    use_compiled(monkeypatch, True)
+    strides = np.empty(shape, np.float32).strides
+    assert numba_path.Layout(np.dtype(np.float32), shape, Arrays(strides, strides)).streams == streams
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_16_bit_number_is_read_and_written_right(dtype: str, monkeypatch: pytest.MonkeyPatch):
+    """In tracked eval with mean 0 and variance 1 a call only converts."""
+    use_compiled(monkeypatch, True)
+    kind = cn.devices.dtype_of(dtype)
+    x = np.arange(2**16, dtype=np.uint16).view(kind).reshape(1, 1, -1)
+    weight, one, zero = (np.array([v], np.float32) for v in (1, 1, 0))
+    y = cn.instance_norm(x, zero, one, weight, None, False, eps=0)
+    wide = x.astype(np.float32)
+    finite = ~np.isnan(wide)
+    assert_same(y.view(np.uint16)[finite & (wide != 0)], x.view(np.uint16)[finite & (wide != 0)])
+    assert np.isnan(y.astype(np.float32)[~finite]).all()
+    # Values between the numbers: a bias too small for 16 bits moves them to and over the middle between two.
+    for scale in (2.0**-4, 1 + 2.0**-8 + 2.0**-12, 1 + 2.0**-9, 1 + 2.0**-11, 1 - 2.0**-9):
+        with np.errstate(all="ignore"):
+            expected = (wide * np.float32(scale)).astype(kind)
+        y = cn.instance_norm(x, zero, one, np.array([scale], np.float32), None, False, eps=0)
+        same = finite & (wide != 0)
+        assert_same(y.view(np.uint16)[same], expected.view(np.uint16)[same])
+
+
+@pytest.mark.compiled
+def test_layout_cache_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    use_compiled(monkeypatch, True)
+    for n, c in itertools.product(range(1, 40), range(1, 40)):
+        cn.instance_norm(np.ones((n, c, 2), np.float32))
+    caches = numba_path._layout.cache_info(), numba_path._large_layout.cache_info()
+    assert [cache.maxsize for cache in caches] == [1024, 4]
+    assert all(cache.currsize <= cache.maxsize for cache in caches)
+
+
+@pytest.mark.compiled
+def test_memory_of_cached_layouts_is_limited(monkeypatch: pytest.MonkeyPatch):
+    """Tables of planes of many runs are large, up to 2.5 MiB: four of them are kept."""
+    use_compiled(monkeypatch, True)
+    steps = 4 * 129 * 230 * 360, 4 * 129 * 230 * 360, 4 * 129 * 230, 4 * 129, 4
+    with traced_memory():
+        before = tracemalloc.get_traced_memory()[0]
+        for i in range(160, 280):
+            layout = numba_path.layout_of(np.dtype(np.float32), (1, 1, i, 230, 128), Arrays(steps, steps, steps))
+            assert layout.usable and layout.runs.nbytes == len(Arrays._fields) * 8 * 230 * i
+        assert tracemalloc.get_traced_memory()[0] - before < 12 * 2**20
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("runs", [2, 500, 1000])
+def test_layout_cache_keeps_short_tables(runs: int):
+    """Even a thousand runs in each of five arrays, and while layouts of more runs come and go."""
+    strides = Arrays(*[(8 * 128 * runs, 8 * 128 * runs, 8 * 128, 4)] * len(Arrays._fields))
+    given = np.dtype(np.float32), (1, 2, runs, 128), strides
+    layout = numba_path.layout_of(*given)
+    for i in range(10):
+        numba_path.layout_of(np.dtype(np.float32), (1, 2, 2000 + i, 128), strides)
+    assert numba_path.layout_of(*given) is layout
+
+
+@pytest.mark.parametrize("threads", [2, 64])
+@pytest.mark.parametrize("shape", [(1, 64, 256, 256), (64, 1, 256, 256), (1, 1, 2048, 2048)], ids=str)
+def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, shape: tuple[int, ...]):
+    """At most as large as all blocks: three times the input for any number of threads."""
+    use_compiled(monkeypatch, False)
+    let_threads_pay(monkeypatch)
+    cn.set_num_threads(threads)
+    x = np.zeros(shape, np.float32)
+    call = cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False)
+    work = numpy_path.NumpyWork(call, Arrays(x, x))
+    assert min(threads, work.blocks * work.tiles) * work.buffer_size <= x.size
+
+
+@pytest.mark.compiled
+def test_every_loop_is_used():
+    trees = {
+        name: ast.parse(Path(cpu.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        for name in ("numba_forward", "numba_backward", "numba_path")
+    }
+    kernels = {f.name for tree in trees.values() for f in tree.body if isinstance(f, ast.FunctionDef)
+               and f.decorator_list and getattr(f.decorator_list[0], "id", "") == "kernel"}  # fmt: skip
+    used = {n.id for n in ast.walk(trees["numba_path"]) if isinstance(n, ast.Name)}
+    assert len(kernels) == 8
+    assert kernels <= used
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="sets the mode of x86 processors")
+@on_cpu
+def test_helpers_compute_in_the_mode_of_the_caller(backend: Backend, rng: np.random.Generator) -> None:
+    """Denormals are flushed by all threads of a call, or by none."""
+    own = thread_pool._mode()
+    if own is None:
+        pytest.skip("this C library has no floating-point environment")
+    flushing = thread_pool._mode()
+    mxcsr = np.frombuffer(flushing, np.uint32)[7:8]
+    mxcsr |= 0x8040  # results and operands
+    x = (1e-39 * rng.standard_normal((8, 8, 160, 160))).astype(np.float32)
+
+    def results() -> list[Any]:
+        found = []
+        for number in (1, 2, 5):
+            cn.set_num_threads(number)
+            y, saved = cn.instance_norm_forward(x, eps=1e-5)
+            found.append((y, *cn.instance_norm_backward(x, saved)[:1]))
+        return found
+
+    before = cn.get_num_threads()
+    try:
+        plain = results()
+        thread_pool._set_mode(flushing)
+        try:
+            flushed = results()
+        finally:
+            thread_pool._set_mode(own)
+        again = results()
+    finally:
+        cn.set_num_threads(before)
+    assert np.any(plain[0][0] != flushed[0][0])
+    for each in (plain, flushed, again):
+        for one, more in zip(each[0] * 2, each[1] + each[2], strict=True):
+            assert_same(more, one)
+    for one, more in zip(plain[0], again[0], strict=True):
+        assert_same(more, one)
+
+
+@on_cpu
+@pairwise(
+    shape=[(2, 30, 5, 6), (2, 3, 5, 6), (1, 70, 20, 30), (3, 9, 40, 30), (1, 3000, 4, 6)], blocks=[2**21, 2**12],
+    activation=[None, "gelu"], dtype=["float32", "float16"],
+)  # fmt: skip
+def test_few_and_many_channels_side_by_side(
+    backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], blocks: int,
+    activation: str | None, dtype: str,
+) -> None:  # fmt: skip
+    """Few are moved apart, block by block; of many some are done together."""
+    monkeypatch.setattr(numpy_path, "BLOCK_BYTES", blocks)
+    x, dy = (laid((3 + rng.standard_normal(shape)).astype(dtype), "channels_last") for _ in range(2))
+    y, saved = cn.instance_norm_forward(x, activation=activation)
+    dx, *_ = cn.instance_norm_backward(dy, saved)
+    assert y.strides == dx.strides == x.strides
+    given = {"activation": activation}
+    exact = reference.forward(x, **given), reference.backward(dy, x, **given)[0]
+    digits = 2e-6 if dtype == "float32" else 2e-3
+    for got, value in zip((y, dx), exact, strict=True):
+        assert_within(got, value, digits * (np.abs(value) + 3))

@@ -1,0 +1,234 @@
+"""The reference of the tests: the formulas in extended precision; and arrays of awkward layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from helpers.compare import assert_within, wide
+
+#: Relative and absolute error allowed on results of order one, by dtype: a few roundings.
+TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 5e-6, "float64": 1e-13}
+
+
+def _planes(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Reshape (N, C) or (C,) values to broadcast over planes."""
+    return wide(values).reshape(*values.shape, *(1,) * (like.ndim - 2))
+
+
+def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and biased variance of every plane."""
+    axes = tuple(range(2, x.ndim))
+    return wide(x).mean(axes), wide(x).var(axes)
+
+
+def _normalised(
+    x: np.ndarray, eps: float, running: tuple[np.ndarray, np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    mean, var = statistics(x) if running is None else running
+    rstd = 1 / np.sqrt(_planes(var, x) + eps)
+    return (wide(x) - _planes(mean, x)) * rstd, rstd
+
+
+def activate(z: np.ndarray, activation: str | None = None, negative_slope: float = 0.01) -> np.ndarray:
+    """activation(z) in extended precision; the normal distribution's Phi in float64."""
+    z = wide(z)
+    if activation is None:
+        return z
+    with np.errstate(over="ignore"):
+        return {
+            "relu": lambda: np.where(z <= 0, 0, z),
+            "leaky_relu": lambda: np.where(z <= 0, negative_slope * z, z),
+            "silu": lambda: z / (1 + np.exp(-z)),
+            "gelu": lambda: z * _phi(z),
+        }[activation]()
+
+
+def slope(z: np.ndarray, activation: str | None = None, negative_slope: float = 0.01) -> np.ndarray:
+    """activation'(z)."""
+    z = wide(z)
+    if activation is None:
+        return np.ones_like(z)
+    with np.errstate(over="ignore"):
+        s = 1 / (1 + np.exp(-z))
+        return {
+            "relu": lambda: np.where(z <= 0, 0, np.ones_like(z)),
+            "leaky_relu": lambda: np.where(z <= 0, negative_slope, np.ones_like(z)),
+            "silu": lambda: s + z * s / (1 + np.exp(z)),
+            "gelu": lambda: _phi(z) + z * np.exp(-z * z / 2) / np.sqrt(8 * np.arctan(np.longdouble(1))),
+        }[activation]()
+
+
+def _phi(z: np.ndarray) -> np.ndarray:
+    return wide(np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)) / 2, otypes=[float])(z))
+
+
+def before_activation(
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    eps: float = 1e-5,
+    running: tuple[np.ndarray, np.ndarray] | None = None,
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
+    """z: normalised, scaled, shifted, and the residual added."""
+    z, _ = _normalised(x, eps, running)
+    if weight is not None:
+        z = z * _planes(weight, x)
+    if bias is not None:
+        z = z + _planes(bias, x)
+    return z if residual is None else z + wide(residual)
+
+
+def forward(
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    bias: np.ndarray | None = None,
+    *,
+    eps: float = 1e-5,
+    running: tuple[np.ndarray, np.ndarray] | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: np.ndarray | None = None,
+) -> np.ndarray:
+    """y; weight and bias: (C,) or (N, C); running: the mean and variance to use in place of the planes' own."""
+    z = before_activation(x, weight, bias, eps=eps, running=running, residual=residual)
+    return activate(z, activation, negative_slope)
+
+
+def backward(
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    *,
+    bias: np.ndarray | None = None,
+    eps: float = 1e-5,
+    running: tuple[np.ndarray, np.ndarray] | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """dx, dweight, dbias, dresidual; dweight and dbias are (C,) where there is no weight or bias."""
+    xhat, rstd = _normalised(x, eps, running)
+    g = wide(dy)
+    if activation is not None:
+        z = before_activation(x, weight, bias, eps=eps, running=running, residual=residual)
+        g = g * slope(z, activation, negative_slope)
+    axes = tuple(range(2, x.ndim))
+
+    def summed(terms: np.ndarray, parameter: np.ndarray | None) -> np.ndarray:
+        return terms.sum(axes if parameter is not None and parameter.ndim == 2 else (0, *axes))
+
+    dweight, dbias = summed(g * xhat, weight), summed(g, bias)
+    dx = g if weight is None else g * _planes(weight, x)
+    if running is None:
+        dx = dx - dx.mean(axes, keepdims=True) - xhat * (dx * xhat).mean(axes, keepdims=True)
+    return dx * rstd, dweight, dbias, g
+
+
+def double_backward(
+    ddx: np.ndarray | None,
+    ddweight: np.ndarray | None,
+    ddbias: np.ndarray | None,
+    dy: np.ndarray,
+    x: np.ndarray,
+    weight: np.ndarray | None = None,
+    *,
+    eps: float = 1e-5,
+    running: tuple[np.ndarray, np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ddy, dx, dweight of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>; dweight is (C,) without a weight."""
+    xhat, rstd = _normalised(x, eps, running)
+    axes = tuple(range(2, x.ndim))
+    zero = np.zeros((), np.longdouble)
+    w = zero + 1 if weight is None else _planes(weight, x)
+    vg, vb = (zero if v is None else _planes(v, x) for v in (ddweight, ddbias))
+    u, g = np.zeros_like(xhat) if ddx is None else wide(ddx), wide(dy)
+
+    def mean(a: np.ndarray) -> np.ndarray:
+        return a.mean(axes, keepdims=True)
+
+    if running is None:
+        u, g = u - mean(u), g - mean(g)
+        a, c = mean(u * xhat), mean(g * xhat)
+        of_u, of_g = u - xhat * a, g - xhat * c
+        summands = rstd * u * of_g
+        dx = vg * rstd * of_g - w * rstd**2 * (c * of_u + a * of_g + xhat * mean(u * of_g))
+        ddy = w * rstd * of_u + vg * xhat + vb
+    else:
+        summands, dx, ddy = rstd * u * g, vg * rstd * g, w * rstd * u + vg * xhat + vb
+    return ddy, dx + 0 * xhat, summands.sum(axes if weight is not None and weight.ndim == 2 else (0, *axes))
+
+
+def moved(
+    running_mean: np.ndarray, running_var: np.ndarray, x: np.ndarray, momentum: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The running statistics after a training forward: unbiased plane variances, averaged over the batch."""
+    mean, var = statistics(x)
+    size = np.prod(x.shape[2:])
+    keep = 1 - momentum
+    return (
+        keep * wide(running_mean) + momentum * mean.mean(0),
+        keep * wide(running_var) + momentum * (var * size / (size - 1)).mean(0),
+    )
+
+
+def assert_close(
+    actual: np.ndarray, expected: np.ndarray, dtype: object = None, *, factor: float = 1, terms: int = 1,
+    what: str = "result",
+) -> None:  # fmt: skip
+    """Assert |actual - expected| <= factor * TOLERANCE[dtype] * (|expected| + sqrt(terms)). dtype: by default that of
+    `actual`; terms: the number of terms of a sum, which may cancel."""
+    tolerance = factor * TOLERANCE[np.dtype(dtype or actual.dtype).name]  # type: ignore[arg-type]
+    assert actual.shape == expected.shape, what
+    assert_within(actual, expected, tolerance * (np.abs(wide(expected)) + terms**0.5), what)
+
+
+def assert_all_close(results: Iterable[np.ndarray], exact: Iterable[np.ndarray], x: np.ndarray) -> None:
+    """Assert each result within the tolerance of x's dtype, relative to its largest element, or to 1. A result not of
+    x's shape holds sums over channels, whose terms may cancel: relative to at least sqrt(terms)."""
+    for number, (result, expected) in enumerate(zip(results, exact, strict=True)):
+        assert result.shape == expected.shape
+        least = 1 if result.shape == x.shape else (x.size / x.shape[1]) ** 0.5
+        largest = max(least, np.abs(expected).max())
+        assert_within(result, expected, TOLERANCE[x.dtype.name] * largest, f"result {number}")
+
+
+def _memory_order(*order: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that copies a 4-D array with its axes in this order in memory."""
+    return lambda a: np.ascontiguousarray(a.transpose(order)).transpose(np.argsort(order))
+
+
+def _in_larger(*index: slice) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that copies an array into this slice of an array that is larger along the sliced axes."""
+
+    def made(a: np.ndarray) -> np.ndarray:
+        whole = (*index, *(_ALL,) * (a.ndim - len(index)))
+        larger = np.full([n if i == _ALL else 3 * n + 2 for n, i in zip(a.shape, whole, strict=True)], 7, a.dtype)
+        part = larger[whole][tuple(slice(n) for n in a.shape)]
+        part[...] = a
+        return part
+
+    return made
+
+
+_ALL = slice(None)
+
+#: Functions that copy a 4-D array into a layout, values kept.
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "contiguous": np.ascontiguousarray,
+    "channels_last": _memory_order(0, 2, 3, 1),
+    "transposed": _memory_order(0, 1, 3, 2),
+    "batch_inner": _memory_order(1, 2, 3, 0),
+    "fortran": _memory_order(3, 2, 1, 0),
+    "channel_slice": _in_larger(_ALL, slice(1, None, 2)),
+    "batch_slice": _in_larger(slice(1, None, 3)),
+    "crop": _in_larger(_ALL, _ALL, slice(2, None), slice(1, None)),
+    "every_second": _in_larger(_ALL, _ALL, _ALL, slice(None, None, 2)),
+    "reversed": lambda a: a[::-1, ::-1, ::-1, ::-1].copy()[::-1, ::-1, ::-1, ::-1],
+    "reversed_columns": lambda a: a[..., ::-1].copy()[..., ::-1],
+    "unaligned": lambda a: np.concatenate([a.ravel()[:1], a.ravel()])[1:].reshape(a.shape),
+}

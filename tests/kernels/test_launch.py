@@ -1,0 +1,247 @@
+"""Allocations, copies and launches of calls on the CUDA kernels, recorded without launching."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import reference
+from helpers.recorder import Recorder
+
+import cupynorm as cn
+from cupynorm.cuda import arguments, launch
+from cupynorm.cuda.device import DEVICES, Device
+
+BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
+GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
+#: A device, and the positions of planes that a single scope serves, that a grid's blocks share, or that are split:
+#: channels-first, and channels-last with eight channels.
+ROOMS = {"alone": (BLOCKS, 300, 300), "grid": (GRID, 18_000, 2400), "split": (BLOCKS, 30_000, 30_000)}
+
+
+def laid(shape: tuple[int, ...], layout: str) -> np.ndarray:
+    return reference.LAYOUTS[layout](np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("scope", ROOMS)
+def test_allocations_of_each_regime(run_on: Callable[..., Any], scope: str, layout: str) -> None:
+    """Results, numbers of planes, partials that blocks exchange, and nothing else."""
+    device, *sizes = ROOMS[scope]
+    n, c = 3, 8
+    runtime = run_on(Recorder(device))
+    x, dy, ddx = (laid((n, c, sizes[layout == "channels_last"], 1), layout) for _ in range(3))
+    weight, bias = np.ones((2, c), np.float32)
+    as_x = (x.shape if layout == "contiguous" else (n, *x.shape[2:], c), "float32")
+    of_planes, of_channels = ((n, c), "float32"), ((c,), "float32")
+
+    def shared(numbers: int) -> Counter[Any]:
+        """Return the arrays that blocks share, with so many numbers per plane."""
+        step = runtime.steps[0]
+        assert (scope == "grid") == step.cooperative and (scope == "split") == (step.tiles > 1 and not step.cooperative)
+        if scope != "grid":
+            return Counter()
+        groups = step.grid[0] // step.tiles
+        width = 1 if layout == "contiguous" else step.channel_vecs * runtime.modules[0].vec_size
+        return Counter({((groups, 2, step.tiles, width * numbers), "float32"): 1, ((groups,), "uint32"): 1})
+
+    def partials(*arrays: int) -> tuple[int, ...]:
+        return (*arrays, n, c, runtime.steps[0].tiles)
+
+    _, saved = cn.instance_norm_forward(x, weight, bias)
+    expected = Counter({as_x: 1, of_planes: 2}) + shared(4)
+    if scope == "split":
+        expected += Counter({of_planes: 1, (partials(), "int64"): 1, (partials(), "float64"): 2})
+    assert runtime.made == expected
+
+    runtime.clear()
+    cn.instance_norm_backward(dy, saved)
+    expected = Counter({as_x: 1, of_channels: 2, of_planes: 2}) + shared(3)
+    if scope == "split":
+        expected += Counter({of_planes: 3, (partials(3), "float32"): 1})
+    assert runtime.made == expected
+
+    runtime.clear()
+    cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)
+    expected = Counter({as_x: 2, of_channels: 1, of_planes: 1}) + shared(9)
+    if scope == "split":
+        expected += Counter({(partials(9), "float32"): 1, ((8, n, c), "float32"): 1})
+    assert runtime.made == expected
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_allocations_of_tracked_eval(run_on: Callable[..., Any], layout: str) -> None:
+    runtime = run_on(Recorder(DEVICES["H100"]))
+    x = laid((2, 8, 100, 100), layout)
+    weight, running = np.ones(8, np.float32), np.ones(8, np.float32)
+    as_x = (x.shape if layout == "contiguous" else (2, 100, 100, 8), "float32")
+    of_planes, of_channels = ((2, 8), "float32"), ((8,), "float32")
+    _, saved = cn.instance_norm_forward(
+        x, weight, weight, running_mean=running, running_var=running, use_input_stats=False
+    )
+    assert runtime.made == Counter({as_x: 1, of_planes: 2})
+    runtime.clear()
+    cn.instance_norm_backward(x, saved)
+    tiles = runtime.steps[0].tiles
+    assert tiles > 1
+    assert runtime.made == Counter({as_x: 1, of_channels: 2, of_planes: 2, ((2, 2, 8, tiles), "float32"): 1})
+    runtime.clear()
+    cn.instance_norm_double_backward(x, weight, weight, x, saved)
+    tiles = runtime.steps[0].tiles
+    assert runtime.made == Counter({as_x: 2, of_channels: 1, of_planes: 1, ((2, 8, tiles), "float32"): 1})
+
+
+def test_modules_without_an_epilogue(run_on: Callable[..., Any]) -> None:
+    """Plain calls and double backward use modules without an epilogue; a residual alone is an epilogue."""
+    runtime = run_on(Recorder(BLOCKS))
+    for shape in ((2, 3, 20), (2, 3, 300), (2, 3, 30_000)):
+        x, weight = np.zeros(shape, np.float32), np.ones(3, np.float32)
+        for training in (True, False):
+            running = {"running_mean": weight.copy(), "running_var": weight.copy()}
+            _, saved = cn.instance_norm_forward(x, weight, weight, **running, use_input_stats=training)
+            cn.instance_norm_backward(x, saved)
+            cn.instance_norm_double_backward(x, weight, weight, x, saved)
+    assert {module.epilogue for module in runtime.modules} == {0}
+    runtime.clear()
+    _, saved = cn.instance_norm_forward(x, residual=x)
+    assert {module.epilogue for module in runtime.modules} == {0, 1}
+    runtime.clear()
+    cn.instance_norm_backward(x, saved)
+    assert {module.epilogue for module in runtime.modules} == {0}
+
+
+def test_copies(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only parameters with gaps and arrays that kernels cannot address are copied, and copied back if written."""
+    run_on(Recorder(DEVICES["H100"]))
+    copies: list[tuple[Any, Any]] = []
+    made = launch._assignment
+    monkeypatch.setattr(
+        launch, "_assignment", lambda target, source: copies.append((target, source)) or made(target, source)
+    )
+    x, out, dy = np.zeros((3, 2, 4, 5, 6), np.float32)
+    c = np.ones(4, np.float32)
+    gaps = np.ones((4, 3), np.float32)[:, 1]
+    odd = np.zeros((2, 4, 6, 5), np.float32).swapaxes(2, 3)
+    unaligned = np.zeros(17, np.uint8)[1:].view(np.float32)
+
+    def copied(*arguments: Any, **options: Any) -> list[tuple[Any, Any]]:
+        copies.clear()
+        _, saved = cn.instance_norm_forward(*arguments, **options)
+        cn.instance_norm_backward(dy, saved)
+        return copies
+
+    assert not copied(x, c, c, running_mean=c.copy(), running_var=c.copy(), out=out, residual=dy)
+    for given in (gaps, unaligned):
+        first, *rest = copied(x, given, c)
+        assert first[1] is given and all(source is given for _, source in rest)
+        first, again, back = copied(x, running_mean=given, running_var=c.copy())
+        assert first[1] is given and [*map(id, again)] == [*map(id, first)] and back[0] is given and back[1] is first[0]
+    assert [source is odd for _, source in copied(odd)] == [True] * 2
+    [(target, _)] = copied(x, out=odd)
+    assert target is odd
+
+
+def test_16_bit_arrays_are_copied_as_bits() -> None:
+    """So array libraries need not know bfloat16. Elements that no GPU can access are refused first."""
+    for dtype, bits in (("float16", True), ("bfloat16", True), ("float32", False), ("float64", False)):
+        target, source = np.zeros((2, 4), cn.devices.dtype_of(dtype))
+        given = launch._assignment(target, source).args
+        assert [each.dtype for each in (given[0], given[2])] == [np.uint16 if bits else target.dtype] * 2
+    whole = {"itemsize": 4, "dtype": np.dtype(np.float32), "strides": (20, 4), "data": SimpleNamespace(ptr=640)}
+    launch._assignment(SimpleNamespace(**whole), np.zeros(3, np.float32))  # type: ignore[arg-type]
+    for fault in ({"strides": (20, 6)}, {"strides": (21, 4)}, {"data": SimpleNamespace(ptr=642)}):
+        odd = SimpleNamespace(**(whole | fault))
+        for pair in ((odd, np.zeros(3, np.float32)), (np.zeros(3, np.float32), odd)):
+            with pytest.raises(ValueError, match="not aligned"):
+                launch._assignment(*pair)  # type: ignore[arg-type]
+    unaligned = np.zeros(17, np.uint8)[1:].view(np.float32)
+    launch._assignment(unaligned, unaligned)  # NumPy can
+
+
+def test_calls_are_prepared_once_per_alignment(run_on: Callable[..., Any]) -> None:
+    run_on(Recorder(DEVICES["H100"]))
+    memory = np.zeros(2000, np.float32)
+    shift = -memory.ctypes.data % 16 // 4
+    launch._plan_call.cache_clear()
+    for first in (0, 4, 40, 400, 1, 41):
+        cn.instance_norm(memory[shift + first :][:120].reshape(2, 3, 20), out=np.zeros((2, 3, 20), np.float32))
+    assert launch._plan_call.cache_info().misses == 2
+
+
+@pytest.mark.parametrize(("n", "c", "most", "channel_vecs", "vec_size"), [
+    (3, 5, 4, 1, 8), (2, 7, 100, 1, 2), (1, 1, 1, 1, 4), (3, 40, 2, 4, 4), (2, 33, 3, 16, 1), (4, 16, 1, 2, 4),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["channels_first", "channels_last"])
+def test_rounds_of_a_split_cover_each_plane_once(
+    n: int, c: int, most: int, channel_vecs: int, vec_size: int, kind: str
+) -> None:
+    width = channel_vecs * vec_size if kind == "channels_last" else 1
+    tiles = n * -(-c // width)
+    step = SimpleNamespace(channel_vecs=channel_vecs)
+    other = SimpleNamespace(channel_vecs=9)
+    call = object.__new__(launch._Launches)
+    call.nc, call.kind = (n, c), kind  # type: ignore[assignment]
+    call.plan = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])  # type: ignore[assignment]
+    rounds = [[*range(r["round.first"], r["round.first"] + r["round.channel_tiles"])] for r in call.rounds()]
+    assert [*itertools.chain(*rounds)] == [*range(tiles)]
+    assert all(len(served) == most for served in rounds[:-1])
+    last = 0
+    for served, given in zip(rounds, call.rounds(), strict=True):
+        assert given["first"] == last
+        assert given["planes"] == sum(min(width, c - tile % (tiles // n) * width) for tile in served)
+        last += given["planes"]
+    assert last == n * c
+
+
+def test_arguments_set_by_a_call_belong_to_a_kernel(
+    run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`fill` ignores names that a kernel does not have: a misspelt one would go unnoticed."""
+    run_on(Recorder(BLOCKS))
+    known = {name for struct in arguments.STRUCTS.values() for name, *_ in arguments.leaves(struct)}
+    filled, fill = set(), arguments.fill
+    monkeypatch.setattr(
+        arguments, "fill", lambda kernel, memory, values: filled.update(values) or fill(kernel, memory, values)
+    )
+    launch._plan_call.cache_clear()
+    w = np.ones(3, np.float32)
+    for size, training in itertools.product((20, 300, 30_000), (True, False)):
+        x = np.zeros((2, 3, size), np.float32)
+        running = {"running_mean": w.copy(), "running_var": w.copy()}
+        for fused in ({}, {"residual": x, "activation": "relu"}):
+            _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training, **fused)
+            cn.instance_norm_backward(x, saved)
+        _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training)
+        cn.instance_norm_double_backward(x, w, w, x, saved)
+    assert len(filled) > 50
+    assert filled <= known
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 20), (1, 3, 20), (2, 3, 300), (2, 3, 30_000)], ids=str)
+def test_launches_match_the_plan(
+    run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    """The planned steps, which `explain` shows, and nothing else are launched, with and without each parameter."""
+    runtime = run_on(Recorder(BLOCKS))
+    made, plans = launch._plan_call, []
+    monkeypatch.setattr(launch, "_plan_call", lambda *a, **k: plans.append(made(*a, **k).plan) or made(*a, **k))
+    x = np.zeros(shape, np.float32)
+    parameters = [None, np.ones(shape[1], np.float32), np.ones(shape[:2], np.float32)]
+    for weight, bias, training in itertools.product(parameters, parameters, (True, False)):
+        running = {"running_mean": np.ones(shape[1], np.float32), "running_var": np.ones(shape[1], np.float32)}
+        _, saved = cn.instance_norm_forward(x, weight, bias, **running, use_input_stats=training)
+        cn.instance_norm_backward(x, saved)
+        for ddx in (x, None)[: 1 if weight is None and bias is None else 2]:
+            cn.instance_norm_double_backward(ddx, weight, bias, x, saved)
+    assert len(plans) == 4 * 18 - 2
+    for plan in plans:
+        rounds = -(-plan.channel_tiles // plan.at_a_time) if plan.at_a_time else 1
+        steps = [*plan.steps[:3] * rounds, *plan.steps[3:]]
+        assert runtime.steps[: len(steps)] == steps, plan
+        del runtime.steps[: len(steps)]
+    assert not runtime.steps

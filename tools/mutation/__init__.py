@@ -1,0 +1,1 @@
+"""Mutation testing of the kernels and the package: `python -m tools.mutation --help`."""

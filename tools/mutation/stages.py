@@ -1,0 +1,186 @@
+"""The files that are mutated, and the tests of a mutant in stages: quick ones first."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+from tools.mutation.mutants import Mutant
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BACKENDS = (
+    *(f"cupynorm/cpu/{name}.py" for name in (
+        "__init__", "blocking", "gelu", "numba_activations", "numba_backward", "numba_forward", "numba_geometry",
+        "numba_intrinsics", "numba_moves", "numba_path", "numba_rehearsal", "numba_tasks", "numpy_activations",
+        "numpy_double", "numpy_path",
+    )),
+    *(f"cupynorm/cuda/{name}.py" for name in ("arguments", "launch", "layout", "ops", "plan", "source")),
+)  # fmt: skip
+#: Without the modules that need a GPU or Chainer, without commands, and without tables of devices and variants.
+REST = (
+    "_checks", "_types", "backend", "config", "cpu/forks", "cpu/halves", "cpu/numba_cache", "cpu/numba_import",
+    "cpu/result_pool", "cpu/running", "cpu/thread_pool", "cpu_count", "cuda/describe", "devices", "explain",
+    "functional", "inference", "layers", "thinc", "warm",
+)  # fmt: skip
+PARTS = {
+    "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
+    "backends": BACKENDS,
+    "rest": tuple(f"cupynorm/{name}.py" for name in REST),
+}
+
+#: The compiled loops, and the modules that only calls of these loops use.
+LOOPS = {
+    "numba_activations", "numba_backward", "numba_forward", "numba_geometry", "numba_intrinsics", "numba_moves",
+    "numba_path", "numba_tasks",
+}  # fmt: skip
+#: Functions and classes outside numba_moves that only copies to windows use.
+FOR_MOVES = {"MovedWork", "transposition", "_copy", "copy_row"}
+
+#: The tests of the other modules. They run without the compiled loops and the emulator; the first come first.
+TESTS = {
+    "_checks": "refusals functional layers semantics",
+    "_types": "functional refusals cpu",
+    "arguments": "launch plan",
+    "backend": "house functional",
+    "blocking": "choices cpu double_backward",
+    "config": "house cpu memory invariance",
+    "cpu": "choices cpu double_backward plan epilogue semantics functional accuracy layers together",
+    "cpu_count": "cpu",
+    "describe": "plan functional info invariance",
+    "devices": "functional layers checkpoints refusals info package",
+    "explain": "functional info plan invariance semantics",
+    "forks": "together",
+    "functional": "functional refusals semantics properties double_backward epilogue layers",
+    "gelu": "choices epilogue accuracy",
+    "halves": "halves cpu",
+    "inference": "layers semantics refusals",
+    "launch": "launch plan semantics functional refusals invariance together",
+    "layers": "layers loops checkpoints refusals together functional",
+    "layout": "plan launch invariance functional info",
+    "numpy_activations": "choices epilogue accuracy semantics",
+    "numpy_double": "choices double_backward cpu",
+    "numpy_path": "choices cpu epilogue semantics functional accuracy layers",
+    "ops": "plan launch",
+    "plan": "plan invariance functional info",
+    "result_pool": "memory cpu together",
+    "running": "together refusals semantics cpu",
+    "source": "plan package",
+    "thinc": "thinc",
+    "thread_pool": "cpu together info memory",
+    "warm": "warmup plan",
+}
+
+#: Which kernels use a file of kernels/: those of forward and backward, those of the double backward, or both.
+USERS = {
+    file: users
+    for users, files in {
+        "single": "backward.cu epilogue.cuh forward.cu frozen.cu gradient.cuh moments.cuh normalize.cuh split.cu",
+        "double": "double.cuh double_backward.cu double_split.cu frozen_double_backward.cu",
+        "both": "affine.cuh arrays.cuh channels.cu device.cuh group.cuh merge.cuh merges.cu partition.cuh round.cuh"
+        " staging.cuh sums.cuh tile.cuh types.cuh unaligned.cuh unit.cuh",
+    }.items()
+    for file in files.split()
+}
+#: The first cases of the files that the small ones do not reach, or reach late.
+FIRST = {
+    "epilogue.cuh": "test_table and (relu or silu or gelu)",
+    "group.cuh": "test_variant and (registers4 or grid)",
+    "merge.cuh": "test_variant and (registers4 or grid) or test_small",
+    "merges.cu": "test_small or test_double_small",
+    "unaligned.cuh": "test_variant and unaligned",
+}
+
+
+@cache
+def file_of(name: str) -> str:
+    """Return the path of tests/*/test_<name>.py."""
+    found = list((ROOT / "tests").glob(f"*/test_{name}.py"))
+    if len(found) != 1:
+        raise LookupError(f"there are {len(found)} files tests/*/test_{name}.py; a stage needs one")
+    return found[0].relative_to(ROOT).as_posix()
+
+
+def files_of(names: str) -> tuple[str, ...]:
+    return tuple(map(file_of, names.split()))
+
+
+def chosen(name: str, expression: str) -> tuple[str, ...]:
+    return file_of(name), "-k", expression
+
+
+def compiled(name: str, expression: str = "") -> tuple[str, ...]:
+    return file_of(name), "-m", "compiled", *(("-k", expression) if expression else ())
+
+
+def stages(mutant: Mutant) -> list[tuple[str, ...]]:
+    """Return arguments of pytest for each stage: compiling a module or a loop takes seconds."""
+    path = Path(mutant.file)
+    if path.parts[0] == "kernels":
+        return _kernel_stages(path.name)
+    name = path.parent.name if path.stem == "__init__" else path.stem
+    scope = mutant.within.partition(".")[0]
+    if name == "numba_rehearsal" or scope == "rehearsals":
+        return [compiled("warmup", "not real_compilation and not afterwards"), compiled("warmup")]
+    if name in LOOPS or scope == "_choose":
+        return _loop_stages(name, scope)
+    if name == "numba_cache":
+        return [compiled("compiling")]
+    if name == "numba_import":
+        return [(*chosen("cpu", "without_numba or broken_numba or numba_is_imported"), "CUPYNORM_COMPILED=1")]
+    own = [(file, "-m", "not simt and not compiled and not nvrtc") for file in files_of(TESTS[name])]
+    if name in ("cpu", "blocking", "gelu") or name.startswith("numpy_"):
+        double = "double" if name == "numpy_double" else "not double"
+        numpy = [chosen("cases", f"numpy and {double} and float32"), own[0], chosen("cases", "numpy"), *own[1:]]
+        return [*numpy, compiled("cpu", "without_numba")] if name == "cpu" else numpy
+    if mutant.file in BACKENDS:  # of CUDA
+        emulated = [
+            chosen("cases", "simt and float32 and (table or small)"), chosen("simt", "launches or reach"),
+            chosen("cases", "simt and float32"), chosen("simt", "not barrier and not detects"),
+            chosen("cases", "simt"),
+            *((file, "-m", "simt") for file in files_of("semantics epilogue double_backward")),
+        ]  # fmt: skip
+        return [*own[:1], *emulated, *own[1:]]
+    return [*own, chosen("cases", "numpy and float32")]
+
+
+def _loop_stages(name: str, scope: str) -> list[tuple[str, ...]]:
+    small = "test_small and compiled and float32"
+    moves = name == "numba_moves" or scope in FOR_MOVES
+    kind = re.search("channel|short", scope)
+    case = f"{small} and {'2x8x5x6' if moves else '1x2x100x100'}"
+    if name == "numba_activations":
+        case = "test_table and compiled and 3x4x6x7 and float32"
+    elif kind:
+        case = {"channel": "test_table and compiled and 2x32x5x6", "short": f"{small} and 2x3x5x7"}[kind[0]]
+    choices = compiled("moves" if moves else "choices")
+    quick = (*chosen("cases", case), "NUMBA_OPT=0", "-W", "ignore:Cannot cache")
+    chooses = name == "numba_path" or scope in ("planes_together", "_choose")
+    return [
+        *[compiled("cpu", "layouts_find")] * (scope == "Layout"),  # compiles nothing, like choices
+        *((choices, quick) if chooses else (quick, choices)),
+        chosen("cases", small),
+        chosen("cases", "test_table and compiled"),
+        compiled("cpu"),
+        (*files_of("accuracy semantics epilogue properties"), "-m", "compiled"),
+    ]
+
+
+def _kernel_stages(file: str) -> list[tuple[str, ...]]:
+    users = USERS[file]
+    plain = "and double" if users == "double" else "and not double and not epilogue_variant"
+    first = FIRST.get(file, "test_double_small" if users == "double" else "test_small")
+    return [
+        chosen("cases", f"simt and float32 and ({first})"),
+        (
+            file_of("simt"),
+            *chosen("cases", f"simt and float32 {plain} or same_bits or sixteen or more_tiles or two_dimensions"),
+        ),
+        *(chosen("cases", f"simt and {dtype} {plain}") for dtype in ("float16", "float64", "bfloat16")),
+        *([] if users == "double" else [(file_of("epilogue"), "-m", "simt", "-k", "float32")]),
+        *([chosen("cases", "simt and double")] if users == "both" else []),
+        (file_of("accuracy"), "-m", "simt", "-k", "not every_row"),
+        (*files_of("semantics properties double_backward"), "-m", "simt"),
+        (file_of("compile"),),
+    ]

@@ -4,6 +4,7 @@
 #define CUPYNORM_AFFINE
 
 #include "partition.cuh"
+#include "unit.cuh"
 
 struct Affine {
     const void *weight, *bias;      // may be null
@@ -21,6 +22,25 @@ struct AffineOfThread {
         load_parameters(weight, exists ? affine.weight : 0, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT ? i : c, 1);
         load_parameters(bias, exists ? affine.bias : 0, flags & WIDE_BIAS, flags & SAMPLE_BIAS ? i : c, 0);
     }
+};
+
+// xhat * weight + bias for a thread's planes, with xhat = ((x - mean) - mean_lo) * rstd: y, or z without the residual.
+struct Normalization {
+    Math unit[P], mean[P], scale[P], offset[P];
+
+    // With the plane's own statistics, in its unit.
+    __device__ void set(int p, Math mean_, Math mean_lo, Math rstd, const AffineOfThread& affine) {
+        const Unit u = unit_of(mean_, rstd);
+        set(p, mean_, u, affine);
+        offset[p] -= mean_lo * u.unit * scale[p];
+    }
+    __device__ void set(int p, Math mean_, const Unit& u, const AffineOfThread& affine) {
+        unit[p] = u.unit;
+        mean[p] = mean_ * u.unit;
+        scale[p] = u.rstd * affine.weight[p];
+        offset[p] = affine.bias[p];
+    }
+    __device__ Math z(int p, Math x) const { return (x * unit[p] - mean[p]) * scale[p] + offset[p]; }
 };
 
 #endif

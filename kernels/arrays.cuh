@@ -12,8 +12,8 @@ struct Tensor {
 };
 
 // Flags say how arrays of per-channel or per-plane numbers are stored (cupynorm/cuda/arguments.py). WIDE_...: in Math,
-// else in Storage. SAMPLE_...: one number per sample and channel, else one per channel. NARROW_...: sums in Storage, else
-// in Math.
+// else in Storage. SAMPLE_...: one number per sample and channel, else one per channel. NARROW_...: sums in Storage,
+// else in Math.
 
 __device__ inline Math load_parameter(const void* data, bool wide, long long i) {
     return wide ? load((const Math*)data + i) : widen(load((const Storage*)data + i));

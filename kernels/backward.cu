@@ -6,7 +6,7 @@
 // mean_lo = mean(c) is the part that rounding took from it, here times rstd. It is computed again from x, which is on
 // chip anyway, so that all three sums need one exchange: sum(g * xhat) = sum(g * c) - mean_lo * sum(g).
 //
-// Constants as in forward.cu. sum_dy and sum_dy_xhat are sums of g, have N * C elements and may be null.
+// sum_dy and sum_dy_xhat are sums of g, have N * C elements and may be null.
 
 #include "gradient.cuh"
 #include "group.cuh"
@@ -38,7 +38,7 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
     Math sums[BACKWARD_SUMS * P], count = (Math)partition.count();
     gradient_sums_of_tile<SCOPE>(partition, call.x, call.dy, call.epilogue, call.dresidual, tile_x, tile_dy,
                                  call.vecs_per_thread, stat, sums, (Math*)scratch);
-    const int area = scratch_size<THREADS>(partition.channel_vecs, BACKWARD_SUMS * P * sizeof(Accum));
+    const int area = scratch_size<THREADS>(partition.channel_vecs, BACKWARD_MERGED * P * sizeof(Accum));
     Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * BACKWARD_PARTIALS,
                              (Math*)(scratch + 2 * area));
     if constexpr (grouped) {
@@ -66,9 +66,9 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void backward_subwarp(BackwardArguments call) {
     const Staging<VECS_PER_THREAD> staging(THREADS / 32, call.subdivision, call.spatial, call.channel_tiles);
     const Tensor dx = call.dx, dresidual = call.dresidual;
-    const bool more = EPILOGUE && call.epilogue.residual.data, wanted = EPILOGUE && dresidual.data;
+    const bool more = EPILOGUE && call.epilogue.residual.data;     // and then there is a dresidual
     unsigned char* shared = shared_memory();
-    const int buffers = 2 + more + wanted;
+    const int buffers = 2 + 2 * more;
     Storage* buffer = staging.buffers(shared, buffers);
     staging.fetch(call.x, buffer);
     staging.fetch(call.dy, buffer + staging.buffer_size);
@@ -81,13 +81,13 @@ __device__ inline void backward_subwarp(BackwardArguments call) {
                                                 buffer + 2 * staging.buffer_size);
     }
     Storage* last = buffer + (buffers - 1) * staging.buffer_size;
-    if (wanted) call.dresidual = staging.staged(dresidual, call.channels, last);
+    if (more) call.dresidual = staging.staged(dresidual, call.channels, last);
     __syncwarp();
     const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     backward_scope<SUBWARP, RESIDENCY, THREADS, VECS_PER_THREAD>(call, staging.plane, spatial);
     __syncwarp();
     staging.put(dx, buffer);
-    if (wanted) staging.put(dresidual, last);
+    if (more) staging.put(dresidual, last);
 }
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>

@@ -33,6 +33,7 @@ struct RunningStatisticsArguments {
 KERNEL(SINGLE_THREADS, 1) running_statistics(RunningStatisticsArguments call) {
     unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
+    static_assert(RUNNING_STATISTICS_BYTES == 2 * sizeof(Accum), "ops.py");
     Accum *first = (Accum*)shared, *second = first + SINGLE_THREADS;
     const Accum mean = sum_over_batch(call.mean, call.samples, call.channels, c, first) / call.samples;
     const Accum var = sum_over_batch(call.variance, call.samples, call.channels, c, second) / call.samples;
@@ -45,9 +46,9 @@ KERNEL(SINGLE_THREADS, 1) running_statistics(RunningStatisticsArguments call) {
     store_parameter(call.running_var, wide_var, c, (Math)((1 - momentum) * old_var + momentum * var));
 }
 
-// dweight = sum of sum_dy_xhat over the batch, dbias = sum of sum_dy; each may be null.
+// dweight = sum of sums.dy_xhat over the batch, dbias = sum of sums.dy; each may be null.
 struct ParameterGradientsArguments {
-    const Math *sum_dy, *sum_dy_xhat;
+    Sums sums;                      // of each plane, in Math
     long long samples, channels;
     void *dweight, *dbias;
     int flags;
@@ -57,13 +58,14 @@ KERNEL(SINGLE_THREADS, 1) parameter_gradients(ParameterGradientsArguments call) 
     unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
     const bool writes = threadIdx.x < COLUMNS && c < call.channels;
+    static_assert(PARAMETER_GRADIENTS_BYTES == 2 * sizeof(Accum), "ops.py");
     Accum *first = (Accum*)shared, *second = first + SINGLE_THREADS;
     if (call.dweight) {
-        const Accum sum = sum_over_batch(call.sum_dy_xhat, call.samples, call.channels, c, first);
+        const Accum sum = sum_over_batch((const Math*)call.sums.dy_xhat, call.samples, call.channels, c, first);
         if (writes) store_parameter(call.dweight, call.flags & WIDE_WEIGHT, c, (Math)sum);
     }
     if (call.dbias) {
-        const Accum sum = sum_over_batch(call.sum_dy, call.samples, call.channels, c, second);
+        const Accum sum = sum_over_batch((const Math*)call.sums.dy, call.samples, call.channels, c, second);
         if (writes) store_parameter(call.dbias, call.flags & WIDE_BIAS, c, (Math)sum);
     }
 }

@@ -12,7 +12,6 @@
 #ifndef CUPYNORM_DOUBLE
 #define CUPYNORM_DOUBLE
 
-#include "affine.cuh"
 #include "merge.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
@@ -69,24 +68,26 @@ struct Stats {
     __device__ Math xhat(int p, Math x) const { return (x * unit[p] - mean[p]) * in_unit[p]; }
 };
 
-// weight, ddbias and ddweight. Load them after the sums: they would occupy registers until then.
+// Each may be null; flags are those of weight, of ddbias (as of a bias) and of ddweight.
 struct Parameters {
-    Affine affine, gradient;        // affine: weight and, as its bias, ddbias; gradient: ddweight as bias, 0 if missing
+    const void *weight, *ddbias, *ddweight;
+    int flags;
 };
+
+// Load them after the sums: they would occupy registers until then.
 
 struct ParametersOfThread {
     Math weight[P], ddbias[P], ddweight[P];
 
     template <class Partition>
     __device__ ParametersOfThread(const Partition& partition, const Parameters& parameters, long long channels) {
-        const AffineOfThread affine(partition, parameters.affine, channels);
-        const AffineOfThread gradient(partition, parameters.gradient, channels);
-        #pragma unroll
-        for (int p = 0; p < P; p++) {
-            weight[p] = affine.weight[p];
-            ddbias[p] = affine.bias[p];
-            ddweight[p] = gradient.bias[p];
-        }
+        const int flags = parameters.flags;
+        const bool exists = partition.exists(channels);
+        const long long c = partition.c, i = partition.n * channels + c;
+        load_parameters(weight, exists ? parameters.weight : 0, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT ? i : c, 1);
+        load_parameters(ddbias, exists ? parameters.ddbias : 0, flags & WIDE_BIAS, flags & SAMPLE_BIAS ? i : c, 0);
+        load_parameters(ddweight, exists ? parameters.ddweight : 0, flags & WIDE_DDWEIGHT,
+                        flags & SAMPLE_DDWEIGHT ? i : c, 0);
     }
 };
 
@@ -168,27 +169,32 @@ __device__ inline Coefficients coefficients_of(T count, T base_g, T base_u, T rs
     return m;
 }
 
-// Add the sums number(i) of a tile of n elements to the plane's sums s, corrected for far_g and far_u, the distances of
-// the tile's shifts from the plane's bases (as for squares: Chan, Golub, LeVeque 1983).
-template <class F>
-__device__ inline void add_products(Accum n, Accum far_g, Accum far_u, Accum rstd, F number, Accum (&s)[QUANTITIES]) {
-    const Accum x = number(OF_X), g = number(OF_G), u = number(OF_U), v = u * rstd, far_v = far_u * rstd;
-    s[OF_X] += x;
-    s[OF_G] += g + n * far_g;
-    s[OF_U] += u + n * far_u;
-    s[OF_GX] += number(OF_GX) + far_g * x;
-    s[OF_VX] += number(OF_VX) + far_v * x;
-    s[OF_VG] += number(OF_VG) + far_v * g + far_g * v + n * far_v * far_g;
-}
 
 // The numbers of a tile that are merged: its element count, the shifts and the sums.
-enum { COUNT, SHIFT_G, SHIFT_U, SUMS };
-static_assert(SUMS + QUANTITIES == DOUBLE_BACKWARD_PARTIALS, "ops.py");
+enum { TILE_COUNT, SHIFT_G, SHIFT_U, TILE_SUMS };
+static_assert(TILE_SUMS + QUANTITIES == DOUBLE_BACKWARD_PARTIALS, "ops.py");
 
 template <class Partition>
 __device__ inline Math partial_of_tile(const Partition& partition, const Products& m, int p, int i) {
-    return i == COUNT ? (Math)partition.count() : i == SHIFT_G ? m.shift_g[p] : i == SHIFT_U ? m.shift_u[p]
-                                                                              : m.sums[(i - SUMS) * P + p];
+    if (i == TILE_COUNT) return (Math)partition.count();
+    return i == SHIFT_G ? m.shift_g[p] : i == SHIFT_U ? m.shift_u[p] : m.sums[(i - TILE_SUMS) * P + p];
+}
+
+// Add a tile, whose numbers number(i) returns, to the plane's sums s about base_g and base_u (as for squares: Chan,
+// Golub, LeVeque 1983). The last tile of an unaligned plane may be empty: its shifts are NaN.
+template <class F>
+__device__ inline void add_products(F number, Accum base_g, Accum base_u, Accum rstd, Accum (&s)[QUANTITIES]) {
+    const Accum n = number(TILE_COUNT);
+    if (n == 0) return;
+    const Accum far_g = number(SHIFT_G) - base_g, far_u = number(SHIFT_U) - base_u, far_v = far_u * rstd;
+    const auto sum = [&](int quantity) { return number(TILE_SUMS + quantity); };
+    const Accum x = sum(OF_X), g = sum(OF_G), u = sum(OF_U), v = u * rstd;
+    s[OF_X] += x;
+    s[OF_G] += g + n * far_g;
+    s[OF_U] += u + n * far_u;
+    s[OF_GX] += sum(OF_GX) + far_g * x;
+    s[OF_VX] += sum(OF_VX) + far_v * x;
+    s[OF_VG] += sum(OF_VG) + far_v * g + far_g * v + n * far_v * far_g;
 }
 
 // Call f(p, coefficients) for each plane p of a thread, with the coefficients from the numbers of all tiles.
@@ -207,12 +213,7 @@ __device__ inline void merge_products_of_tiles(const Partition& partition, const
         s[OF_U] = nothing_of(base_u);
         Accum* area = scratch + p * scratch_size<THREADS>(partition.channel_vecs, QUANTITIES);
         numbers.template sum<THREADS>(tiles, s, area, [&](int tile) {
-            const Accum n = numbers.read(tile, p, COUNT);
-            if (n == 0) return;
-            const Accum far_g = (Accum)numbers.read(tile, p, SHIFT_G) - base_g;
-            const Accum far_u = (Accum)numbers.read(tile, p, SHIFT_U) - base_u;
-            add_products(n, far_g, far_u, stat.rstd[p], [&](int i) { return (Accum)numbers.read(tile, p, SUMS + i); },
-                         s);
+            add_products([&](int i) { return (Accum)numbers.read(tile, p, i); }, base_g, base_u, stat.rstd[p], s);
         });
         if (p == P - 1) exchange.release();
         f(p, coefficients_of<Accum>(count, base_g, base_u, stat.rstd[p], s));

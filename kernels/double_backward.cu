@@ -1,7 +1,7 @@
 // Double backward of a training forward, one launch: a scope reads its planes of x, dy and ddx once, keeps them on chip
 // and writes ddy and dx (formulas in double.cuh).
 //
-// Constants as in forward.cu, without an epilogue. sums, for the gradient of weight, has N * C elements; it may be null.
+// There is no epilogue. sums, for the gradient of weight, has N * C elements; it may be null.
 
 #include "double.cuh"
 #include "group.cuh"

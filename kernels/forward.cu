@@ -2,8 +2,7 @@
 //
 //     y = activation(((x - mean) - mean_lo) * (rstd * weight) + bias + residual),   rstd = 1 / sqrt(m2 / count + eps)
 //
-// The text of each module begins with its constants: the macro STORAGE_..., VEC_SIZE, CHANNELS_LAST, MISALIGNED,
-// EPILOGUE, …. It ends with a kernel for each of its variants, which calls
+// The module's text ends with a kernel for each of its variants, which calls
 // forward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call) (cupynorm/cuda/source.py).
 // mean, rstd, mean_lo and variance (unbiased) have N * C elements. They, weight and bias may be null.
 
@@ -31,8 +30,8 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
                                               call.channels, spatial);
     unsigned char* shared = shared_memory();
     const int tile_bytes = call.vecs_per_thread * THREADS * (int)sizeof(Vec) * (RESIDENCY == SHARED);
-    const int sums_bytes = FORWARD_SUMS * P * (grouped ? sizeof(Accum) : sizeof(Math));
-    const int area = scratch_size<THREADS>(partition.channel_vecs, sums_bytes);
+    const int bytes = P * (grouped ? FORWARD_MERGED * sizeof(Accum) : FORWARD_SUMS * sizeof(Math));
+    const int area = scratch_size<THREADS>(partition.channel_vecs, bytes);
     Math* scratch = (Math*)(shared + tile_bytes);
     Math* other = (Math*)(shared + tile_bytes + area);
     Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile((Vec*)shared);

@@ -5,7 +5,7 @@
 //     frozen_backward_*   dx = g * weight * rstd, since the statistics are constants, and in the same pass the two sums
 //                         for the affine gradients, of each tile ([plane][tile]) if there are several
 //
-// Constants as in forward.cu; a scope serves one tile of VECS_PER_THREAD vecs per thread.
+// A scope serves one tile of VECS_PER_THREAD vecs per thread.
 
 #include "gradient.cuh"
 #include "normalize.cuh"

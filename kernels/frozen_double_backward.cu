@@ -2,9 +2,7 @@
 //
 //     frozen_double_backward_*   with v = rstd * ddx: ddy = weight * v + ddweight * xhat + ddbias,
 //                                dx = ddweight * rstd * dy, and the sum of v * dy over each tile ([plane][tile]), for
-//                                the gradient of weight
-//
-// Constants as in forward.cu, without an epilogue.
+//                                the gradient of weight; merges.cu merges them
 
 #include "double.cuh"
 #include "round.cuh"
@@ -25,7 +23,7 @@ __device__ inline void frozen_double_backward(const FrozenDoubleBackwardArgument
     each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.dx, false, [&](const Partition<SCOPE, THREADS>& partition) {
         const Stats stat(partition, false, call.mean, call.rstd, round.channels);
         const ParametersOfThread of(partition, call.parameters, round.channels);
-        const bool more = call.inputs.ddx.data, moves = call.parameters.gradient.bias;
+        const bool more = call.inputs.ddx.data, moves = call.parameters.ddweight;
         const bool summed = more && call.sums.dy_xhat;
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD> x, dy, ddx;
         if (moves) x.read(partition, call.inputs.x, 0);
@@ -39,7 +37,7 @@ __device__ inline void frozen_double_backward(const FrozenDoubleBackwardArgument
             return moves ? g * stat.rstd[p] * of.ddweight[p] : 0;
         });
         if (!summed) return;
-        Math s[LINES] = {}, total[P];
+        Math s[LINES] = {}, total[FROZEN_DOUBLE_BACKWARD_SUMS * P];
         const auto add = [&](int v, Storage u, Storage g) {
             s[line_of(v)] += widen(u) * stat.rstd[plane_of(v)] * widen(g);
         };

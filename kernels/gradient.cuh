@@ -3,6 +3,7 @@
 #ifndef CUPYNORM_GRADIENT
 #define CUPYNORM_GRADIENT
 
+#include "affine.cuh"
 #include "epilogue.cuh"
 #include "merge.cuh"
 #include "tile.cuh"
@@ -91,12 +92,13 @@ __device__ inline void gradient_sums_of_tile(const Partition& partition, const T
                                              Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_x,
                                              Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_dy, int vecs_per_thread,
                                              const AffineStats& stat, Math (&sums)[BACKWARD_SUMS * P], Math* scratch) {
-    Math sum_dy[LINES] = {}, sum_dy_xmu[LINES] = {}, sum_xmu[LINES] = {};
+    // c without its factor rstd, in the plane's unit, until the sums are complete.
+    Math sum_dy[LINES] = {}, sum_dy_c[LINES] = {}, sum_c[LINES] = {};
     const auto add_one = [&](int v, Math x_, Math g) {
-        const Math c = stat.centred(plane_of(v), x_);
+        const Math centred = stat.centred(plane_of(v), x_);
         sum_dy[line_of(v)] += g;
-        sum_dy_xmu[line_of(v)] += g * c;
-        sum_xmu[line_of(v)] += c;
+        sum_dy_c[line_of(v)] += g * centred;
+        sum_c[line_of(v)] += centred;
     };
     const auto add = [&](int from) {        // the batch of vecs just read, and with the first the tail element
         if constexpr (EPILOGUE != 0) {
@@ -120,8 +122,8 @@ __device__ inline void gradient_sums_of_tile(const Partition& partition, const T
         add(from);
     }
     fold(sum_dy, sums + OF_DY * P);
-    fold(sum_dy_xmu, sums + OF_DY_C * P);
-    fold(sum_xmu, sums + OF_C * P);
+    fold(sum_dy_c, sums + OF_DY_C * P);
+    fold(sum_c, sums + OF_C * P);
     sum_over_scope<SCOPE, THREADS>(sums, partition.size, partition.channel_vecs, scratch);
     #pragma unroll
     for (int p = 0; p < P; p++) {
@@ -137,7 +139,7 @@ __device__ inline void merge_gradient_sums_of_tiles(const Partition& partition, 
     const TileNumbers<BACKWARD_PARTIALS, Partition, Exchange> numbers(partition, exchange, [&](int p, int i) {
         return sums[i * P + p];
     });
-    Accum s[BACKWARD_SUMS * P] = {};
+    Accum s[BACKWARD_MERGED * P] = {};
     numbers.template sum<THREADS>(tiles, s, scratch, [&](int tile) {
         #pragma unroll
         for (int k = 0; k < BACKWARD_SUMS * P; k++) s[k] += numbers.read(tile, k % P, k / P);

@@ -1,5 +1,5 @@
-// Merging numbers of tiles, in an order that depends only on how many tiles there are: over the blocks of a group, or
-// over the partials of a split, which one block merges for each plane. All merges are in Accum.
+// Merging numbers of tiles, in an order that depends only on how many tiles there are: over the blocks of a group, or,
+// where partials are in global memory, by one block for each plane (merges.cu). All merges are in Accum.
 
 #ifndef CUPYNORM_MERGE
 #define CUPYNORM_MERGE
@@ -50,10 +50,12 @@ __device__ inline long long merged_plane(long long first, long long planes) {
     return number < planes ? first + number : -1;
 }
 
-// Merge the T of each tile: each thread takes some, load(tile), in order; then the threads' are merged as a tree in
-// shared memory. merge(a, b) returns the merged T; `nothing` is that of no tiles. The block has SINGLE_THREADS.
-template <class T, class Load, class F>
+// Merge what the tiles of a plane have: load(tile) returns the T of a tile, merge(a, b) that of both; `nothing` is that
+// of no tile. Each thread merges every SINGLE_THREADS-th tile. A tree in shared memory, BYTES for each thread, merges
+// the threads'.
+template <int BYTES, class T, class Load, class F>
 __device__ inline T merge_over_block(const T& nothing, long long tiles, Load load, F merge) {
+    static_assert(sizeof(T) == BYTES, "ops.py");
     T* slots = (T*)shared_memory();
     T mine = nothing;
     for (long long tile = threadIdx.x; tile < tiles; tile += SINGLE_THREADS) mine = merge(mine, load(tile));

@@ -18,10 +18,11 @@ struct MergeMomentsArguments {
 KERNEL(SINGLE_THREADS, 1) merge_moments(MergeMomentsArguments call) {
     const long long plane = merged_plane(call.first, call.planes);
     if (plane < 0) return;
-    const Moments all = merge_over_block(Moments{0, 0, 0}, call.tiles, [&](long long tile) {
+    const auto of_tile = [&](long long tile) {
         const long long at = plane * call.tiles + tile;
         return Moments{load(call.counts + at), load(call.means + at), load(call.m2 + at)};
-    }, [](const Moments& a, const Moments& b) { return merge(a, b); });
+    };
+    const Moments all = merge_over_block<MERGE_MOMENTS_BYTES>(Moments{0, 0, 0}, call.tiles, of_tile, merge);
     if (threadIdx.x != 0) return;
     const Math rounded = (Math)all.mean;
     store(call.mean + plane, rounded);
@@ -40,18 +41,20 @@ struct MergeGradientSumsArguments {
 };
 
 // Training: sum_dy, sum_dy_xhat and merged_mean_lo from the partials of gradient_sums_*. Tracked eval, where these are
-// null: the partials of frozen_backward_* are sum(dy) and sum(dy * xhat) already, and are only added up. If the sums are
-// gradients themselves, they are also written to dbias and dweight. Each pointer may be null.
+// null: the partials of frozen_backward_* are sum(dy) and sum(dy * xhat) already, and are only added up. If the sums
+// are gradients themselves, they are also written to dbias and dweight. Each pointer may be null.
 KERNEL(SINGLE_THREADS, 1) merge_gradient_sums(MergeGradientSumsArguments call) {
     const long long plane = merged_plane(call.first, call.planes), step = call.all_planes * call.tiles;
     if (plane < 0) return;
-    const ThreeSums all = merge_over_block(ThreeSums{0, 0, 0}, call.tiles, [&](long long tile) {
+    const auto of_tile = [&](long long tile) {
         const Math* at = call.partials + plane * call.tiles + tile;
         return ThreeSums{load(at + OF_DY * step), load(at + OF_DY_C * step),
                          call.merged_mean_lo ? load(at + OF_C * step) : 0};
-    }, [](const ThreeSums& a, const ThreeSums& b) {
+    };
+    const auto add = [](const ThreeSums& a, const ThreeSums& b) {
         return ThreeSums{a.dy + b.dy, a.dy_c + b.dy_c, a.c + b.c};
-    });
+    };
+    const ThreeSums all = merge_over_block<MERGE_GRADIENT_SUMS_BYTES>(ThreeSums{0, 0, 0}, call.tiles, of_tile, add);
     if (threadIdx.x != 0) return;
     Math dot = (Math)all.dy_c;
     if (call.merged_mean_lo) {
@@ -63,8 +66,7 @@ KERNEL(SINGLE_THREADS, 1) merge_gradient_sums(MergeGradientSumsArguments call) {
     call.sums.set(plane, (Math)all.dy, dot);
 }
 
-// Coefficients lie as [number][plane]. sums may be null; it is dweight itself if
-// that has one number per plane.
+// Coefficients lie as [number][plane]. sums.dy_xhat may be null; it is dweight itself if that has one number per plane.
 struct MergeProductsArguments {
     const Math* partials;
     long long all_planes, tiles, first, planes, spatial;
@@ -81,19 +83,18 @@ KERNEL(SINGLE_THREADS, 1) merge_products(MergeProductsArguments call) {
     const Math* row = call.partials + plane * call.tiles;
     const Accum base_g = load(row + SHIFT_G * step), base_u = load(row + SHIFT_U * step);
     const Accum rstd = load(call.rstd + plane);
-    const SumsOfProducts all = merge_over_block(SumsOfProducts{}, call.tiles, [&](long long tile) {
-        const Math* at = row + tile;
-        const Accum far_g = load(at + SHIFT_G * step) - base_g, far_u = load(at + SHIFT_U * step) - base_u;
+    const auto of_tile = [&](long long tile) {
         SumsOfProducts one = {};
-        add_products(load(at + COUNT * step), far_g, far_u, rstd,
-                     [&](int i) { return (Accum)load(at + (SUMS + i) * step); }, one.of);
+        add_products([&](int i) { return (Accum)load(row + tile + i * step); }, base_g, base_u, rstd, one.of);
         return one;
-    }, [](const SumsOfProducts& a, const SumsOfProducts& b) {
+    };
+    const auto add = [](const SumsOfProducts& a, const SumsOfProducts& b) {
         SumsOfProducts both;
         #pragma unroll
         for (int i = 0; i < QUANTITIES; i++) both.of[i] = a.of[i] + b.of[i];
         return both;
-    });
+    };
+    const SumsOfProducts all = merge_over_block<MERGE_PRODUCTS_BYTES>(SumsOfProducts{}, call.tiles, of_tile, add);
     if (threadIdx.x != 0) return;
     const Coefficients m = coefficients_of<Accum>(call.spatial, base_g, base_u, rstd, all.of);
     const Math numbers[COEFFICIENTS] = {m.shift_g, m.shift_u, m.g, m.v, m.x, m.a, m.c, m.s};
@@ -112,8 +113,8 @@ struct MergeDotsArguments {
 KERNEL(SINGLE_THREADS, 1) merge_dots(MergeDotsArguments call) {
     const long long plane = merged_plane(0, call.planes);
     if (plane < 0) return;
-    const Accum sum = merge_over_block((Accum)0, call.tiles, [&](long long tile) {
-        return (Accum)load(call.partials + plane * call.tiles + tile);
-    }, [](Accum a, Accum b) { return a + b; });
+    const auto of_tile = [&](long long tile) { return (Accum)load(call.partials + plane * call.tiles + tile); };
+    const auto add = [](Accum a, Accum b) { return a + b; };
+    const Accum sum = merge_over_block<MERGE_DOTS_BYTES>((Accum)0, call.tiles, of_tile, add);
     if (threadIdx.x == 0) call.sums.set_dy_xhat(plane, (Math)sum);
 }

@@ -7,6 +7,7 @@
 #ifndef CUPYNORM_MOMENTS
 #define CUPYNORM_MOMENTS
 
+#include "affine.cuh"
 #include "merge.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
@@ -188,7 +189,7 @@ __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partit
         return i == MEAN ? mine.mean[p] : i == MEAN_LO ? mine.mean_lo[p] : i == SCALED_M2 ? mine.scaled_m2[p]
                                                                                          : (Math)partition.count();
     });
-    Accum base[P], s[FORWARD_SUMS * P] = {};
+    Accum base[P], s[FORWARD_MERGED * P] = {};
     #pragma unroll
     for (int p = 0; p < P; p++) {
         base[p] = numbers.read(0, p, MEAN);

@@ -2,11 +2,12 @@
 //
 //     y = activation(((x - mean) - mean_lo) * (rstd * weight) + bias + residual)
 //
-// It is the last step of a split forward, and the whole of a forward with running statistics.
+// It is the last step of a split forward, and the whole of a forward in tracked eval.
 
 #ifndef CUPYNORM_NORMALIZE
 #define CUPYNORM_NORMALIZE
 
+#include "affine.cuh"
 #include "epilogue.cuh"
 #include "round.cuh"
 #include "tile.cuh"
@@ -14,22 +15,22 @@
 
 struct NormalizeArguments {
     Tensor x, y;
-    const void *running_mean, *running_var;     // one number per channel; if null, the statistics of each plane are
-    Math *mean, *rstd, *mean_lo;                // these; otherwise mean and rstd are written, if not null
+    const void *given_mean, *given_var;     // of each channel (tracked eval), or null
+    Math *mean, *rstd, *mean_lo;            // of each plane: read if given_mean is null, else the first two are written
     double eps;
     Affine affine;
     Epilogue epilogue;
     Round round;
 };
 
-// The running statistics of a thread's planes, which are saved as those of each plane.
+// Use the statistics that are given for each channel, and save them as those of each plane, if mean is not null.
 template <class Partition>
-__device__ inline void use_running_statistics(const NormalizeArguments& call, const Partition& partition,
+__device__ inline void use_given_statistics(const NormalizeArguments& call, const Partition& partition,
                                           const AffineOfThread& affine, Normalization& to) {
     const bool exists = partition.exists(call.round.channels);
     Math mean[P], var[P], rstd[P];
-    load_parameters(mean, exists ? call.running_mean : 0, call.affine.flags & WIDE_RUNNING_MEAN, partition.c, 0);
-    load_parameters(var, exists ? call.running_var : 0, call.affine.flags & WIDE_RUNNING_VAR, partition.c, 1);
+    load_parameters(mean, exists ? call.given_mean : 0, call.affine.flags & WIDE_RUNNING_MEAN, partition.c, 0);
+    load_parameters(var, exists ? call.given_var : 0, call.affine.flags & WIDE_RUNNING_VAR, partition.c, 1);
     #pragma unroll
     for (int p = 0; p < P; p++) {
         rstd[p] = reciprocal_sqrt(var[p] + (Math)call.eps);
@@ -41,15 +42,16 @@ __device__ inline void use_running_statistics(const NormalizeArguments& call, co
     });
 }
 
-// Begin with the last tile: the tiles that were read or written last are in L2.
+// In a split, begin with the last tile: those that were read last are in L2.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void normalize(NormalizeArguments call) {
     if (!EPILOGUE) call.epilogue = {};      // constant, as in forward.cu
     const Round& round = call.round;
-    each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.y, true, [&](const Partition<SCOPE, THREADS>& partition) {
+    const bool reverse = !call.given_mean;
+    each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.y, reverse, [&](const Partition<SCOPE, THREADS>& partition) {
         const AffineOfThread affine(partition, call.affine, round.channels);
         Normalization to;
-        if (call.running_mean) use_running_statistics(call, partition, affine, to);
+        if (call.given_mean) use_given_statistics(call, partition, affine, to);
         else {
             const long long i = partition.n * round.channels + partition.c;
             const bool exists = partition.exists(round.channels);

@@ -1,4 +1,4 @@
-// A round: the channel tiles that one launch serves, one scope for each tile. A split has several rounds of launches.
+// A round: the channel tiles that a launch serves, with one scope for each tile. A split may have several rounds.
 
 #ifndef CUPYNORM_ROUND
 #define CUPYNORM_ROUND

@@ -8,7 +8,7 @@
 //
 // Each round of the three serves as many channel tiles as half of L2 holds. The last step takes the tiles in reverse:
 // those that were read last are in L2.
-// Partials lie as [quantity][plane][tile]; the order in which they are merged depends only on their number.
+// Partials lie as [quantity][plane][tile]. The merges are in merges.cu.
 
 #include "gradient.cuh"
 #include "moments.cuh"
@@ -51,7 +51,7 @@ struct GradientSumsArguments {
     Round round;
 };
 
-// If there is a dresidual, it is written here, and replaces dy from then on.
+// If there is a dresidual, it is written here.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void gradient_sums(GradientSumsArguments call) {
     if (!EPILOGUE) {
@@ -76,9 +76,10 @@ __device__ inline void gradient_sums(GradientSumsArguments call) {
     });
 }
 
-// merged_mean_lo: mean_lo times rstd, as merged from all tiles.
+// merged_mean_lo: mean_lo times rstd, as merged from all tiles. g: dy, or, with a residual, dresidual, which
+// gradient_sums has written: there is no epilogue then.
 struct InputGradientArguments {
-    Tensor x, dy, dx;
+    Tensor x, g, dx;
     const Math *mean, *rstd, *mean_lo;
     Affine affine;
     Epilogue epilogue;
@@ -106,8 +107,8 @@ __device__ inline void input_gradient(InputGradientArguments call) {
         }
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
         tile_x.read(partition, call.x, 0);
-        tile_dy.read(partition, call.dy, 0);
-        if constexpr (EPILOGUE != 0) {      // without a residual: with one, dy is dresidual, written by gradient_sums
+        tile_dy.read(partition, call.g, 0);
+        if constexpr (EPILOGUE != 0) {
             const Epilogue epilogue{{}, call.epilogue.slope};
             apply_epilogue(partition, epilogue, Tensor{}, tile_x, tile_dy, 0, stat, [](int, Math, Math) {});
         }

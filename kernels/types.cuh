@@ -7,6 +7,9 @@
 // A Vec is the VEC_SIZE elements that one thread moves in one access: 16 bytes if alignment allows (channels-last at
 // most 4 elements), otherwise one element.
 // The 16-bit types are bare bits here: the toolkit's headers would triple the compile time.
+//
+// The text of each module begins with its constants (cupynorm/cuda/source.py): the macro STORAGE_..., and the numbers
+// VEC_SIZE, CHANNELS_LAST, MISALIGNED, EPILOGUE, READ_AHEAD, the bits of flags, and those of ops.py.
 
 #ifndef CUPYNORM_TYPES
 #define CUPYNORM_TYPES

@@ -7,7 +7,7 @@
 #ifndef CUPYNORM_UNIT
 #define CUPYNORM_UNIT
 
-#include "affine.cuh"
+#include "device.cuh"
 
 struct Unit {
     Math unit, rstd;        // rstd is in this unit: usually 1 to 2
@@ -26,24 +26,5 @@ __device__ inline Unit unit_of(float mean, float rstd) {
     return {__uint_as_float((unsigned)exponent << 23), bits < 0x800000 ? (float)bits * 1.1920929e-7f : rstd * inverse};
 }
 __device__ inline Unit unit_of(double, double rstd) { return {1, (Math)rstd}; }    // squares must be in range anyway
-
-// xhat * weight + bias for a thread's planes, with xhat = ((x - mean) - mean_lo) * rstd: y, or z without the residual.
-struct Normalization {
-    Math unit[P], mean[P], scale[P], offset[P];
-
-    // With the plane's own statistics, in its unit.
-    __device__ void set(int p, Math mean_, Math mean_lo, Math rstd, const AffineOfThread& affine) {
-        const Unit u = unit_of(mean_, rstd);
-        set(p, mean_, u, affine);
-        offset[p] -= mean_lo * u.unit * scale[p];
-    }
-    __device__ void set(int p, Math mean_, const Unit& u, const AffineOfThread& affine) {
-        unit[p] = u.unit;
-        mean[p] = mean_ * u.unit;
-        scale[p] = u.rstd * affine.weight[p];
-        offset[p] = affine.bias[p];
-    }
-    __device__ Math z(int p, Math x) const { return (x * unit[p] - mean[p]) * scale[p] + offset[p]; }
-};
 
 #endif

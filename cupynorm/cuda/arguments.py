@@ -27,6 +27,8 @@ FLAGS = {
     "SAMPLE_BIAS": 32,
     "NARROW_SUM_DY": 64,
     "NARROW_SUM_DY_XHAT": 128,
+    "WIDE_DDWEIGHT": 256,
+    "SAMPLE_DDWEIGHT": 512,
 }
 
 
@@ -42,7 +44,7 @@ SUMS = _struct(("dy dy_xhat", POINTER), ("flags", INT32))
 GROUP = _struct(("tiles", INT32), ("partial arrived", POINTER))
 ROUND = _struct(("channels spatial first channel_tiles tiles", INT64), ("subdivision", INT32))
 INPUTS = _struct(("x dy ddx", TENSOR))
-PARAMETERS = _struct(("affine gradient", AFFINE))
+PARAMETERS = _struct(("weight ddbias ddweight", POINTER), ("flags", INT32))
 
 _WHOLE = ("channels spatial channel_tiles", INT64), ("subdivision vecs_per_thread", INT32)
 _MERGE = ("all_planes tiles first planes spatial", INT64)
@@ -62,7 +64,7 @@ STRUCTS: dict[str, np.dtype] = {
         *_WHOLE, ("group", GROUP),
     ),
     "normalize": _struct(
-        ("x y", TENSOR), ("running_mean running_var mean rstd mean_lo", POINTER), ("eps", FLOAT64), ("affine", AFFINE),
+        ("x y", TENSOR), ("given_mean given_var mean rstd mean_lo", POINTER), ("eps", FLOAT64), ("affine", AFFINE),
         ("epilogue", EPILOGUE), ("round", ROUND),
     ),
     "frozen_backward": _struct(
@@ -79,7 +81,7 @@ STRUCTS: dict[str, np.dtype] = {
         ("dresidual", TENSOR), ("partials", POINTER), ("all_planes", INT64), ("round", ROUND),
     ),
     "input_gradient": _struct(
-        ("x dy dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
+        ("x g dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
         ("merged_mean_lo sum_dy sum_dy_xhat", POINTER), ("round", ROUND),
     ),
     "products": _struct(
@@ -103,7 +105,7 @@ STRUCTS: dict[str, np.dtype] = {
         ("running_mean running_var", POINTER), ("flags", INT32),
     ),
     "parameter_gradients": _struct(
-        ("sum_dy sum_dy_xhat", POINTER), ("samples channels", INT64), ("dweight dbias", POINTER), ("flags", INT32),
+        ("sums", SUMS), ("samples channels", INT64), ("dweight dbias", POINTER), ("flags", INT32),
     ),
 }  # fmt: skip
 

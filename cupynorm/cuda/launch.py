@@ -104,27 +104,20 @@ class CudaBackend(Backend):
                 flags |= FLAGS["WIDE_RUNNING_VAR"] * (running_var.dtype == work.math)
             work.point("affine.weight", weight)
             work.point("affine.bias", bias)
-            if not training:  # normalize uses the statistics of each plane, unless it is given these
-                work.point("running_mean", mean_)
-                work.point("running_var", var_)
+            if not training:
+                work.point("given_mean", mean_)
+                work.point("given_var", var_)
             work.values |= {
                 "affine.flags": flags, "flags": flags, "eps": call.eps, "momentum": call.momentum,
                 "epilogue.slope": _rectifier_slope(activation, call.negative_slope),
             }  # fmt: skip
-            step, *rest = work.steps
             if work.plan.regime == "split":
                 mean, rstd, mean_lo = (work.planes() if array is None else array for array in (mean, rstd, mean_lo))
                 for name, dtype in (("counts", np.int64), ("means", np.float64), ("m2", np.float64)):
                     work.point(name, work.empty((*work.nc, work.tiles), dtype))
             for name, array in (("mean", mean), ("rstd", rstd), ("mean_lo", mean_lo), ("variance", variance)):
                 work.point(name, array)
-            if work.plan.regime == "split":
-                merge, apply, *rest = rest
-                for round_ in work.rounds():
-                    for each in (step, merge, apply):
-                        work.run(each, round_)
-            else:
-                work.run(step)
+            rest = work.run_planes()
             if update:
                 work.point("running_mean", mean_)
                 work.point("running_var", var_)
@@ -181,35 +174,26 @@ class CudaBackend(Backend):
                 "affine.flags": flags, "sums.flags": flags, "flags": flags,
                 "epilogue.slope": _rectifier_slope(activation, saved.negative_slope),
             }  # fmt: skip
-            step, *rest = work.steps
             if op == "frozen_backward" and work.tiles > 1 and any(wanted):
-                merge, *rest = rest
-                sums = {name: work.values[name] for name in ("sums.dy", "sums.dy_xhat", "sums.flags")}
-                partials = work.empty((2, *work.nc, work.tiles), work.math)
-                work.point("sums.dy", partials[0])
-                work.point("sums.dy_xhat", partials[1])
-                work.run(step, {"sums.flags": flags & ~narrow})
+                step, merge, *_ = work.steps
+                rest = work.steps[2:]
+                partials = work.empty((work.operation.partials, *work.nc, work.tiles), work.math)
                 work.point("partials", partials)
-                work.run(merge, sums)
-                work.values |= sums
-            elif work.plan.regime == "split":
-                merge, apply, *rest = rest
-                work.point("partials", work.empty((work.operation.partials, *work.nc, work.tiles), work.math))
-                for name in ("sum_dy", "sum_dy_xhat", "merged_mean_lo"):
-                    work.point(name, work.planes())
-                # dresidual is the epilogue's g, and takes the place of dy.
-                of_dy = {"dy.data": work.values["dresidual.data"]} if apply.step.plain else NOTHING
-                for round_ in work.rounds():
-                    work.run(step, round_)
-                    work.run(merge, round_)
-                    work.run(apply, {**round_, **of_dy})
+                sums = {"sums.dy": work.address(partials[0]), "sums.dy_xhat": work.address(partials[1])}
+                work.run(step, sums | {"sums.flags": flags & ~narrow})
+                work.run(merge)
             else:
-                work.run(step)
+                if work.plan.regime == "split":
+                    work.point("partials", work.empty((work.operation.partials, *work.nc, work.tiles), work.math))
+                    for name in ("sum_dy", "sum_dy_xhat", "merged_mean_lo"):
+                        work.point(name, work.planes())
+                    work.values["g.data"] = work.values["dy.data" if saved.residual is None else "dresidual.data"]
+                rest = work.run_planes()
             if reduced:
                 # The gradients that the kernels did not write directly.
                 work.point("dweight", None if direct[1] else dweight)
                 work.point("dbias", None if direct[0] else dbias)
-                work.run(rest[0], {"sum_dy": work.values["sums.dy"], "sum_dy_xhat": work.values["sums.dy_xhat"]})
+                work.run(rest[0])
             work.commit()
             return Gradients(work.result, dweight, dbias, dresidual)
 
@@ -235,35 +219,30 @@ class CudaBackend(Backend):
             if dweight is not None and direct and dweight.dtype != work.math:
                 narrow = FLAGS["NARROW_SUM_DY_XHAT"]
             flags = work.affine_flags(weight, ddbias) | narrow
+            if ddweight is not None:
+                flags |= FLAGS["WIDE_DDWEIGHT"] * (ddweight.dtype == work.math)
+                flags |= FLAGS["SAMPLE_DDWEIGHT"] * (ddweight.ndim == 2)
             sums = (dweight if direct else work.planes()) if summed else None
             for name, array in (
-                ("mean", saved.mean), ("rstd", saved.rstd), ("parameters.affine.weight", weight),
-                ("parameters.affine.bias", ddbias), ("parameters.gradient.bias", ddweight), ("sums.dy_xhat", sums),
+                ("mean", saved.mean), ("rstd", saved.rstd), ("parameters.weight", weight),
+                ("parameters.ddbias", ddbias), ("parameters.ddweight", ddweight), ("sums.dy_xhat", sums),
             ):  # fmt: skip
                 work.point(name, array)
-            work.values |= {
-                "parameters.affine.flags": flags, "parameters.gradient.flags": work.affine_flags(None, ddweight),
-                "sums.flags": flags, "flags": flags,
-            }  # fmt: skip
-            step, *rest = work.steps
+            work.values |= {"parameters.flags": flags, "sums.flags": flags, "flags": flags}
             if op == "frozen_double_backward" and work.tiles > 1 and summed:
-                merge, *rest = rest
-                whole = work.values["sums.dy_xhat"]
+                step, merge, *_ = work.steps
+                rest = work.steps[2:]
                 work.point("partials", work.empty((*work.nc, work.tiles), work.math))
                 work.run(step, {"sums.dy_xhat": work.values["partials"], "sums.flags": flags & ~narrow})
-                work.run(merge, {"sums.dy_xhat": whole})
-            elif work.plan.regime == "split":
-                merge, apply, *rest = rest
-                work.point("partials", work.empty((work.operation.partials, *work.nc, work.tiles), work.math))
-                work.point("coefficients", work.empty((COEFFICIENTS, *work.nc), work.math))
-                for round_ in work.rounds():
-                    for each in (step, merge, apply):
-                        work.run(each, round_)
+                work.run(merge)
             else:
-                work.run(step)
+                if work.plan.regime == "split":
+                    work.point("partials", work.empty((work.operation.partials, *work.nc, work.tiles), work.math))
+                    work.point("coefficients", work.empty((COEFFICIENTS, *work.nc), work.math))
+                rest = work.run_planes()
             if summed and not direct:
                 work.point("dweight", dweight)
-                work.run(rest[0], {"sum_dy_xhat": work.values["sums.dy_xhat"]})
+                work.run(rest[0])
             work.commit()
             return DoubleGradients(ddy, work.result, dweight)
 
@@ -282,7 +261,7 @@ def _assignment(target: Array, source: Array) -> partial[None]:
 
 
 class _PlannedStep(NamedTuple):
-    """A step of a plan, its module, and the arguments of its kernel that follow from the plan: all but pointers."""
+    """A step of a plan, its module, and the arguments of its kernel that follow from the plan; a call adds the rest."""
 
     step: Step
     module: Module
@@ -327,13 +306,15 @@ def _plan_call(
     )  # fmt: skip
     tiles = made.steps[0].tiles
     sizes = {
-        "samples": n, "channels": c, "spatial": s, "all_planes": n * c, "planes": n * c, "tiles": tiles,
+        "samples": n, "channels": c, "first": 0, "spatial": s, "all_planes": n * c, "planes": n * c, "tiles": tiles,
         "channel_tiles": made.channel_tiles, "round.channels": c, "round.spatial": s, "round.tiles": tiles,
-        "round.channel_tiles": made.channel_tiles,
+        "round.first": 0, "round.channel_tiles": made.channel_tiles,
     }  # fmt: skip
     for name, layout in zip(names, layouts, strict=True):
         sizes |= {f"{name}.{axis}": getattr(layout, axis) for axis in "ncs"}
-    of_dy = {f"dy.{axis}": sizes[f"dresidual.{axis}"] for axis in "ncs"} if "dresidual" in names else {}
+    if "dy" in names:  # input_gradient's g is dy, or dresidual
+        g = layouts[names.index("dresidual" if "dresidual" in names else "dy")]
+        sizes |= {f"g.{axis}": getattr(g, axis) for axis in "ncs"}
     steps = []
     for step in made.steps:
         memory = arguments.new(step.kernel)
@@ -341,8 +322,6 @@ def _plan_call(
             "subdivision": step.subdivision, "round.subdivision": step.subdivision,
             "vecs_per_thread": step.vecs_per_thread, "group.tiles": step.tiles,
         })  # fmt: skip
-        if step.kernel == "input_gradient":  # reads dresidual in place of dy
-            arguments.fill(step.kernel, memory, of_dy)
         steps.append(_PlannedStep(step, Module.of(step, made), bytes(memory)))
     return _PlannedCall(kind, copied, made, tuple(steps))
 
@@ -367,7 +346,7 @@ class _Launches:
     ):
         self.runtime = runtime
         self.operation = OPS[op]
-        self.empty = runtime.empty
+        self.empty, self.address = runtime.empty, runtime.address
         self.launches: list[partial[Any]] = []
         self.updates: list[partial[Any]] = []  # of the running statistics
         self.keepalive: list[Array] = []  # the kernels get addresses only
@@ -419,7 +398,7 @@ class _Launches:
 
     def point(self, name: str, array: Array | None) -> None:
         """Set a pointer, null without an array."""
-        self.values[name] = 0 if array is None else self.runtime.address(array)
+        self.values[name] = 0 if array is None else self.address(array)
         if array is not None:
             self.keepalive.append(array)
 
@@ -443,7 +422,7 @@ class _Launches:
         """Yield the arguments of each round of a split: its channel tiles and its planes."""
         n, c = self.nc
         channel_tiles, at_a_time = self.plan.channel_tiles, self.plan.at_a_time
-        per_sample, width = channel_tiles // n, self._width(self.plan.steps[0])
+        per_sample, width = channel_tiles // n, self._width()
 
         def plane(channel_tile: int) -> int:
             return channel_tile // per_sample * c + min(channel_tile % per_sample * width, c)
@@ -455,14 +434,14 @@ class _Launches:
                 "round.first": first, "round.channel_tiles": end - first, "first": plane(first), "planes": planes,
             }  # fmt: skip
 
-    def _width(self, step: Step) -> int:
+    def _width(self) -> int:
         """Return the number of channels in a channel tile."""
-        return 1 if self.kind == "channels_first" else step.channel_vecs * self.plan.vec_size
+        return 1 if self.kind == "channels_first" else self.plan.steps[0].channel_vecs * self.plan.vec_size
 
     def _exchange(self, step: Step) -> dict[str, int]:
-        """Allocate the memory through which the blocks of a grid exchange partials."""
+        """Return the arguments for the blocks of a grid: new memory through which they exchange partials."""
         groups = step.grid[0] // step.tiles
-        numbers = self._width(step) * self.operation.partials
+        numbers = self._width() * self.operation.partials
         partials = self.empty((groups, 2, step.tiles, numbers), self.math)
         arrived = self.runtime.zeros((groups,), np.uint32)
         self.keepalive += [partials, arrived]
@@ -480,6 +459,16 @@ class _Launches:
     def run(self, planned: _PlannedStep, values: Mapping[str, Any] = NOTHING) -> None:
         """Add a step to the launches of `commit`: see `prepare`."""
         self.launches.append(self.prepare(planned, values))
+
+    def run_planes(self) -> tuple[_PlannedStep, ...]:
+        """Add the steps that compute the results, a split's three in rounds. Return the other steps: sums over N."""
+        if self.plan.regime != "split":
+            self.run(self.steps[0])
+            return self.steps[1:]
+        for round_ in self.rounds():
+            for planned in self.steps[:3]:
+                self.run(planned, round_)
+        return self.steps[3:]
 
     @property
     def result(self) -> Array:

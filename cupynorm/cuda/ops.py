@@ -1,5 +1,5 @@
-"""The operations that kernels compute: their arrays, how many numbers of a plane their threads exchange, and the shared
-memory for these. Each module's text has the same numbers (`constants`)."""
+"""The operations that kernels compute: their arrays, how many sums of a plane their threads add up and merge, and the
+shared memory for these. Each module's text has the same numbers (`constants`)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ Op = Literal[
 
 
 class Operation(NamedTuple):
-    """Arrays have the names of their tensors in the kernels' arguments (arguments.py)."""
+    """Arrays have the names of their tensors in the kernels' arguments (arguments.py); the other fields are numbers of
+    one plane."""
 
-    inputs: tuple[str, ...]  # the last one of a double backward may be missing
-    targets: tuple[str, ...]  # the arrays that are written,
-    residual_targets: tuple[str, ...] = ()  # and those that are written if an epilogue has a residual
-    sums: int = 0  # of a plane that the threads of a block add up at once, in shared memory,
-    areas: int = 1  # in areas used in turn (a double backward's second area has other sums);
-    merged: int = 0  # sums of Accum that the blocks of a group merge,
-    partials: int = 0  # and the numbers of a tile that they exchange, also in a split
+    inputs: tuple[str, ...]  # the arrays that are read; the last one of a double backward may be missing
+    targets: tuple[str, ...]  # the arrays that are written
+    residual_targets: tuple[str, ...] = ()  # the arrays that are also written if an epilogue has a residual
+    sums: int = 0  # sums that the threads of a block add up together, in an area of shared memory
+    areas: int = 1  # areas of that size, used in turn
+    merged: int = 0  # sums of Accum that the blocks of a group add up
+    partials: int = 0  # numbers of each tile that are merged, in a group or in a split
 
     def tensors(self, inputs: int, residual: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Return the names of the arrays that a call reads and of those that it writes. inputs: those it is given."""
@@ -33,8 +34,8 @@ OPS: dict[Op, Operation] = {
     "forward": Operation(("x",), ("y",), sums=2, areas=2, merged=2, partials=4),
     "normalize": Operation(("x",), ("y",)),
     "backward": Operation(("x", "dy"), ("dx",), ("dresidual",), sums=3, merged=3, partials=3),
-    "frozen_backward": Operation(("x", "dy"), ("dx",), ("dresidual",), sums=2),
-    "double_backward": Operation(*_DOUBLE, sums=2 + 6, merged=6, partials=9),
+    "frozen_backward": Operation(("x", "dy"), ("dx",), ("dresidual",), sums=2, partials=2),
+    "double_backward": Operation(*_DOUBLE, sums=2 + 6, merged=6, partials=9),  # two areas, of 2 and 6 sums
     "frozen_double_backward": Operation(*_DOUBLE, sums=1),
 }
 
@@ -42,7 +43,7 @@ OPS: dict[Op, Operation] = {
 COEFFICIENTS = 8
 
 #: Threads of a block of the kernels that exist once (variants.SINGLE), and the bytes of shared memory for each thread:
-#: what it merges, or the sums of two quantities. A block of the kernels in channels.cu serves COLUMNS channels.
+#: what it merges, or the sums of two quantities. A block of those in channels.cu serves COLUMNS channels.
 SINGLE_THREADS = 256
 SHARED = {
     "merge_moments": 24,
@@ -58,6 +59,7 @@ COLUMNS = 32
 def constants() -> dict[str, int]:
     """Return the numbers above that kernels need, by the names that they have in each module's text."""
     numbers = {"COEFFICIENTS": COEFFICIENTS, "SINGLE_THREADS": SINGLE_THREADS, "COLUMNS": COLUMNS}
+    numbers |= {f"{kernel.upper()}_BYTES": size for kernel, size in SHARED.items()}
     for op, operation in OPS.items():
         of_op = {"SUMS": operation.sums, "MERGED": operation.merged, "PARTIALS": operation.partials}
         numbers |= {f"{op.upper()}_{name}": number for name, number in of_op.items() if number}

@@ -143,7 +143,7 @@ class _Job:
         """Return the vecs that each thread must hold so that the scope holds its tile."""
         return _ceil(self.vecs, variant.size * tiles)
 
-    def exchange(self, variant: Variant) -> int:
+    def scratch(self, variant: Variant) -> int:
         """Return the bytes of shared memory in which the threads of a block add up sums (sums.cuh)."""
         if variant.size == 32:
             return 0
@@ -160,12 +160,12 @@ class _Job:
             * (variant.residency == "shared")
         )
         if variant.scope == "block":
-            return tile + self.exchange(variant)
+            return tile + self.scratch(variant)
         # Two areas for sums of Accum, and the partials of a cluster's block (group.cuh). (double_backward.cu has more
         # sums within a block, and no second area for them.)
         per_row = self.channel_vecs * self.planes_per_thread
         sums = variant.threads // 32 * per_row * self.operation.merged * 8
-        sums += self.exchange(variant) if self.op == "double_backward" else sums
+        sums += self.scratch(variant) if self.op == "double_backward" else sums
         return tile + sums + per_row * self.operation.partials * self.math_bytes
 
     def subwarp_size(self, variant: Variant) -> int:
@@ -225,11 +225,11 @@ class _Job:
         grid = _ceil(self.c, COLUMNS), 1
         return Step("channels", name, name, grid, SINGLE_THREADS, SINGLE_THREADS * SHARED[name])
 
-    def pointwise(self, file: str = "frozen") -> Step:
+    def pointwise(self, file: str) -> Step:
         for variant in variants_of(file):
             if self.vecs_per_thread(variant) <= variant.vecs_per_thread:
                 break
-        return self.step(file, self.op, variant, self.exchange(variant),
+        return self.step(file, self.op, variant, self.scratch(variant),
                          _ceil(self.vecs_per_thread(variant), variant.vecs_per_thread))  # fmt: skip
 
     def try_variant(self, variant: Variant, buffers: int) -> tuple[Step | None, str]:
@@ -263,7 +263,7 @@ class _Job:
                 return None, f"{blocks} would leave multiprocessors half empty"
             if self.vecs_per_thread(variant) > variant.vecs_per_thread:
                 return None, f"{self.tile_text} are too many for the registers"
-            shared = self.exchange(variant)
+            shared = self.scratch(variant)
             why = (
                 f"{self.tile_text} stay in {variant.vecs_per_thread * self.arrays} vecs"
                 f" in each of {variant.size} threads"
@@ -359,12 +359,12 @@ def plan(
         )
 
     if op == "normalize":
-        return made("pointwise", "statistics are given", 2, job.pointwise())
+        return made("pointwise", "statistics are given", 2, job.pointwise("frozen"))
     last = "running_statistics" if op == "forward" else "parameter_gradients"
     after = (job.channels(last),) if sums and reduced else ()
     planes = job.n * job.c
     if op == "frozen_backward":
-        step = job.pointwise()
+        step = job.pointwise("frozen")
         merge = (job.merge("merge_gradient_sums", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", 3 if sums or epilogue else 2, step, *merge, *after)
     if op == "frozen_double_backward":
@@ -393,7 +393,7 @@ def plan(
             "split",
             why,
             2 * len(layouts) - 2,
-            job.step(file, "products", variant, job.exchange(variant), tiles, channel_tiles=at_a_time),
+            job.step(file, "products", variant, job.scratch(variant), tiles, channel_tiles=at_a_time),
             job.merge("merge_products", planes_at_a_time),
             job.step(file, "apply_products", variant, 0, tiles, channel_tiles=at_a_time),
             *after,
@@ -409,7 +409,7 @@ def plan(
         why,
         1 + 2 * job.arrays,
         job.step(
-            "split", partial, variant, job.exchange(variant), tiles, channel_tiles=at_a_time, plain=op == "forward"
+            "split", partial, variant, job.scratch(variant), tiles, channel_tiles=at_a_time, plain=op == "forward"
         ),
         job.merge(merged, planes_at_a_time),
         job.step("split", apply, variant, 0, tiles, channel_tiles=at_a_time, plain=op == "backward" and residual),

@@ -1,7 +1,7 @@
 """Find the kernel sources, and assemble the text of each module.
 
-A module is one .cu file for one dtype, access width, layout, alignment and epilogue; it holds the kernels of one group
-of the file's variants: subwarps, warps, blocks, clusters, or the grid.
+A module is one .cu file for one dtype, access width, layout, alignment and epilogue. It holds the kernels of one group
+of the file's variants (subwarps, warps, blocks, clusters, or the grid), or the kernels that exist once.
 Headers are inlined, since CuPy's disk cache keys on the text it is given and would miss a change in a header; #line
 keeps the compiler's messages pointing at the real file.
 """
@@ -62,7 +62,7 @@ OPTIONS = ("-std=c++17",)
 class Module:
     """A compile unit: the variants of one group of a file."""
 
-    file: str  # a key of variants.VARIANTS
+    file: str  # a key of variants.KERNELS or variants.SINGLE
     dtype: str
     vec_size: int
     kind: Kind

@@ -137,8 +137,8 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
     "frozen_double_backward": (*_warp(1, 3), *_block((256, 3))),
 }
 
-#: Lists that replace those above during a measurement (bench/commands/variants.py): one variant, taken wherever it fits, or
-#: none, for the split. Plans are cached: clear the caches after a change.
+#: Lists that replace those above during a measurement (bench/commands/variants.py): one variant, taken wherever it
+#: fits, or none, for the split. Plans are cached: clear the caches after a change.
 FORCED: dict[str, tuple[Variant, ...]] = {}
 
 #: The kernels of each file that exist in its variants,

@@ -42,7 +42,6 @@ inline uint16_t narrow16(float f) { return narrow_float16(f); }
 
 #define KERNEL(THREADS, BLOCKS) extern "C" void
 #define CLUSTER_OF(SIZE)
-#define __grid_constant__
 inline unsigned char* shared_memory() { return simt::m.block->shared.get(); }
 #define SIMT_EXPORT(name) \
     extern "C" int simt_run_##name(simt::Launch* launch) { \

@@ -174,7 +174,7 @@ def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
     prepare = runtime.prepare
     LAUNCHED.clear()
 
-    def noted(module: Any, step: Any, args: Any) -> Any:
+    def noted(module: Any, step: Any, arguments: Any) -> Any:
         parts = [module.dtype, *(getattr(module, name, "") for name in ("kind", "group"))]
         parts += [f"vec_size {module.vec_size}"] if hasattr(module, "vec_size") else []
         parts += ["misaligned"] if getattr(module, "misaligned", False) else []
@@ -183,7 +183,7 @@ def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
         if told in LAUNCHED:
             LAUNCHED.remove(told)
         LAUNCHED.append(told)
-        return prepare(module, step, args)
+        return prepare(module, step, arguments)
 
     patch.setattr(runtime, "prepare", noted)
 

@@ -26,7 +26,7 @@ from cupynorm.cuda import source
 from cupynorm.cuda.arguments import STRUCTS
 from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
-from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Variant, group_of, widest
+from cupynorm.cuda.variants import ITEMSIZE, SINGLE, VARIANTS, Variant, group_of, widest
 
 pytestmark = [pytest.mark.nvrtc]
 
@@ -316,15 +316,16 @@ def test_a_compile_error_names_file_and_line(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("header", sorted(path.name for path in source.kernel_folder().glob("*.cuh")))
 def test_headers_are_self_contained(header: str) -> None:
     module = Module("forward", "float32", 4, "channels_first")
-    text = module.constants + source.inlined(header)
-    done = _compile(text, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"))
+    done = _compile(module.constants + source.inlined(header), (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"))
     assert done.status == 0, done.log
-    # Included twice without the inlining, which leaves out repetitions, a header must guard itself.
-    guard = re.search(r"^#ifndef (\w+)\n#define \1$", source.inlined(header), re.M)
-    assert guard and text.rstrip().endswith("#endif")
+    text = (source.kernel_folder() / header).read_text()
+    guard = f"CUPYNORM_{header.removesuffix('.cuh').upper()}"
+    directives = re.findall(r"^#.*$", text, re.M)
+    assert directives[:2] == [f"#ifndef {guard}", f"#define {guard}"]
+    assert text.endswith("\n#endif\n")
 
 
-@pytest.mark.parametrize("file", VARIANTS)
+@pytest.mark.parametrize("file", [*VARIANTS, *SINGLE])
 def test_arguments_lie_where_numpy_puts_them(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
     """NVRTC checks it; a wrong order of fields is found. The emulator's builds check the same with g++."""
     module = next(module for module in all_modules([0]) if module.file == file)

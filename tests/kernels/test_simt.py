@@ -147,6 +147,7 @@ def test_launches_and_allocations_of_a_double_backward(
 
 
 # Cases of each regime: its name, shape, layout, and a device on which the case has this regime.
+BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
 DEVICE = Device("bytes", (8, 0), 1, 100 * 1024, 2**20)
 CLUSTERS = Device("clusters", (9, 0), 1, 40 * 1024, 2**20, 8)
 GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
@@ -480,6 +481,46 @@ def test_same_bits_in_every_order_where_m2_is_summed_again(
             assert_same(other, first)
 
 
+@pytest.mark.parametrize("size", [6142, 6143, 6144, 8190, 8192, 16_384])
+@pytest.mark.parametrize("device", ["split", "grid"])
+def test_empty_last_tile_of_unaligned_planes(
+    run_on: Callable[..., Emulator], rng: np.random.Generator, device: str, size: int
+) -> None:
+    """Planes that end where a tile begins, if they start at an aligned address, have an empty tile if they do not: 3072
+    elements are a tile of a double backward, 8192 one of the others."""
+    x, dy, ddx = (rng.normal(3, 2, (2, 3, size + 1)).astype(np.float32)[:, :, :size] for _ in range(3))
+    weight = rng.normal(size=3).astype(np.float32)
+
+    def results() -> Results:
+        y, saved = cn.instance_norm_forward(x, weight, weight)
+        double = cn.instance_norm_double_backward(ddx, weight, weight, dy, saved)
+        return [y, *cn.instance_norm_backward(dy, saved)[:3], *double]
+
+    expected = results()
+    run_on(Emulator(BLOCKS if device == "split" else GRID))
+    for actual, exact in zip(results(), expected, strict=True):
+        assert_within(actual, exact, 1e-3 * (1 + np.abs(exact)))
+
+
+def test_dy_and_residual_of_other_strides(run_on: Callable[..., Emulator], rng: np.random.Generator) -> None:
+    """The last step of a split backward reads dresidual, a new array, in place of dy, which has gaps here."""
+    shape = (2, 3, 20_000)
+    x, residual, dy = (rng.normal(size=(2, 3, 20_004)).astype(np.float32)[..., :20_000] for _ in range(3))
+
+    def results() -> Results:
+        _, saved = cn.instance_norm_forward(np.ascontiguousarray(x), activation="relu", residual=residual)
+        gradients = cn.instance_norm_backward(dy, saved)
+        return [gradients[0], gradients[3]]
+
+    expected = results()
+    runtime = run_on(Emulator(BLOCKS))
+    actual = results()
+    assert any("input_gradient" in count.kernel for count in runtime.counts)
+    for one, exact in zip(actual, expected, strict=True):
+        assert one.shape == shape
+        assert_within(one, exact, 1e-4 * (1 + np.abs(exact)))
+
+
 def _caught(
     run_on: Callable[..., Emulator], monkeypatch: pytest.MonkeyPatch, transform: emulator.Transform,
     regimes: Sequence[tuple[Any, ...]], run: Callable[..., Results] = _single,
@@ -519,7 +560,8 @@ SHOWN_BY = {
     "group.cuh": _first("cluster", "grid", layout="channels_last"),
     "forward.cu": _first("subwarp"), "backward.cu": _first("subwarp"),
     "double_backward.cu": _first("subwarp", table=DOUBLE_REGIMES),
-    "merge.cuh": _first("split"), "sums.cuh": [REGIMES[2], *_first("block-registers")], "channels.cu": _first("subwarp"),
+    "merge.cuh": _first("split"), "channels.cu": _first("subwarp"),
+    "sums.cuh": [REGIMES[2], *_first("block-registers")],
 }  # fmt: skip
 
 

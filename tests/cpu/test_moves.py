@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.compare import assert_equal
+from helpers.compare import assert_equal, assert_within
 from helpers.loops import numba_intrinsics, numba_moves, numba_path
 
 import cupynorm as cn
@@ -196,7 +196,8 @@ def test_boxes_are_copied_to_windows_and_back(rng: np.random.Generator, monkeypa
 def test_results_have_the_bits_of_contiguous_planes(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int
 ):
-    """If positions have the same order; and nothing but the result is written."""
+    """If planes are moved whole, and positions have the same order. (Planes of long runs are summed run by run, tiled
+    ones tile by tile.) Nothing but the result is written."""
     monkeypatch.setattr(numba_path, "PAYS", 1)
     monkeypatch.setattr(numba_moves, "FAIR", 64)
     monkeypatch.setattr(numba_moves, "CLOSE", 4)
@@ -213,11 +214,15 @@ def test_results_have_the_bits_of_contiguous_planes(
         memory = whole(y)
         before = memory.copy()
         cn.instance_norm(x, out=y)
-        assert_equal(y, cn.instance_norm(np.ascontiguousarray(x)))
+        expected = cn.instance_norm(np.ascontiguousarray(x))
+        windows = numba_path.Layout(x.dtype, shape, Arrays(x.strides, y.strides)).windows
+        if windows is not None and not windows.boxes(threads).table[:, 1].any():  # no tile but the first
+            moved += 1
+            assert_equal(y, expected)
+        assert_within(y, expected, 1e-5 * (1 + np.abs(expected)))
         y[...] = 0
         others = memory.copy()
         memory[:] = before
         y[...] = 0
         assert_equal(others, memory)
-        moved += numba_path.Layout(x.dtype, shape, Arrays(x.strides, y.strides)).windows is not None
     assert moved > 20

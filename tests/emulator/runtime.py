@@ -41,9 +41,14 @@ ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 Transform = Callable[[str], str]
 
 
+@lru_cache(maxsize=None)
+def _pointer_words(dtype: np.dtype) -> list[int]:
+    return [offset // 8 for _, offset, field in leaves(dtype) if field == POINTER]
+
+
 def pointers(argument: np.ndarray) -> tuple[np.ndarray, list[int]]:
     """Return a kernel's argument as words of 64 bits, and the indices of the pointers that are not null."""
-    found = [offset // 8 for _, offset, dtype in leaves(argument.dtype) if dtype == POINTER]
+    found = _pointer_words(argument.dtype)
     words = argument.reshape(1).view(np.uint64 if found else np.uint8)
     return words, [i for i in found if words[i]]
 
@@ -242,18 +247,21 @@ class Emulator:
     def prepare(self, module: Module | Text, step: Step, arguments: Any) -> partial[None]:
         """arguments: those of a kernel of the package, or a tuple of the parameters of a kernel in a Text."""
         build(module, self.transform)
-        return partial(self.launch, module, step, arguments, self._bounds)
+        if isinstance(arguments, bytearray):
+            arguments = (np.frombuffer(arguments, STRUCTS[step.kernel]).reshape(()),)
+        values = [np.asarray(a) for a in arguments]
+        # Not in the launch: it runs no code of the package, in which tests call signal handlers.
+        found = [int(words[i]) for words, indices in map(pointers, values) for i in indices]
+        return partial(self.launch, module, step, values, list(dict.fromkeys(found)), self._bounds)
 
-    def launch(self, module: Module | Text, step: Step, arguments: Any, bounds: dict[int, tuple[int, int]]) -> None:
+    def launch(
+        self, module: Module | Text, step: Step, values: list[np.ndarray], addresses: list[int],
+        bounds: dict[int, tuple[int, int]],
+    ) -> None:  # fmt: skip
         assert step.threads <= 1024
         # Devices invented to be small still have the shared memory that merges need.
         assert step.shared <= max(self._device.shared_per_block, 12 * 1024)
         run = getattr(build(module, self.transform), f"simt_run_{step.name}")  # AttributeError: unknown kernel
-        if isinstance(arguments, bytearray):
-            arguments = (np.frombuffer(arguments, STRUCTS[step.kernel]).reshape(()),)
-        values = [np.asarray(a) for a in arguments]
-        found = (int(words[i]) for words, indices in map(pointers, values) for i in indices)
-        addresses = list(dict.fromkeys(found))
         ranges = (_Range * len(addresses))(*(_Range(*bounds[a]) for a in addresses))
         with _running:
             self._launch(run, module, step, values, addresses, ranges)

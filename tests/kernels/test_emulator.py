@@ -67,7 +67,7 @@ _OWN = """
 
 #: Every thread of a cluster gets the sum over the cluster by reading the other blocks' sums.
 PULL = f"""
-CLUSTER_KERNEL(64, 1, 4) kernel(const double* x, double* sums, int size) {{{_OWN}
+KERNEL(64, 1) CLUSTER_OF(4) kernel(const double* x, double* sums, int size) {{{_OWN}
     cluster_arrive(); cluster_wait();  // begun
     if (i % 32 == 0) own[i / 32] = s;
     cluster_arrive(); __syncthreads(); cluster_wait();  // written
@@ -80,7 +80,7 @@ CLUSTER_KERNEL(64, 1, 4) kernel(const double* x, double* sums, int size) {{{_OWN
 
 #: The same with pointers to the other blocks' memory that are taken early.
 EARLY = f"""
-CLUSTER_KERNEL(64, 1, 4) kernel(const double* x, double* sums, int size) {{{_OWN}
+KERNEL(64, 1) CLUSTER_OF(4) kernel(const double* x, double* sums, int size) {{{_OWN}
     cluster_arrive(); cluster_wait();  // begun
     const double* others[16];
     for (int r = 0; r < size; r++) others[r] = peer(own, r);
@@ -95,7 +95,7 @@ CLUSTER_KERNEL(64, 1, 4) kernel(const double* x, double* sums, int size) {{{_OWN
 
 #: The same, but each block writes to the others.
 PUSH = f"""
-CLUSTER_KERNEL(64, 1, 4) kernel(const double* x, double* sums, int size) {{{_OWN}
+KERNEL(64, 1) CLUSTER_OF(4) kernel(const double* x, double* sums, int size) {{{_OWN}
     cluster_arrive(); cluster_wait();  // begun
     const unsigned w = i / 32, at = block_in_cluster() * warps + w;
     if (i % 32 == 0) for (int r = 0; r < size; r++) *peer(own + at, r) = s;
@@ -234,7 +234,7 @@ def test_accesses_to_counters_are_counted(rng: np.random.Generator) -> None:
 
 
 TICKET = """
-CLUSTER_KERNEL(64, 1, 4) kernel(unsigned* counter, unsigned* tickets) {
+KERNEL(64, 1) CLUSTER_OF(4) kernel(unsigned* counter, unsigned* tickets) {
     if (threadIdx.x) return;
     store(tickets + blockIdx.y * gridDim.x + blockIdx.x, load(counter));
     add_release(counter);
@@ -296,7 +296,7 @@ WRONG = {
 
 def wrong() -> str:
     """Return a kernel for each wrong use, with its number in the name."""
-    head = "CLUSTER_KERNEL(64, 1, 2) wrong_{}(unsigned* data) {{\nunsigned* own = (unsigned*)shared_memory();\n"
+    head = "KERNEL(64, 1) CLUSTER_OF(2) wrong_{}(unsigned* data) {{\nunsigned* own = (unsigned*)shared_memory();\n"
     return "\n".join(f'#line 1 "text"\n{head.format(k)}{body}\n}}' for k, (body, _) in enumerate(WRONG.values()))
 
 

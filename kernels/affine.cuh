@@ -6,6 +6,15 @@
 #include "partition.cuh"
 #include "unit.cuh"
 
+// Load the numbers of a thread's planes: one per channel, or, if `sample`, one per sample and channel. Without data,
+// and for planes that do not exist, each is `missing`.
+template <class Partition>
+__device__ inline void load_of_planes(Math (&to)[P], const Partition& partition, long long channels, const void* data,
+                                      bool wide, bool sample, Math missing) {
+    const long long first = sample ? partition.n * channels + partition.c : partition.c;
+    load_parameters(to, partition.exists(channels) ? data : 0, wide, first, missing);
+}
+
 struct Affine {
     const void *weight, *bias;      // may be null
     int flags;
@@ -17,10 +26,8 @@ struct AffineOfThread {
     template <class Partition>
     __device__ AffineOfThread(const Partition& partition, const Affine& affine, long long channels) {
         const int flags = affine.flags;
-        const bool exists = partition.exists(channels);
-        const long long c = partition.c, i = partition.n * channels + c;
-        load_parameters(weight, exists ? affine.weight : 0, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT ? i : c, 1);
-        load_parameters(bias, exists ? affine.bias : 0, flags & WIDE_BIAS, flags & SAMPLE_BIAS ? i : c, 0);
+        load_of_planes(weight, partition, channels, affine.weight, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT, 1);
+        load_of_planes(bias, partition, channels, affine.bias, flags & WIDE_BIAS, flags & SAMPLE_BIAS, 0);
     }
 };
 

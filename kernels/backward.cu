@@ -26,8 +26,7 @@ struct BackwardArguments {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void backward_scope(const BackwardArguments& call, long long scope_index, long long spatial) {
-    constexpr bool grouped = SCOPE == CLUSTER || SCOPE == GRID;
-    const int vecs_per_thread = RESIDENCY == REGISTERS && !grouped ? VECS_PER_THREAD : call.vecs_per_thread;
+    const int vecs_per_thread = RESIDENCY == REGISTERS && !grouped<SCOPE> ? VECS_PER_THREAD : call.vecs_per_thread;
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.dx,
                                               call.channels, spatial);
     unsigned char* shared = shared_memory();
@@ -41,7 +40,7 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
     const int area = scratch_size<THREADS>(partition.channel_vecs, BACKWARD_MERGED * P * sizeof(Accum));
     Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * BACKWARD_PARTIALS,
                              (Math*)(scratch + 2 * area));
-    if constexpr (grouped) {
+    if constexpr (grouped<SCOPE>) {
         count = (Math)spatial;
         merge_gradient_sums_of_tiles<THREADS>(partition, sums, call.group.tiles, exchange, (Accum*)(scratch + area));
     }
@@ -53,7 +52,7 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
         sums[OF_DY_C * P + p] -= mean_lo * sums[OF_DY * P + p];     // sum(g * xhat) from now on
         g.set(p, sums[OF_DY * P + p], sums[OF_DY_C * P + p], mean_lo, count, stat);
     }
-    if (!grouped || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
+    if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         call.sums.set(i, sums[OF_DY * P + p], sums[OF_DY_C * P + p]);
     });
     write_tile(partition, call.dx, tile_x, tile_dy, call.vecs_per_thread,
@@ -92,13 +91,8 @@ __device__ inline void backward_subwarp(BackwardArguments call) {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void backward(BackwardArguments call) {
-    if (!EPILOGUE) {
-        call.epilogue = {};
-        call.dresidual = {};
-        call.mean_lo = 0;
-        call.affine.bias = 0;
-    }
-    if (SCOPE != CLUSTER && SCOPE != GRID) call.group = {1, 0, 0};
+    without_epilogue(call.epilogue, call.dresidual, call.mean_lo, call.affine.bias);
+    if (!grouped<SCOPE>) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) backward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
         backward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);

@@ -12,6 +12,7 @@
 #ifndef CUPYNORM_DOUBLE
 #define CUPYNORM_DOUBLE
 
+#include "affine.cuh"
 #include "merge.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
@@ -75,19 +76,16 @@ struct Parameters {
 };
 
 // Load them after the sums: they would occupy registers until then.
-
 struct ParametersOfThread {
     Math weight[P], ddbias[P], ddweight[P];
 
     template <class Partition>
     __device__ ParametersOfThread(const Partition& partition, const Parameters& parameters, long long channels) {
         const int flags = parameters.flags;
-        const bool exists = partition.exists(channels);
-        const long long c = partition.c, i = partition.n * channels + c;
-        load_parameters(weight, exists ? parameters.weight : 0, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT ? i : c, 1);
-        load_parameters(ddbias, exists ? parameters.ddbias : 0, flags & WIDE_BIAS, flags & SAMPLE_BIAS ? i : c, 0);
-        load_parameters(ddweight, exists ? parameters.ddweight : 0, flags & WIDE_DDWEIGHT,
-                        flags & SAMPLE_DDWEIGHT ? i : c, 0);
+        load_of_planes(weight, partition, channels, parameters.weight, flags & WIDE_WEIGHT, flags & SAMPLE_WEIGHT, 1);
+        load_of_planes(ddbias, partition, channels, parameters.ddbias, flags & WIDE_BIAS, flags & SAMPLE_BIAS, 0);
+        load_of_planes(ddweight, partition, channels, parameters.ddweight, flags & WIDE_DDWEIGHT,
+                       flags & SAMPLE_DDWEIGHT, 0);
     }
 };
 
@@ -168,7 +166,6 @@ __device__ inline Coefficients coefficients_of(T count, T base_g, T base_u, T rs
     m.s = (Math)s;
     return m;
 }
-
 
 // The numbers of a tile that are merged: its element count, the shifts and the sums.
 enum { TILE_COUNT, SHIFT_G, SHIFT_U, TILE_SUMS };

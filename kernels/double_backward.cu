@@ -21,7 +21,6 @@ struct DoubleBackwardArguments {
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void double_backward_scope(const DoubleBackwardArguments& call, long long scope_index,
                                              long long spatial) {
-    constexpr bool grouped = SCOPE == CLUSTER || SCOPE == GRID;
     const int vecs_per_thread = RESIDENCY == REGISTERS ? VECS_PER_THREAD : call.vecs_per_thread;
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.dx,
                                               call.channels, spatial);
@@ -46,7 +45,7 @@ __device__ inline void double_backward_scope(const DoubleBackwardArguments& call
     Accum* third = (Accum*)(scratch + scratch_size<THREADS>(partition.channel_vecs, DOUBLE_BACKWARD_SUMS * P));
     Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * DOUBLE_BACKWARD_PARTIALS,
                              (Math*)(third + scratch_size<THREADS>(partition.channel_vecs, QUANTITIES * P)));
-    if constexpr (grouped) {
+    if constexpr (grouped<SCOPE>) {
         merge_products_of_tiles<THREADS>(partition, m, call.group.tiles, spatial, stat, exchange, third, found);
     } else {
         #pragma unroll
@@ -86,7 +85,7 @@ __device__ inline void double_backward_subwarp(DoubleBackwardArguments call) {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void double_backward(DoubleBackwardArguments call) {
-    if (SCOPE != CLUSTER && SCOPE != GRID) call.group = {1, 0, 0};
+    if (!grouped<SCOPE>) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) double_backward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
         double_backward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);

@@ -25,6 +25,12 @@ __device__ inline float inverse(float z) { return reciprocal(z); }
 __device__ inline float scaled_erfc(float x) { return erfcxf(x); }
 constexpr Math HALF_ROOT = (Math)0.70710678118654752440, PDF_AT_0 = (Math)0.39894228040143267794;
 
+// Without an epilogue, make constants of the arguments that only epilogues use: the compiler then removes the code that
+// reads them.
+template <class... Arguments> __device__ inline void without_epilogue(Arguments&... arguments) {
+    if constexpr (EPILOGUE == 0) ((arguments = Arguments{}), ...);
+}
+
 // The normal distribution's Phi(z), from e = exp(-z^2 / 2). Its lower tail is e * erfcx(|z| / sqrt(2)) / 2.
 __device__ inline Math normal_cdf(Math z, Math e) {
     const Math tail = e * scaled_erfc((Math)fabs(z) * HALF_ROOT) * (Math)0.5;

@@ -24,13 +24,12 @@ struct ForwardArguments {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void forward_scope(const ForwardArguments& call, long long scope_index, long long spatial) {
-    constexpr bool grouped = SCOPE == CLUSTER || SCOPE == GRID;
-    const int vecs_per_thread = RESIDENCY == REGISTERS && !grouped ? VECS_PER_THREAD : call.vecs_per_thread;
+    const int vecs_per_thread = RESIDENCY == REGISTERS && !grouped<SCOPE> ? VECS_PER_THREAD : call.vecs_per_thread;
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.y,
                                               call.channels, spatial);
     unsigned char* shared = shared_memory();
     const int tile_bytes = call.vecs_per_thread * THREADS * (int)sizeof(Vec) * (RESIDENCY == SHARED);
-    const int bytes = P * (grouped ? FORWARD_MERGED * sizeof(Accum) : FORWARD_SUMS * sizeof(Math));
+    const int bytes = P * (grouped<SCOPE> ? FORWARD_MERGED * sizeof(Accum) : FORWARD_SUMS * sizeof(Math));
     const int area = scratch_size<THREADS>(partition.channel_vecs, bytes);
     Math* scratch = (Math*)(shared + tile_bytes);
     Math* other = (Math*)(shared + tile_bytes + area);
@@ -39,7 +38,7 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
     Math count = (Math)partition.count();
     Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * FORWARD_PARTIALS,
                              (Math*)(shared + tile_bytes + 2 * area));
-    if constexpr (grouped) {
+    if constexpr (grouped<SCOPE>) {
         count = (Math)spatial;
         m = merge_moments_of_tiles<THREADS>(partition, m, call.group.tiles, count, exchange, (Accum*)scratch);
     }
@@ -53,7 +52,7 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
         m.mean[p] = mean;
         inverse[p] = rstd_of(m.scaled_m2[p], count, (Math)call.eps);
     }
-    if (!grouped || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
+    if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         if (call.mean) store(call.mean + i, m.mean[p]);
         if (call.rstd) store(call.rstd + i, inverse[p]);
         if (call.mean_lo) store(call.mean_lo + i, m.mean_lo[p]);
@@ -96,8 +95,8 @@ __device__ inline void forward_subwarp(ForwardArguments call) {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void forward(ForwardArguments call) {
-    if (!EPILOGUE) call.epilogue = {};      // constants: the compiler removes the code that reads them
-    if (SCOPE != CLUSTER && SCOPE != GRID) call.group = {1, 0, 0};
+    without_epilogue(call.epilogue);
+    if (!grouped<SCOPE>) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) forward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {
         forward_scope<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call, scope_index, call.spatial);

@@ -23,11 +23,7 @@ struct FrozenBackwardArguments {
 // x is read only for the sums or an epilogue.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void frozen_backward(FrozenBackwardArguments call) {
-    if (!EPILOGUE) {
-        call.epilogue = {};
-        call.dresidual = {};
-        call.affine.bias = 0;
-    }
+    without_epilogue(call.epilogue, call.dresidual, call.affine.bias);
     const Round& round = call.round;
     each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.dx, false, [&](const Partition<SCOPE, THREADS>& partition) {
         const AffineStats stat(partition, false, call.mean, 0, call.rstd, call.affine, round.channels);

@@ -11,6 +11,8 @@
 
 #include "partition.cuh"
 
+template <int SCOPE> constexpr bool grouped = SCOPE == CLUSTER || SCOPE == GRID;
+
 struct Group {
     int tiles;                      // tiles of a channel tile, and blocks of the group
     Math* partial;                  // GRID: [group][phase][tile][number]

@@ -26,17 +26,18 @@ struct NormalizeArguments {
 // Use the statistics that are given for each channel, and save them as those of each plane, if mean is not null.
 template <class Partition>
 __device__ inline void use_given_statistics(const NormalizeArguments& call, const Partition& partition,
-                                          const AffineOfThread& affine, Normalization& to) {
-    const bool exists = partition.exists(call.round.channels);
+                                            const AffineOfThread& affine, Normalization& to) {
+    const int flags = call.affine.flags;
+    const long long channels = call.round.channels;
     Math mean[P], var[P], rstd[P];
-    load_parameters(mean, exists ? call.given_mean : 0, call.affine.flags & WIDE_RUNNING_MEAN, partition.c, 0);
-    load_parameters(var, exists ? call.given_var : 0, call.affine.flags & WIDE_RUNNING_VAR, partition.c, 1);
+    load_of_planes(mean, partition, channels, call.given_mean, flags & WIDE_RUNNING_MEAN, false, 0);
+    load_of_planes(var, partition, channels, call.given_var, flags & WIDE_RUNNING_VAR, false, 1);
     #pragma unroll
     for (int p = 0; p < P; p++) {
         rstd[p] = reciprocal_sqrt(var[p] + (Math)call.eps);
         to.set(p, mean[p], Unit{1, rstd[p]}, affine);
     }
-    if (call.mean && partition.tile == 0) partition.each_plane(call.round.channels, [&](int p, long long i) {
+    if (call.mean && partition.tile == 0) partition.each_plane(channels, [&](int p, long long i) {
         store(call.mean + i, mean[p]);
         store(call.rstd + i, rstd[p]);
     });
@@ -45,7 +46,7 @@ __device__ inline void use_given_statistics(const NormalizeArguments& call, cons
 // In a split, begin with the last tile: those that were read last are in L2.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void normalize(NormalizeArguments call) {
-    if (!EPILOGUE) call.epilogue = {};      // constant, as in forward.cu
+    without_epilogue(call.epilogue);
     const Round& round = call.round;
     const bool reverse = !call.given_mean;
     each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.y, reverse, [&](const Partition<SCOPE, THREADS>& partition) {

@@ -54,12 +54,7 @@ struct GradientSumsArguments {
 // If there is a dresidual, it is written here.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void gradient_sums(GradientSumsArguments call) {
-    if (!EPILOGUE) {
-        call.epilogue = {};
-        call.dresidual = {};
-        call.mean_lo = 0;
-        call.affine.bias = 0;
-    }
+    without_epilogue(call.epilogue, call.dresidual, call.mean_lo, call.affine.bias);
     const Round& round = call.round;
     each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.x, false, [&](const Partition<SCOPE, THREADS>& partition) {
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
@@ -89,11 +84,7 @@ struct InputGradientArguments {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void input_gradient(InputGradientArguments call) {
-    if (!EPILOGUE) {
-        call.epilogue = {};
-        call.mean_lo = 0;
-        call.affine.bias = 0;
-    }
+    without_epilogue(call.epilogue, call.mean_lo, call.affine.bias);
     const Round& round = call.round;
     each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.dx, true, [&](const Partition<SCOPE, THREADS>& partition) {
         const AffineStats stat(partition, true, call.mean, call.mean_lo, call.rstd, call.affine, round.channels);

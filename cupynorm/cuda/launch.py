@@ -98,10 +98,7 @@ class CudaBackend(Backend):
             weight, bias, mean_, var_ = (
                 work.dense(array) for array in (call.weight, call.bias, running_mean, running_var)
             )
-            flags = work.affine_flags(weight, bias)
-            if running_mean is not None and running_var is not None:
-                flags |= FLAGS["WIDE_RUNNING_MEAN"] * (running_mean.dtype == work.math)
-                flags |= FLAGS["WIDE_RUNNING_VAR"] * (running_var.dtype == work.math)
+            flags = work.flags(WEIGHT=weight, BIAS=bias, RUNNING_MEAN=running_mean, RUNNING_VAR=running_var)
             work.point("affine.weight", weight)
             work.point("affine.bias", bias)
             if not training:
@@ -156,7 +153,7 @@ class CudaBackend(Backend):
                 narrow |= FLAGS["NARROW_SUM_DY"]
             if dweight is not None and direct[1] and dweight.dtype != work.math:
                 narrow |= FLAGS["NARROW_SUM_DY_XHAT"]
-            flags = work.affine_flags(weight, bias) | narrow
+            flags = work.flags(WEIGHT=weight, BIAS=bias) | narrow
             work.point("mean", saved.mean)
             work.point("rstd", saved.rstd)
             work.point("affine.weight", work.dense(weight))
@@ -177,14 +174,13 @@ class CudaBackend(Backend):
             if op == "frozen_backward" and work.tiles > 1 and any(wanted):
                 step, merge, *_ = work.steps
                 rest = work.steps[2:]
-                partials = work.empty((work.operation.partials, *work.nc, work.tiles), work.math)
-                work.point("partials", partials)
+                partials = work.partials()
                 sums = {"sums.dy": work.address(partials[0]), "sums.dy_xhat": work.address(partials[1])}
                 work.run(step, sums | {"sums.flags": flags & ~narrow})
                 work.run(merge)
             else:
                 if work.plan.regime == "split":
-                    work.point("partials", work.empty((work.operation.partials, *work.nc, work.tiles), work.math))
+                    work.partials()
                     for name in ("sum_dy", "sum_dy_xhat", "merged_mean_lo"):
                         work.point(name, work.planes())
                     work.values["g.data"] = work.values["dy.data" if saved.residual is None else "dresidual.data"]
@@ -218,10 +214,7 @@ class CudaBackend(Backend):
             narrow = 0
             if dweight is not None and direct and dweight.dtype != work.math:
                 narrow = FLAGS["NARROW_SUM_DY_XHAT"]
-            flags = work.affine_flags(weight, ddbias) | narrow
-            if ddweight is not None:
-                flags |= FLAGS["WIDE_DDWEIGHT"] * (ddweight.dtype == work.math)
-                flags |= FLAGS["SAMPLE_DDWEIGHT"] * (ddweight.ndim == 2)
+            flags = work.flags(WEIGHT=weight, BIAS=ddbias, DDWEIGHT=ddweight) | narrow
             sums = (dweight if direct else work.planes()) if summed else None
             for name, array in (
                 ("mean", saved.mean), ("rstd", saved.rstd), ("parameters.weight", weight),
@@ -237,7 +230,7 @@ class CudaBackend(Backend):
                 work.run(merge)
             else:
                 if work.plan.regime == "split":
-                    work.point("partials", work.empty((work.operation.partials, *work.nc, work.tiles), work.math))
+                    work.partials()
                     work.point("coefficients", work.empty((COEFFICIENTS, *work.nc), work.math))
                 rest = work.run_planes()
             if summed and not direct:
@@ -402,13 +395,21 @@ class _Launches:
         if array is not None:
             self.keepalive.append(array)
 
-    def affine_flags(self, weight: Array | None, bias: Array | None) -> int:
+    def flags(self, **arrays: Array | None) -> int:
+        """Return the flags that say how arrays are stored, by their names in FLAGS."""
         flags = 0
-        for name, array in (("WEIGHT", weight), ("BIAS", bias)):
-            if array is not None:
-                flags |= FLAGS[f"WIDE_{name}"] * (array.dtype == self.math)
-                flags |= FLAGS[f"SAMPLE_{name}"] * (array.ndim == 2)
+        for name, array in arrays.items():
+            if array is not None and array.dtype == self.math:
+                flags |= FLAGS[f"WIDE_{name}"]
+            if array is not None and array.ndim == 2:
+                flags |= FLAGS[f"SAMPLE_{name}"]
         return flags
+
+    def partials(self) -> Array:
+        """Return a new array for the partials of all tiles, to which the kernels' pointer is set."""
+        partials = self.empty((self.operation.partials, *self.nc, self.tiles), self.math)
+        self.point("partials", partials)
+        return partials
 
     def dense(self, array: Array | None) -> Array | None:
         """Return a parameter array without gaps: itself, or a copy."""
@@ -438,21 +439,19 @@ class _Launches:
         """Return the number of channels in a channel tile."""
         return 1 if self.kind == "channels_first" else self.plan.steps[0].channel_vecs * self.plan.vec_size
 
-    def _exchange(self, step: Step) -> dict[str, int]:
-        """Return the arguments for the blocks of a grid: new memory through which they exchange partials."""
+    def _point_exchange(self, step: Step) -> None:
+        """Set the pointers for the blocks of a grid, to new memory through which they exchange partials."""
         groups = step.grid[0] // step.tiles
         numbers = self._width() * self.operation.partials
-        partials = self.empty((groups, 2, step.tiles, numbers), self.math)
-        arrived = self.runtime.zeros((groups,), np.uint32)
-        self.keepalive += [partials, arrived]
-        return {"group.partial": self.runtime.address(partials), "group.arrived": self.runtime.address(arrived)}
+        self.point("group.partial", self.empty((groups, 2, step.tiles, numbers), self.math))
+        self.point("group.arrived", self.runtime.zeros((groups,), np.uint32))
 
     def prepare(self, planned: _PlannedStep, values: Mapping[str, Any] = NOTHING) -> partial[Any]:
         """Return a step's launch. values: arguments of this launch alone."""
         step, kernel, memory = planned.step, planned.step.kernel, bytearray(planned.template)
-        arguments.fill(kernel, memory, self.values)
         if step.cooperative:
-            arguments.fill(kernel, memory, self._exchange(step))
+            self._point_exchange(step)
+        arguments.fill(kernel, memory, self.values)
         arguments.fill(kernel, memory, values)
         return self.runtime.prepare(planned.module, step, memory)
 

@@ -23,7 +23,7 @@ class Operation(NamedTuple):
     partials: int = 0  # numbers of each tile that are merged, in a group or in a split
 
     def tensors(self, inputs: int, residual: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names of the arrays that a call reads and of those that it writes. inputs: those it is given."""
+        """Return the names of the arrays that a call reads, and of its results. inputs: the number of given inputs."""
         read, written = self.inputs[:inputs], self.targets
         return (*read, "epilogue.residual") if residual else read, written + self.residual_targets * residual
 

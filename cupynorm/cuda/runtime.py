@@ -36,7 +36,7 @@ class _Kernel(NamedTuple):
 def _in_c(arguments: bytearray) -> ctypes.Array[Any]:
     """Return the memory that the driver reads at a launch: the address of the arguments, followed by themselves."""
     memory = ctypes.create_string_buffer(8 + len(arguments))
-    struct.pack_into(f"Q{len(arguments)}s", memory, 0, ctypes.addressof(memory) + 8, bytes(arguments))
+    struct.pack_into(f"Q{len(arguments)}s", memory, 0, ctypes.addressof(memory) + 8, arguments)
     return memory
 
 

@@ -89,6 +89,7 @@ def _built(name: str, source: str, kernels: tuple[str, ...]) -> tuple[Any, Any, 
 
 def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -> None:
     from emulator import runtime as emulator
+    from helpers import offsets
 
     from cupynorm.cuda.arguments import STRUCTS
     from cupynorm.cuda.plan import Step
@@ -99,8 +100,7 @@ def _emulate(launch: Launch, name: str, source: str, kernels: tuple[str, ...]) -
     given = control.arguments_of(launch)
     if len(given) != len(kinds):
         raise DeviceError(719, f"the cubin has {len(given)} parameters, the emulator's build {len(kinds)}")
-    # The kernel's name without its variant: the longest that fits. Those of tests have numbers as parameters.
-    kernel = max((known for known in STRUCTS if name == known or name.startswith(f"{known}_")), key=len, default="")
+    kernel = offsets.kernel_of(name)  # the kernels of tests have numbers as parameters
     types = [STRUCTS[kernel] if kind == "V" else kind + str(len(raw)) for kind, raw in zip(kinds, given, strict=True)]
     values = [np.frombuffer(raw, type_).reshape(()).copy() for type_, raw in zip(types, given, strict=True)]
     ends: dict[int, tuple[int, int]] = {}  # start and end of each address's allocation

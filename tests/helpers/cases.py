@@ -22,6 +22,9 @@ from helpers import reference
 from helpers.backends import Backend
 from helpers.compare import ROUNDING, assert_same, assert_within
 
+#: Devices on which small planes are split, and on which a grid's blocks share them.
+BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
+GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
 #: Few multiprocessors: the size of a plane alone decides its scope, as in large batches.
 SMALL_DEVICE = Device("small", (7, 5), 1, 99 * 1024, 4 * 2**20)
 #: Many multiprocessors for few planes: larger scopes are chosen.

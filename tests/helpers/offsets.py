@@ -14,6 +14,11 @@ def structs_of(module: Module) -> set[str]:
     return {name for name in STRUCTS if f" {struct_name(name)} " in module.source}
 
 
+def kernel_of(name: str) -> str:
+    """Return a kernel's name without its variant, the longest that fits; "" for the kernel of a test."""
+    return max((known for known in STRUCTS if name == known or name.startswith(f"{known}_")), key=len, default="")
+
+
 def asserted(module: Module, offset: str) -> str:
     """Return assertions of the offsets and sizes of all arguments that a module defines."""
     facts = []

@@ -11,16 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import reference
+from helpers.cases import BLOCKS, GRID
 from helpers.recorder import Recorder
 
 import cupynorm as cn
 from cupynorm.cuda import arguments, launch
-from cupynorm.cuda.device import DEVICES, Device
+from cupynorm.cuda.device import DEVICES
 from cupynorm.cuda.ops import SHARED
 from cupynorm.cuda.variants import KERNELS, SINGLE
 
-BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
-GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
 #: A device, and the positions of planes that a single scope serves, that a grid's blocks share, or that are split:
 #: channels-first, and channels-last with eight channels.
 ROOMS = {"alone": (BLOCKS, 300, 300), "grid": (GRID, 18_000, 2400), "split": (BLOCKS, 30_000, 30_000)}

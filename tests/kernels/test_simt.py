@@ -17,6 +17,7 @@ from emulator import runtime as emulator
 from emulator.runtime import Emulator, SimtError, Text, build
 from helpers import cases, reference
 from helpers.backends import TESTS
+from helpers.cases import BLOCKS, GRID
 from helpers.compare import assert_equal, assert_same, assert_within
 from helpers.recorder import Recorder
 from helpers.seeds import seed_of
@@ -147,10 +148,8 @@ def test_launches_and_allocations_of_a_double_backward(
 
 
 # Cases of each regime: its name, shape, layout, and a device on which the case has this regime.
-BLOCKS = Device("blocks", (8, 0), 1, 20 * 1024, 2**18)
 DEVICE = Device("bytes", (8, 0), 1, 100 * 1024, 2**20)
 CLUSTERS = Device("clusters", (9, 0), 1, 40 * 1024, 2**20, 8)
-GRID = Device("grid", (8, 0), 5, 64 * 1024, 2**20)
 # More shared memory than registers: for a block, and for two multiprocessors (256 KB forward).
 LARGE = Device("large block", (8, 0), 1, 180 * 1024, 2**20)
 ROOMY = Device("roomy grid", (8, 0), 2, 290 * 1024, 2**20)

@@ -12,32 +12,39 @@ from .config import (
 )
 from .explain import explain
 from .functional import (
+    gradient_sums,
     instance_norm,
     instance_norm_backward,
     instance_norm_double_backward,
     instance_norm_forward,
+    moments,
 )
 from .inference import inference_mode
 from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Parameter
+from .statistics import GradientSums, Moments
 from .warm import warmup
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GradientSums",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "Moments",
     "Parameter",
     "Saved",
     "explain",
     "get_batch_invariant",
     "get_memory_limit",
     "get_num_threads",
+    "gradient_sums",
     "inference_mode",
     "instance_norm",
     "instance_norm_backward",
     "instance_norm_double_backward",
     "instance_norm_forward",
+    "moments",
     "set_batch_invariant",
     "set_memory_limit",
     "set_num_threads",

@@ -40,6 +40,16 @@ def place_of(array: Array, name: str) -> str:
     return "cpu" if kind_of(array, name) == "numpy" else f"cuda:{array.device.id}"
 
 
+def known_place(array: Array) -> str:
+    """Return an array's place as `place_of` does, or the name of its class for arrays of other packages."""
+    if isinstance(array, np.ndarray):
+        return "cpu"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return f"cuda:{array.device.id}"
+    return f"{type(array).__module__}.{type(array).__qualname__}"
+
+
 def check_number(value: Any, name: str) -> float:
     """Return a finite real number as a float."""
     if type(value) is float and math.isfinite(value):  # the usual case: fast, since every call comes here
@@ -123,6 +133,17 @@ def check_per_channel(
         )
     if written and place == "cpu" and not array.flags.writeable:
         raise ValueError(f"{name} is read-only, and is to be updated")
+
+
+def check_of_planes(array: Array, name: str, dtype: type, x: Array, place: str) -> None:
+    """Check an array of one number for each plane: at x's place, of shape (N, C) and this dtype."""
+    own = place_of(array, name)
+    if own != place:
+        raise ValueError(f"{name} is on {own} and the input on {place}")
+    if array.dtype != dtype:
+        raise TypeError(f"{name} has dtype {array.dtype}; needed is {np.dtype(dtype).name}")
+    if array.shape != x.shape[:2]:
+        raise ValueError(f"{name} has shape {array.shape}; needed is the input's (N, C), {x.shape[:2]}")
 
 
 def check_like(array: Array, name: str, x: Array, place: str) -> None:
@@ -238,6 +259,15 @@ def note_overwritten(saved: Saved, out: Array | None) -> None:
     """Mark saved as overwritten if out shares memory with its x or residual."""
     if out is not None and any(overlap(out, array) for array in (saved.x, saved.residual) if array is not None):
         saved.overwritten = True
+
+
+def check_own_statistics(saved: Saved) -> None:
+    """Check the statistics of a forward that is to have a double backward."""
+    if saved.count is not None:
+        raise ValueError(
+            "no double backward through given moments: its gradients contain sums over whole planes, of which the "
+            "input has only a part"
+        )
 
 
 def check_no_activation(activation: str | None) -> None:

@@ -35,14 +35,16 @@ class Saved:
     """The state that a forward keeps for its backward.
 
     x, weight, bias and residual are the arrays themselves, not copies: do not change them before the backward. mean and
-    rstd have shape (N, C), in float32 (float64 for float64 input). training is True if they are the input's own
+    rstd have shape (N, C), in float32 (float64 for float64 input). training is False if they are running
     statistics.
 
-    mean_lo is the low-order part of the input's own mean, lost in the rounding of mean; None stands for 0. It is for
-    the backends alone: the CPU always keeps it, the GPU only with an activation. The backward computes
-    z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the bits of the forward, so both see every kink of
-    the activation at the same elements. residual is saved for this alone: without an activation it is None, and
-    with_residual says whether there was one.
+    mean_lo, in the same dtype, is the low-order part of the mean, lost in its rounding; None with running statistics.
+    The backward computes z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the bits of the forward, so
+    both see every kink of the activation at the same elements. residual is saved for this alone: without an activation
+    it is None, and with_residual says whether there was one.
+
+    count is None if mean and rstd are x's own statistics or running ones. If they came from given moments, it has the
+    number of positions that each plane has as a whole, (N, C) int64.
     """
 
     x: Array
@@ -58,6 +60,7 @@ class Saved:
     with_residual: bool = False
     overwritten: bool = False  # out of the forward or of a backward was x or residual
     eps: float = 0.0  # of the forward: rstd = 1 / sqrt(var + eps)
+    count: Array | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -77,6 +80,7 @@ class ForwardCall:
     residual: Array | None
     out: Array | None
     save: bool = True  # whether the result has Saved
+    moments: Any = None  # a statistics.Moments, to use in place of x's own
 
     @property
     def updates(self) -> bool:
@@ -89,6 +93,7 @@ class ForwardCall:
             self.x, mean, rstd, self.weight, self.bias, self.use_input_stats, mean_lo=mean_lo,
             activation=self.activation, negative_slope=self.negative_slope, residual=self.residual,
             with_residual=self.residual is not None, eps=self.eps,
+            count=None if self.moments is None else self.moments.count,
         )  # fmt: skip
 
 

@@ -13,14 +13,21 @@ from abc import abstractmethod
 from typing import Any, Protocol
 
 from ._types import Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved
+from .statistics import GradientSums, Moments
 
 
 class Backend(Protocol):
-    """What the public functions call. A call that fails has changed no array of its caller, except `out`."""
+    """What the public functions call. A call that fails has changed no array of its caller, except `out`.
+
+    Where x holds whole planes, `forward` is `moments` and `normalize` in one, and `backward` is `gradient_sums`,
+    `input_gradient` and `parameter_gradients`. Where x is a part of each plane, these steps are called by themselves,
+    and the moments and sums of the parts are merged in between.
+    """
 
     @abstractmethod
     def forward(self, call: ForwardCall) -> ForwardResult:
-        """Normalise call.x, add the residual and apply the activation, in one pass if the planes fit on chip."""
+        """Normalise call.x with its own statistics, add the residual and apply the activation, in one pass if the
+        planes fit on chip."""
 
     @abstractmethod
     def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> Gradients:
@@ -33,8 +40,35 @@ class Backend(Protocol):
         """Compute the gradients of a backward without an activation. At least one of the first three is given."""
 
     @abstractmethod
-    def describe(self, x: Array, *, activation: str | None, residual: bool, double_backward: bool) -> list[str]:
-        """Return lines of text: the device, then how calls on x are computed if other arrays are laid out like x."""
+    def moments(self, x: Array) -> Moments:
+        """Compute the moments of each plane, which may be empty."""
+
+    @abstractmethod
+    def normalize(self, call: ForwardCall) -> ForwardResult:
+        """Compute a forward with given statistics: call.moments, or without these the running ones."""
+
+    @abstractmethod
+    def gradient_sums(self, dy: Array, saved: Saved) -> GradientSums:
+        """Compute the sums of each plane, which may be empty."""
+
+    @abstractmethod
+    def input_gradient(
+        self, dy: Array, saved: Saved, sums: GradientSums, *, out: Array | None
+    ) -> tuple[Array, Array | None]:
+        """Compute dx and dresidual of a forward, given the sums of whole planes; dx is written to out, if given."""
+
+    @abstractmethod
+    def parameter_gradients(self, sums: GradientSums, saved: Saved) -> tuple[Array | None, Array | None]:
+        """Compute dweight and dbias from sums."""
+
+    @abstractmethod
+    def describe(
+        self, x: Array, *, activation: str | None, residual: bool, double_backward: bool, parts: bool
+    ) -> list[str]:
+        """Return lines of text: the device, then how calls on x are computed if other arrays are laid out like x.
+
+        parts: also the steps by themselves, where x is a part of each plane.
+        """
 
 
 #: The module of each kind of place, imported at first use. Its attribute `backend` is the Backend.

@@ -15,6 +15,7 @@ def explain(
     activation: str | None = None,
     residual: bool = False,
     double_backward: bool = False,
+    parts: bool = False,
     device: str | None = None,
 ) -> str:
     """Describe how the forward and backward of an array will be computed, and why.
@@ -25,6 +26,8 @@ def explain(
         activation: as for `cupynorm.instance_norm`.
         residual: True if the call has a residual.
         double_backward: also describe `cupynorm.instance_norm_double_backward`.
+        parts: also describe calls on parts of planes: `cupynorm.moments`, the forward with `moments=`,
+            `cupynorm.gradient_sums`, and the backward with `sums=`.
         device: a GPU to plan for, which this machine need not have: "T4", "V100", "A100", "L4", "H100", "H200", "B200"
             or "RTX 5090". None plans for the device of x.
 
@@ -42,10 +45,12 @@ def explain(
     if double_backward:
         check_no_activation(activation)
     if device is None:
-        lines = backend_of(place).describe(x, activation=activation, residual=residual, double_backward=double_backward)
+        lines = backend_of(place).describe(
+            x, activation=activation, residual=residual, double_backward=double_backward, parts=parts
+        )
     elif device in DEVICES:
         address = x.ctypes.data if place == "cpu" else x.data.ptr
-        lines = describe(x, address, DEVICES[device], activation, residual, double_backward)
+        lines = describe(x, address, DEVICES[device], activation, residual, double_backward, parts)
     else:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     return f"{x.shape} {x.dtype.name} on " + "\n".join(lines)

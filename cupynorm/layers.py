@@ -25,6 +25,7 @@ from ._checks import (
 from ._types import Array, ForwardCall, Saved, commit
 from .functional import checked_forward, instance_norm_backward
 from .inference import inferring
+from .statistics import GradientSums, Moments
 
 
 class Parameter:
@@ -230,6 +231,7 @@ class _InstanceNorm:
         bias: Array | None = None,
         residual: Array | None = None,
         out: Array | None = None,
+        moments: Moments | None = None,
     ) -> Array:
         """Normalise x of shape (N, C, *spatial), or (C, *spatial) for one sample.
 
@@ -245,6 +247,7 @@ class _InstanceNorm:
             residual: added before the activation: x's shape, dtype and device.
             out: array for the result. With x itself, backward is refused; with the residual, it is refused if the
                 layer has an activation.
+            moments: of whole planes, if x has only a part of each: see `cupynorm.instance_norm`. (1, C) for one sample.
 
         Returns:
             An array of x's shape and dtype: out, or a new one.
@@ -303,6 +306,7 @@ class _InstanceNorm:
                 residual=residual[None] if unbatched and residual is not None else residual,
                 out=out[None] if unbatched and out is not None else out,
                 save=not inference,
+                moments=moments,
             ),
             place,
         )
@@ -312,12 +316,17 @@ class _InstanceNorm:
             return out
         return result.y[0] if unbatched else result.y
 
-    def __call__(self, x: Array, **given: Array | None) -> Array:
+    def __call__(self, x: Array, **given: Any) -> Array:
         """The same as forward."""
         return self.forward(x, **given)
 
     def backward(
-        self, dy: Array, *, saved: tuple[Saved, bool] | None = None, out: Array | None = None
+        self,
+        dy: Array,
+        *,
+        saved: tuple[Saved, bool] | None = None,
+        out: Array | None = None,
+        sums: GradientSums | None = None,
     ) -> Array | tuple[Array, ...]:
         """Return the gradient of a forward's input, and add to weight.grad and bias.grad.
 
@@ -326,6 +335,7 @@ class _InstanceNorm:
             saved: for a layer that is called several times before a backward (shared weights, pipelines,
                 recurrence), the layer's `saved` as it was after the forward in question. None: the last forward.
             out: array for dx; it may be dy itself.
+            sums: of whole planes, if x had only a part of each: see `cupynorm.instance_norm_backward`.
 
         Returns:
             dx, if that forward was called with x alone (and out); else a tuple: dx, then the gradients of the weight,
@@ -363,7 +373,7 @@ class _InstanceNorm:
             [(name, trained.data) for name, trained in named],
         )
         dx, dweight, dbias, *dresidual = instance_norm_backward(
-            dy[None] if unbatched else dy, call, out=out[None] if unbatched and out is not None else out
+            dy[None] if unbatched else dy, call, out=out[None] if unbatched and out is not None else out, sums=sums
         )
         gradients = [out if out is not None else dx[0] if unbatched else dx]
         writes = []

@@ -1,12 +1,9 @@
 // Backward of a training forward, one launch: a scope reads its planes of x and dy once and writes dx.
 //
-//     dx = weight * rstd * ((g - sum(g) / count) - xhat * (sum(g * xhat) / count)),   xhat = c - mean_lo
+//     dx = weight * rstd * (g - sum(g) / count - xhat * (sum(g * xhat) / count)),   xhat = ((x - mean) - mean_lo) * rstd
 //
-// with c = (x - mean) * rstd and g = dy * activation'(z), or g = dy without an epilogue. The saved mean is rounded;
-// mean_lo = mean(c) is the part that rounding took from it, here times rstd. It is computed again from x, which is on
-// chip anyway, so that all three sums need one exchange: sum(g * xhat) = sum(g * c) - mean_lo * sum(g).
-//
-// sum_dy and sum_dy_xhat are sums of g, have N * C elements and may be null.
+// with g = dy * activation'(z), or g = dy without an epilogue.
+// sums.dy and sums.dy_xhat have N * C elements and may be null.
 
 #include "gradient.cuh"
 #include "group.cuh"
@@ -33,7 +30,7 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
     const int vecs = call.vecs_per_thread * THREADS * (RESIDENCY == SHARED);
     unsigned char* scratch = shared + 2 * vecs * sizeof(Vec);
     Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x((Vec*)shared), tile_dy((Vec*)shared + vecs);
-    const AffineStats stat(partition, true, call.mean, call.mean_lo, call.rstd, call.affine, call.channels);
+    const AffineStats stat(partition, call.mean, call.mean_lo, call.rstd, call.affine, call.channels);
     Math sums[BACKWARD_SUMS * P], count = (Math)partition.count();
     gradient_sums_of_tile<SCOPE>(partition, call.x, call.dy, call.epilogue, call.dresidual, tile_x, tile_dy,
                                  call.vecs_per_thread, stat, sums, (Math*)scratch);
@@ -48,12 +45,10 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
     Gradient g;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const Math mean_lo = sums[OF_C * P + p] / count;
-        sums[OF_DY_C * P + p] -= mean_lo * sums[OF_DY * P + p];     // sum(g * xhat) from now on
-        g.set(p, sums[OF_DY * P + p], sums[OF_DY_C * P + p], mean_lo, count, stat);
+        g.set(p, sums[OF_DY * P + p] / count, sums[OF_DY_XHAT * P + p] / count, stat);
     }
     if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
-        call.sums.set(i, sums[OF_DY * P + p], sums[OF_DY_C * P + p]);
+        call.sums.set(i, sums[OF_DY * P + p], sums[OF_DY_XHAT * P + p]);
     });
     write_tile(partition, call.dx, tile_x, tile_dy, call.vecs_per_thread,
                [&](int p, Math x, Math dy) { return g.dx(p, x, dy, stat); });
@@ -91,7 +86,7 @@ __device__ inline void backward_subwarp(BackwardArguments call) {
 
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD>
 __device__ inline void backward(BackwardArguments call) {
-    without_epilogue(call.epilogue, call.dresidual, call.mean_lo, call.affine.bias);
+    without_epilogue(call.epilogue, call.dresidual, call.affine.bias);
     if (!grouped<SCOPE>) call.group = {1, 0, 0};
     if constexpr (SCOPE == SUBWARP) backward_subwarp<RESIDENCY, THREADS, VECS_PER_THREAD>(call);
     else each_scope<SCOPE, Partition<SCOPE, THREADS>>(call.group, call.channel_tiles, [&](long long scope_index) {

@@ -8,12 +8,12 @@ constexpr int ROWS = SINGLE_THREADS / COLUMNS;
 
 __device__ inline long long channel_of_thread() { return (long long)blockIdx.x * COLUMNS + threadIdx.x % COLUMNS; }
 
-// The sum of values[n * channels + c] over n, for the threads of row 0. Scratch: an Accum for each thread.
-__device__ inline Accum sum_over_batch(const Math* values, long long samples, long long channels, long long c,
-                                       Accum* scratch) {
+// The sum of value(n * channels + c) over n, for the threads of row 0. Scratch: an Accum for each thread.
+template <class F>
+__device__ inline Accum sum_over_batch(long long samples, long long channels, long long c, Accum* scratch, F value) {
     const int row = threadIdx.x / COLUMNS;
     Accum mine = 0;
-    if (c < channels) for (long long n = row; n < samples; n += ROWS) mine += load(values + n * channels + c);
+    if (c < channels) for (long long n = row; n < samples; n += ROWS) mine += value(n * channels + c);
     scratch[threadIdx.x] = mine;
     __syncthreads();
     Accum total = 0;
@@ -21,9 +21,11 @@ __device__ inline Accum sum_over_batch(const Math* values, long long samples, lo
     return total;
 }
 
-// running <- (1 - momentum) * running + momentum * mean over the batch, for the mean and the unbiased variance.
+// running <- (1 - momentum) * running + momentum * mean over the batch, for the mean and the unbiased variance. Planes of
+// fewer than two positions do not count.
 struct RunningStatisticsArguments {
     const Math *mean, *variance;
+    const long long* count;         // positions of each plane; null if all have two or more
     long long samples, channels;
     double momentum;
     void *running_mean, *running_var;
@@ -33,11 +35,16 @@ struct RunningStatisticsArguments {
 KERNEL(SINGLE_THREADS, 1) running_statistics(RunningStatisticsArguments call) {
     unsigned char* shared = shared_memory();
     const long long c = channel_of_thread();
-    static_assert(RUNNING_STATISTICS_BYTES == 2 * sizeof(Accum), "ops.py");
-    Accum *first = (Accum*)shared, *second = first + SINGLE_THREADS;
-    const Accum mean = sum_over_batch(call.mean, call.samples, call.channels, c, first) / call.samples;
-    const Accum var = sum_over_batch(call.variance, call.samples, call.channels, c, second) / call.samples;
-    if (threadIdx.x >= COLUMNS || c >= call.channels) return;
+    static_assert(RUNNING_STATISTICS_BYTES == 3 * sizeof(Accum), "ops.py");
+    Accum *first = (Accum*)shared, *second = first + SINGLE_THREADS, *third = second + SINGLE_THREADS;
+    const auto counts = [&](long long i) { return !call.count || load(call.count + i) >= 2; };
+    const auto mean_of = [&](const Math* values, Accum* scratch, Accum number) {
+        return sum_over_batch(call.samples, call.channels, c, scratch,
+                              [&](long long i) { return counts(i) ? (Accum)load(values + i) : 0; }) / number;
+    };
+    const Accum number = call.count ? sum_over_batch(call.samples, call.channels, c, third, counts) : call.samples;
+    const Accum mean = mean_of(call.mean, first, number), var = mean_of(call.variance, second, number);
+    if (threadIdx.x >= COLUMNS || c >= call.channels || number == 0) return;
     const bool wide_mean = call.flags & WIDE_RUNNING_MEAN, wide_var = call.flags & WIDE_RUNNING_VAR;
     const Accum old_mean = load_parameter(call.running_mean, wide_mean, c);
     const Accum old_var = load_parameter(call.running_var, wide_var, c);
@@ -60,12 +67,16 @@ KERNEL(SINGLE_THREADS, 1) parameter_gradients(ParameterGradientsArguments call) 
     const bool writes = threadIdx.x < COLUMNS && c < call.channels;
     static_assert(PARAMETER_GRADIENTS_BYTES == 2 * sizeof(Accum), "ops.py");
     Accum *first = (Accum*)shared, *second = first + SINGLE_THREADS;
+    const auto sum_of = [&](const void* sums, Accum* scratch) {
+        return sum_over_batch(call.samples, call.channels, c, scratch,
+                              [&](long long i) { return load((const Math*)sums + i); });
+    };
     if (call.dweight) {
-        const Accum sum = sum_over_batch((const Math*)call.sums.dy_xhat, call.samples, call.channels, c, first);
+        const Accum sum = sum_of(call.sums.dy_xhat, first);
         if (writes) store_parameter(call.dweight, call.flags & WIDE_WEIGHT, c, (Math)sum);
     }
     if (call.dbias) {
-        const Accum sum = sum_over_batch((const Math*)call.sums.dy, call.samples, call.channels, c, second);
+        const Accum sum = sum_of(call.sums.dy, second);
         if (writes) store_parameter(call.dbias, call.flags & WIDE_BIAS, c, (Math)sum);
     }
 }

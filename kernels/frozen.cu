@@ -26,7 +26,7 @@ __device__ inline void frozen_backward(FrozenBackwardArguments call) {
     without_epilogue(call.epilogue, call.dresidual, call.affine.bias);
     const Round& round = call.round;
     each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.dx, false, [&](const Partition<SCOPE, THREADS>& partition) {
-        const AffineStats stat(partition, false, call.mean, 0, call.rstd, call.affine, round.channels);
+        const AffineStats stat(partition, call.mean, 0, call.rstd, call.affine, round.channels);
         const bool summed = call.sums.dy || call.sums.dy_xhat;
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
         if (EPILOGUE || summed) tile_x.read(partition, call.x, 0);

@@ -1,4 +1,6 @@
-// Backward of a plane: three sums over each of its tiles, and dx from these sums.
+// Backward of a plane: two sums over each of its tiles, and dx from these sums.
+//
+//     dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat)),   xhat = ((x - mean) - mean_lo) * rstd
 
 #ifndef CUPYNORM_GRADIENT
 #define CUPYNORM_GRADIENT
@@ -15,22 +17,21 @@ struct AffineStats {
     Math unit[P], mean[P], mean_lo[P], rstd[P];
     AffineOfThread affine;
 
-    // own: the statistics are the planes' own; for running statistics the unit is 1. mean_lo_ may be null; it is read
-    // only for an epilogue, whose z must be exactly the forward's.
+    // Running statistics have no mean_lo_, which is null; their unit is 1.
     template <class Partition>
-    __device__ AffineStats(const Partition& partition, bool own, const Math* mean_, const Math* mean_lo_,
-                           const Math* rstd_, const Affine& affine_, long long channels)
+    __device__ AffineStats(const Partition& partition, const Math* mean_, const Math* mean_lo_, const Math* rstd_,
+                           const Affine& affine_, long long channels)
         : affine(partition, affine_, channels) {
         const bool exists = partition.exists(channels);
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const long long i = partition.n * channels + partition.c + p;
             const Math m = exists ? load(mean_ + i) : 0, r = exists ? load(rstd_ + i) : 0;
-            const Unit u = own ? unit_of(m, r) : Unit{1, r};
+            const Unit u = mean_lo_ ? unit_of(m, r) : Unit{1, r};
             unit[p] = u.unit;
             rstd[p] = u.rstd;
             mean[p] = m * unit[p];
-            mean_lo[p] = EPILOGUE && mean_lo_ && exists ? load(mean_lo_ + i) * unit[p] : 0;
+            mean_lo[p] = mean_lo_ && exists ? load(mean_lo_ + i) * unit[p] : 0;
         }
     }
 
@@ -39,7 +40,7 @@ struct AffineStats {
 
 // Replace dy by the gradient g = dy * activation'(z) in the batch of vecs that begins with `from`, and with the first
 // batch in the tail element. Call f(v, x, g) for each element, with g before it is rounded to Storage. If there is
-// a residual, write g to dresidual, too.
+// a dresidual, write g to it, too.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
 __device__ inline void apply_epilogue(const Partition& partition, const Epilogue& epilogue, const Tensor& dresidual,
                                       const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
@@ -59,6 +60,7 @@ __device__ inline void apply_epilogue(const Partition& partition, const Epilogue
         f(v, widen(x_), g);
         return narrow(g);
     };
+    const bool writes = dresidual.data;
     with_constant(epilogue.residual.data, [&](bool more) {
         Storage* residual = more ? partition.origin(epilogue.residual) : 0;
         Storage* to = more ? partition.origin(dresidual) : 0;
@@ -70,20 +72,30 @@ __device__ inline void apply_epilogue(const Partition& partition, const Epilogue
             #pragma unroll
             for (int v = 0; v < VEC_SIZE; v++) b.v[v] = gradient(v, a.v[v], b.v[v], more ? widen(r.v[v]) : 0);
             dy.set(k, b);
-            if (more) partition.put(dresidual, to, k, b);
+            if (more && writes) partition.put(dresidual, to, k, b);
         };
         #pragma unroll
         for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) one(from + i);
         if (Partition::has_tails && from == 0 && partition.tail >= 0) {
             dy.tail = gradient(0, x.tail, dy.tail, more ? widen(load(residual + partition.tail)) : 0);
-            if (more) store(to + partition.tail, dy.tail);
+            if (more && writes) store(to + partition.tail, dy.tail);
         }
     });
 }
 
-// Sums of a plane: sum(g), sum(g * c) and sum(c), where c = (x - mean) * rstd with the rounded mean.
-enum { OF_DY, OF_DY_C, OF_C };
-static_assert(OF_C + 1 == BACKWARD_SUMS && OF_C + 1 == BACKWARD_PARTIALS, "ops.py");
+// Sums of a plane: sum(g) and sum(g * xhat).
+enum { OF_DY, OF_DY_XHAT };
+static_assert(OF_DY_XHAT + 1 == BACKWARD_SUMS && OF_DY_XHAT + 1 == BACKWARD_PARTIALS, "ops.py");
+
+// The same of whole planes, in Accum.
+struct Totals {
+    Accum *dy, *dy_xhat;
+
+    __device__ void set(long long i, Accum sum_dy, Accum sum_dy_xhat) const {
+        store(dy + i, sum_dy);
+        store(dy_xhat + i, sum_dy_xhat);
+    }
+};
 
 // sums: of the P planes, one quantity after the other.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
@@ -92,13 +104,11 @@ __device__ inline void gradient_sums_of_tile(const Partition& partition, const T
                                              Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_x,
                                              Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_dy, int vecs_per_thread,
                                              const AffineStats& stat, Math (&sums)[BACKWARD_SUMS * P], Math* scratch) {
-    // c without its factor rstd, in the plane's unit, until the sums are complete.
-    Math sum_dy[LINES] = {}, sum_dy_c[LINES] = {}, sum_c[LINES] = {};
+    // Until the sums are complete, sum(g * (x - mean)), in the plane's unit.
+    Math sum_dy[LINES] = {}, sum_dy_xmu[LINES] = {};
     const auto add_one = [&](int v, Math x_, Math g) {
-        const Math centred = stat.centred(plane_of(v), x_);
         sum_dy[line_of(v)] += g;
-        sum_dy_c[line_of(v)] += g * centred;
-        sum_c[line_of(v)] += centred;
+        sum_dy_xmu[line_of(v)] += g * stat.centred(plane_of(v), x_);
     };
     const auto add = [&](int from) {        // the batch of vecs just read, and with the first the tail element
         if constexpr (EPILOGUE != 0) {
@@ -122,13 +132,12 @@ __device__ inline void gradient_sums_of_tile(const Partition& partition, const T
         add(from);
     }
     fold(sum_dy, sums + OF_DY * P);
-    fold(sum_dy_c, sums + OF_DY_C * P);
-    fold(sum_c, sums + OF_C * P);
+    fold(sum_dy_xmu, sums + OF_DY_XHAT * P);
     sum_over_scope<SCOPE, THREADS>(sums, partition.size, partition.channel_vecs, scratch);
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        sums[OF_DY_C * P + p] *= stat.rstd[p];
-        sums[OF_C * P + p] *= stat.rstd[p];
+        Math& sum = sums[OF_DY_XHAT * P + p];
+        sum = (sum - stat.mean_lo[p] * sums[OF_DY * P + p]) * stat.rstd[p];
     }
 }
 
@@ -149,15 +158,14 @@ __device__ inline void merge_gradient_sums_of_tiles(const Partition& partition, 
     for (int k = 0; k < BACKWARD_SUMS * P; k++) sums[k] = (Math)s[k];
 }
 
-// dx = weight * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)), with xhat = c - mean_lo and mean_lo = mean(c), as
-// scale * ((dy - level) - (x - mean) * slope).
+// dx as scale * ((g - level) - (x - mean) * slope).
 struct Gradient {
     Math level[P], slope[P], scale[P];
 
-    __device__ void set(int p, Math sum_dy, Math sum_dy_xhat, Math mean_lo, Math count, const AffineStats& stat) {
-        const Math mean_dy_xhat = sum_dy_xhat / count;
+    // The means of g and of g * xhat over the plane.
+    __device__ void set(int p, Math mean_dy, Math mean_dy_xhat, const AffineStats& stat) {
         slope[p] = mean_dy_xhat * stat.rstd[p];
-        level[p] = sum_dy / count - mean_lo * mean_dy_xhat;
+        level[p] = mean_dy - stat.mean_lo[p] * slope[p];
         scale[p] = stat.affine.weight[p] * stat.rstd[p];
     }
 

@@ -50,6 +50,11 @@ __device__ inline long long merged_plane(long long first, long long planes) {
     return number < planes ? first + number : -1;
 }
 
+// Return the plane of this thread, where one thread serves each.
+__device__ inline long long plane_of_thread() {
+    return (blockIdx.x + (long long)gridDim.x * blockIdx.y) * SINGLE_THREADS + threadIdx.x;
+}
+
 // Merge what the tiles of a plane have: load(tile) returns the T of a tile, merge(a, b) that of both; `nothing` is that
 // of no tile. Each thread merges every SINGLE_THREADS-th tile. A tree in shared memory, BYTES for each thread, merges
 // the threads'.

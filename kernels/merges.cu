@@ -6,10 +6,9 @@
 #include "gradient.cuh"
 #include "moments.cuh"
 
-// Compute mean, rstd and mean_lo for normalize; mean + mean_lo is exact to twice Math's digits. variance may be null.
+// The moments of each plane, or, if these are null, the statistics that follow from them.
 struct MergeMomentsArguments {
-    const long long* counts;
-    const Accum *means, *m2;
+    MomentArrays partials, merged;
     long long tiles, first, planes;
     double eps;
     Math *mean, *rstd, *mean_lo, *variance;
@@ -18,52 +17,40 @@ struct MergeMomentsArguments {
 KERNEL(SINGLE_THREADS, 1) merge_moments(MergeMomentsArguments call) {
     const long long plane = merged_plane(call.first, call.planes);
     if (plane < 0) return;
-    const auto of_tile = [&](long long tile) {
-        const long long at = plane * call.tiles + tile;
-        return Moments{load(call.counts + at), load(call.means + at), load(call.m2 + at)};
-    };
+    const auto of_tile = [&](long long tile) { return call.partials.get(plane * call.tiles + tile); };
     const Moments all = merge_over_block<MERGE_MOMENTS_BYTES>(Moments{0, 0, 0}, call.tiles, of_tile, merge);
     if (threadIdx.x != 0) return;
-    const Math rounded = (Math)all.mean;
-    store(call.mean + plane, rounded);
-    store(call.mean_lo + plane, (Math)(all.mean - rounded));
-    store(call.rstd + plane, rstd_of(all.m2 / all.count + call.eps));
-    if (call.variance) store(call.variance + plane, (Math)(all.m2 / (all.count - 1)));
+    if (call.merged.count) call.merged.set(plane, all);
+    else Statistics{call.mean, call.rstd, call.mean_lo, call.variance}.set(plane, all, call.eps);
 }
 
-struct ThreeSums { Accum dy, dy_c, c; };        // as in gradient.cuh
+struct TwoSums { Accum dy, dy_xhat; };
 
+// The partials of gradient_sums_* and frozen_backward_*. Each pointer but partials may be null.
 struct MergeGradientSumsArguments {
     const Math* partials;
     long long all_planes, tiles, first, planes, spatial;
-    Math *sum_dy, *sum_dy_xhat, *merged_mean_lo;
-    Sums sums;                      // dbias and dweight, if they have one number per plane
+    Math *mean_dy, *mean_dy_xhat;   // for input_gradient_*
+    Totals totals;
+    Sums sums;                      // for dbias and dweight, or these themselves
 };
 
-// Training: sum_dy, sum_dy_xhat and merged_mean_lo from the partials of gradient_sums_*. Tracked eval, where these are
-// null: the partials of frozen_backward_* are sum(dy) and sum(dy * xhat) already, and are only added up. If the sums
-// are gradients themselves, they are also written to dbias and dweight. Each pointer may be null.
 KERNEL(SINGLE_THREADS, 1) merge_gradient_sums(MergeGradientSumsArguments call) {
     const long long plane = merged_plane(call.first, call.planes), step = call.all_planes * call.tiles;
     if (plane < 0) return;
     const auto of_tile = [&](long long tile) {
         const Math* at = call.partials + plane * call.tiles + tile;
-        return ThreeSums{load(at + OF_DY * step), load(at + OF_DY_C * step),
-                         call.merged_mean_lo ? load(at + OF_C * step) : 0};
+        return TwoSums{load(at + OF_DY * step), load(at + OF_DY_XHAT * step)};
     };
-    const auto add = [](const ThreeSums& a, const ThreeSums& b) {
-        return ThreeSums{a.dy + b.dy, a.dy_c + b.dy_c, a.c + b.c};
-    };
-    const ThreeSums all = merge_over_block<MERGE_GRADIENT_SUMS_BYTES>(ThreeSums{0, 0, 0}, call.tiles, of_tile, add);
+    const auto add = [](const TwoSums& a, const TwoSums& b) { return TwoSums{a.dy + b.dy, a.dy_xhat + b.dy_xhat}; };
+    const TwoSums all = merge_over_block<MERGE_GRADIENT_SUMS_BYTES>(TwoSums{0, 0}, call.tiles, of_tile, add);
     if (threadIdx.x != 0) return;
-    Math dot = (Math)all.dy_c;
-    if (call.merged_mean_lo) {
-        const Accum mean_c = all.c / call.spatial;
-        store(call.merged_mean_lo + plane, (Math)mean_c);
-        dot = (Math)(all.dy_c - mean_c * all.dy);
+    if (call.mean_dy) {
+        store(call.mean_dy + plane, (Math)(all.dy / call.spatial));
+        store(call.mean_dy_xhat + plane, (Math)(all.dy_xhat / call.spatial));
     }
-    Sums{call.sum_dy, call.sum_dy_xhat, 0}.set(plane, (Math)all.dy, dot);
-    call.sums.set(plane, (Math)all.dy, dot);
+    if (call.totals.dy) call.totals.set(plane, all.dy, all.dy_xhat);
+    call.sums.set(plane, (Math)all.dy, (Math)all.dy_xhat);
 }
 
 // Coefficients lie as [number][plane]. sums.dy_xhat may be null; it is dweight itself if that has one number per plane.

@@ -223,6 +223,32 @@ struct Moments {
     Accum mean, m2;
 };
 
+struct MomentArrays {
+    long long* count;
+    Accum *mean, *m2;
+
+    __device__ Moments get(long long i) const { return {load(count + i), load(mean + i), load(m2 + i)}; }
+    __device__ void set(long long i, const Moments& m) const {
+        store(count + i, m.count);
+        store(mean + i, m.mean);
+        store(m2 + i, m.m2);
+    }
+};
+
+// What normalize and running_statistics need of each plane; mean + mean_lo has twice Math's digits. variance is unbiased,
+// and may be null.
+struct Statistics {
+    Math *mean, *rstd, *mean_lo, *variance;
+
+    __device__ void set(long long i, const Moments& m, double eps) const {
+        const Math rounded = (Math)m.mean;
+        store(mean + i, rounded);
+        store(mean_lo + i, (Math)(m.mean - rounded));
+        store(rstd + i, rstd_of(m.m2 / m.count + eps));
+        if (variance) store(variance + i, (Math)(m.m2 / (m.count - 1)));
+    }
+};
+
 // Chan, Golub, LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1, about the pooled mean.
 __device__ inline Moments merge(const Moments& a, const Moments& b) {
     if (b.count == 0) return a;

@@ -47,6 +47,7 @@ from .._types import (
 )
 from ..backend import Backend
 from ..config import get_num_threads
+from ..statistics import GradientSums, Moments, merge_tiles
 from . import forks as forks  # imported for its effect
 from . import running
 from .blocking import Arrays
@@ -89,49 +90,78 @@ def rehearsals(
 class CpuBackend(Backend):
     """The backend of NumPy arrays."""
 
+    def moments(self, x: Array) -> Moments:
+        if not x.size:
+            return Moments(*(np.zeros(x.shape[:2], dtype) for dtype in (np.int64, np.float64, np.float64)))
+        return merge_tiles(*_choose(_without_statistics(x), Arrays(x, x)).moments())
+
     def forward(self, call: ForwardCall) -> ForwardResult:
-        x, out = call.x, call.out
-        y = empty_like(x, empty) if out is None else out
-        planes, dtype = x.shape[:2], math_dtype(x.dtype)
-        mean, rstd = np.empty(planes, dtype), np.empty(planes, dtype)
-        saved = call.saved(mean, rstd, np.empty(planes, dtype) if call.use_input_stats else None)
-        arrays = Arrays(x, y, residual=call.residual)
-        variance = None
-        if call.use_input_stats:
-            if x.size:
-                variance = np.empty(planes, dtype) if call.updates else None
-                _choose(saved, arrays).forward(call.eps, variance)
-        else:
-            assert call.running_mean is not None and call.running_var is not None
-            mean[...] = call.running_mean
-            with np.errstate(all="ignore"):
-                rstd[...] = 1 / np.sqrt(call.running_var.astype(dtype) + dtype.type(call.eps))
-            if x.size:
-                _choose(saved, arrays).normalize()
+        x, dtype = call.x, math_dtype(call.x.dtype)
+        y, saved = _results(call)
         update: Callable[..., None] = commit
-        if variance is not None:
-            count = math.prod(x.shape[2:])
-            with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
-                exact = np.add(mean, saved.mean_lo, dtype=np.float64).mean(0)  # type: ignore[arg-type]
-                unbiased = (variance * dtype.type(count / (count - 1))).mean(0, dtype=np.float64)
-            update = partial(running.move, ((call.running_mean, exact), (call.running_var, unbiased)), call.momentum)
+        if x.size:
+            variance = np.empty(x.shape[:2], dtype) if call.updates else None
+            _choose(saved, Arrays(x, y, residual=call.residual)).forward(call.eps, variance)
+            if variance is not None:
+                count = math.prod(x.shape[2:])
+                with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
+                    exact = np.add(saved.mean, saved.mean_lo, dtype=np.float64).mean(0)  # type: ignore[arg-type]
+                    unbiased = (variance * dtype.type(count / (count - 1))).mean(0, dtype=np.float64)
+                batch = (call.running_mean, exact), (call.running_var, unbiased)
+                update = partial(running.move, batch, call.momentum)
+        return ForwardResult(y, saved if call.save else None, update)
+
+    def normalize(self, call: ForwardCall) -> ForwardResult:
+        y, saved = _results(call)
+        update: Callable[..., None] = commit
+        with np.errstate(all="ignore"):
+            if call.moments is None:
+                assert call.running_mean is not None and call.running_var is not None
+                saved.mean[...] = call.running_mean
+                dtype = saved.rstd.dtype
+                saved.rstd[...] = 1 / np.sqrt(call.running_var.astype(dtype) + dtype.type(call.eps))
+            else:
+                assert saved.mean_lo is not None
+                saved.mean[...] = call.moments.mean
+                saved.mean_lo[...] = call.moments.mean - saved.mean
+                saved.rstd[...] = 1 / np.sqrt(call.moments.var() + call.eps)
+        if call.x.size:
+            _choose(saved, Arrays(call.x, y, residual=call.residual)).normalize()
+        if call.updates:  # and moments are given
+            mean, var, momentum = _means_of_channels(call.moments, call.momentum)
+            update = partial(running.move, ((call.running_mean, mean), (call.running_var, var)), momentum)
         return ForwardResult(y, saved if call.save else None, update)
 
     def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> Gradients:
-        x = saved.x
-        dresidual = g_out = None
-        if saved.with_residual and saved.activation is None:
-            dresidual = dy.copy() if out is not None and overlap(out, dy) else dy
-        elif saved.with_residual:
-            dresidual = g_out = empty_like(x, empty)
-        dx = empty_like(x, empty) if out is None else out
-        dtype = math_dtype(x.dtype)
-        sums = np.zeros((2, *x.shape[:2]), dtype)  # of g times xhat, and of g
-        if x.size:
-            arrays = Arrays(x, dx, dy) if g_out is None else Arrays(x, dx, dy, saved.residual, g_out)
+        sums = np.zeros((2, *saved.x.shape[:2]), math_dtype(saved.x.dtype))  # of g times xhat, and of g
+        arrays, dresidual = _arrays_of_backward(dy, saved, out)
+        if saved.x.size:
             _choose(saved, arrays).backward(sums[1], sums[0])
         dweight, dbias = _gradients(sums, saved.weight, saved.bias)
-        return Gradients(dx, dweight, dbias, dresidual)
+        return Gradients(arrays.result, dweight, dbias, dresidual)
+
+    def gradient_sums(self, dy: Array, saved: Saved) -> GradientSums:
+        sums = GradientSums(*np.zeros((2, *saved.x.shape[:2])))
+        if saved.x.size:
+            arrays = Arrays(saved.x, saved.x, dy, None if saved.activation is None else saved.residual)
+            _choose(saved, arrays).gradient_sums(sums.sum_dy, sums.sum_dy_xhat)
+        return sums
+
+    def input_gradient(
+        self, dy: Array, saved: Saved, sums: GradientSums, *, out: Array | None
+    ) -> tuple[Array, Array | None]:
+        arrays, dresidual = _arrays_of_backward(dy, saved, out)
+        if saved.x.size:
+            # The implementations divide by x's number of positions.
+            with np.errstate(all="ignore"):
+                share = 1 if saved.count is None else math.prod(saved.x.shape[2:]) / saved.count
+                plane_sums = [(s * share).astype(saved.rstd.dtype) for s in (sums.sum_dy, sums.sum_dy_xhat)]
+            _choose(saved, arrays).input_gradient(*plane_sums)
+        return arrays.result, dresidual
+
+    def parameter_gradients(self, sums: GradientSums, saved: Saved) -> tuple[Array | None, Array | None]:
+        dweight, dbias = _gradients(np.stack([sums.sum_dy_xhat, sums.sum_dy]), saved.weight, saved.bias)
+        return dweight, dbias
 
     def double_backward(
         self, ddx: Array | None, ddweight: Array | None, ddbias: Array | None, dy: Array, saved: Saved
@@ -145,11 +175,12 @@ class CpuBackend(Backend):
             DoubleBackwardWork(saved, arrays, ddweight, ddbias).double_backward(sums)
         return DoubleGradients(ddy, dx, *_gradients(sums[None], weight))
 
-    def describe(self, x: Array, *, activation: str | None, residual: bool, double_backward: bool) -> list[str]:
+    def describe(
+        self, x: Array, *, activation: str | None, residual: bool, double_backward: bool, parts: bool
+    ) -> list[str]:
         if not x.size:
             return ["the CPU", "  empty, nothing is computed"]
-        unused = np.empty(x.shape[:2], math_dtype(x.dtype))
-        call, new = Saved(x, unused, unused, None, None, True, mean_lo=unused), empty_like(x, np.empty)
+        call, new = _without_statistics(x), empty_like(x, np.empty)
 
         def lines(work: Any) -> list[str]:
             tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
@@ -160,7 +191,48 @@ class CpuBackend(Backend):
         if double_backward:
             first, *more = lines(DoubleBackwardWork(call, DoubleArrays(x, *[new] * 4), None, None))
             described += [f"  double backward: {first.strip()}", *more]
+        if parts:
+            names = "moments, forward with moments=, gradient sums, backward with sums="
+            described += [f"  {names}: the same blocks, each array read once"]
         return described
+
+
+def _without_statistics(x: Array) -> Saved:
+    """Return the Saved of a forward that has not computed anything yet."""
+    unused = np.empty(x.shape[:2], math_dtype(x.dtype))
+    return Saved(x, unused, unused, None, None, True, mean_lo=unused)
+
+
+def _results(call: ForwardCall) -> tuple[Array, Saved]:
+    """Return y and Saved, to be computed."""
+    y = empty_like(call.x, empty) if call.out is None else call.out
+    planes, dtype = call.x.shape[:2], math_dtype(call.x.dtype)
+    mean_lo = np.empty(planes, dtype) if call.use_input_stats else None
+    return y, call.saved(np.empty(planes, dtype), np.empty(planes, dtype), mean_lo)
+
+
+def _means_of_channels(moments: Moments, momentum: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the averages over the batch of mean and unbiased variance, and the momentum of each channel: 0 if no plane
+    counts. Planes of fewer than two positions do not count."""
+    counts = moments.count >= 2
+    number = counts.sum(0)
+    with np.errstate(all="ignore"):
+        sums = [np.where(counts, values, 0).sum(0) for values in (moments.mean, moments.var(ddof=1))]
+        mean, var = (total / np.maximum(number, 1) for total in sums)
+    return mean, var, np.where(number > 0, momentum, 0)
+
+
+def _arrays_of_backward(dy: Array, saved: Saved, out: Array | None) -> tuple[Arrays, Array | None]:
+    """Return the arrays of a backward, with dx as the result, and dresidual."""
+    x = saved.x
+    dx = empty_like(x, empty) if out is None else out
+    if not saved.with_residual or saved.activation is None:
+        dresidual = dy if saved.with_residual else None
+        if dresidual is not None and out is not None and overlap(out, dy):
+            dresidual = dy.copy()
+        return Arrays(x, dx, dy), dresidual
+    dresidual = empty_like(x, empty)
+    return Arrays(x, dx, dy, saved.residual, dresidual), dresidual
 
 
 def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .._types import Array
 
 Index = tuple[Any, ...]
@@ -61,12 +63,17 @@ class Work:
         """Run step over the items 0 … count - 1, divided among the threads."""
         raise NotImplementedError
 
+    def sum_up(self, reduce: Any, join: Callable[..., None]) -> None:
+        """Reduce all tiles of all blocks, and join them."""
+        self.share(reduce, self.blocks * self.tiles)
+        with np.errstate(all="ignore"):
+            join(0, self.blocks)
+
     def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
         if self.threads == 1 or self.tiles == 1 or self.blocks >= 4 * self.threads:
             self.share(whole, self.blocks)
         else:
-            self.share(reduce, self.blocks * self.tiles)
-            join(0, self.blocks)
+            self.sum_up(reduce, join)
             self.share(apply, self.blocks * self.tiles)
 
 

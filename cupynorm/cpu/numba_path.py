@@ -142,7 +142,7 @@ class CompiledWork(Work):
         self.call, self.layout = call, layout
         self.blocks, self.tiles = layout.blocks, layout.tiles
         self.threads = get_num_threads() if layout.pays else 1
-        self.partials = np.empty((3, self.blocks * self.tiles * layout.group if self.tiles > 1 else 0))
+        self._make_partials(self.tiles > 1)
         self.addresses = addresses
         # Plain tuples: see numba_geometry.
         self.geometry = tuple(layout.geometry)
@@ -159,6 +159,15 @@ class CompiledWork(Work):
             parameters = self._parameters(*parameters)
         mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
         self.planes = (*parameters, call.mean, mean_lo, call.rstd)
+
+    def _make_partials(self, wanted: bool = True) -> None:
+        self.partials = np.empty((3, self.blocks * self.tiles * self.layout.group if wanted else 0))
+
+    def _by_tile(self) -> np.ndarray:
+        """Return the partial sums as (3, tiles, N, C)."""
+        n, c = self.call.x.shape[:2]
+        by_group = self.partials.reshape(3, n, -1, self.tiles, self.layout.group)
+        return by_group.transpose(0, 3, 1, 2, 4).reshape(3, self.tiles, n, -1)[..., :c]
 
     def _parameters(self, *defaults: Any) -> tuple[Any, ...]:
         flat: list[Any] = []
@@ -212,22 +221,41 @@ class CompiledWork(Work):
             (forward_planes, (kind, self.planes, eps, least, variance)),
         )  # fmt: skip
 
+    def moments(self) -> tuple[np.ndarray, ...]:
+        """Return count, mean, mean_lo and m2 of each tile, (tiles, N, C)."""
+        self._make_partials()
+        step = forward_tiles, (least_mean_square(0), tuple(self.partials))
+        self.share(step, self.blocks * self.tiles)
+        means, means_lo, m2s = self._by_tile()
+        counts = np.broadcast_to(self.layout.counts[:, None, None], means.shape)
+        return counts, means, means_lo, np.maximum(m2s, 0)  # NaN stays
+
     def normalize(self) -> None:
         self.share((forward_results, (self._kind(), self.planes)), self.blocks * self.tiles)
 
     # Backward
 
-    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        kind, plane_sums = self._kind(backward=True), (sum_g, sum_g_xhat)
+    def _sums_of_tiles(self, plane_sums: tuple[np.ndarray, np.ndarray]) -> tuple[Any, Callable[[int, int], None]]:
+        """Return the steps `reduce` and `join` of the backward."""
 
         def join(first: int, last: int) -> None:
             backward_join(self.geometry, first, last, tuple(self.partials[:2]), self.planes, plane_sums)
 
-        results = (kind, self.planes, plane_sums)
+        return (backward_tiles, (self._kind(backward=True), self.planes, tuple(self.partials[:2]))), join
+
+    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
+        results = (self._kind(backward=True), self.planes, (sum_g, sum_g_xhat))
         self.run(
-            (backward_tiles, (kind, self.planes, tuple(self.partials[:2]))), join, (backward_results, results),
-            (backward_planes, results),
+            *self._sums_of_tiles((sum_g, sum_g_xhat)), (backward_results, results), (backward_planes, results)
         )  # fmt: skip
+
+    def gradient_sums(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
+        self._make_partials()
+        self.sum_up(*self._sums_of_tiles((sum_g, sum_g_xhat)))
+
+    def input_gradient(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
+        results = (self._kind(backward=True), self.planes, (sum_g, sum_g_xhat))
+        self.share((backward_results, results), self.blocks * self.tiles)
 
 
 class MovedWork(CompiledWork):
@@ -240,14 +268,20 @@ class MovedWork(CompiledWork):
     def __str__(self) -> str:
         return f"{super().__str__()}, moved together first"
 
-    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
-        if self.tiles == 1:
-            self.share(whole, self.blocks)
-            return
+    def _by_tile(self) -> np.ndarray:
+        return self.partials.reshape(3, self.tiles, *self.call.x.shape[:2])
+
+    def sum_up(self, reduce: Any, join: Callable[..., None]) -> None:
         self.share(reduce, self.blocks * self.tiles)
         # From all planes' sums of each tile to all tiles' sums of each plane, which `join` expects.
         self.partials = self.partials.reshape(3, self.tiles, -1).transpose(0, 2, 1).reshape(3, -1)
         join(0, self.blocks)
+
+    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
+        if self.tiles == 1:
+            self.share(whole, self.blocks)
+            return
+        self.sum_up(reduce, join)
         self.share(apply, self.blocks * self.tiles)
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:

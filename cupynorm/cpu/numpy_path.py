@@ -91,10 +91,13 @@ class NumpyWork(Work):
             self.buffer_size = size * max(part.stop - part.start for part in parts)
         else:
             self.buffer_size = max(self.limit, MIN_CHANNEL_TILE)
-            self.partials = np.empty((4, self.tiles, n, c))
+            self._make_partials()
         # A ufunc copies broadcast operands into its buffer, unless the buffer is shorter than a row.
         inner = c if self.channels_last else plane
         self.ufunc_buffer = 16 if inner >= 512 else 8192
+
+    def _make_partials(self) -> None:
+        self.partials = np.empty((4, self.tiles, *self.x.shape[:2]))
 
     def __str__(self) -> str:
         most = self.buffer_size * self.dtype.itemsize
@@ -329,6 +332,14 @@ class NumpyWork(Work):
         self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays.residual)
         self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
 
+    def moments(self) -> tuple[np.ndarray, ...]:
+        """Return count, mean, mean_lo and m2 of each tile, (tiles, N, C)."""
+        self.eps = 0.0
+        self._make_partials()
+        self.share(self.reduce_forward, self.blocks * self.tiles)
+        means, means_lo, m2s, counts = self.partials
+        return counts.astype(np.int64), means, means_lo, m2s
+
     def normalize(self) -> None:
         self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays.residual)
         self.share(self.apply_forward, self.blocks * self.tiles)
@@ -413,6 +424,16 @@ class NumpyWork(Work):
         self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
         self.work_in_result = not overlap(self.result, self.arrays.dy)
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
+
+    def gradient_sums(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
+        self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
+        self._make_partials()
+        self.sum_up(self.reduce_backward, self.join_backward)
+
+    def input_gradient(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
+        self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
+        self.work_in_result = not overlap(self.result, self.arrays.dy)
+        self.share(self.apply_backward, self.blocks * self.tiles)
 
     def _load(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return g (in scratch if it is not dy itself) and x."""

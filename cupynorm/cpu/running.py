@@ -23,9 +23,10 @@ from .._types import Array, commit
 _present: set[object] = {object()}
 
 
-def move(pairs: Sequence[tuple[Array, np.ndarray]], momentum: float, *writes: partial[Any]) -> None:
+def move(pairs: Sequence[tuple[Array, np.ndarray]], momentum: float | np.ndarray, *writes: partial[Any]) -> None:
     """running <- (1 - momentum) * running + momentum * mean, in float64, for each pair (running, mean of the batch).
 
+    momentum: a number, or one for each channel.
     `writes`, partials of functions in C, are run in the same step, all or nothing.
     """
     while True:
@@ -47,7 +48,7 @@ def move(pairs: Sequence[tuple[Array, np.ndarray]], momentum: float, *writes: pa
         return
 
 
-def _moved(running: Array, mean: np.ndarray, momentum: float) -> partial[None]:
+def _moved(running: Array, mean: np.ndarray, momentum: float | np.ndarray) -> partial[None]:
     moved = (1 - momentum) * running.astype(np.float64) + momentum * mean
     return partial(operator.setitem, running, ..., moved.astype(running.dtype))
 

@@ -8,6 +8,6 @@ A call is planned as pure data, its kernels' arguments are filled in by name, an
     plan                          which variants a call launches, as pure data
     describe                      plans in words, for `explain`
     source                        the text of each module
-    launch                        forward, backward and double backward on a runtime
+    launches, launch              the launches of a call; the operations on a runtime
     runtime, clusters, backend    the runtime of CuPy; these alone need CuPy and a driver
 """

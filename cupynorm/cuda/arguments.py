@@ -44,6 +44,8 @@ SUMS = _struct(("dy dy_xhat", POINTER), ("flags", INT32))
 GROUP = _struct(("tiles", INT32), ("partial arrived", POINTER))
 ROUND = _struct(("channels spatial first channel_tiles tiles", INT64), ("subdivision", INT32))
 INPUTS = _struct(("x dy ddx", TENSOR))
+MOMENTS = _struct(("count mean m2", POINTER))
+TOTALS = _struct(("dy dy_xhat", POINTER))
 PARAMETERS = _struct(("weight ddbias ddweight", POINTER), ("flags", INT32))
 
 _WHOLE = ("channels spatial channel_tiles", INT64), ("subdivision vecs_per_thread", INT32)
@@ -75,14 +77,14 @@ STRUCTS: dict[str, np.dtype] = {
         ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS), ("sums", SUMS),
         ("round", ROUND),
     ),
-    "moments": _struct(("x", TENSOR), ("counts means m2", POINTER), ("round", ROUND)),
+    "moments": _struct(("x", TENSOR), ("partials", MOMENTS), ("round", ROUND)),
     "gradient_sums": _struct(
         ("x dy", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("dresidual", TENSOR), ("partials", POINTER), ("all_planes", INT64), ("round", ROUND),
+        ("dresidual", TENSOR), ("totals", TOTALS), ("partials", POINTER), ("all_planes", INT64), ("round", ROUND),
     ),
     "input_gradient": _struct(
         ("x g dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("merged_mean_lo sum_dy sum_dy_xhat", POINTER), ("round", ROUND),
+        ("dresidual", TENSOR), ("mean_dy mean_dy_xhat", POINTER), ("round", ROUND),
     ),
     "products": _struct(
         ("inputs", INPUTS), ("dx", TENSOR), ("mean rstd partials", POINTER), ("all_planes", INT64), ("round", ROUND),
@@ -92,20 +94,27 @@ STRUCTS: dict[str, np.dtype] = {
         ("coefficients", POINTER), ("all_planes", INT64), ("round", ROUND),
     ),
     "merge_moments": _struct(
-        ("counts means m2", POINTER), ("tiles first planes", INT64), ("eps", FLOAT64),
+        ("partials merged", MOMENTS), ("tiles first planes", INT64), ("eps", FLOAT64),
         ("mean rstd mean_lo variance", POINTER),
     ),
     "merge_gradient_sums": _struct(
-        ("partials", POINTER), _MERGE, ("sum_dy sum_dy_xhat merged_mean_lo", POINTER), ("sums", SUMS),
+        ("partials", POINTER), _MERGE, ("mean_dy mean_dy_xhat", POINTER), ("totals", TOTALS), ("sums", SUMS),
     ),
     "merge_products": _struct(("partials", POINTER), _MERGE, ("rstd coefficients", POINTER), ("sums", SUMS)),
     "merge_dots": _struct(("partials", POINTER), ("tiles planes", INT64), ("sums", SUMS)),
     "running_statistics": _struct(
-        ("mean variance", POINTER), ("samples channels", INT64), ("momentum", FLOAT64),
+        ("mean variance count", POINTER), ("samples channels", INT64), ("momentum", FLOAT64),
         ("running_mean running_var", POINTER), ("flags", INT32),
     ),
     "parameter_gradients": _struct(
         ("sums", SUMS), ("samples channels", INT64), ("dweight dbias", POINTER), ("flags", INT32),
+    ),
+    "statistics_of_moments": _struct(
+        ("moments", MOMENTS), ("planes", INT64), ("eps", FLOAT64), ("mean rstd mean_lo variance", POINTER),
+    ),
+    "means_of_sums": _struct(
+        ("totals", TOTALS), ("count", POINTER), ("planes spatial", INT64), ("mean_dy mean_dy_xhat", POINTER),
+        ("sums", SUMS),
     ),
 }  # fmt: skip
 

@@ -12,12 +12,23 @@ from ..config import get_batch_invariant
 from .device import Device
 from .layout import ArrayDesc, choose_layout, contiguous_desc
 from .ops import OPS
-from .plan import Plan, Step, plan
+from .plan import Plan, Step, plan, plane_step
 from .variants import EPILOGUES, ITEMSIZE
+
+#: The names of operations that differ from those of the public functions.
+NAMES = {"normalize": "forward with moments=", "input_gradient": "backward with sums="}
+#: The launches of given numbers, before those of the plan.
+GIVEN = {"normalize": "statistics_of_moments", "input_gradient": "means_of_sums"}
 
 
 def describe(
-    x: Array, address: int, device: Device, activation: str | None, residual: bool, double_backward: bool
+    x: Array,
+    address: int,
+    device: Device,
+    activation: str | None,
+    residual: bool,
+    double_backward: bool,
+    parts: bool,
 ) -> list[str]:
     """Return lines about the calls on an array at an address: the device's name, then its forward, backward, ….
 
@@ -27,7 +38,8 @@ def describe(
         return [f"{device.name}: empty, nothing is launched"]
     desc = ArrayDesc(x.shape, x.strides, x.itemsize, address % 16)
     lines = [device.name]
-    for op in ("forward", "backward", *["double_backward"] * double_backward):
+    ops = ["forward", "backward"] + ["double_backward"] * double_backward
+    for op in ops + ["moments", "normalize", "gradient_sums", "input_gradient"] * parts:
         lines += _described(op, desc, x.dtype.name, device, activation, residual)
     return lines
 
@@ -42,6 +54,8 @@ def plan_for(
     invariant: bool = False,
 ) -> tuple[Plan, int]:
     """Return the plan of a call whose other arrays are new, in the layout of the first, and the number of copies."""
+    if op == "moments":
+        activation, residual = None, False
     if activation is None and op not in ("forward", "normalize"):
         residual = False  # its gradient is dy itself
     epilogue = EPILOGUES[activation] if activation is not None or residual else 0
@@ -58,9 +72,9 @@ def plan_for(
 def _described(
     op: str, desc: ArrayDesc, dtype: str, device: Device, activation: str | None, residual: bool
 ) -> Iterator[str]:
-    name = op.replace("_", " ")
-    if math.prod(desc.shape[2:]) == 1:
-        yield f"  {name}: refused, since one spatial element has no statistics (allowed with running statistics)"
+    name = NAMES.get(op, op.replace("_", " "))
+    if math.prod(desc.shape[2:]) == 1 and op in ("forward", "backward", "double_backward"):
+        yield f"  {name}: refused, since one spatial element has no statistics (allowed if statistics are given)"
         return
 
     def planned(n: int, invariant: bool) -> tuple[Plan, int]:
@@ -97,7 +111,8 @@ def _described(
             f"    {rounds} rounds of the first three launches, each over {made.at_a_time} of {made.channel_tiles}"
             f" units; a unit is one {unit}"
         )
-    for step in (first, *rest):
+    given = [plane_step(GIVEN[op], desc.shape[0] * desc.shape[1])] if op in GIVEN else []
+    for step in (*given, first, *rest):
         yield f"    {_launched(step, unit)}"
     yield f"    bits of a sample's results: {_bits(planned, desc.shape[0], device)}"
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 Op = Literal[
-    "forward", "normalize", "backward", "frozen_backward", "double_backward", "frozen_double_backward"
+    "forward", "normalize", "moments", "backward", "frozen_backward", "gradient_sums", "input_gradient",
+    "double_backward", "frozen_double_backward",
 ]  # fmt: skip
 
 
@@ -33,8 +34,11 @@ _DOUBLE = ("inputs.x", "inputs.dy", "inputs.ddx"), ("dx", "ddy")
 OPS: dict[Op, Operation] = {
     "forward": Operation(("x",), ("y",), sums=2, areas=2, merged=2, partials=4),
     "normalize": Operation(("x",), ("y",)),
-    "backward": Operation(("x", "dy"), ("dx",), ("dresidual",), sums=3, merged=3, partials=3),
+    "moments": Operation(("x",), (), sums=2, areas=2),
+    "backward": Operation(("x", "dy"), ("dx",), ("dresidual",), sums=2, merged=2, partials=2),
     "frozen_backward": Operation(("x", "dy"), ("dx",), ("dresidual",), sums=2, partials=2),
+    "gradient_sums": Operation(("x", "dy"), (), sums=2, partials=2),
+    "input_gradient": Operation(("x", "g"), ("dx",), ("dresidual",)),
     "double_backward": Operation(*_DOUBLE, sums=2 + 6, merged=6, partials=9),  # two areas, of 2 and 6 sums
     "frozen_double_backward": Operation(*_DOUBLE, sums=1),
 }
@@ -47,11 +51,13 @@ COEFFICIENTS = 8
 SINGLE_THREADS = 256
 SHARED = {
     "merge_moments": 24,
-    "merge_gradient_sums": 24,
+    "merge_gradient_sums": 16,
     "merge_products": 48,
     "merge_dots": 8,
-    "running_statistics": 16,
+    "running_statistics": 24,
     "parameter_gradients": 16,
+    "statistics_of_moments": 0,
+    "means_of_sums": 0,
 }
 COLUMNS = 32
 
@@ -59,7 +65,7 @@ COLUMNS = 32
 def constants() -> dict[str, int]:
     """Return the numbers above that kernels need, by the names that they have in each module's text."""
     numbers = {"COEFFICIENTS": COEFFICIENTS, "SINGLE_THREADS": SINGLE_THREADS, "COLUMNS": COLUMNS}
-    numbers |= {f"{kernel.upper()}_BYTES": size for kernel, size in SHARED.items()}
+    numbers |= {f"{kernel.upper()}_BYTES": size for kernel, size in SHARED.items() if size}
     for op, operation in OPS.items():
         of_op = {"SUMS": operation.sums, "MERGED": operation.merged, "PARTIALS": operation.partials}
         numbers |= {f"{op.upper()}_{name}": number for name, number in of_op.items() if number}

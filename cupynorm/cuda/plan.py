@@ -136,8 +136,9 @@ class _Job:
         self.planes_per_thread = 1 if kind == "channels_first" else self.vec_size
         self.vec_bytes = self.vec_size * self.itemsize
         self.bytes = self.vecs * self.vec_bytes * self.arrays
-        unit = "plane" if kind == "channels_first" else f"channel tile of {self.channel_vecs * self.vec_size} channels"
-        self.tile_text = f"{self.bytes} B of one {unit}"
+        width = self.channel_vecs * self.vec_size
+        self.unit = "plane" if kind == "channels_first" else f"channel tile of {width} channels"
+        self.tile_text = f"{self.bytes} B of one {self.unit}"
 
     def vecs_per_thread(self, variant: Variant, tiles: int = 1) -> int:
         """Return the vecs that each thread must hold so that the scope holds its tile."""
@@ -221,16 +222,19 @@ class _Job:
         """Return a launch that merges the partials of each plane."""
         return Step("merges", name, name, grid_of(planes), SINGLE_THREADS, SINGLE_THREADS * SHARED[name])
 
-    def channels(self, name: str) -> Step:
-        grid = _ceil(self.c, COLUMNS), 1
-        return Step("channels", name, name, grid, SINGLE_THREADS, SINGLE_THREADS * SHARED[name])
-
-    def pointwise(self, file: str) -> Step:
-        for variant in variants_of(file):
-            if self.vecs_per_thread(variant) <= variant.vecs_per_thread:
+    def tile_by_tile(self, *files: str) -> Step:
+        """Return a launch of the op's kernel, with a scope for each tile: the first variant of the files that holds a
+        plane or channel tile, else the last."""
+        known = [(file, variant) for file in files for variant in variants_of(file)]
+        for module, variant in known:
+            facts = module, self.dtype, self.kind, self.epilogue, self.misaligned
+            if module not in FORCED and not exists(variant, *facts):
+                continue
+            tiles = _ceil(self.vecs_per_thread(variant), variant.vecs_per_thread)
+            step = self.step(module, self.op, variant, self.scratch(variant), tiles)
+            if tiles == 1:
                 break
-        return self.step(file, self.op, variant, self.scratch(variant),
-                         _ceil(self.vecs_per_thread(variant), variant.vecs_per_thread))  # fmt: skip
+        return step
 
     def try_variant(self, variant: Variant, buffers: int) -> tuple[Step | None, str]:
         """Return the launch if a variant fits, else None, and the reason. buffers: one for each staged array."""
@@ -313,6 +317,17 @@ class _Job:
         return f"{self.tile_text} stay in {where}" + (f" of each of {tiles} blocks" if tiles > 1 else "")
 
 
+def channel_step(name: str, channels: int) -> Step:
+    """Return a launch over the batch, with a number for each channel."""
+    grid = _ceil(channels, COLUMNS), 1
+    return Step("channels", name, name, grid, SINGLE_THREADS, SINGLE_THREADS * SHARED[name])
+
+
+def plane_step(name: str, planes: int) -> Step:
+    """Return a launch with a thread for each plane."""
+    return Step("given", name, name, grid_of(_ceil(planes, SINGLE_THREADS)), SINGLE_THREADS, 0)
+
+
 @lru_cache(maxsize=4096)
 def plan(
     op: Op,
@@ -331,8 +346,8 @@ def plan(
     """Plan a call on arrays (N, C, S), none of these 0, with a layout for each array, x first.
 
     forward, backward and double_backward use the statistics of the input; normalize, frozen_backward and
-    frozen_double_backward use given ones (tracked eval). The layouts of a double backward are those of x, dy, ddx if
-    given, dx and ddy.
+    frozen_double_backward use given ones (tracked eval), normalize and input_gradient those of larger planes. The
+    layouts of a double backward are those of x, dy, ddx if given, dx and ddy.
     sums: a backward needs the sums for dweight or dbias, a forward updates running statistics; reduced: some of them
     are added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward without activation has none).
     residual: the epilogue has one. invariant: the order of additions in a plane must depend neither on N nor on the
@@ -359,16 +374,23 @@ def plan(
         )
 
     if op == "normalize":
-        return made("pointwise", "statistics are given", 2, job.pointwise("frozen"))
-    last = "running_statistics" if op == "forward" else "parameter_gradients"
-    after = (job.channels(last),) if sums and reduced else ()
+        return made("pointwise", "statistics are given", 2, job.tile_by_tile("frozen"))
+    if op == "input_gradient":
+        return made("pointwise", "sums are given", 3, job.tile_by_tile("parts", "split"))
     planes = job.n * job.c
+    if op in ("moments", "gradient_sums"):
+        step = job.tile_by_tile("parts", "split")
+        merge = (job.merge(f"merge_{op}", planes),) if step.tiles > 1 else ()
+        why = f"{step.tiles} tile(s) for each {job.unit}, each read once"
+        return made("one-pass", why, job.arrays, step, *merge)
+    last = "running_statistics" if op == "forward" else "parameter_gradients"
+    after = (channel_step(last, job.c),) if sums and reduced else ()
     if op == "frozen_backward":
-        step = job.pointwise("frozen")
+        step = job.tile_by_tile("frozen")
         merge = (job.merge("merge_gradient_sums", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", 3 if sums or epilogue else 2, step, *merge, *after)
     if op == "frozen_double_backward":
-        step = job.pointwise("frozen_double_backward")
+        step = job.tile_by_tile("frozen_double_backward")
         merge = (job.merge("merge_dots", planes),) if sums and step.tiles > 1 else ()
         return made("pointwise", "statistics are given", len(layouts), step, *merge, *after)
 

@@ -41,7 +41,7 @@ def _in_c(arguments: bytearray) -> ctypes.Array[Any]:
 
 
 class CupyRuntime:
-    """See cupynorm.cuda.launch.Runtime."""
+    """See cupynorm.cuda.launches.Runtime."""
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, Module, str], _Kernel] = {}

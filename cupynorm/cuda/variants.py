@@ -127,6 +127,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         *(*_cluster(256, 8, 4, 8, 16), *_BLOCK_SHARED, *_CLUSTER_SHARED, *_GRID, *_GRID_SHARED),
     ),
     "split": _block((256, 8), (256, 4)),
+    "parts": _warp(1, 4),
     "frozen": (*_warp(1, 4), *_block((256, 4))),
     # x, dy and ddx.
     "double_backward": (
@@ -146,15 +147,17 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "forward": ("forward",),
     "backward": ("backward",),
     "split": ("moments", "normalize", "gradient_sums", "input_gradient"),
+    "parts": ("moments", "gradient_sums", "input_gradient"),
     "frozen": ("normalize", "frozen_backward"),
     "double_backward": ("double_backward",),
     "double_split": ("products", "apply_products"),
     "frozen_double_backward": ("frozen_double_backward",),
 }
-#: and those that exist once: merges of the partials of each plane, and sums over the batch.
+#: and those that exist once: merges of the partials of each plane, sums over the batch, numbers that a caller gives.
 SINGLE: dict[str, tuple[str, ...]] = {
     "merges": ("merge_moments", "merge_gradient_sums", "merge_products", "merge_dots"),
     "channels": ("running_statistics", "parameter_gradients"),
+    "given": ("statistics_of_moments", "means_of_sums"),
 }
 
 #: The files whose kernels have no epilogue, and the kernels of other files that have none.

@@ -45,12 +45,13 @@ def test_signatures_of_forward_and_backward() -> None:
         "negative_slope": 0.01,
         "residual": None,
         "out": None,
+        "moments": None,
     }
     assert {name: p.default for name, p in list(forward.items())[3:]} == expected
     backward = inspect.signature(cn.instance_norm_backward).parameters
-    assert list(backward) == ["dy", "saved", "out"]
-    assert backward["out"].kind is inspect.Parameter.KEYWORD_ONLY
-    assert backward["out"].default is None
+    assert list(backward) == ["dy", "saved", "out", "sums"]
+    assert {backward[name].kind for name in ("out", "sums")} == {inspect.Parameter.KEYWORD_ONLY}
+    assert backward["out"].default is backward["sums"].default is None
 
 
 # Forward

@@ -64,7 +64,7 @@ def layout_of(shape: tuple[int, ...], channels_last: bool = False, dtype: Any = 
     return layout_with(shape, steps_of(shape, channels_last), dtype)
 
 
-class Recorded:
+class Recorded(blocking.Work):
     def __init__(self, threads: int, blocks: int, tiles: int):
         self.threads, self.blocks, self.tiles = threads, blocks, tiles
         self.did: list[Any] = []
@@ -80,7 +80,7 @@ class Recorded:
 def test_threads_share_tiles_if_there_are_few_blocks(threads: int, blocks: int, tiles: int, whole: bool):
     """With at least four blocks for each thread, threads share whole blocks."""
     work = Recorded(threads, blocks, tiles)
-    blocking.Work.run(work, "reduce", lambda *given: work.did.append(("join", *given)), "apply", "whole")  # type: ignore
+    work.run("reduce", lambda *given: work.did.append(("join", *given)), "apply", "whole")
     items = blocks * tiles
     assert work.did == ([("whole", blocks)] if whole else [("reduce", items), ("join", 0, blocks), ("apply", items)])
 

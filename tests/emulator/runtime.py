@@ -198,7 +198,7 @@ class Count:
 
 
 class Emulator:
-    """A cupynorm.cuda.launch.Runtime over NumPy arrays. device and order may be set; counts lists the launches."""
+    """A cupynorm.cuda.launches.Runtime over NumPy arrays. device and order may be set; counts lists the launches."""
 
     def __init__(self, device: Device = DEVICES["H100"], order: str = "forward", transform: Transform | None = None):
         self._device = device

@@ -130,8 +130,23 @@ def modes(backend: Backend, case: Case) -> tuple[bool, ...]:
     return (True, False)
 
 
-def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
-    """Check forward and backward, in training and in tracked eval, against extended precision."""
+def fused(x: Any, dy: Any, residual: Any, **options: Any) -> tuple[Any, ...]:
+    """Return y, dx, dweight, dbias, and dresidual if there is a residual."""
+    y, saved = cn.instance_norm_forward(x, residual=residual, **options)
+    return y, *cn.instance_norm_backward(dy, saved)
+
+
+def check(
+    backend: Backend,
+    case: Case,
+    rng: np.random.Generator,
+    run: Callable[..., tuple[Any, ...]] = fused,
+    trainings: tuple[bool, ...] | None = None,
+) -> None:
+    """Check forward and backward, in training and in tracked eval, against extended precision.
+
+    run: called as `fused` is. trainings: the values of `training` to check, if not those of `modes`.
+    """
     backend.pretend(case.device)
     x_, dy_, weight_, bias_, mean_, var_, residual_ = arrays(case, rng)
     c, params = case.shape[1], mean_.dtype
@@ -156,7 +171,7 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
     over = (slice(None), *(None,) * (len(case.shape) - 2))
     epilogue = {"activation": case.activation, "negative_slope": SLOPE}
 
-    for training in modes(backend, case):
+    for training in trainings or modes(backend, case):
         running = None if training else (mean_, var_)
         options = {} if training else {"use_input_stats": False}
         xhat = reference.forward(x_, running=running)
@@ -166,11 +181,10 @@ def check(backend: Backend, case: Case, rng: np.random.Generator) -> None:
         if case.activation in ("relu", "leaky_relu"):
             dy_[np.abs(z) <= 4 * (compute + storage * (case.dtype == "float64")) * scale] = 0
         dy = backend.array(dy_)
-        y, saved = cn.instance_norm_forward(
-            x, weight, bias, running_mean=mean, running_var=var, momentum=0.3, eps=1e-5, residual=residual,
+        y, dx, dweight, dbias, *dresidual = run(
+            x, dy, residual, weight=weight, bias=bias, running_mean=mean, running_var=var, momentum=0.3, eps=1e-5,
             **epilogue, **options,
         )  # fmt: skip
-        dx, dweight, dbias, *dresidual = cn.instance_norm_backward(dy, saved)
         assert y.dtype == dx.dtype == x.dtype
         y, dx = backend.host(y), backend.host(dx)
 
@@ -518,6 +532,8 @@ def _variants(
                     if group_of(r, op) == "grid_registers" and exists(r, op, dtype, kind, epilogue, misaligned)
                 ]
                 s, busy = held + 5, 5
+                while job(op, s).shared(replace(variant, scope="block"), 1) <= job(op, s).shared(variant, 2):
+                    s += held  # a block would hold the plane
                 for r in of_registers:  # more than the registers of all multiprocessors hold
                     busy = 2
                     blocks = resident_threads(r, op, dtype, kind, epilogue, misaligned) // r.threads * busy

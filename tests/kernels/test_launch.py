@@ -15,7 +15,7 @@ from helpers.cases import BLOCKS, GRID
 from helpers.recorder import Recorder
 
 import cupynorm as cn
-from cupynorm.cuda import arguments, launch
+from cupynorm.cuda import arguments, launch, launches
 from cupynorm.cuda.device import DEVICES
 from cupynorm.cuda.ops import SHARED
 from cupynorm.cuda.variants import KERNELS, SINGLE
@@ -55,16 +55,16 @@ def test_allocations_of_each_regime(run_on: Callable[..., Any], scope: str, layo
         return (*arrays, n, c, runtime.steps[0].tiles)
 
     _, saved = cn.instance_norm_forward(x, weight, bias)
-    expected = Counter({as_x: 1, of_planes: 2}) + shared(4)
+    expected = Counter({as_x: 1, of_planes: 3}) + shared(4)
     if scope == "split":
-        expected += Counter({of_planes: 1, (partials(), "int64"): 1, (partials(), "float64"): 2})
+        expected += Counter({(partials(), "int64"): 1, (partials(), "float64"): 2})
     assert runtime.made == expected
 
     runtime.clear()
     cn.instance_norm_backward(dy, saved)
-    expected = Counter({as_x: 1, of_channels: 2, of_planes: 2}) + shared(3)
+    expected = Counter({as_x: 1, of_channels: 2, of_planes: 2}) + shared(2)
     if scope == "split":
-        expected += Counter({of_planes: 3, (partials(3), "float32"): 1})
+        expected += Counter({of_planes: 2, (partials(2), "float32"): 1})
     assert runtime.made == expected
 
     runtime.clear()
@@ -120,10 +120,11 @@ def test_copies(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     """Only parameters with gaps and arrays that kernels cannot address are copied, and copied back if written."""
     run_on(Recorder(DEVICES["H100"]))
     copies: list[tuple[Any, Any]] = []
-    made = launch._assignment
-    monkeypatch.setattr(
-        launch, "_assignment", lambda target, source: copies.append((target, source)) or made(target, source)
-    )
+    made = launches.assignment
+    for module in (launch, launches):
+        monkeypatch.setattr(
+            module, "assignment", lambda target, source: copies.append((target, source)) or made(target, source)
+        )
     x, out, dy = np.zeros((3, 2, 4, 5, 6), np.float32)
     c = np.ones(4, np.float32)
     gaps = np.ones((4, 3), np.float32)[:, 1]
@@ -151,27 +152,27 @@ def test_16_bit_arrays_are_copied_as_bits() -> None:
     """So array libraries need not know bfloat16. Elements that no GPU can access are refused first."""
     for dtype, bits in (("float16", True), ("bfloat16", True), ("float32", False), ("float64", False)):
         target, source = np.zeros((2, 4), cn.devices.dtype_of(dtype))
-        given = launch._assignment(target, source).args
+        given = launches.assignment(target, source).args
         assert [each.dtype for each in (given[0], given[2])] == [np.uint16 if bits else target.dtype] * 2
     whole = {"itemsize": 4, "dtype": np.dtype(np.float32), "strides": (20, 4), "data": SimpleNamespace(ptr=640)}
-    launch._assignment(SimpleNamespace(**whole), np.zeros(3, np.float32))  # type: ignore[arg-type]
+    launches.assignment(SimpleNamespace(**whole), np.zeros(3, np.float32))  # type: ignore[arg-type]
     for fault in ({"strides": (20, 6)}, {"strides": (21, 4)}, {"data": SimpleNamespace(ptr=642)}):
         odd = SimpleNamespace(**(whole | fault))
         for pair in ((odd, np.zeros(3, np.float32)), (np.zeros(3, np.float32), odd)):
             with pytest.raises(ValueError, match="not aligned"):
-                launch._assignment(*pair)  # type: ignore[arg-type]
+                launches.assignment(*pair)  # type: ignore[arg-type]
     unaligned = np.zeros(17, np.uint8)[1:].view(np.float32)
-    launch._assignment(unaligned, unaligned)  # NumPy can
+    launches.assignment(unaligned, unaligned)  # NumPy can
 
 
 def test_calls_are_prepared_once_per_alignment(run_on: Callable[..., Any]) -> None:
     run_on(Recorder(DEVICES["H100"]))
     memory = np.zeros(2000, np.float32)
     shift = -memory.ctypes.data % 16 // 4
-    launch._plan_call.cache_clear()
+    launches._plan_call.cache_clear()
     for first in (0, 4, 40, 400, 1, 41):
         cn.instance_norm(memory[shift + first :][:120].reshape(2, 3, 20), out=np.zeros((2, 3, 20), np.float32))
-    assert launch._plan_call.cache_info().misses == 2
+    assert launches._plan_call.cache_info().misses == 2
 
 
 @pytest.mark.parametrize(("n", "c", "most", "channel_vecs", "vec_size"), [
@@ -185,7 +186,7 @@ def test_rounds_of_a_split_cover_each_plane_once(
     tiles = n * -(-c // width)
     step = SimpleNamespace(channel_vecs=channel_vecs)
     other = SimpleNamespace(channel_vecs=9)
-    call = object.__new__(launch._Launches)
+    call = object.__new__(launches.PlannedLaunches)
     call.nc, call.kind = (n, c), kind  # type: ignore[assignment]
     call.plan = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])  # type: ignore[assignment]
     rounds = [[*range(r["round.first"], r["round.first"] + r["round.channel_tiles"])] for r in call.rounds()]
@@ -217,7 +218,7 @@ def test_arguments_set_by_a_call_belong_to_a_kernel(
     monkeypatch.setattr(
         arguments, "fill", lambda kernel, memory, values: filled[kernel].update(values) or fill(kernel, memory, values)
     )
-    launch._plan_call.cache_clear()
+    launches._plan_call.cache_clear()
     w = np.ones(3, np.float32)
     devices = BLOCKS, GRID
     for device, size, training in itertools.product(devices, (20, 300, 18_000, 30_000), (True, False)):
@@ -229,6 +230,10 @@ def test_arguments_set_by_a_call_belong_to_a_kernel(
             cn.instance_norm_backward(x, saved)
         _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training)
         cn.instance_norm_double_backward(x, w, w, x, saved)
+        if training:
+            for fused in ({}, {"residual": x, "activation": "relu"}):
+                _, saved = cn.instance_norm_forward(x, w, w, **running, moments=cn.moments(x), **fused)
+                cn.instance_norm_backward(x, saved)
     assert set().union(*filled.values()) <= set().union(*fields.values())
     never = {(kernel, name) for kernel, names in fields.items() for name in names - filled[kernel]}
     assert never == UNUSED
@@ -246,8 +251,8 @@ def test_launches_match_the_plan(
 ) -> None:
     """The planned steps, which `explain` shows, and nothing else are launched, with and without each parameter."""
     runtime = run_on(Recorder(BLOCKS))
-    made, plans = launch._plan_call, []
-    monkeypatch.setattr(launch, "_plan_call", lambda *a, **k: plans.append(made(*a, **k).plan) or made(*a, **k))
+    made, plans = launches._plan_call, []
+    monkeypatch.setattr(launches, "_plan_call", lambda *a, **k: plans.append(made(*a, **k).plan) or made(*a, **k))
     x = np.zeros(shape, np.float32)
     parameters = [None, np.ones(shape[1], np.float32), np.ones(shape[:2], np.float32)]
     for weight, bias, training in itertools.product(parameters, parameters, (True, False)):

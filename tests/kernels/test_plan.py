@@ -24,7 +24,7 @@ from cupynorm.cuda import ops
 from cupynorm.cuda.arguments import STRUCTS
 from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.device import DEVICES, Device
-from cupynorm.cuda.launch import _plan_call
+from cupynorm.cuda.launches import _plan_call
 from cupynorm.cuda.layout import ArrayDesc, Layout, choose_layout, contiguous_desc, layout_of
 from cupynorm.cuda.ops import Op
 from cupynorm.cuda.plan import MAX_GRID, Plan, Step, plan
@@ -82,9 +82,9 @@ def _shared(made: Plan, step: Step, variant: Variant | None, s: int, residual: b
     size = ITEMSIZE[made.dtype]
     math_size = 8 if made.dtype == "float64" else 4
     warps = step.threads // 32
-    if variant is None:  # what each thread merges (merges.cu); two Accum a thread (channels.cu)
-        of_three = dict.fromkeys(("merge_moments", "merge_gradient_sums"), 3)
-        numbers = of_three | {"merge_products": 6, "merge_dots": 1, "running_statistics": 2, "parameter_gradients": 2}
+    if variant is None:  # what each thread merges (merges.cu); two or three Accum a thread (channels.cu)
+        numbers = {"merge_moments": 3, "merge_gradient_sums": 2, "merge_products": 6, "merge_dots": 1}
+        numbers |= {"running_statistics": 3, "parameter_gradients": 2}
         return step.threads * numbers[step.name] * 8
     if variant.scope == "subwarp":
         # staging.cuh: a buffer for each array, for the run of a warp's planes at any address modulo 16 bytes.
@@ -97,11 +97,13 @@ def _shared(made: Plan, step: Step, variant: Variant | None, s: int, residual: b
     # Sums over a block: forward two areas used in turn, backward one; a number for each warp, channel vec and plane of
     # a thread. Forward adds up two quantities at once, the values about the mean and their squares (moments.cuh).
     channel_vecs, planes = (1, 1) if made.kind == "channels_first" else (step.channel_vecs, made.vec_size)
-    forward = made.op == "forward"
+    forward = made.op in ("forward", "moments")
     quantities = {
         "forward": 2,
         "frozen_backward": 2,
-        "backward": 3,
+        "backward": 2,
+        "gradient_sums": 2,
+        "moments": 2,
         "double_backward": 2 + 6,
         "frozen_double_backward": 1,
     }[made.op]
@@ -115,8 +117,8 @@ def _shared(made: Plan, step: Step, variant: Variant | None, s: int, residual: b
     if made.op in DOUBLE:  # and six of Accum; the partials of a block are nine numbers a plane
         return tile + sums + warps * channel_vecs * planes * 6 * 8 + channel_vecs * planes * 9 * math_size
     # Groups: both areas are of Accum, and each block puts its numbers (group.cuh).
-    area = warps * channel_vecs * planes * (2 if forward else 3) * 8
-    return tile + 2 * area + channel_vecs * planes * (4 if forward else 3) * math_size
+    area = warps * channel_vecs * planes * 2 * 8
+    return tile + 2 * area + channel_vecs * planes * (4 if forward else 2) * math_size
 
 
 def _check_step(made: Plan, step: Step, shape: tuple[int, int, int], device: Device, residual: bool) -> None:
@@ -691,6 +693,24 @@ def test_explain() -> None:
 
 
 @pytest.mark.long
+def test_explain_parts() -> None:
+    """The steps by themselves: every array is read once, and a part may have one position."""
+    x = np.zeros((2, 8, 100, 400), np.float32)
+    text = cn.explain(x, parts=True, activation="relu", residual=True, device="H100")
+    for name, accesses, launches in (
+        ("moments", 1, ("moments_block_registers_256x8", "merge_moments")),
+        ("forward with moments=", 3, ("statistics_of_moments", "normalize_block_registers_256x4")),
+        ("gradient sums", 3, ("gradient_sums_block_registers_256x8", "merge_gradient_sums")),
+        ("backward with sums=", 5, ("means_of_sums", "input_gradient_block_registers_256x8")),
+    ):
+        lines = text.split(f"\n  {name}: ")[1].split("    bits")[0].splitlines()
+        assert f"{accesses} accesses" in lines[2]
+        assert [line.split(":")[0].strip() for line in lines[3:]] == list(launches)
+    small = cn.explain(x[..., :1, :1], parts=True, device="H100")
+    assert small.count("refused") == 2 and "moments_warp_registers_128x1: " in small
+    assert "gradient sums" in cn.explain(x, parts=True)
+
+
 @pytest.mark.parametrize("residual", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_explain_double_backward(residual: bool) -> None:
     x = np.zeros((2, 3, 1000, 1100), np.float16)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from emulator import runtime as emulator
 from emulator.runtime import Emulator, SimtError, Text, build
-from helpers import cases, reference
+from helpers import cases, parts, reference
 from helpers.backends import TESTS
 from helpers.cases import BLOCKS, GRID
 from helpers.compare import assert_equal, assert_same, assert_within
@@ -42,7 +42,10 @@ def _compiler() -> None:
     emulator.require()
 
 
-def _launched(run_on: Callable[..., Any], rng: np.random.Generator, table: list[cases.Case]) -> set[tuple[Module, str]]:
+def _launched(
+    run_on: Callable[..., Any], rng: np.random.Generator, table: list[cases.Case], steps: list[cases.Case]
+) -> set[tuple[Module, str]]:
+    """Return the kernels that these cases launch; steps: of calls with given moments and sums."""
     runtime = run_on(Recorder(cases.SMALL_DEVICE))
     for case in table:
         runtime._device = case.device
@@ -55,12 +58,20 @@ def _launched(run_on: Callable[..., Any], rng: np.random.Generator, table: list[
             cn.instance_norm_backward(dy, saved)
             if case.activation is None:
                 cn.instance_norm_double_backward(dy, weight, bias, dy, saved)
+    for case in steps:
+        runtime._device = case.device
+        x, dy, weight, bias, mean, var, residual = cases.arrays(replace(case, data="zeros"), rng)
+        options = {"weight": weight, "bias": bias, "activation": case.activation}
+        parts.in_parts(parts.WHOLE)(x, dy, residual, running_mean=mean, running_var=var, **options)
+        with parts.batch_invariant():
+            parts.in_parts(parts.WHOLE)(x, dy, residual, **options)
     return {(module, step.name) for module, step in zip(runtime.modules, runtime.steps, strict=True)}
 
 
 @pytest.mark.full
 def test_the_case_table_reaches_every_kernel(run_on: Callable[..., Any], rng: np.random.Generator) -> None:
-    launched = _launched(run_on, rng, [*cases.TABLE, *cases.variants(), *cases.variants(("double_backward",))])
+    table = [*cases.TABLE, *cases.variants(), *cases.variants(("double_backward",))]
+    launched = _launched(run_on, rng, table, parts.variants())
     missing = {(m, name) for m in all_modules([0]) for name in m.kernels} - launched
     assert not missing, sorted(f"{m.file} {m.dtype} {m.kind} {m.vec_size} {name}" for m, name in missing)
 
@@ -68,7 +79,8 @@ def test_the_case_table_reaches_every_kernel(run_on: Callable[..., Any], rng: np
 def test_the_default_tier_reaches_every_variant(run_on: Callable[..., Any], rng: np.random.Generator) -> None:
     """Every variant of every file, in some dtype and layout."""
     table = [*cases.TABLE, *cases.variants(), *cases.variants(("double_backward",))]
-    launched = _launched(run_on, rng, [case for case in table if cases.by_default(case)])
+    steps = [case for case in parts.variants() if case.dtype == "float32"]
+    launched = _launched(run_on, rng, [case for case in table if cases.by_default(case)], steps)
     missing = {(m.file, name) for m in all_modules([0]) for name in m.kernels} - {(m.file, n) for m, n in launched}
     assert not missing, sorted(missing)
 
@@ -79,7 +91,8 @@ def test_the_epilogue_cases_reach_every_kernel(run_on: Callable[..., Any], rng: 
     def code(m: Module, name: str) -> tuple[Any, ...]:
         return m.file, m.kind, m.misaligned or m.vec_size > 1, m.misaligned, name
 
-    launched = [pair for pair in _launched(run_on, rng, cases.epilogue_variants()) if pair[0].epilogue]
+    launched = _launched(run_on, rng, cases.epilogue_variants(), parts.epilogue_variants())
+    launched = {pair for pair in launched if pair[0].epilogue}
     missing = {code(m, name) for m in all_modules([1]) if m.epilogue for name in m.kernels} - {
         code(*pair) for pair in launched
     }
@@ -107,7 +120,7 @@ def test_launches_and_allocations(run_on: Callable[..., Any], shape: tuple[int, 
     cn.instance_norm(x, channel.copy(), channel.copy(), channel, channel, **fused)
     assert since(runtime) == (2, 3)  # y; means and variances, for the running statistics
     _, saved = cn.instance_norm_forward(x, **fused)
-    assert since(runtime) == (1, 3 + len(fused))  # y, mean, rstd; for a mask also mean_lo
+    assert since(runtime) == (1, 4)  # y, mean, rstd, mean_lo
     cn.instance_norm_backward(x, saved)
     assert since(runtime) == (1, 1)
     _, saved = cn.instance_norm_forward(x, sample, sample, **fused)
@@ -276,6 +289,17 @@ def test_bytes(
     runtime.counts.clear()
     cn.instance_norm_backward(dy, saved, out=y)
     assert accesses() == (3 if activation else 2) + backward_more
+
+    # Steps with given moments and sums: planes of any size, each array once.
+    made = plan_of("input_gradient")
+    moments = cn.moments(x)
+    assert accesses() == 1
+    _, saved = cn.instance_norm_forward(x, ones, moments=moments, out=y, **options)
+    assert accesses() == 2 + forward_more
+    sums = cn.gradient_sums(dy, saved)
+    assert accesses() == 2 + bool(activation and with_residual)
+    cn.instance_norm_backward(dy, saved, sums=sums, out=y)
+    assert accesses() == 3 + backward_more
 
 
 def test_the_shapes_reach_every_regime() -> None:

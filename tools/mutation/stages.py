@@ -16,13 +16,13 @@ BACKENDS = (
         "numba_intrinsics", "numba_moves", "numba_path", "numba_rehearsal", "numba_tasks", "numpy_activations",
         "numpy_double", "numpy_path",
     )),
-    *(f"cupynorm/cuda/{name}.py" for name in ("arguments", "launch", "layout", "ops", "plan", "source")),
+    *(f"cupynorm/cuda/{name}.py" for name in ("arguments", "launch", "launches", "layout", "ops", "plan", "source")),
 )  # fmt: skip
 #: Without the modules that need a GPU or Chainer, without commands, and without tables of devices and variants.
 REST = (
     "_checks", "_types", "backend", "config", "cpu/forks", "cpu/halves", "cpu/numba_cache", "cpu/numba_import",
     "cpu/result_pool", "cpu/running", "cpu/thread_pool", "cpu_count", "cuda/describe", "devices", "explain",
-    "functional", "inference", "layers", "thinc", "warm",
+    "functional", "inference", "layers", "statistics", "thinc", "warm",
 )  # fmt: skip
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
@@ -52,10 +52,11 @@ TESTS = {
     "devices": "functional layers checkpoints refusals info package",
     "explain": "functional info plan invariance semantics",
     "forks": "together",
-    "functional": "functional refusals semantics properties double_backward epilogue layers",
+    "functional": "functional parts refusals semantics properties double_backward epilogue layers",
     "gelu": "choices epilogue accuracy",
     "halves": "halves cpu",
     "inference": "layers semantics refusals",
+    "launches": "launch functional",
     "launch": "launch plan semantics functional refusals invariance together",
     "layers": "layers loops checkpoints refusals together functional",
     "layout": "plan launch invariance functional info",
@@ -65,18 +66,22 @@ TESTS = {
     "ops": "plan launch",
     "plan": "plan invariance functional info",
     "result_pool": "memory cpu together",
-    "running": "together refusals semantics cpu",
+    "running": "together refusals semantics cpu parts",
+    "statistics": "parts",
     "source": "plan package",
     "thinc": "thinc",
     "thread_pool": "cpu together info memory",
     "warm": "warmup plan",
 }
 
-#: Which kernels use a file of kernels/: those of forward and backward, those of the double backward, or both.
+#: Which kernels use a file of kernels/: those of forward and backward, those of the steps by themselves, those of the
+#: double backward, or forward, backward and double backward.
 USERS = {
     file: users
     for users, files in {
-        "single": "backward.cu epilogue.cuh forward.cu frozen.cu gradient.cuh moments.cuh normalize.cuh split.cu",
+        "single": "backward.cu epilogue.cuh forward.cu frozen.cu gradient.cuh moments.cuh normalize.cuh split.cu"
+        " steps.cuh",
+        "parts": "given.cu parts.cu",
         "double": "double.cuh double_backward.cu double_split.cu frozen_double_backward.cu",
         "both": "affine.cuh arrays.cuh channels.cu device.cuh group.cuh merge.cuh merges.cu partition.cuh round.cuh"
         " staging.cuh sums.cuh tile.cuh types.cuh unaligned.cuh unit.cuh",
@@ -169,6 +174,9 @@ def _loop_stages(name: str, scope: str) -> list[tuple[str, ...]]:
 
 def _kernel_stages(file: str) -> list[tuple[str, ...]]:
     users = USERS[file]
+    of_parts = [(file_of("parts"), "-m", "simt"), (file_of("parts"), "-m", "simt", "--full")]
+    if users == "parts":
+        return [(*of_parts[0], "-k", "every_kernel"), *of_parts, (file_of("compile"),)]
     plain = "and double" if users == "double" else "and not double and not epilogue_variant"
     first = FIRST.get(file, "test_double_small" if users == "double" else "test_small")
     return [
@@ -180,6 +188,7 @@ def _kernel_stages(file: str) -> list[tuple[str, ...]]:
         *(chosen("cases", f"simt and {dtype} {plain}") for dtype in ("float16", "float64", "bfloat16")),
         *([] if users == "double" else [(file_of("epilogue"), "-m", "simt", "-k", "float32")]),
         *([chosen("cases", "simt and double")] if users == "both" else []),
+        *([] if users == "double" else of_parts),
         (file_of("accuracy"), "-m", "simt", "-k", "not every_row"),
         (*files_of("semantics properties double_backward"), "-m", "simt"),
         (file_of("compile"),),

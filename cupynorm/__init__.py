@@ -20,7 +20,8 @@ from .functional import (
     moments,
 )
 from .inference import inference_mode
-from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, Parameter
+from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .parameters import Parameter
 from .statistics import GradientSums, Moments
 from .warm import warmup
 

@@ -68,17 +68,17 @@ class ForwardCall:
     """The arguments of a forward, as for `cupynorm.instance_norm`."""
 
     x: Array
-    weight: Array | None
-    bias: Array | None
-    running_mean: Array | None
-    running_var: Array | None
-    use_input_stats: bool
-    momentum: float
-    eps: float
-    activation: str | None
-    negative_slope: float
-    residual: Array | None
-    out: Array | None
+    weight: Array | None = None
+    bias: Array | None = None
+    running_mean: Array | None = None
+    running_var: Array | None = None
+    use_input_stats: bool = True
+    momentum: float = 0.1
+    eps: float = 1e-5
+    activation: str | None = None
+    negative_slope: float = 0.01
+    residual: Array | None = None
+    out: Array | None = None
     save: bool = True  # whether the result has Saved
     moments: Any = None  # a statistics.Moments, to use in place of x's own
 

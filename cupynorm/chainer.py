@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy
 
+from . import distributed
 from ._checks import check_count, check_dtype, check_eps, check_input, check_number, check_per_channel
-from ._types import Saved, math_dtype
+from ._types import ForwardCall, Saved, math_dtype
 from .chainer_import import chainer
-from .functional import instance_norm_backward, instance_norm_double_backward, instance_norm_forward
+from .functional import check_forward, instance_norm_backward, instance_norm_double_backward, run_forward
 
 __all__ = [
     "InstanceNormalization",
@@ -48,25 +49,36 @@ F = chainer.functions
 class InstanceNormalizationFunction(chainer.FunctionNode):
     """Map x, and gamma and beta if given, to y. Chainer's hooks and graphs show the names of these classes."""
 
-    def __init__(self, affine: tuple[bool, bool], **options: Any):
+    def __init__(self, affine: tuple[bool, bool], comm: Any = None, **options: Any):
         self._affine = affine
+        self._comm = comm
         self._options = options
         self._saved: Saved | None = None
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any]:
+        if self._comm is None:
+            result = run_forward(*self._call(inputs))
+        else:
+            result = distributed.forward(self._comm, lambda: self._call(inputs))
+        result.commit()
+        self._saved = result.saved
+        self.retain_inputs((0, 1) if self._affine[0] else (0,))
+        return (result.y,)
+
+    def _call(self, inputs: tuple[Any, ...]) -> tuple[ForwardCall, str]:
+        """Check the inputs, and return the call and its place."""
         x, *parameters = inputs
         place = check_input(x, "x")
         names = [name for name, given in zip(("gamma", "beta"), self._affine, strict=True) if given]
         given = dict(zip(names, parameters, strict=True))
         for name, array in given.items():
             check_per_channel(array, name, x, place, per_sample=True)
-        y, self._saved = instance_norm_forward(x, given.get("gamma"), given.get("beta"), **self._options)
-        self.retain_inputs((0, 1) if self._affine[0] else (0,))
-        return (y,)
+        call = ForwardCall(x=x, weight=given.get("gamma"), bias=given.get("beta"), **self._options)
+        return call, check_forward(call, place, part=self._comm is not None)
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any]) -> tuple[Any, ...]:
         assert self._saved is not None
-        backward = InstanceNormalizationGrad(self._affine, self._saved, self._options["eps"])
+        backward = InstanceNormalizationGrad(self._affine, self._saved, self._options["eps"], self._comm)
         gradients: tuple[Any, ...] = backward.apply((*self.get_retained_inputs(), *grad_outputs))
         return gradients
 
@@ -74,14 +86,20 @@ class InstanceNormalizationFunction(chainer.FunctionNode):
 class InstanceNormalizationGrad(chainer.FunctionNode):
     """Map x, gamma if given, and gy to gx, and to ggamma and gbeta if gamma and beta are given."""
 
-    def __init__(self, affine: tuple[bool, bool], saved: Saved, eps: float):
+    def __init__(self, affine: tuple[bool, bool], saved: Saved, eps: float, comm: Any = None):
         self._affine = affine
         self._saved = saved
         self._eps = eps
+        self._comm = comm
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         self.retain_inputs(tuple(range(len(inputs))))
-        return tuple(gradient for gradient in instance_norm_backward(inputs[-1], self._saved) if gradient is not None)
+        gradients: tuple[Any, ...]
+        if self._comm is None:
+            gradients = instance_norm_backward(inputs[-1], self._saved)
+        else:
+            gradients = distributed.backward(self._comm, lambda: (inputs[-1], self._saved, None))
+        return tuple(gradient for gradient in gradients if gradient is not None)
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         given = iter(grad_outputs)
@@ -168,9 +186,9 @@ def _composed(x: Any, gamma: Any, beta: Any, fixed: Saved | None, eps: float) ->
     return F.cast(z, dtype)
 
 
-def _apply(x: Given, gamma: Given | None, beta: Given | None, **options: Any) -> Any:
+def _apply(x: Given, gamma: Given | None, beta: Given | None, comm: Any = None, **options: Any) -> Any:
     inputs = [x, *(v for v in (gamma, beta) if v is not None)]
-    return InstanceNormalizationFunction((gamma is not None, beta is not None), **options).apply(inputs)[0]
+    return InstanceNormalizationFunction((gamma is not None, beta is not None), comm, **options).apply(inputs)[0]
 
 
 def instance_normalization(
@@ -182,6 +200,7 @@ def instance_normalization(
     running_mean: Any | None = None,
     running_var: Any | None = None,
     decay: float = 0.9,
+    comm: Any = None,
 ) -> Any:
     """Normalise every plane of x with its own statistics: y = (x - mean) / sqrt(var + eps) * gamma + beta.
 
@@ -197,6 +216,9 @@ def instance_normalization(
             + (1 - decay) * (mean over N of the planes' means and unbiased variances). They are not updated when
             `chainer.functions.forget` recomputes a forward.
         decay: weight of the old running statistics, 1 - momentum. 1 leaves them as they are.
+        comm: a communicator, of mpi4py or ChainerMN, if each process has only a part of every plane: all then normalise
+            with the statistics of whole planes, and the gradients of gamma and beta are sums over the process's own
+            part (`cupynorm.distributed`). Differentiable once.
 
     Returns:
         A Variable of x's shape and dtype.
@@ -209,8 +231,9 @@ def instance_normalization(
     if chainer.config.in_recomputing:
         running_mean = running_var = None
     return _apply(
-        x, gamma, beta, eps=check_eps(eps), running_mean=chainer.as_array(running_mean),
-        running_var=chainer.as_array(running_var), momentum=1 - check_number(decay, "decay"),
+        x, gamma, beta, distributed.check_communicator(comm), eps=check_eps(eps),
+        running_mean=chainer.as_array(running_mean), running_var=chainer.as_array(running_var),
+        momentum=1 - check_number(decay, "decay"),
     )  # fmt: skip
 
 
@@ -277,6 +300,8 @@ class InstanceNormalization(chainer.Link):
         initial_gamma, initial_beta: initializer, array or number; None: 1 and 0.
         track_avg_stats: keep averages of means and unbiased variances for test mode.
         initial_avg_mean, initial_avg_var: initializer, array or number; None: 0 and 1.
+        comm: keyword only; a communicator, of mpi4py or ChainerMN, if each process has only a part of every plane: see
+            `instance_normalization`. Copies and pickles of the link have none.
 
     Attributes:
         gamma, beta: `chainer.Parameter` (C,), or None.
@@ -306,8 +331,11 @@ class InstanceNormalization(chainer.Link):
         track_avg_stats: bool = False,
         initial_avg_mean: Any = None,
         initial_avg_var: Any = None,
+        *,
+        comm: Any = None,
     ):
         super().__init__()
+        self.comm = distributed.check_communicator(comm)
         self._size = None if size is None else check_count(size, "size", 0)
         self.decay = check_number(decay, "decay")
         self.eps = check_eps(eps)
@@ -351,7 +379,7 @@ class InstanceNormalization(chainer.Link):
             raise ValueError(f"expected {self._rank + 2}D input (got {x.ndim}D input)")
         if self._size is not None and x.shape[1] != self._size:
             raise ValueError(f"x has shape {x.shape}, with {x.shape[1]} channels; the link's size is {self._size}")
-        if use_input_stats and math.prod(x.shape[2:]) == 1:
+        if use_input_stats and math.prod(x.shape[2:]) == 1 and self.comm is None:
             raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
         if self.gamma is None and self.beta is None and not self.track_avg_stats:
             return
@@ -383,17 +411,23 @@ class InstanceNormalization(chainer.Link):
                 Nothing has been created, counted or written then.
         """
         training = bool(chainer.config.train)
-        self._check(chainer.as_array(x), training or not self.track_avg_stats)
+        use_input_stats = training or not self.track_avg_stats
+        with distributed.failures_told(self.comm if use_input_stats else None):
+            self._check(chainer.as_array(x), use_input_stats)
         self._initialize(x.shape[1])
         if self.track_avg_stats and not training:
             return fixed_instance_normalization(x, self.gamma, self.beta, self.avg_mean, self.avg_var, self.eps)
         finetune = finetune and self.track_avg_stats and not chainer.config.in_recomputing
         y = instance_normalization(
             x, self.gamma, self.beta, eps=self.eps, running_mean=self.avg_mean, running_var=self.avg_var,
-            decay=self.N / (self.N + 1) if finetune else self.decay,
+            decay=self.N / (self.N + 1) if finetune else self.decay, comm=self.comm,
         )  # fmt: skip
         self.N += bool(finetune)
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A communicator belongs to its process.
+        return self.__dict__ | {"comm": None}
 
     def start_finetuning(self) -> None:
         """Reset the count of batches, N, before finetuning again."""

@@ -21,7 +21,8 @@ import numpy as np
 
 from . import devices
 from ._types import Array
-from .layers import InstanceNorm2d, Parameter
+from .layers import InstanceNorm2d
+from .parameters import Parameter
 
 CLASSES = 10
 BATCH = 64

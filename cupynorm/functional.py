@@ -137,7 +137,15 @@ def instance_norm_forward(
 def checked_forward(call: ForwardCall, place: str | None = None) -> ForwardResult:
     """Check a call's arguments and run its backend's forward; the caller commits the result.
 
-    place: of call.x, if it is known already. Numbers in call are converted in place.
+    place: of call.x, if it is known already.
+    """
+    return run_forward(call, check_forward(call, place))
+
+
+def check_forward(call: ForwardCall, place: str | None = None, part: bool = False) -> str:
+    """Check a call's arguments, and return its place. Numbers in call are converted in place.
+
+    part: moments are still to come, since x has only a part of each plane.
     """
     x, running_mean, running_var = call.x, call.running_mean, call.running_var
     place = check_input(x, place=place)
@@ -164,7 +172,7 @@ def checked_forward(call: ForwardCall, place: str | None = None) -> ForwardResul
         if not call.use_input_stats:
             raise ValueError("moments need use_input_stats=True: otherwise the running statistics are used")
         _check_moments(call.moments, x, place)
-    elif call.use_input_stats and math.prod(x.shape[2:]) == 1:
+    elif call.use_input_stats and math.prod(x.shape[2:]) == 1 and not part:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
     inputs = [("input", x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)]
     if call.moments is not None:
@@ -173,6 +181,11 @@ def checked_forward(call: ForwardCall, place: str | None = None) -> ForwardResul
         check_apart(statistics, inputs)
     if call.out is not None:
         check_out(call.out, x, place, (*inputs, *statistics))
+    return place
+
+
+def run_forward(call: ForwardCall, place: str) -> ForwardResult:
+    """Run a checked forward."""
     backend = backend_of(place)
     own = call.use_input_stats and call.moments is None
     result = backend.forward(call) if own else backend.normalize(call)
@@ -274,14 +287,13 @@ def instance_norm_backward(
     Raises:
         TypeError, ValueError: dy, saved, out or sums do not fit. Nothing has been written then.
     """
-    gradients = checked_backward(dy, saved, out, sums, sums)
+    check_backward(dy, saved, out, sums)
+    gradients = run_backward(dy, saved, out, sums)
     return gradients[: 4 if saved.with_residual else 3]
 
 
-def checked_backward(
-    dy: Array, saved: Saved, out: Array | None, sums: GradientSums | None, of_parameters: GradientSums | None
-) -> Gradients:
-    """Check the arguments of a backward and run it. of_parameters: the sums for dweight and dbias; None: `sums`."""
+def check_backward(dy: Array, saved: Saved, out: Array | None, sums: GradientSums | None = None) -> None:
+    """Check the arguments of a backward."""
     check_saved(saved)
     x = saved.x
     place = place_of(x, "input")
@@ -295,12 +307,22 @@ def checked_backward(
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
         kept = [(name, getattr(saved, name)) for name in ("mean", "rstd", "mean_lo", "count")]
         check_out(out, x, place, (*inputs, *kept, *([] if sums is None else _arrays_of(sums, "sums"))))
+
+
+def run_backward(
+    dy: Array,
+    saved: Saved,
+    out: Array | None,
+    sums: GradientSums | None,
+    parameter_sums: GradientSums | None = None,
+) -> Gradients:
+    """Run a checked backward. parameter_sums: the sums for dweight and dbias, if they are not `sums`."""
     note_overwritten(saved, out)  # before anything is written: an interrupted call may have written a part
-    backend = backend_of(place)
+    backend = backend_of(place_of(saved.x, "input"))
     if sums is None and saved.count is None:
         return backend.backward(dy, saved, out=out)
     total = backend.gradient_sums(dy, saved) if sums is None else sums
-    dweight, dbias = backend.parameter_gradients(of_parameters or total, saved)
+    dweight, dbias = backend.parameter_gradients(parameter_sums or total, saved)
     dx, dresidual = backend.input_gradient(dy, saved, total, out=out)
     return Gradients(dx, dweight, dbias, dresidual)
 

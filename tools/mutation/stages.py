@@ -22,7 +22,7 @@ BACKENDS = (
 REST = (
     "_checks", "_types", "backend", "config", "cpu/forks", "cpu/halves", "cpu/numba_cache", "cpu/numba_import",
     "cpu/result_pool", "cpu/running", "cpu/thread_pool", "cpu_count", "cuda/describe", "devices", "explain",
-    "functional", "inference", "layers", "statistics", "thinc", "warm",
+    "distributed", "functional", "inference", "layers", "parameters", "statistics", "thinc", "warm",
 )  # fmt: skip
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
@@ -67,6 +67,8 @@ TESTS = {
     "plan": "plan invariance functional info",
     "result_pool": "memory cpu together",
     "running": "together refusals semantics cpu parts",
+    "distributed": "distributed",
+    "parameters": "layers refusals",
     "statistics": "parts",
     "source": "plan package",
     "thinc": "thinc",

@@ -18,7 +18,7 @@ from . import devices
 from ._checks import known_place
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
 from .backend import backend_of
-from .functional import check_backward, gradient_sums, run_backward, run_forward
+from .functional import check_backward, run_backward, run_forward
 from .statistics import GradientSums, Moments
 
 Numbers = TypeVar("Numbers", Moments, GradientSums)
@@ -107,9 +107,9 @@ def backward(comm: Communicator, prepare: Callable[[], tuple[Array, Saved, Array
     checked as far as the caller checks them."""
     with failures_told(comm):
         dy, saved, out = prepare()
-        check_backward(dy, saved, out)
-        own = gradient_sums(dy, saved)
-    return run_backward(dy, saved, out, merged(comm, own), own)
+        place = check_backward(dy, saved, out)
+        own = backend_of(place).gradient_sums(dy, saved)
+    return run_backward(place, dy, saved, out, merged(comm, own), own)
 
 
 class NCCL:

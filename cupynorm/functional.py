@@ -287,13 +287,12 @@ def instance_norm_backward(
     Raises:
         TypeError, ValueError: dy, saved, out or sums do not fit. Nothing has been written then.
     """
-    check_backward(dy, saved, out, sums)
-    gradients = run_backward(dy, saved, out, sums)
+    gradients = run_backward(check_backward(dy, saved, out, sums), dy, saved, out, sums)
     return gradients[: 4 if saved.with_residual else 3]
 
 
-def check_backward(dy: Array, saved: Saved, out: Array | None, sums: GradientSums | None = None) -> None:
-    """Check the arguments of a backward."""
+def check_backward(dy: Array, saved: Saved, out: Array | None, sums: GradientSums | None = None) -> str:
+    """Check the arguments of a backward, and return its place."""
     check_saved(saved)
     x = saved.x
     place = place_of(x, "input")
@@ -307,9 +306,11 @@ def check_backward(dy: Array, saved: Saved, out: Array | None, sums: GradientSum
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
         kept = [(name, getattr(saved, name)) for name in ("mean", "rstd", "mean_lo", "count")]
         check_out(out, x, place, (*inputs, *kept, *([] if sums is None else _arrays_of(sums, "sums"))))
+    return place
 
 
 def run_backward(
+    place: str,
     dy: Array,
     saved: Saved,
     out: Array | None,
@@ -318,7 +319,7 @@ def run_backward(
 ) -> Gradients:
     """Run a checked backward. parameter_sums: the sums for dweight and dbias, if they are not `sums`."""
     note_overwritten(saved, out)  # before anything is written: an interrupted call may have written a part
-    backend = backend_of(place_of(saved.x, "input"))
+    backend = backend_of(place)
     if sums is None and saved.count is None:
         return backend.backward(dy, saved, out=out)
     total = backend.gradient_sums(dy, saved) if sums is None else sums

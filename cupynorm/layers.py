@@ -316,8 +316,7 @@ class _InstanceNorm:
             found = distributed.backward(self.comm, prepare)
         else:
             dy, call, out_ = prepare()
-            check_backward(dy, call, out_, sums)
-            found = run_backward(dy, call, out_, sums)
+            found = run_backward(check_backward(dy, call, out_, sums), dy, call, out_, sums)
         call, unbatched = kept
         dx, dweight, dbias = found[:3]
         dresidual: list[Any] = [found.dresidual] if call.with_residual else []

@@ -127,8 +127,9 @@ sanitizer() {
 
 both=float32,bfloat16
 telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,128,128,128 1,1,4096,4096 1,4194304,4,4 1,65536,32,32"
-real=real all="real sweep" scopes=() tests=() sizes=() calls=() compiling=60
+real=real all="real sweep" parts=() scopes=() tests=() sizes=() calls=() compiling=60
 if [ -n "${SMALL:-}" ]; then
+    parts=(2,3,16,16 --batch-ms 0.01)
     telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=bfloat16
     scopes=(--scopes cluster4) tests=(tests/conformance/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1)
     [ $stage = first ] || calls+=(--no-import)
@@ -158,6 +159,8 @@ if [ "$gpu" != yes ]; then
             --plot "$out/bench.png"
         [ $stage = quick ] || rehearse "host cost" 60 "$python" -m bench host --rounds 1 --calls 1
         [ $stage != full ] || part dram 20 bench.txt "$python" -m bench dram
+        [ $stage != full ] || part "parts (rehearsed on the CPU)" 60 bench.txt "$python" -m bench parts --device cpu \
+            2,3,16,16 --rounds 1 --batch-ms 0.1
     fi
 elif [ $stage = first ]; then
     part facts 30 facts.txt bash -c facts
@@ -173,7 +176,8 @@ elif [ $stage = full ]; then
         -p no:benchmark "${tests[@]}"
     bench benchmark 110 --shapes $all --dtype $both --op both,forward,backward --peers "${PEERS:-torch}" --rounds 7
     sanitizer
-    bench "channels-last and fused" 60 --shapes $real --dtype $both --layout channels_first,channels_last \
+    part parts 20 bench.txt "$python" -m bench parts --device gpu --dtype $both --rounds 5 "${parts[@]}"
+    bench "channels-last and fused" 45 --shapes $real --dtype $both --layout channels_first,channels_last \
         --epilogue none,fused --op both,forward,backward --peers "${PEERS:-torch}" --rounds 5 --resume \
         --plot "$out/bench.png"
     part "host cost" 20 bench.txt "$python" -m bench host --device gpu --json "$out/bench.json" "${calls[@]}"

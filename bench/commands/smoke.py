@@ -1,6 +1,6 @@
 """Check that each kind of kernel runs and is right: python -m bench smoke --help.
 
-For every scope (subwarp, warp, block, shared memory, clusters, grid, split, frozen statistics), dtype, layout and
+For every scope (subwarp, warp, block, shared memory, clusters, grid, split, given statistics), dtype, layout and
 operation, this runs the smallest shape for which plans on this GPU choose the scope, and compares some channels with
 the NumPy backend in float64. Every scope and dtype runs in its own process with a time limit, so that a crash or a hang
 costs only its own lines.
@@ -40,7 +40,9 @@ SCOPES = (
 DTYPES = ("float32", "bfloat16")
 KINDS: tuple[Kind, ...] = ("channels_first", "channels_last")
 OPS: tuple[Op, ...] = ("forward", "backward", "double_backward")
-GIVEN: tuple[Op, ...] = ("normalize", "frozen_backward", "frozen_double_backward")  # the same with given statistics
+#: Steps by themselves, for parts of planes, and the operations with given statistics.
+STEPS: tuple[Op, ...] = ("moments", "gradient_sums", "input_gradient")
+GIVEN: tuple[Op, ...] = ("normalize", "frozen_backward", "frozen_double_backward", *STEPS)
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}  # relative to 1 + |exact|
 SIDES = (3, 5, 9, 15, 20, 25, 30, 40, 61, 80, 100, 150, 200, 300, 400, 500, 700, 1000, 1500, 2000, 3000, 4001, 5000)
 SAMPLES, CHANNELS = (1, 2, 16, 64), (1, 3, 8, 40, 320)
@@ -49,7 +51,7 @@ MOST_ELEMENTS = 60_000_000
 
 def scope_of(plan: Plan) -> str:
     """Return the name in SCOPES of a plan's scope."""
-    if plan.regime == "pointwise":
+    if plan.regime in ("pointwise", "one-pass"):
         return "given"
     scope, _, residency = plan.regime.partition("-")
     if scope == "block" and residency == "shared":
@@ -71,6 +73,16 @@ def smallest(scope: str, op: Op, dtype: str, kind: Kind, device: Device) -> tupl
 
 def _made(xp: Any, x: Any, dy: Any, ddx: Any, weight: Any, bias: Any, running: Any, op: Op) -> dict[str, Any]:
     """Return the results of an operation, by name, on arrays of xp."""
+    if op in STEPS:
+        moments = cn.moments(x)
+        _, saved = cn.instance_norm_forward(x, weight, bias, moments=moments)
+        sums = cn.gradient_sums(dy, saved)
+        if op == "moments":
+            return {"mean": moments.mean, "variance": moments.var()}
+        if op == "gradient_sums":
+            return dict(vars(sums))
+        gradients = cn.instance_norm_backward(dy, saved, sums=sums)
+        return dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))
     mean, var = (p.copy() for p in running)
     y, saved = cn.instance_norm_forward(
         x, weight, bias, running_mean=mean, running_var=var, momentum=0.1, use_input_stats=op in OPS
@@ -115,7 +127,8 @@ def error(cupy: Any, shape: tuple[int, ...], dtype: str, kind: Kind, op: Op) -> 
     for name, expected in exact.items():
         got = devices.to_host(results[name])
         got = (got[some] if got.ndim == 1 else got[:, some]).astype(np.float64)
-        terms = math.sqrt(math.prod(shape) / c) if name in ("dweight", "dbias") else 1.0
+        summed = {"dweight": n, "dbias": n, "sum_dy": 1, "sum_dy_xhat": 1}.get(name)  # planes
+        terms = 1.0 if summed is None else math.sqrt(summed * math.prod(shape[2:]))
         distance = np.abs(got - expected) / (TOLERANCE[dtype] * terms)
         worst = float(np.max([worst, (distance / (1 + np.abs(expected))).max()]))
     return worst

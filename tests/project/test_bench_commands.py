@@ -1,4 +1,4 @@
-"""The commands host, passes, values, dram, smoke and prime."""
+"""The commands host, parts, passes, values, dram, smoke and prime."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.compare import assert_equal
+from helpers.compare import assert_equal, assert_within
 
 import cupynorm
-from bench.commands import dram, host, passes, prime, smoke, values
+from bench.commands import dram, host, parts, passes, prime, smoke, values
 from bench.core import cases, peers, report, timing
 from cupynorm import cpu, devices
 from cupynorm.cpu import numpy_path
@@ -248,3 +248,23 @@ def test_smoke_distinguishes_a_crash_from_an_error(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(smoke, "subprocess", SimpleNamespace(
             Popen=started, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired))  # fmt: skip
         assert smoke.run("grid", "float32", limit) == (text, well)
+
+
+def test_parts_times_every_call(capsys: pytest.CaptureFixture[str]):
+    """One line for each shape and dtype; calls in parts give the results of the whole."""
+    shapes = ["2,3,6,7", "2,3,5,4,9"]
+    options = ["--device", "cpu", "--dtype", "float32,float16", "--rounds", "1", "--batch-ms", "0.01"]
+    assert parts.main([*shapes, *options]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        f"{shape} {dtype}" for dtype in ("float32", "float16") for shape in shapes
+    ]
+    for line in lines:
+        found = re.findall(r"([a-z_ =]+) (\d+) us \((\d+\.\d\d)\)", line.partition(": ")[2])
+        assert [name.strip() for name, _, _ in found] == list(parts.ACCESSES)
+    arrays = cases.Arrays(np, (2, 3, 6, 7), "float32", "channels_first", False, sets=1)
+    calls = parts.contestants(arrays, 4)
+    joined = np.concatenate(calls["forward in parts"](0), -1)
+    assert_within(joined, calls["forward"](0), 1e-6)
+    with pytest.raises(SystemExit):
+        parts.main(["2,3"])

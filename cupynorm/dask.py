@@ -1,0 +1,201 @@
+"""Instance normalisation of dask arrays (N, C, *spatial) of any chunks, with NumPy or CuPy arrays inside.
+
+Chunks that hold whole planes are normalised in one pass. Others are parts of planes: their moments are merged by a tree
+whose order follows from the chunks alone, then each chunk is normalised with the moments of its planes. So results have
+the same bits in every run and with every scheduler.
+
+    import cupynorm.dask as cnd
+    import dask.array as da
+
+    volume = da.from_zarr("volume.zarr")[None, None]
+    cnd.instance_norm(volume)[0, 0].to_zarr("normalised.zarr")
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from dask.graph_manipulation import bind
+
+from . import functional
+from ._checks import check_activation, check_dtype, check_eps, check_number
+from ._types import math_dtype
+from .statistics import Moments
+
+__all__ = ["instance_norm", "moments"]
+
+#: Up to so many neighbouring chunks are merged at a time.
+SPLIT_EVERY = 8
+
+
+def instance_norm(
+    a: da.Array,
+    weight: Any = None,
+    bias: Any = None,
+    *,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: da.Array | None = None,
+    moments: Moments | None = None,
+    reread: bool = True,
+) -> da.Array:
+    """Normalise every plane of a dask array: activation((a - mean) / sqrt(var + eps) * weight + bias + residual).
+
+    Nothing is computed before the result is. mean and the biased var are those of whole planes, also where the chunks
+    cut them. For inference: there is no backward.
+
+    Args:
+        a: dask array (N, C, *spatial) of rank 3 or more, of NumPy or CuPy arrays; float16, bfloat16, float32 or
+            float64; any chunks, of known sizes.
+        weight, bias: (C,), or (N, C) for a scale and shift of each sample: dask arrays, or arrays of the kind that `a`
+            has inside; in a's dtype, or float32 for float16 and bfloat16.
+        eps, activation, negative_slope: see `cupynorm.instance_norm`.
+        residual: dask array of a's shape and dtype; its chunks are changed to a's.
+        moments: used in place of those of `a` (`cupynorm.dask.moments`, `cupynorm.moments`); arrays (N, C).
+        reread: where chunks cut planes, each chunk is needed twice. If True, what `a` consists of is loaded or computed
+            again the second time, after all moments are known, so that memory need not hold all of it. If False, it is
+            computed once, and stays in memory until then: faster if `a` is costly and fits.
+
+    Returns:
+        A dask array with the shape, dtype, chunks and kind of arrays of `a`.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit. Arrays inside that do not fit raise when they are computed.
+    """
+    _check(a)
+    eps, negative_slope = check_eps(eps), check_number(negative_slope, "negative_slope")
+    check_activation(activation)
+    whole = all(blocks == 1 for blocks in a.numblocks[2:])
+    if moments is None and math.prod(a.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 spatial element, got input size {a.shape}")
+    index = tuple(range(a.ndim))
+    given: list[Any] = []
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        given += _of_planes(parameter, name, a, per_channel=True, dtypes=(a.dtype, math_dtype(a.dtype)))
+    if residual is None:
+        given += [None, None]
+    else:
+        if not isinstance(residual, da.Array):
+            raise TypeError(f"residual must be a dask array, got {type(residual).__qualname__}")
+        if (residual.shape, residual.dtype) != (a.shape, a.dtype):
+            raise ValueError(
+                f"residual has shape {residual.shape} and dtype {residual.dtype}; needed are {a.shape} and {a.dtype}"
+            )
+        given += [residual.rechunk(a.chunks), index]
+    source: da.Array = a
+    planes: da.Array | None = None
+    if moments is not None:
+        planes = _given_moments(moments, a)
+    elif not whole:
+        planes = _merged(a)
+        source = bind(a, planes, seed=tokenize(a, "cupynorm")) if reread else a
+    result: da.Array = da.blockwise(
+        _normalized, index, source, index, *given, planes, None if planes is None else (0, 1), eps=eps,
+        activation=activation, negative_slope=negative_slope, dtype=a.dtype, meta=a._meta, align_arrays=False,
+    )  # fmt: skip
+    return result
+
+
+def moments(a: da.Array) -> Moments:
+    """Compute the moments of each plane of a dask array: see `cupynorm.moments`.
+
+    Args:
+        a: dask array (N, C, *spatial) of rank 3 or more: see `instance_norm`.
+
+    Returns:
+        Moments of dask arrays (N, C), with a's chunks of N and C and its kind of arrays. Compute them together, so that
+        `a` is read once: `dask.compute(m)`.
+
+    Raises:
+        TypeError, ValueError: a does not fit.
+    """
+    _check(a)
+    planes = _merged(a)
+    fields = (("count", np.int64), ("mean", np.float64), ("m2", np.float64))
+    found = [
+        da.blockwise(
+            _field, (0, 1), planes, (0, 1), field=name, dtype=dtype, token=f"moments-{name}",
+            meta=a._meta.reshape((0, 0)).astype(dtype), align_arrays=False,
+        )
+        for name, dtype in fields
+    ]  # fmt: skip
+    return Moments(*found)
+
+
+def _check(a: Any) -> None:
+    if not isinstance(a, da.Array):
+        raise TypeError(f"a must be a dask array, got {type(a).__module__}.{type(a).__qualname__}")
+    check_dtype(a.dtype, "a")
+    if a.ndim < 3:
+        raise ValueError(f"a must have at least 3 dimensions (N, C, *spatial), got shape {a.shape}")
+    if any(math.isnan(size) for sizes in a.chunks for size in sizes):
+        raise ValueError(f"a has chunks of unknown sizes, {a.chunks}: call its compute_chunk_sizes() first")
+
+
+def _of_planes(given: Any, name: str, a: da.Array, dtypes: tuple[Any, ...], per_channel: bool = False) -> list[Any]:
+    """Return an array of numbers of planes or channels in a's chunks, and its index; [None, None] for None."""
+    if given is None:
+        return [None, None]
+    shapes = (a.shape[1:2], a.shape[:2]) if per_channel else (a.shape[:2],)
+    if getattr(given, "shape", None) not in shapes:
+        raise ValueError(f"{name} has shape {getattr(given, 'shape', None)}; needed is {' or '.join(map(str, shapes))}")
+    if given.dtype not in dtypes:
+        needed = " or ".join(dict.fromkeys(np.dtype(dtype).name for dtype in dtypes))
+        raise TypeError(f"{name} has dtype {given.dtype}; needed is {needed}")
+    chunks = a.chunks[2 - given.ndim : 2]
+    if not isinstance(given, da.Array):
+        given = da.from_array(given, chunks=chunks, asarray=False)
+    return [given.rechunk(chunks), (1,) if given.ndim == 1 else (0, 1)]
+
+
+# Blocks of the arrays below are Moments: dask does not look at them.
+
+
+def _merged(a: da.Array) -> da.Array:
+    """Return the moments of the planes of each chunk of N and C."""
+    spatial = tuple(range(2, a.ndim))
+    return da.reduction(
+        a, _moments_of, _merge, axis=spatial, combine=_merge, concatenate=False, dtype=object,
+        split_every=SPLIT_EVERY, meta=np.empty((0, 0), object), name="moments",
+    )  # fmt: skip
+
+
+def _given_moments(given: Moments, a: da.Array) -> da.Array:
+    if not isinstance(given, Moments):
+        raise TypeError(f"moments must be what moments returns, got {type(given).__qualname__}")
+    arrays: list[Any] = []
+    for name, dtype in (("count", np.int64), ("mean", np.float64), ("m2", np.float64)):
+        arrays += _of_planes(getattr(given, name), f"moments.{name}", a, (np.dtype(dtype),))
+    made: da.Array = da.blockwise(
+        Moments, (0, 1), *arrays, dtype=object, meta=np.empty((0, 0), object), align_arrays=False
+    )
+    return made
+
+
+def _moments_of(x: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
+    return np.empty((0,) * x.ndim, object) if computing_meta else functional.moments(x)
+
+
+def _merge(parts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
+    """Merge the moments of neighbouring chunks, in lists nested as deep as there are axes."""
+    if computing_meta:
+        return np.empty((0, 0), object)
+    first, *others = _flat(parts)
+    return first.merge(*others)
+
+
+def _flat(parts: Any) -> list[Moments]:
+    return [parts] if isinstance(parts, Moments) else [each for part in parts for each in _flat(part)]
+
+
+def _field(planes: Moments, field: str) -> Any:
+    return getattr(planes, field)
+
+
+def _normalized(x: Any, weight: Any, bias: Any, residual: Any, planes: Moments | None, **options: Any) -> Any:
+    return functional.instance_norm(x, weight=weight, bias=bias, residual=residual, moments=planes, **options)

@@ -1,0 +1,222 @@
+"""cupynorm.dask: arrays of any chunks, each normalised as a whole."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from helpers import reference
+from helpers.backends import Backend, on
+from helpers.compare import BFLOAT16, assert_within, bits, wide
+
+import cupynorm as cn
+import cupynorm.dask as cnd
+
+SHAPE = (3, 4, 9, 10)
+CHUNKS = [
+    SHAPE, (1, 4, 9, 10), (2, 3, 9, 10), (3, 4, 4, 10), (3, 4, 9, 3), (1, 1, 1, 1), (2, 3, 5, 7),
+    ((1, 2), (4,), (0, 9), (1, 0, 9)), ((0, 3), (1, 3), (9,), (10,)),
+]  # fmt: skip
+
+
+def values(rng: np.random.Generator, shape: tuple[int, ...] = SHAPE, dtype: Any = np.float32) -> np.ndarray:
+    return (rng.normal(size=shape) * 3 + 20).astype(dtype)
+
+
+@on("numpy", "simt")
+@pytest.mark.parametrize("chunks", CHUNKS, ids=str)
+def test_chunks_give_the_results_of_the_whole(backend: Backend, rng: np.random.Generator, chunks: Any) -> None:
+    x, residual = values(rng), values(rng) / 8
+    weight, bias = rng.normal(size=(2, *SHAPE[:2])).astype(np.float32)
+    a = da.from_array(x, chunks=chunks)
+    for given in (
+        {}, {"weight": weight[0], "bias": da.from_array(bias, chunks=1)},
+        {"weight": weight, "activation": "silu", "residual": da.from_array(residual, chunks=5), "eps": 1e-3},
+    ):  # fmt: skip
+        y = cnd.instance_norm(a, **given)
+        assert (y.shape, y.chunks, y.dtype, type(y._meta)) == (a.shape, a.chunks, a.dtype, np.ndarray)
+        if "activation" in given:
+            exact = reference.forward(x, weight, activation="silu", residual=residual, eps=1e-3)
+        else:
+            exact = reference.forward(x, given.get("weight"), bias if "bias" in given else None)
+        assert_within(y.compute(scheduler="synchronous"), exact, 2e-5)
+    (found,) = dask.compute(cnd.moments(a), scheduler="synchronous")
+    assert type(found) is cn.Moments and [each.dtype for each in vars(found).values()] == [int, float, float]
+    mean, var = reference.statistics(x)
+    assert (found.count == 90).all()
+    assert_within(found.mean, mean, 1e-6)
+    assert_within(found.m2, var * 90, var * 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("shape", [(2, 3, 50), (2, 3, 4, 5, 6)], ids=str)
+def test_dtypes_and_ranks(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> None:
+    x = values(rng, shape, BFLOAT16 if dtype == "bfloat16" else dtype)
+    y = cnd.instance_norm(da.from_array(x, chunks=(1, 2, *(3,) * (len(shape) - 2))), np.full(3, 2, x.dtype))
+    assert y.dtype == x.dtype and y.compute().dtype == x.dtype
+    assert_within(y.compute(), 2 * reference.forward(x), 0.03 if dtype != "float64" else 1e-12)
+
+
+def test_every_scheduler_gives_the_same_bits(rng: np.random.Generator) -> None:
+    x = values(rng, (2, 3, 40, 50))
+    found = []
+    for scheduler in ("synchronous", "threads", "threads", "processes"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # processes are forked beside threads
+            y = cnd.instance_norm(da.from_array(x, chunks=(1, 2, 7, 11)))
+            found.append(bits(y.compute(scheduler=scheduler, num_workers=2)))
+    assert found == [found[0]] * 4
+
+
+@pytest.mark.long
+def test_distributed_gives_the_same_bits(rng: np.random.Generator) -> None:
+    distributed = pytest.importorskip("distributed")
+    x = values(rng, (2, 3, 40, 50))
+    y = cnd.instance_norm(da.from_array(x, chunks=(1, 2, 7, 11)))
+    expected = bits(y.compute(scheduler="synchronous"))
+    options = {"dashboard_address": None, "n_workers": 2, "threads_per_worker": 2, "silence_logs": "ERROR"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with distributed.LocalCluster(processes=False, **options) as cluster, distributed.Client(cluster):
+            assert bits(y.compute()) == expected
+            (moments,) = dask.compute(cnd.moments(da.from_array(x, chunks=9)))
+    assert (moments.count == 2000).all()
+
+
+class Loads:
+    """Chunks of x that count how often they are loaded."""
+
+    def __init__(self, x: np.ndarray, chunks: Any):
+        self.number, self._lock = 0, threading.Lock()
+        self.array = da.from_array(x, chunks=chunks).map_blocks(self._load, dtype=x.dtype, meta=x[:0])
+
+    def _load(self, block: np.ndarray) -> np.ndarray:
+        with self._lock:
+            self.number += 1
+        return block
+
+
+def test_nothing_is_loaded_before_it_is_needed_nor_more_often(rng: np.random.Generator) -> None:
+    x = values(rng)
+    for chunks, reread, expected in (((1, 2, 9, 10), True, 6), ((3, 4, 3, 10), True, 6), ((3, 4, 3, 10), False, 3)):
+        loads = Loads(x, chunks)
+        y = cnd.instance_norm(loads.array, reread=reread)
+        moments = cnd.moments(loads.array)
+        merged = moments.merge(moments)
+        assert loads.number == 0
+        y.compute(scheduler="synchronous", optimize_graph=False)
+        assert loads.number == expected
+        loads.number = 0
+        dask.compute(merged.var(), merged.std(ddof=1), scheduler="synchronous", optimize_graph=False)
+        assert loads.number == (6 if chunks[0] == 1 else 3)
+
+
+def test_chunks_are_loaded_again_only_after_all_moments(rng: np.random.Generator) -> None:
+    """So that no chunk is kept while the others are read."""
+    order: list[str] = []
+    x = values(rng, (1, 1, 8, 6))
+
+    def load(block: np.ndarray) -> np.ndarray:
+        order.append("load")
+        return block
+
+    def store(block: np.ndarray) -> np.ndarray:
+        order.append("store")
+        return block
+
+    a = da.from_array(x, chunks=(1, 1, 2, 6)).map_blocks(load, dtype=x.dtype, meta=x[:0])
+    y = cnd.instance_norm(a).map_blocks(store, dtype=x.dtype, meta=x[:0])
+    y.compute(scheduler="synchronous")
+    assert order == ["load"] * 4 + ["load", "store"] * 4
+
+
+def test_given_moments(rng: np.random.Generator) -> None:
+    x, other = values(rng), values(rng)
+    a = da.from_array(x, chunks=(2, 3, 5, 7))
+    mine, theirs = cn.moments(x), cn.moments(other)
+    expected = cn.instance_norm(x, moments=mine.merge(theirs))
+    for moments in (mine.merge(theirs), cnd.moments(a).merge(cnd.moments(da.from_array(other, chunks=(2, 3, 4, 4))))):
+        y = cnd.instance_norm(a, moments=moments)
+        assert_within(y.compute(), wide(expected), 1e-5)
+    one = da.from_array(x[..., :1, :1], chunks=2)
+    assert_within(
+        cnd.instance_norm(one, moments=mine).compute(), wide(cn.instance_norm(x, moments=mine))[..., :1, :1], 1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
+def test_empty_arrays(shape: tuple[int, ...]) -> None:
+    a = da.zeros(shape, chunks=2, dtype=np.float32)
+    assert cnd.instance_norm(a).compute().shape == shape
+    (found,) = dask.compute(cnd.moments(a))
+    assert found.count.shape == shape[:2] and not found.count.any()
+
+
+def test_many_chunks_are_merged_by_a_tree() -> None:
+    """In a few steps from any chunk to the moments of the whole."""
+    a = da.zeros((1, 1, 1000), chunks=(1, 1, 1), dtype=np.float32)
+    graph = dict(cnd.moments(a).count.__dask_graph__())
+    dependencies = {key: dask.core.get_dependencies(graph, key) for key in graph}
+
+    def depth(key: Any) -> int:
+        return 1 + max(map(depth, dependencies[key]), default=0)
+
+    assert max(map(depth, graph)) <= 9
+
+
+def test_refusals() -> None:
+    a = da.zeros((2, 3, 4, 5), chunks=2, dtype=np.float32)
+    with pytest.raises(TypeError, match=r"a must be a dask array, got numpy\.ndarray"):
+        cnd.instance_norm(np.zeros((2, 3, 4)))
+    with pytest.raises(TypeError, match=r"a must be a dask array, got builtins\.int"):
+        cnd.moments(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a has dtype int64; accepted are float16"):
+        cnd.moments(a.astype(int))
+    with pytest.raises(ValueError, match="at least 3 dimensions"):
+        cnd.moments(a[0, 0])
+    with pytest.raises(ValueError, match=r"unknown sizes.*compute_chunk_sizes"):
+        cnd.instance_norm(a[a.sum((1, 2, 3)) > 0])
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        cnd.instance_norm(a[..., :1, :1])
+    with pytest.raises(ValueError, match="eps must not be negative"):
+        cnd.instance_norm(a, eps=-1)
+    with pytest.raises(ValueError, match="activation must be None or one of"):
+        cnd.instance_norm(a, activation="tanh")
+    with pytest.raises(ValueError, match=r"weight has shape \(2,\); needed is \(3,\) or \(2, 3\)"):
+        cnd.instance_norm(a, np.ones(2, np.float32))
+    with pytest.raises(TypeError, match="bias has dtype float64; needed is float32"):
+        cnd.instance_norm(a, bias=np.ones(3))
+    with pytest.raises(TypeError, match="residual must be a dask array, got ndarray"):
+        cnd.instance_norm(a, residual=np.zeros(a.shape, a.dtype))
+    with pytest.raises(ValueError, match="residual has shape"):
+        cnd.instance_norm(a, residual=a[:1])
+    with pytest.raises(TypeError, match="moments must be what moments returns, got int"):
+        cnd.instance_norm(a, moments=5)
+    moments = cnd.moments(a)
+    with pytest.raises(ValueError, match=r"moments.count has shape \(1, 3\)"):
+        cnd.instance_norm(a, moments=cn.Moments(moments.count[:1], moments.mean, moments.m2))
+    with pytest.raises(TypeError, match=r"moments\.mean has dtype int64; needed is float64"):
+        cnd.instance_norm(a, moments=cn.Moments(moments.count, moments.count, moments.m2))
+    with pytest.raises(ValueError, match="shapes"):
+        moments.merge(cnd.moments(a[:1]))
+    with pytest.raises(ValueError, match=r"is on dask\.array\.core\.Array and on cpu"):
+        moments.merge(cn.moments(np.zeros((2, 3, 4))))
+
+
+def test_random_chunks(rng: np.random.Generator) -> None:
+    for _ in range(12):
+        shape = tuple(rng.integers(1, 7, 2)) + tuple(rng.integers(2, 9, rng.integers(1, 4)))
+        x = values(rng, shape, np.float64)
+        chunks = []
+        for size in shape:
+            borders = [0, *np.sort(rng.integers(0, size + 1, rng.integers(0, 4))).tolist(), int(size)]
+            chunks.append(tuple(b - a for a, b in itertools.pairwise(borders)))
+        print(shape, chunks)
+        y = cnd.instance_norm(da.from_array(x, chunks=tuple(chunks)))
+        assert_within(y.compute(scheduler="threads"), reference.forward(x), 1e-11)

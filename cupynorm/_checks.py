@@ -10,6 +10,7 @@ import numbers
 import operator
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
@@ -40,14 +41,18 @@ def place_of(array: Array, name: str) -> str:
     return "cpu" if kind_of(array, name) == "numpy" else f"cuda:{array.device.id}"
 
 
-def known_place(array: Array) -> str:
-    """Return an array's place as `place_of` does, or the name of its class for arrays of other packages."""
-    if isinstance(array, np.ndarray):
-        return "cpu"
+def device_of(array: Array) -> AbstractContextManager[Any] | None:
+    """Return a CuPy array's device, which makes itself current as a context; None for other arrays."""
     cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
-        return f"cuda:{array.device.id}"
-    return f"{type(array).__module__}.{type(array).__qualname__}"
+    return array.device if cupy is not None and isinstance(array, cupy.ndarray) else None
+
+
+def known_place(array: Array) -> str:
+    """Return an array's place as `place_of` does. For arrays of other packages, such as dask, it is their class."""
+    device: Any = device_of(array)
+    if device is not None:
+        return f"cuda:{device.id}"
+    return "cpu" if isinstance(array, np.ndarray) else f"{type(array).__module__}.{type(array).__qualname__}"
 
 
 def check_number(value: Any, name: str) -> float:

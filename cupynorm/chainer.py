@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy
 
-from . import distributed
 from ._checks import check_count, check_dtype, check_eps, check_input, check_number, check_per_channel
 from ._types import ForwardCall, Saved, math_dtype
 from .chainer_import import chainer
-from .functional import check_forward, instance_norm_backward, instance_norm_double_backward, run_forward
+from .distributed import Exchange, check_communicator
+from .functional import instance_norm_double_backward
 
 __all__ = [
     "InstanceNormalization",
@@ -49,24 +49,13 @@ F = chainer.functions
 class InstanceNormalizationFunction(chainer.FunctionNode):
     """Map x, and gamma and beta if given, to y. Chainer's hooks and graphs show the names of these classes."""
 
-    def __init__(self, affine: tuple[bool, bool], comm: Any = None, **options: Any):
+    def __init__(self, affine: tuple[bool, bool], exchange: Exchange, **options: Any):
         self._affine = affine
-        self._comm = comm
+        self._exchange = exchange  # of the forward
         self._options = options
         self._saved: Saved | None = None
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any]:
-        if self._comm is None:
-            result = run_forward(*self._call(inputs))
-        else:
-            result = distributed.forward(self._comm, lambda: self._call(inputs))
-        result.commit()
-        self._saved = result.saved
-        self.retain_inputs((0, 1) if self._affine[0] else (0,))
-        return (result.y,)
-
-    def _call(self, inputs: tuple[Any, ...]) -> tuple[ForwardCall, str]:
-        """Check the inputs, and return the call and its place."""
         x, *parameters = inputs
         place = check_input(x, "x")
         names = [name for name, given in zip(("gamma", "beta"), self._affine, strict=True) if given]
@@ -74,11 +63,15 @@ class InstanceNormalizationFunction(chainer.FunctionNode):
         for name, array in given.items():
             check_per_channel(array, name, x, place, per_sample=True)
         call = ForwardCall(x=x, weight=given.get("gamma"), bias=given.get("beta"), **self._options)
-        return call, check_forward(call, place, part=self._comm is not None)
+        result = self._exchange.forward(call, place)
+        result.commit()
+        self._saved = result.saved
+        self.retain_inputs((0, 1) if self._affine[0] else (0,))
+        return (result.y,)
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any]) -> tuple[Any, ...]:
         assert self._saved is not None
-        backward = InstanceNormalizationGrad(self._affine, self._saved, self._options["eps"], self._comm)
+        backward = InstanceNormalizationGrad(self._affine, self._saved, self._options["eps"], self._exchange.comm)
         gradients: tuple[Any, ...] = backward.apply((*self.get_retained_inputs(), *grad_outputs))
         return gradients
 
@@ -94,11 +87,8 @@ class InstanceNormalizationGrad(chainer.FunctionNode):
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         self.retain_inputs(tuple(range(len(inputs))))
-        gradients: tuple[Any, ...]
-        if self._comm is None:
-            gradients = instance_norm_backward(inputs[-1], self._saved)
-        else:
-            gradients = distributed.backward(self._comm, lambda: (inputs[-1], self._saved, None))
+        with Exchange(self._comm) as exchange:
+            gradients = exchange.backward(inputs[-1], self._saved, None)
         return tuple(gradient for gradient in gradients if gradient is not None)
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -186,9 +176,9 @@ def _composed(x: Any, gamma: Any, beta: Any, fixed: Saved | None, eps: float) ->
     return F.cast(z, dtype)
 
 
-def _apply(x: Given, gamma: Given | None, beta: Given | None, comm: Any = None, **options: Any) -> Any:
+def _apply(x: Given, gamma: Given | None, beta: Given | None, exchange: Exchange, **options: Any) -> Any:
     inputs = [x, *(v for v in (gamma, beta) if v is not None)]
-    return InstanceNormalizationFunction((gamma is not None, beta is not None), comm, **options).apply(inputs)[0]
+    return InstanceNormalizationFunction((gamma is not None, beta is not None), exchange, **options).apply(inputs)[0]
 
 
 def instance_normalization(
@@ -228,12 +218,29 @@ def instance_normalization(
         ValueError: shapes that do not fit, one running statistic without the other or on another device, one spatial
             element. Nothing has been written then.
     """
+    with Exchange(check_communicator(comm)) as exchange:
+        return _normalized(
+            x, gamma, beta, exchange, eps=eps, running_mean=running_mean, running_var=running_var, decay=decay
+        )
+
+
+def _normalized(
+    x: Given,
+    gamma: Given,
+    beta: Given,
+    exchange: Exchange,
+    *,
+    eps: Any,
+    running_mean: Any,
+    running_var: Any,
+    decay: Any,
+) -> Any:
+    """`instance_normalization` within an exchange."""
     if chainer.config.in_recomputing:
         running_mean = running_var = None
     return _apply(
-        x, gamma, beta, distributed.check_communicator(comm), eps=check_eps(eps),
-        running_mean=chainer.as_array(running_mean), running_var=chainer.as_array(running_var),
-        momentum=1 - check_number(decay, "decay"),
+        x, gamma, beta, exchange, eps=check_eps(eps), running_mean=chainer.as_array(running_mean),
+        running_var=chainer.as_array(running_var), momentum=1 - check_number(decay, "decay"),
     )  # fmt: skip
 
 
@@ -274,7 +281,9 @@ def fixed_instance_normalization(
             scale, shift = gamma * scale, gamma * shift
         gamma = scale
         beta = shift if beta is None else F.cast(chainer.as_variable(beta), wide) + shift
-    return _apply(x, gamma, beta, eps=eps, running_mean=fixed_mean, running_var=fixed_var, use_input_stats=False)
+    return _apply(
+        x, gamma, beta, Exchange(None), eps=eps, running_mean=fixed_mean, running_var=fixed_var, use_input_stats=False
+    )
 
 
 def _initializer(given: Any, default: float, dtype: numpy.dtype) -> Any:
@@ -335,7 +344,7 @@ class InstanceNormalization(chainer.Link):
         comm: Any = None,
     ):
         super().__init__()
-        self.comm = distributed.check_communicator(comm)
+        self.comm = check_communicator(comm)
         self._size = None if size is None else check_count(size, "size", 0)
         self.decay = check_number(decay, "decay")
         self.eps = check_eps(eps)
@@ -408,20 +417,21 @@ class InstanceNormalization(chainer.Link):
 
         Raises:
             TypeError, ValueError: see `instance_normalization`; x has another device, rank or number of channels.
-                Nothing has been created, counted or written then.
+                Nothing has been created, counted or written then. (With a comm, parameters whose size was not known
+                exist if another process is the one that fails.)
         """
         training = bool(chainer.config.train)
         use_input_stats = training or not self.track_avg_stats
-        with distributed.failures_told(self.comm if use_input_stats else None):
+        with Exchange(self.comm if use_input_stats else None) as exchange:
             self._check(chainer.as_array(x), use_input_stats)
-        self._initialize(x.shape[1])
-        if self.track_avg_stats and not training:
-            return fixed_instance_normalization(x, self.gamma, self.beta, self.avg_mean, self.avg_var, self.eps)
-        finetune = finetune and self.track_avg_stats and not chainer.config.in_recomputing
-        y = instance_normalization(
-            x, self.gamma, self.beta, eps=self.eps, running_mean=self.avg_mean, running_var=self.avg_var,
-            decay=self.N / (self.N + 1) if finetune else self.decay, comm=self.comm,
-        )  # fmt: skip
+            self._initialize(x.shape[1])
+            if not use_input_stats:
+                return fixed_instance_normalization(x, self.gamma, self.beta, self.avg_mean, self.avg_var, self.eps)
+            finetune = finetune and self.track_avg_stats and not chainer.config.in_recomputing
+            y = _normalized(
+                x, self.gamma, self.beta, exchange, eps=self.eps, running_mean=self.avg_mean,
+                running_var=self.avg_var, decay=self.N / (self.N + 1) if finetune else self.decay,
+            )  # fmt: skip
         self.N += bool(finetune)
         return y
 

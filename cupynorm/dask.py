@@ -13,13 +13,16 @@ the same bits in every run and with every scheduler.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import dask.array as da
 import numpy as np
-from dask.base import tokenize
-from dask.graph_manipulation import bind
+from dask._task_spec import Alias, GraphNode, Task, TaskRef, convert_legacy_graph  # as dask.array itself imports them
+from dask.base import clone_key, tokenize
+from dask.graph_manipulation import checkpoint
+from dask.highlevelgraph import HighLevelGraph
 
 from . import functional
 from ._checks import check_activation, check_dtype, check_eps, check_number
@@ -57,9 +60,11 @@ def instance_norm(
         eps, activation, negative_slope: see `cupynorm.instance_norm`.
         residual: dask array of a's shape and dtype; its chunks are changed to a's.
         moments: used in place of those of `a` (`cupynorm.dask.moments`, `cupynorm.moments`); arrays (N, C).
-        reread: where chunks cut planes, each chunk is needed twice. If True, what `a` consists of is loaded or computed
-            again the second time, after all moments are known, so that memory need not hold all of it. If False, it is
-            computed once, and stays in memory until then: faster if `a` is costly and fits.
+        reread: where chunks cut planes, each chunk is needed twice: for the moments, and to be normalised. If True, it
+            is loaded, and computed from what is loaded, again the second time, after all moments are known: memory need
+            not hold all chunks. `a` must have the same values both times. Of k such calls on each other's results the
+            first has its input loaded 2^k times: persist or store results between them, or pass False. If False, each
+            chunk is computed once and stays in memory until the moments are known.
 
     Returns:
         A dask array with the shape, dtype, chunks and kind of arrays of `a`.
@@ -77,26 +82,27 @@ def instance_norm(
     given: list[Any] = []
     for name, parameter in (("weight", weight), ("bias", bias)):
         given += _of_planes(parameter, name, a, per_channel=True, dtypes=(a.dtype, math_dtype(a.dtype)))
-    if residual is None:
-        given += [None, None]
-    else:
+    sources = [a]
+    if residual is not None:
         if not isinstance(residual, da.Array):
             raise TypeError(f"residual must be a dask array, got {type(residual).__qualname__}")
         if (residual.shape, residual.dtype) != (a.shape, a.dtype):
             raise ValueError(
                 f"residual has shape {residual.shape} and dtype {residual.dtype}; needed are {a.shape} and {a.dtype}"
             )
-        given += [residual.rechunk(a.chunks), index]
-    source: da.Array = a
+        sources.append(residual.rechunk(a.chunks))
     planes: da.Array | None = None
     if moments is not None:
         planes = _given_moments(moments, a)
     elif not whole:
         planes = _merged(a)
-        source = bind(a, planes, seed=tokenize(a, "cupynorm")) if reread else a
+    if planes is not None and reread:
+        sources = [_again(each, planes) for each in sources]
+    given += [None, None] if residual is None else [sources[1], index]
     result: da.Array = da.blockwise(
-        _normalized, index, source, index, *given, planes, None if planes is None else (0, 1), eps=eps,
-        activation=activation, negative_slope=negative_slope, dtype=a.dtype, meta=a._meta, align_arrays=False,
+        _normalized, index, sources[0], index, *given, planes, None if planes is None else (0, 1), eps=eps,
+        activation=activation, negative_slope=negative_slope, declared=a.dtype, dtype=a.dtype, meta=a._meta,
+        align_arrays=False,
     )  # fmt: skip
     return result
 
@@ -142,8 +148,10 @@ def _of_planes(given: Any, name: str, a: da.Array, dtypes: tuple[Any, ...], per_
     if given is None:
         return [None, None]
     shapes = (a.shape[1:2], a.shape[:2]) if per_channel else (a.shape[:2],)
-    if getattr(given, "shape", None) not in shapes:
-        raise ValueError(f"{name} has shape {getattr(given, 'shape', None)}; needed is {' or '.join(map(str, shapes))}")
+    if not hasattr(given, "shape"):
+        raise TypeError(f"{name} must be an array, got {type(given).__qualname__}")
+    if given.shape not in shapes:
+        raise ValueError(f"{name} has shape {given.shape}; needed is {' or '.join(map(str, shapes))}")
     if given.dtype not in dtypes:
         needed = " or ".join(dict.fromkeys(np.dtype(dtype).name for dtype in dtypes))
         raise TypeError(f"{name} has dtype {given.dtype}; needed is {needed}")
@@ -151,6 +159,35 @@ def _of_planes(given: Any, name: str, a: da.Array, dtypes: tuple[Any, ...], per_
     if not isinstance(given, da.Array):
         given = da.from_array(given, chunks=chunks, asarray=False)
     return [given.rechunk(chunks), (1,) if given.ndim == 1 else (0, 1)]
+
+
+def _again(a: da.Array, planes: da.Array) -> da.Array:
+    """Return an array like `a` that is computed by tasks of its own, the first of which wait for all of `planes`.
+
+    Data that is in memory, as in persisted arrays, is not copied.
+    """
+    graph, seed = dict(a.__dask_graph__()), tokenize(planes.name)
+    gate = checkpoint(planes)
+    nodes: dict[Any, GraphNode] = convert_legacy_graph(graph)  # without futures
+    names = {key: clone_key(key, seed) for key, node in nodes.items() if isinstance(node, Task)}
+    aliases = [(key, node.target) for key, node in nodes.items() if isinstance(node, Alias)]
+    while more := [key for key, target in aliases if target in names and key not in names]:
+        names |= {key: clone_key(key, seed) for key in more}
+    made: dict[Any, Any] = {key: value for key, value in graph.items() if key not in names}
+    for key, name in names.items():
+        node = nodes[key].substitute(names, key=name)
+        first = isinstance(node, Task) and not nodes[key].dependencies & names.keys()
+        made[name] = Task(name, _after, node, TaskRef(gate.key)) if first else node
+    name = clone_key(a.name, seed)
+    for key in map(tuple, itertools.product([a.name], *map(range, a.numblocks))):
+        if key not in names:
+            made[(name, *key[1:])] = Alias((name, *key[1:]), key)
+    layers = HighLevelGraph.from_collections(name, made, dependencies=[gate])  # type: ignore[list-item]
+    return da.Array(layers, name, a.chunks, meta=a._meta)
+
+
+def _after(value: Any, _: None) -> Any:
+    return value
 
 
 # Blocks of the arrays below are Moments: dask does not look at them.
@@ -178,7 +215,7 @@ def _given_moments(given: Moments, a: da.Array) -> da.Array:
 
 
 def _moments_of(x: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
-    return np.empty((0,) * x.ndim, object) if computing_meta else functional.moments(x)
+    return np.empty((0,) * x.ndim, object) if computing_meta else functional.moments(_plain(x))
 
 
 def _merge(parts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
@@ -193,9 +230,22 @@ def _flat(parts: Any) -> list[Moments]:
     return [parts] if isinstance(parts, Moments) else [each for part in parts for each in _flat(part)]
 
 
+def _plain(x: Any) -> Any:
+    """Return a chunk aligned and C-contiguous: a scheduler may have copied it to other memory and another layout, on
+    which the order of additions depends."""
+    if isinstance(x, np.ndarray):
+        return np.require(x, requirements=["A", "C"])
+    return x if x.flags.c_contiguous else x.copy("C")
+
+
 def _field(planes: Moments, field: str) -> Any:
     return getattr(planes, field)
 
 
-def _normalized(x: Any, weight: Any, bias: Any, residual: Any, planes: Moments | None, **options: Any) -> Any:
+def _normalized(
+    x: Any, weight: Any, bias: Any, residual: Any, planes: Moments | None, declared: Any, **options: Any
+) -> Any:
+    if x.dtype != declared:
+        raise TypeError(f"a chunk has dtype {x.dtype}, but the dask array's dtype is {declared}")
+    x = _plain(x)
     return functional.instance_norm(x, weight=weight, bias=bias, residual=residual, moments=planes, **options)

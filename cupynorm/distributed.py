@@ -8,17 +8,17 @@ ranks, so all have the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import importlib
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from . import devices
-from ._checks import known_place
+from ._checks import check_count, device_of, known_place
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
 from .backend import backend_of
-from .functional import check_backward, run_backward, run_forward
+from .functional import check_backward, check_forward, run_backward, run_forward
 from .statistics import GradientSums, Moments
 
 Numbers = TypeVar("Numbers", Moments, GradientSums)
@@ -51,65 +51,75 @@ def check_communicator(comm: Any) -> Communicator | None:
     return communicator
 
 
-@contextmanager
-def failures_told(comm: Communicator | None) -> Iterator[None]:
-    """If the block raises, take part in the exchange that the other ranks wait for, so that they raise, too. Without a
-    communicator there are none."""
-    try:
-        yield
-    except Exception as error:
-        if comm is None:
-            raise
-        try:
-            comm.allgather(_Failure(f"{type(error).__name__}: {error}"))
-        except Exception:
-            raise error from None  # the first one says what is wrong
-        raise
+class Exchange:
+    """The exchange of one forward or backward, as a context around the whole call.
 
-
-def merged(comm: Communicator, own: Numbers) -> Numbers:
-    """Return the numbers of whole planes, from this rank's own ones: the same bits on every rank.
-
-    Raises:
-        RuntimeError: a rank has failed, and sent the reason.
-        ValueError: the ranks' planes differ in number. Every rank raises these.
+    If the call raises before this rank has sent its numbers, it sends the reason instead, so that the ranks that wait
+    for them raise, too. Without a communicator there is no exchange.
     """
-    arrays = vars(own)
-    place = known_place(next(iter(arrays.values())))
-    on_device = place != "cpu" and getattr(comm, "on_device", False)
-    sent = own if on_device else type(own)(*(devices.to_host(array) for array in arrays.values()))
-    found = comm.allgather(sent)
-    failed = [f"rank {rank}: {each.message}" for rank, each in enumerate(found) if isinstance(each, _Failure)]
-    if failed:
-        raise RuntimeError(f"normalising over {len(found)} processes failed on {'; on '.join(failed)}")
-    shapes = {rank: next(iter(vars(each).values())).shape for rank, each in enumerate(found)}
-    if len(set(shapes.values())) > 1:
-        told = ", ".join(f"{shape} on rank {rank}" for rank, shape in shapes.items())
-        raise ValueError(f"every rank needs a part of each plane, so all need the same (N, C); they are {told}")
-    first, *others = found
-    total: Numbers = first.merge(*others)
-    if on_device or place == "cpu":
-        return total
-    return type(own)(*(devices.to_device(array, place) for array in vars(total).values()))
 
+    def __init__(self, comm: Communicator | None):
+        self.comm, self._sent = comm, comm is None
 
-def forward(comm: Communicator, prepare: Callable[[], tuple[ForwardCall, str]]) -> ForwardResult:
-    """Run a forward on this rank's part of each plane. prepare: check the call, and return it with its place."""
-    with failures_told(comm):
-        call, place = prepare()
-        own = backend_of(place).moments(call.x)
-    call.moments = merged(comm, own)
-    return run_forward(call, place)
+    def __enter__(self) -> Exchange:
+        return self
 
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not self._sent:
+            with suppress(Exception):  # the error at hand says what is wrong
+                self._gather(_Failure(f"{type(error).__name__}: {error}"))
 
-def backward(comm: Communicator, prepare: Callable[[], tuple[Array, Saved, Array | None]]) -> Gradients:
-    """Run the backward of such a forward; dweight and dbias are of this rank's part. prepare: return dy, saved and out,
-    checked as far as the caller checks them."""
-    with failures_told(comm):
-        dy, saved, out = prepare()
-        place = check_backward(dy, saved, out)
+    def _gather(self, own: Any) -> list[Any]:
+        assert self.comm is not None
+        self._sent = True
+        return self.comm.allgather(own)
+
+    def forward(self, call: ForwardCall, place: str | None = None) -> ForwardResult:
+        """Check and run a forward, with an exchange on this rank's part of each plane."""
+        place = check_forward(call, place, part=self.comm is not None)
+        if self.comm is not None:
+            if call.moments is not None:
+                raise ValueError("over a comm moments are merged; needed are moments=None")
+            call.moments = self.merged(backend_of(place).moments(call.x))
+        return run_forward(call, place)
+
+    def backward(self, dy: Array, saved: Saved, out: Array | None, sums: GradientSums | None = None) -> Gradients:
+        """Check and run a backward. With an exchange dweight and dbias are of this rank's part."""
+        place = check_backward(dy, saved, out, sums)
+        if self.comm is None:
+            return run_backward(place, dy, saved, out, sums)
+        if sums is not None:
+            raise ValueError("over a comm sums are merged; needed are sums=None")
         own = backend_of(place).gradient_sums(dy, saved)
-    return run_backward(place, dy, saved, out, merged(comm, own), own)
+        return run_backward(place, dy, saved, out, self.merged(own), own)
+
+    def merged(self, own: Numbers) -> Numbers:
+        """Return the numbers of whole planes, from this rank's own ones: the same bits on every rank.
+
+        Raises:
+            RuntimeError: a rank has failed, and sent the reason.
+            ValueError: the ranks' planes differ in number. Every rank raises these.
+        """
+        arrays = vars(own)
+        place = known_place(next(iter(arrays.values())))
+        on_device = place != "cpu" and getattr(self.comm, "on_device", False)
+        found = self._gather(own if on_device else type(own)(*map(devices.to_host, arrays.values())))
+        failed = [f"rank {rank}: {each.message}" for rank, each in enumerate(found) if isinstance(each, _Failure)]
+        if failed:
+            raise RuntimeError(f"normalising over {len(found)} processes failed on {'; on '.join(failed)}")
+        _check_shapes([next(iter(vars(each).values())).shape for each in found])
+        first, *others = found
+        total: Numbers = first.merge(*others)
+        if on_device or place == "cpu":
+            return total
+        return type(own)(*(devices.to_device(array, place) for array in vars(total).values()))
+
+
+def _check_shapes(shapes: list[tuple[int, ...]]) -> None:
+    """Check that the ranks have the same (N, C)."""
+    if len(set(shapes)) > 1:
+        told = ", ".join(f"{shape} on rank {rank}" for rank, shape in enumerate(shapes))
+        raise ValueError(f"every rank needs a part of each plane, so all need the same (N, C); they are {told}")
 
 
 class NCCL:
@@ -117,20 +127,23 @@ class NCCL:
 
     Args:
         backend: a backend of cupyx.distributed (`cupyx.distributed.init_process_group`).
+        size: the number of ranks; None takes it from the backend.
         check: compare the ranks' shapes before each exchange, for which the host waits for the GPU. If False, nothing
             waits, and ranks whose shapes differ, or of which one fails, hang or get wrong numbers.
     """
 
     on_device = True
 
-    def __init__(self, backend: Any, *, check: bool = True):
+    def __init__(self, backend: Any, size: int | None = None, *, check: bool = True):
         if not callable(getattr(backend, "all_gather", None)):
             raise TypeError(f"backend must be one of cupyx.distributed, with all_gather, got {backend!r}")
-        self._backend, self._size, self.check = backend, int(backend._n_devices), bool(check)
+        # cupyx has no public name for it.
+        self._size = int(backend._n_devices) if size is None else check_count(size, "size", 1)
+        self._backend, self.check = backend, bool(check)
 
-    def _gather(self, own: Array) -> Array:
-        """Return the arrays of all ranks, (ranks, *own.shape)."""
-        found = _like(own).empty((self._size, *own.shape), own.dtype)
+    def _gather(self, xp: Any, own: Array) -> Array:
+        """Return the arrays of all ranks, (ranks, *own.shape). xp: CuPy, or NumPy in tests."""
+        found = xp.empty((self._size, *own.shape), own.dtype)
         self._backend.all_gather(own, found, own.size)
         return found
 
@@ -141,31 +154,23 @@ class NCCL:
             RuntimeError: a rank has failed. ValueError: their kinds or shapes differ. Every rank raises these.
         """
         arrays = [] if isinstance(own, _Failure) else [*vars(own).values()]
-        if self.check or not arrays:
-            self._compare(arrays)
-        numbers = np.stack([array.view(np.float64) for array in arrays])
-        return [
-            type(own)(*(row.view(array.dtype) for row, array in zip(each, arrays, strict=True)))
-            for each in self._gather(numbers)
-        ]
+        xp: Any = np if arrays and isinstance(arrays[0], np.ndarray) else importlib.import_module("cupy")
+        with (device_of(arrays[0]) if arrays else None) or nullcontext():
+            if self.check or not arrays:
+                self._compare(xp, arrays)
+            numbers = xp.stack([array.view(np.float64) for array in arrays])
+            return [
+                type(own)(*(row.view(array.dtype) for row, array in zip(each, arrays, strict=True)))
+                for each in self._gather(xp, numbers)
+            ]
 
-    def _compare(self, arrays: list[Array]) -> None:
+    def _compare(self, xp: Any, arrays: list[Array]) -> None:
         """Check that all ranks have arrays of the same number and shapes."""
         header = [len(arrays), *(arrays[0].shape if arrays else (0, 0))]
-        like = arrays[0] if arrays else None
-        headers = devices.to_host(self._gather(_like(like).asarray(np.array(header, np.int64)))).tolist()
+        headers = devices.to_host(self._gather(xp, xp.asarray(np.array(header, np.int64)))).tolist()
         failed = [str(rank) for rank, (number, *_) in enumerate(headers) if not number]
         if failed:
             raise RuntimeError(f"normalising over {self._size} processes failed on rank {', '.join(failed)}, see there")
-        if any(header != headers[0] for header in headers):
-            told = ", ".join(f"({n}, {c}) on rank {rank}" for rank, (_, n, c) in enumerate(headers))
-            raise ValueError(f"every rank needs a part of each plane, so all need the same (N, C); they are {told}")
-
-
-def _like(array: Array | None) -> Any:
-    """Return the module of an array: NumPy or CuPy; CuPy without one."""
-    if isinstance(array, np.ndarray):
-        return np
-    import cupy
-
-    return cupy
+        if len({number for number, *_ in headers}) > 1:
+            raise ValueError("some ranks run a forward and others a backward")
+        _check_shapes([(n, c) for _, n, c in headers])

@@ -23,7 +23,6 @@ from ._checks import (
     place_of,
 )
 from ._types import Array, ForwardCall, Saved, commit
-from .functional import check_backward, check_forward, run_backward, run_forward
 from .inference import inferring
 from .parameters import Parameter, numbers_of
 from .statistics import GradientSums, Moments
@@ -97,7 +96,8 @@ class _InstanceNorm:
             communicators have it; see `cupynorm.distributed`. All processes then normalise with the statistics of whole
             planes, and have the same running statistics. weight.grad and bias.grad are sums over the process's own
             part: the gradients are those of all processes together, as in data-parallel training. All processes call
-            forward and backward alike; if one of them raises, all do. Copies and pickles of a layer have no comm.
+            forward and backward alike, in the same mode; if a call is refused on one of them, it raises on all. Copies
+            and pickles of a layer have no comm.
 
     Attributes:
         weight, bias: Parameter or None.
@@ -198,12 +198,8 @@ class _InstanceNorm:
             TypeError, ValueError: see `cupynorm.instance_norm`; weight or bias is given to an affine layer. Nothing
                 has been written then.
         """
-        use_input_stats = self.training or not self.track_running_stats
-        call = partial(self._call, x, weight, bias, residual, out, moments, use_input_stats)
-        if self.comm is not None and use_input_stats:
-            result = distributed.forward(self.comm, call)
-        else:
-            result = run_forward(*call())
+        with distributed.Exchange(self.comm if self._uses_input_stats else None) as exchange:
+            result = exchange.forward(*self._call(x, weight, bias, residual, out, moments))
         unbatched = x.ndim == self._spatial_rank + 1
         saved = None if result.saved is None else (result.saved, unbatched)
         inferred = result.saved is None
@@ -220,9 +216,8 @@ class _InstanceNorm:
         residual: Array | None,
         out: Array | None,
         moments: Moments | None,
-        use_input_stats: bool,
     ) -> tuple[ForwardCall, str]:
-        """Check the arguments of forward, and return the call and its place."""
+        """Check what the functions do not, and return the call and its place."""
         place = place_of(x, "input")
         rank = self._spatial_rank
         if x.ndim not in (rank + 1, rank + 2):
@@ -256,15 +251,13 @@ class _InstanceNorm:
                     UserWarning,
                     stacklevel=_level_of_caller(),
                 )
-        if self.comm is not None and moments is not None:
-            raise ValueError("this layer has a comm, over which it merges moments; needed are moments=None")
         call = ForwardCall(
             x=x[None] if unbatched else x,
             weight=weight if self.weight is None else self.weight.data,
             bias=bias if self.bias is None else self.bias.data,
             running_mean=self.running_mean,
             running_var=self.running_var,
-            use_input_stats=use_input_stats,
+            use_input_stats=self._uses_input_stats,
             momentum=self.momentum or 0.0,
             eps=self.eps,
             activation=self.activation,
@@ -274,7 +267,11 @@ class _InstanceNorm:
             save=not inferring(),
             moments=moments,
         )
-        return call, check_forward(call, place, part=self.comm is not None)
+        return call, place
+
+    @property
+    def _uses_input_stats(self) -> bool:
+        return self.training or not self.track_running_stats
 
     def __call__(self, x: Array, **given: Any) -> Array:
         """The same as forward."""
@@ -309,14 +306,10 @@ class _InstanceNorm:
                 has been written then.
         """
         kept: Any = self.saved if saved is None else saved
-        prepare = partial(self._check_backward, kept, dy, out)
-        # Without a usable `saved`, the other processes are expected to exchange.
-        exchanges = not _is_saved(kept) or kept[0].count is not None
-        if self.comm is not None and sums is None and exchanges:
-            found = distributed.backward(self.comm, prepare)
-        else:
-            dy, call, out_ = prepare()
-            found = run_backward(check_backward(dy, call, out_, sums), dy, call, out_, sums)
+        # Without a usable `saved` the other processes are expected to be in this layer's mode.
+        exchanges = kept[0].count is not None if _is_saved(kept) else self._uses_input_stats
+        with distributed.Exchange(self.comm if exchanges else None) as exchange:
+            found = exchange.backward(*self._check_backward(kept, dy, out), sums)
         call, unbatched = kept
         dx, dweight, dbias = found[:3]
         dresidual: list[Any] = [found.dresidual] if call.with_residual else []

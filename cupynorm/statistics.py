@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from ._checks import check_number, known_place
+from ._checks import check_number, device_of, known_place
 from ._types import Array
 
+#: The dtype of each field.
+DTYPES = dict.fromkeys(("mean", "m2", "sum_dy", "sum_dy_xhat"), np.dtype(np.float64)) | {"count": np.dtype(np.int64)}
 
-def _alike(first: Any, others: tuple[Any, ...]) -> None:
-    """Raise unless the others are of the same class as the first, with arrays of the same shapes and places."""
+
+def _check_parts(first: Any, others: tuple[Any, ...]) -> None:
+    """Raise unless the others are of the same class as the first, and all arrays have one shape and place."""
     kind = type(first).__name__
-    for other in others:
-        if type(other) is not type(first):
-            raise TypeError(f"merge needs {kind}, got {type(other).__qualname__}")
-        for field in fields(first):
-            mine, theirs = getattr(first, field.name), getattr(other, field.name)
-            if mine.shape != theirs.shape:
-                raise ValueError(
-                    f"{kind}.{field.name} has shapes {mine.shape} and {theirs.shape}; parts of the same planes have "
-                    "the same (N, C)"
-                )
-            places = known_place(mine), known_place(theirs)
-            if places[0] != places[1]:
-                raise ValueError(f"{kind}.{field.name} is on {places[0]} and on {places[1]}; move one of them")
+    shape = place = None
+    for each in (first, *others):
+        if type(each) is not type(first):
+            raise TypeError(f"merge needs {kind}, got {type(each).__qualname__}")
+        for name, array in vars(each).items():
+            if getattr(array, "dtype", None) != DTYPES[name]:
+                given = getattr(array, "dtype", type(array).__qualname__)
+                raise TypeError(f"{kind}.{name} must be an array of dtype {DTYPES[name]}, got {given}")
+            shape, place = shape or (array.shape,), place or known_place(array)
+            if (array.shape,) != shape:
+                shapes = f"{shape[0]} and {array.shape}"
+                raise ValueError(f"{kind}.{name} has shapes {shapes}; parts of the same planes have the same (N, C)")
+            if known_place(array) != place:
+                raise ValueError(f"{kind}.{name} is on {place} and on {known_place(array)}; move one of them")
+
+
+@contextmanager
+def _on_device_of(array: Array) -> Iterator[None]:
+    """Compute on an array's device, where overflow and NaN are answers."""
+    with device_of(array) or nullcontext(), np.errstate(all="ignore"):
+        yield
 
 
 @dataclass(eq=False, frozen=True)
@@ -53,12 +66,12 @@ class Moments:
         It is NaN, or infinite, where count is not greater than ddof, as in numpy.var.
         """
         ddof = check_number(ddof, "ddof")
-        with np.errstate(all="ignore"):
+        with _on_device_of(self.m2):
             return self.m2 / np.maximum(self.count - ddof, 0)
 
     def std(self, ddof: float = 0) -> Array:
         """Return the standard deviation, the root of `var`, (N, C) float64."""
-        with np.errstate(all="ignore"):
+        with _on_device_of(self.m2):
             return np.sqrt(self.var(ddof))
 
     def merge(self, *others: Moments) -> Moments:
@@ -73,8 +86,8 @@ class Moments:
         Raises:
             TypeError, ValueError: another class, shape or device.
         """
-        _alike(self, others)
-        with np.errstate(all="ignore"):  # overflow and NaN are answers
+        _check_parts(self, others)
+        with _on_device_of(self.m2):
             return reduce(_chan, others, self)
 
 
@@ -108,7 +121,7 @@ def merge_tiles(counts: np.ndarray, means: np.ndarray, means_lo: np.ndarray, m2:
             if len(tiles.mean) % 2:
                 pairs = [np.concatenate(both) for both in zip(pairs, vars(last).values(), strict=True)]
             tiles = Moments(*pairs)
-        return Moments(tiles.count[0], means[0] + tiles.mean[0], tiles.m2[0])
+        return Moments(tiles.count[0].copy(), means[0] + tiles.mean[0], tiles.m2[0])
 
 
 @dataclass(eq=False, frozen=True)
@@ -134,8 +147,8 @@ class GradientSums:
         Raises:
             TypeError, ValueError: another class, shape or device.
         """
-        _alike(self, others)
-        with np.errstate(all="ignore"):
+        _check_parts(self, others)
+        with _on_device_of(self.sum_dy):
             return reduce(_added, others, self)
 
 

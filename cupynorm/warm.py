@@ -12,7 +12,13 @@ from typing import Any
 
 from ._checks import check_activation, check_input, check_like, check_no_activation, check_number
 from ._types import Array, math_dtype
-from .functional import instance_norm_backward, instance_norm_double_backward, instance_norm_forward
+from .functional import (
+    gradient_sums,
+    instance_norm_backward,
+    instance_norm_double_backward,
+    instance_norm_forward,
+    moments,
+)
 
 #: Called before each step, and once at the end: with the number of steps done, their total, and the next step's name.
 Progress = Callable[[int, int, str], Any]
@@ -27,6 +33,7 @@ def warmup(
     negative_slope: float = 0.01,
     residual: Array | None = None,
     double_backward: bool = False,
+    parts: bool = False,
     progress: bool | Progress | None = None,
 ) -> None:
     """Compile the code for calls on arrays like x; on a GPU, also prepare CUDA-graph capture.
@@ -59,6 +66,7 @@ def warmup(
             matter, except the number of channels of a channels-last array, and one spatial position or several.
         activation, negative_slope, residual: as in the later calls; of the residual, too, only the layout matters.
         double_backward: also run `instance_norm_double_backward`, with all of its gradients given.
+        parts: also for `moments`, `gradient_sums`, and calls with `moments=` and `sums=`.
         progress: if True, report progress on stderr; None reports it if stderr is a terminal and the work takes more
             than two seconds. Or a function (done, total, what), called before each step, and with done = total at the
             end.
@@ -80,10 +88,10 @@ def warmup(
     if place == "cpu":
         from . import cpu
 
-        steps = cpu.rehearsals(x, activation, negative_slope, residual)
+        steps = cpu.rehearsals(x, activation, negative_slope, residual, parts)
     else:
         device = x.device
-        steps = _calls(x, activation, negative_slope, residual, double_backward)
+        steps = _calls(x, activation, negative_slope, residual, double_backward, parts)
     if progress is None or isinstance(progress, bool):
         progress = _speaker(progress)
     with device:
@@ -94,20 +102,30 @@ def warmup(
 
 
 def _calls(
-    x: Array, activation: str | None, negative_slope: float, residual: Array | None, double_backward: bool
+    x: Array,
+    activation: str | None,
+    negative_slope: float,
+    residual: Array | None,
+    double_backward: bool,
+    parts: bool,
 ) -> list[tuple[str, Callable[[], Any]]]:
     """Return the calls to run on a GPU, each with its name."""
     import cupy
 
-    def call(use_input_stats: bool, affine: bool) -> None:
+    def call(use_input_stats: bool, affine: bool, in_part: bool = False) -> None:
         ones = cupy.ones(x.shape[1], math_dtype(x.dtype))
         parameter = ones if affine else None
         dy = cupy.zeros_like(x)
         y_saved = instance_norm_forward(
             x, parameter, parameter, running_mean=ones.copy(), running_var=ones.copy(),
             use_input_stats=use_input_stats, activation=activation, negative_slope=negative_slope, residual=residual,
+            moments=moments(x) if in_part else None,
         )  # fmt: skip
-        gradients = [instance_norm_backward(dy, y_saved[1])]  # kept alive, so that the pool gets blocks for all of them
+        sums = gradient_sums(dy, y_saved[1]) if in_part else None
+        # Kept alive, so that the pool gets blocks for all of them.
+        gradients = [instance_norm_backward(dy, y_saved[1], sums=sums)]
+        if in_part:
+            return
         if double_backward:
             gradients += [instance_norm_double_backward(dy, parameter, parameter, dy, y_saved[1])]
 
@@ -116,6 +134,8 @@ def _calls(
         for affine in (False, True):
             what = f"{'training' if use_input_stats else 'running statistics'}{', affine' if affine else ''}"
             calls.append((what, partial(call, use_input_stats, affine)))
+    if parts:
+        calls += [("parts of planes", partial(call, True, affine, True)) for affine in (False, True)]
     return calls
 
 

@@ -30,11 +30,11 @@ struct MeansOfSumsArguments {
 KERNEL(SINGLE_THREADS, 1) means_of_sums(MeansOfSumsArguments call) {
     const long long plane = plane_of_thread();
     if (plane >= call.planes) return;
-    const Math sum_dy = (Math)load(call.totals.dy + plane), sum_dy_xhat = (Math)load(call.totals.dy_xhat + plane);
+    const Accum sum_dy = load(call.totals.dy + plane), sum_dy_xhat = load(call.totals.dy_xhat + plane);
     if (call.mean_dy) {
-        const Math count = (Math)(call.count ? load(call.count + plane) : call.spatial);
-        store(call.mean_dy + plane, sum_dy / count);
-        store(call.mean_dy_xhat + plane, sum_dy_xhat / count);
+        const Accum count = (Accum)(call.count ? load(call.count + plane) : call.spatial);
+        store(call.mean_dy + plane, (Math)(sum_dy / count));
+        store(call.mean_dy_xhat + plane, (Math)(sum_dy_xhat / count));
     }
-    call.sums.set(plane, sum_dy, sum_dy_xhat);
+    call.sums.set(plane, (Math)sum_dy, (Math)sum_dy_xhat);
 }

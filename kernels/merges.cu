@@ -6,7 +6,7 @@
 #include "gradient.cuh"
 #include "moments.cuh"
 
-// The moments of each plane, or, if these are null, the statistics that follow from them.
+// Set the moments of each plane, or, if `merged` is null, the statistics that follow from them.
 struct MergeMomentsArguments {
     MomentArrays partials, merged;
     long long tiles, first, planes;

@@ -31,7 +31,7 @@ template <class T> __device__ inline T root_of(float scaled_m2) {
     return scaled_m2 > -1 ? (T)scaled_m2 : (T)scaled_m2 * 1048576;
 }
 __device__ inline Accum wide_m2(float scaled_m2) {
-    return scaled_m2 < 0 ? root_of<Accum>(scaled_m2) * root_of<Accum>(scaled_m2) : scaled_m2;
+    return scaled_m2 <= 0 ? root_of<Accum>(scaled_m2) * root_of<Accum>(scaled_m2) : scaled_m2;      // not -0
 }
 // (The root is taken in float: in double it needs registers that the widest variants do not have.)
 __device__ inline float scale_m2_to_float(Accum m2) {

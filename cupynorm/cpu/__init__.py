@@ -81,10 +81,10 @@ def _choose(call: Saved, arrays: Arrays) -> Any:
 
 
 def rehearsals(
-    x: Array, activation: str | None, negative_slope: float, residual: Array | None
+    x: Array, activation: str | None, negative_slope: float, residual: Array | None, parts: bool = False
 ) -> list[tuple[str, Callable[[], Any]]]:
     """Return (name, step) pairs that compile the loops for arrays like x; empty if such calls use NumPy alone."""
-    return numba_rehearsal.rehearsals(x, activation, negative_slope, residual) if compiled else []
+    return numba_rehearsal.rehearsals(x, activation, negative_slope, residual, parts) if compiled else []
 
 
 class CpuBackend(Backend):
@@ -155,7 +155,7 @@ class CpuBackend(Backend):
             # The implementations divide by x's number of positions.
             with np.errstate(all="ignore"):
                 share = 1 if saved.count is None else math.prod(saved.x.shape[2:]) / saved.count
-                plane_sums = [(s * share).astype(saved.rstd.dtype) for s in (sums.sum_dy, sums.sum_dy_xhat)]
+                plane_sums = [(s * share).astype(saved.rstd.dtype, order="C") for s in (sums.sum_dy, sums.sum_dy_xhat)]
             _choose(saved, arrays).input_gradient(*plane_sums)
         return arrays.result, dresidual
 

@@ -224,11 +224,14 @@ class CompiledWork(Work):
     def moments(self) -> tuple[np.ndarray, ...]:
         """Return count, mean, mean_lo and m2 of each tile, (tiles, N, C)."""
         self._make_partials()
-        step = forward_tiles, (least_mean_square(0), tuple(self.partials))
-        self.share(step, self.blocks * self.tiles)
+        self.share_moments()
         means, means_lo, m2s = self._by_tile()
         counts = np.broadcast_to(self.layout.counts[:, None, None], means.shape)
         return counts, means, means_lo, np.maximum(m2s, 0)  # NaN stays
+
+    def share_moments(self) -> None:
+        """Set the partial sums of all tiles."""
+        self.share((forward_tiles, (least_mean_square(0), tuple(self.partials))), self.blocks * self.tiles)
 
     def normalize(self) -> None:
         self.share((forward_results, (self._kind(), self.planes)), self.blocks * self.tiles)

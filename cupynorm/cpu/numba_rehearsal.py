@@ -25,10 +25,12 @@ class Rehearsal(CompiledWork):
 
     def __init__(self, *what: Any):
         super().__init__(*what)
-        self.partials = np.empty((3, 0))
         self.steps: list[Callable[[], Any]] = [TaskQueue(0, 0, 1).drain]
         if self.layout.windows is not None:
             self.steps += self.layout.windows.rehearsals()
+
+    def _make_partials(self, wanted: bool = True) -> None:
+        super()._make_partials(False)
 
     def share(self, step: tuple[Any, tuple[Any, ...]], count: int) -> None:
         loop, arguments = step
@@ -39,14 +41,18 @@ class Rehearsal(CompiledWork):
             buffer = np.empty(0, self.layout.like.dtype)
             self.steps.append(lambda: go_through(queue, 0, self.where, buffer, windows.boxes(1), 0, True, arguments))
 
-    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
+    def sum_up(self, reduce: Any, join: Callable[..., None]) -> None:
         self.steps.append(partial(join, 0, 0))
-        for step in (reduce, apply, whole):
-            self.share(step, 0)
+        self.share(reduce, 0)
+
+    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
+        self.sum_up(reduce, join)
+        self.share(apply, 0)
+        self.share(whole, 0)
 
 
 def rehearsals(
-    x: Array, activation: str | None, negative_slope: float, residual: Array | None
+    x: Array, activation: str | None, negative_slope: float, residual: Array | None, parts: bool
 ) -> list[tuple[str, Callable[[], Any]]]:
     """Return (name, step) pairs that compile the loops for arrays like x; empty if the loops cannot address them.
 
@@ -56,6 +62,7 @@ def rehearsals(
         return []
     found: list[tuple[str, Callable[[], Any]]] = []
     y, none = empty_like(x, np.empty), np.empty((0, x.shape[1]), math_dtype(x.dtype))
+    wide = none.astype(np.float64)
 
     def rehearse(what: str, training: bool, arrays: Arrays) -> None:
         call = Saved(
@@ -76,6 +83,10 @@ def rehearsals(
             rehearsal = Rehearsal(call, layout, work.addresses)
             if backward:
                 rehearsal.backward(none, none)
+                if parts:
+                    rehearsal.gradient_sums(wide, wide)
+            elif what == "moments":
+                rehearsal.share_moments()
             elif training:
                 rehearsal.forward(0.0, None)
             else:
@@ -85,8 +96,10 @@ def rehearsals(
     trained = math.prod(x.shape[2:]) > 1
     rehearse("forward", trained, Arrays(x, y, residual=residual))  # updates of running statistics use the same loops
     rehearse("forward in place", trained, Arrays(x, x, residual=residual))
+    if parts:
+        rehearse("moments", True, Arrays(x, x))
     gradients = Arrays(x, y, y, residual, y) if residual is not None and activation is not None else Arrays(x, y, y)
-    if trained:
+    if trained or parts:
         rehearse("backward", True, gradients)
     rehearse("backward with running statistics", False, gradients)
     return found

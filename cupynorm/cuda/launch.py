@@ -70,7 +70,8 @@ class CudaBackend(Backend):
             update = call.updates
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
             work = PlannedLaunches(
-                self.runtime, op, (x,), residual=residual, out=call.out, sums=update, reduced=update, epilogue=epilogue
+                self.runtime, op, (x,), residual=residual, out=call.out, sums=update and op == "forward",
+                reduced=update and op == "forward", epilogue=epilogue,
             )  # fmt: skip
             needed, own_mean = call.save or moments is not None, call.use_input_stats
             mean, variance = work.planes(needed or update), work.planes(update)

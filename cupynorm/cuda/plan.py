@@ -224,17 +224,19 @@ class _Job:
 
     def tile_by_tile(self, *files: str) -> Step:
         """Return a launch of the op's kernel, with a scope for each tile: the first variant of the files that holds a
-        plane or channel tile, else the last."""
-        known = [(file, variant) for file in files for variant in variants_of(file)]
-        for module, variant in known:
-            facts = module, self.dtype, self.kind, self.epilogue, self.misaligned
-            if module not in FORCED and not exists(variant, *facts):
-                continue
-            tiles = _ceil(self.vecs_per_thread(variant), variant.vecs_per_thread)
-            step = self.step(module, self.op, variant, self.scratch(variant), tiles)
-            if tiles == 1:
-                break
-        return step
+        plane or channel tile; if none does, the first of the last file's widest."""
+
+        def tiles(variant: Variant) -> int:
+            return _ceil(self.vecs_per_thread(variant), variant.vecs_per_thread)
+
+        known = [
+            (file, variant)
+            for file in files
+            for variant in variants_of(file)
+            if file in FORCED or exists(variant, file, self.dtype, self.kind, self.epilogue, self.misaligned)
+        ]
+        file, variant = min(known, key=lambda each: tiles(each[1]))  # the first of those with the fewest tiles
+        return self.step(file, self.op, variant, self.scratch(variant), tiles(variant))
 
     def try_variant(self, variant: Variant, buffers: int) -> tuple[Step | None, str]:
         """Return the launch if a variant fits, else None, and the reason. buffers: one for each staged array."""
@@ -345,9 +347,9 @@ def plan(
 ) -> Plan:
     """Plan a call on arrays (N, C, S), none of these 0, with a layout for each array, x first.
 
-    forward, backward and double_backward use the statistics of the input; normalize, frozen_backward and
-    frozen_double_backward use given ones (tracked eval), normalize and input_gradient those of larger planes. The
-    layouts of a double backward are those of x, dy, ddx if given, dx and ddy.
+    forward, backward and double_backward use the statistics of the input, and so do moments and gradient_sums;
+    frozen_backward and frozen_double_backward use running statistics, normalize running ones or given moments, and
+    input_gradient given sums. The layouts of a double backward are those of x, dy, ddx if given, dx and ddy.
     sums: a backward needs the sums for dweight or dbias, a forward updates running statistics; reduced: some of them
     are added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward without activation has none).
     residual: the epilogue has one. invariant: the order of additions in a plane must depend neither on N nor on the

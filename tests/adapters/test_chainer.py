@@ -854,6 +854,18 @@ def test_links_over_ranks_refuse() -> None:
     assert type(second) is ValueError and "expected 4D input" in str(second)
     assert isinstance(first, RuntimeError) and f"rank 1: ValueError: {second}" in str(first)
 
+    faults: list[Any] = [
+        lambda comm: cnc.instance_normalization(x, None, None, eps=-1, comm=comm),
+        lambda comm: cnc.instance_normalization(x, None, None, decay="0.9", comm=comm),
+        lambda comm: cnc.instance_normalization(x, [1.0, 1.0, 1.0], None, comm=comm),
+        lambda comm: cnc.InstanceNormalization(initial_gamma=np.ones(2, np.float32), comm=comm)(x),
+    ]
+    for fault in faults:
+        first, second = Ranks(2).run(
+            lambda comm, rank: fault(comm) if rank else cnc.instance_normalization(x, None, None, comm=comm)  # noqa: B023
+        )
+        assert isinstance(first, RuntimeError) and f"rank 1: {type(second).__name__}: " in str(first)
+
     def twice(comm: Any, rank: int) -> None:
         v = chainer.Variable(x)
         y = cnc.instance_normalization(v, None, None, comm=comm)

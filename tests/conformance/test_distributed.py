@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +124,7 @@ def failing(backend: Backend, ranks: int, call: Any) -> list[Any]:
 @pytest.mark.parametrize(("fault", "kind", "message"), [
     ("rank", ValueError, "expected 3D or 4D input"), ("channels", ValueError, "to match num_features"),
     ("dtype", TypeError, "accepted are float16"), ("out", ValueError, "out has shape"),
-    ("moments", ValueError, "has a comm"), ("weight", ValueError, "need a layer with affine=False"),
+    ("moments", ValueError, "over a comm moments are merged"), ("weight", ValueError, "need a layer with affine=False"),
     ("residual", ValueError, "residual has shape"),
 ])  # fmt: skip
 def test_a_rank_that_fails_fails_on_every_rank(
@@ -155,7 +156,7 @@ def test_ranks_of_different_planes_fail(backend: Backend) -> None:
         assert type(error) is ValueError and "(2, 3) on rank 0, (3, 3) on rank 1" in str(error)
 
 
-@pytest.mark.parametrize("fault", ["dy", "out", "no forward", "grad", "saved"])
+@pytest.mark.parametrize("fault", ["dy", "out", "no forward", "grad", "saved", "sums"])
 def test_a_backward_that_fails_fails_on_every_rank(backend: Backend, rng: np.random.Generator, fault: str) -> None:
     def work(comm: Any, rank: int) -> Any:
         layer = layers(comm, backend)
@@ -170,6 +171,8 @@ def test_a_backward_that_fails_fails_on_every_rank(backend: Backend, rng: np.ran
                 layer.weight.grad = backend.array(np.ones(2, np.float32))
             dy = x[:1] if fault == "dy" else x
             options = {"out": {"out": x[:1]}, "saved": {"saved": 5}}.get(fault, {})
+            if fault == "sums":
+                options = {"sums": cn.gradient_sums(x, layer.saved[0])}
         try:
             layer.backward(dy, **options)
         finally:
@@ -194,6 +197,37 @@ def test_tracked_eval_needs_no_exchange(backend: Backend) -> None:
     layer.backward(y)
     with pytest.raises(TypeError, match="accepted"):
         layer.forward(backend.array(np.ones((2, 3, 4, 5), int)))
+    layer.saved = None
+    with pytest.raises(RuntimeError, match="backward needs a forward"):
+        layer.backward(y)
+    with pytest.raises(TypeError, match="saved must be"):
+        layer.backward(y, saved=5)  # type: ignore[arg-type]
+
+
+def test_an_error_after_the_exchange_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks do not wait any more: it would be taken for the numbers of their next call."""
+    x = np.ones((2, 3, 4, 5), np.float32)
+    run = distributed.run_forward
+
+    def fails(call: Any, place: str) -> Any:
+        if threading.current_thread().name == "rank 1":
+            raise MemoryError("no room")
+        return run(call, place)
+
+    monkeypatch.setattr(distributed, "run_forward", fails)
+
+    def work(comm: Any, rank: int) -> Any:
+        layer = cn.InstanceNorm2d(3, comm=comm, device="cpu")
+        threading.current_thread().name = f"rank {rank}"
+        if rank == 1:
+            with pytest.raises(MemoryError):
+                layer.forward(x)
+            threading.current_thread().name = "again"
+        else:
+            layer.forward(x)
+        return layer.forward(x).shape
+
+    assert Ranks(2).run(work) == [x.shape] * 2
 
 
 def test_a_single_position_and_unbatched_input(backend: Backend, rng: np.random.Generator) -> None:
@@ -255,23 +289,25 @@ def test_nccl_gathers_numbers_of_planes(rng: np.random.Generator, check: bool) -
         for each in found:
             for ours, theirs in zip(each, numbers, strict=True):
                 assert type(ours) is type(theirs) and bits(*vars(ours).values()) == bits(*vars(theirs).values())
-        communicator = SimpleNamespace(allgather=lambda _: found[0])  # noqa: B023
-        merged = distributed.merged(communicator, numbers[0])
+        exchange = distributed.Exchange(SimpleNamespace(allgather=lambda _: found[0]))  # noqa: B023
+        merged = exchange.merged(numbers[0])
         assert bits(*vars(merged).values()) == bits(*vars(numbers[0].merge(numbers[1])).values())
 
 
 def test_nccl_compares_shapes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_like", lambda array: np)
-    own = [cn.moments(np.zeros((n, 3, 5))) for n in (2, 4)]
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Arrays, empty=np.empty, asarray=np.asarray))
+    own: list[Any] = [cn.moments(np.zeros((n, 3, 5))) for n in (2, 4)]
     for error in Ranks(2).run(lambda comm, rank: distributed.NCCL(Arrays(comm, 2)).allgather(own[rank])):
         assert type(error) is ValueError and "(2, 3) on rank 0, (4, 3) on rank 1" in str(error)
+    own[1] = GradientSums(own[0].mean, own[0].m2)
+    for error in Ranks(2).run(lambda comm, rank: distributed.NCCL(Arrays(comm, 9), 2).allgather(own[rank])):
+        assert type(error) is ValueError and "a forward and others a backward" in str(error)
 
     def work(comm: Any, rank: int) -> None:
-        comm = distributed.NCCL(Arrays(comm, 2))
-        with distributed.failures_told(comm):
+        with distributed.Exchange(distributed.NCCL(Arrays(comm, 2))) as exchange:
             if rank:
                 raise ValueError("wrong")
-        distributed.merged(comm, own[0])
+            exchange.merged(own[0])
 
     first, second = Ranks(2).run(work)
     assert isinstance(first, RuntimeError) and "failed on rank 1, see there" in str(first)

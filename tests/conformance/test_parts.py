@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,6 +123,15 @@ def test_moments_of_empty_planes(backend: Backend, shape: tuple[int, ...]) -> No
         assert_same(array, np.full(shape[:2], 0 if 0 in shape[2:] else 5, dtype))
 
 
+def test_moments_of_constant_planes(backend: Backend) -> None:
+    """m2 is 0, not -0; the arrays are new and writable."""
+    found = cn.moments(backend.array(np.full((1, 2, 9), 7, np.float32)))
+    assert_same(found.m2, np.zeros((1, 2)))
+    assert_same(found.std(), np.zeros((1, 2)))
+    assert all(a.flags.c_contiguous for a in vars(found).values())
+    assert backend.name == "cupy" or all(a.flags.writeable for a in vars(found).values())
+
+
 def test_moments_of_nan_and_infinity(backend: Backend) -> None:
     """Other planes are not concerned."""
     x = np.arange(24, dtype=np.float32).reshape(1, 4, 6)
@@ -190,11 +201,50 @@ def test_merge_refuses_others() -> None:
         one.merge(made([[4, 1]], [[1, 2]], [[12, 0]]))
     with pytest.raises(TypeError, match="merge needs Moments, got GradientSums"):
         one.merge(cn.GradientSums(one.mean, one.mean))  # type: ignore[arg-type]
-    other = cn.Moments(*(type("Array", (), {"shape": (1, 3)})() for _ in range(3)))
+    elsewhere = [type("Array", (), {"shape": (1, 3), "dtype": each.dtype})() for each in vars(one).values()]
+    other = cn.Moments(*elsewhere)
     with pytest.raises(ValueError, match="is on cpu and on "):
         one.merge(other)
     with pytest.raises(ValueError, match="shapes"):
         cn.GradientSums(one.mean, one.mean).merge(cn.GradientSums(one.mean[0], one.mean))
+
+
+def test_merge_checks_its_fields() -> None:
+    with pytest.raises(TypeError, match=r"Moments.count must be an array of dtype int64, got list"):
+        cn.Moments([[1]], [[1.0]], [[1.0]]).merge()
+    one = made([[4, 1]], [[1, 2]], [[12, 0]])
+    with pytest.raises(TypeError, match=r"Moments.mean must be an array of dtype float64, got float32"):
+        one.merge(replace(one, mean=one.mean.astype(np.float32)))
+    with pytest.raises(ValueError, match=r"Moments.m2 has shapes \(1, 2\) and \(2,\)"):
+        one.merge(replace(one, m2=one.m2[0]))
+
+
+def test_merges_run_on_the_device_of_the_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy's operators would otherwise run on the current device."""
+    entered: list[str] = []
+
+    class Device:
+        id = 1
+
+        def __enter__(self) -> None:
+            entered.append("in")
+
+        def __exit__(self, *_: Any) -> None:
+            entered.append("out")
+
+    class Array(np.ndarray):
+        device = Device()  # type: ignore[assignment]
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Array))
+    one = cn.Moments(*(a.view(Array) for a in vars(made([[4, 1]], [[1, 2]], [[12, 0]])).values()))
+    sums = cn.GradientSums(one.mean, one.m2)
+    for call in (lambda: one.merge(one), one.var, lambda: sums.merge(sums)):
+        entered.clear()
+        call()
+        assert entered == ["in", "out"]
+    one.std(1)
+    with pytest.raises(ValueError, match="is on cuda:1 and on cpu"):
+        one.merge(made([[4, 1]], [[1, 2]], [[12, 0]]))
 
 
 # Calls with given moments and sums
@@ -223,6 +273,22 @@ def test_moments_of_the_input_give_its_results(backend: Backend, rng: np.random.
         for ours, theirs in zip(found, cn.instance_norm_backward(dy, whole[1]), strict=True):
             exact = wide(backend.host(theirs))
             assert_within(backend.host(ours), exact, 1e-5 * np.abs(exact).max())
+
+
+def test_sums_beyond_float32(backend: Backend) -> None:
+    """Their means are in range: sums are divided in float64."""
+    dy = np.full((1, 1, 9), 8e37, np.float32)
+    dy[..., ::3] = 4e37
+    x = np.linspace(0, 1, 9, dtype=np.float32).reshape(1, 1, 9)
+    parts_, found = np.split(np.arange(9), 3), []
+    first, *others = (cn.moments(backend.array(x[..., part])) for part in parts_)
+    moments = first.merge(*others)
+    saved = [cn.instance_norm_forward(backend.array(x[..., part]), moments=moments)[1] for part in parts_]
+    own, *more = (cn.gradient_sums(backend.array(dy[..., part]), s) for part, s in zip(parts_, saved, strict=True))
+    for part, s in zip(parts_, saved, strict=True):
+        dx, *_ = cn.instance_norm_backward(backend.array(dy[..., part]), s, sums=own.merge(*more))
+        found.append(backend.host(dx))
+    assert_within(np.concatenate(found, -1), reference.backward(dy, x)[0], 1e33)
 
 
 def test_a_part_alone_has_the_gradients_of_its_own_loss(rng: np.random.Generator) -> None:

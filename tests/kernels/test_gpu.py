@@ -31,8 +31,11 @@ SIZES = [(4, 8, 9, 9), (4, 8, 40, 40), (2, 4, 200, 200), (1, 2, 700, 700)]
 LARGE = [(4, 40, 256, 256), (1, 3, 1500, 1500), (1, 1, 5000, 5000)]
 
 
-def _graph(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], fused: bool) -> None:
-    """After warmup a training step can be captured, so it neither synchronises nor allocates; replays compute anew."""
+def _graph(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], fused: bool, parts: bool = False) -> None:
+    """After warmup a training step can be captured, so it neither synchronises nor allocates; replays compute anew.
+
+    parts: with moments and gradient sums of the input, as of its only part.
+    """
     x, dy, residual = (cp.asarray(rng.normal(size=shape), cp.float32) for _ in range(3))
     options: dict[str, Any] = {"activation": "silu", "residual": residual} if fused else {}
     weight = cp.asarray(rng.normal(size=shape[1]), cp.float32)
@@ -43,12 +46,14 @@ def _graph(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], fused: boo
     cp.cuda.get_current_stream().synchronize()
     with stream:
         with cp.cuda.using_allocator(pool.malloc):
-            cn.warmup(x, **options)
+            cn.warmup(x, **options, parts=parts)
             stream.begin_capture()
+            moments = cn.moments(x) if parts else None
             _, saved = cn.instance_norm_forward(
-                x, weight, weight, running_mean=mean, running_var=var, out=y, **options
+                x, weight, weight, running_mean=mean, running_var=var, out=y, moments=moments, **options
             )  # fmt: skip
-            kept = saved, cn.instance_norm_backward(dy, saved, out=dx)
+            sums = cn.gradient_sums(dy, saved) if parts else None
+            kept = saved, cn.instance_norm_backward(dy, saved, out=dx, sums=sums)
             graph = stream.end_capture()
         for _ in range(2):
             new = rng.normal(3, 2, shape).astype(np.float32)
@@ -68,6 +73,12 @@ def _graph(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], fused: boo
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 def test_graph_capture_small(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], fused: bool) -> None:
     _graph(cp, rng, shape, fused)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_graph_capture_of_steps_small(cp: Any, rng: np.random.Generator, shape: tuple[int, ...], fused: bool) -> None:
+    _graph(cp, rng, shape, fused, parts=True)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -237,6 +248,12 @@ def test_two_devices(cp: Any, rng: np.random.Generator) -> None:
         other = cp.ones(3, cp.float32)
         with pytest.raises(ValueError, match="cuda:0"):
             cn.instance_norm(x, weight=other)
+        first, second = cn.moments(x[:, :, :13]), cn.moments(x[:, :, 13:])
+        moments = first.merge(second)
+        assert {a.device.id for a in (*vars(moments).values(), moments.std())} == {1}
+        reference.assert_close(cn.instance_norm(x, moments=moments).get(), reference.forward(host))
+        with pytest.raises(ValueError, match=r"is on cuda:1 and on cuda:0"):
+            first.merge(cn.moments(cp.asarray(host)))
     layer = cn.InstanceNorm2d(3, affine=True, device="cuda:1")
     assert layer.weight is not None
     assert layer.weight.data.device.id == 1

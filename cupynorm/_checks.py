@@ -140,22 +140,24 @@ def check_per_channel(
         raise ValueError(f"{name} is read-only, and is to be updated")
 
 
-def check_of_planes(array: Array, name: str, dtype: type, x: Array, place: str) -> None:
-    """Check an array of one number for each plane: at x's place, of shape (N, C) and this dtype."""
+def _check_place(array: Array, name: str, place: str) -> None:
     own = place_of(array, name)
     if own != place:
         raise ValueError(f"{name} is on {own} and the input on {place}")
+
+
+def check_of_planes(array: Array, name: str, dtype: np.dtype, x: Array, place: str) -> None:
+    """Check an array of one number for each plane: at x's place, of shape (N, C) and this dtype."""
+    _check_place(array, name, place)
     if array.dtype != dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}; needed is {np.dtype(dtype).name}")
+        raise TypeError(f"{name} has dtype {array.dtype}; needed is {dtype.name}")
     if array.shape != x.shape[:2]:
         raise ValueError(f"{name} has shape {array.shape}; needed is the input's (N, C), {x.shape[:2]}")
 
 
 def check_like(array: Array, name: str, x: Array, place: str) -> None:
     """Check dy, ddx or the residual: x's shape, dtype and place; any strides."""
-    own = place_of(array, name)
-    if own != place:
-        raise ValueError(f"{name} is on {own} and the input on {place}")
+    _check_place(array, name, place)
     if array.dtype != x.dtype:
         raise TypeError(f"{name} has dtype {array.dtype}; needed is the input's, {x.dtype}")
     if array.shape != x.shape:
@@ -242,9 +244,7 @@ def _overlaps_itself(a: Array) -> bool:
 
 def check_out(out: Array, x: Array, place: str, inputs: Sequence[tuple[str, Array | None]]) -> None:
     """Check that out can be written: it may be an input, but must not overlap one otherwise."""
-    own = place_of(out, "out")
-    if own != place:
-        raise ValueError(f"out is on {own} and the input on {place}")
+    _check_place(out, "out", place)
     if out.shape != x.shape or out.dtype != x.dtype:
         raise ValueError(
             f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {x.shape} and dtype {x.dtype}"

@@ -35,8 +35,8 @@ class Saved:
     """The state that a forward keeps for its backward.
 
     x, weight, bias and residual are the arrays themselves, not copies: do not change them before the backward. mean and
-    rstd have shape (N, C), in float32 (float64 for float64 input). training is True if they are x's own
-    or come from given moments, False if they are running statistics.
+    rstd have shape (N, C), in float32 (float64 for float64 input). training is True if they are x's own or
+    come from given moments, False if they are running statistics.
 
     mean_lo, in the same dtype, is the low-order part of the mean, lost in its rounding; None with running statistics.
     The backward computes z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the bits of the forward, so

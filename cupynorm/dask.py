@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import fields
 from typing import Any
 
 import dask.array as da
@@ -27,7 +28,7 @@ from dask.highlevelgraph import HighLevelGraph
 from . import functional
 from ._checks import check_activation, check_dtype, check_eps, check_number
 from ._types import math_dtype
-from .statistics import Moments
+from .statistics import DTYPES, Moments
 
 __all__ = ["instance_norm", "moments"]
 
@@ -122,13 +123,12 @@ def moments(a: da.Array) -> Moments:
     """
     _check(a)
     planes = _merged(a)
-    fields = (("count", np.int64), ("mean", np.float64), ("m2", np.float64))
     found = [
         da.blockwise(
-            _field, (0, 1), planes, (0, 1), field=name, dtype=dtype, token=f"moments-{name}",
-            meta=a._meta.reshape((0, 0)).astype(dtype), align_arrays=False,
+            _field, (0, 1), planes, (0, 1), field=field.name, dtype=DTYPES[field.name], token=f"moments-{field.name}",
+            meta=a._meta.reshape((0, 0)).astype(DTYPES[field.name]), align_arrays=False,
         )
-        for name, dtype in fields
+        for field in fields(Moments)
     ]  # fmt: skip
     return Moments(*found)
 
@@ -206,8 +206,8 @@ def _given_moments(given: Moments, a: da.Array) -> da.Array:
     if not isinstance(given, Moments):
         raise TypeError(f"moments must be what moments returns, got {type(given).__qualname__}")
     arrays: list[Any] = []
-    for name, dtype in (("count", np.int64), ("mean", np.float64), ("m2", np.float64)):
-        arrays += _of_planes(getattr(given, name), f"moments.{name}", a, (np.dtype(dtype),))
+    for name, array in vars(given).items():
+        arrays += _of_planes(array, f"moments.{name}", a, (DTYPES[name],))
     made: da.Array = da.blockwise(
         Moments, (0, 1), *arrays, dtype=object, meta=np.empty((0, 0), object), align_arrays=False
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import nullcontext, suppress
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,9 +19,7 @@ from ._checks import check_count, device_of, known_place
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
 from .backend import backend_of
 from .functional import check_backward, check_forward, run_backward, run_forward
-from .statistics import GradientSums, Moments
-
-Numbers = TypeVar("Numbers", Moments, GradientSums)
+from .statistics import GradientSums, Numbers
 
 
 class Communicator(Protocol):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-
-import numpy as np
+from typing import Any
 
 from ._checks import (
     check_activation,
@@ -24,7 +23,7 @@ from ._checks import (
 )
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
 from .backend import backend_of
-from .statistics import GradientSums, Moments
+from .statistics import DTYPES, GradientSums, Moments
 
 
 def instance_norm(
@@ -167,7 +166,7 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
     if call.moments is not None:
         if not call.use_input_stats:
             raise ValueError("moments need use_input_stats=True: otherwise the running statistics are used")
-        _check_moments(call.moments, x, place)
+        _check_numbers(call.moments, "moments", Moments, x, place)
     elif call.use_input_stats and math.prod(x.shape[2:]) == 1 and not part:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
     inputs = [("input", x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)]
@@ -223,12 +222,13 @@ def _arrays_of(numbers: Moments | GradientSums, name: str) -> list[tuple[str, Ar
     return [(f"{name}.{field}", array) for field, array in vars(numbers).items()]
 
 
-def _check_moments(given: Moments, x: Array, place: str) -> None:
-    if not isinstance(given, Moments):
-        raise TypeError(f"moments must be what cupynorm.moments returns, got {type(given).__qualname__}")
-    check_of_planes(given.count, "moments.count", np.int64, x, place)
-    check_of_planes(given.mean, "moments.mean", np.float64, x, place)
-    check_of_planes(given.m2, "moments.m2", np.float64, x, place)
+def _check_numbers(given: Any, name: str, kind: type, x: Array, place: str) -> None:
+    """Check given moments, or given sums, of whole planes."""
+    if not isinstance(given, kind):
+        source = {Moments: "moments", GradientSums: "gradient_sums"}[kind]
+        raise TypeError(f"{name} must be what cupynorm.{source} returns, got {type(given).__qualname__}")
+    for field, array in vars(given).items():
+        check_of_planes(array, f"{name}.{field}", DTYPES[field], x, place)
 
 
 def gradient_sums(dy: Array, saved: Saved) -> GradientSums:
@@ -296,10 +296,7 @@ def check_backward(dy: Array, saved: Saved, out: Array | None, sums: GradientSum
     place = place_of(x, "input")
     check_like(dy, "dy", x, place)
     if sums is not None:
-        if not isinstance(sums, GradientSums):
-            raise TypeError(f"sums must be what cupynorm.gradient_sums returns, got {type(sums).__qualname__}")
-        check_of_planes(sums.sum_dy, "sums.sum_dy", np.float64, x, place)
-        check_of_planes(sums.sum_dy_xhat, "sums.sum_dy_xhat", np.float64, x, place)
+        _check_numbers(sums, "sums", GradientSums, x, place)
     if out is not None:
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
         kept = [(name, getattr(saved, name)) for name in ("mean", "rstd", "mean_lo", "count")]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ._checks import check_number, device_of, known_place
 from ._types import Array
 
-#: The dtype of each field.
+Numbers = TypeVar("Numbers", "Moments", "GradientSums")
+
+#: The dtype of each field of the classes below.
 DTYPES = dict.fromkeys(("mean", "m2", "sum_dy", "sum_dy_xhat"), np.dtype(np.float64)) | {"count": np.dtype(np.int64)}
 
 
@@ -34,6 +36,18 @@ def _check_parts(first: Any, others: tuple[Any, ...]) -> None:
                 raise ValueError(f"{kind}.{name} has shapes {shapes}; parts of the same planes have the same (N, C)")
             if known_place(array) != place:
                 raise ValueError(f"{kind}.{name} is on {place} and on {known_place(array)}; move one of them")
+
+
+def new(kind: type[Numbers], make: Callable[[np.dtype], Array]) -> Numbers:
+    """Return Moments or GradientSums of new arrays: make(dtype) for each field."""
+    return kind(*(make(DTYPES[field.name]) for field in fields(kind)))
+
+
+def _folded(pair: Callable[[Numbers, Numbers], Numbers], first: Numbers, others: tuple[Numbers, ...]) -> Numbers:
+    """Check parts, and merge them pair by pair, in their order."""
+    _check_parts(first, others)
+    with _on_device_of(next(iter(vars(first).values()))):
+        return reduce(pair, others, first)
 
 
 @contextmanager
@@ -86,9 +100,7 @@ class Moments:
         Raises:
             TypeError, ValueError: another class, shape or device.
         """
-        _check_parts(self, others)
-        with _on_device_of(self.m2):
-            return reduce(_chan, others, self)
+        return _folded(_chan, self, others)
 
 
 def _chan(a: Moments, b: Moments) -> Moments:
@@ -147,9 +159,7 @@ class GradientSums:
         Raises:
             TypeError, ValueError: another class, shape or device.
         """
-        _check_parts(self, others)
-        with _on_device_of(self.sum_dy):
-            return reduce(_added, others, self)
+        return _folded(_added, self, others)
 
 
 def _added(a: GradientSums, b: GradientSums) -> GradientSums:

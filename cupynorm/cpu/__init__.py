@@ -47,7 +47,7 @@ from .._types import (
 )
 from ..backend import Backend
 from ..config import get_num_threads
-from ..statistics import GradientSums, Moments, merge_tiles
+from ..statistics import GradientSums, Moments, merge_tiles, new
 from . import forks as forks  # imported for its effect
 from . import running
 from .blocking import Arrays
@@ -92,7 +92,7 @@ class CpuBackend(Backend):
 
     def moments(self, x: Array) -> Moments:
         if not x.size:
-            return Moments(*(np.zeros(x.shape[:2], dtype) for dtype in (np.int64, np.float64, np.float64)))
+            return new(Moments, partial(np.zeros, x.shape[:2]))
         return merge_tiles(*_choose(_without_statistics(x), Arrays(x, x)).moments())
 
     def forward(self, call: ForwardCall) -> ForwardResult:
@@ -141,7 +141,7 @@ class CpuBackend(Backend):
         return Gradients(arrays.result, dweight, dbias, dresidual)
 
     def gradient_sums(self, dy: Array, saved: Saved) -> GradientSums:
-        sums = GradientSums(*np.zeros((2, *saved.x.shape[:2])))
+        sums = new(GradientSums, partial(np.zeros, saved.x.shape[:2]))
         if saved.x.size:
             arrays = Arrays(saved.x, saved.x, dy, None if saved.activation is None else saved.residual)
             _choose(saved, arrays).gradient_sums(sums.sum_dy, sums.sum_dy_xhat)

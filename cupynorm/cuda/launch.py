@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
 
 from .._checks import overlap
 from .._types import Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved
 from ..backend import Backend
-from ..statistics import GradientSums, Moments
+from ..statistics import GradientSums, Moments, new
 from .arguments import FLAGS
 from .describe import describe
 from .launches import Launches, PlannedLaunches, PlannedStep, Runtime, assignment
@@ -42,16 +42,16 @@ class CudaBackend(Backend):
     def moments(self, x: Array) -> Moments:
         with self.runtime.on(x):
             work = PlannedLaunches(self.runtime, "moments", (x,))
-            moments = _moments(work, work.nc)
+            moments = new(Moments, partial(work.empty, work.nc))
             if x.size == 0:
-                for array in (moments.count, moments.mean, moments.m2):
+                for array in vars(moments).values():
                     array.fill(0)
                 return moments
             if work.tiles > 1:
-                _point_moments(work, "partials", _moments(work, (*work.nc, work.tiles)))
-                _point_moments(work, "merged", moments)
+                work.point_to("partials", **vars(new(Moments, partial(work.empty, (*work.nc, work.tiles)))))
+                work.point_to("merged", **vars(moments))
             else:
-                _point_moments(work, "partials", moments)
+                work.point_to("partials", **vars(moments))
             for step in work.steps:
                 work.run(step)
             work.commit()
@@ -68,14 +68,15 @@ class CudaBackend(Backend):
         x, activation, residual, moments = call.x, call.activation, call.residual, call.moments
         with self.runtime.on(x):
             update = call.updates
+            planned = update and op == "forward"  # from given moments the update needs no plan
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
             work = PlannedLaunches(
-                self.runtime, op, (x,), residual=residual, out=call.out, sums=update and op == "forward",
-                reduced=update and op == "forward", epilogue=epilogue,
+                self.runtime, op, (x,), residual=residual, out=call.out, sums=planned, reduced=planned,
+                epilogue=epilogue,
             )  # fmt: skip
-            needed, own_mean = call.save or moments is not None, call.use_input_stats
+            needed = call.save or moments is not None
             mean, variance = work.planes(needed or update), work.planes(update)
-            rstd, mean_lo = work.planes(needed), work.planes(needed and own_mean)
+            rstd, mean_lo = work.planes(needed), work.planes(needed and call.use_input_stats)
             saved = call.saved(mean, rstd, mean_lo) if call.save else None
             if x.size == 0 and (moments is None or 0 in work.nc):
                 if mean_lo is not None:
@@ -97,13 +98,13 @@ class CudaBackend(Backend):
             }  # fmt: skip
             if x.size and work.plan.regime == "split":
                 mean, rstd, mean_lo = (work.planes() if array is None else array for array in (mean, rstd, mean_lo))
-                _point_moments(work, "partials", _moments(work, (*work.nc, work.tiles)))
+                work.point_to("partials", **vars(new(Moments, partial(work.empty, (*work.nc, work.tiles)))))
             for name, array in (("mean", mean), ("rstd", rstd), ("mean_lo", mean_lo), ("variance", variance)):
                 work.point(name, array)
             after: tuple[PlannedStep, ...] = ()
             if moments is not None:
-                given = Moments(work.dense(moments.count), work.dense(moments.mean), work.dense(moments.m2))
-                _point_moments(work, "moments", given)
+                given = Moments(*map(work.dense, vars(moments).values()))
+                work.point_to("moments", **vars(given))
                 work.point("count", given.count)
                 work.run(work.of_planes("statistics_of_moments"))
                 after = (work.of_planes("running_statistics"),)
@@ -164,10 +165,10 @@ class CudaBackend(Backend):
             work = PlannedLaunches(
                 self.runtime, "gradient_sums", (x, dy), residual=saved.residual, epilogue=_epilogue(saved)
             )  # fmt: skip
-            sums = GradientSums(work.empty(work.nc, np.float64), work.empty(work.nc, np.float64))
+            sums = new(GradientSums, partial(work.empty, work.nc))
             if x.size == 0:
-                sums.sum_dy.fill(0)
-                sums.sum_dy_xhat.fill(0)
+                for array in vars(sums).values():
+                    array.fill(0)
                 return sums
             _point_saved(work, saved)
             work.point_to("totals", dy=sums.sum_dy, dy_xhat=sums.sum_dy_xhat)
@@ -222,7 +223,7 @@ class CudaBackend(Backend):
         x, weight = saved.x, saved.weight
         with self.runtime.on(x):
             # As in backward; without ddx the weight has no influence.
-            direct = weight is not None and (weight.ndim == 2 or x.shape[0] == 1)
+            direct = weight is not None and _direct(weight, x.shape)
             summed = weight is not None and ddx is not None
             op: Op = "double_backward" if saved.training else "frozen_double_backward"
             inputs = (x, dy) if ddx is None else (x, dy, ddx)
@@ -300,15 +301,6 @@ def _direct(parameter: Array, nc: tuple[int, ...]) -> bool:
 
 def _epilogue(saved: Saved) -> int:
     return 0 if saved.activation is None else EPILOGUES[saved.activation]
-
-
-def _moments(work: Launches, shape: tuple[int, ...]) -> Moments:
-    """Return new arrays for moments."""
-    return Moments(*(work.empty(shape, dtype) for dtype in (np.int64, np.float64, np.float64)))
-
-
-def _point_moments(work: Launches, name: str, moments: Moments) -> None:
-    work.point_to(name, count=moments.count, mean=moments.mean, m2=moments.m2)
 
 
 def _point_saved(work: Launches, saved: Saved) -> None:

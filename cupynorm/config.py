@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from . import cpu_count
@@ -51,10 +53,20 @@ def _threads(text: str) -> int | None:
     return cpu_count.openmp_limited(int(text)) if text.isdecimal() and int(text) else None
 
 
+def _user_cache() -> Path:
+    """Return the user's folder for caches, by the custom of the system."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 #: Whether importing the package compiles the core kernels where a GPU is usable.
 eager = _switch("CUPYNORM_EAGER", True)
-#: Whether the CPU backend uses numba where it is installed.
+#: Whether the CPU backend compiles its loops where llvmlite is installed.
 compiled = _switch("CUPYNORM_COMPILED", True)
+cache_folder = Setting("CUPYNORM_CACHE_DIR", "a folder", str, lambda: str(_user_cache() / "cupynorm"))
 batch_invariant = _switch("CUPYNORM_BATCH_INVARIANT", False)
 memory_limit = Setting(
     "CUPYNORM_MEMORY_LIMIT", "a number of bytes", lambda text: int(text) if text.isdecimal() else None, lambda: 2**30

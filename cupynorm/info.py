@@ -21,8 +21,9 @@ from .config import get_num_threads
 from .cuda.source import kernel_folder
 
 CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
-OPTIONAL = {"cpu": ("numba",), "bf16": ("ml_dtypes",), "demo": ("matplotlib", "rich", "sklearn")}  # extra: its modules
-ENVIRONMENT = re.compile("CUPYNORM_|CUPY_|CUDA_|NUMBA_|NVIDIA_VISIBLE_DEVICES$|OMP_")
+#: Extras and their modules.
+OPTIONAL = {"cpu": ("llvmlite",), "bf16": ("ml_dtypes",), "demo": ("matplotlib", "rich", "sklearn")}
+ENVIRONMENT = re.compile("CUPYNORM_|CUPY_|CUDA_|NVIDIA_VISIBLE_DEVICES$|OMP_")
 
 
 def attempt(fact: Callable[[], str]) -> str:
@@ -128,7 +129,7 @@ def backends() -> str:
     from . import cpu
 
     usable, why = devices.gpu_status()
-    loops = f"numba {cpu.numba.__version__}" if cpu.numba is not None else f"no ({cpu.without_numba})"
+    loops = f"llvmlite {cpu.llvmlite.__version__}" if cpu.llvmlite is not None else f"no ({cpu.without_llvmlite})"
     numpy = f"usable, {get_num_threads()} thread(s), compiled loops: {loops}"
     return f"numpy: {numpy}\ncupy: {'usable' if usable else 'not usable'}: {why}"
 
@@ -152,18 +153,19 @@ def kernel_cache() -> str:
 
 
 def loop_cache() -> str:
-    """Numba's folder of the CPU backend's compiled loops."""
+    """The folder of the CPU backend's compiled loops."""
     from . import cpu
 
-    if cpu.numba is None:
+    if cpu.llvmlite is None:
         return "no compiled loops"
-    from .cpu.numba_cache import Cache
-    from .cpu.numba_tasks import drain
+    from .cpu import llvm_machine
 
-    try:
-        return Cache(drain.py_func).cache_path
-    except Exception as error:
-        return f"none, the loops are compiled anew in each process: {error}"
+    folder = llvm_machine.folder()
+    why = llvm_machine.not_kept()
+    if why:
+        return f"none, the loops are compiled anew in each process: {why}"
+    sizes = [path.stat().st_size for path in folder.glob("*.bin")]
+    return f"{folder} ({len(sizes)} files, {sum(sizes) / 2**10:.0f} KiB, for {llvm_machine.processor()})"
 
 
 def environment() -> str:

@@ -88,7 +88,7 @@ def warmup(
     if place == "cpu":
         from . import cpu
 
-        steps = cpu.rehearsals(x, activation, negative_slope, residual, parts)
+        steps = cpu.rehearsals(x, activation, residual, parts)
     else:
         device = x.device
         steps = _calls(x, activation, negative_slope, residual, double_backward, parts)

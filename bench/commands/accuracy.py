@@ -247,8 +247,8 @@ def _set(place: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _ours(arrays: Given, compiled: bool) -> dict[str, Any]:
-    if compiled and cpu.numba is None:
-        raise peers.UnavailableError(str(cpu.without_numba))
+    if compiled and cpu.llvmlite is None:
+        raise peers.UnavailableError(str(cpu.without_llvmlite))
     with _set(vars(cpu), "compiled", compiled):
         return _itself(arrays)
 

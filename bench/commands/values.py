@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         layers = parse_shapes(list(options.shapes), SWEEP_ELEMENTS["cpu"])
     except ValueError as error:
         parser.error(str(error))
-    if options.compiled and cpu.numba is None:
-        parser.error(f"--compiled: {cpu.without_numba}")
+    if options.compiled and cpu.llvmlite is None:
+        parser.error(f"--compiled: {cpu.without_llvmlite}")
     compiled, cpu.compiled = cpu.compiled, options.compiled
     try:
         for layer in layers:

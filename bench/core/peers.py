@@ -72,7 +72,7 @@ def numpy_alone(op: str, arrays: Arrays) -> Contestant:
     if arrays.xp is not np:
         raise UnavailableError("measured on the CPU only")
     if not cpu.compiled:
-        raise UnavailableError(f"cupynorm itself is it: {cpu.without_numba}")
+        raise UnavailableError(f"cupynorm itself is it: {cpu.without_llvmlite}")
     own = cupynorm_itself(op, arrays)
 
     def run(i: int) -> Any:

@@ -1,4 +1,4 @@
-"""The backend of NumPy arrays: NumPy alone, or loops compiled by numba if it is installed (extra `cpu`).
+"""The backend of NumPy arrays: NumPy alone, or loops compiled by LLVM if llvmlite is installed (extra `cpu`).
 
 A **block** is as many whole planes, of every array of a call, as a core's caches hold; in the compiled loops it is one
 plane, or a group of channels side by side. A plane larger than that is cut into **tiles**: each tile is summed by
@@ -16,15 +16,17 @@ In a block, planes lie as in the result: each in one piece (rows), or side by si
     blocking                                     what NumPy and the compiled loops share; the order of the steps
     numpy_path, numpy_double                     the steps as NumPy calls, cut into blocks for the caches
     numpy_activations, gelu, halves              what they use: activations, float16 and bfloat16
-    numba_path, numba_rehearsal                  the steps as compiled loops: layouts and calls; `warmup`
-    numba_forward, numba_backward, numba_moves   the loops
-    numba_geometry, numba_intrinsics, numba_activations, numba_tasks    what the loops are made of
-    numba_import, numba_cache                    numba's import, its cache on disk
+    loops_path, loops_rehearsal                  the steps as compiled loops: layouts and calls; `warmup`
+    loops_forward, loops_backward, loops_short   the loops
+    loops_moves, windows                         arrays that are copied together first
+    loops_places, loops_activations, loops_tasks    what the loops are made of, and what calls them
+    llvm, llvm_machine                           the language they are written in; its compiler and cache on disk
     thread_pool, result_pool, running, forks     threads, memory, running statistics, forks
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -51,40 +53,37 @@ from ..statistics import GradientSums, Moments, merge_tiles, new
 from . import forks as forks  # imported for its effect
 from . import running
 from .blocking import Arrays
-from .numba_import import load_numba
 from .numpy_double import DoubleArrays, DoubleBackwardWork
 from .numpy_path import NumpyWork
 from .result_pool import empty
 
-#: numba, or None without compiled loops; then the next line is the reason.
-numba: Any = None
-without_numba = "CUPYNORM_COMPILED=0"
+#: llvmlite, or None without compiled loops; then the next line is the reason.
+llvmlite: Any
+llvmlite, without_llvmlite = None, "CUPYNORM_COMPILED=0"
 if config.compiled.get():
     try:
-        load_numba()
-        import numba
+        llvmlite = importlib.import_module("llvmlite")
+        from . import loops_path, loops_rehearsal
 
-        from . import numba_path, numba_rehearsal
-
-        without_numba = ""
-    except Exception as _reason:  # numba is missing, or does not work with this NumPy, in any of several ways
-        numba, without_numba = None, str(_reason)
+        without_llvmlite = ""
+    except Exception as _reason:  # llvmlite is missing, or does not work here, in any of several ways
+        llvmlite, without_llvmlite = None, str(_reason)
 
 #: Whether calls use the compiled loops. The benchmark and the tests turn them off to compare.
-compiled = numba is not None
+compiled = llvmlite is not None
 
 
 def _choose(call: Saved, arrays: Arrays) -> Any:
     """Choose the implementation of a call: compiled if available and if the loops can address the arrays."""
-    work = numba_path.work_of(call, arrays) if compiled else None
+    work = loops_path.work_of(call, arrays) if compiled else None
     return NumpyWork(call, arrays) if work is None else work
 
 
 def rehearsals(
-    x: Array, activation: str | None, negative_slope: float, residual: Array | None, parts: bool = False
+    x: Array, activation: str | None, residual: Array | None, parts: bool = False
 ) -> list[tuple[str, Callable[[], Any]]]:
     """Return (name, step) pairs that compile the loops for arrays like x; empty if such calls use NumPy alone."""
-    return numba_rehearsal.rehearsals(x, activation, negative_slope, residual, parts) if compiled else []
+    return loops_rehearsal.rehearsals(x, activation, residual, parts) if compiled else []
 
 
 class CpuBackend(Backend):

@@ -1,6 +1,6 @@
 """Make forks safe: a child inherits locks held by other threads of its parent, but not those threads.
 
-Numba and llvmlite compile under locks. If another thread compiled during the fork, the child would wait for them
+The loops are compiled under locks. If another thread compiled during the fork, the child would wait for them
 forever, with LLVM in an undefined state. The forking thread therefore acquires these locks first, and so waits until no
 other thread compiles. The locks are reentrant, so a thread may fork while it compiles. The fork also waits for running
 imports of the backend and of the modules that it imports later.
@@ -18,8 +18,8 @@ from typing import Any
 
 #: Modules imported by calls.
 IMPORTED = ("cupynorm.cpu", "numpy.polynomial")
-#: Where numba and llvmlite keep their locks, if imported, in the order of acquisition.
-LOCKS = (("numba.core.compiler_lock", "global_compiler_lock"), ("llvmlite.binding.ffi", "lib._lock"))
+#: Where the locks are, if imported, in the order of acquisition.
+LOCKS = (("cupynorm.cpu.llvm_machine", "lock"), ("llvmlite.binding.ffi", "lib._lock"))
 
 
 class _Forking(threading.local):
@@ -31,7 +31,7 @@ _forking = _Forking()
 
 
 def _locks() -> list[Any]:
-    """Return the existing LOCKS; other versions of numba may have other ones."""
+    """Return the existing LOCKS; other versions of llvmlite may have other ones."""
     found = []
     for module, path in LOCKS:
         lock: Any = sys.modules.get(module)

@@ -38,7 +38,7 @@ def _set_mode(mode: Any) -> None:
 
 
 class Queue(Protocol):
-    """What threads take the tasks of a call from: `TaskQueue`, or numba_tasks.TaskQueue for compiled loops."""
+    """What threads take the tasks of a call from: `TaskQueue`, or loops_tasks.TaskQueue for compiled loops."""
 
     def drain(self) -> bool:
         """Let no further task start; True if all started tasks are known to have finished."""

@@ -224,7 +224,7 @@ def test_strides_of_fractional_elements_are_unusable(monkeypatch: pytest.MonkeyP
 
 def compiled(function: Any) -> Any:
     """Compile a function of the loops so that Python can call it."""
-    assert cpu.numba is not None
+    assert cpu.llvmlite is not None
     return cpu.numba.njit(function.py_func)
 
 
@@ -535,7 +535,7 @@ def reduced(
     monkeypatch: pytest.MonkeyPatch, planes: np.ndarray, guess: float, channels_last: bool, least: float = 0.0
 ) -> list[tuple[float, float, float]]:
     """Return mean, mean_lo and m2 that the loops compute for planes, each of two runs, from a guess of their means."""
-    assert cpu.numba is not None
+    assert cpu.llvmlite is not None
     count, size = planes.shape
     half, dtype = size // 2, planes.dtype
     runs = (half + 3) * np.arange(2) * (count if channels_last else 1) + 5
@@ -682,7 +682,7 @@ def test_short_planes_with_bad_guesses_are_summed_again(
 ):
     """One by one, by `_moments`, whose results are used: here they are recognisable numbers."""
     use_compiled(monkeypatch, True)
-    assert cpu.numba is not None
+    assert cpu.llvmlite is not None
     found_moments = cpu.numba.njit(
         lambda x, o, run, geometry, tile, mean, zero, count, least: (mean + 512, 2.0**-30, 900.0)
     )

@@ -61,7 +61,7 @@ on_cpu = on("numpy", "compiled")
 def missing(name: str) -> str:
     """Return why this backend is unavailable here, or "" if it is available."""
     if name == "compiled":
-        return "" if cpu.numba is not None else str(cpu.without_numba)
+        return "" if cpu.llvmlite is not None else str(cpu.without_llvmlite)
     if name == "simt":
         return "" if shutil.which("g++") else "no g++ to build the emulator with"
     if name == "cupy":
@@ -190,8 +190,8 @@ def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
 
 def use_compiled(patch: pytest.MonkeyPatch, wanted: bool) -> None:
     """Turn the compiled loops on or off until the patch is undone; skip the test if there are none."""
-    if wanted and cpu.numba is None:
-        pytest.skip(f"no compiled loops: {cpu.without_numba}")
+    if wanted and cpu.llvmlite is None:
+        pytest.skip(f"no compiled loops: {cpu.without_llvmlite}")
     patch.setattr(cpu, "compiled", wanted)
 
 

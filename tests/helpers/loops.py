@@ -1,4 +1,4 @@
-"""The modules of the compiled loops; without numba, stand-ins that tests can patch all the same."""
+"""The modules of the compiled loops; without llvmlite, stand-ins that tests can patch all the same."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ class _Absent:
 
 
 def _module(name: str) -> Any:
-    return _Absent() if cpu.numba is None else importlib.import_module(f"cupynorm.cpu.{name}")
+    return _Absent() if cpu.llvmlite is None else importlib.import_module(f"cupynorm.cpu.{name}")
 
 
-numba_backward = _module("numba_backward")
-numba_cache = _module("numba_cache")
-numba_forward = _module("numba_forward")
-numba_geometry = _module("numba_geometry")
-numba_intrinsics = _module("numba_intrinsics")
-numba_moves = _module("numba_moves")
-numba_path = _module("numba_path")
-numba_rehearsal = _module("numba_rehearsal")
-numba_tasks = _module("numba_tasks")
+llvm = _module("llvm")
+llvm_machine = _module("llvm_machine")
+loops_activations = _module("loops_activations")
+loops_backward = _module("loops_backward")
+loops_forward = _module("loops_forward")
+loops_moves = _module("loops_moves")
+loops_path = _module("loops_path")
+loops_places = _module("loops_places")
+loops_rehearsal = _module("loops_rehearsal")
+loops_short = _module("loops_short")
+loops_tasks = _module("loops_tasks")
+windows = _module("windows")

@@ -1,0 +1,172 @@
+"""Compile modules of `llvm` for this processor, load them, and keep their code on disk.
+
+A file of the cache holds the machine code of one module. Its name is a hash of all that the code depends on: the
+package's files that wrote the module, the versions of llvmlite and LLVM, the processor and what the module is for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import pkgutil
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+from llvmlite import binding
+
+from .. import config
+from .llvm import Module
+
+#: Files of the package that write the modules.
+SOURCES = (
+    "gelu.py", "llvm.py", "llvm_machine.py", "loops_activations.py", "loops_backward.py", "loops_forward.py",
+    "loops_moves.py", "loops_places.py", "loops_short.py", "loops_tasks.py",
+)  # fmt: skip
+#: The least version whose LLVM has what `llvm` writes.
+LEAST_VERSION = (0, 50)
+
+#: Held while compiling; forks wait for it.
+lock = threading.RLock()
+_engines: list[Any] = []  # they own the code
+
+
+@cache
+def _target() -> tuple[Any, str, str]:
+    """Return the target machine, and this processor's name and features."""
+    version = tuple(int(part) for part in llvmlite.__version__.split("+")[0].split(".")[:2])
+    if version < LEAST_VERSION:
+        raise ImportError(f"llvmlite {llvmlite.__version__} is too old; needed is {'.'.join(map(str, LEAST_VERSION))}")
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
+    features = binding.get_host_cpu_features().flatten()
+    machine = binding.Target.from_triple(triple).create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    )
+    return machine, cpu, features
+
+
+def processor() -> str:
+    """Return the name of this processor as LLVM has it."""
+    return _target()[1]
+
+
+@cache
+def converts_halves() -> bool:
+    """Return whether the processor has instructions that convert float16."""
+    machine, _, features = _target()
+    return "x86" not in machine.triple or "+f16c" in features.split(",")
+
+
+@cache
+def _stamp() -> str:
+    """Return a hash of all that is common to all modules."""
+    machine, cpu, features = _target()
+    made = hashlib.sha256(f"{llvmlite.__version__} {binding.llvm_version_info} {machine.triple}".encode())
+    made.update(f"{cpu} {features}".encode())
+    for name in SOURCES:
+        text = pkgutil.get_data(__package__, name)
+        if text is None:
+            raise OSError(f"{name} cannot be read")
+        made.update(hashlib.sha256(text).digest())
+    return made.hexdigest()
+
+
+def folder() -> Path:
+    """Return the folder of the cache."""
+    return Path(config.cache_folder.get()).expanduser()
+
+
+def not_kept() -> str:
+    """Return why code cannot be kept on disk; "" if it can."""
+    try:
+        _stamp()
+        _keep(folder() / "probe", b"").unlink()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _file_of(kind: str) -> Path:
+    digest = hashlib.sha256(f"{_stamp()} {kind}".encode()).hexdigest()
+    return folder() / f"{kind.split(maxsplit=1)[0]}-{digest[:40]}.bin"
+
+
+def _kept(file: Path) -> bytes | None:
+    """Return the code in a file of the cache; None if there is none, or if the file is not whole."""
+    with suppress(OSError):
+        content = file.read_bytes()
+        if hashlib.sha256(content[32:]).digest() == content[:32]:
+            return content[32:]
+    return None
+
+
+def _keep(file: Path, code: bytes) -> Path:
+    """Write a file of the cache, so that other processes see all of it or nothing."""
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as made:
+            made.write(hashlib.sha256(code).digest() + code)
+        return Path(name).replace(file)
+    except BaseException:
+        with suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+def emit(write: Callable[[Module], None]) -> bytes:
+    """Return the machine code of the module that `write` fills."""
+    machine, _, _ = _target()
+    made = Module()
+    write(made)
+    made.module.triple = machine.triple
+    made.module.data_layout = str(machine.target_data)
+    module = binding.parse_assembly(str(made.module))
+    # Loops are written with vectors: LLVM need not look for any.
+    options = binding.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+    return machine.emit_object(module)
+
+
+def _load(code: bytes) -> Any:
+    machine, _, _ = _target()
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return engine
+
+
+def compiled(kind: str, write: Callable[[Module], None], names: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the addresses of a module's functions of these names.
+
+    kind: what the module is for. The same kind must always mean the same code; its first word names the file.
+    """
+    with lock:
+        code = file = None
+        with suppress(OSError):  # the package's files cannot be read: no cache
+            file = _file_of(kind)
+            code = _kept(file)
+        if code is None:
+            code = emit(write)
+            if file is not None:
+                with suppress(OSError):
+                    _keep(file, code)
+        engine = _load(code)
+        _engines.append(engine)
+        return tuple(engine.get_function_address(name) for name in names)
+
+
+#: A step of a call: (call, first item, last item, whether another item follows).
+Step = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+
+_target()  # so that the import fails where nothing can be compiled

@@ -1,0 +1,270 @@
+"""The compiled loops of the backward.
+
+Modules, each compiled when a call first needs it: `gradient_sums` (the steps reduce and join), `gradients` (the step
+apply), and `short_backward` (the whole backward of short planes).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least, vector, where
+from .loops_activations import times_slope
+from .loops_forward import PARTIAL_CHANNELS, STEP, stream_out_of, stream_row
+from .loops_places import (
+    AHEAD,
+    LINE,
+    PARTIAL,
+    WIDEST_GROUP,
+    Coefficients,
+    Kind,
+    Numbers,
+    Planes,
+    Product,
+    Sums,
+    Table,
+    each_item,
+    each_vector,
+    map_row,
+    sum_row,
+    tile_of,
+    unit_of,
+)
+
+INPUTS = "x", "dy", "residual"
+OUTPUTS = "result", "dresidual"
+
+
+def gradient_at(
+    kind: Kind, inputs: dict[str, Memory], i: Value, values: Coefficients, slope: Value
+) -> tuple[Value, Value]:
+    """Return g, and x - mean in the plane's unit, of the elements at i."""
+    element, lanes = kind.element, kind.lanes
+    centred = values.centred(element.widen(inputs["x"].load(i, lanes)))
+    z = values.z(centred)
+    if kind.residual:
+        z = z + element.widen(inputs["residual"].load(i, lanes))
+    return times_slope(element.widen(inputs["dy"].load(i, lanes)), z, kind.activation, slope), centred
+
+
+def _run(numbers: Numbers, names: tuple[str, ...], item: Any, r: Value) -> dict[str, Memory]:
+    """Return a run of each array."""
+    return {name: numbers.run(name, item.n, item.c, r) for name in names}
+
+
+def _reduce_rows(module: Module, kind: Kind) -> None:
+    """Write the step that sets the sums of g and of g * (x - mean) of tiles."""
+    with module.function("reduce", *STEP, exported=True) as (code, call, first, last, _):
+        numbers = Numbers(code, call, kind)
+        planes = Planes(numbers)
+        slope = numbers.slope.to(kind.element.computing).splat(kind.lanes)
+        with each_item(numbers, first, last) as item:
+            tile = tile_of(numbers, item.tile)
+            values = Coefficients(*(each.splat(kind.lanes) for each in planes.coefficients(item.n, item.c)[0]))
+            sums = Sums(code, kind, 2)
+            with code.loop(tile.r0, tile.r1) as r:
+                run = {name: each.at(tile.l0) for name, each in _run(numbers, INPUTS, item, r).items()}
+
+                def terms(i: Value) -> list[Any]:
+                    g, centred = gradient_at(kind, run, i, values, slope)
+                    return [g, Product(g, centred)]
+
+                def beside(i: Value) -> None:
+                    run["x"].prefetch(i + AHEAD)
+                    run["dy"].prefetch(i + AHEAD)
+
+                sum_row(code, tile.whole, sums, terms, beside)
+            for i, total in enumerate(sums.values()):
+                numbers.sums_of(i).store(numbers.sums + item.number, total)
+
+
+def _channel_table(code: Code, kind: Kind, planes: Planes, item: Any) -> Table:
+    """Return the Coefficients of a group of channels."""
+    table = Table(code, kind.element.computing, Coefficients._fields, WIDEST_GROUP)
+    with code.loop(0, item.width) as j:
+        table.store(j, **planes.coefficients(item.n, item.c + j)[0]._asdict())
+    return table
+
+
+def _reduce_channels(module: Module, kind: Kind) -> None:
+    """Write `_reduce_rows` for channels side by side."""
+    lanes, computing = kind.lanes, vector(kind.element.computing, kind.lanes)
+    with module.function("reduce", *STEP, exported=True) as (code, call, first, last, _):
+        numbers = Numbers(code, call, kind)
+        planes = Planes(numbers)
+        slope = numbers.slope.to(kind.element.computing).splat(lanes)
+        sums = Table(code, DOUBLE, ("g", "g_centred"), WIDEST_GROUP)
+        with each_item(numbers, first, last) as item:
+            tile, table = tile_of(numbers, item.tile), _channel_table(code, kind, planes, item)
+            with each_vector(code, item.width, lanes) as (j, _new):
+                zero = code.number(vector(DOUBLE, lanes), 0)
+                sums.store(j, g=zero, g_centred=zero)
+            with code.loop(tile.r0, tile.r1) as r, code.loop(tile.l0, tile.l1, PARTIAL_CHANNELS) as lo:
+                run, hi = _run(numbers, INPUTS, item, r), least(lo + PARTIAL_CHANNELS, tile.l1)
+                with each_vector(code, item.width, lanes) as (j, new):
+                    values = table.coefficients(j, lanes)
+                    a, b = (code.variable(code.number(computing, 0)) for _ in range(2))
+                    with code.loop(lo, hi) as i:
+                        at = {name: each.at(i * getattr(numbers, f"{name}_p")) for name, each in run.items()}
+                        for name in ("x", "dy"):
+                            at[name].prefetch(getattr(numbers, f"{name}_p") * PARTIAL_CHANNELS + j)
+                        g, centred = gradient_at(kind, at, j, values, slope)
+                        a.add(g)
+                        b.set(fused(g, centred, b.get()))
+                    old = sums.load(j, lanes, "g", "g_centred")
+                    total, dot = (
+                        was + where(new, each.get(), 0).to(DOUBLE) for was, each in zip(old, (a, b), strict=True)
+                    )
+                    sums.store(j, g=total, g_centred=dot)
+            with code.loop(0, item.width) as j:
+                for i, room in enumerate(sums.rooms.values()):
+                    numbers.sums_of(i).store(numbers.sums + item.number * numbers.group + j, room.load(j))
+
+
+def _join(module: Module, kind: Kind) -> None:
+    """Write the step that adds up the tiles of blocks, and turns sums of g * (x - mean) into sums of g * xhat.
+
+    sum_g and sum_g_xhat have the dtype of the planes' other numbers, or float64 if the call's numbers say so.
+    """
+    computing = kind.element.computing
+    with module.function("join", *STEP, exported=True) as (code, call, first, last, _):
+        numbers = Numbers(code, call, kind)
+        planes = Planes(numbers)
+        tiles, group = numbers.tiles, numbers.group
+        parts = [numbers.sums_of(i) for i in range(2)]
+        groups = (numbers.channels + group - 1) // group
+        with code.loop(first, last) as block:
+            n = block // groups
+            c = (block - n * groups) * group
+            with code.loop(0, least(group, numbers.channels - c)) as j:
+                at = block * tiles * group + j
+                total, dot = (code.variable(code.number(DOUBLE, 0)) for _ in range(2))
+                with code.loop(0, tiles) as tile:
+                    for variable, part in zip((total, dot), parts, strict=True):
+                        variable.add(part.load(at + tile * group))
+                mean, mean_lo, rstd = planes.statistics(n, c + j)
+                unit, r = unit_of(mean, rstd)
+                with_xhat = (dot.get() - total.get() * (mean_lo * unit).to(DOUBLE)) * r.to(DOUBLE)
+                plane = n * numbers.channels + c + j
+                with code.choice(numbers.wide != 0) as (wide, narrow):
+                    for case, stored in ((wide, DOUBLE), (narrow, computing)):
+                        with case:
+                            code.memory(numbers.sum_g, stored).store(plane, total.get().to(stored))
+                            code.memory(numbers.sum_g_xhat, stored).store(plane, with_xhat.to(stored))
+
+
+def gradient_sums(module: Module, kind: Kind) -> None:
+    """Write the steps reduce and join."""
+    (_reduce_channels if kind.channels_last else _reduce_rows)(module, kind)
+    _join(module, kind)
+
+
+def slope_and_constant(
+    count: Value, unit: Value, r: Value, mean_lo: Value, sum_g: Value, sum_g_xhat: Value
+) -> tuple[Value, Value]:
+    """Return slope and constant of dx = (g + (centred * slope + constant)) * scale * unit; r is rstd in the unit."""
+    slope = -(sum_g_xhat / count * r)
+    return slope, -(sum_g / count) - mean_lo * unit * slope
+
+
+def _slopes(code: Code, numbers: Numbers, kind: Kind, planes: Planes, n: Value, c: Value) -> tuple[Value, Value]:
+    """Return slope and constant of a plane."""
+    computing, at = kind.element.computing, n * numbers.channels + c
+    sums = [code.memory(getattr(numbers, name), computing).load(at) for name in ("sum_g", "sum_g_xhat")]
+    mean, mean_lo, rstd = planes.statistics(n, c)
+    unit, r = unit_of(mean, rstd)
+    return slope_and_constant(numbers.plane.to(computing), unit, r, mean_lo, *sums)
+
+
+def gradient_results(
+    kind: Kind, inputs: dict[str, Memory], outputs: dict[str, Memory], i: Value, values: Coefficients,
+    further: tuple[Value, Value], slope: Value,
+) -> list[tuple[Memory, Value]]:  # fmt: skip
+    """Return dx, and a residual's gradient, of the elements at i, each with its memory."""
+    g, centred = gradient_at(kind, inputs, i, values, slope)
+    found = [(outputs["dresidual"], kind.element.narrow(g))] if kind.residual else []
+    if kind.training:
+        g = g + fused(centred, *further)
+    return [*found, (outputs["result"], kind.element.narrow(g * values.scale * values.unit))]
+
+
+def _write_row(module: Module, kind: Kind) -> Any:
+    """Write a function that computes dx for a row of a plane, or its channels side by side at one position."""
+    lanes, computing = kind.lanes, kind.element.computing
+    given = [MEMORY if kind.channels_last else computing] * (len(Coefficients._fields) + 2)
+    with module.function("row", *[MEMORY] * 5, INT, INT, INT, computing, *given) as (
+        code, x, dy, residual, dx, dresidual, count, away, away_dy, slope_, *values,
+    ):  # fmt: skip
+        stored = kind.element.stored
+        inputs = {"x": x.of(stored), "dy": dy.of(stored), "residual": residual.of(stored)}
+        outputs = {"result": dx.of(stored), "dresidual": dresidual.of(stored)}
+        slope = slope_.splat(lanes)
+        fixed = [] if kind.channels_last else [each.splat(lanes) for each in values]
+        tables = [each.of(computing) for each in values] if kind.channels_last else []
+
+        def compute(i: Value) -> list[tuple[Memory, Value]]:
+            at = fixed or [table.load(i, lanes) for table in tables]
+            return gradient_results(kind, inputs, outputs, i, Coefficients(*at[:4]), (at[4], at[5]), slope)
+
+        def beside(i: Value) -> None:
+            inputs["x"].prefetch(i + away)
+            inputs["dy"].prefetch(i + away_dy)
+
+        map_row(code, count, lanes, compute, None if kind.channels_last else beside)
+        return code.function
+
+
+def _apply_rows(module: Module, kind: Kind) -> None:
+    """Write the step that computes dx of tiles, and the residual's gradient, as in the forward."""
+    row, stream_out = _write_row(module, kind), stream_out_of(module, kind)
+    with module.function("apply", *STEP, exported=True) as (code, call, first, last, follows):
+        numbers = Numbers(code, call, kind)
+        planes = Planes(numbers)
+        buffer = code.room(kind.element.stored, PARTIAL + LINE)
+        slope = numbers.slope.to(kind.element.computing)
+        away = [where(follows != 0, getattr(numbers, f"{name}_c"), 0) for name in ("x", "dy")]
+        with each_item(numbers, first, last, backwards=True) as item:
+            tile = tile_of(numbers, item.tile)
+            values, _ = planes.coefficients(item.n, item.c)
+            further = _slopes(code, numbers, kind, planes, item.n, item.c) if kind.training else (slope, slope)
+            with code.loop(tile.r0, tile.r1) as r:
+                run = {name: each.at(tile.l0) for name, each in _run(numbers, (*INPUTS, *OUTPUTS), item, r).items()}
+
+                def compute(target: Memory, lo: Any, count: Value) -> None:
+                    x, dy, residual, dresidual = (run[name].at(lo) for name in (*INPUTS, "dresidual"))
+                    code.call(row, x, dy, residual, target, dresidual, count, *away, slope, *values, *further)
+
+                with code.choice(numbers.streams != 0) as (streams, stays):
+                    with streams:
+                        stream_row(code, kind, stream_out, run["result"], tile.whole, buffer, compute)
+                    with stays:
+                        compute(run["result"], 0, tile.whole)
+
+
+def _apply_channels(module: Module, kind: Kind) -> None:
+    """Write `_apply_rows` for channels side by side."""
+    row = _write_row(module, kind)
+    with module.function("apply", *STEP, exported=True) as (code, call, first, last, _):
+        numbers = Numbers(code, call, kind)
+        planes = Planes(numbers)
+        slope = numbers.slope.to(kind.element.computing)
+        further = Table(code, kind.element.computing, ("slope", "constant"), WIDEST_GROUP)
+        with each_item(numbers, first, last, backwards=True) as item:
+            table = _channel_table(code, kind, planes, item)
+            if kind.training:
+                with code.loop(0, item.width) as j:
+                    values = _slopes(code, numbers, kind, planes, item.n, item.c + j)
+                    further.store(j, slope=values[0], constant=values[1])
+            tile = tile_of(numbers, item.tile)
+            with code.loop(tile.r0, tile.r1) as r:
+                run = _run(numbers, (*INPUTS, *OUTPUTS), item, r)
+                with code.loop(tile.l0, tile.l1) as i:
+                    at = {name: each.at(i * getattr(numbers, f"{name}_p")) for name, each in run.items()}
+                    places = [at[name] for name in (*INPUTS, *OUTPUTS)]
+                    tables = *table.rooms.values(), *further.rooms.values()
+                    code.call(row, *places, item.width, 0, 0, slope, *tables)
+
+
+def gradients(module: Module, kind: Kind) -> None:
+    """Write the step apply."""
+    (_apply_channels if kind.channels_last else _apply_rows)(module, kind)

@@ -1,0 +1,371 @@
+"""The compiled loops of the forward.
+
+Modules, each compiled when a call first needs it: `statistics` (the steps reduce and join), `results` (the step apply),
+and `short_forward` (the whole forward of short planes; the odd ones among them are left to the other steps).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least, sqrt, vector, where
+from .loops_activations import activate
+from .loops_places import (
+    AHEAD,
+    LINE,
+    PARTIAL,
+    WIDEST_GROUP,
+    Coefficients,
+    Kind,
+    Numbers,
+    Planes,
+    Product,
+    Sums,
+    Table,
+    Tile,
+    each_item,
+    each_vector,
+    map_row,
+    sum_row,
+    tile_of,
+)
+
+STEP = MEMORY, INT, INT, INT
+GUESS_PLACES = 8  # a tile's mean is guessed from a vector at each of so many places
+PARTIAL_CHANNELS = 64  # positions of channels side by side summed in computing precision
+
+
+def _guess_place(i: int, tile: Tile, length: int) -> tuple[Value, Value]:
+    """Return the run and the first position of the i-th place from which a tile's mean is guessed."""
+    r = tile.r0 + (tile.r1 - tile.r0) * i // GUESS_PLACES
+    return r, tile.l0 + (tile.whole - length) * i // (GUESS_PLACES - 1)
+
+
+def _moments_float64(module: Module, kind: Kind) -> Any:
+    """Write a function that stores mean, mean_lo and m2 of a tile of a plane or channel, computed in float64.
+
+    It is the fallback for variances outside float32's range.
+    """
+    element = kind.element
+    with module.function("moments_float64", MEMORY, INT, INT, INT, MEMORY) as (code, call, offset, step, number, found):
+        numbers = Numbers(code, call, kind)
+        x, runs, tile = numbers.array("x").at(offset), numbers.runs_of("x"), tile_of(numbers, number)
+        zero = code.number(DOUBLE, 0)
+        mean, total, sum_sq = code.variable(zero), code.variable(zero), code.variable(zero)
+        count = tile.size.to(DOUBLE)
+        with code.loop(0, 2):
+            mean.add(total.get() / count)
+            total.set(0)
+            sum_sq.set(0)
+            with code.loop(tile.r0, tile.r1) as r:
+                row = x.at(runs.load(r))
+                with code.loop(tile.l0, tile.l1) as i:
+                    d = element.widen(row.load(i * step)).to(DOUBLE) - mean.get()
+                    total.add(d)
+                    sum_sq.set(fused(d, d, sum_sq.get()))
+        excess = total.get() / count
+        rounded = mean.get().to(element.computing).to(DOUBLE)
+        found.of(DOUBLE).store(0, rounded)
+        found.of(DOUBLE).store(1, (mean.get() - rounded) + excess)
+        found.of(DOUBLE).store(2, sum_sq.get() - total.get() * excess)
+        return code.function
+
+
+def _outside(sum_sq: Value, lowest: Value) -> Value:
+    """Return whether a sum of squares is outside float32's range, or NaN."""
+    return ~((sum_sq >= lowest) & (sum_sq < math.inf))
+
+
+def _reduce_rows(module: Module, kind: Kind) -> None:
+    """Write the step that sets mean, mean_lo and m2 of tiles.
+
+    sum d**2 - count * mean(d)**2 loses at most one bit if mean(d) is within the deviation. If it is not, the guess of
+    the mean was bad: sum again about the mean. If the rounding of the mean still dominates, as in a nearly constant
+    tile, sum a third time about mean + mean_lo.
+    """
+    element, lanes = kind.element, kind.lanes
+    fallback = _moments_float64(module, kind)
+    with module.function("reduce", *STEP, exported=True) as (code, call, first, last, _):
+        numbers = Numbers(code, call, kind)
+        found = code.room(DOUBLE, 3)
+        with each_item(numbers, first, last) as item:
+            offset = numbers.start("x", item.n, item.c)
+            x, runs, tile = (
+                numbers.array("x").at(offset),
+                numbers.runs_of("x"),
+                tile_of(numbers, item.tile),
+            )
+            count = tile.size.to(DOUBLE)
+            guess = code.number(vector(DOUBLE, lanes), 0)
+            for i in range(GUESS_PLACES):
+                r, at = _guess_place(i, tile, lanes)
+                guess = guess + element.widen(x.at(runs.load(r)).load(at, lanes)).to(DOUBLE)
+            mean = code.variable((guess.sum() * (1 / (lanes * GUESS_PLACES))).to(element.computing))
+            mean_lo = code.variable(code.number(element.computing, 0))
+            total, sum_sq = (code.variable(code.number(DOUBLE, 0)) for _ in range(2))
+            with code.loop(0, 3) as attempt:
+                m, lo = mean.get().splat(lanes), mean_lo.get().splat(lanes)
+                sums = Sums(code, kind, 2)
+                with code.loop(tile.r0, tile.r1) as r:
+                    row = x.at(runs.load(r)).at(tile.l0)
+
+                    def terms(i: Value, row: Memory = row, m: Value = m, lo: Value = lo) -> list[Any]:
+                        d = (element.widen(row.load(i, lanes)) - m) - lo
+                        return [d, Product(d, d)]
+
+                    sum_row(code, tile.whole, sums, terms, lambda i, row=row: row.prefetch(i + AHEAD))  # type: ignore[misc]
+                for variable, value in zip((total, sum_sq), sums.values(), strict=True):
+                    variable.set(value)
+                excess = total.get() / count
+                code.leave_if(~(total.get() * excess > sum_sq.get() * 0.5))
+                with code.when(attempt == 0):
+                    mean.add(excess.to(element.computing))
+                with code.when(attempt == 1):
+                    mean_lo.set(excess.to(element.computing))
+            excess = total.get() / count
+            found.store(0, mean.get().to(DOUBLE))
+            found.store(1, mean_lo.get().to(DOUBLE) + excess)
+            found.store(2, sum_sq.get() - total.get() * excess)
+            with code.when(_outside(sum_sq.get(), numbers.least * count), likely=False):
+                code.call(fallback, call, offset, 1, item.tile, found)
+            for i in range(3):
+                numbers.sums_of(i).store(numbers.sums + item.number, found.load(i))
+
+
+def _reduce_channels(module: Module, kind: Kind) -> None:
+    """Write `_reduce_rows` for channels side by side."""
+    element, lanes = kind.element, kind.lanes
+    computing, wide = vector(element.computing, lanes), vector(DOUBLE, lanes)
+    fallback = _moments_float64(module, kind)
+    with module.function("reduce", *STEP, exported=True) as (code, call, first, last, _):
+        numbers = Numbers(code, call, kind)
+        found = code.room(DOUBLE, 3)
+        near = Table(code, element.computing, ("mean", "mean_lo"), WIDEST_GROUP)
+        sums = Table(code, DOUBLE, ("total", "sum_sq"), WIDEST_GROUP)
+        step = numbers.x_p
+        with each_item(numbers, first, last) as item:
+            offset = numbers.start("x", item.n, item.c)
+            x, runs, tile = (
+                numbers.array("x").at(offset),
+                numbers.runs_of("x"),
+                tile_of(numbers, item.tile),
+            )
+            count = tile.size.to(DOUBLE)
+            with each_vector(code, item.width, lanes) as (j, _):
+                guess = code.number(wide, 0)
+                for i in range(GUESS_PLACES):
+                    r, at = _guess_place(i, tile, 1)
+                    guess = guess + element.widen(x.at(runs.load(r)).load(at * step + j, lanes)).to(DOUBLE)
+                near.store(
+                    j, mean=(guess * (1 / GUESS_PLACES)).to(element.computing), mean_lo=code.number(computing, 0)
+                )
+            with code.loop(0, 3) as attempt:
+                with each_vector(code, item.width, lanes) as (j, _):
+                    sums.store(j, total=code.number(wide, 0), sum_sq=code.number(wide, 0))
+                with code.loop(tile.r0, tile.r1) as r, code.loop(tile.l0, tile.l1, PARTIAL_CHANNELS) as lo:
+                    row, hi = x.at(runs.load(r)), least(lo + PARTIAL_CHANNELS, tile.l1)
+                    with each_vector(code, item.width, lanes) as (j, new):
+                        mean, mean_lo = near.load(j, lanes, "mean", "mean_lo")
+                        a, b = (code.variable(code.number(computing, 0)) for _ in range(2))
+                        with code.loop(lo, hi) as i:
+                            at = i * step + j
+                            row.prefetch(at + step * PARTIAL_CHANNELS)
+                            d = (element.widen(row.load(at, lanes)) - mean) - mean_lo
+                            a.add(d)
+                            b.set(fused(d, d, b.get()))
+                        total, sum_sq = sums.load(j, lanes, "total", "sum_sq")
+                        more = [where(new, each.get(), 0).to(DOUBLE) for each in (a, b)]
+                        sums.store(j, total=total + more[0], sum_sq=sum_sq + more[1])
+                again = code.variable(code.integer(0))
+                with code.when(attempt < 2), each_vector(code, item.width, lanes) as (j, new):
+                    total, sum_sq = sums.load(j, lanes, "total", "sum_sq")
+                    mean, mean_lo = near.load(j, lanes, "mean", "mean_lo")
+                    excess = total / count
+                    bad = (total * excess > sum_sq * 0.5) & new
+                    with code.when(bad.any()):
+                        again.set(1)
+                        better = excess.to(element.computing)
+                        first_time = attempt == 0
+                        near.store(
+                            j, mean=where(bad & first_time.splat(lanes), mean + better, mean),
+                            mean_lo=where(bad & (~first_time).splat(lanes), better, mean_lo),
+                        )  # fmt: skip
+                code.leave_if(again.get() == 0)
+            with code.loop(0, item.width) as j:
+                total, sum_sq = (room.load(j) for room in sums.rooms.values())
+                mean, mean_lo = (room.load(j) for room in near.rooms.values())
+                excess = total / count
+                found.store(0, mean.to(DOUBLE))
+                found.store(1, mean_lo.to(DOUBLE) + excess)
+                found.store(2, sum_sq - total * excess)
+                with code.when(_outside(sum_sq, numbers.least * count), likely=False):
+                    code.call(fallback, call, offset + j, step, item.tile, found)
+                for i in range(3):
+                    at = numbers.sums + item.number * numbers.group + j
+                    numbers.sums_of(i).store(at, found.load(i))
+
+
+def _join(module: Module, kind: Kind) -> None:
+    """Write the step that merges the tiles of blocks: mean, mean_lo and rstd of planes, and variance if wanted.
+
+    By Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's.
+    """
+    computing = kind.element.computing
+    with module.function("join", *STEP, exported=True) as (code, call, first, last, _):
+        numbers = Numbers(code, call, kind)
+        means, means_lo, m2s = (numbers.sums_of(i) for i in range(3))
+        counts = code.memory(numbers.counts, INT)
+        tiles, group = numbers.tiles, numbers.group
+        outputs = {
+            name: code.memory(getattr(numbers, name), computing) for name in ("mean", "mean_lo", "rstd", "variance")
+        }
+        # A whole plane has plane elements; in a window it is also the only tile.
+        first_count = where(tiles == 1, numbers.plane, counts.load(0))
+        groups = (numbers.channels + group - 1) // group
+        with code.loop(first, last) as block:
+            n = block // groups
+            c = (block - n * groups) * group
+            with code.loop(0, least(group, numbers.channels - c)) as j:
+                at = block * tiles * group + j
+                start = means.load(at)
+                pooled, m2 = code.variable(means_lo.load(at)), code.variable(m2s.load(at))
+                count = code.variable(first_count.to(DOUBLE))
+                with code.loop(1, tiles) as tile:
+                    there = at + tile * group
+                    more = counts.load(tile).to(DOUBLE)
+                    share = more / (count.get() + more)
+                    distance = (means.load(there) - start) + means_lo.load(there) - pooled.get()
+                    pooled.add(distance * share)
+                    m2.add(m2s.load(there) + distance * distance * (count.get() * share))
+                    count.add(more)
+                var = where(m2.get() <= 0, 0.0, m2.get() / numbers.plane.to(DOUBLE))  # NaN stays
+                plane = n * numbers.channels + c + j
+                mean = (start + pooled.get()).to(computing)
+                outputs["mean"].store(plane, mean)
+                outputs["mean_lo"].store(plane, ((start - mean.to(DOUBLE)) + pooled.get()).to(computing))
+                outputs["rstd"].store(plane, (1 / sqrt(var + numbers.eps)).to(computing))
+                with code.when(numbers.variance != 0):
+                    outputs["variance"].store(plane, var.to(computing))
+
+
+def statistics(module: Module, kind: Kind) -> None:
+    """Write the steps reduce and join."""
+    (_reduce_channels if kind.channels_last else _reduce_rows)(module, kind)
+    _join(module, kind)
+
+
+def _write_row(module: Module, kind: Kind) -> Any:
+    """Write a function that computes y for a row of a plane, or its channels side by side at one position."""
+    element, lanes, computing = kind.element, kind.lanes, kind.element.computing
+    given = [MEMORY] * 4 if kind.channels_last else [computing] * 4
+    with module.function("row", MEMORY, MEMORY, MEMORY, INT, INT, computing, *given) as (
+        code, *places, count, away, slope_, a, b, c, d,
+    ):  # fmt: skip
+        x, residual, y = (each.of(element.stored) for each in places)
+        slope, values = slope_.splat(lanes), (a, b, c, d)
+        tables = [each.of(computing) for each in values] if kind.channels_last else []
+        fixed = None if kind.channels_last else Coefficients(*(each.splat(lanes) for each in values))
+
+        def compute(i: Value) -> list[tuple[Memory, Value]]:
+            at = fixed or Coefficients(*(table.load(i, lanes) for table in tables))
+            z = at.z(at.centred(element.widen(x.load(i, lanes))))
+            if kind.residual:
+                z = z + element.widen(residual.load(i, lanes))
+            return [(y, element.narrow(activate(z, kind.activation, slope)))]
+
+        def beside(i: Value) -> None:
+            x.prefetch(i + away)
+
+        map_row(code, count, lanes, compute, None if kind.channels_last else beside)
+        return code.function
+
+
+def stream_out_of(module: Module, kind: Kind) -> Any:
+    """Write a function that copies a buffer to an array, whole cache lines past the caches.
+
+    An ordinary store reads the line first. The threads' atomic operations make the stores visible to other threads.
+    """
+    stored, line = kind.element.stored, LINE // kind.element.size
+    with module.function("stream_out", MEMORY, MEMORY, INT) as (code, *places, count):
+        source, target = (each.of(stored) for each in places)
+        first = least((0 - target.address() // kind.element.size) & (line - 1), count)
+        last = first + (count - first) // line * line
+        for begin, end, lanes in ((code.integer(0), first, 0), (first, last, line), (last, count, 0)):
+            with code.loop(begin, end, lanes or 1) as i:
+                target.store(i, source.load(i, lanes), streams=lanes > 0)
+        return code.function
+
+
+def stream_row(
+    code: Code, kind: Kind, stream_out: Any, target: Memory, size: Value, buffer: Memory, compute: Any
+) -> None:
+    """Compute a row of results in parts in a buffer, and stream them to the target.
+
+    compute(memory, first, count): write results to memory. The first part ends, and all others begin and end, with
+    cache lines, except that the last one has no fewer elements than a vector: it may repeat some.
+    """
+    line = LINE // kind.element.size
+    short = (0 - target.address() // kind.element.size) & (line - 1)
+    begin = code.variable(code.integer(0))
+    with code.forever():
+        lo = begin.get()
+        code.leave_if(lo >= size)
+        end = least(where(lo == 0, short + PARTIAL, lo + PARTIAL), size)
+        lo = least(lo, end - kind.lanes)
+        compute(buffer, lo, end - lo)
+        code.call(stream_out, buffer, target.at(lo), end - lo)
+        begin.set(end)
+
+
+def _apply_rows(module: Module, kind: Kind) -> None:
+    """Write the step that computes y of tiles, backwards, as the last tile read is still in the cache.
+
+    If another plane follows, its x is prefetched: reads would otherwise idle during the writes.
+    """
+    row, stream_out = _write_row(module, kind), stream_out_of(module, kind)
+    with module.function("apply", *STEP, exported=True) as (code, call, first, last, follows):
+        numbers = Numbers(code, call, kind)
+        planes = Planes(numbers)
+        buffer = code.room(kind.element.stored, PARTIAL + LINE)
+        slope = numbers.slope.to(kind.element.computing)
+        away = where(follows != 0, numbers.x_c, 0)
+        with each_item(numbers, first, last, backwards=True) as item:
+            tile = tile_of(numbers, item.tile)
+            values, _ = planes.coefficients(item.n, item.c)
+            with code.loop(tile.r0, tile.r1) as r:
+                names = "x", "residual", "result"
+                x, residual, y = (numbers.run(name, item.n, item.c, r).at(tile.l0) for name in names)
+
+                def compute(target: Memory, lo: Any, count: Value, x: Memory = x, residual: Memory = residual) -> None:
+                    code.call(row, x.at(lo), residual.at(lo), target, count, away, slope, *values)
+
+                with code.choice(numbers.streams != 0) as (streams, stays):
+                    with streams:
+                        stream_row(code, kind, stream_out, y, tile.whole, buffer, compute)
+                    with stays:
+                        compute(y, 0, tile.whole)
+
+
+def _apply_channels(module: Module, kind: Kind) -> None:
+    """Write `_apply_rows` for channels side by side."""
+    row = _write_row(module, kind)
+    with module.function("apply", *STEP, exported=True) as (code, call, first, last, _):
+        numbers = Numbers(code, call, kind)
+        planes = Planes(numbers)
+        table = Table(code, kind.element.computing, Coefficients._fields, WIDEST_GROUP)
+        slope = numbers.slope.to(kind.element.computing)
+        with each_item(numbers, first, last, backwards=True) as item:
+            with code.loop(0, item.width) as j:
+                table.store(j, **planes.coefficients(item.n, item.c + j)[0]._asdict())
+            tile = tile_of(numbers, item.tile)
+            with code.loop(tile.r0, tile.r1) as r:
+                run = {name: numbers.run(name, item.n, item.c, r) for name in ("x", "residual", "result")}
+                with code.loop(tile.l0, tile.l1) as i:
+                    places = [each.at(i * getattr(numbers, f"{name}_p")) for name, each in run.items()]
+                    code.call(row, *places, item.width, 0, slope, *table.rooms.values())
+
+
+def results(module: Module, kind: Kind) -> None:
+    """Write the step apply."""
+    (_apply_channels if kind.channels_last else _apply_rows)(module, kind)

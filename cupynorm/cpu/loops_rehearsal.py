@@ -1,0 +1,60 @@
+"""Compile the loops of a kind of call without computing anything: the CPU's part of `cupynorm.warmup`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .._types import Array, empty_like
+from .blocking import Arrays
+from .loops_moves import address_of_move
+from .loops_path import BACKWARD, FORWARD, Layout, kind_of, layout_of, module_of
+from .loops_tasks import driver
+
+
+def rehearsals(
+    x: Array, activation: str | None, residual: Array | None, parts: bool
+) -> list[tuple[str, Callable[[], Any]]]:
+    """Return (name, step) pairs that compile the loops for arrays like x; empty if the loops cannot address them.
+
+    Results and dy are laid out like a new result, or results are x itself. No array's contents are read or written.
+    """
+    if not x.size:
+        return []
+    found: dict[tuple[Any, ...], tuple[str, Callable[[], Any]]] = {}
+    y = empty_like(x, np.empty)
+
+    def rehearse(what: str, modules: tuple[str, ...], arrays: Arrays, training: bool = False) -> None:
+        strides = tuple(None if a is None else a.strides for a in arrays)
+        layout = layout_of(x.dtype, x.shape, strides)
+        if not layout.usable:
+            return
+        layouts = [layout]
+        moved = layout.windows is not None
+        other = Layout(x.dtype, x.shape, strides, 1 if moved else sys.maxsize)
+        if (other.windows is not None) != moved:  # other arrays may have longer or shorter runs
+            layouts.append(other)
+        found.setdefault(("driver",), (what, driver))
+        for each in layouts:
+            kind = kind_of(x, each, activation, arrays.residual is not None, training)
+            for name in modules:
+                found.setdefault((name, kind), (what, partial(module_of, name, kind)))
+            if each.windows is not None:
+                for move in each.windows.moves_of_any_size():
+                    found.setdefault(move, (what, partial(address_of_move, *move)))
+
+    trained = math.prod(x.shape[2:]) > 1
+    forward = FORWARD if trained else FORWARD[1:2]  # updates of running statistics use the same loops
+    for result in (y, x):
+        rehearse("forward", forward, Arrays(x, result, residual=residual))
+    if parts:
+        rehearse("moments", FORWARD[:1], Arrays(x, x))
+    gradients = Arrays(x, y, y, residual, y) if residual is not None and activation is not None else Arrays(x, y, y)
+    for training in (True, False) if trained or parts else (False,):
+        rehearse("backward", BACKWARD, gradients, training)
+    return list(found.values())

@@ -305,10 +305,13 @@ class Memory:
         if streams:
             store.set_metadata("nontemporal", self.builder.module.add_metadata([INT32(1)]))
 
-    def prefetch(self, index: Any) -> None:
-        """Prefetch the cache line of an element into the L2 cache; the address need not be valid."""
+    def prefetch(self, index: Any, *, writes: bool = False) -> None:
+        """Prefetch the cache line of an element into the L2 cache, to write it or to read it.
+
+        The address need not be valid.
+        """
         function = _declared(self.builder, "llvm.prefetch.p0", ir.VoidType(), [MEMORY, INT32, INT32, INT32])
-        self.builder.call(function, [self.at(index).pointer, INT32(0), INT32(2), INT32(1)])
+        self.builder.call(function, [self.at(index).pointer, INT32(int(writes)), INT32(2), INT32(1)])
 
     def address(self) -> Value:
         return Value(self.builder, self.builder.ptrtoint(self.pointer, INT))

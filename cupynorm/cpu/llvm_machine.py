@@ -26,8 +26,8 @@ from .llvm import Module
 
 #: Files of the package that write the modules.
 SOURCES = (
-    "gelu.py", "llvm.py", "llvm_machine.py", "loops_activations.py", "loops_backward.py", "loops_forward.py",
-    "loops_moves.py", "loops_places.py", "loops_short.py", "loops_tasks.py",
+    "gelu.py", "llvm.py", "llvm_machine.py", "loops_across.py", "loops_activations.py", "loops_backward.py",
+    "loops_forward.py", "loops_moves.py", "loops_places.py", "loops_short.py", "loops_tasks.py",
 )  # fmt: skip
 #: The least version whose LLVM has what `llvm` writes.
 LEAST_VERSION = (0, 50)

@@ -118,7 +118,7 @@ def _strided(code: Code, a: Memory, b: Memory, rows: Axis, along: Axis) -> None:
         begin.set(hi)
 
 
-def _transposed_block(rows: list[Value]) -> list[Value]:
+def transposed_block(rows: list[Value]) -> list[Value]:
     """Return the columns of a square block, by swapping the off-diagonal squares of ever smaller squares."""
     size = half = len(rows)
     while half := half // 2:
@@ -147,7 +147,7 @@ def _transpose(module: Module, itemsize: int, block: int) -> None:
                 with code.loop(0, rows.size, block) as first, code.loop(lo, hi, block) as at:
                     row, i = least(first, rows.size - block), least(at, along.size - block)
                     from_, to = a.at(row * rows.source + i * along.source), b.at(row * rows.target + i * along.target)
-                    columns = _transposed_block([from_.load(apart * number, block) for number in range(block)])
+                    columns = transposed_block([from_.load(apart * number, block) for number in range(block)])
                     for number, column in enumerate(columns):
                         to.store(width * number, column)
                 begin.set(hi)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import operator
 from collections.abc import Callable
-from functools import cache, lru_cache, reduce
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +15,10 @@ from ..config import get_num_threads
 from . import llvm_machine
 from .blocking import Arrays, Work, least_mean_square, merged_axes
 from .llvm import Module
+from .loops_across import LONGEST, LONGEST_PLAIN, across_backward, across_forward
 from .loops_backward import gradient_sums, gradients
 from .loops_forward import results, statistics
-from .loops_places import CALL, ELEMENTS, FORMAT, GEOMETRY, LINE, Kind
+from .loops_places import ELEMENTS, FORMAT, GEOMETRY, LINE, RESULT, Kind
 from .loops_short import BACKWARD_SHORT, FORWARD_SHORT, short_backward, short_forward
 from .loops_tasks import TaskQueue, driver
 from .thread_pool import share
@@ -35,6 +35,7 @@ MIN_CHANNELS_COMPILED = 16
 # So are planes of channels that do not fill half cache lines, unless fewer than 1 / SPARE of them are left over (of
 # 16 bits: unless none is).
 SPARE = 14
+WIDE = 16  # rows of at least so many vectors of 64 bytes have vectors of 128: longer sums side by side
 MOST_RUNS = 65536  # limit of the runs of a plane read in place: each array has a table of their offsets
 
 
@@ -43,7 +44,23 @@ def address_of(array: np.ndarray) -> int:
 
     __array_interface__ also has it, but takes a microsecond more. Only CPython has the loops, so this is safe.
     """
-    return ctypes.c_size_t.from_address(id(array) + object.__basicsize__).value
+    return _number_at(id(array) + _HEADER).value
+
+
+_number_at, _HEADER = ctypes.c_size_t.from_address, object.__basicsize__
+
+
+class Pass(NamedTuple):
+    """The modules of a pass, or None for those that a call does not use."""
+
+    sums: str | None = None  # with the steps reduce and join
+    apply: str | None = None
+    short: str | None = None
+
+
+FORWARD, BACKWARD = Pass("statistics", "results"), Pass("gradient_sums", "gradients")
+MOMENTS, NORMALIZE = Pass("statistics"), Pass(apply="results")
+GRADIENT_SUMS, INPUT_GRADIENT = Pass("gradient_sums"), Pass(apply="gradients")
 
 
 class Layout:
@@ -60,6 +77,7 @@ class Layout:
         long_run: int | None = None,
     ):  # fmt: skip
         itemsize = self.itemsize = dtype.itemsize
+        self.dtype_name = dtype.name
         given = Arrays(*strides)
         x_strides: tuple[int, ...] = given.x
         present = [each is not None for each in given]
@@ -117,11 +135,11 @@ class Layout:
         else:
             shortest = length - (-(-length // tile_length) - 1) * tile_length
         widest = LINE // ELEMENTS[dtype.name].computing_size
+        if not channels_last and shortest >= WIDE * widest:
+            widest *= 2
         self.lanes = 1 << (min(shortest, widest).bit_length() - 1)
         one_piece = (self.windows is not None and self.tiles == 1) or (rows and runs == 1)
-        self.short_forward, self.short_backward = (
-            one_piece and plane <= most for most in (FORWARD_SHORT, BACKWARD_SHORT)
-        )
+        self.one_piece = plane if one_piece else 0  # elements of planes that lie in one piece each
         numbers = {
             "channels": c, "group": group, "tiles": self.tiles, "runs": runs, "length": length,
             "tile_runs": tile_runs, "tile_length": tile_length, "plane": plane, "sums": sums,
@@ -131,6 +149,21 @@ class Layout:
         self.geometry = np.array([*(numbers[name] for name in GEOMETRY if name in numbers), *axes], np.int64)
         self.geometry_address = self.geometry.ctypes.data
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
+        self.steps: dict[Any, Steps] = {}  # of the kinds of calls so far
+
+    def passes(self, activation: str | None) -> tuple[Pass, Pass]:
+        """Return the modules of the forward and of the backward."""
+        if not self.one_piece or self.one_piece > FORWARD_SHORT:
+            return FORWARD, BACKWARD
+        across = self.one_piece <= (LONGEST if activation in ("silu", "gelu") else LONGEST_PLAIN)
+        forward = Pass(*FORWARD[:2], "across_forward" if across else "short_forward")
+        if self.one_piece > BACKWARD_SHORT:
+            return forward, BACKWARD
+        return forward, Pass(*BACKWARD[:2], "across_backward" if across else "short_backward")
+
+    def kind(self, activation: str | None, residual: bool, training: bool = False) -> Kind:
+        """Return what loops for such arrays are compiled for."""
+        return Kind(self.dtype_name, self.lanes, self.channels_last, activation, residual, training)
 
 
 @lru_cache(maxsize=1024)
@@ -148,28 +181,23 @@ def layout_of(*given: Any) -> Layout:
 
 
 class Steps(NamedTuple):
-    """Addresses of a pass's compiled steps; apply and short may be 0, where only sums are wanted."""
+    """Addresses of compiled steps, or 0 for those that a call does not use."""
 
     reduce: int
     join: int
-    apply: int = 0
-    short: int = 0
+    apply: int
+    short: int
 
 
-def kind_of(x: np.ndarray, layout: Layout, activation: str | None, residual: bool, training: bool = False) -> Kind:
-    return Kind(x.dtype.name, layout.lanes, layout.channels_last, activation, residual, training)
-
-
-#: The modules of a pass: the steps reduce and join, the step apply, and the step short.
-FORWARD = "statistics", "results", "short_forward"
-BACKWARD = "gradient_sums", "gradients", "short_backward"
 _WRITERS: dict[str, tuple[Callable[[Module, Kind], None], tuple[str, ...]]] = {
     "statistics": (statistics, ("reduce", "join")),
     "results": (results, ("apply",)),
     "short_forward": (short_forward, ("short",)),
+    "across_forward": (across_forward, ("short",)),
     "gradient_sums": (gradient_sums, ("reduce", "join")),
     "gradients": (gradients, ("apply",)),
     "short_backward": (short_backward, ("short",)),
+    "across_backward": (across_backward, ("short",)),
 }
 
 
@@ -177,21 +205,19 @@ _WRITERS: dict[str, tuple[Callable[[Module, Kind], None], tuple[str, ...]]] = {
 def module_of(name: str, kind: Kind) -> tuple[int, ...]:
     """Return the addresses of a module's steps, compiled for a kind of call."""
     if name == "statistics":  # what makes no difference there
-        kind = kind._replace(activation=None, residual=False, training=False)
-    elif name == "gradient_sums":
+        kind = kind._replace(activation=None, residual=False)
+    if name not in ("gradients", "short_backward", "across_backward"):
         kind = kind._replace(training=True)
     write, names = _WRITERS[name]
     return llvm_machine.compiled(f"{name} {' '.join(map(str, kind))}", lambda module: write(module, kind), names)
 
 
 @cache
-def steps_of(
-    modules: tuple[str, ...], kind: Kind, *, sums: bool = True, apply: bool = True, short: bool = False
-) -> Steps:
-    """Return those steps of a pass (FORWARD or BACKWARD) that are wanted."""
-    wanted = (sums, 2), (apply, 1), (short, 1)
-    found = [module_of(name, kind) if want else (0,) * size for name, (want, size) in zip(modules, wanted, strict=True)]
-    return Steps(*(address for addresses in found for address in addresses))
+def steps_of(modules: Pass, kind: Kind) -> Steps:
+    """Return the steps of a pass."""
+    reduce, join = module_of(modules.sums, kind) if modules.sums else (0, 0)
+    apply, short = (module_of(name, kind)[0] if name else 0 for name in (modules.apply, modules.short))
+    return Steps(reduce, join, apply, short)
 
 
 @cache
@@ -230,37 +256,46 @@ class CompiledWork(Work):
         by_group = self.partials.reshape(3, n, -1, self.tiles, self.layout.group)
         return by_group.transpose(0, 3, 1, 2, 4).reshape(3, self.tiles, n, -1)[..., :c]
 
-    def _kind(self, training: bool = False) -> Kind:
-        call = self.call
-        return kind_of(call.x, self.layout, call.activation, call.residual is not None, training)
+    def _steps(self, which: int, modules: Pass | None = None) -> Steps:
+        """Return the steps of the forward (0) or the backward (1), or those of `modules` alone."""
+        call, layout = self.call, self.layout
+        key = which, modules, call.activation, call.residual is None, call.training
+        steps = layout.steps.get(key)
+        if steps is None:
+            kind = layout.kind(call.activation, call.residual is not None, call.training)
+            steps = layout.steps[key] = steps_of(modules or layout.passes(call.activation)[which], kind)
+        return steps
 
-    def _parameter(self, given: np.ndarray | None, default: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    def _parameter(self, given: np.ndarray | None, default: np.ndarray) -> tuple[np.ndarray, int, int]:
         """Return weight or bias in computing precision, contiguous, and its strides over samples and channels."""
         if given is None:
-            return default, (0, 0)
+            return default, 0, 0
         array = np.ascontiguousarray(given, self.dtype)
-        return array, ((0, 1) if array.ndim == 1 else (given.shape[1], 1))
+        return (array, 0, 1) if array.ndim == 1 else (array, array.shape[1], 1)
 
-    def _numbers(self, steps: Steps, whole: int = 0, **further: Any) -> bytes:
-        """Return the numbers of the call for the loops; further: those that only some calls have."""
-        call, defaults = self.call, no_parameters(self.dtype)
-        weight, of_weight = self._parameter(call.weight, defaults[0])
-        bias, of_bias = self._parameter(call.bias, defaults[1])
+    def _numbers(
+        self, steps: Steps, *, eps: float = 0.0, variance: np.ndarray | None = None,
+        sums: tuple[np.ndarray, np.ndarray] | None = None,
+    ) -> bytes:  # fmt: skip
+        """Return the numbers of the call for the loops, in the order of CALL.
+
+        sums: of g, and of g * xhat, of each plane, in computing precision or in float64.
+        """
+        call, layout, addresses = self.call, self.layout, self.addresses
+        defaults = no_parameters(self.dtype)
+        weight, *of_weight = self._parameter(call.weight, defaults[0])
+        bias, *of_bias = self._parameter(call.bias, defaults[1])
         mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
         self.kept = weight, bias, mean_lo  # while the loops use their addresses
-        numbers = {
-            **dict.fromkeys(CALL, 0), "geometry": self.layout.geometry_address,
-            **dict(zip(("x", "result", "dy", "residual", "dresidual"), self.addresses, strict=True)),
-            "weight": address_of(weight), "weight_n": of_weight[0], "weight_c": of_weight[1],
-            "bias": address_of(bias), "bias_n": of_bias[0], "bias_c": of_bias[1],
-            "mean": address_of(call.mean), "mean_lo": address_of(mean_lo), "rstd": address_of(call.rstd),
-            "partials": address_of(self.partials), "spread": self.partials.size // 3,
-            "streams": self.layout.streams and self.addresses[1] not in (self.addresses[0], *self.addresses[2:4]),
-            "slope": call.negative_slope, "whole": whole,
-            **steps._asdict(), **further,
-        }  # fmt: skip
-        numbers.pop("short")
-        return FORMAT.pack(*numbers.values())
+        sum_g, sum_g_xhat = (0, 0) if sums is None else map(address_of, sums)
+        return FORMAT.pack(
+            layout.geometry_address, *addresses, address_of(weight), *of_weight, address_of(bias), *of_bias,
+            address_of(call.mean), address_of(mean_lo), address_of(call.rstd),
+            0 if variance is None else address_of(variance), address_of(self.partials), self.partials.shape[1],
+            sum_g, sum_g_xhat, sums is not None and sums[0].dtype != self.dtype,
+            layout.streams and addresses[RESULT] not in (addresses[0], *addresses[2:4]),
+            eps, least_mean_square(eps), call.negative_slope, *steps[:3], driver().whole_address,
+        )  # fmt: skip
 
     def share(self, step: Task, count: int) -> None:
         """The loops take tasks from a queue: a late helper, or a slow thread, takes fewer."""
@@ -279,14 +314,14 @@ class CompiledWork(Work):
             return f"compiled loops over {self.blocks} group(s) of {self.layout.group} channels side by side"
         return f"compiled loops over {self.blocks} plane(s)"
 
-    def _pass(self, steps: Steps, reads: int, **further: Any) -> None:
+    def _pass(self, steps: Steps, numbers: bytes, reads: int) -> None:
         """Do the steps of a pass; reads: how many arrays the step reduce reads."""
-        whole = driver().whole_address
-        numbers = self._numbers(steps, whole, **further)
-        self.run(
-            Task(steps.reduce, numbers, reads, False), self._join(steps, numbers), Task(steps.apply, numbers),
-            Task(steps.short or whole, numbers),
-        )  # fmt: skip
+        whole = Task(steps.short or driver().whole_address, numbers)
+        if self.threads == 1:
+            self.share(whole, self.blocks)
+            return
+        reduce, apply = Task(steps.reduce, numbers, reads, False), Task(steps.apply, numbers)
+        self.run(reduce, self._join(steps, numbers), apply, whole)
 
     def _join(self, steps: Steps, numbers: bytes) -> Callable[[int, int], None]:
         join = _function_of(steps.join)
@@ -295,37 +330,35 @@ class CompiledWork(Work):
     # Forward
 
     def forward(self, eps: float, variance: np.ndarray | None) -> None:
-        steps = steps_of(FORWARD, self._kind(), short=self.layout.short_forward)
-        address = 0 if variance is None else address_of(variance)
-        self._pass(steps, 1, eps=eps, least=least_mean_square(eps), variance=address)
+        steps = self._steps(0)
+        self._pass(steps, self._numbers(steps, eps=eps, variance=variance), 1)
 
     def moments(self) -> tuple[np.ndarray, ...]:
         """Return count, mean, mean_lo and m2 of each tile, (tiles, N, C)."""
-        steps = steps_of(FORWARD, self._kind(), apply=False)
-        numbers = self._numbers(steps, least=least_mean_square(0))
-        self.share(Task(steps.reduce, numbers, 1, False), self.blocks * self.tiles)
+        steps = self._steps(0, MOMENTS)
+        self.share(Task(steps.reduce, self._numbers(steps), 1, False), self.blocks * self.tiles)
         means, means_lo, m2s = self._by_tile()
         counts = np.broadcast_to(self.layout.counts[:, None, None], means.shape)
         return counts, means, means_lo, np.maximum(m2s, 0)  # NaN stays
 
     def normalize(self) -> None:
-        steps = steps_of(FORWARD, self._kind(), sums=False)
+        steps = self._steps(0, NORMALIZE)
         self.share(Task(steps.apply, self._numbers(steps)), self.blocks * self.tiles)
 
     # Backward
 
     def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        steps = steps_of(BACKWARD, self._kind(self.call.training), short=self.layout.short_backward)
-        self._pass(steps, len(Arrays._fields), sum_g=address_of(sum_g), sum_g_xhat=address_of(sum_g_xhat))
+        steps = self._steps(1)
+        self._pass(steps, self._numbers(steps, sums=(sum_g, sum_g_xhat)), len(Arrays._fields))
 
     def gradient_sums(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        steps = steps_of(BACKWARD, self._kind(self.call.training), apply=False)
-        numbers = self._numbers(steps, sum_g=address_of(sum_g), sum_g_xhat=address_of(sum_g_xhat), wide=1)
+        steps = self._steps(1, GRADIENT_SUMS)
+        numbers = self._numbers(steps, sums=(sum_g, sum_g_xhat))
         self.sum_up(Task(steps.reduce, numbers, writes=False), self._join(steps, numbers))
 
     def input_gradient(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        steps = steps_of(BACKWARD, self._kind(self.call.training), sums=False)
-        numbers = self._numbers(steps, sum_g=address_of(sum_g), sum_g_xhat=address_of(sum_g_xhat))
+        steps = self._steps(1, INPUT_GRADIENT)
+        numbers = self._numbers(steps, sums=(sum_g, sum_g_xhat))
         self.share(Task(steps.apply, numbers), self.blocks * self.tiles)
 
 
@@ -348,12 +381,12 @@ class MovedWork(CompiledWork):
         self.partials[...] = self.partials.reshape(3, self.tiles, -1).transpose(0, 2, 1).reshape(3, -1)
         join(0, self.blocks)
 
-    def run(self, reduce: Any, join: Callable[..., None], apply: Any, whole: Any) -> None:
+    def _pass(self, steps: Steps, numbers: bytes, reads: int) -> None:
         if self.tiles == 1:
-            self.share(whole, self.blocks)
+            self.share(Task(steps.short or driver().whole_address, numbers), self.blocks)
             return
-        self.sum_up(reduce, join)
-        self.share(apply, self.blocks * self.tiles)
+        self.sum_up(Task(steps.reduce, numbers, reads, False), self._join(steps, numbers))
+        self.share(Task(steps.apply, numbers), self.blocks * self.tiles)
 
     def share(self, step: Task, count: int) -> None:
         """Distribute the boxes over the threads, whatever the number of planes or tiles."""
@@ -383,6 +416,7 @@ def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:
         return None
     address = address_of(x)
     addresses = [address if a is None or a is x else address_of(a) for a in arrays]
-    if reduce(operator.or_, addresses) % x.itemsize:
+    a, b, c, d, e = addresses
+    if (a | b | c | d | e) % layout.itemsize:
         return None
     return (MovedWork if layout.windows else CompiledWork)(call, layout, addresses)

@@ -31,7 +31,7 @@ from .llvm import (
 
 #: A call's arrays, in the order of blocking.Arrays.
 ARRAYS = ("x", "result", "dy", "residual", "dresidual")
-RESULTS = 1, 4  # the numbers of those that a call writes
+RESULT, DRESIDUAL = RESULTS = 1, 4  # the numbers of those that a call writes
 
 PARTIAL = 512  # elements summed in computing precision; these sums are added in float64
 AHEAD = 4096  # elements by which prefetching is ahead of the sums, even beyond the end of a plane

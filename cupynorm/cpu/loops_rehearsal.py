@@ -13,7 +13,7 @@ import numpy as np
 from .._types import Array, empty_like
 from .blocking import Arrays
 from .loops_moves import address_of_move
-from .loops_path import BACKWARD, FORWARD, Layout, kind_of, layout_of, module_of
+from .loops_path import MOMENTS, NORMALIZE, Layout, Pass, layout_of, module_of
 from .loops_tasks import driver
 
 
@@ -29,7 +29,7 @@ def rehearsals(
     found: dict[tuple[Any, ...], tuple[str, Callable[[], Any]]] = {}
     y = empty_like(x, np.empty)
 
-    def rehearse(what: str, modules: tuple[str, ...], arrays: Arrays, training: bool = False) -> None:
+    def rehearse(what: str, modules: Callable[[Layout], Pass], arrays: Arrays, training: bool = True) -> None:
         strides = tuple(None if a is None else a.strides for a in arrays)
         layout = layout_of(x.dtype, x.shape, strides)
         if not layout.usable:
@@ -41,20 +41,25 @@ def rehearsals(
             layouts.append(other)
         found.setdefault(("driver",), (what, driver))
         for each in layouts:
-            kind = kind_of(x, each, activation, arrays.residual is not None, training)
-            for name in modules:
+            kind = each.kind(activation, arrays.residual is not None, training)
+            for name in filter(None, modules(each)):
                 found.setdefault((name, kind), (what, partial(module_of, name, kind)))
             if each.windows is not None:
                 for move in each.windows.moves_of_any_size():
                     found.setdefault(move, (what, partial(address_of_move, *move)))
 
     trained = math.prod(x.shape[2:]) > 1
-    forward = FORWARD if trained else FORWARD[1:2]  # updates of running statistics use the same loops
     for result in (y, x):
-        rehearse("forward", forward, Arrays(x, result, residual=residual))
+        what = "forward" if result is y else "forward in place"
+        # Updates of running statistics, and calls with them, use the same loops.
+        rehearse(
+            what,
+            lambda layout: layout.passes(activation)[0] if trained else NORMALIZE,
+            Arrays(x, result, residual=residual),
+        )
     if parts:
-        rehearse("moments", FORWARD[:1], Arrays(x, x))
+        rehearse("moments", lambda _: MOMENTS, Arrays(x, x))
     gradients = Arrays(x, y, y, residual, y) if residual is not None and activation is not None else Arrays(x, y, y)
     for training in (True, False) if trained or parts else (False,):
-        rehearse("backward", BACKWARD, gradients, training)
+        rehearse("backward", lambda layout: layout.passes(activation)[1], gradients, training)
     return list(found.values())

@@ -119,14 +119,14 @@ def short_forward(module: Module, kind: Kind) -> None:
             table = group.table
             offsets = _place_planes(planes, group, arrays)
             with code.loop(0, group.number) as j:
-                row = x.at(offsets["x"].load(j))
+                row, target = x.at(offsets["x"].load(j)), y.at(offsets["result"].load(j))
                 # Borders of images are often 0: guess the mean from the middle.
                 middle = element.widen(row.load((size - lanes) // 2, lanes))
                 guess = (middle * (1 / lanes)).sum()  # no overflow
                 mean = guess.splat(lanes)
 
-                def terms(i: Value, row: Memory = row, mean: Value = mean) -> list[Any]:
-                    row.prefetch(i + AHEAD)
+                def terms(i: Value, row: Memory = row, mean: Value = mean, target: Memory = target) -> list[Any]:
+                    target.prefetch(i, writes=True)
                     d = element.widen(row.load(i, lanes)) - mean
                     return [d, Product(d, d)]
 
@@ -168,6 +168,7 @@ def short_forward(module: Module, kind: Kind) -> None:
                             i: Value, row: Memory = row, target: Memory = target, values: Coefficients = values,
                             added_row: Memory | None = added_row,
                         ) -> list[tuple[Memory, Value]]:  # fmt: skip
+                            row.prefetch(i + AHEAD)
                             z = values.z(values.centred(element.widen(row.load(i, lanes))))
                             if added_row is not None:
                                 z = z + element.widen(added_row.load(i, lanes))

@@ -12,7 +12,6 @@ from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least
 from .loops_activations import times_slope
 from .loops_forward import PARTIAL_CHANNELS, STEP, stream_out_of, stream_row
 from .loops_places import (
-    AHEAD,
     LINE,
     PARTIAL,
     WIDEST_GROUP,
@@ -26,6 +25,7 @@ from .loops_places import (
     each_item,
     each_vector,
     map_row,
+    prefetcher,
     sum_row,
     tile_of,
     unit_of,
@@ -54,7 +54,7 @@ def _run(numbers: Numbers, names: tuple[str, ...], item: Any, r: Value) -> dict[
 
 def _reduce_rows(module: Module, kind: Kind) -> None:
     """Write the step that sets the sums of g and of g * (x - mean) of tiles."""
-    with module.function("reduce", *STEP, exported=True) as (code, call, first, last, _):
+    with module.function("reduce", *STEP, exported=True) as (code, call, first, last, near):
         numbers = Numbers(code, call, kind)
         planes = Planes(numbers)
         slope = numbers.slope.to(kind.element.computing).splat(kind.lanes)
@@ -63,17 +63,15 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
             values = Coefficients(*(each.splat(kind.lanes) for each in planes.coefficients(item.n, item.c)[0]))
             sums = Sums(code, kind, 2)
             with code.loop(tile.r0, tile.r1) as r:
-                run = {name: each.at(tile.l0) for name, each in _run(numbers, INPUTS, item, r).items()}
+                names = (*INPUTS, "result")
+                run = {name: each.at(tile.l0) for name, each in _run(numbers, names, item, r).items()}
+                fetch = prefetcher(numbers, near, [run["x"], run["dy"]], run["result"])
 
                 def terms(i: Value) -> list[Any]:
                     g, centred = gradient_at(kind, run, i, values, slope)
                     return [g, Product(g, centred)]
 
-                def beside(i: Value) -> None:
-                    run["x"].prefetch(i + AHEAD)
-                    run["dy"].prefetch(i + AHEAD)
-
-                sum_row(code, tile.whole, sums, terms, beside)
+                sum_row(code, tile.whole, sums, terms, fetch)
             for i, total in enumerate(sums.values()):
                 numbers.sums_of(i).store(numbers.sums + item.number, total)
 

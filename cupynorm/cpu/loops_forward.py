@@ -12,7 +12,6 @@ from typing import Any
 from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least, sqrt, vector, where
 from .loops_activations import activate
 from .loops_places import (
-    AHEAD,
     LINE,
     PARTIAL,
     WIDEST_GROUP,
@@ -27,6 +26,7 @@ from .loops_places import (
     each_item,
     each_vector,
     map_row,
+    prefetcher,
     sum_row,
     tile_of,
 )
@@ -86,7 +86,7 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
     """
     element, lanes = kind.element, kind.lanes
     fallback = _moments_float64(module, kind)
-    with module.function("reduce", *STEP, exported=True) as (code, call, first, last, _):
+    with module.function("reduce", *STEP, exported=True) as (code, call, first, last, near):
         numbers = Numbers(code, call, kind)
         found = code.room(DOUBLE, 3)
         with each_item(numbers, first, last) as item:
@@ -109,12 +109,13 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
                 sums = Sums(code, kind, 2)
                 with code.loop(tile.r0, tile.r1) as r:
                     row = x.at(runs.load(r)).at(tile.l0)
+                    fetch = prefetcher(numbers, near, [row], numbers.run("result", item.n, item.c, r).at(tile.l0))
 
                     def terms(i: Value, row: Memory = row, m: Value = m, lo: Value = lo) -> list[Any]:
                         d = (element.widen(row.load(i, lanes)) - m) - lo
                         return [d, Product(d, d)]
 
-                    sum_row(code, tile.whole, sums, terms, lambda i, row=row: row.prefetch(i + AHEAD))  # type: ignore[misc]
+                    sum_row(code, tile.whole, sums, terms, fetch)
                 for variable, value in zip((total, sum_sq), sums.values(), strict=True):
                     variable.set(value)
                 excess = total.get() / count

@@ -320,6 +320,24 @@ def each_vector(code: Code, width: Value, lanes: int) -> Iterator[tuple[Value, V
         yield j, code.numbers(INT32, range(lanes)) >= (first - j).to(INT32)
 
 
+def prefetcher(numbers: Numbers, near: Value, rows: Sequence[Memory], result: Memory) -> Callable[[Value], None]:
+    """Return a function (i) that prefetches beside the sums over rows.
+
+    If results are near, which are written next, it fetches their lines; else what of the rows is AHEAD of i.
+    """
+    code = numbers.code
+    near_ = near != 0
+    ahead, step = where(near_, code.integer(0), AHEAD), near_.to(INT)
+    target = code.memory(where(near_, result.address(), rows[0].address()), numbers.kind.element.stored)
+
+    def fetch(i: Value) -> None:
+        for row in rows:
+            row.prefetch(i + ahead)
+        target.prefetch(i * step, writes=True)
+
+    return fetch
+
+
 class Product(NamedTuple):
     """A term of a sum: a * b."""
 

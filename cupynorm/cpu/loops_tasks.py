@@ -21,6 +21,7 @@ from .loops_places import Numbers
 STARTED, TASKS, COUNT, FINISHED, RANGES = 0, 1, 2, 8, 16
 SPIN_LIMIT = 20_000  # reads of a counter, about 20 microseconds
 NEAR = 32768  # elements; planes up to this are prefetched while the previous one is written: both fit the L2 cache
+NEAREST = 8192  # the lines of results up to this are prefetched while x is summed
 
 
 class TaskQueue:
@@ -72,10 +73,11 @@ def _whole(module: Module) -> None:
         tiles = numbers.tiles
         with code.loop(first, last) as block:
             begin = block * tiles
-            near = (block + 1 < last) & (numbers.runs * numbers.length <= NEAR)
-            code.call(numbers.reduce, call, begin, begin + tiles, 0)
+            near = numbers.runs * numbers.length <= NEAR
+            fetches = (numbers.runs * numbers.length <= NEAREST) & (numbers.streams == 0)
+            code.call(numbers.reduce, call, begin, begin + tiles, fetches.to(INT))
             code.call(numbers.join, call, block, block + 1, 0)
-            code.call(numbers.apply, call, begin, begin + tiles, near.to(INT))
+            code.call(numbers.apply, call, begin, begin + tiles, (near & (block + 1 < last)).to(INT))
 
 
 def _run(module: Module, next_task: Any) -> None:

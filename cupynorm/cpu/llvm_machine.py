@@ -1,7 +1,7 @@
 """Compile modules of `llvm` for this processor, load them, and keep their code on disk.
 
-A file of the cache holds the machine code of one module. Its name is a hash of all that the code depends on: the
-package's files that wrote the module, the versions of llvmlite and LLVM, the processor and what the module is for.
+A file of the cache holds the machine code of one module. Its name says what the module is for, and on which processor.
+Code of other versions of llvmlite, LLVM, or of the package's files that write the modules, is overwritten.
 """
 
 from __future__ import annotations
@@ -66,17 +66,15 @@ def converts_halves() -> bool:
 
 
 @cache
-def _stamp() -> str:
-    """Return a hash of all that is common to all modules."""
-    machine, cpu, features = _target()
-    made = hashlib.sha256(f"{llvmlite.__version__} {binding.llvm_version_info} {machine.triple}".encode())
-    made.update(f"{cpu} {features}".encode())
+def _stamp() -> bytes:
+    """Return a hash of all that the code of a module depends on, but for what its file's name says."""
+    made = hashlib.sha256(f"{llvmlite.__version__} {binding.llvm_version_info}".encode())
     for name in SOURCES:
         text = pkgutil.get_data(__package__, name)
         if text is None:
             raise OSError(f"{name} cannot be read")
         made.update(hashlib.sha256(text).digest())
-    return made.hexdigest()
+    return made.digest()
 
 
 def folder() -> Path:
@@ -95,15 +93,22 @@ def not_kept() -> str:
 
 
 def _file_of(kind: str) -> Path:
-    digest = hashlib.sha256(f"{_stamp()} {kind}".encode()).hexdigest()
-    return folder() / f"{kind.split(maxsplit=1)[0]}-{digest[:40]}.bin"
+    """Return the file of a module. Its name includes the processor's features: several machines may share a folder."""
+    machine, cpu, features = _target()
+    digest = hashlib.sha256(f"{kind} {machine.triple} {cpu} {features}".encode()).hexdigest()
+    return folder() / f"{kind.split(maxsplit=1)[0]}-{digest[:32]}.bin"
+
+
+def _seal(code: bytes) -> bytes:
+    """Return what precedes code in its file: it shows that the file is whole, and not old."""
+    return hashlib.sha256(_stamp() + code).digest()
 
 
 def _kept(file: Path) -> bytes | None:
-    """Return the code in a file of the cache; None if there is none, or if the file is not whole."""
+    """Return the code in a file of the cache; None if there is none, or if it is of no use."""
     with suppress(OSError):
         content = file.read_bytes()
-        if hashlib.sha256(content[32:]).digest() == content[:32]:
+        if content[:32] == _seal(content[32:]):
             return content[32:]
     return None
 
@@ -114,7 +119,7 @@ def _keep(file: Path, code: bytes) -> Path:
     handle, name = tempfile.mkstemp(dir=file.parent)
     try:
         with os.fdopen(handle, "wb") as made:
-            made.write(hashlib.sha256(code).digest() + code)
+            made.write(_seal(code) + code)
         return Path(name).replace(file)
     except BaseException:
         with suppress(OSError):

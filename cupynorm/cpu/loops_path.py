@@ -15,7 +15,7 @@ from ..config import get_num_threads
 from . import llvm_machine
 from .blocking import Arrays, Work, least_mean_square, merged_axes
 from .llvm import Module
-from .loops_across import LONGEST, LONGEST_PLAIN, across_backward, across_forward
+from .loops_across import BLOCK, LONGEST, LONGEST_PLAIN, across_backward, across_forward
 from .loops_backward import gradient_sums, gradients
 from .loops_forward import results, statistics
 from .loops_places import ELEMENTS, FORMAT, GEOMETRY, LINE, RESULT, Kind
@@ -135,6 +135,8 @@ class Layout:
         else:
             shortest = length - (-(-length // tile_length) - 1) * tile_length
         widest = LINE // ELEMENTS[dtype.name].computing_size
+        #: The lanes of vectors for arrays of any sizes that have enough elements.
+        self.usual_lanes = () if channels_last else (widest, 2 * widest)
         if not channels_last and shortest >= WIDE * widest:
             widest *= 2
         self.lanes = 1 << (min(shortest, widest).bit_length() - 1)
@@ -201,13 +203,20 @@ _WRITERS: dict[str, tuple[Callable[[Module, Kind], None], tuple[str, ...]]] = {
 }
 
 
-@cache
-def module_of(name: str, kind: Kind) -> tuple[int, ...]:
-    """Return the addresses of a module's steps, compiled for a kind of call."""
-    if name == "statistics":  # what makes no difference there
+def kind_for(name: str, kind: Kind) -> Kind:
+    """Return a kind without what makes no difference to a module."""
+    if name == "statistics":
         kind = kind._replace(activation=None, residual=False)
     if name not in ("gradients", "short_backward", "across_backward"):
         kind = kind._replace(training=True)
+    if name.startswith("across"):  # its vectors are several planes
+        kind = kind._replace(lanes=min(kind.lanes, BLOCK))
+    return kind
+
+
+@cache
+def module_of(name: str, kind: Kind) -> tuple[int, ...]:
+    """Return the addresses of a module's steps, compiled for a kind of call."""
     write, names = _WRITERS[name]
     return llvm_machine.compiled(f"{name} {' '.join(map(str, kind))}", lambda module: write(module, kind), names)
 
@@ -215,9 +224,11 @@ def module_of(name: str, kind: Kind) -> tuple[int, ...]:
 @cache
 def steps_of(modules: Pass, kind: Kind) -> Steps:
     """Return the steps of a pass."""
-    reduce, join = module_of(modules.sums, kind) if modules.sums else (0, 0)
-    apply, short = (module_of(name, kind)[0] if name else 0 for name in (modules.apply, modules.short))
-    return Steps(reduce, join, apply, short)
+
+    def addresses(name: str | None, number: int) -> tuple[int, ...]:
+        return module_of(name, kind_for(name, kind)) if name else (0,) * number
+
+    return Steps(*addresses(modules.sums, 2), *addresses(modules.apply, 1), *addresses(modules.short, 1))
 
 
 @cache

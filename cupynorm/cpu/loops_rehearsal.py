@@ -13,8 +13,17 @@ import numpy as np
 from .._types import Array, empty_like
 from .blocking import Arrays
 from .loops_moves import address_of_move
-from .loops_path import MOMENTS, NORMALIZE, Layout, Pass, layout_of, module_of
+from .loops_path import BACKWARD, FORWARD, MOMENTS, NORMALIZE, Layout, Pass, kind_for, layout_of, module_of
 from .loops_tasks import driver
+
+
+def _modules(modules: Pass, layout: Layout, lanes: int) -> list[str]:
+    """Return the modules that calls with such a layout may use, whatever the size of their planes."""
+    names = [name for name in modules if name]
+    if modules in (FORWARD, BACKWARD) and not layout.channels_last:
+        which = "forward" if modules is FORWARD else "backward"
+        names += [f"across_{which}", *([f"short_{which}"] if lanes in layout.usual_lanes else [])]
+    return names
 
 
 def rehearsals(
@@ -26,10 +35,10 @@ def rehearsals(
     """
     if not x.size:
         return []
-    found: dict[tuple[Any, ...], tuple[str, Callable[[], Any]]] = {}
+    found: dict[Any, tuple[str, Callable[[], Any]]] = {}
     y = empty_like(x, np.empty)
 
-    def rehearse(what: str, modules: Callable[[Layout], Pass], arrays: Arrays, training: bool = True) -> None:
+    def rehearse(what: str, modules: Pass, arrays: Arrays, training: bool = True) -> None:
         strides = tuple(None if a is None else a.strides for a in arrays)
         layout = layout_of(x.dtype, x.shape, strides)
         if not layout.usable:
@@ -39,11 +48,13 @@ def rehearsals(
         other = Layout(x.dtype, x.shape, strides, 1 if moved else sys.maxsize)
         if (other.windows is not None) != moved:  # other arrays may have longer or shorter runs
             layouts.append(other)
-        found.setdefault(("driver",), (what, driver))
+        found.setdefault(driver, (what, driver))
         for each in layouts:
             kind = each.kind(activation, arrays.residual is not None, training)
-            for name in filter(None, modules(each)):
-                found.setdefault((name, kind), (what, partial(module_of, name, kind)))
+            for lanes in {each.lanes, *each.usual_lanes}:
+                for name in _modules(modules, each, lanes):
+                    module = name, kind_for(name, kind._replace(lanes=lanes))
+                    found.setdefault(module, (what, partial(module_of, *module)))
             if each.windows is not None:
                 for move in each.windows.moves_of_any_size():
                     found.setdefault(move, (what, partial(address_of_move, *move)))
@@ -52,14 +63,10 @@ def rehearsals(
     for result in (y, x):
         what = "forward" if result is y else "forward in place"
         # Updates of running statistics, and calls with them, use the same loops.
-        rehearse(
-            what,
-            lambda layout: layout.passes(activation)[0] if trained else NORMALIZE,
-            Arrays(x, result, residual=residual),
-        )
+        rehearse(what, FORWARD if trained else NORMALIZE, Arrays(x, result, residual=residual))
     if parts:
-        rehearse("moments", lambda _: MOMENTS, Arrays(x, x))
+        rehearse("moments", MOMENTS, Arrays(x, x))
     gradients = Arrays(x, y, y, residual, y) if residual is not None and activation is not None else Arrays(x, y, y)
     for training in (True, False) if trained or parts else (False,):
-        rehearse("backward", lambda layout: layout.passes(activation)[1], gradients, training)
+        rehearse("backward", BACKWARD, gradients, training)
     return list(found.values())

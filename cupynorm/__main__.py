@@ -1,11 +1,13 @@
-"""The command line: `python -m cupynorm train` and `python -m cupynorm info`."""
+"""The command line: `python -m cupynorm train`, `compile` and `info`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__, devices
+from ._types import ACTIVATIONS, DTYPES
 
 
 def _whole(minimum: int) -> Callable[[str], int]:
@@ -17,6 +19,49 @@ def _whole(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def _words(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return an argument type: known words, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        for word in (words := text.split(",")):
+            if word not in known:
+                raise argparse.ArgumentTypeError(f"{word!r} is not one of {', '.join(known)}")
+        return words
+
+    return parse
+
+
+def _bar(done: int, total: int, what: str) -> None:
+    """Show how far the compilation is, in one line of a terminal; elsewhere only the end."""
+    terminal = sys.stderr.isatty()
+    if terminal or done == total:
+        filled = "#" * (30 * done // total)
+        line = f"[{filled:<30}] {done} of {total} modules: {what}"
+        print(f"\r{line:<79}" if terminal else line, end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def _compile(dtypes: Sequence[str], activations: Sequence[str]) -> None:
+    """Compile the loops of the usual kinds of calls.
+
+    Raises:
+        ImportError: llvmlite is missing, or ml_dtypes for bfloat16. OSError: the code cannot be kept.
+    """
+    from . import cpu, warm
+
+    if cpu.llvmlite is None:
+        raise ImportError(f"there are no compiled loops: {cpu.without_llvmlite}. pip install 'cupynorm[cpu]'")
+    from .cpu import llvm_machine
+
+    if why := llvm_machine.not_kept():
+        raise OSError(f"the loops cannot be kept: {why}. CUPYNORM_CACHE_DIR sets another folder")
+    steps = warm.usual_steps(dtypes, [None if name == "none" else name for name in activations])
+    for done, (what, step) in enumerate(steps):
+        _bar(done, len(steps), what)
+        step()
+    _bar(len(steps), len(steps), "done")
+    print(f"The loops for {llvm_machine.processor()} are in {llvm_machine.folder()}.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +87,21 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--out", default=".", metavar="PATH", help="path of the picture: a folder or a .png file, default: this folder"
     )
+    compile_ = commands.add_parser(
+        "compile",
+        help="compile the CPU's loops for the usual kinds of calls, so that no first call has to",
+        description="Compile the CPU's loops for the usual kinds of calls, and keep them on disk, for images of "
+        "containers and for jobs of many processes: forward and backward, channels-first, and channels-last with 3 "
+        "channels or 32, in training and with running statistics. CUPYNORM_CACHE_DIR says where they are kept. The "
+        "code is for this kind of processor. Needs pip install 'cupynorm[cpu]'.",
+    )
+    compile_.add_argument(
+        "--dtype", type=_words(DTYPES), default=["float32"], help=f"some of {','.join(DTYPES)}; default float32"
+    )
+    names = ("none", *ACTIVATIONS)
+    compile_.add_argument(
+        "--activation", type=_words(names), default=[*names], help=f"some of {','.join(names)}; default: all"
+    )
     commands.add_parser(
         "info",
         help="print versions, devices, backends and missing packages for a bug report",
@@ -61,6 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import info
 
         print(info.report())
+    elif options.command == "compile":
+        try:
+            _compile(options.dtype, options.activation)
+        except (ImportError, OSError) as error:
+            parser.exit(2, f"{parser.prog} compile: error: {error}\n")
     else:
         from . import demo
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from ._checks import check_activation, check_input, check_like, check_no_activation, check_number
 from ._types import Array, math_dtype
+from .devices import dtype_of
 from .functional import (
     gradient_sums,
     instance_norm_backward,
@@ -22,6 +25,9 @@ from .functional import (
 
 #: Called before each step, and once at the end: with the number of steps done, their total, and the next step's name.
 Progress = Callable[[int, int, str], Any]
+
+#: Shapes in memory, and the axes that are N, C, H and W: channels-first, and 3 or 32 channels last.
+USUAL = ((1, 3, 32, 32), (0, 1, 2, 3)), ((1, 8, 8, 3), (0, 3, 1, 2)), ((1, 8, 8, 32), (0, 3, 1, 2))
 
 QUIET = 2.0  # seconds before the first message
 
@@ -38,11 +44,13 @@ def warmup(
 ) -> None:
     """Compile the code for calls on arrays like x; on a GPU, also prepare CUDA-graph capture.
 
-    For NumPy arrays, compile the loops for x's dtype and layout, for all sizes, numbers of threads and parameters:
-    forward, also with out=x, and backward, in training and with running statistics. No such call compiles anything
-    afterwards. This takes one to three minutes; the code is kept on disk, in the folder that `python -m cupynorm info`
-    names, and later processes load it in a second or two. x is neither read nor written. There is nothing to compile
-    where NumPy alone computes: without numba, for double backwards, for misaligned arrays, and for empty ones.
+    For NumPy arrays, compile the loops for x's dtype and layout, for all numbers of threads, all parameters, and all
+    sizes of planes of 16 elements or more (and of x's own): forward, also with out=x, and backward, in training and
+    with running statistics. No such call compiles anything afterwards. This takes two to four seconds; the code is kept
+    on disk, in the folder that `python -m cupynorm info` names, and later processes load it in a fraction of a second.
+    x is neither read nor written. There is nothing to compile where NumPy alone computes: without llvmlite, for double
+    backwards, for misaligned arrays, and for empty ones. `python -m cupynorm compile` does this for the usual kinds of
+    calls.
 
     For CuPy arrays, run forward and backward, in training and with running statistics, with and without affine
     parameters, on scratch arrays and on the current stream. Afterwards every kernel they need is compiled and CuPy's
@@ -63,7 +71,8 @@ def warmup(
 
     Args:
         x: an array with the shape, dtype, layout and device of the later calls. For NumPy arrays the sizes do not
-            matter, except the number of channels of a channels-last array, and one spatial position or several.
+            matter, except the number of channels of a channels-last array, whether there is one spatial position or
+            several, and planes of fewer than 16 elements.
         activation, negative_slope, residual: as in the later calls; of the residual, too, only the layout matters.
         double_backward: also run `instance_norm_double_backward`, with all of its gradients given.
         parts: also for `moments`, `gradient_sums`, and calls with `moments=` and `sums=`.
@@ -99,6 +108,28 @@ def warmup(
             progress(done, len(steps), what)
             step()
     progress(len(steps), len(steps), "done")
+
+
+def usual_steps(dtypes: Sequence[str], activations: Sequence[str | None]) -> list[tuple[str, Callable[[], Any]]]:
+    """Return (name, step) pairs that compile the CPU's loops for the usual kinds of calls, each module once.
+
+    These are: forward and backward, without a residual, in training and with running statistics, on channels-first
+    arrays and on channels-last ones of 3 channels or of 32, in all of the dtypes and with each of the activations.
+
+    Raises:
+        ImportError: bfloat16 without ml_dtypes.
+    """
+    from . import cpu
+
+    steps: dict[Any, tuple[str, Callable[[], Any]]] = {}
+    for dtype in dtypes:
+        for activation in activations:
+            for shape, order in USUAL:
+                x = np.zeros(shape, dtype_of(dtype)).transpose(order)
+                for _, step in cpu.rehearsals(x, activation, None):
+                    key = (step.func, step.args) if isinstance(step, partial) else step
+                    steps.setdefault(key, (f"{dtype}, {activation or 'no activation'}", step))
+    return list(steps.values())
 
 
 def _calls(

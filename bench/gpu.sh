@@ -72,7 +72,7 @@ facts() {
     nproc
     nvidia-smi || echo "nvidia-smi: not there or not working"
     nvcc --version || echo "nvcc: not there"
-    for module in numpy cupy ml_dtypes torch numba jax hypothesis rich matplotlib sklearn; do
+    for module in numpy cupy ml_dtypes torch llvmlite jax hypothesis rich matplotlib sklearn; do
         CUPYNORM_EAGER=0 "$python" -W error -c "import $module" 2>&1 | tail -n 1 | sed "s/^/import $module: /"
     done
     CUPYNORM_EAGER=0 "$python" -W error -c "import cupynorm" || status=1
@@ -118,7 +118,7 @@ sanitizer() {
             continue
         fi
         # Report errors in kernels, not API errors, which CuPy uses to find out what a device can do. Run only the small
-        # cases of the table: PyTorch, numba and interrupts would only make it slow.
+        # cases of the table: PyTorch, the compiled loops and interrupts would only make it slow.
         CUPYNORM_EAGER=0 CUPYNORM_COMPILED=0 part "$tool" 45 sanitizer.txt "$program" --tool "$tool" \
             --error-exitcode 99 --report-api-errors no "$python" -m pytest -p bench.core.no_pool -p no:cacheprovider \
             -m gpu -k "test_small or test_double_small" -q --tb=short -p no:benchmark tests/conformance/test_cases.py

@@ -5,7 +5,7 @@
     python tools/digests.py record after.json numpy compiled simt
     python tools/digests.py compare before.json after.json
 
-Digests depend on the machine, NumPy, numba and g++: record both files on one machine.
+Digests depend on the machine, NumPy, llvmlite and g++: record both files on one machine.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:
 
 
 def numpy_alone(op: str, arrays: Arrays) -> Contestant:
-    """cupynorm as it runs without numba."""
+    """cupynorm as it runs without llvmlite."""
     from cupynorm import cpu
 
     if arrays.xp is not np:

@@ -57,8 +57,8 @@ SURVIVORS = Path(__file__).with_name("survivors.toml")
 GOAL = 0.95
 
 #: Errors of a kernel that does not compile, and of a Python module that cannot be imported.
-NO_MUTANT = (r"SimtError: .* does not compile:", r"while loading conftest|TypingError|LoweringError|SyntaxError")
-#: Saves numba's seconds if no compiled loop is mutated.
+NO_MUTANT = (r"SimtError: .* does not compile:", r"while loading conftest|LLVM IR parsing error|SyntaxError")
+#: Where no compiled loop is mutated.
 NUMPY_ALONE = {"CUPYNORM_COMPILED": "0"}
 _clean: defaultdict[tuple[str, ...], threading.Lock] = defaultdict(threading.Lock)
 
@@ -73,7 +73,7 @@ class Copy:
             ROOT, self.root, ignore=shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv", "venv")
         )
         self.environment = os.environ | {
-            "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "NUMBA_CACHE_DIR": str(folder / "numba"),
+            "PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "CUPYNORM_CACHE_DIR": str(folder / "loops"),
         }  # fmt: skip
 
     def run(self, stage: tuple[str, ...], limit: float | None = None) -> tuple[str, str]:

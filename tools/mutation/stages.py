@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from pathlib import Path
 
@@ -12,15 +11,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 BACKENDS = (
     *(f"cupynorm/cpu/{name}.py" for name in (
-        "__init__", "blocking", "gelu", "numba_activations", "numba_backward", "numba_forward", "numba_geometry",
-        "numba_intrinsics", "numba_moves", "numba_path", "numba_rehearsal", "numba_tasks", "numpy_activations",
-        "numpy_double", "numpy_path",
+        "__init__", "blocking", "gelu", "llvm", "loops_across", "loops_activations", "loops_backward", "loops_forward",
+        "loops_moves", "loops_path", "loops_places", "loops_rehearsal", "loops_short", "loops_tasks",
+        "numpy_activations", "numpy_double", "numpy_path", "windows",
     )),
     *(f"cupynorm/cuda/{name}.py" for name in ("arguments", "launch", "launches", "layout", "ops", "plan", "source")),
 )  # fmt: skip
 #: Without the modules that need a GPU or Chainer, without commands, and without tables of devices and variants.
 REST = (
-    "_checks", "_types", "backend", "config", "cpu/forks", "cpu/halves", "cpu/numba_cache", "cpu/numba_import",
+    "_checks", "_types", "backend", "config", "cpu/forks", "cpu/halves", "cpu/llvm_machine",
     "cpu/result_pool", "cpu/running", "cpu/thread_pool", "cpu_count", "cuda/describe", "devices", "explain",
     "distributed", "functional", "inference", "layers", "parameters", "statistics", "thinc", "warm",
 )  # fmt: skip
@@ -32,11 +31,9 @@ PARTS = {
 
 #: The compiled loops, and the modules that only calls of these loops use.
 LOOPS = {
-    "numba_activations", "numba_backward", "numba_forward", "numba_geometry", "numba_intrinsics", "numba_moves",
-    "numba_path", "numba_tasks",
+    "llvm", "loops_across", "loops_activations", "loops_backward", "loops_forward", "loops_moves", "loops_path",
+    "loops_places", "loops_short", "loops_tasks", "windows",
 }  # fmt: skip
-#: Functions and classes outside numba_moves that only copies to windows use.
-FOR_MOVES = {"MovedWork", "transposition", "_copy", "copy_row"}
 
 #: The tests of the other modules. They run without the compiled loops and the emulator; the first come first.
 TESTS = {
@@ -128,19 +125,17 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         return _kernel_stages(path.name)
     name = path.parent.name if path.stem == "__init__" else path.stem
     scope = mutant.within.partition(".")[0]
-    if name == "numba_rehearsal" or scope == "rehearsals":
+    if name == "loops_rehearsal" or scope == "rehearsals":
         return [compiled("warmup", "not real_compilation and not afterwards"), compiled("warmup")]
     if name in LOOPS or scope == "_choose":
         return _loop_stages(name, scope)
-    if name == "numba_cache":
+    if name == "llvm_machine":
         return [compiled("compiling")]
-    if name == "numba_import":
-        return [(*chosen("cpu", "without_numba or broken_numba or numba_is_imported"), "CUPYNORM_COMPILED=1")]
     own = [(file, "-m", "not simt and not compiled and not nvrtc") for file in files_of(TESTS[name])]
     if name in ("cpu", "blocking", "gelu") or name.startswith("numpy_"):
         double = "double" if name == "numpy_double" else "not double"
         numpy = [chosen("cases", f"numpy and {double} and float32"), own[0], chosen("cases", "numpy"), *own[1:]]
-        return [*numpy, compiled("cpu", "without_numba")] if name == "cpu" else numpy
+        return [*numpy, compiled("cpu", "without_llvmlite")] if name == "cpu" else numpy
     if mutant.file in BACKENDS:  # of CUDA
         emulated = [
             chosen("cases", "simt and float32 and (table or small)"), chosen("simt", "launches or reach"),
@@ -153,25 +148,17 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
 
 
 def _loop_stages(name: str, scope: str) -> list[tuple[str, ...]]:
-    small = "test_small and compiled and float32"
-    moves = name == "numba_moves" or scope in FOR_MOVES
-    kind = re.search("channel|short", scope)
-    case = f"{small} and {'2x8x5x6' if moves else '1x2x100x100'}"
-    if name == "numba_activations":
-        case = "test_table and compiled and 3x4x6x7 and float32"
-    elif kind:
-        case = {"channel": "test_table and compiled and 2x32x5x6", "short": f"{small} and 2x3x5x7"}[kind[0]]
-    choices = compiled("moves" if moves else "choices")
-    quick = (*chosen("cases", case), "NUMBA_OPT=0", "-W", "ignore:Cannot cache")
-    chooses = name == "numba_path" or scope in ("planes_together", "_choose")
+    small = chosen("cases", "test_small and compiled and float32")
+    own = {
+        "llvm": ["llvm"], "loops_moves": ["moves"], "windows": ["moves"], "loops_path": ["choices", "cpu"],
+    }.get(name, ["choices"])  # fmt: skip
+    if scope == "MovedWork":
+        own = ["moves"]
     return [
-        *[compiled("cpu", "layouts_find")] * (scope == "Layout"),  # compiles nothing, like choices
-        *((choices, quick) if chooses else (quick, choices)),
-        chosen("cases", small),
-        chosen("cases", "test_table and compiled"),
-        compiled("cpu"),
+        *(compiled(each) for each in own), small, chosen("cases", "test_table and compiled and float32"),
+        chosen("cases", "compiled"), compiled("cpu"), compiled("moves"),
         (*files_of("accuracy semantics epilogue properties"), "-m", "compiled"),
-    ]
+    ]  # fmt: skip
 
 
 def _kernel_stages(file: str) -> list[tuple[str, ...]]:

@@ -245,10 +245,20 @@ class Task(NamedTuple):
     writes: bool = True
 
 
+class Parameter(NamedTuple):
+    """Weight or bias for the loops: an array in computing precision, its address, strides over samples and channels."""
+
+    array: np.ndarray
+    address: int
+    of_n: int
+    of_c: int
+
+
 @cache
-def no_parameters(dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return the weight and the bias of calls without them."""
-    return np.ones(1, dtype), np.zeros(1, dtype)
+def no_parameter(name: str, dtype: np.dtype) -> Parameter:
+    """Return the weight or the bias of calls without one."""
+    array = np.full(1, name == "weight", dtype)
+    return Parameter(array, address_of(array), 0, 0)
 
 
 class CompiledWork(Work):
@@ -277,12 +287,12 @@ class CompiledWork(Work):
             steps = layout.steps[key] = steps_of(modules or layout.passes(call.activation)[which], kind)
         return steps
 
-    def _parameter(self, given: np.ndarray | None, default: np.ndarray) -> tuple[np.ndarray, int, int]:
-        """Return weight or bias in computing precision, contiguous, and its strides over samples and channels."""
+    def _parameter(self, name: str) -> Parameter:
+        given = self.call.weight if name == "weight" else self.call.bias
         if given is None:
-            return default, 0, 0
+            return no_parameter(name, self.dtype)
         array = np.ascontiguousarray(given, self.dtype)
-        return (array, 0, 1) if array.ndim == 1 else (array, array.shape[1], 1)
+        return Parameter(array, address_of(array), 0 if array.ndim == 1 else array.shape[1], 1)
 
     def _numbers(
         self, steps: Steps, *, eps: float = 0.0, variance: np.ndarray | None = None,
@@ -293,16 +303,14 @@ class CompiledWork(Work):
         sums: of g, and of g * xhat, of each plane, in computing precision or in float64.
         """
         call, layout, addresses = self.call, self.layout, self.addresses
-        defaults = no_parameters(self.dtype)
-        weight, *of_weight = self._parameter(call.weight, defaults[0])
-        bias, *of_bias = self._parameter(call.bias, defaults[1])
+        weight, bias = self._parameter("weight"), self._parameter("bias")
         mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
         self.kept = weight, bias, mean_lo  # while the loops use their addresses
         sum_g, sum_g_xhat = (0, 0) if sums is None else map(address_of, sums)
         return FORMAT.pack(
-            layout.geometry_address, *addresses, address_of(weight), *of_weight, address_of(bias), *of_bias,
-            address_of(call.mean), address_of(mean_lo), address_of(call.rstd),
-            0 if variance is None else address_of(variance), address_of(self.partials), self.partials.shape[1],
+            layout.geometry_address, *addresses, *weight[1:], *bias[1:], address_of(call.mean), address_of(mean_lo),
+            address_of(call.rstd), 0 if variance is None else address_of(variance), address_of(self.partials),
+            self.partials.shape[1],
             sum_g, sum_g_xhat, sums is not None and sums[0].dtype != self.dtype,
             layout.streams and addresses[RESULT] not in (addresses[0], *addresses[2:4]),
             eps, least_mean_square(eps), call.negative_slope, *steps[:3], driver().whole_address,

@@ -232,6 +232,8 @@ def _same_memory(a: Array, b: Array) -> bool:
 
 def _overlaps_itself(a: Array) -> bool:
     """Return whether two indices may address the same element. A sufficient test, used for out only."""
+    if a.flags.c_contiguous:
+        return False
     reach = a.itemsize
     for stride, size in sorted(
         (abs(stride), size) for stride, size in zip(a.strides, a.shape, strict=True) if size > 1

@@ -89,11 +89,10 @@ class ForwardCall:
 
     def saved(self, mean: Array, rstd: Array, mean_lo: Array | None) -> Saved:
         """Return the state for the backward, with these statistics."""
-        return Saved(
-            self.x, mean, rstd, self.weight, self.bias, self.use_input_stats, mean_lo=mean_lo,
-            activation=self.activation, negative_slope=self.negative_slope, residual=self.residual,
-            with_residual=self.residual is not None, eps=self.eps,
-            count=None if self.moments is None else self.moments.count,
+        return Saved(  # by position, which takes half a microsecond less
+            self.x, mean, rstd, self.weight, self.bias, self.use_input_stats, mean_lo, self.activation,
+            self.negative_slope, self.residual, self.residual is not None, False, self.eps,
+            None if self.moments is None else self.moments.count,
         )  # fmt: skip
 
 
@@ -131,7 +130,8 @@ def commit(*writes: partial[Any]) -> None:
 
     Python raises KeyboardInterrupt only between steps of Python code, and there are none between the writes.
     """
-    deque(map(partial.__call__, writes), maxlen=0)
+    if writes:
+        deque(map(partial.__call__, writes), maxlen=0)
 
 
 def empty_like(x: Array, empty: Any) -> Array:

@@ -169,13 +169,14 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
         _check_numbers(call.moments, "moments", Moments, x, place)
     elif call.use_input_stats and math.prod(x.shape[2:]) == 1 and not part:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
-    inputs = [("input", x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)]
-    if call.moments is not None:
-        inputs += _arrays_of(call.moments, "moments")
-    if call.updates:
-        check_apart(statistics, inputs)
-    if call.out is not None:
-        check_out(call.out, x, place, (*inputs, *statistics))
+    if call.updates or call.out is not None:
+        inputs = [("input", x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)]
+        if call.moments is not None:
+            inputs += _arrays_of(call.moments, "moments")
+        if call.updates:
+            check_apart(statistics, inputs)
+        if call.out is not None:
+            check_out(call.out, x, place, (*inputs, *statistics))
     return place
 
 

@@ -50,7 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["real"],
         metavar="SHAPE",
-        help="real (from real networks, the default), sweep (plane sizes at equal bytes), or N,C,H,W of any rank >= 3",
+        help="real (from real networks, the default), sweep (plane sizes at equal bytes), short (planes of 9 to 2048 "
+        "elements in arrays of 0.1 to 16 MB), random (drawn by --seed), or N,C,H,W of any rank >= 3",
+    )
+    parser.add_argument("--seed", type=int, help="of the random shapes; default: a new one, which is printed")
+    parser.add_argument(
+        "--hot", action="store_true", help="repeat calls on the same arrays, which may then be in a core's caches"
     )
     ops, names = tuple(ACCESSES), tuple(peers.PEERS)
     parser.add_argument("--op", type=lambda t: words(t, ops, "--op"), default=list(ops), help="forward,backward,both")
@@ -154,8 +159,8 @@ class Bench:
     def arrays(self, case: Case) -> Arrays:
         """Make arrays for all operations on this case's shape; on a GPU, whose caches are large, at least two sets."""
         touched = 2 * case.minimal_bytes // ACCESSES[case.op]  # x and y, the least of the three operations
-        sets = buffer_sets(touched, self.cache_bytes, self.most_sets)
-        if self.xp is not np:
+        sets = 1 if self.options.hot else buffer_sets(touched, self.cache_bytes, self.most_sets)
+        if self.xp is not np and not self.options.hot:
             sets = max(sets, 2)
         return Arrays(
             self.xp,
@@ -281,8 +286,11 @@ def main(arguments: list[str] | None = None) -> int:
     xp: Any = np
     if usable and options.device != "cpu":
         xp = importlib.import_module("cupy")
+    seed = int(np.random.SeedSequence().generate_state(1)[0]) if options.seed is None else options.seed
+    if "random" in options.shapes:
+        print(f"random shapes of --seed {seed}")
     try:
-        layers = parse_shapes(options.shapes, SWEEP_ELEMENTS["cpu" if xp is np else "gpu"])
+        layers = parse_shapes(options.shapes, SWEEP_ELEMENTS["cpu" if xp is np else "gpu"], seed)
     except ValueError as error:
         parser.error(str(error))
     cases = cases_of(layers, options.dtype, options.layout, options.epilogue, options.op, options.affine)

@@ -117,10 +117,36 @@ def sweep_layers(elements: int) -> list[Layer]:
     return [Layer((1, elements // 4**k, 2**k, 2**k), swept=True) for k in steps]
 
 
-def parse_shapes(words: list[str], sweep_elements: int) -> list[Layer]:
-    """Return layers for 'real', 'sweep' and 'N,C,H,W' (any rank of 3 or more); ValueError for anything else.
+def short_layers() -> list[Layer]:
+    """Return short planes of many sizes, in arrays of 0.1 to 16 MB of float32."""
+    found = []
+    for megabytes in (0.1, 0.4, 1, 4, 16):
+        for size in (9, 16, 25, 49, 64, 100, 196, 256, 400, 784, 1024, 1773, 2048):
+            planes = max(1, round(megabytes * 2**18 / size))
+            channels = max(c for c in (64, 32, 16, 8, 4, 2, 1) if c <= planes)
+            found.append(Layer((planes // channels, channels, size), swept=True))
+    return found
 
-    A shape of a real network is that network's layer, also if it is given in numbers; other shapes are plain.
+
+def random_layers(seed: int, count: int = 12) -> list[Layer]:
+    """Draw shapes of 1 to 3 spatial axes: planes of 4 elements to 4 MB, arrays of up to 64 MB, in float32."""
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < count:
+        rank = int(rng.integers(1, 4))
+        plane, total = np.exp(rng.uniform(np.log([4, 2**14]), np.log([2**20, 2**24])))
+        spatial = [max(1, round(plane ** (1 / rank) * rng.uniform(0.7, 1.4))) for _ in range(rank)]
+        planes = max(1, round(total / math.prod(spatial)))
+        channels = max(1, min(planes, round(np.exp(rng.uniform(0, np.log(1024))))))
+        if 2 <= math.prod(spatial) <= 2**24:
+            found.append(Layer((max(1, planes // channels), channels, *spatial)))
+    return found
+
+
+def parse_shapes(words: list[str], sweep_elements: int, seed: int = 0) -> list[Layer]:
+    """Return layers for 'real', 'sweep', 'short', 'random' and 'N,C,H,W' (any rank of 3 or more).
+
+    ValueError for anything else. seed: of the random shapes. A shape of a real network is that network's layer, also if
+    it is given in numbers; other shapes are plain.
     """
     real = {layer.shape: layer for layer in real_layers()}
     layers: dict[tuple[int, ...], Layer] = {}
@@ -129,13 +155,18 @@ def parse_shapes(words: list[str], sweep_elements: int) -> list[Layer]:
             layers.update(real)
         elif word == "sweep":
             layers = {layer.shape: layer for layer in sweep_layers(sweep_elements)} | layers
+        elif word in ("short", "random"):
+            more = short_layers() if word == "short" else random_layers(seed)
+            layers = {layer.shape: layer for layer in more} | layers
         else:
             try:
                 shape = tuple(int(part) for part in word.split(","))
             except ValueError:
                 shape = ()
             if len(shape) < 3 or min(shape) < 1 or math.prod(shape[2:]) < 2:
-                raise ValueError(f"a shape is 'real', 'sweep' or N,C,H,W of more than one position, got {word!r}")
+                raise ValueError(
+                    f"a shape is 'real', 'sweep', 'short', 'random' or N,C,H,W of more than one position, got {word!r}"
+                )
             layers[shape] = real.get(shape, Layer(shape))
     return list(layers.values())
 

@@ -38,23 +38,28 @@ def _import(module: str) -> Any:
         raise UnavailableError(f"does not import ({type(error).__name__}: {error})") from None
 
 
-def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:
+def cupynorm_itself(op: str, arrays: Arrays, name: str = "cupynorm", outs: list[Array] | None = None) -> Contestant:
+    """outs: arrays for the results of each set; without them results are new."""
     x, dy, weight, bias = arrays.x, arrays.dy, arrays.weight, arrays.bias
     options: dict[str, Any] = {"eps": arrays.eps}
     if arrays.activation is not None:
         options |= {"activation": arrays.activation, "negative_slope": arrays.negative_slope}
 
-    def forward(i: int) -> Any:
-        return cupynorm.instance_norm(x[i], weight=weight, bias=bias, **options)
+    def out(i: int) -> Array | None:
+        return None if outs is None else outs[i]
 
     if op == "forward":
-        return Contestant("cupynorm", forward, lambda y: {"y": y})
+        return Contestant(
+            name,
+            lambda i: cupynorm.instance_norm(x[i], weight=weight, bias=bias, out=out(i), **options),
+            lambda y: {"y": y},
+        )
     names = ("dx", "dweight", "dbias")
     if op == "backward":
         saved = [cupynorm.instance_norm_forward(each, weight, bias, **options)[1] for each in x]
         return Contestant(
-            "cupynorm",
-            lambda i: cupynorm.instance_norm_backward(dy[i], saved[i]),
+            name,
+            lambda i: cupynorm.instance_norm_backward(dy[i], saved[i], out=out(i)),
             lambda gradients: dict(zip(names, gradients, strict=True)),
         )
 
@@ -62,7 +67,7 @@ def cupynorm_itself(op: str, arrays: Arrays) -> Contestant:
         y, saved = cupynorm.instance_norm_forward(x[i], weight, bias, **options)
         return y, *cupynorm.instance_norm_backward(dy[i], saved)
 
-    return Contestant("cupynorm", both, lambda results: dict(zip(("y", *names), results, strict=True)))
+    return Contestant(name, both, lambda results: dict(zip(("y", *names), results, strict=True)))
 
 
 def numpy_alone(op: str, arrays: Arrays) -> Contestant:
@@ -83,6 +88,14 @@ def numpy_alone(op: str, arrays: Arrays) -> Contestant:
             cpu.compiled = True
 
     return Contestant("numpy alone", run, own.answers)
+
+
+def into_out(op: str, arrays: Arrays) -> Contestant:
+    """cupynorm, with results into memory that is there; not of backwards after a forward, whose y is not needed."""
+    if op == "both":
+        raise UnavailableError("forward and backward alone only")
+    outs = [arrays.xp.empty_like(each) for each in arrays.x]
+    return cupynorm_itself(op, arrays, "out=", outs)
 
 
 def new_copy(minimal_bytes: int, arrays: Arrays) -> Contestant:
@@ -352,10 +365,11 @@ PEERS: dict[str, Callable[[str, Arrays], Contestant]] = {
     "onnxruntime": onnx_runtime,
     "textbook": textbook,
     "numpy alone": numpy_alone,
+    "out=": into_out,
 }
 
-#: Peers that run only on request: torch.compile takes many seconds for each shape.
-ON_REQUEST = {"torch.compile"}
+#: Peers that run only on request: torch.compile takes many seconds for each shape, and out= is cupynorm once more.
+ON_REQUEST = {"torch.compile", "out="}
 
 #: Peers that compile for each case, which --compile-limit restricts.
 COMPILING = {"torch.compile", "jax"}

@@ -264,7 +264,7 @@ def no_parameter(name: str, dtype: np.dtype) -> Parameter:
 class CompiledWork(Work):
     """The steps as compiled loops over planes, or over groups of channels side by side."""
 
-    def __init__(self, call: Saved, layout: Layout, addresses: list[int]):
+    def __init__(self, call: Saved, layout: Layout, addresses: tuple[int, ...]):
         self.call, self.layout, self.addresses = call, layout, addresses
         self.blocks, self.tiles = layout.blocks, layout.tiles
         self.threads = get_num_threads() if layout.pays else 1
@@ -429,13 +429,19 @@ class MovedWork(CompiledWork):
 
 def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:
     """Return the work of a call, or None if the loops cannot address the arrays."""
-    x = arrays.x
-    layout = layout_of(x.dtype, x.shape, tuple([None if a is None else a.strides for a in arrays]))
+    x, result, dy, residual, dresidual = arrays
+    strides = (
+        x.strides, result.strides, None if dy is None else dy.strides, None if residual is None else residual.strides,
+        None if dresidual is None else dresidual.strides,
+    )  # fmt: skip
+    layout = layout_of(x.dtype, x.shape, strides)
     if not layout.usable:
         return None
-    address = address_of(x)
-    addresses = [address if a is None or a is x else address_of(a) for a in arrays]
-    a, b, c, d, e = addresses
-    if (a | b | c | d | e) % layout.itemsize:
+    a = address_of(x)
+    addresses = (
+        a, address_of(result), a if dy is None else address_of(dy), a if residual is None else address_of(residual),
+        a if dresidual is None else address_of(dresidual),
+    )  # fmt: skip
+    if (a | addresses[1] | addresses[2] | addresses[3] | addresses[4]) % layout.itemsize:
         return None
     return (MovedWork if layout.windows else CompiledWork)(call, layout, addresses)

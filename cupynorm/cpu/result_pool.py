@@ -82,9 +82,8 @@ class _Memory:
             self.free.pop(id(block), None)
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Like numpy.empty, with memory from the pool."""
-    dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST or not config.get_memory_limit():
         return np.empty(shape, dtype)

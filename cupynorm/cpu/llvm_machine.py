@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import pkgutil
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -40,6 +41,8 @@ _engines: list[Any] = []  # they own the code
 @cache
 def _target() -> tuple[Any, str, str]:
     """Return the target machine, and this processor's name and features."""
+    if sys.implementation.name != "cpython":
+        raise ImportError(f"{sys.implementation.name} keeps arrays in another way than CPython")
     version = tuple(int(part) for part in llvmlite.__version__.split("+")[0].split(".")[:2])
     if version < LEAST_VERSION:
         raise ImportError(f"llvmlite {llvmlite.__version__} is too old; needed is {'.'.join(map(str, LEAST_VERSION))}")

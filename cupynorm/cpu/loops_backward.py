@@ -221,7 +221,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
         buffer = code.room(kind.element.stored, PARTIAL + LINE)
         slope = numbers.slope.to(kind.element.computing)
         away = [where(follows != 0, getattr(numbers, f"{name}_c"), 0) for name in ("x", "dy")]
-        with each_item(numbers, first, last, backwards=True) as item:
+        with each_item(numbers, first, last, tiles_backwards=True) as item:
             tile = tile_of(numbers, item.tile)
             values, _ = planes.coefficients(item.n, item.c)
             further = _slopes(code, numbers, kind, planes, item.n, item.c) if kind.training else (slope, slope)
@@ -247,7 +247,7 @@ def _apply_channels(module: Module, kind: Kind) -> None:
         planes = Planes(numbers)
         slope = numbers.slope.to(kind.element.computing)
         further = Table(code, kind.element.computing, ("slope", "constant"), WIDEST_GROUP)
-        with each_item(numbers, first, last, backwards=True) as item:
+        with each_item(numbers, first, last, tiles_backwards=True) as item:
             table = _channel_table(code, kind, planes, item)
             if kind.training:
                 with code.loop(0, item.width) as j:

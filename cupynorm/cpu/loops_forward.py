@@ -320,7 +320,7 @@ def stream_row(
 
 
 def _apply_rows(module: Module, kind: Kind) -> None:
-    """Write the step that computes y of tiles, backwards, as the last tile read is still in the cache.
+    """Write the step that computes y of tiles.
 
     If another plane follows, its x is prefetched: reads would otherwise idle during the writes.
     """
@@ -331,7 +331,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
         buffer = code.room(kind.element.stored, PARTIAL + LINE)
         slope = numbers.slope.to(kind.element.computing)
         away = where(follows != 0, numbers.x_c, 0)
-        with each_item(numbers, first, last, backwards=True) as item:
+        with each_item(numbers, first, last, tiles_backwards=True) as item:
             tile = tile_of(numbers, item.tile)
             values, _ = planes.coefficients(item.n, item.c)
             with code.loop(tile.r0, tile.r1) as r:
@@ -356,7 +356,7 @@ def _apply_channels(module: Module, kind: Kind) -> None:
         planes = Planes(numbers)
         table = Table(code, kind.element.computing, Coefficients._fields, WIDEST_GROUP)
         slope = numbers.slope.to(kind.element.computing)
-        with each_item(numbers, first, last, backwards=True) as item:
+        with each_item(numbers, first, last, tiles_backwards=True) as item:
             with code.loop(0, item.width) as j:
                 table.store(j, **planes.coefficients(item.n, item.c + j)[0]._asdict())
             tile = tile_of(numbers, item.tile)

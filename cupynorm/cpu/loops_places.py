@@ -189,11 +189,15 @@ class Item(NamedTuple):
 
 
 @contextmanager
-def each_item(numbers: Numbers, first: Value, last: Value, *, backwards: bool = False) -> Iterator[Item]:
-    """Go through items."""
+def each_item(numbers: Numbers, first: Value, last: Value, *, tiles_backwards: bool = False) -> Iterator[Item]:
+    """Go through items.
+
+    tiles_backwards: begin with the last one, which is still in the cache if items are tiles. Whole planes, which the
+    hardware prefetches, come in the order of memory.
+    """
     groups = (numbers.channels + numbers.group - 1) // numbers.group
     with numbers.code.loop(first, last) as i:
-        number = first + last - 1 - i if backwards else i
+        number = where(numbers.tiles > 1, first + last - 1 - i, i) if tiles_backwards else i
         block = number // numbers.tiles
         n = block // groups
         c = (block - n * groups) * numbers.group

@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     tiers.asked = "nightly" if config.option.nightly else "full" if config.option.full else "default"
-    if config.option.markexpr == "quick":  # numba's first calls compile for seconds
+    if config.option.markexpr == "quick":  # first calls compile
         cpu.compiled = False
     config.option.seed = str(seeds.choose(config.option.seed))  # pytest-xdist's workers get this seed
 

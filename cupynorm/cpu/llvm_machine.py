@@ -1,7 +1,7 @@
 """Compile modules of `llvm` for this processor, load them, and keep their code on disk.
 
 A file of the cache holds the machine code of one module. Its name says what the module is for, and on which processor.
-Code of other versions of llvmlite, LLVM, or of the package's files that write the modules, is overwritten.
+Code of other versions of llvmlite, LLVM, NumPy, or of the package's files that write the modules, is overwritten.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
+import numpy as np
 from llvmlite import binding
 
 from .. import config
@@ -71,7 +72,8 @@ def converts_halves() -> bool:
 @cache
 def _stamp() -> bytes:
     """Return a hash of all that the code of a module depends on, but for what its file's name says."""
-    made = hashlib.sha256(f"{llvmlite.__version__} {binding.llvm_version_info}".encode())
+    # NumPy computes the polynomial in gelu.py.
+    made = hashlib.sha256(f"{llvmlite.__version__} {binding.llvm_version_info} {np.__version__}".encode())
     for name in SOURCES:
         text = pkgutil.get_data(__package__, name)
         if text is None:
@@ -89,7 +91,7 @@ def not_kept() -> str:
     """Return why code cannot be kept on disk; "" if it can."""
     try:
         _stamp()
-        _keep(folder() / "probe", b"").unlink()
+        _keep(folder() / f"probe-{os.getpid()}", b"").unlink()
     except OSError as error:
         return str(error)
     return ""

@@ -13,7 +13,7 @@ import numpy as np
 from .._types import Array, empty_like
 from .blocking import Arrays
 from .loops_moves import address_of_move
-from .loops_path import BACKWARD, FORWARD, MOMENTS, NORMALIZE, Layout, Pass, kind_for, layout_of, module_of
+from .loops_path import BACKWARD, FORWARD, MOMENTS, NORMALIZE, Layout, Pass, address_of, kind_for, layout_of, module_of
 from .loops_tasks import driver
 
 
@@ -33,7 +33,7 @@ def rehearsals(
 
     Results and dy are laid out like a new result, or results are x itself. No array's contents are read or written.
     """
-    if not x.size:
+    if not x.size or address_of(x) % x.itemsize:
         return []
     found: dict[Any, tuple[str, Callable[[], Any]]] = {}
     y = empty_like(x, np.empty)
@@ -51,7 +51,7 @@ def rehearsals(
         found.setdefault(driver, (what, driver))
         for each in layouts:
             kind = each.kind(activation, arrays.residual is not None, training)
-            for lanes in {each.lanes, *each.usual_lanes}:
+            for lanes in {*each.usual_lanes, *([each.lanes] if each is layout else [])}:
                 for name in _modules(modules, each, lanes):
                     module = name, kind_for(name, kind._replace(lanes=lanes))
                     found.setdefault(module, (what, partial(module_of, *module)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,20 +16,8 @@ from cupynorm.cuda.device import Device
 from cupynorm.cuda.layout import ArrayDesc
 from cupynorm.cuda.ops import Op
 
-#: The dtype in which each activation is tested with the compiled loops: numba compiles each kind of call, in seconds.
-COMPILED = {"relu": "float32", "leaky_relu": "float16", "silu": "bfloat16", "gelu": "float64"}
-
-
-def compiled_elsewhere(given: dict[str, Any]) -> bool:
-    """Return True if other cases compile the activation or residual, and the dtype and layout."""
-    case = given["case"]
-    if case.activation is not None:
-        return case.dtype != COMPILED[case.activation]
-    return case.dtype != "float16" if case.residual else (case.dtype, case.layout) == ("float16", "transposed")
-
 
 @cases.tiers()
-@pytest.mark.nightly(compiled=compiled_elsewhere)
 @pytest.mark.parametrize("case", cases.TABLE, ids=str)
 def test_table(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     cases.check(backend, case, rng)

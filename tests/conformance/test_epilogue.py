@@ -20,12 +20,8 @@ from helpers.reference import LAYOUTS, assert_close
 import cupynorm as cn
 from cupynorm.cpu import numpy_path
 
-#: numba compiles each kind of call, in seconds, and each dtype has kernels of its own. (test_cases.py's table has every
-#: activation.)
-pytestmark = [
-    pytest.mark.nightly(compiled=lambda given: given.get("activation") not in (None, "relu") or not _float32(given)),
-    pytest.mark.full(simt=lambda given: not _float32(given)),
-]
+#: Each dtype has kernels of its own. (test_cases.py's table has every activation.)
+pytestmark = pytest.mark.full(simt=lambda given: not _float32(given))
 
 
 def _float32(given: dict[str, Any]) -> bool:
@@ -171,7 +167,6 @@ def test_unfused_composition_in_torch(
 
 
 @pytest.mark.full(simt=lambda given: True)  # in float64
-@pytest.mark.nightly(compiled=lambda given: given["activation"] is not None)
 @pairwise(activation=ACTIVATIONS, affine=["channels", "samples"], training=[True, False])
 def test_finite_differences(
     backend: Backend, rng: np.random.Generator, activation: Any, affine: str, training: bool

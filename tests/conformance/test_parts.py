@@ -35,7 +35,7 @@ def test_every_kernel_of_the_steps(backend: Backend, case: cases.Case, rng: np.r
             cases.check(backend, case, rng, parts.in_parts(parts.WHOLE), trainings=(True,))
 
 
-#: Layouts, dtypes, data and epilogues; with numba each kind of call compiles loops for seconds.
+#: Layouts, dtypes, data and epilogues; each kind of call has loops to compile.
 TABLE = [
     *(cases.Case((2, 3, 9, 7), dtype) for dtype in ITEMSIZE),
     *(cases.Case((2, 8, 9, 6), "float32", layout) for layout in reference.LAYOUTS),

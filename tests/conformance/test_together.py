@@ -22,13 +22,12 @@ from helpers import reference
 from helpers.backends import TESTS, Backend, on_cpu, traced_memory, use_compiled
 from helpers.compare import Bits, assert_same, bits
 from helpers.faults import Faults, ending, handled
-from helpers.loops import numba_path
+from helpers.loops import forget_layouts, forget_modules, llvm_machine, loops_path
 from helpers.tiers import amount
 
 import cupynorm as cn
-from cupynorm import _checks, cpu
+from cupynorm import config, cpu
 from cupynorm.cpu import forks, numpy_path, result_pool, running, thread_pool
-from cupynorm.cuda import launch, plan
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (3, 4, 6, 7)
@@ -115,32 +114,19 @@ def test_many_layers_in_many_threads(backend: Backend, rng: np.random.Generator)
 
 
 @pytest.mark.compiled
-def test_first_calls_at_the_same_moment_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba compiles one function for one kind of call once, whoever asks."""
+def test_first_calls_at_the_same_moment_compile_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """Each module is compiled by whoever comes first; the others find its code. All get the same bits."""
     use_compiled(monkeypatch, True)
-    code = """
-import threading, numpy as np, cupynorm as cn
-from cupynorm.cpu import numba_forward
-from numba.core import event
-compiled = []
-class Listener(event.Listener):
-    def on_start(self, e): compiled.append((e.data["dispatcher"].py_func.__name__, str(e.data["args"])))
-    def on_end(self, e): pass
-event.register("numba:compile", Listener())
-numba_forward.forward_planes.disable_cache() if hasattr(numba_forward.forward_planes, "disable_cache") else None
-x = np.random.default_rng(1).normal(size=(2, 3, 9, 9)).astype(np.float32)
-barrier, results = threading.Barrier(4), []
-def go():
-    barrier.wait()
-    results.append(cn.instance_norm(x).tobytes())
-threads = [threading.Thread(target=go) for _ in range(4)]
-[t.start() for t in threads]; [t.join() for t in threads]
-mine = [c for c in compiled if c[0] == "_forward_planes"]
-print(len(results), len(set(results)), len(mine), len(set(mine)))
-"""
-    ran = run(code, NUMBA_CACHE_DIR="")
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout in ("4 1 1 1\n", "4 1 0 0\n")  # 0: found on disk
+    monkeypatch.setattr(config.cache_folder, "given", str(tmp_path))
+    forget_modules(monkeypatch)
+    emit, compiled = llvm_machine.emit, []
+    monkeypatch.setattr(llvm_machine, "emit", lambda write: compiled.append(write) or emit(write))
+    x = rng.normal(size=SHAPE).astype(np.float32)
+    results = side_by_side([lambda: Bits(cn.instance_norm(x))] * 4)
+    assert len(set(results)) == 1
+    assert len(compiled) == len([*tmp_path.iterdir()]) > 2
 
 
 @pytest.mark.simt
@@ -273,8 +259,8 @@ def test_a_handler_calls_as_helpers_are_started_and_ended(
 ) -> None:
     """The pool is in the middle of starting threads, with Python's own locks of threads held, or of ending them."""
     monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
-    monkeypatch.setattr(numba_path, "PAYS", 1)
-    numba_path._layout.cache_clear()
+    monkeypatch.setattr(loops_path, "PAYS", 1)
+    forget_layouts(monkeypatch)
     x = normal(backend, rng, (6, 4, 9, 9))
     expected = Bits(cn.instance_norm(x))
     number, finished = 0, False
@@ -295,7 +281,6 @@ def test_a_handler_calls_as_helpers_are_started_and_ended(
         assert {Bits(result), *results} == {expected}, f"handler at point {number}"
         assert pool.helpers == []
     assert number > 20
-    numba_path._layout.cache_clear()
 
 
 # Processes
@@ -377,14 +362,11 @@ busy()  # the parent goes on
 print(status)
 """
 
-#: Locks of numba, and what takes them.
+#: Locks that are held while loops are compiled, and what takes them.
 COMPILING = {
-    "numba": ("from numba.core.compiler_lock import global_compiler_lock as lock", "lock"),
-    "llvmlite": ("from llvmlite.binding import ffi; lock = ffi.lib._lock", "lock"),
-    "both": (
-        "from numba.core.compiler_lock import global_compiler_lock as lock; from llvmlite.binding import ffi",
-        "lock, ffi.lib._lock",
-    ),
+    "ours": ("from cupynorm.cpu.llvm_machine import lock", "lock"),
+    "llvmlite's": ("from llvmlite.binding import ffi; lock = ffi.lib._lock", "lock"),
+    "both": ("from cupynorm.cpu.llvm_machine import lock; from llvmlite.binding import ffi", "lock, ffi.lib._lock"),
 }
 
 
@@ -392,13 +374,17 @@ COMPILING = {
 @pytest.mark.compiled
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("locks", COMPILING)
-def test_a_fork_while_another_thread_compiles(locks: str) -> None:
+def test_a_fork_while_another_thread_compiles(locks: str, tmp_path: Path) -> None:
     setup, held = COMPILING[locks]
-    # It asks a logger, as numba does, for which a fork holds a lock.
+    # It asks a logger, for which a fork holds a lock, too.
     busy = f"    with {held}:\n        begun.set(); time.sleep(0.5); logging.getLogger('mine').debug('')"
-    child = "    import numba\n    assert numba.njit(lambda a: a + 1)(1) == 2"
-    ran = run(FORK.format(setup=f"from cupynorm import cpu\n{setup}", busy=busy, child=child))
+    child = "    assert abs(cn.instance_norm(x).std() - 1) < 1e-3 and cpu.compiled"
+    ran = run(
+        FORK.format(setup=f"from cupynorm import cpu\n{setup}", busy=busy, child=child),
+        CUPYNORM_CACHE_DIR=str(tmp_path), CUPYNORM_COMPILED="1",
+    )  # fmt: skip
     assert (ran.stdout, ran.stderr) == ("0\n", "")
+    assert [*tmp_path.iterdir()]
 
 
 @pytest.mark.long
@@ -409,7 +395,7 @@ def test_a_fork_in_the_middle_of_compiling() -> None:
     code = """
 import os, signal
 from llvmlite.binding import ffi
-from numba.core.compiler_lock import global_compiler_lock as lock
+from cupynorm.cpu.llvm_machine import lock
 import cupynorm, threading
 with lock, ffi.lib._lock:
     child = os.fork()
@@ -433,16 +419,14 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_while_another_thread_imports_the_backend() -> None:
     setup = """
-import builtins
-usual = builtins.__import__
-def slowly(name, scope=None, *rest):
-    if scope and scope.get("__name__") == "cupynorm.cpu.numba_import" and name == "numba":
-        begun.set()
-        time.sleep(0.5)
-        logging.getLogger("mine").debug("")
-        raise ImportError("is not installed")
-    return usual(name, scope, *rest)
-builtins.__import__ = slowly
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "llvmlite":
+            begun.set()
+            time.sleep(0.5)
+            logging.getLogger("mine").debug("")
+            raise ImportError("is not installed")
+sys.meta_path.insert(0, Finder())
 """
     call = "    assert abs(cn.instance_norm(x).std() - 1) < 1e-3"
     ran = run(FORK.format(setup=setup, busy=call, child=call), CUPYNORM_COMPILED="1")
@@ -450,16 +434,20 @@ builtins.__import__ = slowly
 
 
 def test_forks_hold_only_existing_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what has been imported, and of numba what this version has."""
+    """Only what has been imported, and of llvmlite what this version has."""
     from types import SimpleNamespace
 
     for module, _ in forks.LOCKS:
         monkeypatch.setitem(sys.modules, module, None)
     assert forks._locks() == []
-    monkeypatch.setitem(sys.modules, "numba.core.compiler_lock", SimpleNamespace(global_compiler_lock=object()))
     lock = threading.RLock()
-    monkeypatch.setitem(sys.modules, "llvmlite.binding.ffi", SimpleNamespace(lib=SimpleNamespace(_lock=lock)))
+    monkeypatch.setitem(sys.modules, "cupynorm.cpu.llvm_machine", SimpleNamespace(lock=lock))
     assert forks._locks() == [lock]
+    monkeypatch.setitem(sys.modules, "llvmlite.binding.ffi", SimpleNamespace(lib=SimpleNamespace(_lock=object())))
+    assert forks._locks() == [lock]
+    other = threading.RLock()
+    monkeypatch.setitem(sys.modules, "llvmlite.binding.ffi", SimpleNamespace(lib=SimpleNamespace(_lock=other)))
+    assert forks._locks() == [lock, other]
 
 
 @pytest.mark.gpu
@@ -574,22 +562,21 @@ def test_many_shapes_in_turn(backend: Backend, rng: np.random.Generator, monkeyp
     """Every cache of what follows from a shape has an end, and results do not depend on what it has forgotten."""
     from functools import _lru_cache_wrapper, lru_cache
 
-    caches = {f"{m.__name__}.{name}": value for m in (cpu, launch, plan, _checks) for name, value in
-              vars(m).items() if isinstance(value, _lru_cache_wrapper)}  # fmt: skip
-    by_shape = {
-        name: cache for name, cache in caches.items()
-        if name.rsplit(".", 1)[1]
-        in ("_layout", "_large_layout", "_rows", "_plan_call", "choose_layout", "layout", "plan", "_accepted",
-            "contiguous_desc")
+    cn.instance_norm(normal(backend, rng))  # imports what there is
+    caches = {
+        (module, name): value for module, file in sys.modules.items() if module.startswith("cupynorm.")
+        for name, value in vars(file).items() if isinstance(value, _lru_cache_wrapper)
     }  # fmt: skip
-    for name, cache in by_shape.items():
-        assert cache.cache_parameters()["maxsize"] is not None, f"{name} may grow without end"
-    # The rest is of few things: dtypes, activations.
-    rest = {name.rsplit(".", 1)[1] for name in caches} - {name.rsplit(".", 1)[1] for name in by_shape}
-    assert rest <= {"_ones", "half_erfcx", "_no_parameters", "_nothing", "inlined", "resident_threads", "widest"}, rest
-    for name, cache in by_shape.items():  # so small that all of it is forgotten again and again
-        module, attribute = name.rsplit(".", 1)
-        monkeypatch.setattr(sys.modules[module], attribute, lru_cache(maxsize=2)(cache.__wrapped__))
+    by_shape = {key: cache for key, cache in caches.items() if cache.cache_parameters()["maxsize"] is not None}
+    assert len({name for _, name in by_shape}) > 5
+    # The rest is of few things: dtypes, activations, kinds of calls, rows of at most ROW elements.
+    rest = {name for _, name in caches.keys() - by_shape.keys()}
+    assert rest <= {
+        "_table", "half_erfcx", "ones_row", "_target", "converts_halves", "_stamp", "module_of", "steps_of",
+        "_function_of", "no_parameter", "_writers", "inlined", "gpu_status", "resident_threads", "widest",
+    }, rest  # fmt: skip
+    for (module, name), cache in by_shape.items():  # so small that all of it is forgotten again and again
+        monkeypatch.setattr(sys.modules[module], name, lru_cache(maxsize=2)(cache.__wrapped__))
     shapes = [(1 + i % 3, 1 + i % 4, 2 + i % 5, 1 + i % 7) for i in range(30 if backend.name == "simt" else 120)]
     for shape in shapes * 2:
         x = rng.normal(size=shape).astype(np.float32)

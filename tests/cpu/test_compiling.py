@@ -1,56 +1,81 @@
-"""How numba's code is kept on disk: what makes it old, and files and folders that are no use."""
+"""How compiled code is kept on disk: what makes it old, and files and folders that are no use; and where there are no
+compiled loops, or they are being compiled while something else happens.
+"""
 
 from __future__ import annotations
 
 import ast
-import dis
+import ctypes
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.backends import use_compiled
+from helpers.compare import Bits
+from helpers.faults import Faults, ending, handled, interrupts
+from helpers.loops import (
+    forget_modules,
+    llvm,
+    llvm_machine,
+    loops_moves,
+    loops_path,
+    loops_places,
+    loops_tasks,
+)
 
 import cupynorm
+from cupynorm import config
+from cupynorm.cpu import gelu
 
-pytestmark = pytest.mark.compiled
 PACKAGE = Path(cupynorm.__file__).parent
+compiled = pytest.mark.compiled
 
 
-def said(code: str, folder: Path, **environment: str) -> str:
+def said(code: str, folder: Path = PACKAGE.parent, **environment: str) -> str:
     """What a process prints that imports the package from this folder."""
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "CUPYNORM_COMPILED": "1", "NUMBA_CACHE_DIR": "", **environment},
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, "CUPYNORM_COMPILED": "1", **environment},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-#: Compiles the smallest function that is kept, or finds it.
+# What makes code old
+
+
+#: Compiles a module, or finds it, and says how many were compiled.
 USE = """
 import cupynorm
-from cupynorm.cpu import numba_tasks
-assert numba_tasks.TaskQueue(1, 1, 1).drain()
-print(cupynorm.__path__[0], sum(numba_tasks.drain.stats.cache_hits.values()))
+from cupynorm.cpu import llvm_machine, loops_tasks
+emit, compiled = llvm_machine.emit, []
+llvm_machine.emit = lambda write: compiled.append(emit(write)) or compiled[-1]
+assert loops_tasks.TaskQueue(1, 1, 1).drain()
+print(cupynorm.__path__[0], len(compiled))
 """
 
 
+@compiled
 @pytest.mark.long
-def test_cached_code_is_used_until_its_source_changes(tmp_path: Path) -> None:
-    """Whatever the files' times and sizes are, and the old is overwritten. Other files of the package do not matter."""
+def test_kept_code_is_used_until_its_source_changes(tmp_path: Path) -> None:
+    """Whatever the files' times and sizes are. Other files of the package do not matter."""
     package = tmp_path / "cupynorm"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
 
     def found() -> bool:
-        where, hits = said(USE, tmp_path, PYTHONDONTWRITEBYTECODE="1").rsplit(" ", 1)
+        where, number = said(
+            USE, tmp_path, PYTHONDONTWRITEBYTECODE="1", CUPYNORM_CACHE_DIR=str(tmp_path / "kept")
+        ).rsplit(" ", 1)
         assert Path(where) == package
-        return hits == "1"
+        return number == "0"
 
     def change(name: str) -> None:
         """One letter of a comment."""
@@ -62,185 +87,464 @@ def test_cached_code_is_used_until_its_source_changes(tmp_path: Path) -> None:
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     assert [found(), found()] == [False, True]
-    kept = sorted(path.name for path in package.rglob("*.nb[ic]"))
-    for name in ("numba_intrinsics.py", "numba_forward.py", "numba_cache.py", "gelu.py"):
-        change(name)
-        assert [found(), found()] == [False, True], name
-    change("result_pool.py")
-    path = package / "cpu" / "numba_tasks.py"
-    path.write_text(path.read_text().replace("import numba\n", "import numba\n\n", 1))  # every line moves
-    assert not found()
+    change("loops_tasks.py")
+    assert [found(), found()] == [False, True]
     change("running.py")
+    change("loops_path.py")
     assert found()
-    assert sorted(path.name for path in package.rglob("*.nb[ic]")) == kept
 
 
-def globals_of(code: CodeType) -> set[str]:
-    inner = (globals_of(each) for each in code.co_consts if isinstance(each, CodeType))
-    return {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}.union(*inner)
-
-
-def test_cache_key_covers_every_source_file() -> None:
-    """Compiled functions are in these files, and use no function and no number of another of the package."""
-    from numba.core.dispatcher import Dispatcher
-
-    from cupynorm.cpu import (
-        numba_activations,
-        numba_backward,
-        numba_cache,
-        numba_forward,
-        numba_geometry,
-        numba_intrinsics,
-        numba_moves,
-        numba_tasks,
-    )
-
-    for module in [module for name, module in sys.modules.items() if name.startswith("cupynorm.")]:
-        loops = [value.py_func for value in vars(module).values() if isinstance(value, Dispatcher)]
-        assert {Path(loop.__code__.co_filename).name for loop in loops} <= {*numba_cache.SOURCES}, module.__name__
-    for module in (
-        numba_activations, numba_backward, numba_forward, numba_geometry, numba_intrinsics, numba_moves, numba_tasks
-    ):  # fmt: skip
-        foreign = {
-            alias.asname or alias.name
-            for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text()))
-            if isinstance(node, ast.ImportFrom) and node.level and f"{node.module}.py" not in numba_cache.SOURCES
-            for alias in node.names
-        }
-        loops = [value.py_func for value in vars(module).values() if isinstance(value, Dispatcher)]
-        if module in (numba_activations, numba_intrinsics):  # their overloads are compiled as well
-            loops += [value for value in vars(module).values() if isinstance(value, FunctionType)]
-        if module is numba_moves:  # these make loops
-            loops += [numba_moves._side_by_side.__wrapped__, numba_moves._transposed.__wrapped__]
-        assert len(loops) > 2
-        for loop in loops:
-            assert not foreign & globals_of(loop.__code__), loop.__name__
-
-
-def plus(a: Any) -> Any:
-    return a + 1
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let changes count that a process would see at its start."""
+    llvm_machine._stamp.cache_clear()
+    yield
+    monkeypatch.undo()
+    llvm_machine._stamp.cache_clear()
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    from numba import config
-
-    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
-    return tmp_path
-
-
-def used(*given: Any) -> int:
-    """How often a function that is compiled anew finds its code on disk."""
-    from cupynorm.cpu.numba_cache import disk_cached
-
-    function = disk_cached(plus)
-    for each in given:
-        assert function(each) == each + 1
-    return sum(function.stats.cache_hits.values())
+    """The folder of the cache, which is empty."""
+    monkeypatch.setattr(config.cache_folder, "given", str(tmp_path / "kept"))
+    return tmp_path / "kept"
 
 
-@pytest.mark.parametrize("library", ["numba", "llvmlite", "numpy"])
-def test_another_version_makes_code_old(folder: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    from cupynorm.cpu import numba_cache
+@pytest.fixture
+def emitted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What has been compiled, and not found."""
+    made: list[Any] = []
+    emit = llvm_machine.emit
 
-    assert [used(1), used(1)] == [0, 1]
-    monkeypatch.setattr(f"{library}.__version__", "99.0")
-    numba_cache._stamp.cache_clear()
-    try:
-        assert used(1) == 0
-        if library != "numba":  # which has another index for each version
-            assert used(1) == 1
-    finally:
-        monkeypatch.undo()
-        numba_cache._stamp.cache_clear()
+    def noted(write: Any) -> bytes:
+        made.append(write)
+        return bytes(emit(write))
+
+    monkeypatch.setattr(llvm_machine, "emit", noted)
+    return made
 
 
-@pytest.mark.parametrize(("setting", "value"), [("OPT", 1), ("SLP_VECTORIZE", 1), ("BOUNDSCHECK", 1)])
-def test_code_of_other_settings_is_kept_beside(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str, value: int
+def plus(number: int) -> int:
+    """Compile a function that adds a number, or find it, and call it with 40."""
+
+    def write(module: Any) -> None:
+        with module.function("plus", llvm.INT, returns=llvm.INT, exported=True) as (code, a):
+            code.builder.ret((a + number).value)
+
+    (address,) = llvm_machine.compiled(f"plus {number}", write, ("plus",))
+    return int(ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(address)(40))
+
+
+@compiled
+def test_code_is_kept_by_kind(folder: Path, emitted: list[Any]) -> None:
+    """One file for each kind of module, whose name begins with what it is."""
+    for times in (1, 2):
+        assert [plus(1), plus(2), plus(1)] == [41, 42, 41], times
+        assert len(emitted) == 2
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 2 and all(name.startswith("plus-") and name.endswith(".bin") for name in names)
+    assert folder.stat().st_mode & 0o077 == 0 or os.name == "nt"
+
+
+@compiled
+@pytest.mark.parametrize("what", ["llvmlite", "numpy", "LLVM", "sources"])
+def test_what_makes_code_old(
+    folder: Path, emitted: list[Any], fresh: None, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    from numba import config
-
-    assert [used(1), used(1)] == [0, 1]
+    """Versions of the libraries (NumPy computes coefficients that are compiled in), and our sources. Old code is
+    overwritten.
+    """
+    assert (plus(1), len(emitted)) == (41, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(config, setting, value)
-        assert [used(1), used(1)] == [0, 1]
-    assert used(1) == 1
+        if what in ("llvmlite", "numpy"):
+            patch.setattr(f"{what}.__version__", "99.0")
+        elif what == "LLVM":
+            patch.setattr(llvm_machine.binding, "llvm_version_info", (99, 0, 0))
+        else:
+            read = pkgutil.get_data
+            patch.setattr(
+                pkgutil, "get_data", lambda package, name: (read(package, name) or b"") + b"#" * (name == "llvm.py")
+            )
+        llvm_machine._stamp.cache_clear()
+        assert [(plus(1), len(emitted)) for _ in range(2)] == [(41, 2), (41, 2)]
+    llvm_machine._stamp.cache_clear()
+    assert (plus(1), len(emitted)) == (41, 3)
+    assert len([*folder.iterdir()]) == 1
 
 
-def test_unusable_cache_files(folder: Path) -> None:
-    """Broken ones, and those of another kind of call, as two processes may leave that write at the same time."""
-    assert [used(1, 1.0), used(1, 1.0)] == [0, 2]
-    first, second = sorted(folder.rglob("*.nbc"))
-    shutil.copy(first, second)
-    assert used(1, 1.0) == 1
-    for path in folder.rglob("*.nb[ic]"):
-        path.write_bytes(b"broken")
-        assert used(1, 1.0) < 2
-        assert used(1, 1.0) == 2
+@compiled
+@pytest.mark.parametrize("what", ["processor", "features", "triple"])
+def test_code_of_other_processors_is_kept_beside(
+    folder: Path, emitted: list[Any], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Machines of several kinds may share a folder."""
+    machine, cpu, features = llvm_machine._target()
+
+    class Machine:
+        triple = "abacus-unknown-linux"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(machine, name)
+
+    changed = {
+        "processor": (machine, "abacus", features), "features": (machine, cpu, features + ",+beads"),
+        "triple": (Machine(), cpu, features),
+    }[what]  # fmt: skip
+    assert (plus(1), len(emitted)) == (41, 1)
+    (own,) = folder.iterdir()
+    code = own.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(llvm_machine, "_target", lambda: changed)
+        patch.setattr(llvm_machine, "emit", lambda _: emitted.append(None) or code[32:])
+        assert [(plus(1), len(emitted)) for _ in range(2)] == [(41, 2), (41, 2)]
+    assert (plus(1), len(emitted)) == (41, 2)
+    assert len([*folder.iterdir()]) == 2
 
 
-def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from numba.core.caching import IndexDataCacheFile
+@compiled
+def test_every_source_file_counts(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stamps = {llvm_machine._stamp()}
+    read = pkgutil.get_data
+    for changed in llvm_machine.SOURCES:
+        monkeypatch.setattr(
+            pkgutil, "get_data",
+            lambda package, name, changed=changed: (read(package, name) or b"") + b"#" * (name == changed),
+        )  # fmt: skip
+        llvm_machine._stamp.cache_clear()
+        stamps.add(llvm_machine._stamp())
+    assert len(stamps) == len(llvm_machine.SOURCES) + 1
 
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(IndexDataCacheFile, "_save_data", full)
-    assert [used(1), used(1)] == [0, 0]
+def of_package(file: str) -> str:
+    """Return the name of a file of the package's folder cpu, else an empty one."""
+    return Path(file).name if Path(file).parent == PACKAGE / "cpu" else ""
 
 
-@pytest.mark.parametrize("lacks", ["a folder", "its files", "what we know of numba"])
-def test_code_is_compiled_if_the_cache_is_not_writable(monkeypatch: pytest.MonkeyPatch, lacks: str) -> None:
-    from numba.core import caching
+@compiled
+def test_sources_are_all_that_write_code() -> None:
+    """While modules of all kinds are written, no function runs that is in another file of the package."""
+    met: set[str] = set()
+    gelu.half_erfcx.cache_clear()  # so that it runs
 
-    from cupynorm.cpu import numba_cache
+    def look(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            met.add(of_package(frame.f_code.co_filename) or frame.f_code.co_filename)
+
+    def write(made: Any, *given: Any) -> None:
+        before = sys.getprofile()
+        sys.setprofile(look)
+        try:
+            made(llvm.Module(), *given)
+        finally:
+            sys.setprofile(before)
+
+    for name in loops_path._WRITERS:
+        for channels_last in (False, True):
+            if not (channels_last and name.startswith(("short", "across"))):
+                kind = loops_places.Kind("bfloat16", 4, channels_last, "gelu", True, True)
+                write(loops_path._WRITERS[name][0], kind)
+    write(loops_tasks._write)
+    for what in ("move", "transpose 4", "apart 3", "together 2"):
+        write(loops_moves._write_move, what, 4)
+    met.discard("llvm_machine.py")  # which asks for the processor
+    assert met == {*llvm_machine.SOURCES} - {"llvm_machine.py"}
+
+
+@compiled
+def test_sources_import_only_sources() -> None:
+    """Else a number of another file could change the code. The folder of the cache changes none."""
+    for name in llvm_machine.SOURCES:
+        for node in ast.walk(ast.parse((PACKAGE / "cpu" / name).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                files = [f"{node.module}.py"] if node.module else [f"{alias.name}.py" for alias in node.names]
+                allowed = {*llvm_machine.SOURCES, *(["config.py"] if name == "llvm_machine.py" else [])}
+                assert node.level == 1 or files == ["config.py"], name
+                assert set(files) <= allowed, name
+            elif isinstance(node, ast.Import):
+                assert not any(alias.name.startswith("cupynorm") for alias in node.names), name
+
+
+# Files and folders that are no use
+
+
+@compiled
+@pytest.mark.parametrize("how", ["empty", "other", "cut off", "longer", "one bit", "without its hash", "a folder"])
+def test_unusable_files(folder: Path, emitted: list[Any], how: str) -> None:
+    """They are compiled anew and overwritten, as long as they are files."""
+    assert (plus(1), len(emitted)) == (41, 1)
+    (file,) = folder.iterdir()
+    code = file.read_bytes()
+    broken = {
+        "empty": b"", "other": b"broken", "cut off": code[:-1], "longer": code + b"\0", "without its hash": code[32:],
+        "one bit": code[:100] + bytes([code[100] ^ 1]) + code[101:],
+    }  # fmt: skip
+    if how == "a folder":
+        file.unlink()
+        file.mkdir()
+        assert [(plus(1), len(emitted)) for _ in range(2)] == [(41, 2), (41, 3)]
+        return
+    file.write_bytes(broken[how])
+    assert [(plus(1), len(emitted)) for _ in range(2)] == [(41, 2), (41, 2)]
+    assert file.read_bytes() == code
+
+
+@compiled
+def test_a_full_disk(folder: Path, emitted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls go on, and nothing of a file is left behind."""
+    opened = os.fdopen
+
+    class Full:
+        def __init__(self, *given: Any) -> None:
+            self.file = opened(*given)
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.file.close()
+
+        def write(self, _: bytes) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fdopen", Full)
+    assert [plus(1), plus(1), len(emitted)] == [41, 41, 2]
+    assert [*folder.iterdir()] == []
+    assert "No space left" in llvm_machine.not_kept()
+
+
+@compiled
+@pytest.mark.parametrize("lacks", ["a folder", "a folder that may be written", "its sources"])
+def test_code_is_compiled_if_it_cannot_be_kept(
+    folder: Path, emitted: list[Any], fresh: None, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    """By each process; `info` says why."""
+    from cupynorm import info
 
     if lacks == "a folder":
-        monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    elif lacks == "its files":
-        monkeypatch.setattr(numba_cache, "SOURCES", ("nowhere.py",))
-        numba_cache._stamp.cache_clear()
+        folder.write_text("a file")
+    elif lacks == "a folder that may be written":
+
+        def refused(*_: Any, **__: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(llvm_machine.tempfile, "mkstemp", refused)
     else:
-        monkeypatch.setattr(numba_cache, "IndexDataCacheFile", object)
-    function = numba_cache.disk_cached(plus)
-    assert function(np.float32(1)) == 2
-    assert function.stats.cache_path is None
+        monkeypatch.setattr(llvm_machine, "SOURCES", ("nowhere.py",))
+        llvm_machine._stamp.cache_clear()
+    assert [plus(1), plus(1), len(emitted)] == [41, 41, 2]
+    why = {"a folder": "exists", "its sources": "nowhere.py"}.get(lacks, "Permission denied")
+    assert why in llvm_machine.not_kept()
+    assert info.loop_cache().startswith("none, the loops are compiled anew in each process: ")
+    assert why in info.loop_cache()
 
 
-# Settings
+@compiled
+def test_info_says_where_loops_are_kept(folder: Path) -> None:
+    from cupynorm import info
+
+    assert llvm_machine.not_kept() == ""
+    assert info.loop_cache().startswith(f"{folder} (0 files, 0 KiB, for ")
+    assert info.loop_cache().endswith(f"{llvm_machine.processor()})")
+    plus(1)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert info.loop_cache().startswith(f"{folder} (1 files, {size / 2**10:.0f} KiB, for ")
+    assert len([*folder.iterdir()]) == 1  # no probe is left
 
 
+@compiled
+@pytest.mark.parametrize("home", [False, True])
+def test_folder_of_the_cache(tmp_path: Path, home: bool) -> None:
+    """The user's folder for caches, or CUPYNORM_CACHE_DIR, which may begin with ~."""
+    code = "from cupynorm.cpu import llvm_machine; print(llvm_machine.folder())"
+    places = {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path), "XDG_CACHE_HOME": ""}
+    given = {"CUPYNORM_CACHE_DIR": os.path.join("~", "mine")} if home else {"CUPYNORM_CACHE_DIR": ""}
+    usual = {"win32": ("AppData", "Local"), "darwin": ("Library", "Caches")}.get(sys.platform, (".cache",))
+    expected = tmp_path / "mine" if home else tmp_path.joinpath(*usual, "cupynorm")
+    assert said(code, LOCALAPPDATA="", **places, **given) == str(expected)
+    if not home and sys.platform == "linux":
+        places["XDG_CACHE_HOME"] = str(tmp_path / "caches")
+        assert said(code, **places, **given) == str(tmp_path / "caches" / "cupynorm")
+
+
+SEVERAL = """
+import sys, numpy as np, cupynorm as cn
+from cupynorm.cpu import llvm_machine
+sys.stdin.readline()
+print(cn.instance_norm(np.arange(600, dtype=np.float32).reshape(2, 3, 100)).tobytes().hex()[:2000])
+"""
+
+
+@compiled
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["DISABLE_JIT", "BOUNDSCHECK"])
-@pytest.mark.parametrize("way", ["environment", "configuration"])
-def test_numba_settings_that_exclude_the_loops(tmp_path: Path, name: str, way: str) -> None:
-    """Calls are computed by NumPy then, and `info` says why."""
-    code = f"""
-import numpy as np
-if {way == "configuration"}:
-    import numba
-    numba.config.{name} = 1
-import cupynorm as cn
+def test_several_processes_at_once(tmp_path: Path) -> None:
+    """They may compile the same, and none finds half a file of another."""
+    environment = {**os.environ, "CUPYNORM_CACHE_DIR": str(tmp_path), "CUPYNORM_COMPILED": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SEVERAL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, cwd=PACKAGE.parent, env=environment,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    found = {process.communicate(timeout=120) for process in running}
+    assert len(found) == 1 and not any(errors for _, errors in found)
+    files = [*tmp_path.iterdir()]
+    assert len(files) > 2 and all(path.suffix == ".bin" for path in files)
+    assert all(llvm_machine._kept(path) for path in files)
+
+
+# In the middle of compiling
+
+
+X = np.arange(600, dtype=np.float32).reshape(2, 3, 100) % 7
+
+
+def first_call(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A call that compiles its loops: in this process, nothing is known of them."""
+    shutil.rmtree(folder, ignore_errors=True)
+    forget_modules(monkeypatch)
+    return call()
+
+
+def call() -> Any:
+    mean, var = np.arange(3, dtype=np.float32), np.ones(3, np.float32)
+    return cupynorm.instance_norm(X, mean, var, use_input_stats=False)
+
+
+@compiled
+def test_interrupts_while_loops_are_compiled(
+    folder: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At points that chance has chosen: the next call compiles, and computes right."""
+    use_compiled(monkeypatch, True)
+    expected = Bits(first_call(folder, monkeypatch))
+    points = Faults(0)
+    with interrupts(points):
+        first_call(folder, monkeypatch)
+    assert points.count > 1000
+    for number in sorted(rng.integers(1, points.count, 6).tolist()):
+        with ending(), pytest.raises(KeyboardInterrupt), interrupts(Faults(number)):
+            first_call(folder, monkeypatch)
+        with ending():
+            assert Bits(call()) == expected, number
+        assert all(path.suffix == ".bin" and llvm_machine._kept(path) for path in folder.iterdir()), number
+
+
+@compiled
+def test_a_handler_calls_while_loops_are_compiled(
+    folder: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal handler that needs the same loops compiles them itself."""
+    use_compiled(monkeypatch, True)
+    expected = Bits(first_call(folder, monkeypatch))
+    points = Faults(0)
+    with handled(points, lambda: None):
+        first_call(folder, monkeypatch)
+    for number in sorted(rng.integers(1, points.count, 4).tolist()):
+        nested: list[Bits] = []
+
+        def handler(nested: list[Bits] = nested) -> None:
+            nested.append(Bits(call()))
+
+        with ending(), handled(Faults(number), handler):
+            result = first_call(folder, monkeypatch)
+        assert [Bits(result), *nested] == [expected] * 2, number
+
+
+# Without compiled loops
+
+
+STATE = "import numpy; from cupynorm import cpu; print(cpu.compiled, cpu.without_llvmlite if not cpu.compiled else '')"
+
+
+def test_turned_off() -> None:
+    assert said(STATE, CUPYNORM_COMPILED="0") == "False CUPYNORM_COMPILED=0"
+
+
+def test_without_llvmlite() -> None:
+    hidden = "import sys; sys.modules['llvmlite'] = None; "
+    assert said(hidden + STATE).startswith("False import of llvmlite halted")
+    said("import sys, cupynorm; assert 'llvmlite' not in sys.modules")  # the import stays light
+
+
+#: Uses the package, and says what it computes with.
+CALL = """
+import numpy as np, cupynorm as cn
 from cupynorm import cpu, info
 x = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 print(cpu.compiled, cn.instance_norm(x).std().round(3), cn.instance_norm(x[:, :, ::-1]).std().round(3))
+print(cpu.without_llvmlite)
 print(info.report())
 """
-    environment = {f"NUMBA_{name}": "1"} if way == "environment" else {}
-    first, *report = said(code, PACKAGE.parent, NUMBA_CACHE_DIR=str(tmp_path), **environment).splitlines()
+
+
+def check_numpy_alone(said_: str, why: str) -> None:
+    first, reason, *report = said_.splitlines()
     assert first == "False 1.0 1.0"
-    assert f"compiled loops: no (NUMBA_{name} " in "\n".join(report)
-    assert "loop cache      no compiled loops" in report
-    assert ("NUMBA_BOUNDSCHECK=1" in "\n".join(report)) == (way == "environment" and name == "BOUNDSCHECK")
-    assert not list(tmp_path.rglob("*.nb[ic]"))
+    assert reason == why
+    assert f"compiled loops: no ({why})" in "\n".join(report)
+    assert any(line.split() == ["loop", "cache", "no", "compiled", "loops"] for line in report)
 
 
-def test_info_says_where_loops_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from numba.core import caching
+@pytest.mark.parametrize("how", ["SystemError('initialization failed')", "AttributeError('no _ARRAY_API')"])
+def test_broken_llvmlite(tmp_path: Path, how: str) -> None:
+    """In whatever way: calls are computed by NumPy then, and `info` says why."""
+    (tmp_path / "llvmlite").mkdir()
+    (tmp_path / "llvmlite" / "__init__.py").write_text(f"raise {how}\n", encoding="utf-8")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {CALL}"
+    check_numpy_alone(said(code), how.split("'")[1])
 
-    from cupynorm import info
 
-    assert info.loop_cache().startswith(str(folder))
-    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    assert info.loop_cache().startswith("none, the loops are compiled anew in each process: cannot cache function")
+@compiled
+@pytest.mark.parametrize("version", ["0.49.1", "0.9.0", "0.45.0rc1+3.gabc"])
+def test_llvmlite_that_is_too_old(version: str) -> None:
+    code = f"import llvmlite; llvmlite.__version__ = {version!r}\n{CALL}"
+    check_numpy_alone(said(code), f"llvmlite {version} is too old; needed is 0.50")
+
+
+@compiled
+@pytest.mark.parametrize("version", ["0.50.0", "0.51.0rc1", "1.0.0", "0.100.2+3.gabc"])
+def test_llvmlite_that_is_new_enough(version: str) -> None:
+    code = f"import llvmlite; llvmlite.__version__ = {version!r}\n{CALL}"
+    assert said(code).splitlines()[0] == "True 1.0 1.0"
+
+
+@compiled
+def test_a_processor_that_llvm_does_not_know() -> None:
+    code = f"""
+from llvmlite import binding
+def unknown():
+    raise RuntimeError("no such target")
+binding.initialize_native_target = unknown
+{CALL}"""
+    check_numpy_alone(said(code), "no such target")
+
+
+@compiled
+@pytest.mark.parametrize(
+    "module", ["llvmlite", "llvmlite.ir.builder", "llvmlite.binding.ffi", "llvmlite.binding.targets"]
+)
+def test_an_interrupt_while_llvmlite_is_imported(module: str) -> None:
+    """Later calls compile as if it had not been."""
+    code = f"""
+import signal, sys, numpy as np, cupynorm as cn
+pressed = []
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r} and not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+x = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
+try:
+    cn.instance_norm(x)
+except KeyboardInterrupt:
+    print("interrupted")
+from cupynorm import cpu
+print(cpu.compiled, cn.instance_norm(x).std().round(3))
+"""
+    assert said(code) == "interrupted\nTrue 1.0"

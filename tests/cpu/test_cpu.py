@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import ast
-import itertools
-import math
 import os
 import platform
 import subprocess
 import sys
 import threading
-import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import reference
-from helpers.backends import Backend, on_cpu, peak_of, traced_memory, use_compiled
-from helpers.compare import Bits, assert_equal, assert_same, assert_within, bits
-from helpers.loops import numba_forward, numba_moves, numba_path
+from helpers.backends import Backend, on_cpu, peak_of, use_compiled
+from helpers.compare import Bits, assert_same, assert_within, bits
+from helpers.loops import forget_layouts, loops_path, loops_short, loops_tasks, windows
 from helpers.pairwise import pairwise
 from helpers.tiers import amount
 
@@ -42,8 +37,8 @@ def way(backend: Backend) -> str:
 def let_threads_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on threads take part in every call, to the end of the test."""
     monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
-    monkeypatch.setattr(numba_path, "PAYS", 1)
-    monkeypatch.setattr(numba_path, "_layout", lru_cache(numba_path.Layout))
+    monkeypatch.setattr(loops_path, "PAYS", 1)
+    forget_layouts(monkeypatch)
 
 
 def laid(array: np.ndarray, layout: str) -> np.ndarray:
@@ -164,7 +159,7 @@ import cupynorm as cn
 from cupynorm import cpu
 
 cpu.compiled = sys.argv[1] == "compiled"
-tile = cpu.numba_path.TILE if cpu.compiled else 65536
+tile = cpu.loops_path.TILE if cpu.compiled else 65536
 mprotect, regions = ctypes.CDLL(None).mprotect, []
 
 def guarded(size, at_end):
@@ -214,33 +209,6 @@ def test_no_page_before_or_after_the_arrays_is_touched(way: str, rng: np.random.
         capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
     )  # fmt: skip
     assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, ["untouched"]), ran.stdout + ran.stderr
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_results_written_past_the_caches(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):
-    """The same bits as in the ordinary way, wherever lines of the cache begin and end, and nothing beside them."""
-    use_compiled(monkeypatch, True)
-    let_threads_pay(monkeypatch)
-    for _ in range(8):
-        shape = (2, 3, *map(int, rng.integers(47, 60, 2)))  # planes too long for those that are done side by side
-        x, dy = (rng.standard_normal(shape).astype(dtype) for _ in range(2))
-        y, saved = cn.instance_norm_forward(x)
-        dx = cn.instance_norm_backward(dy, saved)[0]
-
-        memory = np.full(x.size + 400, 7, dtype)
-        start = int(rng.integers(64, 128))
-        out = memory[start : start + x.size].reshape(shape)
-        with pytest.MonkeyPatch.context() as patch:
-            layouts: list[Any] = []
-            patch.setattr(numba_path, "STREAM", 0)
-            patch.setattr(
-                numba_path, "_layout", lambda *given, met=layouts: met.append(numba_path.Layout(*given)) or met[-1]
-            )
-            assert_same(cn.instance_norm(x, out=out), y)
-            assert_same(cn.instance_norm_backward(dy, saved, out=out)[0], dx)
-        assert [layout.streams for layout in layouts] == [True, True]
-        assert (memory[:start] == 7).all() and (memory[start + x.size :] == 7).all()
 
 
 @pytest.mark.parametrize("data", ["offset", "steps", "half", "outlier"])
@@ -297,9 +265,9 @@ def let_blocks_be_small(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatc
     let_threads_pay(monkeypatch)
     monkeypatch.setattr(numpy_path, "BLOCK_BYTES", int(np.exp2(rng.uniform(5, 13))))
     tile = np.exp2(rng.uniform(0, 2))
-    monkeypatch.setattr(numba_path, "TILE", int(tile * int(numba_forward.FORWARD_SHORT)))
-    monkeypatch.setattr(numba_path, "STREAM", int(rng.choice([0, 2**60])))
-    monkeypatch.setattr(numba_path, "LONG_RUN", 1)
+    monkeypatch.setattr(loops_path, "TILE", int(tile * int(loops_short.FORWARD_SHORT)))
+    monkeypatch.setattr(loops_path, "STREAM", int(rng.choice([0, 2**60])))
+    monkeypatch.setattr(loops_path, "LONG_RUN", 1)
     cn.set_num_threads(int(rng.integers(1, 5)))
 
 
@@ -309,21 +277,17 @@ LAID = ["contiguous", "channels_last", "crop", "transposed"]
 @pytest.mark.parametrize("layout", LAID)
 def test_blocks_and_tiles_of_any_size(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
     """Small arrays cut as large ones are: forward, backward and double backward are what the reference says."""
-    if way == "compiled" and layout == "transposed":
-        pytest.skip("each kind of call is compiled for itself: those of other tests are enough")
     for _ in range(amount(4, 40)):
         let_blocks_be_small(rng, monkeypatch)
         most = (7, 40, 16, 16) if rng.random() < (0.3 if way == "compiled" else 0.7) else (4, 5, 90, 90)
         shape = tuple(map(int, rng.integers(1, most)))
         if np.prod(shape[2:]) < 6:  # the terms of dx cancel in planes of two
             continue
-        dtype, activation, fused = np.float32, None, layout == "channels_last"
-        if way == "numpy":
-            dtype, fused = rng.choice([np.float32, np.float16]), rng.random() < 0.7
+        dtype, activation, fused = rng.choice([np.float32, np.float16]), None, rng.random() < 0.7
         if fused:
-            activation = "relu" if way == "compiled" else rng.choice([None, "relu", "leaky_relu", "silu", "gelu"])
+            activation = rng.choice([None, "relu", "leaky_relu", "silu", "gelu"])
         print(
-            shape, dtype, activation, numpy_path.BLOCK_BYTES, numba_path.TILE, cn.get_num_threads()
+            shape, dtype, activation, numpy_path.BLOCK_BYTES, loops_path.TILE, cn.get_num_threads()
         )  # shown with a failure
         x, dy, ddx, added = (laid(rng.standard_normal(shape).astype(dtype), layout) for _ in range(4))
         weight, bias = rng.uniform(0.5, 2, shape[1]).astype(np.float32), rng.random(shape[1], np.float32)
@@ -364,8 +328,6 @@ def test_gaps_that_differ(way: str, rng: np.random.Generator, monkeypatch: pytes
         shape = (2, 5, *map(int, rng.integers(3, 12, 2))) if rng.random() < 0.5 else (2, 5, int(rng.integers(6, 60)))
         x, dy, added, y, dx = (within(rng.standard_normal(shape, dtype=np.float32)) for _ in range(5))
         options: Any = {"residual": added, "activation": "relu"}
-        if way == "compiled" and layout == "every few":  # a kind of call that other tests compile
-            options = {}
         z = reference.before_activation(x, residual=options.get("residual"))
         dy[np.abs(z) < 0.01] = 0  # rounding may decide on which side of the kink an element is
         y, saved = cn.instance_norm_forward(x, out=y, **options)
@@ -397,7 +359,7 @@ def test_a_thread_goes_on_to_the_tiles_of_the_next_plane(
     """Few planes of many tiles, a thread's share of which reaches over planes and samples."""
     let_threads_pay(monkeypatch)
     monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 8192)
-    monkeypatch.setattr(numba_path, "TILE", numba_forward.FORWARD_SHORT)
+    monkeypatch.setattr(loops_path, "TILE", loops_short.FORWARD_SHORT)
     cn.set_num_threads(2)
     x, dy = (rng.standard_normal((3, 2, 150, 151), dtype=np.float32) for _ in range(2))
     weight, bias = rng.random((2, 2), np.float32)
@@ -521,12 +483,6 @@ MEMORY = {
 }
 
 
-def of_another_kind(given: dict[str, Any]) -> bool:
-    """The loops take no blocks, or always windows, whatever the call; each kind of call is compiled for itself."""
-    return given["activation"] is not None or not (given["training"] or given["kind"] == "planes")
-
-
-@pytest.mark.nightly(compiled=of_another_kind)
 @pairwise(kind=[*MEMORY], training=[True, False], activation=[None, "gelu"])
 def test_memory_of_a_call_is_a_few_blocks(
     way: str, monkeypatch: pytest.MonkeyPatch, kind: str, training: bool, activation: str | None
@@ -537,7 +493,7 @@ def test_memory_of_a_call_is_a_few_blocks(
     let_threads_pay(monkeypatch)
     monkeypatch.setattr(numpy_path, "BLOCK_BYTES", numpy_path.BLOCK_BYTES // 8)
     if way == "compiled":
-        monkeypatch.setattr(numba_moves, "WINDOW", numba_moves.WINDOW // 8)
+        monkeypatch.setattr(windows, "WINDOW", windows.WINDOW // 8)
     monkeypatch.setattr(halves, "CHUNK", halves.CHUNK // 8)
     shape, dtype, layout = MEMORY[kind]
     cn.set_num_threads(2)
@@ -547,7 +503,7 @@ def test_memory_of_a_call_is_a_few_blocks(
     several = 2 if np.prod(shape[2:]) * 4 <= numpy_path.BLOCK_BYTES else 1
     most = 2 * several * blocks * numpy_path.BLOCK_BYTES + 2**17 + 64 * shape[0] * shape[1]
     if way == "compiled" and layout != "contiguous":
-        most += 2 * 3 * numba_moves.LARGER * numba_moves.WINDOW
+        most += 2 * 3 * windows.LARGER * windows.WINDOW
     mean, var = np.zeros(shape[1], np.float32), np.ones(shape[1], np.float32)
     options: Any = {"activation": activation, "use_input_stats": training, "running_mean": mean, "running_var": var}
     y, saved = cn.instance_norm_forward(x, **options)  # compiles, starts threads
@@ -575,7 +531,7 @@ def ready(rng: np.random.Generator) -> tuple[np.ndarray, Bits]:
 def test_helpers_take_part(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     x, expected = ready(rng)
     seen = set()
-    kind, name = (numba_path, "forward_planes") if way == "compiled" else (numpy_path.NumpyWork, "work")
+    kind, name = (loops_tasks.driver(), "run") if way == "compiled" else (numpy_path.NumpyWork, "work")
     work = getattr(kind, name)
 
     def watched(*given: Any) -> None:
@@ -864,249 +820,6 @@ def test_quota_of_a_container(tmp_path: Path, version: int):
     assert list(cpu_count._quotas(tmp_path, tmp_path / "nothing")) == []
 
 
-# The compiled loops
-
-
-@pytest.mark.compiled
-def test_without_numba_or_with_it_turned_off():
-    code = "import numpy; from cupynorm import cpu; print(cpu.compiled, cpu.without_llvmlite if not cpu.compiled else '')"
-    assert said(code, CUPYNORM_COMPILED="0").stdout == "False CUPYNORM_COMPILED=0\n"
-    hidden = "import sys; sys.modules['numba'] = None; " + code
-    assert said(hidden).stdout.startswith("False import of numba halted")
-    assert said("import sys, cupynorm; assert 'numba' not in sys.modules").returncode == 0
-
-
-@pytest.mark.parametrize("how", ["SystemError('initialization failed')", "AttributeError('no _ARRAY_API')"])
-def test_broken_numba_import(tmp_path: Path, how: str):
-    """In whatever way: calls are computed by NumPy then."""
-    (tmp_path / "numba").mkdir()
-    (tmp_path / "numba" / "__init__.py").write_text(f"raise {how}\n", encoding="utf-8")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import numpy as np; from cupynorm import cpu; "
-        "import cupynorm; y = cupynorm.instance_norm(np.arange(6, dtype=np.float32).reshape(1, 2, 3)); "
-        "print(cpu.compiled, cpu.without_llvmlite, abs(y).max() > 1)"
-    )
-    done = said(code, CUPYNORM_COMPILED="1")
-    assert done.stdout == f"False {how.split(chr(39))[1]} True\n", done.stderr
-
-
-@pytest.mark.compiled
-def test_an_interrupt_while_numba_is_imported(monkeypatch: pytest.MonkeyPatch):
-    """Later calls compile as if it had not been: modules of numba that register something cannot be imported twice."""
-    use_compiled(monkeypatch, True)
-    code = """
-import signal, numpy as np, cupynorm as cn, numba.core.pythonapi as api
-register, pressed = api.unbox, []
-def unbox(kind):
-    def decorated(function):
-        register(kind)(function)
-        if not pressed:
-            pressed.append(True)
-            signal.raise_signal(signal.SIGINT)
-        return function
-    return decorated
-api.unbox = unbox
-x = np.arange(4, dtype=np.float32).reshape(1, 1, 4)
-try:
-    cn.instance_norm(x)
-except KeyboardInterrupt:
-    print("interrupted")
-from cupynorm import cpu
-print(cpu.compiled, cn.instance_norm(x).std().round(3))
-"""
-    done = said(code)
-    assert done.stdout == "interrupted\nTrue 1.0\n", done.stderr
-
-
-@pytest.mark.compiled
-def test_where_no_folder_for_compiled_code_can_be_written(monkeypatch: pytest.MonkeyPatch):
-    use_compiled(monkeypatch, True)
-    code = (
-        "from numba.core import caching; caching.CacheImpl._locator_classes = []\n"
-        "import numpy as np, cupynorm as cn; from cupynorm import cpu\n"
-        "print(cpu.compiled, cn.instance_norm(np.arange(4.0).reshape(1, 1, 4)).std().round(3))"
-    )
-    assert said(code).stdout == "True 1.0\n"
-
-
-@pytest.mark.compiled
-def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
-    """All layouts that the loops can address go to them, whatever the array's strides."""
-    use_compiled(monkeypatch, True)
-    x = rng.standard_normal((2, 6, 10, 12), dtype=np.float32)
-    last = laid(x, "channels_last")
-    views = [x, x[:, ::2], x[::-1], x[..., ::-1], x[..., 1:-1], x[:, :, ::2, ::3], x.swapaxes(2, 3), x.T]
-    for view in (*views, last, last[:, 1:4], np.broadcast_to(x[:1, :1], x.shape)):
-        y = np.empty(view.shape, np.float32)
-        assert isinstance(work_of(view, y), numba_path.CompiledWork)
-        cn.instance_norm(view, out=y)
-        reference.assert_close(y, reference.forward(view), "float32")
-    odd = np.zeros(x.nbytes + 1, np.uint8)[1:].view(np.float32).reshape(x.shape)  # not aligned
-    records = np.zeros(x.shape, [("a", np.float32), ("b", np.int8)])["a"]  # strides are no multiples of 4 bytes
-    for view in (odd, records):
-        view[...] = x
-        assert type(work_of(view, x)) is numpy_path.NumpyWork
-        reference.assert_close(cn.instance_norm(view), reference.forward(x), "float32")
-
-
-def work_of(x: np.ndarray, y: np.ndarray) -> Any:
-    stats = np.empty((3, *x.shape[:2]), np.float32)
-    return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), Arrays(x, y))
-
-
-@pytest.mark.compiled
-def test_addresses(rng: np.random.Generator, tmp_path: Path):
-    x = rng.standard_normal((4, 5, 6))
-    mapped = np.memmap(tmp_path / "x", np.float16, "w+", shape=(3, 40))
-    bytes_of = np.frombuffer(bytes(range(200)), np.float32)
-    views = [x[1:, 2:], x[::-1], x.T, x[..., 3], np.broadcast_to(x[0, 0, 5], (2, 3)), np.asfortranarray(x), x[3, 4, 5:]]
-    for array in (x, *views, mapped, mapped[1:], bytes_of[3:], np.empty(3, cn.devices.dtype_of("bfloat16"))[1:]):
-        assert numba_path.address_of(array) == array.__array_interface__["data"][0] == array.ctypes.data
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("backward", [False, True])
-def test_layouts_find_every_element(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, backward: bool):
-    """The loops' tables agree with any strides, and tiles hold each position of a plane once.
-
-    Positions are in the same order in all arrays. Windows have tables of their own, which test_moves tests.
-    """
-    use_compiled(monkeypatch, True)
-    seen = {"rows": 0, "channels last": 0, "moved": 0}
-    monkeypatch.setattr(numba_path, "MIN_CHANNELS_COMPILED", 1)
-    for _ in range(400):
-        monkeypatch.setattr(numba_path, "TILE", int(np.exp2(rng.uniform(0, 8))))
-        dtype = cn.devices.dtype_of(str(rng.choice(["float16", "bfloat16", "float32", "float64"])))
-        n, c, *spatial = map(int, rng.integers(1, 6, rng.integers(3, 6)) ** rng.integers(1, 3))
-        c *= 16 if rng.random() < 0.3 else 1
-        shape = (n, c, *spatial)
-        bytes_of_one = math.prod(shape) * dtype.itemsize
-        monkeypatch.setattr(numba_path, "STREAM", bytes_of_one + int(rng.integers(-1, 2)))
-        monkeypatch.setattr(numba_path, "LONG_RUN", int(rng.choice([1, 5, 25])))
-        count, fused = (3, 5) if backward else (2, 3), rng.random() < 0.5
-        found = []
-        usual = rng.random() < 0.8
-        for _ in range(count[fused]):
-            steps, order = [dtype.itemsize] * len(shape), rng.permutation(len(shape))
-            if usual:  # the same order for all, sometimes with gaps
-                order = np.array([*range(len(shape))] if c % 16 else [0, *range(2, len(shape)), 1])
-            for i in reversed(range(len(shape) - 1)):
-                after = order[i + 1]
-                steps[order[i]] = steps[after] * (shape[after] + int(rng.random() < 0.1))
-            found.append(tuple(-s if rng.random() < 0.02 else s for s in steps))
-        strides = Arrays(*found) if backward else Arrays(*found[:2], residual=found[2] if fused else None)
-        made = numba_path.Layout(dtype, shape, strides)
-        print(shape, strides, numba_path.TILE)
-        assert made.usable
-        channels_last = made.channels_last
-        channels, group, tiles, runs, length, tile_runs, tile_length, streams, plane, sums = made.geometry
-        assert channels == c and runs * length == np.prod(spatial) == plane == made.counts.sum()
-        assert len(made.counts) == tiles == made.tiles and (made.counts > 0).all()
-        seen["moved" if made.windows else "channels last" if channels_last else "rows"] += 1
-        if made.windows:
-            assert not (channels_last or streams or made.alike)
-            assert group == 1 and made.blocks == n * c == sums
-            continue
-        assert sums == 0
-        first: Any = None
-        for (of_n, of_c, of_s), begins, given in zip(made.strides, made.runs, strides, strict=True):
-            each = strides.x if given is None else given  # x stands for absent arrays
-            offsets = sum(i * s for i, s in zip(np.indices(shape), each, strict=True)) // dtype.itemsize
-            along = (begins[:, None] + np.arange(length) * of_s).ravel()
-            reached = np.arange(n)[:, None, None] * of_n + np.arange(c)[:, None] * of_c + along
-            expected = offsets.reshape(n, c, -1)
-            if first is None:  # the order of x's positions: its offsets are all different
-                first = np.argsort(expected[0, 0])[np.argsort(np.argsort(along))]
-            assert_equal(reached, expected[:, :, first])
-        contiguous = length == 1 or (made.strides[:, 2] == 1).all()
-        if channels_last:
-            assert (made.strides[:, 1] == 1).all()
-        else:
-            assert contiguous and (runs == 1 or length >= numba_path.LONG_RUN)
-        large = length >= numba_path.LONG_RUN and bytes_of_one >= numba_path.STREAM
-        assert streams == made.streams == (not channels_last and large)
-        assert (group > 1) <= channels_last and made.blocks == n * -(-c // group) and made.group == group
-        line = 64 // dtype.itemsize
-        assert group == 1 or line <= group <= max(256, line * 5 // 4)
-        assert c % group == 0 or c % group >= min(group, line) // 4
-        assert tiles == -(-runs // tile_runs) * -(-length // tile_length)
-        assert tile_runs == 1 or tile_length == length
-        assert tile_runs * tile_length * group <= max(2 * numba_path.TILE, group)
-        assert tiles == 1 or group * runs * length > numba_path.TILE
-        assert made.alike == (strides.x == strides.result)
-    assert min(seen.values()) > 10, seen
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(("shape", "streams"), [
-    ((12, 512, 32, 32), True), ((12, 512, 32, 31), False), ((1, 49_152, 128), True), ((1, 50_000, 127), False),
-])  # fmt: skip
-def test_results_written_past_the_caches_are_large(
-    shape: tuple[int, ...], streams: bool, monkeypatch: pytest.MonkeyPatch
-):
-    """At least 24 MiB, as README says, in runs of at least 128 elements."""
-    use_compiled(monkeypatch, True)
-    strides = np.empty(shape, np.float32).strides
-    assert numba_path.Layout(np.dtype(np.float32), shape, Arrays(strides, strides)).streams == streams
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_every_16_bit_number_is_read_and_written_right(dtype: str, monkeypatch: pytest.MonkeyPatch):
-    """In tracked eval with mean 0 and variance 1 a call only converts."""
-    use_compiled(monkeypatch, True)
-    kind = cn.devices.dtype_of(dtype)
-    x = np.arange(2**16, dtype=np.uint16).view(kind).reshape(1, 1, -1)
-    weight, one, zero = (np.array([v], np.float32) for v in (1, 1, 0))
-    y = cn.instance_norm(x, zero, one, weight, None, False, eps=0)
-    wide = x.astype(np.float32)
-    finite = ~np.isnan(wide)
-    assert_same(y.view(np.uint16)[finite & (wide != 0)], x.view(np.uint16)[finite & (wide != 0)])
-    assert np.isnan(y.astype(np.float32)[~finite]).all()
-    # Values between the numbers: a bias too small for 16 bits moves them to and over the middle between two.
-    for scale in (2.0**-4, 1 + 2.0**-8 + 2.0**-12, 1 + 2.0**-9, 1 + 2.0**-11, 1 - 2.0**-9):
-        with np.errstate(all="ignore"):
-            expected = (wide * np.float32(scale)).astype(kind)
-        y = cn.instance_norm(x, zero, one, np.array([scale], np.float32), None, False, eps=0)
-        same = finite & (wide != 0)
-        assert_same(y.view(np.uint16)[same], expected.view(np.uint16)[same])
-
-
-@pytest.mark.compiled
-def test_layout_cache_is_bounded(monkeypatch: pytest.MonkeyPatch):
-    use_compiled(monkeypatch, True)
-    for n, c in itertools.product(range(1, 40), range(1, 40)):
-        cn.instance_norm(np.ones((n, c, 2), np.float32))
-    caches = numba_path._layout.cache_info(), numba_path._large_layout.cache_info()
-    assert [cache.maxsize for cache in caches] == [1024, 4]
-    assert all(cache.currsize <= cache.maxsize for cache in caches)
-
-
-@pytest.mark.compiled
-def test_memory_of_cached_layouts_is_limited(monkeypatch: pytest.MonkeyPatch):
-    """Tables of planes of many runs are large, up to 2.5 MiB: four of them are kept."""
-    use_compiled(monkeypatch, True)
-    steps = 4 * 129 * 230 * 360, 4 * 129 * 230 * 360, 4 * 129 * 230, 4 * 129, 4
-    with traced_memory():
-        before = tracemalloc.get_traced_memory()[0]
-        for i in range(160, 280):
-            layout = numba_path.layout_of(np.dtype(np.float32), (1, 1, i, 230, 128), Arrays(steps, steps, steps))
-            assert layout.usable and layout.runs.nbytes == len(Arrays._fields) * 8 * 230 * i
-        assert tracemalloc.get_traced_memory()[0] - before < 12 * 2**20
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize("runs", [2, 500, 1000])
-def test_layout_cache_keeps_short_tables(runs: int):
-    """Even a thousand runs in each of five arrays, and while layouts of more runs come and go."""
-    strides = Arrays(*[(8 * 128 * runs, 8 * 128 * runs, 8 * 128, 4)] * len(Arrays._fields))
-    given = np.dtype(np.float32), (1, 2, runs, 128), strides
-    layout = numba_path.layout_of(*given)
-    for i in range(10):
-        numba_path.layout_of(np.dtype(np.float32), (1, 2, 2000 + i, 128), strides)
-    assert numba_path.layout_of(*given) is layout
-
-
 @pytest.mark.parametrize("threads", [2, 64])
 @pytest.mark.parametrize("shape", [(1, 64, 256, 256), (64, 1, 256, 256), (1, 1, 2048, 2048)], ids=str)
 def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, shape: tuple[int, ...]):
@@ -1118,19 +831,6 @@ def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, 
     call = cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False)
     work = numpy_path.NumpyWork(call, Arrays(x, x))
     assert min(threads, work.blocks * work.tiles) * work.buffer_size <= x.size
-
-
-@pytest.mark.compiled
-def test_every_loop_is_used():
-    trees = {
-        name: ast.parse(Path(cpu.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
-        for name in ("numba_forward", "numba_backward", "numba_path")
-    }
-    kernels = {f.name for tree in trees.values() for f in tree.body if isinstance(f, ast.FunctionDef)
-               and f.decorator_list and getattr(f.decorator_list[0], "id", "") == "kernel"}  # fmt: skip
-    used = {n.id for n in ast.walk(trees["numba_path"]) if isinstance(n, ast.Name)}
-    assert len(kernels) == 8
-    assert kernels <= used
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="sets the mode of x86 processors")

@@ -39,7 +39,7 @@ def kept() -> list[int]:
     return [block.nbytes // MIB for block in result_pool._memory.free.values()]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(np.float64)])
 def test_a_gone_result_makes_room_for_the_next(dtype: Any):
     first = result_pool.empty((2, MIB), dtype)
     assert (first.shape, first.dtype, first.flags.writeable, first.flags.c_contiguous) == ((2, MIB), dtype, True, True)
@@ -65,13 +65,13 @@ def test_a_gone_result_makes_room_for_the_next(dtype: Any):
     lambda a: (lambda: a),
 ])  # fmt: skip
 def test_whatever_refers_to_a_result_keeps_its_memory(view: Any):
-    result = result_pool.empty((64, 8192), np.float32)
+    result = result_pool.empty((64, 8192), np.dtype(np.float32))
     where = address(result)
     holds = view(result)
     del result
     gc.collect()
     assert kept() == []
-    assert address(result_pool.empty((64, 8192), np.float32)) != where
+    assert address(result_pool.empty((64, 8192), np.dtype(np.float32))) != where
     del holds
     gc.collect()
     assert len(kept()) == 2  # the second one is gone as well
@@ -95,7 +95,7 @@ def test_earlier_results_do_not_change(rng: np.random.Generator):
 def test_limit():
     cn.set_memory_limit(10 * MIB)
     assert cn.get_memory_limit() == 10 * MIB
-    results = [result_pool.empty((size * MIB // 4,), np.float32) for size in (1, 2, 4, 5)]
+    results = [result_pool.empty((size * MIB // 4,), np.dtype(np.float32)) for size in (1, 2, 4, 5)]
     for i in range(4):
         results[i] = None
     assert kept() == [4, 5]  # the oldest were let go
@@ -103,17 +103,17 @@ def test_limit():
     assert kept() == [5]
     cn.set_memory_limit(0)
     assert kept() == []
-    assert result_pool.empty((MIB,), np.float32).base is None
+    assert result_pool.empty((MIB,), np.dtype(np.float32)).base is None
     del results
 
 
 def test_a_piece_too_large_is_left_for_others():
-    large, small = result_pool.empty((4 * MIB,), np.uint8), result_pool.empty((2 * MIB,), np.uint8)
+    large, small = result_pool.empty((4 * MIB,), np.dtype(np.uint8)), result_pool.empty((2 * MIB,), np.dtype(np.uint8))
     places = address(large), address(small)
     del large, small
-    assert address(result_pool.empty((2 * MIB - 1000,), np.uint8)) == places[1]
-    assert address(result_pool.empty((3 * MIB,), np.uint8)) not in places
-    assert result_pool.empty((result_pool.LEAST - 1,), np.uint8).base is None
+    assert address(result_pool.empty((2 * MIB - 1000,), np.dtype(np.uint8))) == places[1]
+    assert address(result_pool.empty((3 * MIB,), np.dtype(np.uint8))) not in places
+    assert result_pool.empty((result_pool.LEAST - 1,), np.dtype(np.uint8)).base is None
 
 
 @pytest.mark.parametrize(("wrong", "error"), [(-1, ValueError), (1.5, TypeError), ("8", TypeError), (True, TypeError)])
@@ -144,9 +144,9 @@ def test_many_threads_at_once(rng: np.random.Generator):
         own = np.random.default_rng(number)
         right = True
         for turn in range(100):
-            a = result_pool.empty((int(own.integers(40_000, 90_000)),), np.float32)
+            a = result_pool.empty((int(own.integers(40_000, 90_000)),), np.dtype(np.float32))
             a[:] = number * 1000 + turn
-            b = result_pool.empty((50_000,), np.float32)
+            b = result_pool.empty((50_000,), np.dtype(np.float32))
             b[:] = -1
             right = right and bool((a == number * 1000 + turn).all())
         return right
@@ -159,7 +159,7 @@ def test_many_threads_at_once(rng: np.random.Generator):
 @pytest.mark.parametrize("ends_in", ["take", "trim"])
 def test_arrays_that_end_while_the_pieces_are_in_use(ends_in: str):
     """As in a collection of garbage within an allocation, or when pieces are let go."""
-    results = [result_pool.empty((MIB,), np.float32) for _ in range(4)]
+    results = [result_pool.empty((MIB,), np.dtype(np.float32)) for _ in range(4)]
     del results[0]
     looked = []
 
@@ -173,14 +173,14 @@ def test_arrays_that_end_while_the_pieces_are_in_use(ends_in: str):
 
     result_pool._memory.free = Watched(result_pool._memory.free)
     if ends_in == "take":
-        results.append(result_pool.empty((MIB,), np.float32))
+        results.append(result_pool.empty((MIB,), np.dtype(np.float32)))
     else:
         cn.set_memory_limit(5 * MIB)
         cn.set_memory_limit(2**30)
     assert looked
     assert kept() == [4]
-    results.append(result_pool.empty((MIB,), np.float32))
-    results.append(result_pool.empty((MIB,), np.float32))
+    results.append(result_pool.empty((MIB,), np.dtype(np.float32)))
+    results.append(result_pool.empty((MIB,), np.dtype(np.float32)))
     assert len({address(r) for r in results}) == len(results)
     for number, result in enumerate(results):
         result[:] = number

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.compare import assert_equal, assert_within
-from helpers.loops import numba_intrinsics, numba_moves, numba_path
+from helpers.compare import assert_equal, assert_same, assert_within
+from helpers.loops import (
+    forget_layouts,
+    loops_moves,
+    loops_path,
+    loops_places,
+    loops_tasks,
+    python_step,
+    windows,
+)
 
 import cupynorm as cn
 from cupynorm.cpu.blocking import Arrays
@@ -44,11 +53,6 @@ def shapes(rng: np.random.Generator) -> tuple[int, ...]:
     return shape if rng.random() < 0.5 else (shape[0], int(rng.integers(1, 40)), *shape[2:])
 
 
-STAND_INS: dict[str, Any] = {
-    "_move": lambda *_: 1, "_side_by_side": lambda *_: lambda *_: 1, "_transposed": lambda _: lambda *_: 1,
-}  # fmt: skip
-
-
 def whole(view: np.ndarray) -> np.ndarray:
     """Return the array that owns a view's memory."""
     while isinstance(view.base, np.ndarray):
@@ -56,20 +60,17 @@ def whole(view: np.ndarray) -> np.ndarray:
     return view
 
 
-def loops_of(windows: Any, axes: Any) -> list[Any]:
-    """Return the loops that copy boxes of such axes to the window and back."""
-    with pytest.MonkeyPatch.context() as patch:
-        real = numba_moves._side_by_side, numba_moves._transposed, numba_moves._move
-        used: list[Any] = []
+def move_of(address: int) -> tuple[str, Callable[[int, int, Any], None]]:
+    """Return the name of a move, and the move as a function of the addresses and the axes."""
+    (what,) = (what for (what, _), known in loops_moves._addresses.items() if known == address)
+    kinds = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
+    function = ctypes.CFUNCTYPE(None, *kinds)(address)
 
-        def noting(loop: Any) -> Any:
-            return lambda *_: used.append(loop) or 0
+    def move(source: int, target: int, axes: Any) -> None:
+        numbers = np.array(axes)
+        function(source, target, numbers.ctypes.data, len(numbers) - 2)
 
-        patch.setattr(numba_moves, "_side_by_side", lambda *rows: noting(real[0](*rows)))
-        patch.setattr(numba_moves, "_transposed", lambda size: noting(real[1](size)))
-        patch.setattr(numba_moves, "_move", noting(real[2]))
-        windows._moves(0, *axes[-2:])
-    return used
+    return what, move
 
 
 def reached(axes: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -84,29 +85,30 @@ def reached(axes: Any) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int):
     """The windows, and the arrays read in place, have the same elements in the same order."""
-    monkeypatch.setattr(numba_moves, "FAIR", 64)
-    for name in ("_move", "_side_by_side", "_transposed"):  # need not be compiled
-        monkeypatch.setattr(numba_moves, name, STAND_INS[name])
+    monkeypatch.setattr(windows, "FAIR", 64)
+    monkeypatch.setattr(windows, "address_of_move", lambda *_: 1)  # need not be compiled
     seen = {"tiles": 0, "in place": 0, "parts": 0, "windows": 0}
     for _ in range(300):
-        monkeypatch.setattr(numba_moves, "WINDOW", int(np.exp2(rng.uniform(5, 12))))
+        monkeypatch.setattr(windows, "WINDOW", int(np.exp2(rng.uniform(5, 12))))
         shape = shapes(rng)
         if math.prod(shape) > 2000:  # too slow
             continue
         dtype = np.dtype(rng.choice(["float16", "float32", "float64"]))
         layouts = [str(rng.choice(LAYOUTS[:-1])), *map(str, rng.choice(LAYOUTS, 2))]
         strides = Arrays(*(laid(rng, shape, layout, dtype).strides for layout in layouts))
-        windows = numba_path.Layout(dtype, shape, strides).windows
-        if windows is None:
+        layout = loops_path.Layout(dtype, shape, strides)
+        cut = layout.windows
+        if cut is None:
             continue
-        _, c, *spatial = windows.shape
-        print(shape, layouts, numba_moves.WINDOW, windows.extents)
-        boxes = windows.boxes(threads)
+        _, c, *spatial = cut.shape
+        print(shape, layouts, windows.WINDOW, cut.extents)
+        boxes = cut.boxes(threads)
+        assert layout.lanes <= boxes.sizes.min()
         given = len(layouts)
-        assert not any(windows.moved[given:]) and not boxes.moves[:, given:].any()  # absent arrays
-        assert windows.boxes(threads).table.tobytes() == boxes.table.tobytes()
-        every = np.indices(windows.shape).reshape(len(windows.shape), -1)
-        offsets = np.dot(windows.steps, every)  # of each element, in each array
+        assert not any(cut.moved[given:]) and not boxes.moves[:, given:].any()  # absent arrays
+        assert cut.boxes(threads).table.tobytes() == boxes.table.tobytes()
+        every = np.indices(cut.shape).reshape(len(cut.shape), -1)
+        offsets = np.dot(cut.steps, every)  # of each element, in each array
         element = dict(zip(offsets[0].tolist(), range(math.prod(shape)), strict=True))
         held: list[int] = []
         of_tile: dict[int, list[int]] = {}
@@ -116,7 +118,7 @@ def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: py
             assert parts * count * size <= boxes.buffer_size - 64
             planes = np.concatenate([np.arange(count) + first + i * c for i in range(parts)])
             elements: Any = None
-            for array, moved in enumerate(windows.moved[:given]):
+            for array, moved in enumerate(cut.moved[:given]):
                 steps = boxes.strides[kind, array]
                 if moved:
                     at, in_window = reached(boxes.axes[kind, array, 0])
@@ -146,50 +148,117 @@ def test_boxes_hold_every_element_once(rng: np.random.Generator, monkeypatch: py
 
 def test_windows_hold_all_boxes(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
     """Also for several threads, whose boxes have fewer elements, but may span more samples."""
-    for name, loop in STAND_INS.items():
-        monkeypatch.setattr(numba_moves, name, loop)
+    monkeypatch.setattr(windows, "address_of_move", lambda *_: 1)
     for threads in (1, 2, 3, 5, 16):
         for n in range(8, 40):
             c, spatial = int(rng.integers(1, 130)), int(rng.integers(2, 40)) ** 2
             steps = [[1, spatial * n, n], [c * spatial, spatial, 1]]
-            boxes = numba_moves.Windows(np.float32(0), [n, c, spatial], steps, [True, True]).boxes(threads)
+            boxes = windows.Windows(4, [n, c, spatial], steps, [True, True]).boxes(threads)
             assert (boxes.planes.prod(1) * boxes.sizes).max() + 64 <= boxes.buffer_size, (n, c, spatial)
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.full), "float32",
-                                   pytest.param("float64", marks=pytest.mark.full)])  # fmt: skip
-def test_boxes_are_copied_to_windows_and_back(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, dtype: str):
+def long_rows(rng: np.random.Generator) -> tuple[int, ...]:
+    """Return a shape with so many elements in a row that interleaved ones are copied in parts."""
+    return (1, int(rng.integers(2, 20)), int(rng.integers(2000, 4200)))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_boxes_are_copied_to_windows_and_back(rng: np.random.Generator, dtype: str):
     """As NumPy copies them; nothing else is written, in the window or in the array."""
-    monkeypatch.setattr(numba_moves, "CLOSE", 4)  # each step has a loop of its own to compile
-    used: set[Any] = set()
-    for _ in range(300):
-        shape = shapes(rng)
+    used: set[str] = set()
+    for i in range(320):
+        shape = shapes(rng) if i < 300 else long_rows(rng)
+        if math.prod(shape) > 10**5:  # too slow
+            continue
         array = laid(rng, shape, str(rng.choice(LAYOUTS)), dtype)
         steps = [step // array.itemsize for step in array.strides]
         if steps[2:] == [math.prod(shape[axis + 1 :]) for axis in range(2, len(shape))]:
             continue  # contiguous planes
-        windows = numba_moves.Windows(numba_intrinsics.SAMPLES[dtype], list(shape), [steps], [True])
-        there, back = numba_moves._axes(list(shape), steps)
-        gather, scatter = loops_of(windows, there)
+        cut = windows.Windows(array.itemsize, list(shape), [steps], [True])
+        there, back = windows._axes(list(shape), steps)
+        (what, gather), (what_back, scatter) = map(move_of, cut._moves(0, *there[-2:]))
+        print(shape, steps, what, what_back)
+        assert {what, what_back} <= {kind for kind, _ in cut.moves_of_any_size()}
         window = np.full(array.size + 128, -1, dtype)
         expected = array.copy()
-        gather(numba_intrinsics.SAMPLES[dtype], array.ctypes.data, window[64:].ctypes.data, np.array(there))
-        assert_equal(window[64:-64].reshape(shape), expected)
+        gather(array.ctypes.data, window[64:].ctypes.data, there)
+        assert_same(window[64:-64].reshape(shape), expected)
         assert (window[:64] == -1).all() and (window[-64:] == -1).all()
-        used.add(gather)
+        used |= {what, what_back}
         if array.flags.writeable:
             memory = whole(array)
             before = memory.copy()
             window[64:-64] += 1
-            scatter(numba_intrinsics.SAMPLES[dtype], window[64:].ctypes.data, array.ctypes.data, np.array(back))
-            assert_equal(array, window[64:-64].reshape(shape))
+            scatter(window[64:].ctypes.data, array.ctypes.data, back)
+            assert_same(array, window[64:-64].reshape(shape))
             array[...] = expected
-            assert_equal(memory, before)
-    assert {
-        numba_moves._move,
-        numba_moves._transposed(4),
-        *([] if dtype == "float64" else [numba_moves._transposed(8)]),
-    } < used
+            assert_same(memory, before)
+    few = {f"{what} {number}" for what in ("apart", "together") for number in (2, 3)}
+    assert used == {"move", "transpose 4", *few, *(["transpose 8"] if dtype != "float64" else [])}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("reads", [1, 3, 5])
+def test_a_step_gets_the_windows_of_each_plane_once(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, threads: int, reads: int, writes: bool
+):
+    """Windows hold the arrays that it reads. Only if it writes, the results are copied back."""
+    monkeypatch.setattr(windows, "FAIR", 64)
+    shape, order = (4, 5, 6, 7), (3, 1, 0, 2)
+    memory = rng.standard_normal((5, 7, 5, 4, 6)).astype(np.float32)
+    x, result, dy, residual, dresidual = (each.transpose(np.argsort(order)) for each in memory)
+    arrays = Arrays(x, result, dy, residual, dresidual)
+    before = [each.copy() for each in arrays]
+    layout = loops_path.Layout(x.dtype, shape, Arrays(*(each.strides for each in arrays)))
+    cut, boxes = layout.windows, layout.windows.boxes(threads)
+    assert all(cut.moved) and layout.tiles == 1 and (threads == 1 or len(boxes.table) > 1)
+    names, call = list(loops_places.CALL), loops_places.FORMAT
+    seen: list[int] = []
+    failures: list[Exception] = []
+
+    def check(numbers: int, first: int, last: int) -> None:
+        given = dict(zip(names, call.unpack(ctypes.string_at(numbers, call.size)), strict=True))
+        geometry = np.frombuffer(ctypes.string_at(given["geometry"], 8 * len(loops_places.GEOMETRY)), np.int64)
+        inner = dict(zip(loops_places.GEOMETRY, geometry.tolist(), strict=True))
+        assert [inner[name] for name in ("channels", "group", "tiles", "runs", "tile_runs")] == [5, 1, 1, 1, 1]
+        assert inner["length"] == inner["tile_length"] == inner["plane"] == 42
+        for plane in range(first, last):
+            n, c = divmod(plane, 5)
+            for i, (name, array) in enumerate(zip(Arrays._fields, before, strict=True)):
+                at = given[name] + 4 * (n * inner[f"{name}_n"] + c * inner[f"{name}_c"])
+                window = np.frombuffer((ctypes.c_char * (4 * 42)).from_address(at), np.float32)
+                if name in ("result", "dresidual"):
+                    window[:] = plane + i
+                else:  # in the order of memory
+                    assert_equal(window, array[n, c].T.ravel() if i < reads else 0)
+
+    def step(numbers: int, first: int, last: int, _: int) -> None:
+        seen.extend(range(first, last))
+        try:
+            check(numbers, first, last)
+        except Exception as failure:  # nothing in compiled code would raise it
+            failures.append(failure)
+
+    address, _keep = python_step(step)
+    queue = loops_tasks.TaskQueue(len(boxes.table), len(boxes.table), threads)
+    size = boxes.buffer_size * 4
+    words = boxes.words()
+    for worker in range(threads):
+        buffer = np.zeros(5 * size + 64, np.uint8)
+        start = -(-buffer.ctypes.data // 64) * 64
+        numbers = call.pack(*(
+            layout.geometry_address if name == "geometry" else
+            getattr(arrays, name).ctypes.data if name in Arrays._fields else 0 for name in names
+        ))  # fmt: skip
+        loops_tasks.driver().go_through(
+            address, numbers, queue.address, worker, threads, words.ctypes.data, start, size, 4, reads, writes
+        )
+    assert not failures, failures[0]
+    assert sorted(seen) == [*range(20)]
+    planes = np.arange(20).reshape(4, 5, 1, 1)
+    for i, (array, was) in enumerate(zip(arrays, before, strict=True)):
+        assert_equal(array, np.broadcast_to(planes + i, shape) if writes and i in (1, 4) else was)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -198,10 +267,9 @@ def test_results_have_the_bits_of_contiguous_planes(
 ):
     """If planes are moved whole, and positions have the same order. (Planes of long runs are summed run by run, tiled
     ones tile by tile.) Nothing but the result is written."""
-    monkeypatch.setattr(numba_path, "PAYS", 1)
-    monkeypatch.setattr(numba_moves, "FAIR", 64)
-    monkeypatch.setattr(numba_moves, "CLOSE", 4)
-    monkeypatch.setattr(numba_path, "_layout", lru_cache(numba_path.Layout))
+    monkeypatch.setattr(loops_path, "PAYS", 1)
+    monkeypatch.setattr(windows, "FAIR", 64)
+    forget_layouts(monkeypatch)
     cn.set_num_threads(threads)
     moved = 0
     for _ in range(150):
@@ -215,8 +283,8 @@ def test_results_have_the_bits_of_contiguous_planes(
         before = memory.copy()
         cn.instance_norm(x, out=y)
         expected = cn.instance_norm(np.ascontiguousarray(x))
-        windows = numba_path.Layout(x.dtype, shape, Arrays(x.strides, y.strides)).windows
-        if windows is not None and not windows.boxes(threads).table[:, 1].any():  # no tile but the first
+        cut = loops_path.Layout(x.dtype, shape, Arrays(x.strides, y.strides)).windows
+        if cut is not None and not cut.boxes(threads).table[:, 1].any():  # no tile but the first
             moved += 1
             assert_equal(y, expected)
         assert_within(y, expected, 1e-5 * (1 + np.abs(expected)))
@@ -224,5 +292,5 @@ def test_results_have_the_bits_of_contiguous_planes(
         others = memory.copy()
         memory[:] = before
         y[...] = 0
-        assert_equal(others, memory)
+        assert_same(others, memory)
     assert moved > 20

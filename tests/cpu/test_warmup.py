@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable
-from functools import cache, lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.backends import Backend, on, use_compiled
 from helpers.compare import Bits
-from helpers.loops import numba_moves, numba_path, numba_rehearsal
+from helpers.loops import emitted, forget_modules, llvm, llvm_machine, loops_tasks
 from helpers.pairwise import pairwise
 
 import cupynorm as cn
@@ -21,36 +21,32 @@ from cupynorm._types import math_dtype
 
 pytestmark = pytest.mark.usefixtures("threads_as_they_were")
 
-Kinds = set[tuple[str, Any]]
-
-
-def loops(module: Any) -> dict[str, Any]:
-    """Return the compiled loops that Python calls."""
-    functions = {name: value for name, value in vars(module).items() if hasattr(value, "targetoptions")}
-    return {name: each for name, each in functions.items() if "no_cpython_wrapper" not in each.targetoptions}
+Kinds = set[str]
 
 
 @pytest.fixture
 def met(monkeypatch: pytest.MonkeyPatch) -> Kinds:
-    """Record the loops' calls by argument types, each of which numba would compile. The loops do nothing."""
+    """Record the modules that are compiled, each of which is asked for once. Their steps do nothing."""
     use_compiled(monkeypatch, True)
     kinds: Kinds = set()
+    (nothing,) = emitted(write_nothing, ["nothing"])
+    driver = loops_tasks.driver()
+    functions = driver.run, driver.drain, driver.go_through
+    real = driver.whole_address, *(ctypes.cast(each, ctypes.c_void_p).value for each in functions)
 
-    def noting(name: str) -> Callable[..., int]:
-        def note(*given: Any) -> int:
-            kinds.add((name, tuple(map(cpu.numba.typeof, given))))
-            return 0
+    def noted(kind: str, _: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+        assert kind not in kinds
+        kinds.add(kind)
+        return real if kind == "driver" else (nothing,) * len(names)
 
-        return note
-
-    for module in (numba_path, numba_rehearsal, numba_moves):
-        for name in loops(module):
-            monkeypatch.setattr(module, name, noting(name))
-    monkeypatch.setattr(numba_moves, "_transposed", cache(lambda size: noting(f"move {size} x {size}")))
-    monkeypatch.setattr(numba_moves, "_side_by_side", cache(lambda *rows: noting(f"move side by side {rows}")))
-    # Cached layouts hold addresses of the real loops.
-    monkeypatch.setattr(numba_path, "_layout", lru_cache(numba_path._layout.__wrapped__))
+    monkeypatch.setattr(llvm_machine, "compiled", noted)
+    forget_modules(monkeypatch)
     return kinds
+
+
+def write_nothing(module: Any) -> None:
+    with module.function("nothing", llvm.MEMORY, llvm.INT, llvm.INT, llvm.INT, exported=True):
+        pass
 
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -62,7 +58,17 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "transposed": lambda a: np.ascontiguousarray(a.swapaxes(-1, -2)).swapaxes(-1, -2),
 }
 #: Short planes, longer ones, many, large ones; few that are cut into tiles, which threads share.
-SHAPES = [(2, 3, 4, 4), (3, 2, 70), (2, 2, 5, 6, 7), (80, 64, 8, 8), (2, 9, 80, 90), (1, 64, 160, 90), (1, 2, 700, 800)]
+SHAPES = [
+    (2, 3, 4, 4),
+    (3, 2, 70),
+    (2, 3, 16, 24),
+    (2, 2, 30, 40),
+    (2, 2, 5, 6, 7),
+    (80, 64, 8, 8),
+    (2, 9, 80, 90),
+    (1, 64, 160, 90),
+    (1, 2, 700, 800),
+]
 
 
 def use(x: np.ndarray, residual: np.ndarray | None = None, activation: str | None = None) -> None:
@@ -105,7 +111,7 @@ def use(x: np.ndarray, residual: np.ndarray | None = None, activation: str | Non
     residual=[None, "contiguous", "channels_last"],
 )
 def test_warmup_compiles_the_loops_of_later_calls(
-    met: Kinds, dtype: str, layout: str, activation: str | None, residual: str | None
+    met: Kinds, monkeypatch: pytest.MonkeyPatch, dtype: str, layout: str, activation: str | None, residual: str | None
 ) -> None:
     """No loop is missing for other sizes, several threads or one, and parameters of all kinds.
 
@@ -127,6 +133,7 @@ def test_warmup_compiles_the_loops_of_later_calls(
         cn.warmup(x, activation=activation, residual=other, parts=True)
         warm_kinds = met.copy()
         met.clear()
+        forget_modules(monkeypatch)
         for threads in (1, 3):
             cn.set_num_threads(threads)
             use(*arrays(shape), activation)
@@ -134,19 +141,38 @@ def test_warmup_compiles_the_loops_of_later_calls(
         compiled |= warm_kinds
         needed |= met
         met.clear()
-    assert {kind for kind in compiled - needed if not kind[0].startswith(("move ", "_move"))} == set()
+        forget_modules(monkeypatch)
+    assert {kind for kind in compiled - needed if not kind.startswith("moves ")} == set()
 
 
 @pytest.mark.compiled
-def test_training_loops_are_not_compiled_for_one_position(met: Kinds) -> None:
+def test_training_loops_are_not_compiled_for_one_position(met: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
     cn.warmup(np.zeros((5, 3, 1, 1), np.float32), parts=True)
     compiled = met.copy()
     met.clear()
+    forget_modules(monkeypatch)
     use(np.zeros((2, 3, 1, 1), np.float32))
     cn.set_num_threads(2)
     use(np.zeros((300, 200, 1, 1), np.float32))
-    assert met <= compiled
-    assert "forward_planes" not in {name for name, _ in compiled}
+    assert met and met <= compiled
+    assert not {kind for kind in compiled if kind.startswith(("short_forward", "across_forward"))}
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("plane", [(3, 2), (2, 2), (3, 3), (5, 3)], ids=str)
+def test_planes_of_fewer_elements_than_a_vector(
+    met: Kinds, monkeypatch: pytest.MonkeyPatch, layout: str, plane: tuple[int, int]
+) -> None:
+    """Loops for those of x's own size are compiled, too."""
+    cn.set_num_threads(1)
+    cn.warmup(LAYOUTS[layout](np.zeros((3, 2, *plane), np.float32)), parts=True)
+    compiled = met.copy()
+    met.clear()
+    forget_modules(monkeypatch)
+    for shape in ((7, 2, *plane), (500, 2, *plane), (7, 2, 9, 11)):
+        use(LAYOUTS[layout](np.zeros(shape, np.float32)))
+    assert met and met <= compiled
 
 
 @pytest.mark.compiled
@@ -172,19 +198,20 @@ def test_calls_afterwards_compile_nothing(
     use_compiled(monkeypatch, True)
     x = rng.standard_normal((2, 3, 4, 5)).astype(dtype)
     before = Bits(x)
+    forget_modules(monkeypatch)
     cn.set_num_threads(1)
     cn.warmup(x, activation=activation, parts=True)
     assert Bits(x) == before
 
-    def signatures() -> dict[str, Any]:
-        return {name: loop.signatures for name, loop in {**loops(numba_moves), **loops(numba_path)}.items()}
+    def compiled(kind: str, *_: Any) -> None:
+        raise AssertionError(f"{kind} is compiled")
 
-    compiled = signatures()
-    assert all(loop.signatures for name, loop in loops(numba_path).items() if name != "go_through")
+    monkeypatch.setattr(llvm_machine, "compiled", compiled)
     cn.set_num_threads(3)
     for shape in SHAPES:
         use(rng.standard_normal(shape).astype(x.dtype), None, activation)
-    assert signatures() == compiled
+    with pytest.raises(AssertionError, match="is compiled"):
+        cn.instance_norm(x, activation="relu" if activation is None else None)
 
 
 # Progress

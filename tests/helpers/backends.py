@@ -1,4 +1,4 @@
-"""Choose what the public functions run on: numpy (alone), compiled (by numba), simt (the CUDA kernels on the emulator,
+"""Choose what the public functions run on: numpy (alone), compiled (by LLVM), simt (the CUDA kernels on the emulator,
 over NumPy arrays), cupy (a GPU).
 
 `use` is for any script whose sys.path has the folder tests:

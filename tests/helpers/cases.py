@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import cupynorm as cn
-import helpers.tiers
 from cupynorm import devices
 from cupynorm.cuda.device import Device
 from cupynorm.cuda.layout import SUBWARP_BYTES, SUBWARP_ELEMENTS, Layout
@@ -116,18 +115,9 @@ def arrays(case: Case, rng: np.random.Generator) -> tuple[Any, ...]:
 SLOPE = 0.2  # of leaky_relu
 
 
-def modes(backend: Backend, case: Case) -> tuple[bool, ...]:
-    """Return the values of `training` to test: tracked eval, too, except for groups of blocks, which it does not use.
-
-    numba compiles each kind of call: below the nightly tier two dtypes test eval channels-last, and two channels-first.
-    """
-    if case.device.name not in ("small", "wide", "narrow"):
-        return (True,)
-    if backend.name == "compiled" and helpers.tiers.asked != "nightly":
-        lanes = case.dtype in ("float16", "float64")
-        if (case.layout == "channels_last") != lanes or case.activation in ("leaky_relu", "gelu"):
-            return (True,)
-    return (True, False)
+def modes(case: Case) -> tuple[bool, ...]:
+    """Return the values of `training` to test: tracked eval, too, but for groups of blocks, which it does not use."""
+    return (True, False) if case.device.name in ("small", "wide", "narrow") else (True,)
 
 
 def fused(x: Any, dy: Any, residual: Any, **options: Any) -> tuple[Any, ...]:
@@ -171,7 +161,7 @@ def check(
     over = (slice(None), *(None,) * (len(case.shape) - 2))
     epilogue = {"activation": case.activation, "negative_slope": SLOPE}
 
-    for training in trainings or modes(backend, case):
+    for training in trainings or modes(case):
         running = None if training else (mean_, var_)
         options = {} if training else {"use_input_stats": False}
         xhat = reference.forward(x_, running=running)
@@ -257,7 +247,7 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
     def average(a: np.ndarray) -> np.ndarray:
         return a.mean(axes, keepdims=True)
 
-    for training in modes(backend, case):
+    for training in modes(case):
         running = None if training else (mean_, var_)
         _, saved = cn.instance_norm_forward(
             x, weight, bias, running_mean=mean, running_var=var, momentum=0, residual=residual, use_input_stats=training

@@ -138,12 +138,13 @@ def test_backend_of_a_place() -> None:
 
 @pytest.mark.compiled
 def test_the_arrays_of_a_call_have_one_order() -> None:
-    from cupynorm.cpu import numba_geometry as geometry
+    from cupynorm.cpu import loops_places as places
 
-    assert geometry.Offsets._fields == Arrays._fields
-    assert geometry.Operands._fields == ("like", *Arrays._fields, "strides", "runs")
-    for i, name in enumerate(Arrays._fields):
-        assert getattr(geometry, name.upper()) == i
+    assert Arrays._fields == places.ARRAYS
+    assert [places.ARRAYS[i] for i in places.RESULTS] == ["result", "dresidual"]
+    assert tuple(name for name in places.CALL if name in places.ARRAYS) == places.ARRAYS
+    strides = [f"{name}_{axis}" for name in places.ARRAYS for axis in "ncp"]
+    assert list(places.GEOMETRY[-len(strides) :]) == strides
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

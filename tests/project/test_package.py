@@ -27,7 +27,7 @@ PACKAGE = Path(cn.__file__).resolve().parent
 
 #: Hides any GPU.
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-#: Without numba, too, which takes seconds for a new copy of the package.
+#: Without the compiled loops, too.
 NUMPY_ALONE = NO_GPU | {"CUPYNORM_COMPILED": "0"}
 
 BLOCKERS = {

@@ -86,19 +86,18 @@ def test_prefetches_are_not_mutated() -> None:
         "cupynorm/a.py",
         """
 AHEAD = 4096
-def prefetch_run(x, o, lo, hi):
-    for i in range(lo, hi, 1 + 1):
-        prefetch(x, o + i)
-def f(x, o, lo, hi):
-    away, away_dy = x[0, 1], x[2, 1]
-    follows = hi - lo < 2
+def prefetcher(rows, near):
+    ahead = 1 if near else AHEAD + 1
+    return lambda i: rows[0].prefetch(i + ahead)
+def f(x, y, follows):
+    away = 1 + 1
     if follows:
-        prefetch_run(x, o + away, lo, hi)
-    prefetch_run(x, o + AHEAD, lo, hi)
+        x.prefetch(away)
+    y.prefetch(AHEAD + 1, writes=True)
 """,
     )
-    assert changes("cupynorm/a.py", "if following:\n    fetch(1)\nahead = 1") == {
-        ("negate", "following", "(not following)"), ("drop a statement", "fetch(1)", "pass"), ("off by one", "1", "2"),
+    assert changes("cupynorm/a.py", "if following:\n    get(1)\nahead = 1") == {
+        ("negate", "following", "(not following)"), ("drop a statement", "get(1)", "pass"), ("off by one", "1", "2"),
     }  # fmt: skip
 
 

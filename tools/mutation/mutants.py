@@ -225,7 +225,7 @@ class _OfPython(ast.NodeVisitor):
         match node:
             case (
                 ast.FunctionDef(name=name)
-                | ast.Expr(value=ast.Call(func=ast.Name(id=name)))
+                | ast.Expr(value=ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)))
                 | ast.If(test=ast.Name(id=name))
                 | ast.Assign(targets=[ast.Name(id=name) | ast.Tuple(elts=[ast.Name(id=name), *_])])
             ) if name in AHEAD | SPEED:
@@ -316,7 +316,7 @@ class _OfPython(ast.NodeVisitor):
 
 
 #: Prefetches: the function, its arguments, and its condition.
-AHEAD = {"prefetch_run", "AHEAD", "NEAR", "away", "follows"}
+AHEAD = {"prefetch", "prefetcher", "fetch", "fetches", "beside", "AHEAD", "NEAR", "NEAREST", "near", "away", "follows"}
 #: Choices for speed, and guesses of a mean that save a pass: they change no result, and tests repeat no measured
 #: numbers.
 SPEED = {
@@ -324,8 +324,8 @@ SPEED = {
     "SHORT_ROW", "TILE", "MOST_RUNS", "MIN_CHANNELS_COMPILED", "SPARE", "SMALL_TABLE", "PAYS", "pays", "STREAM",
     "LONG_RUN", "PLANE_COSTS", "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "GUESS_PLACES", "TILE_BYTES",
     "CHANNEL_TILE_BYTES", "FEW_THREADS",
-    "SPIN_LIMIT", "LEAST", "FEW", "CHUNK", "_guess", "_guess_channels", "_middle",
-    "CLOSE", "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
+    "SPIN_LIMIT", "LEAST", "FEW", "CHUNK", "_guess_place", "WIDE", "LONGEST", "LONGEST_PLAIN", "CACHED", "ROOM",
+    "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
 }  # fmt: skip
 
 

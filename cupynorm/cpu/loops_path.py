@@ -26,7 +26,7 @@ from .windows import Windows
 
 TILE = 65536  # positions; no less than loops_short.FORWARD_SHORT
 SMALL_TABLE = 1024  # runs; layouts with larger tables have a smaller cache
-PAYS = 2**18  # elements from which on a second thread pays
+PAYS = 2**19  # elements from which on a second thread pays: waking it takes 50 to 100 microseconds
 STREAM = 3 * 2**23  # bytes; larger results bypass the caches, which could not hold them
 LONG_RUN = 128  # elements; shorter runs do not bypass them (many partial lines), and their planes go to windows
 PLANE_COSTS = 25  # the fixed cost of a plane, in elements

@@ -438,8 +438,8 @@ def test_describe_threads_and_tiles(way: str):
 
     if way == "compiled":
         assert told(3, 2, 3, 4, 5) == ["compiled loops over 6 plane(s)", "one thread of 3"]
-        assert told(3, 1, 2, 300, 500) == [
-            "compiled loops over 2 plane(s), each in 3 tiles, put together in a fixed order", "up to 3 threads of 3",
+        assert told(3, 1, 4, 300, 500) == [
+            "compiled loops over 4 plane(s), each in 3 tiles, put together in a fixed order", "up to 3 threads of 3",
         ]  # fmt: skip
         assert told(1, 2, 64, 4, 5, layout="channels_last") == [
             "compiled loops over 2 group(s) of 64 channels side by side", "one thread of 1",

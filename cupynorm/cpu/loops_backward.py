@@ -25,6 +25,7 @@ from .loops_places import (
     each_item,
     each_vector,
     map_row,
+    prefetch,
     prefetcher,
     sum_row,
     tile_of,
@@ -205,8 +206,8 @@ def _write_row(module: Module, kind: Kind) -> Any:
             return gradient_results(kind, inputs, outputs, i, Coefficients(*at[:4]), (at[4], at[5]), slope)
 
         def beside(i: Value) -> None:
-            inputs["x"].prefetch(i + away)
-            inputs["dy"].prefetch(i + away_dy)
+            prefetch(kind, inputs["x"], i + away)
+            prefetch(kind, inputs["dy"], i + away_dy)
 
         map_row(code, count, lanes, compute, None if kind.channels_last else beside)
         return code.function

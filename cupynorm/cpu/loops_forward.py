@@ -26,6 +26,7 @@ from .loops_places import (
     each_item,
     each_vector,
     map_row,
+    prefetch,
     prefetcher,
     sum_row,
     tile_of,
@@ -276,7 +277,7 @@ def _write_row(module: Module, kind: Kind) -> Any:
             return [(y, element.narrow(activate(z, kind.activation, slope)))]
 
         def beside(i: Value) -> None:
-            x.prefetch(i + away)
+            prefetch(kind, x, i + away)
 
         map_row(code, count, lanes, compute, None if kind.channels_last else beside)
         return code.function

@@ -324,6 +324,12 @@ def each_vector(code: Code, width: Value, lanes: int) -> Iterator[tuple[Value, V
         yield j, code.numbers(INT32, range(lanes)) >= (first - j).to(INT32)
 
 
+def prefetch(kind: Kind, memory: Memory, i: Value, *, writes: bool = False) -> None:
+    """Prefetch the cache lines of a vector at i."""
+    for line in range(0, kind.lanes, LINE // kind.element.size):
+        memory.prefetch(i + line, writes=writes)
+
+
 def prefetcher(numbers: Numbers, near: Value, rows: Sequence[Memory], result: Memory) -> Callable[[Value], None]:
     """Return a function (i) that prefetches beside the sums over rows.
 
@@ -336,8 +342,8 @@ def prefetcher(numbers: Numbers, near: Value, rows: Sequence[Memory], result: Me
 
     def fetch(i: Value) -> None:
         for row in rows:
-            row.prefetch(i + ahead)
-        target.prefetch(i * step, writes=True)
+            prefetch(numbers.kind, row, i + ahead)
+        prefetch(numbers.kind, target, i * step, writes=True)
 
     return fetch
 

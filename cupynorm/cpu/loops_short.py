@@ -29,6 +29,7 @@ from .loops_places import (
     counted_lanes,
     map_row,
     only,
+    prefetch,
 )
 
 FORWARD_SHORT = 2048  # elements; up to so many, several planes are processed together
@@ -126,7 +127,7 @@ def short_forward(module: Module, kind: Kind) -> None:
                 mean = guess.splat(lanes)
 
                 def terms(i: Value, row: Memory = row, mean: Value = mean, target: Memory = target) -> list[Any]:
-                    target.prefetch(i, writes=True)
+                    prefetch(kind, target, i, writes=True)
                     d = element.widen(row.load(i, lanes)) - mean
                     return [d, Product(d, d)]
 
@@ -168,7 +169,7 @@ def short_forward(module: Module, kind: Kind) -> None:
                             i: Value, row: Memory = row, target: Memory = target, values: Coefficients = values,
                             added_row: Memory | None = added_row,
                         ) -> list[tuple[Memory, Value]]:  # fmt: skip
-                            row.prefetch(i + AHEAD)
+                            prefetch(kind, row, i + AHEAD)
                             z = values.z(values.centred(element.widen(row.load(i, lanes))))
                             if added_row is not None:
                                 z = z + element.widen(added_row.load(i, lanes))
@@ -208,8 +209,8 @@ def short_backward(module: Module, kind: Kind) -> None:
                 rows, values = at(j), table.coefficients_of(j, lanes)
 
                 def terms(i: Value, rows: dict[str, Memory] = rows, values: Coefficients = values) -> list[Any]:
-                    rows["x"].prefetch(i + AHEAD)
-                    rows["dy"].prefetch(i + AHEAD)
+                    prefetch(kind, rows["x"], i + AHEAD)
+                    prefetch(kind, rows["dy"], i + AHEAD)
                     g, centred = gradient_at(kind, rows, i, values, slope)
                     return [g, Product(g, centred)]
 

@@ -37,7 +37,7 @@ def _bar(done: int, total: int, what: str) -> None:
     """Show how far the compilation is, in one line of a terminal; elsewhere only the end."""
     terminal = sys.stderr.isatty()
     if terminal or done == total:
-        filled = "#" * (30 * done // total)
+        filled = "#" * (30 * done // max(total, 1))
         line = f"[{filled:<30}] {done} of {total} modules: {what}"
         print(f"\r{line:<79}" if terminal else line, end="" if done < total else "\n", file=sys.stderr, flush=True)
 
@@ -51,7 +51,7 @@ def _compile(dtypes: Sequence[str], activations: Sequence[str]) -> None:
     from . import cpu, warm
 
     if cpu.llvmlite is None:
-        raise ImportError(f"there are no compiled loops: {cpu.without_llvmlite}. pip install 'cupynorm[cpu]'")
+        raise ImportError(f"there are no compiled loops ({cpu.without_llvmlite}); they need cupynorm[cpu]")
     from .cpu import llvm_machine
 
     if why := llvm_machine.not_kept():
@@ -61,6 +61,8 @@ def _compile(dtypes: Sequence[str], activations: Sequence[str]) -> None:
         _bar(done, len(steps), what)
         step()
     _bar(len(steps), len(steps), "done")
+    if why := llvm_machine.not_kept():  # a full disk
+        raise OSError(f"not all loops could be kept: {why}")
     print(f"The loops for {llvm_machine.processor()} are in {llvm_machine.folder()}.")
 
 

@@ -147,7 +147,8 @@ def set_batch_invariant(wanted: bool) -> None:
     channels and many samples a plane may be split among more threads than necessary, unaligned planes are stored one
     element at a time, and views are copied first if there are gaps between planes of at most 512 bytes, or if groups
     of 4 channels side by side (2 in float64) are not aligned to their size. Gradients of parameters and running
-    statistics are sums over the batch and depend on it. On a CPU all of this always holds.
+    statistics are sums over the batch and depend on it. On a CPU the bits of a sample never depend on the batch, but
+    views with gaps may be summed in another order than new arrays.
 
     The default is CUPYNORM_BATCH_INVARIANT from the environment (0 or 1), or off.
 

@@ -17,7 +17,8 @@ In a block, planes lie as in the result: each in one piece (rows), or side by si
     numpy_path, numpy_double                     the steps as NumPy calls, cut into blocks for the caches
     numpy_activations, gelu, halves              what they use: activations, float16 and bfloat16
     loops_path, loops_rehearsal                  the steps as compiled loops: layouts and calls; `warmup`
-    loops_forward, loops_backward, loops_short   the loops
+    loops_forward, loops_backward                the loops
+    loops_short, loops_across                    the loops of short planes
     loops_moves, windows                         arrays that are copied together first
     loops_places, loops_activations, loops_tasks    what the loops are made of, and what calls them
     llvm, llvm_machine                           the language they are written in; its compiler and cache on disk
@@ -140,6 +141,7 @@ class CpuBackend(Backend):
         return Gradients(arrays.result, dweight, dbias, dresidual)
 
     def gradient_sums(self, dy: Array, saved: Saved) -> GradientSums:
+        dy = _aligned(dy)
         sums = new(GradientSums, partial(np.zeros, saved.x.shape[:2]))
         if saved.x.size:
             arrays = Arrays(saved.x, saved.x, dy, None if saved.activation is None else saved.residual)
@@ -223,15 +225,20 @@ def _means_of_channels(moments: Moments, momentum: float) -> tuple[np.ndarray, n
 
 def _arrays_of_backward(dy: Array, saved: Saved, out: Array | None) -> tuple[Arrays, Array | None]:
     """Return the arrays of a backward, with dx as the result, and dresidual."""
-    x = saved.x
+    x, given, dy = saved.x, dy, _aligned(dy)
     dx = empty_like(x, empty) if out is None else out
     if not saved.with_residual or saved.activation is None:
-        dresidual = dy if saved.with_residual else None
-        if dresidual is not None and out is not None and overlap(out, dy):
-            dresidual = dy.copy()
+        dresidual = given if saved.with_residual else None
+        if dresidual is not None and out is not None and overlap(out, given):
+            dresidual = given.copy()
         return Arrays(x, dx, dy), dresidual
     dresidual = empty_like(x, empty)
     return Arrays(x, dx, dy, saved.residual, dresidual), dresidual
+
+
+def _aligned(dy: Array) -> Array:
+    """Return dy, or an aligned copy: NumPy alone would compute z with other bits than the forward's loops did."""
+    return dy if dy.flags.aligned else dy.copy()
 
 
 def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None]:

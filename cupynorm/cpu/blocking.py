@@ -52,7 +52,7 @@ class Work:
 
     A subclass sets `blocks`, `tiles` (per block) and `threads`. The steps are `reduce`, `join`, `apply` and `whole`
     (these three on one block). `join` is a function of a range of blocks. The others are functions of an item in NumPy,
-    and pairs of a loop and its arguments in the compiled loops.
+    and a `Task` in the compiled loops.
     """
 
     blocks: int

@@ -176,7 +176,7 @@ class Value:
         source, target = element_of(self.kind), element_of(kind)
         if source == target:
             return self
-        sizes = [{HALF: 2, FLOAT: 4, DOUBLE: 8}.get(each, 0) for each in (source, target)]
+        sizes = [_size(each) if _is_float(each) else 0 for each in (source, target)]
         if all(sizes):
             write = self.builder.fpext if sizes[0] < sizes[1] else self.builder.fptrunc
         elif sizes[1]:
@@ -200,9 +200,8 @@ class Value:
         mask = ir.Constant(vector(INT32, len(lanes)), list(lanes))
         return Value(self.builder, self.builder.shuffle_vector(self.value, other.value, mask))
 
-    def lane(self, number: int | Value) -> Value:
-        at = number.value if isinstance(number, Value) else ir.Constant(INT, number)
-        return Value(self.builder, self.builder.extract_element(self.value, at))
+    def lane(self, number: int) -> Value:
+        return Value(self.builder, self.builder.extract_element(self.value, ir.Constant(INT, number)))
 
     def folded(self, lanes: int) -> Value:
         """Add the upper half of the lanes to the lower half until so many are left."""
@@ -272,6 +271,11 @@ def most(a: Value, b: Any) -> Value:
     return where(a > b, a, b)
 
 
+def _size(kind: Any) -> int:
+    """Return the bytes of an element."""
+    return {HALF: 2, FLOAT: 4, DOUBLE: 8}.get(kind) or kind.width // 8
+
+
 class Memory:
     """Memory from an address on, as elements of one type. Indices and offsets are in elements."""
 
@@ -292,16 +296,15 @@ class Memory:
 
     def load(self, index: Any, lanes: int = 0) -> Value:
         """Return an element, or several from it on."""
-        pointer, align = self.at(index).pointer, {HALF: 2, FLOAT: 4, DOUBLE: 8}.get(self.kind)
-        align = align or self.kind.width // 8
-        return Value(self.builder, self.builder.load(pointer, typ=vector(self.kind, lanes), align=align))
+        kind = vector(self.kind, lanes)
+        return Value(self.builder, self.builder.load(self.at(index).pointer, typ=kind, align=_size(self.kind)))
 
     def store(self, index: Any, value: Any, *, streams: bool = False) -> None:
         """Store a value from an element on; if it streams, to whole cache lines and past the caches."""
         if not isinstance(value, Value):
             value = Value(self.builder, ir.Constant(self.kind, value))
-        align = {HALF: 2, FLOAT: 4, DOUBLE: 8}.get(self.kind) or self.kind.width // 8
-        store = self.builder.store(value.value, self.at(index).pointer, align=64 if streams else align)
+        align = 64 if streams else _size(self.kind)
+        store = self.builder.store(value.value, self.at(index).pointer, align=align)
         if streams:
             store.set_metadata("nontemporal", self.builder.module.add_metadata([INT32(1)]))
 
@@ -454,7 +457,7 @@ class Module:
     def function(
         self, name: str, *kinds: Any, returns: Any = None, exported: bool = False
     ) -> Iterator[Any]:  # (code, *arguments)
-        """Write a function. Exported ones have an address outside; the others may be compiled into their callers."""
+        """Write a function. Exported ones have an address outside."""
         function = ir.Function(self.module, ir.FunctionType(returns or ir.VoidType(), kinds), name)
         function.linkage = "" if exported else "internal"
         if not exported:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite
 import numpy as np
@@ -39,9 +39,24 @@ lock = threading.RLock()
 _engines: list[Any] = []  # they own the code
 
 
+class Target(NamedTuple):
+    """What code is made for."""
+
+    triple: str
+    cpu: str
+    features: str
+    data_layout: str
+
+    def machine(self) -> Any:
+        """Return a new target machine. An engine takes possession of its own."""
+        return binding.Target.from_triple(self.triple).create_target_machine(
+            cpu=self.cpu, features=self.features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+        )
+
+
 @cache
-def _target() -> tuple[Any, str, str]:
-    """Return the target machine, and this processor's name and features."""
+def _target() -> Target:
+    """Return the target for this processor. ImportError: there is none, or llvmlite is too old."""
     if sys.implementation.name != "cpython":
         raise ImportError(f"{sys.implementation.name} keeps arrays in another way than CPython")
     version = tuple(int(part) for part in llvmlite.__version__.split("+")[0].split(".")[:2])
@@ -49,24 +64,22 @@ def _target() -> tuple[Any, str, str]:
         raise ImportError(f"llvmlite {llvmlite.__version__} is too old; needed is {'.'.join(map(str, LEAST_VERSION))}")
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    triple, cpu = binding.get_process_triple(), binding.get_host_cpu_name()
-    features = binding.get_host_cpu_features().flatten()
-    machine = binding.Target.from_triple(triple).create_target_machine(
-        cpu=cpu, features=features, opt=3, reloc="pic", codemodel="jitdefault", jit=True
+    found = Target(
+        binding.get_process_triple(), binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), ""
     )
-    return machine, cpu, features
+    return found._replace(data_layout=str(found.machine().target_data))
 
 
 def processor() -> str:
     """Return the name of this processor as LLVM has it."""
-    return _target()[1]
+    return _target().cpu
 
 
 @cache
 def converts_halves() -> bool:
-    """Return whether the processor has instructions that convert float16."""
-    machine, _, features = _target()
-    return "x86" not in machine.triple or "+f16c" in features.split(",")
+    """Return whether the processor is known to have instructions that convert float16."""
+    target = _target()
+    return target.triple.startswith(("aarch64", "arm64")) or "+f16c" in target.features.split(",")
 
 
 @cache
@@ -83,8 +96,11 @@ def _stamp() -> bytes:
 
 
 def folder() -> Path:
-    """Return the folder of the cache."""
-    return Path(config.cache_folder.get()).expanduser()
+    """Return the folder of the cache. OSError: the user has none."""
+    try:
+        return Path(config.cache_folder.get()).expanduser()
+    except RuntimeError as error:  # no home
+        raise OSError(str(error)) from None
 
 
 def not_kept() -> str:
@@ -99,8 +115,8 @@ def not_kept() -> str:
 
 def _file_of(kind: str) -> Path:
     """Return the file of a module. Its name includes the processor's features: several machines may share a folder."""
-    machine, cpu, features = _target()
-    digest = hashlib.sha256(f"{kind} {machine.triple} {cpu} {features}".encode()).hexdigest()
+    target = _target()
+    digest = hashlib.sha256(f"{kind} {target.triple} {target.cpu} {target.features}".encode()).hexdigest()
     return folder() / f"{kind.split(maxsplit=1)[0]}-{digest[:32]}.bin"
 
 
@@ -110,9 +126,12 @@ def _seal(code: bytes) -> bytes:
 
 
 def _kept(file: Path) -> bytes | None:
-    """Return the code in a file of the cache; None if there is none, or if it is of no use."""
-    with suppress(OSError):
-        content = file.read_bytes()
+    """Return the code in a file of the cache; None without one, if it is of no use, or if others could write it."""
+    with suppress(OSError), file.open("rb") as opened:
+        status = os.fstat(opened.fileno())
+        if hasattr(os, "geteuid") and (status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022):
+            return None
+        content = opened.read()
         if content[:32] == _seal(content[32:]):
             return content[32:]
     return None
@@ -134,11 +153,10 @@ def _keep(file: Path, code: bytes) -> Path:
 
 def emit(write: Callable[[Module], None]) -> bytes:
     """Return the machine code of the module that `write` fills."""
-    machine, _, _ = _target()
-    made = Module()
+    target = _target()
+    machine, made = target.machine(), Module()
     write(made)
-    made.module.triple = machine.triple
-    made.module.data_layout = str(machine.target_data)
+    made.module.triple, made.module.data_layout = target.triple, target.data_layout
     module = binding.parse_assembly(str(made.module))
     # Loops are written with vectors: LLVM need not look for any.
     options = binding.create_pipeline_tuning_options(speed_level=2)
@@ -149,8 +167,7 @@ def emit(write: Callable[[Module], None]) -> bytes:
 
 
 def _load(code: bytes) -> Any:
-    machine, _, _ = _target()
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _target().machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine
@@ -180,3 +197,5 @@ def compiled(kind: str, write: Callable[[Module], None], names: tuple[str, ...])
 Step = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 _target()  # so that the import fails where nothing can be compiled
+with suppress(OSError):
+    _stamp()  # of the files that are being imported: they may change before the first call

@@ -168,7 +168,7 @@ def across_forward(module: Module, kind: Kind) -> None:
             total, sum_sq = _sums(numbers, centred)
             excess = total * share
             m2 = sum_sq - total * excess
-            odd = ~((sum_sq * 0.5 >= total * excess) & (m2 >= lowest) & (sum_sq < math.inf))
+            odd = ~((sum_sq * 0.5 >= total * excess) & (m2 >= lowest) & (sum_sq < math.inf) & (eps < math.inf))
             mean = guess + excess
             part = mean - guess  # the sum's rounding error is exact, by Knuth
             mean_lo = (guess - (mean - part)) + (excess - part)

@@ -1,7 +1,7 @@
 """The compiled loops of the backward.
 
-Modules, each compiled when a call first needs it: `gradient_sums` (the steps reduce and join), `gradients` (the step
-apply), and `short_backward` (the whole backward of short planes).
+Modules, each compiled when a call first needs it: `gradient_sums` (the steps reduce and join) and `gradients` (the step
+apply). Short planes have loops of their own, in loops_short and loops_across.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .loops_places import (
     map_row,
     prefetch,
     prefetcher,
+    set_coefficients,
     sum_row,
     tile_of,
     unit_of,
@@ -72,17 +73,9 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
                     g, centred = gradient_at(kind, run, i, values, slope)
                     return [g, Product(g, centred)]
 
-                sum_row(code, tile.whole, sums, terms, fetch)
+                sum_row(code, tile.length, sums, terms, fetch)
             for i, total in enumerate(sums.values()):
                 numbers.sums_of(i).store(numbers.sums + item.number, total)
-
-
-def _channel_table(code: Code, kind: Kind, planes: Planes, item: Any) -> Table:
-    """Return the Coefficients of a group of channels."""
-    table = Table(code, kind.element.computing, Coefficients._fields, WIDEST_GROUP)
-    with code.loop(0, item.width) as j:
-        table.store(j, **planes.coefficients(item.n, item.c + j)[0]._asdict())
-    return table
 
 
 def _reduce_channels(module: Module, kind: Kind) -> None:
@@ -92,9 +85,11 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
         numbers = Numbers(code, call, kind)
         planes = Planes(numbers)
         slope = numbers.slope.to(kind.element.computing).splat(lanes)
+        table = Table(code, kind.element.computing, Coefficients._fields, WIDEST_GROUP)
         sums = Table(code, DOUBLE, ("g", "g_centred"), WIDEST_GROUP)
         with each_item(numbers, first, last) as item:
-            tile, table = tile_of(numbers, item.tile), _channel_table(code, kind, planes, item)
+            tile = tile_of(numbers, item.tile)
+            set_coefficients(table, planes, item)
             with each_vector(code, item.width, lanes) as (j, _new):
                 zero = code.number(vector(DOUBLE, lanes), 0)
                 sums.store(j, g=zero, g_centred=zero)
@@ -235,9 +230,9 @@ def _apply_rows(module: Module, kind: Kind) -> None:
 
                 with code.choice(numbers.streams != 0) as (streams, stays):
                     with streams:
-                        stream_row(code, kind, stream_out, run["result"], tile.whole, buffer, compute)
+                        stream_row(code, kind, stream_out, run["result"], tile.length, buffer, compute)
                     with stays:
-                        compute(run["result"], 0, tile.whole)
+                        compute(run["result"], 0, tile.length)
 
 
 def _apply_channels(module: Module, kind: Kind) -> None:
@@ -247,9 +242,10 @@ def _apply_channels(module: Module, kind: Kind) -> None:
         numbers = Numbers(code, call, kind)
         planes = Planes(numbers)
         slope = numbers.slope.to(kind.element.computing)
+        table = Table(code, kind.element.computing, Coefficients._fields, WIDEST_GROUP)
         further = Table(code, kind.element.computing, ("slope", "constant"), WIDEST_GROUP)
         with each_item(numbers, first, last, tiles_backwards=True) as item:
-            table = _channel_table(code, kind, planes, item)
+            set_coefficients(table, planes, item)
             if kind.training:
                 with code.loop(0, item.width) as j:
                     values = _slopes(code, numbers, kind, planes, item.n, item.c + j)

@@ -1,7 +1,7 @@
 """The compiled loops of the forward.
 
-Modules, each compiled when a call first needs it: `statistics` (the steps reduce and join), `results` (the step apply),
-and `short_forward` (the whole forward of short planes; the odd ones among them are left to the other steps).
+Modules, each compiled when a call first needs it: `statistics` (the steps reduce and join) and `results` (the step
+apply). Short planes have loops of their own, in loops_short and loops_across.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ from .loops_places import (
     map_row,
     prefetch,
     prefetcher,
+    set_coefficients,
     sum_row,
     tile_of,
 )
 
+#: The arguments of a step: the address of the call's numbers, the first and the last item, and whether to prefetch:
+#: for reduce the lines of the result, for apply x (and dy) of the next plane.
 STEP = MEMORY, INT, INT, INT
 GUESS_PLACES = 8  # a tile's mean is guessed from a vector at each of so many places
 PARTIAL_CHANNELS = 64  # positions of channels side by side summed in computing precision
@@ -40,7 +43,7 @@ PARTIAL_CHANNELS = 64  # positions of channels side by side summed in computing 
 def _guess_place(i: int, tile: Tile, length: int) -> tuple[Value, Value]:
     """Return the run and the first position of the i-th place from which a tile's mean is guessed."""
     r = tile.r0 + (tile.r1 - tile.r0) * i // GUESS_PLACES
-    return r, tile.l0 + (tile.whole - length) * i // (GUESS_PLACES - 1)
+    return r, tile.l0 + (tile.length - length) * i // (GUESS_PLACES - 1)
 
 
 def _moments_float64(module: Module, kind: Kind) -> Any:
@@ -116,7 +119,7 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
                         d = (element.widen(row.load(i, lanes)) - m) - lo
                         return [d, Product(d, d)]
 
-                    sum_row(code, tile.whole, sums, terms, fetch)
+                    sum_row(code, tile.length, sums, terms, fetch)
                 for variable, value in zip((total, sum_sq), sums.values(), strict=True):
                     variable.set(value)
                 excess = total.get() / count
@@ -344,9 +347,9 @@ def _apply_rows(module: Module, kind: Kind) -> None:
 
                 with code.choice(numbers.streams != 0) as (streams, stays):
                     with streams:
-                        stream_row(code, kind, stream_out, y, tile.whole, buffer, compute)
+                        stream_row(code, kind, stream_out, y, tile.length, buffer, compute)
                     with stays:
-                        compute(y, 0, tile.whole)
+                        compute(y, 0, tile.length)
 
 
 def _apply_channels(module: Module, kind: Kind) -> None:
@@ -358,8 +361,7 @@ def _apply_channels(module: Module, kind: Kind) -> None:
         table = Table(code, kind.element.computing, Coefficients._fields, WIDEST_GROUP)
         slope = numbers.slope.to(kind.element.computing)
         with each_item(numbers, first, last, tiles_backwards=True) as item:
-            with code.loop(0, item.width) as j:
-                table.store(j, **planes.coefficients(item.n, item.c + j)[0]._asdict())
+            set_coefficients(table, planes, item)
             tile = tile_of(numbers, item.tile)
             with code.loop(tile.r0, tile.r1) as r:
                 run = {name: numbers.run(name, item.n, item.c, r) for name in ("x", "residual", "result")}

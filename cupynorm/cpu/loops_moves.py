@@ -20,7 +20,7 @@ from .loops_places import ARRAYS, CALL, GEOMETRY, RESULTS
 
 ELEMENTS = {2: INT16, 4: INT32, 8: INT}  # by size in bytes
 AT_A_TIME = 4096  # interleaved rows are copied in parts that span so many elements
-BOXES = "table", "planes", "sizes", "strides", "moves", "axes", "columns", "rank", "arrays"
+BOXES = "table", "planes", "sizes", "strides", "moves", "axes", "columns", "rank"
 
 
 class Axis(NamedTuple):

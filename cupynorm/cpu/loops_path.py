@@ -92,7 +92,11 @@ class Layout:
         arrays = merged_axes([each.transpose(0, 1, *order) for each in stand_ins])
         n, c, *outer, length = arrays[0].shape
         runs, plane = math.prod(outer), math.prod(outer) * length
-        steps = [[step // itemsize for step in a.strides] for a in arrays]
+        # NumPy rewrites the strides of axes of one: a batch of one sample is to be cut like others.
+        steps = [
+            [step // itemsize for step in (*each[:2], *array.strides[2:])]
+            for each, array in zip(found, arrays, strict=True)
+        ]
         long_run = LONG_RUN if long_run is None else long_run
         rows = all(each[-1] == 1 or length == 1 for each in steps) and (runs == 1 or length >= long_run)
         line = max(MIN_CHANNELS_COMPILED, 64 // itemsize)
@@ -107,8 +111,7 @@ class Layout:
                 further = np.arange(size) * np.array([[each[axis]] for each in steps])
                 table = (table[:, :, None] + further[:, None]).reshape(len(arrays), -1)
             if channels_last:
-                group = min(c, max(line, 2 * TILE // plane // line * line), 256)
-                group = max(group, -(-c // ((4 * c + 3 * group) // (4 * group))))  # avoids a small last group
+                group = _group(c, min(c, max(line, 2 * TILE // plane // line * line), 256), line)
                 positions = plane if plane * group <= 2 * TILE else max(TILE // group, 1)
             else:
                 self.streams = length >= LONG_RUN and n * c * plane * itemsize >= STREAM
@@ -166,6 +169,16 @@ class Layout:
     def kind(self, activation: str | None, residual: bool, training: bool = False) -> Kind:
         """Return what loops for such arrays are compiled for."""
         return Kind(self.dtype_name, self.lanes, self.channels_last, activation, residual, training)
+
+
+def _group(channels: int, wanted: int, least: int) -> int:
+    """Return a number of channels near `wanted` such that the last group has at least `least` of them, if there is one.
+
+    Multiples of half a cache line come first: other groups share lines.
+    """
+    sizes = sorted(range(wanted, 2 * wanted), key=lambda size: (size * 2 % least > 0, size))
+    found = next((size for size in sizes if (channels - 1) % size + 1 >= least or size >= channels), wanted)
+    return min(found, channels)
 
 
 @lru_cache(maxsize=1024)

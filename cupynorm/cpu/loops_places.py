@@ -165,7 +165,8 @@ class Tile(NamedTuple):
     size: Value
 
     @property
-    def whole(self) -> Value:
+    def length(self) -> Value:
+        """The elements of each of its runs."""
         return self.l1 - self.l0
 
 
@@ -281,6 +282,12 @@ class Table:
     def coefficients_of(self, j: Any, lanes: int) -> Coefficients:
         """Return the Coefficients of the j-th plane, in all lanes."""
         return Coefficients(*(self.rooms[name].load(j).splat(lanes) for name in Coefficients._fields))
+
+
+def set_coefficients(table: Table, planes: Planes, item: Item) -> None:
+    """Set the Coefficients of a group of channels in a table."""
+    with planes.numbers.code.loop(0, item.width) as j:
+        table.store(j, **planes.coefficients(item.n, item.c + j)[0]._asdict())
 
 
 def counted_lanes(code: Code, lanes: int, rest: Value) -> Value:

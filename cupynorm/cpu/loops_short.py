@@ -114,7 +114,7 @@ def short_forward(module: Module, kind: Kind) -> None:
         count, eps = size.to(computing), numbers.eps.to(computing)
         lowest = (numbers.least * size.to(numbers.least.kind)).to(computing)
         variances = numbers.of_planes("variance")
-        names = (*Coefficients._fields, "total", "sum_sq", "mean_lo", "rstd", "nearest")
+        names = (*Coefficients._fields, "total", "sum_sq", "mean_lo", "rstd", "nearest", "variance")
         arrays = ("x", "result", "residual") if kind.residual else ("x", "result")
         with _each_group(numbers, first, last, names) as group:
             table = group.table
@@ -137,7 +137,7 @@ def short_forward(module: Module, kind: Kind) -> None:
                 guess, total, sum_sq = table.load(j, lanes, "mean", "total", "sum_sq")
                 excess = total / count
                 m2 = sum_sq - total * excess
-                good = (sum_sq * 0.5 >= total * excess) & (m2 >= lowest) & (sum_sq < math.inf)
+                good = (sum_sq * 0.5 >= total * excess) & (m2 >= lowest) & (sum_sq < math.inf) & (eps < math.inf)
                 mean = guess + excess
                 part = mean - guess  # the sum's rounding error is exact, by Knuth
                 mean_lo = (guess - (mean - part)) + (excess - part)
@@ -145,7 +145,7 @@ def short_forward(module: Module, kind: Kind) -> None:
                 rstd = 1 / sqrt(variance + eps)
                 weight, bias = table.load(j, lanes, "scale", "intercept")
                 values, _ = coefficients(mean, mean_lo, rstd, weight, bias)
-                table.store(j, nearest=mean, mean_lo=mean_lo, rstd=where(good, rstd, -1), total=variance)
+                table.store(j, nearest=mean, mean_lo=mean_lo, rstd=where(good, rstd, -1), variance=variance)
                 table.store(j, **values._asdict())
             with code.loop(0, group.number) as j:
                 plane = group.start + j
@@ -158,10 +158,8 @@ def short_forward(module: Module, kind: Kind) -> None:
                         planes.arrays["mean_lo"].store(plane, table.rooms["mean_lo"].load(j))
                         planes.arrays["rstd"].store(plane, rstd)
                         with code.when(numbers.variance != 0):
-                            variances.store(plane, table.rooms["total"].load(j))
-                        values = Coefficients(
-                            *(table.rooms[name].load(j).splat(lanes) for name in Coefficients._fields)
-                        )
+                            variances.store(plane, table.rooms["variance"].load(j))
+                        values = table.coefficients_of(j, lanes)
                         row, target = x.at(offsets["x"].load(j)), y.at(offsets["result"].load(j))
                         added_row = residual.at(offsets["residual"].load(j)) if kind.residual else None
 

@@ -16,10 +16,11 @@ import numpy as np
 
 from . import llvm_machine
 from .llvm import INT, MEMORY, Code, Memory, Module, Value, least, where
+from .loops_moves import go_through
 from .loops_places import Numbers
 
 STARTED, TASKS, COUNT, FINISHED, RANGES = 0, 1, 2, 8, 16
-SPIN_LIMIT = 20_000  # reads of a counter, about 20 microseconds
+SPIN_LIMIT = 20_000  # looks at a counter, some 100 microseconds
 NEAR = 32768  # elements; planes up to this are prefetched while the previous one is written: both fit the L2 cache
 NEAREST = 8192  # the lines of results up to this are prefetched while x is summed
 
@@ -101,8 +102,6 @@ def _drain(module: Module) -> None:
 
 
 def _write(module: Module) -> None:
-    from .loops_moves import go_through
-
     next_task = _next_task(module)
     _whole(module)
     _run(module, next_task)
@@ -115,14 +114,13 @@ class Driver:
 
     def __init__(self) -> None:
         names = "whole", "run", "drain", "go_through"
-        self.whole_address, run, drain, go_through = llvm_machine.compiled("driver", _write, names)
+        self.whole_address, run, drain, through = llvm_machine.compiled("driver", _write, names)
         number, address = ctypes.c_int64, ctypes.c_void_p
-        self.whole = llvm_machine.Step(self.whole_address)
         self.run = ctypes.CFUNCTYPE(None, number, ctypes.c_char_p, address, number, number)(run)
         self.drain = ctypes.CFUNCTYPE(number, address)(drain)
         self.go_through = ctypes.CFUNCTYPE(
             None, number, ctypes.c_char_p, address, number, number, address, *[number] * 5
-        )(go_through)  # fmt: skip
+        )(through)  # fmt: skip
 
 
 _drivers: list[Driver] = []

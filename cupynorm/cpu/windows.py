@@ -38,7 +38,7 @@ class Boxes(NamedTuple):
         """Return what the compiled loop needs, in the order of loops_moves.BOXES."""
         arrays = self.table, self.planes, self.sizes, self.strides, self.moves, self.axes
         columns, rank = self.table.shape[1], self.axes.shape[3]
-        return np.array([*(array.ctypes.data for array in arrays), columns, rank, self.strides.shape[1]])
+        return np.array([*(array.ctypes.data for array in arrays), columns, rank])
 
 
 class Windows:
@@ -63,12 +63,15 @@ class Windows:
         self.moved = [here and each[2:] != self.contiguous_steps for each, here in zip(steps, present, strict=True)]
         near = [each for each, moved in zip(steps, self.moved, strict=True) if moved]
         line = 64 // itemsize
-        #: The least extents of a box: the elements of a cache line.
-        self.least = [max(parts) for parts in zip(*(_line_of(shape, each, line) for each in near), strict=True)]
-        self.extents = _grown(self.least, shape, most)
-        if self.extents[2:] != spatial:  # to copy planes once, not for the sums and again for the results
-            larger = _grown(self.least, shape, LARGER * most)
-            self.extents = larger if larger[2:] == spatial else self.extents
+        # Tiles of a plane do not depend on the number of samples, as its sums must not: small batches count as a line.
+        large = [max(shape[0], line), *shape[1:]]
+        least = [max(parts) for parts in zip(*(_line_of(large, each, line) for each in near), strict=True)]
+        extents = _grown(least, large, most)
+        if extents[2:] != spatial:  # to copy planes once, not for the sums and again for the results
+            larger = _grown(least, large, LARGER * most)
+            extents = larger if larger[2:] == spatial else extents
+        #: The least extents of a box, the elements of a cache line, and the usual ones.
+        self.least, self.extents = ([min(each[0], shape[0]), *each[1:]] for each in (least, extents))
         outer = next(axis for axis in range(2, len(shape)) if self.extents[axis] > 1 or axis == len(shape) - 1)
         if self.extents[outer + 1 :] != shape[outer + 1 :]:
             self.moved = list(present)

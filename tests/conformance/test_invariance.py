@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import reference, tiers
-from helpers.backends import Backend, on
+from helpers.backends import Backend, on, on_cpu
 from helpers.compare import Bits
 
 import cupynorm as cn
@@ -89,6 +89,26 @@ def test_a_sample_has_the_same_bits_in_any_batch(
     cn.set_batch_invariant(True)
     for shape in SHAPES[:9] if backend.name == "simt" and tiers.asked == "default" else SHAPES:
         assert not unlike(backend, rng, dtype, layout, *shape), shape
+
+
+@on_cpu
+@pytest.mark.usefixtures("threads_as_they_were")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("order", [(3, 0, 1, 2), (2, 0, 1, 3), (0, 3, 2, 1)])
+def test_samples_that_lie_between_each_other(
+    backend: Backend, rng: np.random.Generator, order: tuple[int, ...], threads: int
+) -> None:
+    """Planes that are copied together first, also in tiles, are cut alike in every batch."""
+    cn.set_num_threads(threads)
+    for size in (7, 300):
+        shape = dict(zip(order, (6, 2, size, size), strict=True))  # of the axes in memory
+        memory = rng.normal(size=(2, *(shape[axis] for axis in sorted(shape)))).astype(np.float32)
+        x, dy = memory.transpose(0, *(axis + 1 for axis in order))
+        weight = np.ones(2, np.float32)
+        whole = results(backend, x, dy, weight, False)
+        for part in (slice(0, 1), slice(2, 4), slice(5, 6)):
+            for a, b in zip(whole, results(backend, x[part], dy[part], weight, False), strict=True):
+                assert Bits(a[part]) == Bits(b), (size, part)
 
 
 @on("simt")  # on CPUs bits never depend on the batch, and a GPU may have too few multiprocessors

@@ -94,6 +94,41 @@ def test_kept_code_is_used_until_its_source_changes(tmp_path: Path) -> None:
     assert found()
 
 
+@compiled
+@pytest.mark.long
+def test_a_source_that_changes_after_the_import(tmp_path: Path) -> None:
+    """What is compiled from the imported modules is not kept as the new files' code."""
+    package, kept = tmp_path / "cupynorm", str(tmp_path / "kept")
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = package / "cpu" / "loops_tasks.py"
+    change = f"""
+import cupynorm.cpu, pathlib
+path = pathlib.Path({str(path)!r})
+path.write_text(path.read_text() + "# newer")
+"""
+    assert said(change + USE, tmp_path, CUPYNORM_CACHE_DIR=kept).endswith(" 1")
+    assert said(USE, tmp_path, CUPYNORM_CACHE_DIR=kept).endswith(" 1")
+    assert said(USE, tmp_path, CUPYNORM_CACHE_DIR=kept).endswith(" 0")
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owners here")
+def test_files_that_others_could_write_are_not_used(folder: Path, emitted: list[Any]) -> None:
+    assert [plus(1), plus(1), len(emitted)] == [41, 41, 1]
+    (file,) = folder.iterdir()
+    file.chmod(0o666)
+    assert [plus(1), len(emitted)] == [41, 2]
+    assert not file.stat().st_mode & 0o022  # written anew
+
+
+@compiled
+@pytest.mark.usefixtures("fresh")
+def test_without_a_home(emitted: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config.cache_folder, "given", "~nobody-has-this-name/kept")
+    assert [plus(1), plus(1), len(emitted)] == [41, 41, 2]
+    assert "home" in llvm_machine.not_kept()
+
+
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let changes count that a process would see at its start."""
@@ -178,18 +213,16 @@ def test_code_of_other_processors_is_kept_beside(
     folder: Path, emitted: list[Any], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Machines of several kinds may share a folder."""
-    machine, cpu, features = llvm_machine._target()
+    own_target = llvm_machine._target()
 
-    class Machine:
-        triple = "abacus-unknown-linux"
+    class Target(llvm_machine.Target):
+        def machine(self) -> Any:
+            return own_target.machine()
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(machine, name)
-
-    changed = {
-        "processor": (machine, "abacus", features), "features": (machine, cpu, features + ",+beads"),
-        "triple": (Machine(), cpu, features),
-    }[what]  # fmt: skip
+    changed = Target(*own_target)._replace(**{
+        "processor": {"cpu": "abacus"}, "features": {"features": own_target.features + ",+beads"},
+        "triple": {"triple": "abacus-unknown-linux"},
+    }[what])  # fmt: skip
     assert (plus(1), len(emitted)) == (41, 1)
     (own,) = folder.iterdir()
     code = own.read_bytes()
@@ -432,6 +465,31 @@ def test_interrupts_while_loops_are_compiled(
         with ending():
             assert Bits(call()) == expected, number
         assert all(path.suffix == ".bin" and llvm_machine._kept(path) for path in folder.iterdir()), number
+
+
+@compiled
+@pytest.mark.long
+def test_an_interrupt_while_code_is_loaded(folder: Path) -> None:
+    """An engine that nobody keeps takes its target machine with it, and no other engine's."""
+    code = """
+import numpy as np, cupynorm as cn
+from cupynorm.cpu import llvm_machine
+x = np.arange(48, dtype=np.float32).reshape(2, 3, 8)
+load, tries = llvm_machine._load, []
+def interrupted(code):
+    load(code)
+    tries.append(1)
+    raise KeyboardInterrupt
+llvm_machine._load = interrupted
+for _ in range(3):
+    try:
+        cn.instance_norm(x)
+    except KeyboardInterrupt:
+        pass
+llvm_machine._load = load
+print(len(tries), cn.instance_norm(x).std().round(3), cn.instance_norm(x[:, :, ::-1]).std().round(3))
+"""
+    assert said(code, CUPYNORM_CACHE_DIR=str(folder)) == "3 1.0 1.0"
 
 
 @compiled

@@ -132,6 +132,11 @@ class Bench:
         self.spreads: dict[Any, float] = {}
         if options.resume and options.json and options.json.is_file():
             there = json.loads(options.json.read_text(encoding="utf-8"))
+            if there.get("hot", False) != options.hot:
+                sys.exit(
+                    "--resume: the rows of the file were measured "
+                    + ("with --hot" if there.get("hot") else "without --hot")
+                )
             self.rows = {report.key(row): row for row in there["rows"]}
         self.failures = 0  # cases in which cupynorm itself could not be measured
         gpu = xp is not np
@@ -267,7 +272,9 @@ class Bench:
 
     def result(self) -> dict[str, Any]:
         """Return the result so far, with what other measurements have added to the file."""
-        document = report.document(self.device, list(self.rows.values()))
+        document = report.document(self.device, list(self.rows.values())) | {"hot": self.options.hot}
+        if "random" in self.options.shapes:
+            document["seed"] = self.options.seed
         if self.options.resume and self.options.json and self.options.json.is_file():
             document = json.loads(self.options.json.read_text(encoding="utf-8")) | document
         return document
@@ -286,11 +293,12 @@ def main(arguments: list[str] | None = None) -> int:
     xp: Any = np
     if usable and options.device != "cpu":
         xp = importlib.import_module("cupy")
-    seed = int(np.random.SeedSequence().generate_state(1)[0]) if options.seed is None else options.seed
+    if options.seed is None:
+        options.seed = int(np.random.SeedSequence().generate_state(1)[0])
     if "random" in options.shapes:
-        print(f"random shapes of --seed {seed}")
+        print(f"random shapes of --seed {options.seed}")
     try:
-        layers = parse_shapes(options.shapes, SWEEP_ELEMENTS["cpu" if xp is np else "gpu"], seed)
+        layers = parse_shapes(options.shapes, SWEEP_ELEMENTS["cpu" if xp is np else "gpu"], options.seed)
     except ValueError as error:
         parser.error(str(error))
     cases = cases_of(layers, options.dtype, options.layout, options.epilogue, options.op, options.affine)

@@ -123,13 +123,13 @@ def short_layers() -> list[Layer]:
     for megabytes in (0.1, 0.4, 1, 4, 16):
         for size in (9, 16, 25, 49, 64, 100, 196, 256, 400, 784, 1024, 1773, 2048):
             planes = max(1, round(megabytes * 2**18 / size))
-            channels = max(c for c in (64, 32, 16, 8, 4, 2, 1) if c <= planes)
-            found.append(Layer((planes // channels, channels, size), swept=True))
+            samples = max(1, round(planes / 64))
+            found.append(Layer((samples, round(planes / samples), size), swept=True))
     return found
 
 
 def random_layers(seed: int, count: int = 12) -> list[Layer]:
-    """Draw shapes of 1 to 3 spatial axes: planes of 4 elements to 4 MB, arrays of up to 64 MB, in float32."""
+    """Draw shapes of 1 to 3 spatial axes: planes of about 4 elements to 4 MB, arrays of 64 KB to 64 MB, in float32."""
     rng, found = np.random.default_rng(seed), []
     while len(found) < count:
         rank = int(rng.integers(1, 4))

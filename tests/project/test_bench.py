@@ -101,6 +101,23 @@ def test_shapes():
             cases.parse_shapes([word], 256)
 
 
+def test_short_planes():
+    layers = cases.parse_shapes(["short"], 256)
+    sizes, megabytes = zip(*((layer.shape[2], math.prod(layer.shape) / 2**18) for layer in layers), strict=True)
+    assert (min(sizes), max(sizes)) == (9, 2048)
+    assert 0.08 < min(megabytes) < 0.11 and 15 < max(megabytes) < 17
+    assert len(layers) == 65 and all(layer.swept for layer in layers)
+
+
+def test_random_shapes():
+    """The same for the same seed, of all ranks, and never of one position."""
+    drawn = [layer.shape for seed in range(40) for layer in cases.parse_shapes(["random"], 256, seed)]
+    assert drawn == [layer.shape for seed in range(40) for layer in cases.random_layers(seed)]
+    assert len(set(drawn)) > 400 and {len(shape) for shape in drawn} == {3, 4, 5}
+    assert all(math.prod(shape[2:]) > 1 and math.prod(shape) < 2**26 for shape in drawn)
+    assert sum(math.prod(shape[2:]) < 64 for shape in drawn) > 40 < sum(math.prod(shape[2:]) > 2**16 for shape in drawn)
+
+
 def test_epilogues_and_the_order_of_cases():
     layers = cases.parse_shapes(["sweep", "8,512,32,32", "2,3,4", "2,320,8,8,8"], 4**2)
     found = cases.cases_of(layers, ["float32"], ["channels_first", "channels_last"], ["none", "fused"], ["both"])

@@ -51,7 +51,7 @@ def test_json_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     )
     assert status == 0, capsys.readouterr().out
     written = json.loads(result.read_text(encoding="utf-8"))
-    assert list(written) == ["schema", "date", "commit", "device", "versions", "copy_gbps", "rows"]
+    assert list(written) == ["schema", "date", "commit", "device", "versions", "copy_gbps", "rows", "hot"]
     assert written["schema"] == 1
     assert written["copy_gbps"] > 0
     assert {"name", "cores"} <= set(written["device"])
@@ -203,6 +203,10 @@ def test_resume_measures_missing_rows(
     assert all(set(third[key]["peers"]) == {"textbook"} for key in first)
     # Complete: nothing is measured, and that is no failure.
     assert run(monkeypatch, *shapes, *common, "--peers", "textbook") == 0
+    assert rows() == third
+    # Rows that were measured in the caches are others.
+    with pytest.raises(SystemExit, match="without --hot"):
+        run(monkeypatch, *shapes, *common, "--hot")
     assert rows() == third
     # Without --resume, the file is rewritten.
     assert run(monkeypatch, *shapes, *common[:-1], "--peers", "none") == 0

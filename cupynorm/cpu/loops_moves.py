@@ -241,17 +241,19 @@ def go_through(module: Module, each_task: Callable[..., None]) -> None:
             run_table.store(i, 0)
         inner_geometry.store(GEOMETRY.index("run_table"), run_table.address())
         next_window = code.variable(buffer)
-        windows = code.room(INT, len(ARRAYS))
+        windows, addresses = code.room(INT, len(ARRAYS)), code.room(INT, len(ARRAYS))
+        arrays = [code.memory(given.load(names.index(name)), INT).load(0) for name in ARRAYS]
         for i, name in enumerate(ARRAYS):
             moved = moves.load(i * 2) != 0
-            windows.store(i, where(moved, next_window.get(), given.load(names.index(name))))
+            windows.store(i, where(moved, next_window.get(), arrays[i]))
             next_window.add(where(moved, window, 0))
+            inner.store(names.index(name), addresses.at(i).address())
 
         def copy(box: Value, kind: Value, i: int, back: bool) -> None:
             at = (kind * len(ARRAYS) + i) * 2 + int(back)
             move = moves.load(at)
             with code.when(move != 0):
-                there = given.load(names.index(ARRAYS[i])) + table.load(box * words["columns"] + (4 + i)) * itemsize
+                there = arrays[i] + table.load(box * words["columns"] + (4 + i)) * itemsize
                 pair = code.memory(there, INT), code.memory(windows.load(i), INT)
                 code.call(move, *(pair[::-1] if back else pair), axes.at(at * rank * 3), rank - 2)
 
@@ -274,10 +276,10 @@ def go_through(module: Module, each_task: Callable[..., None]) -> None:
                 count = planes.load(kind * 2 + 1)
                 with code.loop(0, planes.load(kind * 2)) as part:
                     begin = first_plane + part * channels
-                    for i, array in enumerate(ARRAYS):
+                    for i in range(len(ARRAYS)):
                         moved = moves.load((kind * len(ARRAYS) + i) * 2) != 0
                         further = where(moved, (part * count - begin) * size, begins)
-                        inner.store(names.index(array), windows.load(i) + further * itemsize)
+                        addresses.store(i, windows.load(i) + further * itemsize)
                     code.call(step, inner, begin, begin + count, 0)
                 for i in RESULTS:
                     with code.when(writes != 0):

@@ -18,7 +18,7 @@ from .llvm import Module
 from .loops_across import BLOCK, LONGEST, LONGEST_PLAIN, across_backward, across_forward
 from .loops_backward import gradient_sums, gradients
 from .loops_forward import results, statistics
-from .loops_places import ELEMENTS, FORMAT, GEOMETRY, LINE, RESULT, Kind
+from .loops_places import ELEMENTS, FORMAT, GEOMETRY, LINE, Kind
 from .loops_short import BACKWARD_SHORT, FORWARD_SHORT, short_backward, short_forward
 from .loops_tasks import TaskQueue, driver
 from .thread_pool import share
@@ -39,15 +39,22 @@ WIDE = 16  # rows of at least so many vectors of 64 bytes have vectors of 128: l
 MOST_RUNS = 65536  # limit of the runs of a plane read in place: each array has a table of their offsets
 
 
-def address_of(array: np.ndarray) -> int:
-    """Return the address of the first element. It follows Python's object header (see NumPy's PyArrayObject).
+def place_of(array: np.ndarray) -> int:
+    """Return the address of the address of the first element.
 
-    __array_interface__ also has it, but takes a microsecond more. Only CPython has the loops, so this is safe.
+    It follows Python's object header (see NumPy's PyArrayObject). Only CPython has the loops, so this is safe.
     """
+    return id(array) + _HEADER
+
+
+def address_of(array: np.ndarray) -> int:
+    """Return the address of the first element."""
     return _number_at(id(array) + _HEADER).value
 
 
 _number_at, _HEADER = ctypes.c_size_t.from_address, object.__basicsize__
+_nothing = np.zeros(1, np.int64)
+NOWHERE = address_of(_nothing)  # the place of the address 0
 
 
 class Pass(NamedTuple):
@@ -259,10 +266,10 @@ class Task(NamedTuple):
 
 
 class Parameter(NamedTuple):
-    """Weight or bias for the loops: an array in computing precision, its address, strides over samples and channels."""
+    """Weight or bias for the loops: an array in computing precision, its place, strides over samples and channels."""
 
     array: np.ndarray
-    address: int
+    place: int
     of_n: int
     of_c: int
 
@@ -271,14 +278,14 @@ class Parameter(NamedTuple):
 def no_parameter(name: str, dtype: np.dtype) -> Parameter:
     """Return the weight or the bias of calls without one."""
     array = np.full(1, name == "weight", dtype)
-    return Parameter(array, address_of(array), 0, 0)
+    return Parameter(array, place_of(array), 0, 0)
 
 
 class CompiledWork(Work):
     """The steps as compiled loops over planes, or over groups of channels side by side."""
 
-    def __init__(self, call: Saved, layout: Layout, addresses: tuple[int, ...]):
-        self.call, self.layout, self.addresses = call, layout, addresses
+    def __init__(self, call: Saved, layout: Layout, arrays: Arrays):
+        self.call, self.layout, self.arrays = call, layout, arrays
         self.blocks, self.tiles = layout.blocks, layout.tiles
         self.threads = get_num_threads() if layout.pays else 1
         self.dtype = call.rstd.dtype
@@ -305,7 +312,7 @@ class CompiledWork(Work):
         if given is None:
             return no_parameter(name, self.dtype)
         array = np.ascontiguousarray(given, self.dtype)
-        return Parameter(array, address_of(array), 0 if array.ndim == 1 else array.shape[1], 1)
+        return Parameter(array, place_of(array), 0 if array.ndim == 1 else array.shape[1], 1)
 
     def _numbers(
         self, steps: Steps, *, eps: float = 0.0, variance: np.ndarray | None = None,
@@ -315,19 +322,26 @@ class CompiledWork(Work):
 
         sums: of g, and of g * xhat, of each plane, in computing precision or in float64.
         """
-        call, layout, addresses = self.call, self.layout, self.addresses
+        call, layout, (x, result, dy, residual, dresidual) = self.call, self.layout, self.arrays
         weight, bias = self._parameter("weight"), self._parameter("bias")
         mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
-        self.kept = weight, bias, mean_lo  # while the loops use their addresses
-        sum_g, sum_g_xhat = (0, 0) if sums is None else map(address_of, sums)
+        self.kept = weight, bias, mean_lo  # while the loops use them
+        place = id(x) + _HEADER
+        sum_g, sum_g_xhat = (NOWHERE, NOWHERE) if sums is None else map(place_of, sums)
         return FORMAT.pack(
-            layout.geometry_address, *addresses, *weight[1:], *bias[1:], address_of(call.mean), address_of(mean_lo),
-            address_of(call.rstd), 0 if variance is None else address_of(variance), address_of(self.partials),
-            self.partials.shape[1],
-            sum_g, sum_g_xhat, sums is not None and sums[0].dtype != self.dtype,
-            layout.streams and addresses[RESULT] not in (addresses[0], *addresses[2:4]),
-            eps, least_mean_square(eps), call.negative_slope, *steps[:3], driver().whole_address,
+            layout.geometry_address, place, id(result) + _HEADER, place if dy is None else id(dy) + _HEADER,
+            place if residual is None else id(residual) + _HEADER,
+            place if dresidual is None else id(dresidual) + _HEADER, *weight[1:], *bias[1:], id(call.mean) + _HEADER,
+            id(mean_lo) + _HEADER, id(call.rstd) + _HEADER, NOWHERE if variance is None else id(variance) + _HEADER,
+            id(self.partials) + _HEADER, self.partials.shape[1], sum_g, sum_g_xhat,
+            sums is not None and sums[0].dtype != self.dtype, layout.streams and self._streams(), eps,
+            least_mean_square(eps), call.negative_slope, *steps[:3], driver().whole_address,
         )  # fmt: skip
+
+    def _streams(self) -> bool:
+        """Return whether results may bypass the caches: not if they replace an input, whose lines are there."""
+        result = address_of(self.arrays.result)
+        return all(each is None or address_of(each) != result for each in (self.arrays.x, *self.arrays[2:4]))
 
     def share(self, step: Task, count: int) -> None:
         """The loops take tasks from a queue: a late helper, or a slow thread, takes fewer."""
@@ -448,13 +462,9 @@ def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:
         None if dresidual is None else dresidual.strides,
     )  # fmt: skip
     layout = layout_of(x.dtype, x.shape, strides)
-    if not layout.usable:
+    aligned = x.flags.aligned and result.flags.aligned
+    for each in (dy, residual, dresidual):
+        aligned = aligned and (each is None or each.flags.aligned)
+    if not (layout.usable and aligned):
         return None
-    a = address_of(x)
-    addresses = (
-        a, address_of(result), a if dy is None else address_of(dy), a if residual is None else address_of(residual),
-        a if dresidual is None else address_of(dresidual),
-    )  # fmt: skip
-    if (a | addresses[1] | addresses[2] | addresses[3] | addresses[4]) % layout.itemsize:
-        return None
-    return (MovedWork if layout.windows else CompiledWork)(call, layout, addresses)
+    return (MovedWork if layout.windows else CompiledWork)(call, layout, arrays)

@@ -50,21 +50,22 @@ GEOMETRY = (
     "counts",  # address of the number of elements of each tile
     *(f"{array}_{axis}" for array in ARRAYS for axis in ("n", "c", "p")),  # strides over samples, channels, positions
 )  # fmt: skip
-#: The numbers of a call, each with its struct format: q an integer or an address, d a float64.
+#: The numbers of a call, each with its kind: q an integer, d a float64, a an array's place: the address of its address.
+#: An array object in Python has its data's address in itself: it is quicker to leave looking there to the loops.
 CALL = {
     "geometry": "q",  # its address
-    **{array: "q" for array in ARRAYS},  # addresses; an absent one is x, and not accessed
-    "weight": "q", "weight_n": "q", "weight_c": "q", "bias": "q", "bias_n": "q", "bias_c": "q",  # addresses, strides
-    "mean": "q", "mean_lo": "q", "rstd": "q",  # addresses of (N, C)
-    "variance": "q",  # the same; 0 if it is not wanted
-    "partials": "q", "spread": "q",  # address of partial sums, (sums, items, group); elements of one
-    "sum_g": "q", "sum_g_xhat": "q",  # addresses of (N, C)
+    **{array: "a" for array in ARRAYS},  # an absent one is x, and not accessed
+    "weight": "a", "weight_n": "q", "weight_c": "q", "bias": "a", "bias_n": "q", "bias_c": "q",  # and their strides
+    "mean": "a", "mean_lo": "a", "rstd": "a",  # (N, C)
+    "variance": "a",  # the same; the address is 0 if it is not wanted
+    "partials": "a", "spread": "q",  # partial sums, (sums, items, group), and the elements of one of the sums
+    "sum_g": "a", "sum_g_xhat": "a",  # (N, C)
     "wide": "q",  # 1 if these two are float64
     "streams": "q",  # 1 if results bypass the caches
     "eps": "d", "least": "d", "slope": "d",  # slope: negative_slope
     "reduce": "q", "join": "q", "apply": "q", "whole": "q",  # addresses of steps
 }  # fmt: skip
-FORMAT = struct.Struct("=" + "".join(CALL.values()))
+FORMAT = struct.Struct("=" + "".join(CALL.values()).replace("a", "q"))
 
 
 class Element(NamedTuple):
@@ -123,7 +124,8 @@ class Numbers:
         self.code, self.kind = code, kind
         words, floats = call.of(INT), call.of(DOUBLE)
         for i, (name, form) in enumerate(CALL.items()):
-            setattr(self, name, (floats if form == "d" else words).load(i))
+            value = (floats if form == "d" else words).load(i)
+            setattr(self, name, code.memory(value, INT).load(0) if form == "a" else value)
         geometry = code.memory(self.geometry, INT)
         for i, name in enumerate(GEOMETRY):
             setattr(self, name, geometry.load(i))

@@ -131,7 +131,7 @@ def test_tiles_are_merged(rng: np.random.Generator, cut: Cut, wanted: bool) -> N
         statistics: Any = {"mean": mean, "mean_lo": mean_lo, "rstd": rstd}
         run_step(
             forward, cut, Arrays(nothing, nothing), first, last, partials=partials, eps=0.5,
-            variance=variance if wanted else 0, **statistics,
+            **({"variance": variance} if wanted else {}), **statistics,
         )  # fmt: skip
         nearest = exact.mean(-1).astype(np.float32)
         assert_equal(mean, np.where(merged, nearest, 7))

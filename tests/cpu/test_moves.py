@@ -226,7 +226,8 @@ def test_a_step_gets_the_windows_of_each_plane_once(
         for plane in range(first, last):
             n, c = divmod(plane, 5)
             for i, (name, array) in enumerate(zip(Arrays._fields, before, strict=True)):
-                at = given[name] + 4 * (n * inner[f"{name}_n"] + c * inner[f"{name}_c"])
+                address = ctypes.c_int64.from_address(given[name]).value
+                at = address + 4 * (n * inner[f"{name}_n"] + c * inner[f"{name}_c"])
                 window = np.frombuffer((ctypes.c_char * (4 * 42)).from_address(at), np.float32)
                 if name in ("result", "dresidual"):
                     window[:] = plane + i
@@ -249,7 +250,7 @@ def test_a_step_gets_the_windows_of_each_plane_once(
         start = -(-buffer.ctypes.data // 64) * 64
         numbers = call.pack(*(
             layout.geometry_address if name == "geometry" else
-            getattr(arrays, name).ctypes.data if name in Arrays._fields else 0 for name in names
+            loops_path.place_of(getattr(arrays, name)) if name in Arrays._fields else 0 for name in names
         ))  # fmt: skip
         loops_tasks.driver().go_through(
             address, numbers, queue.address, worker, threads, words.ctypes.data, start, size, 4, reads, writes

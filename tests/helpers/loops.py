@@ -90,17 +90,18 @@ def run_step(
     """Call a step on the items first … last - 1 of a call.
 
     cut: a Cut or a Layout. arrays: contiguous memory, or views; x stands for absent ones. numbers: of CALL; an array
-    means its address. What is not given is 0, and weight and bias are 1 and 0, in float32, for all planes.
+    means its place. What is not given is 0, and weight and bias are 1 and 0, in float32, for all planes.
     """
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     partials = numbers.get("partials")
     given = {
-        **dict.fromkeys(loops_places.CALL, 0), "geometry": cut.geometry_address, "weight": one, "bias": zero,
+        **{name: loops_path.NOWHERE if kind == "a" else 0 for name, kind in loops_places.CALL.items()},
+        "geometry": cut.geometry_address, "weight": one, "bias": zero,
         **{name: arrays.x if a is None else a for name, a in arrays._asdict().items()},
         **({} if partials is None else {"spread": partials.shape[1]}), **numbers,
     }  # fmt: skip
     assert set(given) == set(loops_places.CALL)
-    values = [a.ctypes.data if isinstance(a, np.ndarray) else a for a in given.values()]
+    values = [loops_path.place_of(a) if isinstance(a, np.ndarray) else a for a in given.values()]
     llvm_machine.Step(address)(loops_places.FORMAT.pack(*values), first, last, follows)
 
 

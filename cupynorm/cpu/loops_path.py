@@ -362,12 +362,12 @@ class CompiledWork(Work):
 
     def _pass(self, steps: Steps, numbers: bytes, reads: int) -> None:
         """Do the steps of a pass; reads: how many arrays the step reduce reads."""
-        whole = Task(steps.short or driver().whole_address, numbers)
-        if self.threads == 1:
-            self.share(whole, self.blocks)
+        whole = steps.short or driver().whole_address
+        if self.threads == 1:  # at once: the calls on small arrays come here
+            _function_of(whole)(numbers, 0, self.blocks, 0)
             return
         reduce, apply = Task(steps.reduce, numbers, reads, False), Task(steps.apply, numbers)
-        self.run(reduce, self._join(steps, numbers), apply, whole)
+        self.run(reduce, self._join(steps, numbers), apply, Task(whole, numbers))
 
     def _join(self, steps: Steps, numbers: bytes) -> Callable[[int, int], None]:
         join = _function_of(steps.join)

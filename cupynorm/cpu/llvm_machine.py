@@ -32,7 +32,7 @@ SOURCES = (
     "loops_forward.py", "loops_moves.py", "loops_places.py", "loops_short.py", "loops_tasks.py",
 )  # fmt: skip
 #: The least version whose LLVM has what `llvm` writes.
-LEAST_VERSION = (0, 50)
+LEAST_VERSION = (0, 45)
 
 #: Held while compiling; forks wait for it.
 lock = threading.RLock()

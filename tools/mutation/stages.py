@@ -135,7 +135,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     if name in ("cpu", "blocking", "gelu") or name.startswith("numpy_"):
         double = "double" if name == "numpy_double" else "not double"
         numpy = [chosen("cases", f"numpy and {double} and float32"), own[0], chosen("cases", "numpy"), *own[1:]]
-        return [*numpy, compiled("cpu", "without_llvmlite")] if name == "cpu" else numpy
+        return [*numpy, chosen("compiling", "llvmlite")] if name == "cpu" else numpy
     if mutant.file in BACKENDS:  # of CUDA
         emulated = [
             chosen("cases", "simt and float32 and (table or small)"), chosen("simt", "launches or reach"),
@@ -150,8 +150,9 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
 def _loop_stages(name: str, scope: str) -> list[tuple[str, ...]]:
     small = chosen("cases", "test_small and compiled and float32")
     own = {
-        "llvm": ["llvm"], "loops_moves": ["moves"], "windows": ["moves"], "loops_path": ["choices", "cpu"],
-    }.get(name, ["choices"])  # fmt: skip
+        "llvm": ["llvm"], "loops_moves": ["moves"], "windows": ["moves"], "loops_path": ["loops_layouts"],
+        "loops_tasks": ["loops_tasks"], "loops_short": ["loops_short"], "loops_across": ["loops_short"],
+    }.get(name, ["loops_sums"])  # fmt: skip
     if scope == "MovedWork":
         own = ["moves"]
     return [

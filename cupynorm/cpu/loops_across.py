@@ -77,37 +77,52 @@ def _each_group(numbers: Numbers, first: Value, last: Value, names: Sequence[str
         yield Group(start, number, places, *(room.load(0, PLANES) for room in given.values()))
 
 
-def _take(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
-    """Copy planes of an array to a buffer, in computing precision: position by position."""
-    code, kind, size = numbers.code, numbers.kind, numbers.length
+def _go_through(
+    numbers: Numbers, name: str, group: Group, block: Callable[[list[Memory], Value, int], None],
+    single: Callable[[Memory, Value, int], None],
+) -> None:  # fmt: skip
+    """Go through the group's planes of an array: by block(BLOCK planes, the first of BLOCK positions, the number of the
+    first plane), the last block overlapping the one before it; planes too short for that by single(plane, position, the
+    plane's number)."""
+    code, size = numbers.code, numbers.length
     for some in range(0, PLANES, BLOCK):
-        rows = [code.memory(group.places[name].load(some + j), kind.element.stored) for j in range(BLOCK)]
-        if kind.lanes >= BLOCK:
+        rows = [code.memory(group.places[name].load(some + j), numbers.kind.element.stored) for j in range(BLOCK)]
+        if numbers.kind.lanes >= BLOCK:
             with code.loop(0, size, BLOCK) as first:
-                at = least(first, size - BLOCK)
-                for i, column in enumerate(transposed_block([row.load(at, BLOCK) for row in rows])):
-                    buffer.store((at + i) * PLANES + some, kind.element.widen(column))
+                block(rows, least(first, size - BLOCK), some)
         else:
             with code.loop(0, size) as position:
                 for j, row in enumerate(rows, some):
-                    buffer.store(position * PLANES + j, kind.element.widen(row.load(position)))
+                    single(row, position, j)
+
+
+def _take(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
+    """Copy planes of an array to a buffer, in computing precision: position by position."""
+    widen = numbers.kind.element.widen
+
+    def block(rows: list[Memory], at: Value, some: int) -> None:
+        for i, column in enumerate(transposed_block([row.load(at, BLOCK) for row in rows])):
+            buffer.store((at + i) * PLANES + some, widen(column))
+
+    def single(row: Memory, at: Value, j: int) -> None:
+        buffer.store(at * PLANES + j, widen(row.load(at)))
+
+    _go_through(numbers, name, group, block, single)
 
 
 def _put(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
     """Copy results from a buffer to the planes of an array."""
-    code, kind, size = numbers.code, numbers.kind, numbers.length
-    for some in range(0, PLANES, BLOCK):
-        rows = [code.memory(group.places[name].load(some + j), kind.element.stored) for j in range(BLOCK)]
-        if kind.lanes >= BLOCK:
-            with code.loop(0, size, BLOCK) as first:
-                at = least(first, size - BLOCK)
-                columns = [kind.element.narrow(buffer.load((at + i) * PLANES + some, BLOCK)) for i in range(BLOCK)]
-                for row, values in zip(rows, transposed_block(columns), strict=True):
-                    row.store(at, values)
-        else:
-            with code.loop(0, size) as position:
-                for j, row in enumerate(rows, some):
-                    row.store(position, kind.element.narrow(buffer.load(position * PLANES + j)))
+    narrow = numbers.kind.element.narrow
+
+    def block(rows: list[Memory], at: Value, some: int) -> None:
+        columns = [narrow(buffer.load((at + i) * PLANES + some, BLOCK)) for i in range(BLOCK)]
+        for row, values in zip(rows, transposed_block(columns), strict=True):
+            row.store(at, values)
+
+    def single(row: Memory, at: Value, j: int) -> None:
+        row.store(at, narrow(buffer.load(at * PLANES + j)))
+
+    _go_through(numbers, name, group, block, single)
 
 
 def _total(parts: list[Value]) -> Value:
@@ -131,9 +146,10 @@ def _sums(numbers: Numbers, terms: Callable[[Value], Sequence[tuple[Value, Value
 def _store(numbers: Numbers, group: Group, skipped: Value | None = None, **values: Value) -> None:
     """Store numbers of the planes, except skipped ones, in the call's arrays of these names."""
     code, computing = numbers.code, numbers.kind.element.computing
-    with code.choice(
-        (group.number == PLANES) & (~skipped.any() if skipped is not None else group.number == PLANES)
-    ) as (all_of_them, some):
+    complete = group.number == PLANES
+    if skipped is not None:
+        complete = complete & ~skipped.any()
+    with code.choice(complete) as (all_of_them, some):
         with all_of_them:
             for name, value in values.items():
                 numbers.of_planes(name).store(group.start, value)

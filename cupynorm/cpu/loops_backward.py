@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least, vector, where
+from .llvm import DOUBLE, INT, MEMORY, Memory, Module, Value, fused, least, vector, where
 from .loops_activations import times_slope
-from .loops_forward import PARTIAL_CHANNELS, STEP, stream_out_of, stream_row
+from .loops_forward import PARTIAL_CHANNELS, STEP, stream_out_of, write_row
 from .loops_places import (
     LINE,
     PARTIAL,
@@ -22,6 +22,7 @@ from .loops_places import (
     Product,
     Sums,
     Table,
+    each_channel,
     each_item,
     each_vector,
     map_row,
@@ -124,27 +125,21 @@ def _join(module: Module, kind: Kind) -> None:
     with module.function("join", *STEP, exported=True) as (code, call, first, last, _):
         numbers = Numbers(code, call, kind)
         planes = Planes(numbers)
-        tiles, group = numbers.tiles, numbers.group
         parts = [numbers.sums_of(i) for i in range(2)]
-        groups = (numbers.channels + group - 1) // group
-        with code.loop(first, last) as block:
-            n = block // groups
-            c = (block - n * groups) * group
-            with code.loop(0, least(group, numbers.channels - c)) as j:
-                at = block * tiles * group + j
-                total, dot = (code.variable(code.number(DOUBLE, 0)) for _ in range(2))
-                with code.loop(0, tiles) as tile:
-                    for variable, part in zip((total, dot), parts, strict=True):
-                        variable.add(part.load(at + tile * group))
-                mean, mean_lo, rstd = planes.statistics(n, c + j)
-                unit, r = unit_of(mean, rstd)
-                with_xhat = (dot.get() - total.get() * (mean_lo * unit).to(DOUBLE)) * r.to(DOUBLE)
-                plane = n * numbers.channels + c + j
-                with code.choice(numbers.wide != 0) as (wide, narrow):
-                    for case, stored in ((wide, DOUBLE), (narrow, computing)):
-                        with case:
-                            code.memory(numbers.sum_g, stored).store(plane, total.get().to(stored))
-                            code.memory(numbers.sum_g_xhat, stored).store(plane, with_xhat.to(stored))
+        with each_channel(numbers, first, last) as (at, n, c):
+            total, dot = (code.variable(code.number(DOUBLE, 0)) for _ in range(2))
+            with code.loop(0, numbers.tiles) as tile:
+                for variable, part in zip((total, dot), parts, strict=True):
+                    variable.add(part.load(at + tile * numbers.group))
+            mean, mean_lo, rstd = planes.statistics(n, c)
+            unit, r = unit_of(mean, rstd)
+            with_xhat = (dot.get() - total.get() * (mean_lo * unit).to(DOUBLE)) * r.to(DOUBLE)
+            plane = n * numbers.channels + c
+            with code.choice(numbers.wide != 0) as (wide, narrow):
+                for case, stored in ((wide, DOUBLE), (narrow, computing)):
+                    with case:
+                        code.memory(numbers.sum_g, stored).store(plane, total.get().to(stored))
+                        code.memory(numbers.sum_g_xhat, stored).store(plane, with_xhat.to(stored))
 
 
 def gradient_sums(module: Module, kind: Kind) -> None:
@@ -161,13 +156,13 @@ def slope_and_constant(
     return slope, -(sum_g / count) - mean_lo * unit * slope
 
 
-def _slopes(code: Code, numbers: Numbers, kind: Kind, planes: Planes, n: Value, c: Value) -> tuple[Value, Value]:
+def _slopes(planes: Planes, n: Value, c: Value) -> tuple[Value, Value]:
     """Return slope and constant of a plane."""
-    computing, at = kind.element.computing, n * numbers.channels + c
-    sums = [code.memory(getattr(numbers, name), computing).load(at) for name in ("sum_g", "sum_g_xhat")]
+    numbers = planes.numbers
+    sums = [numbers.of_planes(name).load(n * numbers.channels + c) for name in ("sum_g", "sum_g_xhat")]
     mean, mean_lo, rstd = planes.statistics(n, c)
     unit, r = unit_of(mean, rstd)
-    return slope_and_constant(numbers.plane.to(computing), unit, r, mean_lo, *sums)
+    return slope_and_constant(numbers.plane.to(r.kind), unit, r, mean_lo, *sums)
 
 
 def gradient_results(
@@ -220,7 +215,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
         with each_item(numbers, first, last, tiles_backwards=True) as item:
             tile = tile_of(numbers, item.tile)
             values, _ = planes.coefficients(item.n, item.c)
-            further = _slopes(code, numbers, kind, planes, item.n, item.c) if kind.training else (slope, slope)
+            further = _slopes(planes, item.n, item.c) if kind.training else (slope, slope)
             with code.loop(tile.r0, tile.r1) as r:
                 run = {name: each.at(tile.l0) for name, each in _run(numbers, (*INPUTS, *OUTPUTS), item, r).items()}
 
@@ -228,11 +223,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
                     x, dy, residual, dresidual = (run[name].at(lo) for name in (*INPUTS, "dresidual"))
                     code.call(row, x, dy, residual, target, dresidual, count, *away, slope, *values, *further)
 
-                with code.choice(numbers.streams != 0) as (streams, stays):
-                    with streams:
-                        stream_row(code, kind, stream_out, run["result"], tile.length, buffer, compute)
-                    with stays:
-                        compute(run["result"], 0, tile.length)
+                write_row(numbers, stream_out, run["result"], tile.length, buffer, compute)
 
 
 def _apply_channels(module: Module, kind: Kind) -> None:
@@ -248,7 +239,7 @@ def _apply_channels(module: Module, kind: Kind) -> None:
             set_coefficients(table, planes, item)
             if kind.training:
                 with code.loop(0, item.width) as j:
-                    values = _slopes(code, numbers, kind, planes, item.n, item.c + j)
+                    values = _slopes(planes, item.n, item.c + j)
                     further.store(j, slope=values[0], constant=values[1])
             tile = tile_of(numbers, item.tile)
             with code.loop(tile.r0, tile.r1) as r:

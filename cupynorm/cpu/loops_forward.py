@@ -7,6 +7,7 @@ apply). Short planes have loops of their own, in loops_short and loops_across.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least, sqrt, vector, where
@@ -23,6 +24,7 @@ from .loops_places import (
     Sums,
     Table,
     Tile,
+    each_channel,
     each_item,
     each_vector,
     map_row,
@@ -81,6 +83,27 @@ def _outside(sum_sq: Value, lowest: Value) -> Value:
     return ~((sum_sq >= lowest) & (sum_sq < math.inf))
 
 
+def _store_moments(
+    numbers: Numbers, call: Memory, fallback: Any, found: Memory, sums: tuple[Value, ...], count: Value,
+    located: tuple[Any, ...], at: Value,
+) -> None:  # fmt: skip
+    """Store mean, mean_lo and m2 of a tile among the partial sums, at `at`.
+
+    sums: the mean and mean_lo about which was summed, and the sums of what is left and of its squares. fallback: the
+    function of `_moments_float64`, for tiles that float32 cannot hold. located: its arguments that say where the tile
+    is. found: room for three numbers.
+    """
+    code, (mean, mean_lo, total, sum_sq) = numbers.code, sums
+    excess = total / count
+    found.store(0, mean.to(DOUBLE))
+    found.store(1, mean_lo.to(DOUBLE) + excess)
+    found.store(2, sum_sq - total * excess)
+    with code.when(_outside(sum_sq, numbers.least * count), likely=False):
+        code.call(fallback, call, *located, found)
+    for i in range(3):
+        numbers.sums_of(i).store(numbers.sums + at, found.load(i))
+
+
 def _reduce_rows(module: Module, kind: Kind) -> None:
     """Write the step that sets mean, mean_lo and m2 of tiles.
 
@@ -92,14 +115,11 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
     fallback = _moments_float64(module, kind)
     with module.function("reduce", *STEP, exported=True) as (code, call, first, last, near):
         numbers = Numbers(code, call, kind)
-        found = code.room(DOUBLE, 3)
+        store = partial(_store_moments, numbers, call, fallback, code.room(DOUBLE, 3))
         with each_item(numbers, first, last) as item:
             offset = numbers.start("x", item.n, item.c)
-            x, runs, tile = (
-                numbers.array("x").at(offset),
-                numbers.runs_of("x"),
-                tile_of(numbers, item.tile),
-            )
+            x, runs = numbers.array("x").at(offset), numbers.runs_of("x")
+            tile = tile_of(numbers, item.tile)
             count = tile.size.to(DOUBLE)
             guess = code.number(vector(DOUBLE, lanes), 0)
             for i in range(GUESS_PLACES):
@@ -128,14 +148,7 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
                     mean.add(excess.to(element.computing))
                 with code.when(attempt == 1):
                     mean_lo.set(excess.to(element.computing))
-            excess = total.get() / count
-            found.store(0, mean.get().to(DOUBLE))
-            found.store(1, mean_lo.get().to(DOUBLE) + excess)
-            found.store(2, sum_sq.get() - total.get() * excess)
-            with code.when(_outside(sum_sq.get(), numbers.least * count), likely=False):
-                code.call(fallback, call, offset, 1, item.tile, found)
-            for i in range(3):
-                numbers.sums_of(i).store(numbers.sums + item.number, found.load(i))
+            store((mean.get(), mean_lo.get(), total.get(), sum_sq.get()), count, (offset, 1, item.tile), item.number)
 
 
 def _reduce_channels(module: Module, kind: Kind) -> None:
@@ -145,17 +158,14 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
     fallback = _moments_float64(module, kind)
     with module.function("reduce", *STEP, exported=True) as (code, call, first, last, _):
         numbers = Numbers(code, call, kind)
-        found = code.room(DOUBLE, 3)
+        store = partial(_store_moments, numbers, call, fallback, code.room(DOUBLE, 3))
         near = Table(code, element.computing, ("mean", "mean_lo"), WIDEST_GROUP)
         sums = Table(code, DOUBLE, ("total", "sum_sq"), WIDEST_GROUP)
         step = numbers.x_p
         with each_item(numbers, first, last) as item:
             offset = numbers.start("x", item.n, item.c)
-            x, runs, tile = (
-                numbers.array("x").at(offset),
-                numbers.runs_of("x"),
-                tile_of(numbers, item.tile),
-            )
+            x, runs = numbers.array("x").at(offset), numbers.runs_of("x")
+            tile = tile_of(numbers, item.tile)
             count = tile.size.to(DOUBLE)
             with each_vector(code, item.width, lanes) as (j, _):
                 guess = code.number(wide, 0)
@@ -200,15 +210,8 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
             with code.loop(0, item.width) as j:
                 total, sum_sq = (room.load(j) for room in sums.rooms.values())
                 mean, mean_lo = (room.load(j) for room in near.rooms.values())
-                excess = total / count
-                found.store(0, mean.to(DOUBLE))
-                found.store(1, mean_lo.to(DOUBLE) + excess)
-                found.store(2, sum_sq - total * excess)
-                with code.when(_outside(sum_sq, numbers.least * count), likely=False):
-                    code.call(fallback, call, offset + j, step, item.tile, found)
-                for i in range(3):
-                    at = numbers.sums + item.number * numbers.group + j
-                    numbers.sums_of(i).store(at, found.load(i))
+                at = item.number * numbers.group + j
+                store((mean, mean_lo, total, sum_sq), count, (offset + j, step, item.tile), at)
 
 
 def _join(module: Module, kind: Kind) -> None:
@@ -221,37 +224,29 @@ def _join(module: Module, kind: Kind) -> None:
         numbers = Numbers(code, call, kind)
         means, means_lo, m2s = (numbers.sums_of(i) for i in range(3))
         counts = code.memory(numbers.counts, INT)
-        tiles, group = numbers.tiles, numbers.group
-        outputs = {
-            name: code.memory(getattr(numbers, name), computing) for name in ("mean", "mean_lo", "rstd", "variance")
-        }
+        outputs = {name: numbers.of_planes(name) for name in ("mean", "mean_lo", "rstd", "variance")}
         # A whole plane has plane elements; in a window it is also the only tile.
-        first_count = where(tiles == 1, numbers.plane, counts.load(0))
-        groups = (numbers.channels + group - 1) // group
-        with code.loop(first, last) as block:
-            n = block // groups
-            c = (block - n * groups) * group
-            with code.loop(0, least(group, numbers.channels - c)) as j:
-                at = block * tiles * group + j
-                start = means.load(at)
-                pooled, m2 = code.variable(means_lo.load(at)), code.variable(m2s.load(at))
-                count = code.variable(first_count.to(DOUBLE))
-                with code.loop(1, tiles) as tile:
-                    there = at + tile * group
-                    more = counts.load(tile).to(DOUBLE)
-                    share = more / (count.get() + more)
-                    distance = (means.load(there) - start) + means_lo.load(there) - pooled.get()
-                    pooled.add(distance * share)
-                    m2.add(m2s.load(there) + distance * distance * (count.get() * share))
-                    count.add(more)
-                var = where(m2.get() <= 0, 0.0, m2.get() / numbers.plane.to(DOUBLE))  # NaN stays
-                plane = n * numbers.channels + c + j
-                mean = (start + pooled.get()).to(computing)
-                outputs["mean"].store(plane, mean)
-                outputs["mean_lo"].store(plane, ((start - mean.to(DOUBLE)) + pooled.get()).to(computing))
-                outputs["rstd"].store(plane, (1 / sqrt(var + numbers.eps)).to(computing))
-                with code.when(numbers.variance != 0):
-                    outputs["variance"].store(plane, var.to(computing))
+        first_count = where(numbers.tiles == 1, numbers.plane, counts.load(0))
+        with each_channel(numbers, first, last) as (at, n, c):
+            start = means.load(at)
+            pooled, m2 = code.variable(means_lo.load(at)), code.variable(m2s.load(at))
+            count = code.variable(first_count.to(DOUBLE))
+            with code.loop(1, numbers.tiles) as tile:
+                there = at + tile * numbers.group
+                more = counts.load(tile).to(DOUBLE)
+                share = more / (count.get() + more)
+                distance = (means.load(there) - start) + means_lo.load(there) - pooled.get()
+                pooled.add(distance * share)
+                m2.add(m2s.load(there) + distance * distance * (count.get() * share))
+                count.add(more)
+            var = where(m2.get() <= 0, 0.0, m2.get() / numbers.plane.to(DOUBLE))  # NaN stays
+            plane = n * numbers.channels + c
+            mean = (start + pooled.get()).to(computing)
+            outputs["mean"].store(plane, mean)
+            outputs["mean_lo"].store(plane, ((start - mean.to(DOUBLE)) + pooled.get()).to(computing))
+            outputs["rstd"].store(plane, (1 / sqrt(var + numbers.eps)).to(computing))
+            with code.when(numbers.variance != 0):
+                outputs["variance"].store(plane, var.to(computing))
 
 
 def statistics(module: Module, kind: Kind) -> None:
@@ -302,7 +297,16 @@ def stream_out_of(module: Module, kind: Kind) -> Any:
         return code.function
 
 
-def stream_row(
+def write_row(numbers: Numbers, stream_out: Any, target: Memory, size: Value, buffer: Memory, compute: Any) -> None:
+    """Compute a row of results, past the caches if the call says so. compute: as in `_stream_row`."""
+    with numbers.code.choice(numbers.streams != 0) as (streams, stays):
+        with streams:
+            _stream_row(numbers.code, numbers.kind, stream_out, target, size, buffer, compute)
+        with stays:
+            compute(target, 0, size)
+
+
+def _stream_row(
     code: Code, kind: Kind, stream_out: Any, target: Memory, size: Value, buffer: Memory, compute: Any
 ) -> None:
     """Compute a row of results in parts in a buffer, and stream them to the target.
@@ -345,11 +349,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
                 def compute(target: Memory, lo: Any, count: Value, x: Memory = x, residual: Memory = residual) -> None:
                     code.call(row, x.at(lo), residual.at(lo), target, count, away, slope, *values)
 
-                with code.choice(numbers.streams != 0) as (streams, stays):
-                    with streams:
-                        stream_row(code, kind, stream_out, y, tile.length, buffer, compute)
-                    with stays:
-                        compute(y, 0, tile.length)
+                write_row(numbers, stream_out, y, tile.length, buffer, compute)
 
 
 def _apply_channels(module: Module, kind: Kind) -> None:

@@ -326,7 +326,7 @@ class CompiledWork(Work):
         weight, bias = self._parameter("weight"), self._parameter("bias")
         mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
         self.kept = weight, bias, mean_lo  # while the loops use them
-        place = id(x) + _HEADER
+        place = id(x) + _HEADER  # as place_of; eight calls of it would take half a microsecond
         sum_g, sum_g_xhat = (NOWHERE, NOWHERE) if sums is None else map(place_of, sums)
         return FORMAT.pack(
             layout.geometry_address, place, id(result) + _HEADER, place if dy is None else id(dy) + _HEADER,

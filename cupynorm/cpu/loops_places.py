@@ -31,7 +31,7 @@ from .llvm import (
 
 #: A call's arrays, in the order of blocking.Arrays.
 ARRAYS = ("x", "result", "dy", "residual", "dresidual")
-RESULT, DRESIDUAL = RESULTS = 1, 4  # the numbers of those that a call writes
+RESULTS = 1, 4  # which of these a call writes, counted from 0
 
 PARTIAL = 512  # elements summed in computing precision; these sums are added in float64
 AHEAD = 4096  # elements by which prefetching is ahead of the sums, even beyond the end of a plane
@@ -206,6 +206,18 @@ def each_item(numbers: Numbers, first: Value, last: Value, *, tiles_backwards: b
         c = (block - n * groups) * numbers.group
         width = least(numbers.group, numbers.channels - c)
         yield Item(number, n, c, width, number - block * numbers.tiles)
+
+
+@contextmanager
+def each_channel(numbers: Numbers, first: Value, last: Value) -> Iterator[tuple[Value, Value, Value]]:
+    """Go through the channels of blocks: where the sums of the first tile are, the sample and the channel."""
+    code, group = numbers.code, numbers.group
+    groups = (numbers.channels + group - 1) // group
+    with code.loop(first, last) as block:
+        n = block // groups
+        c = (block - n * groups) * group
+        with code.loop(0, least(group, numbers.channels - c)) as j:
+            yield block * numbers.tiles * group + j, n, c + j
 
 
 class Coefficients(NamedTuple):

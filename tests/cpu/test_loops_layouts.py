@@ -1,4 +1,4 @@
-"""Which arrays the compiled loops read in place, where they find the elements, and what is kept of a layout."""
+"""Layouts of the compiled loops: which arrays are read in place, where their elements are, which layouts are cached."""
 
 from __future__ import annotations
 

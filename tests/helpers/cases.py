@@ -158,18 +158,17 @@ def check(
 
     w, b = of_planes(weight_, 1), of_planes(bias_, 0)
     r = 0 if residual_ is None else np.abs(reference.wide(residual_))
-    over = (slice(None), *(None,) * (len(case.shape) - 2))
     epilogue = {"activation": case.activation, "negative_slope": SLOPE}
 
     for training in trainings or modes(case):
         running = None if training else (mean_, var_)
         options = {} if training else {"use_input_stats": False}
-        xhat = reference.forward(x_, running=running)
-        z = reference.before_activation(x_, weight_, bias_, running=running, residual=residual_)
-        scale = np.maximum(np.abs(xhat), 1) * w + b + r
+        exact = reference.Exact(x_, weight_, bias_, running=running, residual=residual_, **epilogue)
+        xhat = np.abs(exact.xhat)
+        scale = np.maximum(xhat, 1) * w + b + r
         # Leave out elements for which rounding decides on which side of a kink they are.
         if case.activation in ("relu", "leaky_relu"):
-            dy_[np.abs(z) <= 4 * (compute + storage * (case.dtype == "float64")) * scale] = 0
+            dy_[np.abs(exact.z) <= 4 * (compute + storage * (case.dtype == "float64")) * scale] = 0
         dy = backend.array(dy_)
         y, dx, dweight, dbias, *dresidual = run(
             x, dy, residual, weight=weight, bias=bias, running_mean=mean, running_var=var, momentum=0.3, eps=1e-5,
@@ -178,30 +177,26 @@ def check(
         assert y.dtype == dx.dtype == x.dtype
         y, dx = backend.host(y), backend.host(dx)
 
-        expected = reference.forward(x_, weight_, bias_, running=running, residual=residual_, **epilogue)
-        within(y, expected, 1.2 * scale, storage + compute, f"y, {training=}")
+        within(y, exact.y, 1.2 * scale, storage + compute, f"y, {training=}")
 
-        dx_, dweight_, dbias_, g = reference.backward(
-            dy_, x_, weight_, bias=bias_, running=running, residual=residual_, **epilogue
-        )
-        rstd = 1 / np.sqrt((reference.statistics(x_)[1] if training else reference.wide(var_)[None]) + 1e-5)
+        dx_, dweight_, dbias_, g = exact.backward(dy_)
         axes = tuple(range(2, x_.ndim))
         # A derivative's error is z's error times the derivative's own slope, at most about 1.
         terms_g = np.abs(g) + (np.abs(reference.wide(dy_)) * (1 + scale) if case.activation in ("silu", "gelu") else 0)
         # Each term of dx is rounded, and the terms may cancel.
         terms = terms_g + terms_g.mean(axes, keepdims=True)
-        terms = terms + np.abs(xhat) * (terms_g * np.abs(xhat)).mean(axes, keepdims=True)
+        terms = terms + xhat * (terms_g * xhat).mean(axes, keepdims=True)
         with np.errstate(invalid="ignore"):
             bound = storage + handed + compute
-            within(dx, dx_, terms * rstd[(slice(None), *over)] * w, bound, f"dx, {training=}")
+            within(dx, dx_, terms * exact.rstd * w, bound, f"dx, {training=}")
         if case.affine:
-            sums = ((terms_g * np.abs(xhat), weight), (terms_g, bias))
-            for name, actual, exact, (terms, p) in zip(
+            sums = ((terms_g * xhat, weight), (terms_g, bias))
+            for name, actual, expected, (terms, p) in zip(
                 ("dweight", "dbias"), (dweight, dbias), (dweight_, dbias_), sums, strict=True
             ):
                 assert actual.dtype == params
                 total = terms.sum(axes if p.ndim == 2 else (0, *axes)) + 1e-30
-                within(backend.host(actual), exact, total, param + handed + compute, f"{name}, {training=}")
+                within(backend.host(actual), expected, total, param + handed + compute, f"{name}, {training=}")
         else:
             assert dweight is dbias is None
         if residual is None:
@@ -210,8 +205,8 @@ def check(
             within(backend.host(dresidual[0]), g, terms_g, storage + compute, f"dresidual, {training=}")
 
         if training:
-            m, v = reference.moved(mean_, var_, x_, 0.3)
-            xmean, xvar = (np.abs(a).mean(0) for a in reference.statistics(x_))
+            m, v = exact.moved(mean_, var_, 0.3)
+            xmean, xvar = (np.abs(a).mean(0) for a in exact.statistics)
             # A mean's terms may cancel, so about one rounding of each is allowed, too.
             terms = np.abs(mean_) + xmean + np.sqrt(xvar) / 16
             within(backend.host(mean), m, terms + 1e-30, param + compute, "running_mean")
@@ -257,9 +252,8 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
         exact = reference.double_backward(ddx_, ddweight_, ddbias_, dy_, x_, weight_, running=running)
 
         # Each summand is rounded; g and u after their means are subtracted.
-        xhat = np.abs(reference.forward(x_, running=running))
-        rstd = 1 / np.sqrt((reference.statistics(x_)[1] if training else reference.wide(var_)[None]) + 1e-5)
-        rstd = rstd.reshape(*rstd.shape, *(1,) * len(axes))
+        first = reference.Exact(x_, running=running)
+        xhat, rstd = np.abs(first.xhat), first.rstd
         u, g = reference.wide(ddx_), reference.wide(dy_)
         if training:
             u, g = (np.abs(a - average(a)) for a in (u, g))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +24,6 @@ def statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and biased variance of every plane."""
     axes = tuple(range(2, x.ndim))
     return wide(x).mean(axes), wide(x).var(axes)
-
-
-def _normalised(
-    x: np.ndarray, eps: float, running: tuple[np.ndarray, np.ndarray] | None
-) -> tuple[np.ndarray, np.ndarray]:
-    mean, var = statistics(x) if running is None else running
-    rstd = 1 / np.sqrt(_planes(var, x) + eps)
-    return (wide(x) - _planes(mean, x)) * rstd, rstd
 
 
 def activate(z: np.ndarray, activation: str | None = None, negative_slope: float = 0.01) -> np.ndarray:
@@ -62,71 +56,93 @@ def slope(z: np.ndarray, activation: str | None = None, negative_slope: float = 
 
 
 def _phi(z: np.ndarray) -> np.ndarray:
-    return wide(np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)) / 2, otypes=[float])(z))
+    of = (-z / np.sqrt(np.longdouble(2))).astype(np.float64)
+    return wide(np.fromiter(map(math.erfc, of.ravel().tolist()), np.float64, of.size).reshape(z.shape) / 2)
 
 
-def before_activation(
-    x: np.ndarray,
-    weight: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
-    *,
-    eps: float = 1e-5,
-    running: tuple[np.ndarray, np.ndarray] | None = None,
-    residual: np.ndarray | None = None,
-) -> np.ndarray:
-    """z: normalised, scaled, shifted, and the residual added."""
-    z, _ = _normalised(x, eps, running)
-    if weight is not None:
-        z = z * _planes(weight, x)
-    if bias is not None:
-        z = z + _planes(bias, x)
-    return z if residual is None else z + wide(residual)
+class Exact:
+    """The results of one call, each computed once: the statistics of planes, xhat, z (before the activation), y, and
+    the gradients.
+
+    weight and bias are (C,) or (N, C); running is the mean and the variance to use in place of the planes' own.
+    """
+
+    def __init__(
+        self, x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None, *, eps: float = 1e-5,
+        running: tuple[np.ndarray, np.ndarray] | None = None, residual: np.ndarray | None = None,
+        activation: str | None = None, negative_slope: float = 0.01,
+    ):  # fmt: skip
+        self.x, self.weight, self.bias, self.eps = x, weight, bias, eps
+        self.running, self.residual = running, residual
+        self.epilogue = activation, negative_slope
+
+    @cached_property
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        return statistics(self.x)
+
+    @cached_property
+    def rstd(self) -> np.ndarray:
+        """Broadcastable over planes."""
+        _, var = self.statistics if self.running is None else self.running
+        return 1 / np.sqrt(_planes(var, self.x) + self.eps)
+
+    @cached_property
+    def xhat(self) -> np.ndarray:
+        mean, _ = self.statistics if self.running is None else self.running
+        return (wide(self.x) - _planes(mean, self.x)) * self.rstd
+
+    @cached_property
+    def z(self) -> np.ndarray:
+        z = self.xhat if self.weight is None else self.xhat * _planes(self.weight, self.x)
+        z = z if self.bias is None else z + _planes(self.bias, self.x)
+        return z if self.residual is None else z + wide(self.residual)
+
+    @property
+    def y(self) -> np.ndarray:
+        return activate(self.z, *self.epilogue)
+
+    def backward(self, dy: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """dx, dweight, dbias, dresidual; dweight and dbias are (C,) where there is no weight or bias."""
+        g = wide(dy)
+        if self.epilogue[0] is not None:
+            g = g * slope(self.z, *self.epilogue)
+        axes = tuple(range(2, self.x.ndim))
+
+        def summed(terms: np.ndarray, parameter: np.ndarray | None) -> np.ndarray:
+            return terms.sum(axes if parameter is not None and parameter.ndim == 2 else (0, *axes))
+
+        dweight, dbias = summed(g * self.xhat, self.weight), summed(g, self.bias)
+        dx = g if self.weight is None else g * _planes(self.weight, self.x)
+        if self.running is None:
+            dx = dx - dx.mean(axes, keepdims=True) - self.xhat * (dx * self.xhat).mean(axes, keepdims=True)
+        return dx * self.rstd, dweight, dbias, g
+
+    def moved(self, running_mean: np.ndarray, running_var: np.ndarray, momentum: float) -> tuple[Any, Any]:
+        """The running statistics after a training forward: unbiased plane variances, averaged over the batch."""
+        mean, var = self.statistics
+        size = np.prod(self.x.shape[2:])
+        keep = 1 - momentum
+        return (
+            keep * wide(running_mean) + momentum * mean.mean(0),
+            keep * wide(running_var) + momentum * (var * size / (size - 1)).mean(0),
+        )
 
 
-def forward(
-    x: np.ndarray,
-    weight: np.ndarray | None = None,
-    bias: np.ndarray | None = None,
-    *,
-    eps: float = 1e-5,
-    running: tuple[np.ndarray, np.ndarray] | None = None,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    residual: np.ndarray | None = None,
-) -> np.ndarray:
-    """y; weight and bias: (C,) or (N, C); running: the mean and variance to use in place of the planes' own."""
-    z = before_activation(x, weight, bias, eps=eps, running=running, residual=residual)
-    return activate(z, activation, negative_slope)
+def before_activation(x: np.ndarray, *parameters: np.ndarray | None, **options: Any) -> np.ndarray:
+    """z of Exact(x, *parameters, **options)."""
+    return Exact(x, *parameters, **options).z
+
+
+def forward(x: np.ndarray, *parameters: np.ndarray | None, **options: Any) -> np.ndarray:
+    """y of Exact(x, *parameters, **options)."""
+    return Exact(x, *parameters, **options).y
 
 
 def backward(
-    dy: np.ndarray,
-    x: np.ndarray,
-    weight: np.ndarray | None = None,
-    *,
-    bias: np.ndarray | None = None,
-    eps: float = 1e-5,
-    running: tuple[np.ndarray, np.ndarray] | None = None,
-    activation: str | None = None,
-    negative_slope: float = 0.01,
-    residual: np.ndarray | None = None,
+    dy: np.ndarray, x: np.ndarray, weight: np.ndarray | None = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """dx, dweight, dbias, dresidual; dweight and dbias are (C,) where there is no weight or bias."""
-    xhat, rstd = _normalised(x, eps, running)
-    g = wide(dy)
-    if activation is not None:
-        z = before_activation(x, weight, bias, eps=eps, running=running, residual=residual)
-        g = g * slope(z, activation, negative_slope)
-    axes = tuple(range(2, x.ndim))
-
-    def summed(terms: np.ndarray, parameter: np.ndarray | None) -> np.ndarray:
-        return terms.sum(axes if parameter is not None and parameter.ndim == 2 else (0, *axes))
-
-    dweight, dbias = summed(g * xhat, weight), summed(g, bias)
-    dx = g if weight is None else g * _planes(weight, x)
-    if running is None:
-        dx = dx - dx.mean(axes, keepdims=True) - xhat * (dx * xhat).mean(axes, keepdims=True)
-    return dx * rstd, dweight, dbias, g
+    """The gradients of Exact(x, weight, **options)."""
+    return Exact(x, weight, **options).backward(dy)
 
 
 def double_backward(
@@ -141,7 +157,8 @@ def double_backward(
     running: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ddy, dx, dweight of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>; dweight is (C,) without a weight."""
-    xhat, rstd = _normalised(x, eps, running)
+    exact = Exact(x, eps=eps, running=running)
+    xhat, rstd = exact.xhat, exact.rstd
     axes = tuple(range(2, x.ndim))
     zero = np.zeros((), np.longdouble)
     w = zero + 1 if weight is None else _planes(weight, x)
@@ -166,14 +183,7 @@ def double_backward(
 def moved(
     running_mean: np.ndarray, running_var: np.ndarray, x: np.ndarray, momentum: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The running statistics after a training forward: unbiased plane variances, averaged over the batch."""
-    mean, var = statistics(x)
-    size = np.prod(x.shape[2:])
-    keep = 1 - momentum
-    return (
-        keep * wide(running_mean) + momentum * mean.mean(0),
-        keep * wide(running_var) + momentum * (var * size / (size - 1)).mean(0),
-    )
+    return Exact(x).moved(running_mean, running_var, momentum)
 
 
 def assert_close(

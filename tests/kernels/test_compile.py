@@ -2,31 +2,29 @@
 
 The core modules are always compiled, for sm_90. Compiling everything for every architecture takes most of an hour, so
 the full tier takes a part: each module for one of the architectures in turn (clusters: sm_90 and later), only the
-largest, which needs most registers, of variants that differ in vecs or in the cluster's size alone, and dtypes, vecs
-and epilogues in turn (_code). The nightly tier compiles everything for every architecture; run it after changes of
-kernels, VARIANTS or resident_threads.
+largest, which needs most registers, of variants that differ in vecs or in the cluster's size alone, and dtypes and vecs
+in turn (_code). Its epilogues are none and relu; silu and gelu, which take longest, are compiled in a few modules. The
+nightly tier compiles everything for every architecture; run it after changes of kernels, VARIANTS or resident_threads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import offsets, tiers
+from helpers.bounds import bounds_of
 
 from cupynorm.cuda import source
 from cupynorm.cuda.arguments import STRUCTS
-from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
-from cupynorm.cuda.variants import ITEMSIZE, SINGLE, VARIANTS, Variant, group_of, widest
+from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, SINGLE, VARIANTS, Variant, group_of, widest
 
 pytestmark = [pytest.mark.nvrtc]
 
@@ -51,6 +49,7 @@ SPILLED = {
     ("split", "block", "registers"): 20,
 }
 EVERYTHING = tiers.asked == "nightly"
+RELU, SMOOTH = EPILOGUES["relu"], ("silu", "gelu")
 
 
 @lru_cache(maxsize=1)
@@ -121,7 +120,7 @@ def _registers(module: Module, kernel: str) -> int:
     return min(most, 255)
 
 
-def _check_resources(module: Module, architecture: int, whole: bool = True) -> int:
+def _check_resources(module: Module, architecture: int, whole: bool = True) -> Compiled:
     """Compile a module to machine code, and check that local memory and registers are within their limits.
 
     whole=False: compile only the largest of variants that differ in vecs or in the cluster's size alone.
@@ -133,7 +132,7 @@ def _check_resources(module: Module, architecture: int, whole: bool = True) -> i
         for variant in set(module.variants).difference(largest):
             text = re.sub(rf"^KERNEL.* \w+_{variant.name}\(.*\n", "", text, flags=re.M)
             kernels = {name for name in kernels if not name.endswith(f"_{variant.name}")}
-    done = _compile(text, options)
+    done = _compile(text, options, want_ptx=True)
     assert done.status == 0, f"{module} for sm_{architecture}:\n{done.log}"
     assert not re.search(r"kernels/.*warning", done.log), done.log
     found = re.findall(
@@ -151,13 +150,21 @@ def _check_resources(module: Module, architecture: int, whole: bool = True) -> i
     ]
     if faults:
         raise AssertionError("\n".join(faults))
-    return len(found)
+    return done
 
 
-@pytest.mark.parametrize("module", core_modules(), ids=lambda m: f"{m.file}-{m.dtype}-{m.group or 'core'}")
+def _named(module: Module) -> str:
+    return f"{module.file}-{module.dtype}-{module.group or 'core'}-{module.epilogue}"
+
+
+@pytest.mark.parametrize("module", core_modules(), ids=_named)
 def test_core_modules(module: Module) -> None:
+    """Resources, launch bounds and accesses of the modules compiled at import."""
     assert _supported(90)
-    assert _check_resources(module, 90) == len(module.kernels)
+    done = _check_resources(module, 90)
+    _check_launch_bounds(module, done.ptx)
+    if module.file != "channels":
+        _check_accesses(module, done.ptx)
 
 
 def _code(module: Module) -> Module:
@@ -168,7 +175,7 @@ def _code(module: Module) -> Module:
 def _dealt(architecture: int) -> list[Module]:
     """Return the modules that are compiled for an architecture."""
     same: dict[Module, list[Module]] = {}
-    for module in all_modules():
+    for module in all_modules() if EVERYTHING else all_modules([0, RELU]):
         same.setdefault(_code(module), []).append(module)
     known = [a for a in ARCHITECTURES if _supported(a)]
     mine = []
@@ -178,7 +185,12 @@ def _dealt(architecture: int) -> list[Module]:
             mine += modules if architecture in possible else []
         elif architecture == possible[(i + i // len(possible)) % len(possible)]:  # out of step with the list's periods
             mine.append(modules[i % len(modules)])
-    return mine
+    return mine + ([] if EVERYTHING or architecture != 90 else _smooth_modules())
+
+
+def _smooth_modules() -> list[Module]:
+    """Return the modules with silu and gelu that the full tier compiles, for sm_90: forward and backward by blocks."""
+    return [Module(file, "float32", 4, "channels_first", "", EPILOGUES[name]) for file in _FILES for name in SMOOTH]
 
 
 @pytest.mark.full
@@ -193,82 +205,65 @@ def test_every_module(architecture: int) -> None:
     faults = [str(check.exception()) for check in checks if check.exception()]
     if faults:
         raise AssertionError("\n".join(faults))
-    print(f"sm_{architecture}: {sum(check.result() for check in checks)} kernels of {len(modules)} modules")
+    print(f"sm_{architecture}: {len(modules)} modules")
 
 
 def test_every_kind_of_module_is_compiled() -> None:
     dealt = [module for architecture in ARCHITECTURES if _supported(architecture) for module in _dealt(architecture)]
     assert {_code(module) for module in dealt} == {_code(module) for module in all_modules()}
+    assert {module.epilogue for module in dealt} == {0, *EPILOGUES.values()}
     for fused in (False, True):
         assert {module.dtype for module in dealt if (module.epilogue > 0) == fused} == set(ITEMSIZE)
 
 
+_FILES = ("forward", "backward")
+
+
 def _wide_modules() -> list[Module]:
-    """Return the core modules, and a bfloat16 one of each group, with and without an epilogue."""
-    files = [(file, epilogue) for file in _FILES for epilogue in (0, 1)] + [("double_backward", 0)]
+    """Return a bfloat16 module of each group, with and without an epilogue, apart from the core modules."""
+    files = [(file, epilogue) for file in _FILES for epilogue in (0, RELU)] + [("double_backward", 0)]
     modules = [
         Module(file, "bfloat16", _width(group), "channels_first", group, epilogue)
         for file, epilogue in files
         for group in dict.fromkeys(group_of(variant, file) for variant in VARIANTS[file])
     ]
-    wide = [m for m in core_modules() if m.file != "channels"]
-    return wide + [m for m in modules if m.variants and m not in wide]
-
-
-_FILES = ("forward", "backward")
+    return [m for m in modules if m.variants and m not in core_modules()]
 
 
 def _width(group: str) -> int:
     return 1 if group == "subwarp" else widest(ITEMSIZE["bfloat16"], "channels_first")
 
 
-@lru_cache(maxsize=1)
-def _planned() -> dict[Module, set[Step]]:
-    """Return the launches of the recorded plans (plans.json), by one module for each file, list of variants, and
-    epilogue or none: the module is one of _wide_modules if possible.
-    """
-    wide = _wide_modules()
-    modules = {(m.file, m.variants, m.epilogue > 0): m for m in wide}
-    steps: dict[Module, set[Step]] = {module: set() for module in wide}
-    for recorded in json.loads(Path(__file__).with_name("plans.json").read_text()):
-        plan = recorded["planned"]
-        for step, named in zip(plan["plan"]["steps"], plan["modules"], strict=True):
-            module = Module(**named)
-            one = modules.setdefault((module.file, module.variants, module.epilogue > 0), module)
-            steps.setdefault(one, set()).add(Step(**step | {"grid": tuple(step["grid"])}))
-    return steps
-
-
-@pytest.mark.parametrize("module", _planned(), ids=lambda m: f"{m.file}-{m.dtype}-{m.group or 'core'}-{m.epilogue}")
+@pytest.mark.parametrize("module", _wide_modules(), ids=_named)
 def test_launch_bounds_and_accesses(module: Module) -> None:
     ptx = _compile(module.source, (*OPTIONS, *CUPY_OPTIONS, "-arch=compute_90"), want_ptx=True).ptx
+    _check_launch_bounds(module, ptx)
+    _check_accesses(module, ptx)
+
+
+def _entries(module: Module, ptx: str) -> list[str]:
     entries = ptx.split(".visible .entry ")[1:]
-    assert len(entries) == len(module.kernels)
-    _check_launch_bounds(module, entries)
-    if module in _wide_modules():
-        _check_accesses(module, entries)
+    assert {entry.split("(")[0] for entry in entries} == set(module.kernels)
+    return entries
 
 
-def _check_launch_bounds(module: Module, entries: list[str]) -> None:
-    """Check that kernels are compiled for the threads, cluster and resident blocks of planned launches.
-
-    The emulator runs any number of threads; a GPU refuses more than a kernel was compiled for.
-    """
-    kernels = {entry.split("(")[0]: entry.split("{")[0] for entry in entries}
-    for step in _planned()[module]:
-        said = dict(re.findall(r"\.(maxntid|minnctapersm|reqnctapercluster) (\d+)", kernels[step.name]))
-        variant = _variant_of(module, step.name)
-        blocks = module.blocks(variant) if variant else 1
-        assert said.pop("reqnctapercluster", "1") == str(step.cluster), step.name
-        assert said == {"maxntid": str(step.threads), "minnctapersm": str(blocks)}, step.name
+def _check_launch_bounds(module: Module, ptx: str) -> None:
+    """Check that each kernel is compiled for the threads, cluster and resident blocks that its text asks for. Those of
+    planned launches are the same: test_plan.test_kernels_are_compiled_for_their_launches."""
+    bounds = bounds_of(module)
+    for entry in _entries(module, ptx):
+        said = re.findall(r"\.(maxntid|minnctapersm|reqnctapercluster) (\d+)", entry.split("{")[0])
+        threads, blocks, cluster = bounds[entry.split("(")[0]]
+        wanted = {"maxntid": threads, "minnctapersm": blocks} | ({"reqnctapercluster": cluster} if cluster > 1 else {})
+        assert {name: int(number) for name, number in said} == wanted, entry.split("(")[0]
 
 
-def _check_accesses(module: Module, entries: list[str]) -> None:
+def _check_accesses(module: Module, ptx: str) -> None:
     """Check that vecs move in one access each, 16 bytes channels-first; only tail elements and numbers of planes move
     one by one."""
     forward, double, fused = module.file == "forward", module.file == "double_backward", bool(module.epilogue)
     inputs = (1 if forward else 3 if double else 2) + fused  # x, dy, ddx, residual
-    for entry in entries:
+    for entry in _entries(module, ptx):
         name = entry.split("(")[0]
         variant = next(r for r in module.variants if name.endswith(r.name))
         outputs = 1 + double + (fused and not forward)  # y or dx, ddy, dresidual

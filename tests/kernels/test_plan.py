@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import reference
+from helpers.bounds import bounds_of
 
 import cupynorm as cn
 from cupynorm import cpu
@@ -28,6 +29,7 @@ from cupynorm.cuda.launches import _plan_call
 from cupynorm.cuda.layout import ArrayDesc, Layout, choose_layout, contiguous_desc, layout_of
 from cupynorm.cuda.ops import Op
 from cupynorm.cuda.plan import MAX_GRID, Plan, Step, plan
+from cupynorm.cuda.source import Module
 from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind, Variant, exists, group_of, resident_threads
 
 SHAPES = [
@@ -860,6 +862,18 @@ def test_recorded_plans() -> None:
     """After an intended change, review the differences in plans.json."""
     for entry in json.loads(PLANS.read_text(encoding="utf-8")):
         assert _planned(entry["call"]) == entry["planned"], entry["call"]
+
+
+def test_kernels_are_compiled_for_their_launches() -> None:
+    """Each launch has the threads and the cluster that its kernel's source asks for. (A GPU refuses more threads than
+    a kernel was compiled for, and the emulator does not; test_compile shows that the compiler heeds the source.)"""
+    for entry in json.loads(PLANS.read_text(encoding="utf-8")):
+        planned = entry["planned"]
+        for step, named in zip(planned["plan"]["steps"], planned["modules"], strict=True):
+            module = Module(**named)
+            variant = next((v for v in module.variants if step["name"].endswith(f"_{v.name}")), None)
+            blocks = module.blocks(variant) if variant else 1
+            assert bounds_of(module)[step["name"]] == (step["threads"], blocks, step["cluster"]), step["name"]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 # measurement. Each part has a time limit. A part that fails is reported, the others go on, and the exit status is 1.
 # PYTHON chooses the interpreter (python3), PEERS the peers of cupynorm (torch, then torch.compile and jax).
 # To rehearse on the fake GPU (tests/fakegpu): SMALL=1 uses small shapes and some of the scopes, tests and variants, and
-# measures the import, which compiles for a long time, only in the stage first; PACE=1000 raises time limits to 1000 %.
+# does not measure the import, which compiles for a long time; PACE=1000 raises time limits to 1000 %.
 # Without a GPU the parts that need one are skipped, and the benchmarks are rehearsed on the CPU. A GPU that exists but
 # cannot be used is a failure.
 set -u
@@ -131,8 +131,7 @@ real=real all="real sweep" parts=() scopes=() tests=() sizes=() calls=() compili
 if [ -n "${SMALL:-}" ]; then
     parts=(2,3,16,16 --batch-ms 0.01)
     telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=bfloat16
-    scopes=(--scopes cluster4) tests=(tests/conformance/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1)
-    [ $stage = first ] || calls+=(--no-import)
+    scopes=(--scopes cluster4) tests=(tests/conformance/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1 --no-import)
     sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=1
 fi
 rehearse() {

@@ -18,6 +18,8 @@ from helpers.compare import BFLOAT16, assert_within, bits, wide
 import cupynorm as cn
 import cupynorm.dask as cnd
 
+pytestmark = pytest.mark.extras
+
 SHAPE = (3, 4, 9, 10)
 CHUNKS = [
     SHAPE, (1, 4, 9, 10), (2, 3, 9, 10), (3, 4, 4, 10), (3, 4, 9, 3), (1, 1, 3, 4), (2, 3, 5, 7),

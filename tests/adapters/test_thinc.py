@@ -24,6 +24,8 @@ thinc = pytest.importorskip("thinc.api")
 import cupynorm.thinc  # noqa: E402
 from cupynorm.thinc import InstanceNorm  # noqa: E402
 
+pytestmark = pytest.mark.extras
+
 SHAPES = {1: (4, 3, 20), 2: (4, 3, 5, 6), 3: (4, 3, 2, 3, 7)}
 
 OPS = pytest.mark.parametrize("ops", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)], indirect=True)

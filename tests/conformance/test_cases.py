@@ -82,6 +82,7 @@ def test_more_tiles_than_merge_threads_of_a_channel(backend: Backend, rng: np.ra
 
 @on_kernels
 @pytest.mark.full(simt=lambda given: math.prod(given["shape"]) > 50_000)
+@pytest.mark.nightly(simt=lambda given: math.prod(given["shape"]) > 10**6)
 @pytest.mark.parametrize(("shape", "layout"), [
     ((3, 99, 5, 7), "contiguous"), ((3, 9, 35, 45), "contiguous"), ((1, 17, 100, 100), "contiguous"),
     ((1, 17, 110, 200), "contiguous"), ((1, 17, 250, 260), "contiguous"), ((17, 8, 5, 6), "channels_last"),

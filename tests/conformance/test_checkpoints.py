@@ -16,6 +16,8 @@ import cupynorm as cn
 
 torch = required("torch")
 
+pytestmark = pytest.mark.extras
+
 LAYERS = {"stem.1": (2, 3), "body.blocks.0.norm": (1, 4), "body.blocks.1.norm": (3, 5), "body.blocks.10.norm": (2, 6)}
 PLAIN = "body.plain"
 

@@ -85,6 +85,7 @@ def test_training_over_ranks(ranks: int) -> None:
             assert_within(ours, theirs, 1e-9)
 
 
+@pytest.mark.extras
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes(processes: int) -> None:

@@ -109,6 +109,7 @@ def test_finite_differences(
         assert abs((sides[0] - sides[1]) / 2 - expected) <= 1e-7 * np.abs(gradient * step).sum() + 1e-15
 
 
+@pytest.mark.extras
 @on("numpy", "cupy")  # test_arguments compares the emulated kernels with the same formulas
 @pairwise(arguments=ARGUMENTS, shape=SHAPES, training=[True, False], dtype=["float32", "float64"])
 def test_pytorch(

@@ -121,6 +121,7 @@ def test_every_epilogue(
             assert_close(backend.host(ours), expected, factor=2, terms=inputs.x.size // ours.size)
 
 
+@pytest.mark.extras
 @on("numpy", "cupy")  # test_every_epilogue compares the others with the same formulas
 @pairwise(
     activation=ACTIVATIONS, with_residual=[True, False], affine=["none", "channels", "samples", "channels, samples"],

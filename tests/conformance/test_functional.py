@@ -57,6 +57,7 @@ def test_signatures_of_forward_and_backward() -> None:
 # Forward
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("affine", ["none", "weight", "bias", "both"])
 @pytest.mark.parametrize("statistics", ["input", "input, tracked", "running"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -522,6 +523,7 @@ def test_backward_refuses_invalid_arguments(backend: Backend, rng: np.random.Gen
         cn.instance_norm_backward(None, saved)
 
 
+@pytest.mark.extras
 def test_arrays_of_other_classes_are_refused() -> None:
     """Lists, masked arrays and other subclasses, for every argument; the error says what to do."""
     x, ones = np.arange(24, dtype=np.float32).reshape(2, 3, 4), np.ones(3, np.float32)

@@ -848,6 +848,7 @@ def test_strict_and_lenient_loading(rng: np.random.Generator) -> None:
         plain.load_state_dict({"weight": np.ones(3)})
 
 
+@pytest.mark.extras
 @pytest.mark.skipif(torch is None, reason="needs PyTorch")
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("arguments", [{"affine": True, "track_running_stats": True}, {"affine": True}, {}], ids=str)

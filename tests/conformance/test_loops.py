@@ -323,6 +323,7 @@ def test_zerograds(backend: Backend) -> None:
     cn.InstanceNorm2d(3, device=backend.device).zerograds()
 
 
+@pytest.mark.extras
 @pytest.mark.skipif(torch is None, reason="needs PyTorch")
 @pytest.mark.parametrize("optimiser", ["SGD", "Adam"])
 def test_the_same_loop_in_torch(rng: np.random.Generator, optimiser: str) -> None:

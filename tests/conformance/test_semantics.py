@@ -25,6 +25,8 @@ import cupynorm as cn
 
 torch = imported("torch")
 
+pytestmark = pytest.mark.extras
+
 LAYERS = {1: cn.InstanceNorm1d, 2: cn.InstanceNorm2d, 3: cn.InstanceNorm3d}
 SHAPES = {1: (2, 3, 6), 2: (2, 3, 4, 5), 3: (2, 3, 2, 3, 2)}
 

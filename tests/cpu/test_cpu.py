@@ -778,6 +778,7 @@ print(child())
     assert (ran.stdout, ran.stderr) == ("4 1 4\n3\n", "")
 
 
+@pytest.mark.extras
 def test_workers_of_a_data_loader():
     """PyTorch has each compute with one thread. What it may use in the main process does not matter."""
     pytest.importorskip("torch")

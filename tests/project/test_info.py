@@ -15,6 +15,8 @@ import cupynorm
 from cupynorm import devices, info
 from cupynorm.__main__ import main
 
+pytestmark = pytest.mark.extras  # CuPy without a GPU
+
 
 class Broken(types.ModuleType):
     """An installed module that raises at every use."""

@@ -21,7 +21,7 @@ import pytest
 import cupynorm as cn
 from cupynorm import devices
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.extras]  # CuPy without a GPU
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(cn.__file__).resolve().parent
 

@@ -131,8 +131,8 @@ real=real all="real sweep" parts=() scopes=() tests=() sizes=() calls=() compili
 if [ -n "${SMALL:-}" ]; then
     parts=(2,3,16,16 --batch-ms 0.01)
     telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=bfloat16
-    scopes=(--scopes cluster4) tests=(tests/conformance/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1 --no-import)
-    sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=1
+    scopes=(--scopes warp) tests=(tests/conformance/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1 --no-import)
+    sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=0.3
 fi
 rehearse() {
     local name=$1 seconds=$2

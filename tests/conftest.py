@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import backends, compare, pairwise, seeds, tiers
+from helpers import backends, compare, optional, pairwise, seeds, tiers
 from helpers.backends import Backend
 
 from cupynorm import config, cpu
@@ -23,8 +23,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     tiers.asked = "nightly" if config.option.nightly else "full" if config.option.full else "default"
-    if config.option.markexpr == "quick":  # first calls compile
-        cpu.compiled = False
+    if config.option.markexpr == "quick":
+        cpu.compiled = False  # first calls compile
+        backends.left_out.update(set(backends.BACKENDS) - {"numpy"})
+        optional.left_out.add("torch")  # its import takes seconds
+        collect_ignore_glob.append("adapters/*")
     config.option.seed = str(seeds.choose(config.option.seed))  # pytest-xdist's workers get this seed
 
 
@@ -32,6 +35,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     there = [name for name in backends.BACKENDS if not backends.missing(name)]
     absent = [f"no tests for {name}: {why}" for name in backends.BACKENDS if (why := backends.missing(name))]
     absent += [f"no {file}: {NEEDED[file]} is not installed" for file in collect_ignore]
+    absent += [f"without {package}" for package in sorted(optional.left_out)]
     return [f"seed {seeds.seed} (--seed); backends: {', '.join(there)}; " + "; ".join(absent)]
 
 
@@ -44,6 +48,7 @@ NEEDED = {
     "kernels/test_fakegpu.py": "cupy",
     "kernels/test_gpu.py": "cupy",
 }
+collect_ignore_glob: list[str] = []
 collect_ignore = [file for file, package in NEEDED.items() if find_spec(package) is None]
 
 

@@ -22,6 +22,7 @@ from cupynorm import cpu, devices
 from cupynorm.cuda.device import Device
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [

@@ -458,6 +458,7 @@ def test_pickle_in_a_file_is_not_opened(tmp_path: Path) -> None:
     assert layer.weight.data.tolist() == [2, 2, 2]
 
 
+@pytest.mark.long
 def test_package_never_unpickles_or_evaluates() -> None:
     """No source imports or calls anything that would."""
     modules = {"pickle", "marshal", "shelve", "dill", "joblib", "code", "runpy"}

@@ -252,6 +252,7 @@ def test_a_finaliser_calls_as_a_forward_ends(
     assert bits(layer.running_mean, layer.running_var) == bits(once.running_mean, once.running_var)
 
 
+@pytest.mark.long
 @on_cpu
 @pytest.mark.usefixtures("threads_as_they_were")
 def test_a_handler_calls_as_helpers_are_started_and_ended(

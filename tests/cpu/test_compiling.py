@@ -519,10 +519,12 @@ def test_a_handler_calls_while_loops_are_compiled(
 STATE = "import numpy; from cupynorm import cpu; print(cpu.compiled, cpu.without_llvmlite if not cpu.compiled else '')"
 
 
+@pytest.mark.long
 def test_turned_off() -> None:
     assert said(STATE, CUPYNORM_COMPILED="0") == "False CUPYNORM_COMPILED=0"
 
 
+@pytest.mark.long
 def test_without_llvmlite() -> None:
     hidden = "import sys; sys.modules['llvmlite'] = None; "
     assert said(hidden + STATE).startswith("False import of llvmlite halted")
@@ -548,6 +550,7 @@ def check_numpy_alone(said_: str, why: str) -> None:
     assert any(line.split() == ["loop", "cache", "no", "compiled", "loops"] for line in report)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["SystemError('initialization failed')", "AttributeError('no _ARRAY_API')"])
 def test_broken_llvmlite(tmp_path: Path, how: str) -> None:
     """In whatever way: calls are computed by NumPy then, and `info` says why."""

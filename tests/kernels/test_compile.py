@@ -2,9 +2,10 @@
 
 The core modules are always compiled, for sm_90. Compiling everything for every architecture takes most of an hour, so
 the full tier takes a part: each module for one of the architectures in turn (clusters: sm_90 and later), only the
-largest, which needs most registers, of variants that differ in vecs or in the cluster's size alone, and dtypes and vecs
-in turn (_code). Its epilogues are none and relu; silu and gelu, which take longest, are compiled in a few modules. The
-nightly tier compiles everything for every architecture; run it after changes of kernels, VARIANTS or resident_threads.
+largest, which needs most registers, of variants that differ in vecs or in the cluster's size alone, and dtypes, vecs
+and alignments in turn (_code). Its epilogues are none and relu; silu and gelu, which take longest, are compiled in a
+few modules. The nightly tier compiles everything for every architecture; run it after changes of kernels, VARIANTS or
+resident_threads.
 """
 
 from __future__ import annotations
@@ -168,8 +169,8 @@ def test_core_modules(module: Module) -> None:
 
 
 def _code(module: Module) -> Module:
-    """Return one key for all modules that take turns: they differ only in dtype, vec_size or the kind of epilogue."""
-    return replace(module, dtype="float16", vec_size=min(module.vec_size, 2), epilogue=0)
+    """Return one key for all modules that take turns: they differ only in dtype, accesses or the kind of epilogue."""
+    return replace(module, dtype="float16", vec_size=1, misaligned=False, epilogue=0)
 
 
 def _dealt(architecture: int) -> list[Module]:

@@ -713,6 +713,7 @@ def test_explain_parts() -> None:
     assert "gradient sums" in cn.explain(x, parts=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("residual", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_explain_double_backward(residual: bool) -> None:
     x = np.zeros((2, 3, 1000, 1100), np.float16)

@@ -127,8 +127,7 @@ STAGES = {
 @pytest.mark.long
 @without_gpu
 @pytest.mark.parametrize(
-    "stage",  # full has the parts of first and quick
-    [pytest.param(s, marks=[pytest.mark.nightly] * (s in ("first", "quick"))) for s in STAGES],
+    "stage", [pytest.param(s, marks=[pytest.mark.nightly] * (s in ("first", "full"))) for s in STAGES]
 )
 def test_rehearsal_of_gpu_script_without_a_gpu(tmp_path: Path, stage: str):
     pytest.importorskip("rich")

@@ -171,6 +171,7 @@ print(cn.backend.MODULES["cpu"])
 """
 
 
+@pytest.mark.long
 def test_a_script_uses_each_backend(tmp_path: Path) -> None:
     names = [name for name in ("numpy", "simt") if not backends.missing(name)]
     done = subprocess.run(
@@ -183,6 +184,7 @@ def test_a_script_uses_each_backend(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.long
 def test_blocks_of_backends_nest() -> None:
     recorder = Recorder(DEVICES["H100"])
     x = np.zeros((2, 3, 4), np.float32)

@@ -50,6 +50,7 @@ def imports(module: str) -> set[str]:
     return found - {module}
 
 
+@pytest.mark.long
 def test_no_circle_of_imports() -> None:
     graph = {module: imports(module) & set(MODULES) for module in MODULES}
     while leaves := [module for module, needed in graph.items() if not needed & set(graph)]:
@@ -79,6 +80,7 @@ def test_length_of_files(module: str) -> None:
     assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= 600
 
 
+@pytest.mark.long
 def test_settings_have_one_place() -> None:
     """Each CUPYNORM_* variable is read by a Setting of config, and by nothing else."""
     settings = [value for value in vars(config).values() if isinstance(value, config.Setting)]

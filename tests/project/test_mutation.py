@@ -108,6 +108,7 @@ def test_exempt_names_exist() -> None:
     assert not (mutants.AHEAD | mutants.SPEED) - words
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", PARTS)
 def test_every_mutant_has_stages(part: str) -> None:
     for file in PARTS[part]:
@@ -204,6 +205,7 @@ def test_names_outlast_changes_elsewhere(file: str, text: str, line: str, change
         assert names_of_line(text) == before
 
 
+@pytest.mark.long
 def test_names_are_unique() -> None:
     for part, files in PARTS.items():
         known = Counter(m.name for file in files for m in today(file))
@@ -249,7 +251,7 @@ def test_interval() -> None:
     assert 0.88 < low < 0.9 and 0.97 < high < 0.98
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 @pytest.mark.parametrize(("old", "new", "how"), [
     ("FEW_THREADS = ", "1 / 0\nFEW_THREADS = ", "invalid"), ("FEW_THREADS = 128", "FEW_THREADS = 64", "killed"),
 ])  # fmt: skip

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .llvm import INT, Memory, Module, Value, fused, least, sqrt, vector, where
 from .loops_activations import activate, times_slope
 from .loops_backward import slope_and_constant
-from .loops_forward import STEP
+from .loops_forward import STEP, guess_of
 from .loops_moves import transposed_block
 from .loops_places import AHEAD, ARRAYS, RESULTS, Coefficients, Kind, Numbers, Planes, coefficients
 
@@ -125,13 +125,6 @@ def _put(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
     _go_through(numbers, name, group, block, single)
 
 
-def _total(parts: list[Value]) -> Value:
-    """Add up a power of two of values, pair by pair."""
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
 def _sums(numbers: Numbers, terms: Callable[[Value], Sequence[tuple[Value, Value | None]]]) -> list[Value]:
     """Add up positions, in computing precision. terms(i) are pairs: products, or with None single values."""
     code = numbers.code
@@ -183,7 +176,7 @@ def across_forward(module: Module, kind: Kind) -> None:
             # Borders of images are often 0: guess the mean from the middle.
             near = min(kind.lanes, BLOCK)
             middle = (size - near) // 2
-            guess = _total([buffer.load((middle + i) * PLANES, PLANES) * (1 / near) for i in range(near)])
+            guess = guess_of([buffer.load((middle + i) * PLANES, PLANES) for i in range(near)])
 
             def centred(i: Value, guess: Value = guess) -> list[tuple[Value, Value | None]]:
                 d = buffer.load(i, PLANES) - guess

@@ -10,7 +10,7 @@ import math
 from functools import partial
 from typing import Any
 
-from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least, sqrt, vector, where
+from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least, most, sqrt, vector, where
 from .loops_activations import activate
 from .loops_places import (
     LINE,
@@ -46,6 +46,21 @@ def _guess_place(i: int, tile: Tile, length: int) -> tuple[Value, Value]:
     """Return the run and the first position of the i-th place from which a tile's mean is guessed."""
     r = tile.r0 + (tile.r1 - tile.r0) * i // GUESS_PLACES
     return r, tile.l0 + (tile.length - length) * i // (GUESS_PLACES - 1)
+
+
+def guess_of(places: list[Value]) -> Value:
+    """Return a guess of the mean in each lane, from the numbers at some places.
+
+    The largest and the smallest are left out. If one were an outlier, the guess would still be within the deviation,
+    but all other elements would be far from it, and their sum would lose digits.
+    """
+    parts = [each * (1 / len(places)) for each in places]  # no overflow
+    total = largest = smallest = parts[0]
+    for part in parts[1:]:
+        total, largest, smallest = total + part, most(largest, part), least(smallest, part)
+    if len(parts) < 3:
+        return total
+    return (total - largest - smallest) * (len(parts) / (len(parts) - 2))
 
 
 def _moments_float64(module: Module, kind: Kind) -> Any:
@@ -121,11 +136,9 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
             x, runs = numbers.array("x").at(offset), numbers.runs_of("x")
             tile = tile_of(numbers, item.tile)
             count = tile.size.to(DOUBLE)
-            guess = code.number(vector(DOUBLE, lanes), 0)
-            for i in range(GUESS_PLACES):
-                r, at = _guess_place(i, tile, lanes)
-                guess = guess + element.widen(x.at(runs.load(r)).load(at, lanes)).to(DOUBLE)
-            mean = code.variable((guess.sum() * (1 / (lanes * GUESS_PLACES))).to(element.computing))
+            places = [_guess_place(i, tile, lanes) for i in range(GUESS_PLACES)]
+            guess = guess_of([element.widen(x.at(runs.load(r)).load(at, lanes)).to(DOUBLE) for r, at in places])
+            mean = code.variable((guess.sum() * (1 / lanes)).to(element.computing))
             mean_lo = code.variable(code.number(element.computing, 0))
             total, sum_sq = (code.variable(code.number(DOUBLE, 0)) for _ in range(2))
             with code.loop(0, 3) as attempt:
@@ -168,13 +181,11 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
             tile = tile_of(numbers, item.tile)
             count = tile.size.to(DOUBLE)
             with each_vector(code, item.width, lanes) as (j, _):
-                guess = code.number(wide, 0)
-                for i in range(GUESS_PLACES):
-                    r, at = _guess_place(i, tile, 1)
-                    guess = guess + element.widen(x.at(runs.load(r)).load(at * step + j, lanes)).to(DOUBLE)
-                near.store(
-                    j, mean=(guess * (1 / GUESS_PLACES)).to(element.computing), mean_lo=code.number(computing, 0)
+                places = [_guess_place(i, tile, 1) for i in range(GUESS_PLACES)]
+                guess = guess_of(
+                    [element.widen(x.at(runs.load(r)).load(at * step + j, lanes)).to(DOUBLE) for r, at in places]
                 )
+                near.store(j, mean=guess.to(element.computing), mean_lo=code.number(computing, 0))
             with code.loop(0, 3) as attempt:
                 with each_vector(code, item.width, lanes) as (j, _):
                     sums.store(j, total=code.number(wide, 0), sum_sq=code.number(wide, 0))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .llvm import INT, Memory, Module, Value, least, most, sqrt, vector, where
 from .loops_activations import activate
 from .loops_backward import INPUTS, OUTPUTS, gradient_at, gradient_results, slope_and_constant
-from .loops_forward import STEP
+from .loops_forward import STEP, guess_of
 from .loops_places import (
     AHEAD,
     Coefficients,
@@ -122,8 +122,9 @@ def short_forward(module: Module, kind: Kind) -> None:
             with code.loop(0, group.number) as j:
                 row, target = x.at(offsets["x"].load(j)), y.at(offsets["result"].load(j))
                 # Borders of images are often 0: guess the mean from the middle.
-                middle = element.widen(row.load((size - lanes) // 2, lanes))
-                guess = (middle * (1 / lanes)).sum()  # no overflow
+                part, middle = max(lanes // 4, 1), row.at((size - lanes) // 2)
+                places = guess_of([element.widen(middle.load(i, part)) for i in range(0, lanes, part)])
+                guess = (places * (1 / part)).sum()  # no overflow
                 mean = guess.splat(lanes)
 
                 def terms(i: Value, row: Memory = row, mean: Value = mean, target: Memory = target) -> list[Any]:

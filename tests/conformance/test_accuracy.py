@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import cases, reference
 from helpers.backends import LAUNCHED, Backend, on_kernels
-from helpers.compare import assert_allclose, assert_same, assert_within
+from helpers.compare import assert_allclose, assert_same, assert_within, wide
 from helpers.pairwise import pairwise
 
 import cupynorm as cn
@@ -237,6 +237,30 @@ def test_squares_that_flush_to_zero(backend: Backend, rng: np.random.Generator, 
     y = backend.host(cn.instance_norm(backend.array(narrow), eps=0.0))
     exact = reference.forward(narrow, eps=0.0)
     assert_within(y, exact, 1e-6 * (np.abs(exact) + 1))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [9, 16, 25, 32, 49, 100, 300, 900, 1500, 4000])
+def test_an_outlier_costs_other_elements_no_digits(
+    backend: Backend, rng: np.random.Generator, size: int, layout: str
+) -> None:
+    """Wherever it is, also where a loop takes its first guess of the mean: the sums of x - mean and of dy * (x - mean)
+    are as exact as their terms."""
+    for at in (0, size // 7, size // 2, size - 1):
+        host = rng.normal(size=(2, 32, size, 1))
+        host[:, :, at] = 1e5
+        host = reference.LAYOUTS[layout](host.astype(np.float32))
+        x = backend.array(host)
+        exact = reference.Exact(host)
+        terms = np.abs(exact.xhat).sum((2, 3))
+        _, saved = cn.instance_norm_forward(x)
+        mean, mean_lo = (wide(backend.host(a)).reshape(2, 32) for a in (saved.mean, saved.mean_lo))
+        off = (mean + mean_lo - exact.statistics[0]) * size * exact.rstd[..., 0, 0]
+        assert_within(off, 0 * off, 16 * 2.0**-24 * terms, f"sum of xhat, outlier at {at}")
+        sums = cn.gradient_sums(backend.array(np.ones_like(host)), saved)
+        assert_within(
+            wide(backend.host(sums.sum_dy_xhat)), 0 * off, 16 * 2.0**-24 * terms, f"sum_dy_xhat, outlier at {at}"
+        )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e30, 1e-30, -1e36])

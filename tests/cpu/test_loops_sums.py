@@ -258,7 +258,8 @@ def test_elements_summed_in_computing_precision_channels_last(one: int, backward
 def test_means_are_guessed_from_eight_places(
     rng: np.random.Generator, channels_last: bool, runs: int, length: int
 ) -> None:
-    """Evenly spaced over the runs and over the positions in a run; from a vector, or a position of each channel."""
+    """Evenly spaced over the runs and over the positions in a run; from a vector, or a position of each channel. In
+    each lane the largest and the smallest are left out."""
     group = 3 if channels_last else 1
     lanes, here = (2, 1) if channels_last else (16, 16)
     x = (3 + rng.standard_normal((3, runs, length))).astype(np.float32)
@@ -269,7 +270,7 @@ def test_means_are_guessed_from_eight_places(
     partials = np.full((3, 3), np.nan)
     run_step(reduce, cut, Arrays(memory, memory), 0, 1 if channels_last else 3, partials=partials)
     places = [(runs * i // 8, (length - here) * i // 7) for i in range(8)]
-    guess = np.mean([x[:, r, at : at + here].astype(float).mean(1) for r, at in places], 0)
+    guess = np.sort([x[:, r, at : at + here].astype(float) for r, at in places], 0)[1:-1].mean((0, 2))
     far = np.abs(guess - x.mean((1, 2))) / x.std((1, 2))
     assert (far < 0.9).all()  # so the mean stays the guess
     assert_equal(partials[0], guess.astype(np.float32))

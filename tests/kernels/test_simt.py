@@ -743,24 +743,17 @@ def _asan_environment() -> dict[str, str]:
 
 @pytest.mark.full
 def test_address_sanitizer() -> None:
-    """Run a part of the case table with arrays and shared memory watched on the heap."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "simt and float32 and (_small or cluster4)",
-    ]
+    """Run a part of the case table with arrays and shared memory watched on the heap: every scope."""
+    scopes = ("registers4", "shared4", "normal-grid")  # beside those of the small cases
+    chosen = f"simt and float32 and (_small or contiguous and ({' or '.join(scopes)}))"
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(
         [*command, "tests/conformance/test_cases.py"],
         env=_asan_environment(), capture_output=True, text=True, check=False, cwd=Path(TESTS).parent,
     )  # fmt: skip
     print(done.stdout[-3000:], done.stderr[-3000:])
     assert done.returncode == 0
-    assert re.search(r"\d+ passed", done.stdout)
+    assert all(re.search(rf"{scope}\] PASSED", done.stdout) for scope in scopes)
     assert "ERROR: AddressSanitizer" not in done.stderr
 
 

@@ -142,7 +142,7 @@ class Windows:
         for array, steps in enumerate(self.steps):
             if self.moved[array] and self._few_channels(array):
                 kinds |= {f"apart {self.shape[1]}", f"together {self.shape[1]}"}
-            elif self.moved[array] and 1 in steps[:-1]:
+            if self.moved[array] and 1 in steps[:-1]:  # few channels, too, if planes have a single column
                 kinds |= {f"transpose {self._block(least)}" for least in (4, 8)}
         return [(kind, self.itemsize) for kind in sorted(kinds)]
 

@@ -344,6 +344,20 @@ def test_parameter_gradients_have_the_dtypes_of_the_parameters(
     assert_within(backend.host(dbias), wide(dy).sum((0, 2)), 0.02)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_gradient_of_a_weight_or_a_bias_alone(backend: Backend, rng: np.random.Generator, name: str) -> None:
+    x, dy = rng.normal(size=(2, 2, 3, 30)).astype(np.float32)
+    given = {name: backend.array(np.ones(3, np.float32))}
+    _, saved = cn.instance_norm_forward(backend.array(x), **given)
+    sums = cn.gradient_sums(backend.array(dy), saved)
+    found = dict(
+        zip(("weight", "bias"), cn.instance_norm_backward(backend.array(dy), saved, sums=sums)[1:3], strict=True)
+    )
+    _, dweight, dbias, _ = reference.backward(dy, x)
+    assert_within(backend.host(found.pop(name)), dweight if name == "weight" else dbias, 1e-4)
+    assert [*found.values()] == [None]
+
+
 def test_running_statistics_leave_out_planes_without_variance(backend: Backend) -> None:
     """Planes of fewer than two positions do not count; a channel of such planes stays as it is."""
     moments = made([[4, 1, 0], [2, 6, 1]], [[1, 2, 0], [3, 5, 9]], [[12, 0, 0], [2, 30, 0]])

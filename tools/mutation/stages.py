@@ -141,7 +141,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
             chosen("cases", "simt and float32 and (table or small)"), chosen("simt", "launches or reach"),
             chosen("cases", "simt and float32"), chosen("simt", "not barrier and not detects"),
             chosen("cases", "simt"),
-            *((file, "-m", "simt") for file in files_of("semantics epilogue double_backward")),
+            *((file, "-m", "simt") for file in files_of("semantics epilogue double_backward parts")),
         ]  # fmt: skip
         return [*own[:1], *emulated, *own[1:]]
     return [*own, chosen("cases", "numpy and float32")]

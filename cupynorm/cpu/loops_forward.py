@@ -58,8 +58,6 @@ def guess_of(places: list[Value]) -> Value:
     total = largest = smallest = parts[0]
     for part in parts[1:]:
         total, largest, smallest = total + part, most(largest, part), least(smallest, part)
-    if len(parts) < 3:
-        return total
     return (total - largest - smallest) * (len(parts) / (len(parts) - 2))
 
 

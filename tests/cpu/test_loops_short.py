@@ -24,6 +24,12 @@ def step_of(name: str, size: int, **further: Any) -> int:
     return int(loops_path.module_of(name, loops_places.Kind("float32", lanes, **further))[0])
 
 
+def middle_of(way: str, size: int) -> np.ndarray:
+    """Return the positions from which a plane's mean is guessed."""
+    count = min(8 if way == "across" else 16, size)
+    return (size - count) // 2 + np.arange(count)
+
+
 def test_sizes() -> None:
     """A plane's sum in computing precision has at most as many elements as that of a longer plane, in each lane; and
     a short plane is one tile.
@@ -72,6 +78,7 @@ def test_places_and_parameters_of_planes(rng: np.random.Generator, way: str, siz
     strides = {"weight_n": 5 * of_samples, "weight_c": 1, "bias_n": 5 * of_samples, "bias_c": 1}
     memories = rng.standard_normal((3, 2500)).astype(np.float32)
     starts = [1000 + n * of_n + c * of_c for of_n, of_c, _ in steps[:3]]
+    memories[0, starts[0][:, None] + middle_of(way, size)] /= 10  # or a guess might be bad by chance
     x, _, dy = (memory[start[:, None] + np.arange(size)] for memory, start in zip(memories, starts, strict=True))
     x, dy = x.reshape(4, 5, size), dy.reshape(4, 5, size)
     exact_y = reference.forward(x, weight, bias, eps=0.5)
@@ -118,8 +125,8 @@ def test_odd_planes_are_left_to_the_usual_steps(rng: np.random.Generator, way: s
     """One by one, and nothing of them is written: those whose mean was guessed badly, from elements in the middle, and
     those with sums of squares below the least, or that overflow.
     """
-    count = min(8 if way == "across" else 16, size)
-    inner = slice((size - count) // 2, (size - count) // 2 + count)
+    inner = middle_of(way, size)
+    count = len(inner)
     outer = np.ones(size, bool)
     outer[inner] = False
     x, odd = rng.standard_normal((7, size)), np.zeros(7, bool)

@@ -59,6 +59,7 @@ def test_double_variant(backend: Backend, case: cases.Case, rng: np.random.Gener
 
 
 @pytest.mark.full
+@pytest.mark.nightly(simt=lambda given: given["case"].activation is None)
 @on_kernels
 @pytest.mark.parametrize("case", cases.epilogue_variants(), ids=str)
 def test_epilogue_variant(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:

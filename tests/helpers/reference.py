@@ -117,6 +117,31 @@ class Exact:
             dx = dx - dx.mean(axes, keepdims=True) - self.xhat * (dx * self.xhat).mean(axes, keepdims=True)
         return dx * self.rstd, dweight, dbias, g
 
+    def double_backward(
+        self, ddx: np.ndarray | None, ddweight: np.ndarray | None, ddbias: np.ndarray | None, dy: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ddy, dx, dweight of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>; dweight is (C,) without a weight."""
+        x, weight, xhat, rstd = self.x, self.weight, self.xhat, self.rstd
+        axes = tuple(range(2, x.ndim))
+        zero = np.zeros((), np.longdouble)
+        w = zero + 1 if weight is None else _planes(weight, x)
+        vg, vb = (zero if v is None else _planes(v, x) for v in (ddweight, ddbias))
+        u, g = np.zeros_like(xhat) if ddx is None else wide(ddx), wide(dy)
+
+        def mean(a: np.ndarray) -> np.ndarray:
+            return a.mean(axes, keepdims=True)
+
+        if self.running is None:
+            u, g = u - mean(u), g - mean(g)
+            a, c = mean(u * xhat), mean(g * xhat)
+            of_u, of_g = u - xhat * a, g - xhat * c
+            summands = rstd * u * of_g
+            dx = vg * rstd * of_g - w * rstd**2 * (c * of_u + a * of_g + xhat * mean(u * of_g))
+            ddy = w * rstd * of_u + vg * xhat + vb
+        else:
+            summands, dx, ddy = rstd * u * g, vg * rstd * g, w * rstd * u + vg * xhat + vb
+        return ddy, dx + 0 * xhat, summands.sum(axes if weight is not None and weight.ndim == 2 else (0, *axes))
+
     def moved(self, running_mean: np.ndarray, running_var: np.ndarray, momentum: float) -> tuple[Any, Any]:
         """The running statistics after a training forward: unbiased plane variances, averaged over the batch."""
         mean, var = self.statistics
@@ -146,43 +171,17 @@ def backward(
 
 
 def double_backward(
-    ddx: np.ndarray | None,
-    ddweight: np.ndarray | None,
-    ddbias: np.ndarray | None,
-    dy: np.ndarray,
-    x: np.ndarray,
-    weight: np.ndarray | None = None,
-    *,
-    eps: float = 1e-5,
-    running: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ddy, dx, dweight of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias>; dweight is (C,) without a weight."""
-    exact = Exact(x, eps=eps, running=running)
-    xhat, rstd = exact.xhat, exact.rstd
-    axes = tuple(range(2, x.ndim))
-    zero = np.zeros((), np.longdouble)
-    w = zero + 1 if weight is None else _planes(weight, x)
-    vg, vb = (zero if v is None else _planes(v, x) for v in (ddweight, ddbias))
-    u, g = np.zeros_like(xhat) if ddx is None else wide(ddx), wide(dy)
-
-    def mean(a: np.ndarray) -> np.ndarray:
-        return a.mean(axes, keepdims=True)
-
-    if running is None:
-        u, g = u - mean(u), g - mean(g)
-        a, c = mean(u * xhat), mean(g * xhat)
-        of_u, of_g = u - xhat * a, g - xhat * c
-        summands = rstd * u * of_g
-        dx = vg * rstd * of_g - w * rstd**2 * (c * of_u + a * of_g + xhat * mean(u * of_g))
-        ddy = w * rstd * of_u + vg * xhat + vb
-    else:
-        summands, dx, ddy = rstd * u * g, vg * rstd * g, w * rstd * u + vg * xhat + vb
-    return ddy, dx + 0 * xhat, summands.sum(axes if weight is not None and weight.ndim == 2 else (0, *axes))
+    ddx: np.ndarray | None, ddweight: np.ndarray | None, ddbias: np.ndarray | None, dy: np.ndarray, x: np.ndarray,
+    weight: np.ndarray | None = None, **options: Any,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """The second gradients of Exact(x, weight, **options)."""
+    return Exact(x, weight, **options).double_backward(ddx, ddweight, ddbias, dy)
 
 
 def moved(
     running_mean: np.ndarray, running_var: np.ndarray, x: np.ndarray, momentum: float
 ) -> tuple[np.ndarray, np.ndarray]:
+    """The running statistics after a training forward with x: Exact(x).moved."""
     return Exact(x).moved(running_mean, running_var, momentum)
 
 

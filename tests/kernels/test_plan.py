@@ -872,7 +872,7 @@ def test_kernels_are_compiled_for_their_launches() -> None:
         planned = entry["planned"]
         for step, named in zip(planned["plan"]["steps"], planned["modules"], strict=True):
             module = Module(**named)
-            variant = next((v for v in module.variants if step["name"].endswith(f"_{v.name}")), None)
+            variant = _named(step["name"])
             blocks = module.blocks(variant) if variant else 1
             assert bounds_of(module)[step["name"]] == (step["threads"], blocks, step["cluster"]), step["name"]
 

@@ -130,8 +130,8 @@ telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,1
 real=real all="real sweep" parts=() scopes=() tests=() sizes=() calls=() compiling=60
 if [ -n "${SMALL:-}" ]; then
     parts=(2,3,16,16 --batch-ms 0.01)
-    telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=bfloat16
-    scopes=(--scopes warp) tests=(tests/conformance/test_cases.py -k "test_small and 2x3") calls=(--rounds 1 --calls 1 --no-import)
+    telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=float32
+    scopes=(--scopes warp) tests=(tests/conformance/test_cases.py -k "test_small and 2x3 and float32") calls=(--rounds 1 --calls 1 --no-import)
     sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=0.3
 fi
 rehearse() {

@@ -26,6 +26,7 @@ def by_default(case: cases.Case) -> bool:
 
 @on_kernels
 @pytest.mark.full(simt=lambda given: not by_default(given["case"]))
+@pytest.mark.nightly(simt=lambda given: given["case"].activation is None and given["case"] not in parts.in_turn())
 @pytest.mark.parametrize("case", [*parts.variants(), *parts.epilogue_variants()], ids=str)
 def test_every_kernel_of_the_steps(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
     """With one part that is the whole, the kernels read the arrays in place."""

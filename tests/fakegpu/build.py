@@ -104,7 +104,8 @@ def _build(scratch: Path, made: Path) -> None:
     of = versions()
     sdist = _download(scratch, f"cupy=={of[CUPY]}", "--no-binary", ":all:", "--no-build-isolation")
     with tarfile.open(sdist) as archive:
-        archive.extractall(scratch, filter="data")
+        sources = [m for m in archive if "/cupy_backends/" in m.name or m.name.endswith((".pxd", ".pxi"))]
+        archive.extractall(scratch, sources, filter="data")
     root = scratch / f"cupy-{of[CUPY]}"
     cuda = ".".join(of["nvidia-cuda-runtime"].split(".")[:2])
     with zipfile.ZipFile(_download(scratch, f"nvidia-cuda-crt=={cuda}.*", "--only-binary", ":all:")) as archive:

@@ -85,6 +85,13 @@ def variants() -> list[Case]:
     return [case for dtype in ITEMSIZE for kind in KINDS for case in _of_each_size(dtype, *kind)]
 
 
+def in_turn() -> list[Case]:
+    """Return the variants that the full tier runs on the emulator: in float32, and each layout in one other dtype."""
+    turns = [("bfloat16", KINDS[0]), ("float16", KINDS[1]), ("float64", KINDS[2]), ("bfloat16", KINDS[3])]
+    turns += [("float32", kind) for kind in KINDS]
+    return [case for dtype, kind in turns for case in _of_each_size(dtype, *kind)]
+
+
 def epilogue_variants() -> list[Case]:
     """Return cases that reach each of these kernels in one dtype and with one epilogue, with and without a residual."""
     turns = zip(ITEMSIZE, KINDS, ("silu", "gelu", "leaky_relu", "relu"), strict=True)

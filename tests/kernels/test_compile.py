@@ -221,12 +221,13 @@ _FILES = ("forward", "backward")
 
 
 def _wide_modules() -> list[Module]:
-    """Return a bfloat16 module of each group, with and without an epilogue, apart from the core modules."""
-    files = [(file, epilogue) for file in _FILES for epilogue in (0, RELU)] + [("double_backward", 0)]
+    """Return bfloat16 modules of each group, apart from the core modules: with and without an epilogue in turn."""
+    files = {"forward": (0, RELU), "backward": (RELU, 0), "double_backward": (0,)}
     modules = [
         Module(file, "bfloat16", _width(group), "channels_first", group, epilogue)
-        for file, epilogue in files
-        for group in dict.fromkeys(group_of(variant, file) for variant in VARIANTS[file])
+        for file, epilogues in files.items()
+        for i, group in enumerate(dict.fromkeys(group_of(variant, file) for variant in VARIANTS[file]))
+        for epilogue in (epilogues if EVERYTHING else [epilogues[i % len(epilogues)]])
     ]
     return [m for m in modules if m.variants and m not in core_modules()]
 

@@ -743,9 +743,10 @@ def _asan_environment() -> dict[str, str]:
 
 @pytest.mark.full
 def test_address_sanitizer() -> None:
-    """Run a part of the case table with arrays and shared memory watched on the heap: every scope."""
+    """Run a part of the case table with arrays and shared memory watched on the heap: every scope, and both layouts of
+    forward and backward."""
     scopes = ("registers4", "shared4", "normal-grid")  # beside those of the small cases
-    chosen = f"simt and float32 and (_small or contiguous and ({' or '.join(scopes)}))"
+    chosen = f"simt and float32 and (test_small or contiguous and ({' or '.join(scopes)}))"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", chosen]
     done = subprocess.run(
         [*command, "tests/conformance/test_cases.py"],

@@ -182,7 +182,7 @@ def _again(a: da.Array, planes: da.Array) -> da.Array:
     for key in map(tuple, itertools.product([a.name], *map(range, a.numblocks))):
         if key not in names:
             made[(name, *key[1:])] = Alias((name, *key[1:]), key)
-    layers = HighLevelGraph.from_collections(name, made, dependencies=[gate])  # type: ignore[list-item]
+    layers = HighLevelGraph.from_collections(name, made, dependencies=[gate])
     return da.Array(layers, name, a.chunks, meta=a._meta)
 
 

@@ -191,7 +191,8 @@ def _dealt(architecture: int) -> list[Module]:
 
 def _smooth_modules() -> list[Module]:
     """Return the modules with silu and gelu that the full tier compiles, for sm_90: forward and backward by blocks."""
-    return [Module(file, "float32", 4, "channels_first", "", EPILOGUES[name]) for file in _FILES for name in SMOOTH]
+    turns = zip(("forward", "backward"), SMOOTH, strict=True)
+    return [Module(file, "float32", 4, "channels_first", "", EPILOGUES[name]) for file, name in turns]
 
 
 @pytest.mark.full
@@ -215,9 +216,6 @@ def test_every_kind_of_module_is_compiled() -> None:
     assert {module.epilogue for module in dealt} == {0, *EPILOGUES.values()}
     for fused in (False, True):
         assert {module.dtype for module in dealt if (module.epilogue > 0) == fused} == set(ITEMSIZE)
-
-
-_FILES = ("forward", "backward")
 
 
 def _wide_modules() -> list[Module]:

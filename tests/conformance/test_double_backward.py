@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from helpers import reference
 from helpers.backends import Backend, on, peak_of, use_compiled
-from helpers.compare import LARGEST, assert_allclose, assert_equal, assert_within
+from helpers.cases import double_terms
+from helpers.compare import LARGEST, ROUNDING, assert_allclose, assert_equal, assert_within
 from helpers.optional import required
 from helpers.pairwise import pairwise
 
 import cupynorm as cn
 from cupynorm import cpu, devices
 from cupynorm.cpu import numpy_path
+from cupynorm.cuda.device import Device
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 
@@ -173,6 +175,27 @@ def test_offsets_and_means_cost_no_digits(
     terms = call.x.size // shape[1]  # summands of each dweight, of deviation 1; their sum may be near 0 by chance
     for actual, exact, least in zip(call.on(backend), call.exact, (0, 0, math.sqrt(terms)), strict=True):
         assert_within(actual, exact, 4e-6 * max(least, np.abs(exact).max()))
+
+
+@pytest.mark.parametrize("at", [0, -1])
+@pytest.mark.parametrize("what", ["dy", "ddx"])
+def test_an_outlier_costs_other_elements_no_digits(
+    backend: Backend, rng: np.random.Generator, what: str, at: int
+) -> None:
+    """The plane is cut into tiles, and the mean of the one with the outlier is far from that of the others."""
+    backend.pretend(Device("small", (8, 0), 4, 48 * 1024, 2**20))
+    x, dy, ddx = rng.normal(size=(3, 1, 1, 60_001)).astype(np.float32)
+    if what == "dy":  # in dx, terms of ddx would be larger
+        ddx[...] = 0
+    (dy if what == "dy" else ddx)[..., at] = 1e5
+    one = np.ones(1, np.float32)
+    x_, dy_, ddx_, one_ = (backend.array(a) for a in (x, dy, ddx, one))
+    _, saved = cn.instance_norm_forward(x_, one_, one_)
+    found = cn.instance_norm_double_backward(ddx_, one_, None, dy_, saved)[:2]
+    call = reference.Exact(x, one)
+    exact, terms = call.double_backward(ddx, one, None, dy), double_terms(call, ddx, dy, 1, 1)
+    for name, actual, expected, size in zip(("ddy", "dx"), found, exact[:2], terms[:2], strict=True):
+        assert_within(backend.host(actual), expected, 3 * ROUNDING["float32"] * size, name)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

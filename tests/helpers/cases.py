@@ -219,6 +219,29 @@ def check(
     assert_same(backend.host(x), before, "x")
 
 
+def double_terms(
+    call: reference.Exact, ddx: np.ndarray, dy: np.ndarray, w: Any, q: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return, for each element, the sum of the sizes of all terms of ddy, dx and dweight of a double backward, each of
+    which is rounded: g and u after their means are subtracted. w, q: |weight| and |ddweight|; without ddbias.
+    """
+
+    def average(a: np.ndarray) -> np.ndarray:
+        return a.mean(tuple(range(2, a.ndim)), keepdims=True)
+
+    xhat, u, g = np.abs(call.xhat), reference.wide(ddx), reference.wide(dy)
+    if call.running is not None:
+        v, g = call.rstd * np.abs(u), np.abs(g)
+        return w * v + q * xhat + 1e-30, call.rstd * q * g + 1e-30, v * g
+    u, g = (np.abs(a - average(a)) for a in (u, g))
+    xhat, u, g = (a + average(a) for a in (xhat, u, g))
+    v = call.rstd * u
+    a, c, s = average(v * xhat), average(g * xhat), average(v * g)
+    q = q + w * a
+    terms = q * (g + xhat * c) + w * (c * (v + xhat * a) + xhat * (s + a * c))
+    return w * v + q * xhat + 1e-30, call.rstd * terms + 1e-30, v * g
+
+
 def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None:
     """Check double backward, in training and in tracked eval, against extended precision."""
     backend.pretend(case.device)
@@ -239,9 +262,6 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
             return default
         return np.abs(reference.wide(parameter)).reshape(*parameter.shape, *(1,) * len(axes))
 
-    def average(a: np.ndarray) -> np.ndarray:
-        return a.mean(axes, keepdims=True)
-
     for training in modes(case):
         running = None if training else (mean_, var_)
         _, saved = cn.instance_norm_forward(
@@ -252,29 +272,15 @@ def check_double(backend: Backend, case: Case, rng: np.random.Generator) -> None
         call = reference.Exact(x_, weight_, running=running)
         exact = call.double_backward(ddx_, ddweight_, ddbias_, dy_)
 
-        # Each summand is rounded; g and u after their means are subtracted.
-        xhat, rstd = np.abs(call.xhat), call.rstd
-        u, g = reference.wide(ddx_), reference.wide(dy_)
-        if training:
-            u, g = (np.abs(a - average(a)) for a in (u, g))
-            xhat, u, g = (a + average(a) for a in (xhat, u, g))
-        v, g = rstd * np.abs(u), np.abs(g)
-        w, q, b = size_of(weight_, 1), size_of(ddweight_, 0), size_of(ddbias_, 0)
-        zero = 0 * xhat
-        if training:
-            a, c, s = average(v * xhat), average(g * xhat), average(v * g)
-            q = q + w * a
-            terms = q * (g + xhat * c) + w * (c * (v + xhat * a) + xhat * (s + a * c))
-        else:
-            terms = q * g + zero
+        of_ddy, of_dx, of_dweight = double_terms(call, ddx_, dy_, size_of(weight_, 1), size_of(ddweight_, 0))
         with np.errstate(invalid="ignore"):
-            within(backend.host(ddy), exact[0], w * v + q * xhat + b + 1e-30, storage + compute, f"ddy, {training=}")
-            within(backend.host(dx), exact[1], rstd * terms + 1e-30, storage + compute, f"dx, {training=}")
+            within(backend.host(ddy), exact[0], of_ddy + size_of(ddbias_, 0), storage + compute, f"ddy, {training=}")
+            within(backend.host(dx), exact[1], of_dx, storage + compute, f"dx, {training=}")
         if weight is None:
             assert dweight is None
         else:
             assert dweight.dtype == weight.dtype
-            total = (v * g).sum(axes if weight.ndim == 2 else (0, *axes)) + 1e-30
+            total = of_dweight.sum(axes if weight.ndim == 2 else (0, *axes)) + 1e-30
             within(backend.host(dweight), exact[2], 2 * total, param + compute, f"dweight, {training=}")
     assert_same(backend.host(dy), dy_, "dy")
 

@@ -34,8 +34,9 @@ CACHE = Path(os.environ.get("CUPYNORM_SIMT_CACHE", Path(tempfile.gettempdir()) /
 #: Most modules run once per build: they are compiled quickly, without optimisation; the machine is optimised.
 FLAGS = ("-O0", "-shared", "-fPIC", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE", "-w")
 FLAGS += ("-fuse-ld=gold",) if shutil.which("ld.gold") else ()
-# Fibers have stacks of their own, which AddressSanitizer cannot follow: it watches the heap.
-SANITIZE = ("-fsanitize=address", "--param", "asan-stack=0", "-g1")
+# Fibers have stacks of their own, which AddressSanitizer cannot follow: it watches the heap. A thread's own arrays are
+# watched by their indices.
+SANITIZE = ("-fsanitize=address,bounds-strict", "-fno-sanitize-recover=bounds", "--param", "asan-stack=0", "-g1")
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 
 Transform = Callable[[str], str]

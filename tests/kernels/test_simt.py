@@ -304,6 +304,26 @@ def test_bytes(
     assert accesses() == 3 + backward_more
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_accesses_of_arrays_that_begin_apart(
+    run_on: Callable[..., Emulator], rng: np.random.Generator, dtype: str
+) -> None:
+    """A vec that begins between multiples of 16 bytes is read as two aligned vecs. Only at the ends of the six planes
+    do elements move one by one."""
+    dy = rng.normal(size=(2, 3, 35, 45)).astype(dtype)
+    x, dx = reference.LAYOUTS["unaligned"](dy + dy**2), np.empty_like(dy)
+    assert dx.ctypes.data % 16 == 0 < x.ctypes.data % 16
+    runtime = run_on(Emulator(DEVICE))
+    _, saved = cn.instance_norm_forward(x, out=dx)
+    cn.instance_norm_backward(dy, saved, out=dx)
+    for count in runtime.counts:
+        assert 1.9 * x.nbytes < count.read[x.ctypes.data] < 2 * x.nbytes
+        for address, size in count.size.items():
+            if size >= x.nbytes:
+                vecs = (count.read[address] + count.written[address]) / 16
+                assert vecs < count.accesses[address] < vecs + 6 * 2 * 16 / x.itemsize, count.kernel
+
+
 def test_the_shapes_reach_every_regime() -> None:
     """Each layout has cases of every regime of its variants: forward as named in the table, backward by its plan."""
     for layout, kind in (("contiguous", "channels_first"), ("channels_last", "channels_last")):
@@ -743,8 +763,8 @@ def _asan_environment() -> dict[str, str]:
 
 @pytest.mark.full
 def test_address_sanitizer() -> None:
-    """Run a part of the case table with arrays and shared memory watched on the heap: every scope, and both layouts of
-    forward and backward."""
+    """Run a part of the case table with arrays and shared memory watched on the heap, and threads' own arrays by index:
+    every scope, and both layouts of forward and backward."""
     scopes = ("registers4", "shared4", "normal-grid")  # beside those of the small cases
     chosen = f"simt and float32 and (test_small or contiguous and ({' or '.join(scopes)}))"
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", chosen]
@@ -764,19 +784,21 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np, cupynorm
 from emulator import backend
 from helpers.backends import use
-backend.runtime.transform = lambda source: source.replace(
-    "scratch[(warp * channel_vecs + lane) * K + k] = s[k];",
-    "scratch[(warp * channel_vecs + lane) * K + k + 16] = s[k];")
+backend.runtime.transform = lambda source: source.replace(*sys.argv[2:])
 with use("simt"):
     cupynorm.instance_norm(np.ones((1, 1, 35, 450), np.float32))
 """
 
 
 @pytest.mark.full
-def test_address_sanitizer_detects_an_overflow() -> None:
+@pytest.mark.parametrize(("text", "index", "beyond", "said"), [
+    ("scratch[(warp * channel_vecs + lane) * K + k] = s[k];", "+ k]", "+ k + 16]", "heap-buffer-overflow"),
+    ("for (int i = 0; i < width; i++) t[i] += t[i + width];", "i < width", "i <= width", "index 4 out of bounds"),
+], ids=["shared memory", "an array of a thread"])  # fmt: skip
+def test_sanitizers_detect_an_overflow(text: str, index: str, beyond: str, said: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _OVERFLOW, TESTS],
+        [sys.executable, "-c", _OVERFLOW, TESTS, text, text.replace(index, beyond)],
         env=_asan_environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "heap-buffer-overflow" in done.stderr
+    assert said in done.stderr

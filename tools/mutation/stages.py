@@ -181,5 +181,6 @@ def _kernel_stages(file: str) -> list[tuple[str, ...]]:
         *([] if users == "double" else of_parts),
         (file_of("accuracy"), "-m", "simt", "-k", "not every_row"),
         (*files_of("semantics properties double_backward"), "-m", "simt"),
+        chosen("simt", "address_sanitizer"),
         (file_of("compile"),),
     ]

@@ -233,13 +233,8 @@ def go_through(module: Module, each_task: Callable[..., None]) -> None:
         inner = _copied(code, given, len(CALL))
         inner.store(names.index("geometry"), inner_geometry.address())
         inner.store(names.index("streams"), 0)
-        for name, value in (("group", 1), ("tiles", 1), ("runs", 1), ("tile_runs", 1)):
-            inner_geometry.store(GEOMETRY.index(name), value)
+        inner_geometry.store(GEOMETRY.index("tiles"), 1)
         channels, sums = (geometry.load(GEOMETRY.index(name)) for name in ("channels", "sums"))
-        run_table = code.room(INT, len(ARRAYS))
-        for i in range(len(ARRAYS)):
-            run_table.store(i, 0)
-        inner_geometry.store(GEOMETRY.index("run_table"), run_table.address())
         next_window = code.variable(buffer)
         windows, addresses = code.room(INT, len(ARRAYS)), code.room(INT, len(ARRAYS))
         arrays = [code.memory(given.load(names.index(name)), INT).load(0) for name in ARRAYS]

@@ -146,6 +146,20 @@ def test_warmup_compiles_the_loops_of_later_calls(
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize(("warm", "later"), [(9, 300), (300, 9)])
+def test_arrays_of_longer_and_shorter_runs(met: Kinds, monkeypatch: pytest.MonkeyPatch, warm: int, later: int) -> None:
+    """Long runs of a crop are read in place, and planes of short ones are copied: both are compiled for either."""
+    cn.set_num_threads(1)
+    cn.warmup(LAYOUTS["crop"](np.zeros((3, 2, 7, warm), np.float32)), parts=True)
+    compiled = met.copy()
+    met.clear()
+    forget_modules(monkeypatch)
+    use(LAYOUTS["crop"](np.zeros((3, 2, 7, later), np.float32)))
+    assert met and met <= compiled
+    assert any(kind.startswith("moves ") for kind in compiled)
+
+
+@pytest.mark.compiled
 def test_training_loops_are_not_compiled_for_one_position(met: Kinds, monkeypatch: pytest.MonkeyPatch) -> None:
     cn.warmup(np.zeros((5, 3, 1, 1), np.float32), parts=True)
     compiled = met.copy()

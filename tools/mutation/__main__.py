@@ -12,8 +12,8 @@
     --recheck    also test the survivors recorded in survivors.toml, otherwise counted as survivors
 
 Run it from the root of the checkout. The parts: `kernels`, `backends` (the steps and loops of the CPU backend; plans,
-arguments, sources and launches of the CUDA backend), `rest`. Needs Python 3.11, g++, and the extras test and cpu; torch
-and NVRTC (the extra dev) add their tests.
+arguments, sources and launches of the CUDA backend), `rest`. Needs Python 3.11, g++, and the extras test, cpu and thinc;
+torch and NVRTC (the extra dev) add their tests.
 
 A mutant's name is its file, the function around it and the change, with a number from the second equal change in the
 function on. A mutant goes through stages of tests, each of which passes on the unchanged code, and is killed by the

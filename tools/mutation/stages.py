@@ -37,7 +37,7 @@ LOOPS = {
 
 #: The tests of the other modules. They run without the compiled loops and the emulator; the first come first.
 TESTS = {
-    "_checks": "refusals functional layers semantics",
+    "_checks": "refusals functional parts layers semantics",
     "_types": "functional refusals cpu",
     "arguments": "launch plan",
     "backend": "house functional",

@@ -677,6 +677,11 @@ def test_explain() -> None:
     assert "read in place" in text
     assert "copied first" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
     assert "4 accesses" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
+    # A warp moves short planes together; three channels side by side form no vec.
+    assert "subwarp-registers" in (short := cn.explain(x[..., :5, :7].copy(), device="H100"))
+    assert short.count(", 16 B at a time") == 2
+    rows = np.zeros((2, 100, 100, 3), np.float32).transpose(0, 3, 1, 2)
+    assert cn.explain(rows, device="H100").count(", 4 B at a time") == 2
     # 2 M elements of float16 fit in the registers of 40 x 4 blocks of 256 threads with 8 vecs of 8 each; x and dy do
     # not fit in those of 40 x 2 blocks.
     text = cn.explain(np.zeros((1, 1, 2048, 1024), np.float16), device="T4")
@@ -708,6 +713,11 @@ def test_explain_parts() -> None:
         lines = text.split(f"\n  {name}: ")[1].split("    bits")[0].splitlines()
         assert f"{accesses} accesses" in lines[2]
         assert [line.split(":")[0].strip() for line in lines[3:]] == list(launches)
+    # One thread for each of 4,000 planes turns given moments, or given sums, into what the kernels read.
+    many = cn.explain(np.zeros((40, 100, 9, 9), np.float32), parts=True, device="H100")
+    for name in ("statistics_of_moments", "means_of_sums"):
+        blocks, threads = map(int, re.search(rf"{name}: (\d+) blocks of (\d+) threads", many).groups())
+        assert 4000 <= blocks * threads < 4000 + threads
     small = cn.explain(x[..., :1, :1], parts=True, device="H100")
     assert small.count("refused") == 2 and "moments_warp_registers_128x1: " in small
     assert "gradient sums" in cn.explain(x, parts=True)

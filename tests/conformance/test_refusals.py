@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextvars import copy_context
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from helpers.faults import Faults, LaunchError
 from helpers.loops import forget_layouts, loops_path
 
 import cupynorm as cn
-from cupynorm import devices
+from cupynorm import _checks, devices
 from cupynorm._types import commit
 from cupynorm.cpu import numpy_path, result_pool, thread_pool
 from cupynorm.cuda.device import Device
@@ -578,3 +579,25 @@ def test_interrupts_lose_no_pooled_memory(rng: np.random.Generator) -> None:
     finally:
         cn.set_memory_limit(0)
         cn.set_memory_limit(limit)
+
+
+def test_addresses_of_gpu_arrays_meet_as_those_of_numpy_arrays_do(rng: np.random.Generator) -> None:
+    """Whether views may share memory, from their addresses, shapes and strides alone."""
+    memory, found = np.zeros(200, np.int16), set()
+
+    def view() -> np.ndarray:
+        shape, steps = rng.integers(0, 5, 2), rng.integers(-20, 21, 2)
+        reach = (shape - 1) * steps
+        low, high = -np.minimum(reach, 0).sum(), memory.size - np.maximum(reach, 0).sum()
+        return np.lib.stride_tricks.as_strided(memory[rng.integers(low, high) :], shape, steps * memory.itemsize)
+
+    def on_a_gpu(a: np.ndarray) -> Any:
+        address = SimpleNamespace(ptr=a.ctypes.data)
+        return SimpleNamespace(data=address, size=a.size, shape=a.shape, strides=a.strides, itemsize=a.itemsize)
+
+    for _ in range(1000):
+        a, b = view(), view()
+        meet = np.may_share_memory(a, b)
+        assert _checks._bounds_meet(on_a_gpu(a), on_a_gpu(b)) == meet, (a.__array_interface__, b.__array_interface__)
+        found.add(meet)
+    assert found == {True, False}

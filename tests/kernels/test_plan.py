@@ -677,6 +677,9 @@ def test_explain() -> None:
     assert "read in place" in text
     assert "copied first" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
     assert "4 accesses" in cn.explain(x.transpose(0, 1, 3, 2), device="H100")
+    apart = np.zeros(x.size + 1, np.float32)[1:].reshape(x.shape)
+    assert "combined" not in text and "combined from two" in cn.explain(apart, device="H100")
+    assert "combined" not in cn.explain(apart[..., :5, :7], device="H100")
     # A warp moves short planes together; three channels side by side form no vec.
     assert "subwarp-registers" in (short := cn.explain(x[..., :5, :7].copy(), device="H100"))
     assert short.count(", 16 B at a time") == 2

@@ -16,7 +16,7 @@ from helpers.backends import Backend, on, on_kernels
 from helpers.compare import ROUNDING, assert_equal, assert_same, assert_within, bits, wide
 
 import cupynorm as cn
-from cupynorm import devices
+from cupynorm import devices, statistics
 from cupynorm.cuda.variants import ITEMSIZE
 
 
@@ -122,6 +122,20 @@ def test_moments_of_empty_planes(backend: Backend, shape: tuple[int, ...]) -> No
     found = cn.moments(backend.array(np.zeros(shape, np.float32)))
     for array, dtype in zip(vars(found).values(), (np.int64, np.float64, np.float64), strict=True):
         assert_same(array, np.full(shape[:2], 0 if 0 in shape[2:] else 5, dtype))
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 6, 7, 11])
+def test_moments_of_any_number_of_tiles(rng: np.random.Generator, tiles: int) -> None:
+    """The CPU's planes of several tiles, whose means are far apart; of an odd number, the last has no partner."""
+    pieces = [1e6 * rng.normal(size=(2, 3, 1)) + rng.normal(size=(2, 3, size)) for size in rng.integers(1, 6, tiles)]
+    counts = np.stack([np.full((2, 3), piece.shape[2]) for piece in pieces])
+    means, m2s = (np.stack(numbers).astype(float) for numbers in zip(*map(expected_moments, pieces), strict=True))
+    merged = statistics.merge_tiles(counts, means, np.zeros(means.shape), m2s)
+    whole = np.concatenate(pieces, 2)
+    mean, m2 = expected_moments(whole)
+    assert_equal(merged.count, np.full((2, 3), whole.shape[2]))
+    assert_within(merged.mean, mean, 1e-9)
+    assert_within(merged.m2, m2, 1e-13 * m2 + 1e-9)
 
 
 def test_moments_of_constant_planes(backend: Backend) -> None:

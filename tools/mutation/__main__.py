@@ -12,7 +12,7 @@
     --recheck    also test the survivors recorded in survivors.toml, otherwise counted as survivors
 
 Run it from the root of the checkout. The parts: `kernels`, `backends` (the steps and loops of the CPU backend; plans,
-arguments, sources and launches of the CUDA backend), `rest`. Needs Python 3.11, g++, and the extras test, cpu and thinc;
+arguments, sources and launches of the CUDA backend), `rest`. Needs Python 3.11, g++ and the extras test, cpu and thinc.
 torch and NVRTC (the extra dev) add their tests.
 
 A mutant's name is its file, the function around it and the change, with a number from the second equal change in the

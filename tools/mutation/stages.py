@@ -144,6 +144,8 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
             *((file, "-m", "simt") for file in files_of("semantics epilogue double_backward parts")),
         ]  # fmt: skip
         return [*own[:1], *emulated, *own[1:]]
+    if name == "config":
+        own.append(chosen("compiling", "folder_of_the_cache"))
     return [*own, chosen("cases", "numpy and float32")]
 
 

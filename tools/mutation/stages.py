@@ -145,7 +145,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         ]  # fmt: skip
         return [*own[:1], *emulated, *own[1:]]
     if name == "config":
-        own.append(chosen("compiling", "folder_of_the_cache"))
+        own.append(compiled("compiling", "folder_of_the_cache"))
     return [*own, chosen("cases", "numpy and float32")]
 
 

@@ -718,6 +718,13 @@ def test_overridden_forward_is_called(rng: np.random.Generator) -> None:
     assert repr(layer).startswith("Doubled(3, ")
 
 
+def test_repr_names_all_options() -> None:
+    first = "InstanceNorm2d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=False"
+    leaky = cn.InstanceNorm2d(3, affine=True, activation="leaky_relu", negative_slope=0.2, device="cpu")
+    assert repr(leaky) == first + ", activation='leaky_relu', negative_slope=0.2)"
+    assert repr(cn.InstanceNorm2d(3, affine=True, device="cpu")) == first + ")"
+
+
 def test_warning_points_at_the_caller(rng: np.random.Generator) -> None:
     layer = cn.InstanceNorm2d(3, device="cpu")
     for call in (layer, layer.forward):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ._types import ACTIVATIONS, DTYPES, Array, Saved, math_dtype
+from ._types import ACTIVATIONS, DTYPES, EPS_MODES, Array, Saved, math_dtype
 
 
 def kind_of(array: Array, name: str) -> str:
@@ -84,6 +84,19 @@ def check_eps(eps: Any) -> float:
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps!r}")
     return eps
+
+
+def check_eps_mode(eps_mode: Any) -> None:
+    if isinstance(eps_mode, str) and eps_mode in EPS_MODES:
+        return
+    error = ValueError if isinstance(eps_mode, str) else TypeError
+    raise error(f"eps_mode must be one of {', '.join(EPS_MODES)}, got {eps_mode!r}")
+
+
+def check_ddof(ddof: float, positions: int) -> None:
+    """Check ddof against the number of positions of a plane, unless planes are empty."""
+    if ddof >= positions > 0:
+        raise ValueError(f"ddof must be less than the number of positions of a plane, {positions}, got {ddof:g}")
 
 
 def check_activation(activation: Any) -> None:
@@ -283,6 +296,15 @@ def check_no_activation(activation: str | None) -> None:
         raise ValueError(
             f"no double backward through the fused activation {activation!r}: call instance_norm_forward "
             "without it, and apply the activation (and what is added before it) as an operation of its own"
+        )
+
+
+def check_usual_rstd(saved: Saved) -> None:
+    """Check the conventions of a forward that is to have a double backward."""
+    if not saved.usual_rstd:
+        raise ValueError(
+            f"no double backward of a forward with eps_mode={saved.eps_mode!r} and ddof={saved.ddof:g}; "
+            "needed are 'variance' and 0"
         )
 
 

@@ -1,6 +1,6 @@
 """What every part of the library shares: arrays and dtypes, and what goes into a backend and comes out of it.
 
-This module, _checks, config and cpu_count are the floor: they import nothing of the library but each other.
+This module, _checks, config, conventions, cpu_count and statistics are the floor: they import nothing of the library but each other.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 #: Names of the activations, besides None.
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
+
+#: Where eps is added: see conventions.py.
+EPS_MODES = ("variance", "std", "max")
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -59,8 +62,15 @@ class Saved:
     residual: Array | None = None
     with_residual: bool = False
     overwritten: bool = False  # out of the forward or of a backward was x or residual
-    eps: float = 0.0  # of the forward: rstd = 1 / sqrt(var + eps)
+    eps: float = 0.0  # of the forward, as are eps_mode and ddof: see conventions.py
     count: Array | None = None
+    eps_mode: str = "variance"
+    ddof: float = 0.0
+
+    @property
+    def usual_rstd(self) -> bool:
+        """Whether rstd is 1 / sqrt(var + eps), with the biased variance."""
+        return self.eps_mode == "variance" and self.ddof == 0
 
 
 @dataclass(eq=False, slots=True)
@@ -81,6 +91,8 @@ class ForwardCall:
     out: Array | None = None
     save: bool = True  # whether the result has Saved
     moments: Any = None  # a statistics.Moments, to use in place of x's own
+    eps_mode: str = "variance"
+    ddof: float = 0.0
 
     @property
     def updates(self) -> bool:
@@ -92,7 +104,7 @@ class ForwardCall:
         return Saved(  # by position, which takes half a microsecond less
             self.x, mean, rstd, self.weight, self.bias, self.use_input_stats, mean_lo, self.activation,
             self.negative_slope, self.residual, self.residual is not None, False, self.eps,
-            None if self.moments is None else self.moments.count,
+            None if self.moments is None else self.moments.count, self.eps_mode, self.ddof,
         )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from dask.graph_manipulation import checkpoint
 from dask.highlevelgraph import HighLevelGraph
 
 from . import functional
-from ._checks import check_activation, check_dtype, check_eps, check_number
+from ._checks import check_activation, check_ddof, check_dtype, check_eps, check_eps_mode, check_number
 from ._types import math_dtype
 from .statistics import DTYPES, Moments
 
@@ -47,6 +47,8 @@ def instance_norm(
     residual: da.Array | None = None,
     moments: Moments | None = None,
     reread: bool = True,
+    ddof: float = 0.0,
+    eps_mode: str = "variance",
 ) -> da.Array:
     """Normalise every plane of a dask array: activation((a - mean) / sqrt(var + eps) * weight + bias + residual).
 
@@ -58,7 +60,7 @@ def instance_norm(
             float64; any chunks, of known sizes.
         weight, bias: (C,), or (N, C) for a scale and shift of each sample: dask arrays, or arrays of the kind that `a`
             has inside; in a's dtype, or float32 for float16 and bfloat16.
-        eps, activation, negative_slope: see `cupynorm.instance_norm`.
+        eps, activation, negative_slope, ddof, eps_mode: see `cupynorm.instance_norm`.
         residual: dask array of a's shape and dtype; its chunks are changed to a's.
         moments: used in place of those of `a` (`cupynorm.dask.moments`, `cupynorm.moments`); arrays (N, C).
         reread: where chunks cut planes, each chunk is needed twice: for the moments, and to be normalised. If True, it
@@ -76,9 +78,13 @@ def instance_norm(
     _check(a)
     eps, negative_slope = check_eps(eps), check_number(negative_slope, "negative_slope")
     check_activation(activation)
+    check_eps_mode(eps_mode)
+    positions, ddof = math.prod(a.shape[2:]), check_number(ddof, "ddof")
     whole = all(blocks == 1 for blocks in a.numblocks[2:])
-    if moments is None and math.prod(a.shape[2:]) == 1:
+    if moments is None and positions == 1:
         raise ValueError(f"Expected more than 1 spatial element, got input size {a.shape}")
+    if moments is None:
+        check_ddof(ddof, positions)
     index = tuple(range(a.ndim))
     given: list[Any] = []
     for name, parameter in (("weight", weight), ("bias", bias)):
@@ -101,9 +107,9 @@ def instance_norm(
         sources = [_again(each, planes) for each in sources]
     given += [None, None] if residual is None else [sources[1], index]
     result: da.Array = da.blockwise(
-        _normalized, index, sources[0], index, *given, planes, None if planes is None else (0, 1), eps=eps,
-        activation=activation, negative_slope=negative_slope, declared=a.dtype, dtype=a.dtype, meta=a._meta,
-        align_arrays=False,
+        _normalized, index, sources[0], index, *given, planes, None if planes is None else (0, 1), eps=eps, ddof=ddof,
+        eps_mode=eps_mode, activation=activation, negative_slope=negative_slope, declared=a.dtype, dtype=a.dtype,
+        meta=a._meta, align_arrays=False,
     )  # fmt: skip
     return result
 

@@ -8,7 +8,9 @@ from typing import Any
 from ._checks import (
     check_activation,
     check_apart,
+    check_ddof,
     check_eps,
+    check_eps_mode,
     check_input,
     check_like,
     check_no_activation,
@@ -18,6 +20,7 @@ from ._checks import (
     check_own_statistics,
     check_per_channel,
     check_saved,
+    check_usual_rstd,
     note_overwritten,
     place_of,
 )
@@ -41,6 +44,8 @@ def instance_norm(
     residual: Array | None = None,
     out: Array | None = None,
     moments: Moments | None = None,
+    ddof: float = 0.0,
+    eps_mode: str = "variance",
 ) -> Array:
     """Normalise every plane of an array: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
@@ -59,7 +64,7 @@ def instance_norm(
         weight, bias: (C,), or (N, C) for a scale and shift of each sample, as in adaptive instance normalisation
             (Huang, Belongie 2017); each optional, and each of either shape.
         momentum: 0 leaves the running statistics as they are.
-        eps: added to the variance, not negative.
+        eps: not negative; see eps_mode.
         activation: None; "relu", max(z, 0); "leaky_relu", z for z > 0, else negative_slope * z; "silu",
             z / (1 + exp(-z)) (Elfwing, Uchibe, Doya 2018); or "gelu", z * Phi(z), where Phi is the normal
             distribution function, computed with the error function, not approximated (Hendrycks, Gimpel 2016).
@@ -69,6 +74,10 @@ def instance_norm(
         moments: of whole planes (`cupynorm.moments`), if input has only a part of each, even a single position or none:
             mean and var are theirs, and so are the running statistics' updates, to which planes of fewer than two
             positions do not count. Not together with use_input_stats=False.
+        ddof: delta degrees of freedom of var, as in numpy.var: the sum of squared distances from the mean is divided by
+            the number of positions less ddof. Running statistics are always updated with the unbiased variance.
+        eps_mode: where eps is added: "variance", (x - mean) / sqrt(var + eps); "std", (x - mean) / (sqrt(var) + eps);
+            or "max", (x - mean) / max(sqrt(var), eps). It applies to running_var, too.
 
         weight, bias and running statistics have the input's dtype, or float32 for float16 and bfloat16 input.
 
@@ -80,15 +89,16 @@ def instance_norm(
         TypeError: an argument has the wrong type, dtype or array class.
         ValueError: shapes that do not fit, arrays on several devices, one running statistic without the other,
             one spatial element with use_input_stats and no moments, moments without use_input_stats, an unknown
-            activation, an out that overlaps another array without being that array, or running statistics to be
-            updated that share memory with each other, with the parameters or with the input. Nothing has been written
-            then.
+            activation or eps_mode, a ddof that is not less than the number of positions, an out that overlaps another
+            array without being that array, or running statistics to be updated that share memory with each other, with
+            the parameters or with the input. Nothing has been written then.
     """
     result = _forward(
         ForwardCall(
             x=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
             use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            negative_slope=negative_slope, residual=residual, out=out, save=False, moments=moments,
+            negative_slope=negative_slope, residual=residual, out=out, save=False, moments=moments, ddof=ddof,
+            eps_mode=eps_mode,
         )
     )  # fmt: skip
     result.commit()
@@ -110,6 +120,8 @@ def instance_norm_forward(
     residual: Array | None = None,
     out: Array | None = None,
     moments: Moments | None = None,
+    ddof: float = 0.0,
+    eps_mode: str = "variance",
 ) -> tuple[Array, Saved]:
     """Normalise as `instance_norm` does, and return the state that `instance_norm_backward` needs.
 
@@ -125,7 +137,7 @@ def instance_norm_forward(
         ForwardCall(
             x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
             use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            negative_slope=negative_slope, residual=residual, out=out, moments=moments,
+            negative_slope=negative_slope, residual=residual, out=out, moments=moments, ddof=ddof, eps_mode=eps_mode,
         )
     )  # fmt: skip
     assert result.saved is not None
@@ -147,6 +159,8 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
     call.momentum, call.eps = check_number(call.momentum, "momentum"), check_eps(call.eps)
     call.negative_slope = check_number(call.negative_slope, "negative_slope")
     check_activation(call.activation)
+    call.ddof = check_number(call.ddof, "ddof")
+    check_eps_mode(call.eps_mode)
     call.use_input_stats = bool(call.use_input_stats)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
@@ -167,8 +181,11 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
         if not call.use_input_stats:
             raise ValueError("moments need use_input_stats=True: otherwise the running statistics are used")
         _check_numbers(call.moments, "moments", Moments, x, place)
-    elif call.use_input_stats and math.prod(x.shape[2:]) == 1 and not part:
-        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+    elif call.use_input_stats and not part:
+        positions = math.prod(x.shape[2:])
+        if positions == 1:
+            raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+        check_ddof(call.ddof, positions)
     if call.updates or call.out is not None:
         inputs = [("input", x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)]
         if call.moments is not None:
@@ -265,6 +282,9 @@ def instance_norm_backward(
     statistics (tracked eval) mean and rstd are constants, and dx = weight * rstd * g. dweight = sum of g * xhat,
     dbias = sum of g, over the plane and, for parameters of shape (C,), over N. dresidual = g. At a kink the derivative
     is the left one: 0 or negative_slope at z = 0.
+
+    With another ddof or eps_mode than the defaults, xhat * mean(g * xhat) is multiplied by count / (count - ddof), with
+    "std" also by 1 + eps / std, and with "max" it is 0 for planes with std < eps. It is 0 for constant planes.
 
     If the forward had moments, the means over the plane are sums divided by their counts. The sums are those that are
     given, or, without any, those of x's part of the plane.
@@ -366,14 +386,15 @@ def instance_norm_double_backward(
 
     Raises:
         TypeError, ValueError: an array does not fit; all three gradients are None; ddweight (ddbias) for a forward
-            without a weight (bias); a forward with an activation: apply the activation separately instead; or one with
-            given moments.
+            without a weight (bias); a forward with an activation: apply the activation separately instead; one with
+            given moments; or one with another eps_mode or ddof than the defaults.
     """
     check_saved(saved)
     x = saved.x
     place = place_of(x, "input")
     check_no_activation(saved.activation)
     check_own_statistics(saved)
+    check_usual_rstd(saved)
     check_like(dy, "dy", x, place)
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are all None; needed is one of them at least")

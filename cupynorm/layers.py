@@ -18,6 +18,7 @@ from ._checks import (
     check_count,
     check_dtype,
     check_eps,
+    check_eps_mode,
     check_number,
     kind_of,
     place_of,
@@ -81,7 +82,7 @@ class _InstanceNorm:
 
     Args:
         num_features: C, the number of channels.
-        eps: added to the variance, not negative.
+        eps: not negative; see eps_mode.
         momentum: weight of a new observation in the running statistics; None or 0 leaves them as they are.
         affine: if True, the layer has a trained weight (initially ones) and bias (initially zeros), of shape (C,).
         track_running_stats: if True, keep running_mean and running_var, and normalise with them in eval mode.
@@ -91,6 +92,8 @@ class _InstanceNorm:
         activation: keyword only; applied to the result: None, "relu", "leaky_relu", "silu" or "gelu", as in
             `cupynorm.instance_norm`.
         negative_slope: keyword only; slope of "leaky_relu" below 0.
+        ddof: keyword only; delta degrees of freedom of the variance, as in `cupynorm.instance_norm`.
+        eps_mode: keyword only; where eps is added: "variance", "std" or "max", as in `cupynorm.instance_norm`.
         comm: keyword only; a communicator, if each process has only a part of every plane: any cut of the spatial
             positions, also into parts of unequal size or none. It needs `allgather(object) -> list`, as mpi4py's
             communicators have it; see `cupynorm.distributed`. All processes then normalise with the statistics of whole
@@ -130,6 +133,8 @@ class _InstanceNorm:
         bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.01,
+        ddof: float = 0.0,
+        eps_mode: str = "variance",
         comm: Any = None,
     ):
         self.comm = distributed.check_communicator(comm)
@@ -141,6 +146,9 @@ class _InstanceNorm:
         check_activation(activation)
         self.activation = activation
         self.negative_slope = check_number(negative_slope, "negative_slope")
+        check_eps_mode(eps_mode)
+        self.eps_mode = eps_mode
+        self.ddof = check_number(ddof, "ddof")
         self.training = True
         dtype = np.dtype(np.float32) if dtype is None else devices.dtype_of(dtype)
         check_dtype(dtype, "dtype")
@@ -266,6 +274,8 @@ class _InstanceNorm:
             out=out[None] if unbatched and out is not None else out,
             save=not inferring(),
             moments=moments,
+            ddof=self.ddof,
+            eps_mode=self.eps_mode,
         )
         return call, place
 
@@ -504,10 +514,13 @@ class _InstanceNorm:
         epilogue = "" if self.activation is None else f", activation={self.activation!r}"
         if self.negative_slope != 0.01:
             epilogue += f", negative_slope={self.negative_slope}"
+        conventions = "" if self.eps_mode == "variance" else f", eps_mode={self.eps_mode!r}"
+        if self.ddof:
+            conventions += f", ddof={self.ddof:g}"
         return (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"affine={self.affine}, bias={self.bias is not None}, track_running_stats={self.track_running_stats}"
-            f"{epilogue})"
+            f"{epilogue}{conventions})"
         )
 
 

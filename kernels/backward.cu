@@ -1,6 +1,8 @@
 // Backward of a training forward, one launch: a scope reads its planes of x and dy once and writes dx.
 //
-//     dx = weight * rstd * (g - sum(g) / count - xhat * (sum(g * xhat) / count)),   xhat = ((x - mean) - mean_lo) * rstd
+//     dx = weight * rstd * (g - sum(g) / count - xhat * (sum(g * xhat) / count) * slope)
+//
+// with xhat = ((x - mean) - mean_lo) * rstd and slope = rstd_slope of scale.cuh, usually 1.
 //
 // with g = dy * activation'(z), or g = dy without an epilogue.
 // sums.dy and sums.dy_xhat have N * C elements and may be null.
@@ -18,6 +20,7 @@ struct BackwardArguments {
     Sums sums;
     long long channels, spatial, channel_tiles;
     int subdivision, vecs_per_thread;
+    Scale scale;
     Group group;
 };
 
@@ -45,7 +48,8 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
     Gradient g;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        g.set(p, sums[OF_DY * P + p] / count, sums[OF_DY_XHAT * P + p] / count, stat);
+        const Math slope = call.scale.usual() ? 1 : rstd_slope(stat.rstd[p] * stat.unit[p], count, call.scale);
+        g.set(p, sums[OF_DY * P + p] / count, sums[OF_DY_XHAT * P + p] / count * slope, stat);
     }
     if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         call.sums.set(i, sums[OF_DY * P + p], sums[OF_DY_XHAT * P + p]);

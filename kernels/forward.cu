@@ -1,6 +1,6 @@
 // Forward, one launch: a scope reads its planes once, computes their statistics on chip and writes y.
 //
-//     y = activation(((x - mean) - mean_lo) * (rstd * weight) + bias + residual),   rstd = 1 / sqrt(m2 / count + eps)
+//     y = activation(((x - mean) - mean_lo) * (rstd * weight) + bias + residual),   rstd: see scale.cuh
 //
 // The module's text ends with a kernel for each of its variants, which calls
 // forward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call) (cupynorm/cuda/source.py).
@@ -18,7 +18,7 @@ struct ForwardArguments {
     Math *mean, *rstd, *mean_lo, *variance;
     long long channels, spatial, channel_tiles;
     int subdivision, vecs_per_thread;
-    double eps;
+    Scale scale;
     Group group;
 };
 
@@ -50,7 +50,7 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
         const Math mean = m.mean[p] + m.mean_lo[p];
         m.mean_lo[p] = (m.mean[p] - mean) + m.mean_lo[p];
         m.mean[p] = mean;
-        inverse[p] = rstd_of(m.scaled_m2[p], count, (Math)call.eps);
+        inverse[p] = rstd_of(m.scaled_m2[p], count, call.scale);
     }
     if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         if (call.mean) store(call.mean + i, m.mean[p]);

@@ -7,7 +7,7 @@
 struct StatisticsOfMomentsArguments {
     MomentArrays moments;
     long long planes;
-    double eps;
+    Scale scale;
     Math *mean, *rstd, *mean_lo, *variance;
 };
 
@@ -15,7 +15,7 @@ KERNEL(SINGLE_THREADS, 1) statistics_of_moments(StatisticsOfMomentsArguments cal
     const long long plane = plane_of_thread();
     if (plane >= call.planes) return;
     const Statistics statistics{call.mean, call.rstd, call.mean_lo, call.variance};
-    statistics.set(plane, call.moments.get(plane), call.eps);
+    statistics.set(plane, call.moments.get(plane), call.scale);
 }
 
 // The means of g and of g * xhat for input_gradient_*, if mean_dy is not null; and the sums for dweight and dbias.
@@ -24,6 +24,8 @@ struct MeansOfSumsArguments {
     const long long* count;         // of each plane; null if all have `spatial` positions
     long long planes, spatial;
     Math *mean_dy, *mean_dy_xhat;
+    const Math* rstd;
+    Scale scale;
     Sums sums;
 };
 
@@ -34,7 +36,8 @@ KERNEL(SINGLE_THREADS, 1) means_of_sums(MeansOfSumsArguments call) {
     if (call.mean_dy) {
         const Accum count = (Accum)(call.count ? load(call.count + plane) : call.spatial);
         store(call.mean_dy + plane, (Math)(sum_dy / count));
-        store(call.mean_dy_xhat + plane, (Math)(sum_dy_xhat / count));
+        const Math slope = call.scale.usual() ? 1 : rstd_slope(load(call.rstd + plane), (Math)count, call.scale);
+        store(call.mean_dy_xhat + plane, (Math)(sum_dy_xhat / count * slope));
     }
     call.sums.set(plane, (Math)sum_dy, (Math)sum_dy_xhat);
 }

@@ -1,6 +1,8 @@
 // Backward of a plane: two sums over each of its tiles, and dx from these sums.
 //
-//     dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat)),   xhat = ((x - mean) - mean_lo) * rstd
+//     dx = weight * rstd * (g - mean(g) - xhat * mean(g * xhat) * slope),   xhat = ((x - mean) - mean_lo) * rstd
+//
+// slope is rstd_slope of scale.cuh, usually 1.
 
 #ifndef CUPYNORM_GRADIENT
 #define CUPYNORM_GRADIENT
@@ -8,6 +10,7 @@
 #include "affine.cuh"
 #include "epilogue.cuh"
 #include "merge.cuh"
+#include "scale.cuh"
 #include "tile.cuh"
 #include "unit.cuh"
 

@@ -10,7 +10,7 @@
 struct MergeMomentsArguments {
     MomentArrays partials, merged;
     long long tiles, first, planes;
-    double eps;
+    Scale scale;
     Math *mean, *rstd, *mean_lo, *variance;
 };
 
@@ -21,7 +21,7 @@ KERNEL(SINGLE_THREADS, 1) merge_moments(MergeMomentsArguments call) {
     const Moments all = merge_over_block<MERGE_MOMENTS_BYTES>(Moments{0, 0, 0}, call.tiles, of_tile, merge);
     if (threadIdx.x != 0) return;
     if (call.merged.count) call.merged.set(plane, all);
-    else Statistics{call.mean, call.rstd, call.mean_lo, call.variance}.set(plane, all, call.eps);
+    else Statistics{call.mean, call.rstd, call.mean_lo, call.variance}.set(plane, all, call.scale);
 }
 
 struct TwoSums { Accum dy, dy_xhat; };
@@ -31,6 +31,8 @@ struct MergeGradientSumsArguments {
     const Math* partials;
     long long all_planes, tiles, first, planes, spatial;
     Math *mean_dy, *mean_dy_xhat;   // for input_gradient_*
+    const Math* rstd;
+    Scale scale;
     Totals totals;
     Sums sums;                      // for dbias and dweight, or these themselves
 };
@@ -47,7 +49,8 @@ KERNEL(SINGLE_THREADS, 1) merge_gradient_sums(MergeGradientSumsArguments call) {
     if (threadIdx.x != 0) return;
     if (call.mean_dy) {
         store(call.mean_dy + plane, (Math)(all.dy / call.spatial));
-        store(call.mean_dy_xhat + plane, (Math)(all.dy_xhat / call.spatial));
+        const Math slope = call.scale.usual() ? 1 : rstd_slope(load(call.rstd + plane), call.spatial, call.scale);
+        store(call.mean_dy_xhat + plane, (Math)(all.dy_xhat / call.spatial * slope));
     }
     if (call.totals.dy) call.totals.set(plane, all.dy, all.dy_xhat);
     call.sums.set(plane, (Math)all.dy, (Math)all.dy_xhat);

@@ -9,6 +9,7 @@
 
 #include "affine.cuh"
 #include "merge.cuh"
+#include "scale.cuh"
 #include "sums.cuh"
 #include "tile.cuh"
 #include "unit.cuh"
@@ -40,7 +41,13 @@ __device__ inline float scale_m2_to_float(Accum m2) {
     const Accum unit = large ? 6.223015277861142e-61 : 1.6069380442589903e60;       // 2^-200, 2^200
     return -sqrtf((float)(m2 * unit)) * (large ? 1.2089258e24f : 7.8886091e-31f);   // 2^80, 2^-100
 }
-__device__ inline float rstd_of(float scaled_m2, float count, float eps) {
+__device__ inline float rstd_of(float scaled_m2, float count, const Scale& scale) {
+    const float eps = (float)scale.eps;
+    count -= (float)scale.ddof;
+    if (scale.mode != EPS_VARIANCE) {
+        const float root = (scaled_m2 < 0 ? -scaled_m2 : sqrtf(scaled_m2)) / sqrtf(count);
+        return rstd_of_std(scaled_m2 <= -1 ? root * 1048576 : root, scale);
+    }
     if (!(scaled_m2 < 0)) return reciprocal_sqrt(scaled_m2 / count + eps);
     if (scaled_m2 > -1 && eps > 1) return reciprocal_sqrt(eps);
     const float unit = scaled_m2 > -1 ? 1.1529215e18f : 8.2718061e-25f;                           // 2^60, 2^-80
@@ -54,16 +61,16 @@ __device__ inline float variance_of(float scaled_m2, float count) {
 }
 // double has the range.
 __device__ inline Accum wide_m2(double scaled_m2) { return scaled_m2; }
-__device__ inline double rstd_of(double scaled_m2, double count, double eps) {
-    return reciprocal_sqrt(scaled_m2 / count + eps);
+__device__ inline double rstd_of(double scaled_m2, double count, const Scale& scale) {
+    const double var = scaled_m2 / (count - scale.ddof);
+    return scale.mode == EPS_VARIANCE ? reciprocal_sqrt(var + scale.eps) : rstd_of_std(sqrt(var), scale);
 }
 __device__ inline double variance_of(double scaled_m2, double count) { return scaled_m2 / count; }
 __device__ inline Math scale_m2(Accum m2) {
     if constexpr (FLOAT64) return m2;
     else return scale_m2_to_float(m2);
 }
-__device__ inline Math rstd_of(Accum square) {
-    const Accum rstd = 1 / sqrt(square);
+__device__ inline Math narrow_rstd(Accum rstd) {
     if constexpr (FLOAT64) return rstd;
     else return rstd < 1.1754944e-38 ? denormal((float)(rstd * 7.1362384635298e44)) : (Math)rstd;     // 2^-126, 2^149
 }
@@ -240,11 +247,14 @@ struct MomentArrays {
 struct Statistics {
     Math *mean, *rstd, *mean_lo, *variance;
 
-    __device__ void set(long long i, const Moments& m, double eps) const {
+    // The variance of a plane with no more than ddof positions is 0.
+    __device__ void set(long long i, const Moments& m, const Scale& scale) const {
         const Math rounded = (Math)m.mean;
+        const Accum rest = m.count - scale.ddof, var = rest > 0 ? m.m2 / rest : 0;
         store(mean + i, rounded);
         store(mean_lo + i, (Math)(m.mean - rounded));
-        store(rstd + i, rstd_of(m.m2 / m.count + eps));
+        store(rstd + i, narrow_rstd(scale.mode == EPS_VARIANCE ? 1 / sqrt(var + scale.eps)
+                                                               : rstd_of_std(sqrt(var), scale)));
         if (variance) store(variance + i, (Math)(m.m2 / (m.count - 1)));
     }
 };

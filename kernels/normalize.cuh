@@ -10,6 +10,7 @@
 #include "affine.cuh"
 #include "epilogue.cuh"
 #include "round.cuh"
+#include "scale.cuh"
 #include "tile.cuh"
 #include "unit.cuh"
 
@@ -17,7 +18,7 @@ struct NormalizeArguments {
     Tensor x, y;
     const void *given_mean, *given_var;     // of each channel (tracked eval), or null
     Math *mean, *rstd, *mean_lo;            // of each plane: read if given_mean is null, else the first two are written
-    double eps;
+    Scale scale;
     Affine affine;
     Epilogue epilogue;
     Round round;
@@ -34,7 +35,7 @@ __device__ inline void use_given_statistics(const NormalizeArguments& call, cons
     load_of_planes(var, partition, channels, call.given_var, flags & WIDE_RUNNING_VAR, false, 1);
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        rstd[p] = reciprocal_sqrt(var[p] + (Math)call.eps);
+        rstd[p] = rstd_of_variance(var[p], call.scale);
         to.set(p, mean[p], Unit{1, rstd[p]}, affine);
     }
     if (call.mean && partition.tile == 0) partition.each_plane(channels, [&](int p, long long i) {

@@ -50,6 +50,7 @@ from .._types import (
 )
 from ..backend import Backend
 from ..config import get_num_threads
+from ..conventions import rstd_of, rstd_slope
 from ..statistics import GradientSums, Moments, merge_tiles, new
 from . import forks as forks  # imported for its effect
 from . import running
@@ -101,7 +102,7 @@ class CpuBackend(Backend):
         update: Callable[..., None] = commit
         if x.size:
             variance = np.empty(x.shape[:2], dtype) if call.updates else None
-            _choose(saved, Arrays(x, y, residual=call.residual)).forward(call.eps, variance)
+            _choose(saved, Arrays(x, y, residual=call.residual)).forward(variance)
             if variance is not None:
                 count = math.prod(x.shape[2:])
                 with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
@@ -119,12 +120,13 @@ class CpuBackend(Backend):
                 assert call.running_mean is not None and call.running_var is not None
                 saved.mean[...] = call.running_mean
                 dtype = saved.rstd.dtype
-                saved.rstd[...] = 1 / np.sqrt(call.running_var.astype(dtype) + dtype.type(call.eps))
+                saved.rstd[...] = rstd_of(call.running_var.astype(dtype), dtype.type(call.eps), call.eps_mode)
             else:
                 assert saved.mean_lo is not None
                 saved.mean[...] = call.moments.mean
                 saved.mean_lo[...] = call.moments.mean - saved.mean
-                saved.rstd[...] = 1 / np.sqrt(call.moments.var() + call.eps)
+                var = np.where(call.moments.count > call.ddof, call.moments.var(call.ddof), 0)
+                saved.rstd[...] = rstd_of(var, call.eps, call.eps_mode)
         if call.x.size:
             _choose(saved, Arrays(call.x, y, residual=call.residual)).normalize()
         if call.updates:  # and moments are given
@@ -136,7 +138,7 @@ class CpuBackend(Backend):
         sums = np.zeros((2, *saved.x.shape[:2]), math_dtype(saved.x.dtype))  # of g times xhat, and of g
         arrays, dresidual = _arrays_of_backward(dy, saved, out)
         if saved.x.size:
-            _choose(saved, arrays).backward(sums[1], sums[0])
+            _choose(saved, arrays).backward(sums[1], sums[0], _slopes(saved))
         dweight, dbias = _gradients(sums, saved.weight, saved.bias)
         return Gradients(arrays.result, dweight, dbias, dresidual)
 
@@ -156,7 +158,13 @@ class CpuBackend(Backend):
             # The implementations divide by x's number of positions.
             with np.errstate(all="ignore"):
                 share = 1 if saved.count is None else math.prod(saved.x.shape[2:]) / saved.count
-                plane_sums = [(s * share).astype(saved.rstd.dtype, order="C") for s in (sums.sum_dy, sums.sum_dy_xhat)]
+                shares, slopes = (share, share), rstd_slope(saved)
+                if slopes is not None:
+                    shares = share, share * slopes
+                plane_sums = [
+                    (s * share).astype(saved.rstd.dtype, order="C")
+                    for s, share in zip((sums.sum_dy, sums.sum_dy_xhat), shares, strict=True)
+                ]
             _choose(saved, arrays).input_gradient(*plane_sums)
         return arrays.result, dresidual
 
@@ -210,6 +218,12 @@ def _results(call: ForwardCall) -> tuple[Array, Saved]:
     planes, dtype = call.x.shape[:2], math_dtype(call.x.dtype)
     mean_lo = np.empty(planes, dtype) if call.use_input_stats else None
     return y, call.saved(np.empty(planes, dtype), np.empty(planes, dtype), mean_lo)
+
+
+def _slopes(saved: Saved) -> np.ndarray | None:
+    """Return rstd_slope in computing precision."""
+    slopes = rstd_slope(saved)
+    return None if slopes is None else np.ascontiguousarray(slopes, saved.rstd.dtype)
 
 
 def _means_of_channels(moments: Moments, momentum: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._types import Array
+from .._types import Array, Saved
 
 Index = tuple[Any, ...]
 
@@ -91,6 +91,6 @@ def tile_slices(spatial: list[int], limit: int) -> Iterator[Index]:
             yield (slice(i, i + step), *(slice(None) for _ in inner))
 
 
-def least_mean_square(eps: float) -> float:
+def least_mean_square(call: Saved) -> float:
     """Return the least mean square that float32 holds in full precision; 0 if eps dominates anyway."""
-    return 0.0 if eps >= 1e-30 else 2.0**-100
+    return 0.0 if call.eps >= (1e-30 if call.eps_mode == "variance" else 1e-15) else 2.0**-100

@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from .llvm import INT, Memory, Module, Value, fused, least, sqrt, vector, where
+from .llvm import INT, Memory, Module, Value, fused, least, vector, where
 from .loops_activations import activate, times_slope
 from .loops_backward import slope_and_constant
-from .loops_forward import STEP, guess_of
+from .loops_forward import STEP, eps_of, guess_of, rstd_of
 from .loops_moves import transposed_block
 from .loops_places import AHEAD, ARRAYS, RESULTS, Coefficients, Kind, Numbers, Planes, coefficients
 
@@ -172,7 +172,7 @@ def across_forward(module: Module, kind: Kind) -> None:
         numbers = Numbers(code, call, kind)
         size = numbers.length
         slope = numbers.slope.to(computing).splat(PLANES)
-        share, eps = 1 / size.to(computing), numbers.eps.to(computing)
+        share, eps = 1 / size.to(computing), eps_of(numbers)
         lowest = (numbers.least * size.to(numbers.least.kind)).to(computing)
         buffer, added = (code.room(computing, ROOM) for _ in range(2))
         unwanted = code.room(element.stored, LONGEST)
@@ -200,7 +200,7 @@ def across_forward(module: Module, kind: Kind) -> None:
             part = mean - guess  # the sum's rounding error is exact, by Knuth
             mean_lo = (guess - (mean - part)) + (excess - part)
             variance = where(m2 <= 0, 0, m2) * share
-            rstd = 1 / sqrt(variance + eps)
+            rstd = rstd_of(numbers, variance)
             values, _ = coefficients(mean, mean_lo, rstd, group.weight, group.bias)
             with code.loop(0, size * PLANES, PLANES) as i:
                 z = values.z(values.centred(buffer.load(i, PLANES)))
@@ -254,7 +254,8 @@ def across_backward(module: Module, kind: Kind) -> None:
             dot = (dot - total * (mean_lo * values.unit)) * r
             if kind.residual:
                 _put(numbers, "dresidual", group, g)
-            further = slope_and_constant(count, values.unit, r, mean_lo, total, dot)
+            slopes = _load(numbers, group, "slopes")[0] if kind.sloped else None
+            further = slope_and_constant(count, values.unit, r, mean_lo, total, dot, slopes)
             with code.loop(0, numbers.length * PLANES, PLANES) as i:
                 gradient = g.load(i, PLANES)
                 if kind.training:

@@ -149,20 +149,26 @@ def gradient_sums(module: Module, kind: Kind) -> None:
 
 
 def slope_and_constant(
-    count: Value, unit: Value, r: Value, mean_lo: Value, sum_g: Value, sum_g_xhat: Value
+    count: Value, unit: Value, r: Value, mean_lo: Value, sum_g: Value, sum_g_xhat: Value, of_rstd: Value | None
 ) -> tuple[Value, Value]:
-    """Return slope and constant of dx = (g + (centred * slope + constant)) * scale * unit; r is rstd in the unit."""
+    """Return slope and constant of dx = (g + (centred * slope + constant)) * scale * unit; r is rstd in the unit.
+
+    of_rstd: rstd_slope (conventions.py), or None if it is 1.
+    """
     slope = -(sum_g_xhat / count * r)
+    if of_rstd is not None:
+        slope = slope * of_rstd
     return slope, -(sum_g / count) - mean_lo * unit * slope
 
 
 def _slopes(planes: Planes, n: Value, c: Value) -> tuple[Value, Value]:
     """Return slope and constant of a plane."""
     numbers = planes.numbers
-    sums = [numbers.of_planes(name).load(n * numbers.channels + c) for name in ("sum_g", "sum_g_xhat")]
+    names = ("sum_g", "sum_g_xhat", *(("slopes",) if numbers.kind.sloped else ()))
+    total, dot, *slopes = (numbers.of_planes(name).load(n * numbers.channels + c) for name in names)
     mean, mean_lo, rstd = planes.statistics(n, c)
     unit, r = unit_of(mean, rstd)
-    return slope_and_constant(numbers.plane.to(r.kind), unit, r, mean_lo, *sums)
+    return slope_and_constant(numbers.plane.to(r.kind), unit, r, mean_lo, total, dot, slopes[0] if slopes else None)
 
 
 def gradient_results(

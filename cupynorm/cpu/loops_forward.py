@@ -10,7 +10,7 @@ import math
 from functools import partial
 from typing import Any
 
-from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, fused, least, most, sqrt, vector, where
+from .llvm import DOUBLE, INT, MEMORY, Code, Memory, Module, Value, element_of, fused, least, most, sqrt, vector, where
 from .loops_activations import activate
 from .loops_places import (
     LINE,
@@ -223,6 +223,21 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
                 store((mean, mean_lo, total, sum_sq), count, (offset + j, step, item.tile), at)
 
 
+def rstd_of(numbers: Numbers, var: Value) -> Value:
+    """Return rstd of biased variances, by the call's convention (conventions.py), in their precision."""
+    kind = element_of(var.kind)
+    ratio, eps, beside, floor = (
+        getattr(numbers, name).to(kind) for name in ("count_ratio", "eps", "eps_beside", "floor")
+    )
+    std = sqrt(var * ratio + eps) + beside
+    return 1 / where(std < floor, floor, std)  # NaN stays
+
+
+def eps_of(numbers: Numbers) -> Value:
+    """Return eps in computing precision, wherever it is added."""
+    return (numbers.eps + numbers.eps_beside + numbers.floor).to(numbers.kind.element.computing)
+
+
 def _join(module: Module, kind: Kind) -> None:
     """Write the step that merges the tiles of blocks: mean, mean_lo and rstd of planes, and variance if wanted.
 
@@ -253,7 +268,7 @@ def _join(module: Module, kind: Kind) -> None:
             mean = (start + pooled.get()).to(computing)
             outputs["mean"].store(plane, mean)
             outputs["mean_lo"].store(plane, ((start - mean.to(DOUBLE)) + pooled.get()).to(computing))
-            outputs["rstd"].store(plane, (1 / sqrt(var + numbers.eps)).to(computing))
+            outputs["rstd"].store(plane, rstd_of(numbers, var).to(computing))
             with code.when(numbers.variance != 0):
                 outputs["variance"].store(plane, var.to(computing))
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .._types import Saved
 from ..config import get_num_threads
+from ..conventions import count_ratio, terms_of_eps
 from . import llvm_machine
 from .blocking import Arrays, Work, least_mean_square, merged_axes
 from .llvm import Module
@@ -151,6 +152,7 @@ class Layout:
             widest *= 2
         self.lanes = 1 << (min(shortest, widest).bit_length() - 1)
         one_piece = (self.windows is not None and self.tiles == 1) or (rows and runs == 1)
+        self.plane = plane
         self.one_piece = plane if one_piece else 0  # elements of planes that lie in one piece each
         numbers = {
             "channels": c, "group": group, "tiles": self.tiles, "runs": runs, "length": length,
@@ -173,9 +175,9 @@ class Layout:
             return forward, BACKWARD
         return forward, Pass(*BACKWARD[:2], "across_backward" if across else "short_backward")
 
-    def kind(self, activation: str | None, residual: bool, training: bool = False) -> Kind:
+    def kind(self, activation: str | None, residual: bool, training: bool = False, sloped: bool = False) -> Kind:
         """Return what loops for such arrays are compiled for."""
-        return Kind(self.dtype_name, self.lanes, self.channels_last, activation, residual, training)
+        return Kind(self.dtype_name, self.lanes, self.channels_last, activation, residual, training, sloped)
 
 
 def _group(channels: int, wanted: int, least: int) -> int:
@@ -228,7 +230,7 @@ def kind_for(name: str, kind: Kind) -> Kind:
     if name == "statistics":
         kind = kind._replace(activation=None, residual=False)
     if name not in ("gradients", "short_backward", "across_backward"):
-        kind = kind._replace(training=True)
+        kind = kind._replace(training=True, sloped=False)
     if name.startswith("across"):  # its vectors are several planes
         kind = kind._replace(lanes=min(kind.lanes, BLOCK))
     return kind
@@ -297,13 +299,13 @@ class CompiledWork(Work):
         by_group = self.partials.reshape(3, n, -1, self.tiles, self.layout.group)
         return by_group.transpose(0, 3, 1, 2, 4).reshape(3, self.tiles, n, -1)[..., :c]
 
-    def _steps(self, which: int, modules: Pass | None = None) -> Steps:
+    def _steps(self, which: int, modules: Pass | None = None, sloped: bool = False) -> Steps:
         """Return the steps of the forward (0) or the backward (1), or those of `modules` alone."""
         call, layout = self.call, self.layout
-        key = which, modules, call.activation, call.residual is None, call.training
+        key = which, modules, call.activation, call.residual is None, call.training, sloped
         steps = layout.steps.get(key)
         if steps is None:
-            kind = layout.kind(call.activation, call.residual is not None, call.training)
+            kind = layout.kind(call.activation, call.residual is not None, call.training, sloped)
             steps = layout.steps[key] = steps_of(modules or layout.passes(call.activation)[which], kind)
         return steps
 
@@ -315,8 +317,8 @@ class CompiledWork(Work):
         return Parameter(array, place_of(array), 0 if array.ndim == 1 else array.shape[1], 1)
 
     def _numbers(
-        self, steps: Steps, *, eps: float = 0.0, variance: np.ndarray | None = None,
-        sums: tuple[np.ndarray, np.ndarray] | None = None,
+        self, steps: Steps, *, variance: np.ndarray | None = None, sums: tuple[np.ndarray, np.ndarray] | None = None,
+        slopes: np.ndarray | None = None,
     ) -> bytes:  # fmt: skip
         """Return the numbers of the call for the loops, in the order of CALL.
 
@@ -325,7 +327,7 @@ class CompiledWork(Work):
         call, layout, (x, result, dy, residual, dresidual) = self.call, self.layout, self.arrays
         weight, bias = self._parameter("weight"), self._parameter("bias")
         mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
-        self.kept = weight, bias, mean_lo  # while the loops use them
+        self.kept = weight, bias, mean_lo, slopes  # while the loops use them
         place = id(x) + _HEADER  # as place_of; eight calls of it would take half a microsecond
         sum_g, sum_g_xhat = (NOWHERE, NOWHERE) if sums is None else map(place_of, sums)
         return FORMAT.pack(
@@ -334,8 +336,10 @@ class CompiledWork(Work):
             place if dresidual is None else id(dresidual) + _HEADER, *weight[1:], *bias[1:], id(call.mean) + _HEADER,
             id(mean_lo) + _HEADER, id(call.rstd) + _HEADER, NOWHERE if variance is None else id(variance) + _HEADER,
             id(self.partials) + _HEADER, self.partials.shape[1], sum_g, sum_g_xhat,
-            sums is not None and sums[0].dtype != self.dtype, layout.streams and self._streams(), eps,
-            least_mean_square(eps), call.negative_slope, *steps[:3], driver().whole_address,
+            sums is not None and sums[0].dtype != self.dtype, NOWHERE if slopes is None else place_of(slopes),
+            layout.streams and self._streams(), *terms_of_eps(call.eps, call.eps_mode),
+            count_ratio(layout.plane, call.ddof), least_mean_square(call), call.negative_slope, *steps[:3],
+            driver().whole_address,
         )  # fmt: skip
 
     def _streams(self) -> bool:
@@ -375,9 +379,9 @@ class CompiledWork(Work):
 
     # Forward
 
-    def forward(self, eps: float, variance: np.ndarray | None) -> None:
+    def forward(self, variance: np.ndarray | None) -> None:
         steps = self._steps(0)
-        self._pass(steps, self._numbers(steps, eps=eps, variance=variance), 1)
+        self._pass(steps, self._numbers(steps, variance=variance), 1)
 
     def moments(self) -> tuple[np.ndarray, ...]:
         """Return count, mean, mean_lo and m2 of each tile, (tiles, N, C)."""
@@ -393,9 +397,10 @@ class CompiledWork(Work):
 
     # Backward
 
-    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        steps = self._steps(1)
-        self._pass(steps, self._numbers(steps, sums=(sum_g, sum_g_xhat)), len(Arrays._fields))
+    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray, slopes: np.ndarray | None = None) -> None:
+        """slopes: rstd_slope of each plane (conventions.py), or None if it is 1."""
+        steps = self._steps(1, sloped=slopes is not None)
+        self._pass(steps, self._numbers(steps, sums=(sum_g, sum_g_xhat), slopes=slopes), len(Arrays._fields))
 
     def gradient_sums(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
         steps = self._steps(1, GRADIENT_SUMS)

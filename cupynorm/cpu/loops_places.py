@@ -61,8 +61,10 @@ CALL = {
     "partials": "a", "spread": "q",  # partial sums, (sums, items, group), and the elements of one of the sums
     "sum_g": "a", "sum_g_xhat": "a",  # (N, C)
     "wide": "q",  # 1 if these two are float64
+    "slopes": "a",  # (N, C), rstd_slope of a backward; not read if a Kind has none
     "streams": "q",  # 1 if results bypass the caches
-    "eps": "d", "least": "d", "slope": "d",  # slope: negative_slope
+    "eps": "d", "eps_beside": "d", "floor": "d", "count_ratio": "d",  # see rstd_of
+    "least": "d", "slope": "d",  # slope: negative_slope
     "reduce": "q", "join": "q", "apply": "q", "whole": "q",  # addresses of steps
 }  # fmt: skip
 FORMAT = struct.Struct("=" + "".join(CALL.values()).replace("a", "q"))
@@ -111,6 +113,7 @@ class Kind(NamedTuple):
     activation: str | None = None
     residual: bool = False
     training: bool = False  # whether a backward's statistics are the input's own
+    sloped: bool = False  # whether a backward has slopes, since its forward had other conventions
 
     @property
     def element(self) -> Element:

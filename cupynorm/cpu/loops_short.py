@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from .llvm import INT, Memory, Module, Value, least, most, sqrt, vector, where
+from .llvm import INT, Memory, Module, Value, least, most, vector, where
 from .loops_activations import activate
 from .loops_backward import INPUTS, OUTPUTS, gradient_at, gradient_results, slope_and_constant
-from .loops_forward import STEP, guess_of
+from .loops_forward import STEP, eps_of, guess_of, rstd_of
 from .loops_places import (
     AHEAD,
     Coefficients,
@@ -111,7 +111,7 @@ def short_forward(module: Module, kind: Kind) -> None:
         size = numbers.length
         x, y, residual = (numbers.array(name) for name in ("x", "result", "residual"))
         slope = numbers.slope.to(computing).splat(lanes)
-        count, eps = size.to(computing), numbers.eps.to(computing)
+        count, eps = size.to(computing), eps_of(numbers)
         lowest = (numbers.least * size.to(numbers.least.kind)).to(computing)
         variances = numbers.of_planes("variance")
         names = (*Coefficients._fields, "total", "sum_sq", "mean_lo", "rstd", "nearest", "variance")
@@ -143,7 +143,7 @@ def short_forward(module: Module, kind: Kind) -> None:
                 part = mean - guess  # the sum's rounding error is exact, by Knuth
                 mean_lo = (guess - (mean - part)) + (excess - part)
                 variance = where(m2 <= 0, 0, m2) / count
-                rstd = 1 / sqrt(variance + eps)
+                rstd = rstd_of(numbers, variance)
                 weight, bias = table.load(j, lanes, "scale", "intercept")
                 values, _ = coefficients(mean, mean_lo, rstd, weight, bias)
                 table.store(j, nearest=mean, mean_lo=mean_lo, rstd=where(good, rstd, -1), variance=variance)
@@ -189,13 +189,16 @@ def short_backward(module: Module, kind: Kind) -> None:
         slope = numbers.slope.to(computing).splat(lanes)
         count = numbers.plane.to(computing)
         totals = [numbers.of_planes(name) for name in ("sum_g", "sum_g_xhat")]
-        names = (*Coefficients._fields, "mean_lo", "rstd", "g", "g_xhat", "slope", "constant")
+        of_planes = {name: planes.arrays[name] for name in ("mean", "mean_lo", "rstd")}
+        if kind.sloped:
+            of_planes["slopes"] = numbers.of_planes("slopes")
+        names = (*Coefficients._fields, *of_planes, "g", "g_xhat", "slope", "constant")
         with _each_group(numbers, first, last, names) as group:
             table = group.table
             offsets = _place_planes(planes, group, arrays)
             with code.loop(0, group.number) as j:
-                for name in ("mean", "mean_lo", "rstd"):
-                    table.rooms[name].store(j, planes.arrays[name].load(group.start + j))
+                for name, memory in of_planes.items():
+                    table.rooms[name].store(j, memory.load(group.start + j))
             with code.loop(0, group.number, lanes) as j:
                 given = table.load(j, lanes, "mean", "mean_lo", "rstd", "scale", "intercept")
                 values, r = coefficients(*given)
@@ -218,7 +221,8 @@ def short_backward(module: Module, kind: Kind) -> None:
             with code.loop(0, group.number, lanes) as j:
                 unit, mean_lo, r, total, dot = table.load(j, lanes, "unit", "mean_lo", "rstd", "g", "g_xhat")
                 dot = (dot - total * (mean_lo * unit)) * r
-                further = slope_and_constant(count, unit, r, mean_lo, total, dot)
+                slopes = table.load(j, lanes, "slopes")[0] if kind.sloped else None
+                further = slope_and_constant(count, unit, r, mean_lo, total, dot, slopes)
                 table.store(j, g_xhat=dot, slope=further[0], constant=further[1])
             with code.loop(0, group.number) as j:
                 plane = group.start + j

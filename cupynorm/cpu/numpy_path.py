@@ -13,6 +13,7 @@ import numpy as np
 from .._checks import overlap
 from .._types import Array, Saved
 from ..config import get_num_threads
+from ..conventions import count_ratio, rstd_of
 from . import halves
 from .blocking import Index, Work, least_mean_square, merged_axes, tile_slices
 from .numpy_activations import activate, scratch_blocks, times_slope
@@ -231,12 +232,13 @@ class NumpyWork(Work):
         """Return the statistics of a block's planes, the same in both passes.
 
         The shift is the mean of a plane if that is large compared with the deviation (rstd includes eps), else 0. With
-        running statistics the values of a plane are unknown, and the shift is always the mean.
+        running statistics the values of a plane are unknown, and with other conventions rstd says less about its
+        deviation: then the shift is always the mean.
         """
         call = self.call
         mean, rstd = call.mean[planes], call.rstd[planes]
         shift = mean
-        if call.training:  # mean**2 > ratio**2 * variance, where 1 / rstd**2 is variance + eps
+        if call.training and call.usual_rstd:  # mean**2 > ratio**2 * variance, where 1 / rstd**2 is variance + eps
             ratio = self.centre_ratio
             shift = mean * (np.hypot(mean, ratio * math.sqrt(call.eps)) * rstd > ratio * (1 - 2.0**-20))
         remainder = mean - shift
@@ -293,7 +295,7 @@ class NumpyWork(Work):
             shift = np.zeros((), self.dtype)
         nearest = (shift + mean).astype(self.dtype, copy=False)
         mean_lo = (shift - nearest) + mean
-        least = size * least_mean_square(self.eps)
+        least = size * least_mean_square(self.call)
         if not sum_sq.max() < math.inf or (least and sum_sq.min() < least):
             odd = ~((sum_sq >= least) & (sum_sq < math.inf))
             exact = x[odd].astype(np.float64)
@@ -327,14 +329,13 @@ class NumpyWork(Work):
 
     # Forward
 
-    def forward(self, eps: float, variance: np.ndarray | None) -> None:
-        self.eps, self.variance = eps, variance
+    def forward(self, variance: np.ndarray | None) -> None:
+        self.variance = variance
         self.work_in_result = self.call.residual is None or not overlap(self.result, self.arrays.residual)
         self.run(self.reduce_forward, self.join_forward, self.apply_forward, self.whole_forward)
 
     def moments(self) -> tuple[np.ndarray, ...]:
         """Return count, mean, mean_lo and m2 of each tile, (tiles, N, C)."""
-        self.eps = 0.0
         self._make_partials()
         self.share(self.reduce_forward, self.blocks * self.tiles)
         means, means_lo, m2s, counts = self.partials
@@ -374,12 +375,14 @@ class NumpyWork(Work):
     def _store_stats(self, planes: Index, mean: np.ndarray, mean_lo: np.ndarray, variance: np.ndarray) -> None:
         call = self.call
         call.mean[planes], call.mean_lo[planes] = mean, mean_lo  # type: ignore[index]
-        call.rstd[planes] = 1 / np.sqrt(variance.astype(self.plane_dtype, copy=False) + self.eps)
-        if variance.dtype != self.plane_dtype:  # values may be out of range of plane_dtype
-            odd = ~((variance >= least_mean_square(self.eps)) & (variance < np.finfo(self.plane_dtype).max))
-            call.rstd[planes] = np.where(odd, 1 / np.sqrt(variance + self.eps), call.rstd[planes])
         if self.variance is not None:
             self.variance[planes] = variance
+        if call.ddof:
+            variance = variance * variance.dtype.type(count_ratio(self.spatial, call.ddof))
+        call.rstd[planes] = rstd_of(variance.astype(self.plane_dtype, copy=False), call.eps, call.eps_mode)
+        if variance.dtype != self.plane_dtype:  # values may be out of range of plane_dtype
+            odd = ~((variance >= least_mean_square(self.call)) & (variance < np.finfo(self.plane_dtype).max))
+            call.rstd[planes] = np.where(odd, rstd_of(variance, call.eps, call.eps_mode), call.rstd[planes])
 
     def apply_forward(self, item: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(item)
@@ -420,8 +423,9 @@ class NumpyWork(Work):
 
     # Backward
 
-    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
+    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray, slopes: np.ndarray | None = None) -> None:
+        """slopes: rstd_slope of each plane (conventions.py), or None if it is 1."""
+        self.sum_g, self.sum_g_xhat, self.slopes = sum_g, sum_g_xhat, slopes
         self.work_in_result = not overlap(self.result, self.arrays.dy)
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
 
@@ -431,7 +435,7 @@ class NumpyWork(Work):
         self.sum_up(self.reduce_backward, self.join_backward)
 
     def input_gradient(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        self.sum_g, self.sum_g_xhat = sum_g, sum_g_xhat
+        self.sum_g, self.sum_g_xhat, self.slopes = sum_g, sum_g_xhat, None
         self.work_in_result = not overlap(self.result, self.arrays.dy)
         self.share(self.apply_backward, self.blocks * self.tiles)
 
@@ -486,7 +490,7 @@ class NumpyWork(Work):
     def _differentiate(
         self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, stats: Stats, scratch: np.ndarray
     ) -> None:
-        """Compute dx = scale * (g - xhat * mean(g * xhat) - mean(g)), in place, beginning with x."""
+        """Compute dx = scale * (g - xhat * mean(g * xhat) * slope - mean(g)), in place, beginning with x."""
         call = self.call
         if self.arrays.dresidual is not None:
             self._write(self.arrays.dresidual, index, g, scratch[PRODUCT])
@@ -497,6 +501,8 @@ class NumpyWork(Work):
         )
         if call.training:
             slope = self.sum_g_xhat[planes] / -self.spatial * stats.rstd
+            if self.slopes is not None:
+                slope *= self.slopes[planes]
             constant = (-stats.remainder * slope - self.sum_g[planes] / self.spatial).astype(self.dtype, copy=False)
             self._each(np.multiply, centred, slope, out)
             out += g

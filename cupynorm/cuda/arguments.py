@@ -41,6 +41,7 @@ TENSOR = _struct(("data", POINTER), ("n c s", INT64))
 AFFINE = _struct(("weight bias", POINTER), ("flags", INT32))
 EPILOGUE = _struct(("residual", TENSOR), ("slope", FLOAT64))
 SUMS = _struct(("dy dy_xhat", POINTER), ("flags", INT32))
+SCALE = _struct(("eps ddof", FLOAT64), ("mode", INT32))
 GROUP = _struct(("tiles", INT32), ("partial arrived", POINTER))
 ROUND = _struct(("channels spatial first channel_tiles tiles", INT64), ("subdivision", INT32))
 INPUTS = _struct(("x dy ddx", TENSOR))
@@ -55,18 +56,18 @@ _MERGE = ("all_planes tiles first planes spatial", INT64)
 STRUCTS: dict[str, np.dtype] = {
     "forward": _struct(
         ("x y", TENSOR), ("epilogue", EPILOGUE), ("affine", AFFINE), ("mean rstd mean_lo variance", POINTER),
-        *_WHOLE, ("eps", FLOAT64), ("group", GROUP),
+        *_WHOLE, ("scale", SCALE), ("group", GROUP),
     ),
     "backward": _struct(
         ("x dy dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("dresidual", TENSOR), ("sums", SUMS), *_WHOLE, ("group", GROUP),
+        ("dresidual", TENSOR), ("sums", SUMS), *_WHOLE, ("scale", SCALE), ("group", GROUP),
     ),
     "double_backward": _struct(
         ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS), ("sums", SUMS),
         *_WHOLE, ("group", GROUP),
     ),
     "normalize": _struct(
-        ("x y", TENSOR), ("given_mean given_var mean rstd mean_lo", POINTER), ("eps", FLOAT64), ("affine", AFFINE),
+        ("x y", TENSOR), ("given_mean given_var mean rstd mean_lo", POINTER), ("scale", SCALE), ("affine", AFFINE),
         ("epilogue", EPILOGUE), ("round", ROUND),
     ),
     "frozen_backward": _struct(
@@ -94,11 +95,12 @@ STRUCTS: dict[str, np.dtype] = {
         ("coefficients", POINTER), ("all_planes", INT64), ("round", ROUND),
     ),
     "merge_moments": _struct(
-        ("partials merged", MOMENTS), ("tiles first planes", INT64), ("eps", FLOAT64),
+        ("partials merged", MOMENTS), ("tiles first planes", INT64), ("scale", SCALE),
         ("mean rstd mean_lo variance", POINTER),
     ),
     "merge_gradient_sums": _struct(
-        ("partials", POINTER), _MERGE, ("mean_dy mean_dy_xhat", POINTER), ("totals", TOTALS), ("sums", SUMS),
+        ("partials", POINTER), _MERGE, ("mean_dy mean_dy_xhat rstd", POINTER), ("scale", SCALE), ("totals", TOTALS),
+        ("sums", SUMS),
     ),
     "merge_products": _struct(("partials", POINTER), _MERGE, ("rstd coefficients", POINTER), ("sums", SUMS)),
     "merge_dots": _struct(("partials", POINTER), ("tiles planes", INT64), ("sums", SUMS)),
@@ -110,11 +112,11 @@ STRUCTS: dict[str, np.dtype] = {
         ("sums", SUMS), ("samples channels", INT64), ("dweight dbias", POINTER), ("flags", INT32),
     ),
     "statistics_of_moments": _struct(
-        ("moments", MOMENTS), ("planes", INT64), ("eps", FLOAT64), ("mean rstd mean_lo variance", POINTER),
+        ("moments", MOMENTS), ("planes", INT64), ("scale", SCALE), ("mean rstd mean_lo variance", POINTER),
     ),
     "means_of_sums": _struct(
-        ("totals", TOTALS), ("count", POINTER), ("planes spatial", INT64), ("mean_dy mean_dy_xhat", POINTER),
-        ("sums", SUMS),
+        ("totals", TOTALS), ("count", POINTER), ("planes spatial", INT64), ("mean_dy mean_dy_xhat rstd", POINTER),
+        ("scale", SCALE), ("sums", SUMS),
     ),
 }  # fmt: skip
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from .._checks import overlap
-from .._types import Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved
+from .._types import EPS_MODES, Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved
 from ..backend import Backend
 from ..statistics import GradientSums, Moments, new
 from .arguments import FLAGS
@@ -18,6 +19,11 @@ from .variants import EPILOGUES
 def _rectifier_slope(activation: str | None, negative_slope: float) -> float:
     """Return a rectifier's slope below 0. Other activations do not use the result."""
     return {None: 1.0, "relu": 0.0}.get(activation, negative_slope)
+
+
+def _scale(call: ForwardCall | Saved) -> dict[str, Any]:
+    """Return the kernels' arguments that say how rstd follows from a variance."""
+    return {"scale.eps": call.eps, "scale.ddof": call.ddof, "scale.mode": EPS_MODES.index(call.eps_mode)}
 
 
 class CudaBackend(Backend):
@@ -93,7 +99,7 @@ class CudaBackend(Backend):
                 work.point("given_mean", mean_)
                 work.point("given_var", var_)
             work.values |= {
-                "affine.flags": flags, "flags": flags, "eps": call.eps, "momentum": call.momentum,
+                "affine.flags": flags, "flags": flags, "momentum": call.momentum, **_scale(call),
                 "epilogue.slope": _rectifier_slope(activation, call.negative_slope),
             }  # fmt: skip
             if x.size and work.plan.regime == "split":
@@ -310,6 +316,8 @@ def _point_saved(work: Launches, saved: Saved) -> None:
     work.point("mean_lo", saved.mean_lo)
     work.point("affine.weight", work.dense(saved.weight))
     work.values["affine.flags"] = work.flags(WEIGHT=saved.weight, BIAS=saved.bias)
+    if not saved.usual_rstd:
+        work.values |= _scale(saved)
     if saved.activation is not None:
         work.point("affine.bias", work.dense(saved.bias))
         work.values["epilogue.slope"] = _rectifier_slope(saved.activation, saved.negative_slope)

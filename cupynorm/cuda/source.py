@@ -15,6 +15,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 
+from .._types import EPS_MODES
 from . import ops
 from .arguments import FLAGS, struct_name
 from .plan import Plan, Step
@@ -99,6 +100,7 @@ class Module:
             "MISALIGNED": int(self.misaligned),
             "EPILOGUE": self.epilogue,
             "READ_AHEAD": self._read_ahead,
+            **{f"EPS_{mode.upper()}": number for number, mode in enumerate(EPS_MODES)},
             **FLAGS,
             **ops.constants(),
         }

@@ -40,13 +40,15 @@ def test_chunks_give_the_results_of_the_whole(backend: Backend, rng: np.random.G
     for given in (
         {}, {"weight": weight[0], "bias": da.from_array(bias, chunks=1)},
         {"weight": weight, "activation": "silu", "residual": da.from_array(residual, chunks=5), "eps": 1e-3},
+        {"ddof": 2, "eps_mode": "std", "eps": 0.5},
     ):  # fmt: skip
         y = cnd.instance_norm(a, **given)
         assert (y.shape, y.chunks, y.dtype, type(y._meta)) == (a.shape, a.chunks, a.dtype, np.ndarray)
         if "activation" in given:
             exact = reference.forward(x, weight, activation="silu", residual=residual, eps=1e-3)
         else:
-            exact = reference.forward(x, given.get("weight"), bias if "bias" in given else None)
+            convention = {name: given[name] for name in ("ddof", "eps_mode", "eps") if name in given}
+            exact = reference.forward(x, given.get("weight"), bias if "bias" in given else None, **convention)
         assert_within(y.compute(scheduler="synchronous"), exact, 2e-5)
     (found,) = dask.compute(cnd.moments(a), scheduler="synchronous")
     assert type(found) is cn.Moments and [each.dtype for each in vars(found).values()] == [int, float, float]
@@ -250,6 +252,10 @@ def test_refusals() -> None:
         cnd.instance_norm(a[..., :1, :1])
     with pytest.raises(ValueError, match="eps must not be negative"):
         cnd.instance_norm(a, eps=-1)
+    with pytest.raises(ValueError, match="eps_mode must be one of"):
+        cnd.instance_norm(a, eps_mode="sum")
+    with pytest.raises(ValueError, match="ddof must be less than the number of positions of a plane, 20, got 20"):
+        cnd.instance_norm(a, ddof=20)
     with pytest.raises(ValueError, match="activation must be None or one of"):
         cnd.instance_norm(a, activation="tanh")
     with pytest.raises(ValueError, match=r"weight has shape \(2,\); needed is \(3,\) or \(2, 3\)"):

@@ -46,6 +46,8 @@ def test_signatures_of_forward_and_backward() -> None:
         "residual": None,
         "out": None,
         "moments": None,
+        "ddof": 0,
+        "eps_mode": "variance",
     }
     assert {name: p.default for name, p in list(forward.items())[3:]} == expected
     backward = inspect.signature(cn.instance_norm_backward).parameters

@@ -85,6 +85,8 @@ def test_signature(rank: int) -> None:
         "bias=True",
         "activation=None",
         "negative_slope=0.01",
+        "ddof=0.0",
+        "eps_mode='variance'",
         "comm=None",
     ]
     assert "*, bias" in signature

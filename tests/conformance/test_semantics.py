@@ -330,7 +330,11 @@ def test_signatures() -> None:
         "eps": 1e-5,
     }
     epilogue = {"activation": None, "negative_slope": 0.01}
-    keywords = {"bias": True, **epilogue, "comm": None}, {**epilogue, "residual": None, "out": None, "moments": None}
+    convention = {"ddof": 0, "eps_mode": "variance"}
+    keywords = (
+        {"bias": True, **epilogue, **convention, "comm": None},
+        {**epilogue, "residual": None, "out": None, "moments": None, **convention},
+    )
     for target, expected, keyword in [*((layer, constructor, keywords[0]) for layer in LAYERS.values()),
                                       (cn.instance_norm, function, keywords[1])]:  # fmt: skip
         parameters = inspect.signature(target).parameters

@@ -306,7 +306,7 @@ def test_units_of_numpy_planes(rstd: float):
 def test_planes_whose_squares_underflow(eps: float, some: bool):
     """Planes with mean squares below 2**-100 are computed in float64 if eps < 1e-30; planes that overflow always."""
     work = on_numpy((1, 2, 4))
-    work.eps = eps
+    work.call.eps = eps
     for value, odd in ((2.0**-50, False), (2.0**-50 * (1 - 2**-20), some), (2.0**65, True)):
         x = np.array([[1, -1, -1, 1], [value, -value, -value, value]], np.float32)[None]
         mean, mean_lo, variance = work._moments(x, np.empty((3, x.size), np.float32))
@@ -346,7 +346,7 @@ def found_on_numpy(x: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, ...]:
     """Return mean, mean_lo and variance of planes (N, C, S), by `_moments`."""
     call = cn.Saved(x, *np.zeros((2, *x.shape[:2]), x.dtype), None, None, True, np.zeros(x.shape[:2], x.dtype), None)
     work = numpy_path.NumpyWork(call, Arrays(x, x))
-    work.eps = eps
+    work.call.eps = eps
     with np.errstate(all="ignore"):
         return work._moments(x, np.empty((3, x.size), x.dtype))
 
@@ -405,7 +405,7 @@ def test_tiles_are_merged_on_numpy_alone(rng: np.random.Generator, monkeypatch: 
     monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 4 * 50)
     x = rng.standard_normal((2, 3, 130)) + rng.choice([0, 1000], (2, 3, 1))
     work = on_numpy((2, 3, 130))
-    work.eps, work.variance = 0.5, np.full((2, 3), 7, np.float32)
+    work.call.eps, work.variance = 0.5, np.full((2, 3), 7, np.float32)
     bounds = [(index[0].start, min(index[0].stop, 130)) for index in work.tile]
     assert bounds == [(0, 50), (50, 100), (100, 130)]
     for tile, (first, last) in enumerate(bounds):
@@ -435,7 +435,7 @@ def test_results_hold_intermediate_values_unless_they_overlap_inputs(monkeypatch
         call = saved_of((2, 3, 8), (24, 8, 1))
         call.residual = arrays.residual
         work = numpy_path.NumpyWork(call, arrays)
-        for forward in (lambda work=work: work.forward(1e-5, None), work.normalize):
+        for forward in (lambda work=work: work.forward(None), work.normalize):
             work.work_in_result = None
             forward()
             assert work.work_in_result is alone

@@ -45,6 +45,9 @@ class Case:
     activation: str | None = None
     residual: str | None = None  # its layout
     per_sample: str = ""  # which of weight and bias are (N, C): "w", "b", "wb"
+    eps: float = 1e-5
+    eps_mode: str = "variance"
+    ddof: float = 0.0
 
     def __str__(self) -> str:
         parts = ["x".join(map(str, self.shape)), self.dtype, self.layout, self.data]
@@ -52,6 +55,8 @@ class Case:
         parts += [self.activation] if self.activation else []
         parts += [f"residual_{self.residual}"] if self.residual else []
         parts += [f"per_sample_{self.per_sample}"] if self.per_sample else []
+        if (self.eps_mode, self.ddof) != ("variance", 0):
+            parts.append(f"{self.eps_mode}{self.eps:g}_ddof{self.ddof:g}")
         return "-".join(parts + ([] if self.device is SMALL_DEVICE else [self.device.name]))
 
 
@@ -159,11 +164,12 @@ def check(
     w, b = of_planes(weight_, 1), of_planes(bias_, 0)
     r = 0 if residual_ is None else np.abs(reference.wide(residual_))
     epilogue = {"activation": case.activation, "negative_slope": SLOPE}
+    convention = {"eps": case.eps, "eps_mode": case.eps_mode, "ddof": case.ddof}
 
     for training in trainings or modes(case):
         running = None if training else (mean_, var_)
         options = {} if training else {"use_input_stats": False}
-        exact = reference.Exact(x_, weight_, bias_, running=running, residual=residual_, **epilogue)
+        exact = reference.Exact(x_, weight_, bias_, running=running, residual=residual_, **epilogue, **convention)
         xhat = np.abs(exact.xhat)
         scale = np.maximum(xhat, 1) * w + b + r
         # Leave out elements for which rounding decides on which side of a kink they are.
@@ -171,7 +177,7 @@ def check(
             dy_[np.abs(exact.z) <= 4 * (compute + storage * (case.dtype == "float64")) * scale] = 0
         dy = backend.array(dy_)
         y, dx, dweight, dbias, *dresidual = run(
-            x, dy, residual, weight=weight, bias=bias, running_mean=mean, running_var=var, momentum=0.3, eps=1e-5,
+            x, dy, residual, weight=weight, bias=bias, running_mean=mean, running_var=var, momentum=0.3, **convention,
             **epilogue, **options,
         )  # fmt: skip
         assert y.dtype == dx.dtype == x.dtype
@@ -185,7 +191,7 @@ def check(
         terms_g = np.abs(g) + (np.abs(reference.wide(dy_)) * (1 + scale) if case.activation in ("silu", "gelu") else 0)
         # Each term of dx is rounded, and the terms may cancel.
         terms = terms_g + terms_g.mean(axes, keepdims=True)
-        terms = terms + xhat * (terms_g * xhat).mean(axes, keepdims=True)
+        terms = terms + xhat * (terms_g * xhat).mean(axes, keepdims=True) * exact.rstd_slope
         with np.errstate(invalid="ignore"):
             bound = storage + handed + compute
             within(dx, dx_, terms * exact.rstd * w, bound, f"dx, {training=}")

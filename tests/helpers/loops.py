@@ -90,13 +90,14 @@ def run_step(
     """Call a step on the items first … last - 1 of a call.
 
     cut: a Cut or a Layout. arrays: contiguous memory, or views; x stands for absent ones. numbers: of CALL; an array
-    means its place. What is not given is 0, and weight and bias are 1 and 0, in float32, for all planes.
+    means its place. What is not given is 0, but weight and count_ratio are 1; weight and bias are the same for all
+    planes, in float32.
     """
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     partials = numbers.get("partials")
     given = {
         **{name: loops_path.NOWHERE if kind == "a" else 0 for name, kind in loops_places.CALL.items()},
-        "geometry": cut.geometry_address, "weight": one, "bias": zero,
+        "geometry": cut.geometry_address, "weight": one, "bias": zero, "count_ratio": 1.0,
         **{name: arrays.x if a is None else a for name, a in arrays._asdict().items()},
         **({} if partials is None else {"spread": partials.shape[1]}), **numbers,
     }  # fmt: skip

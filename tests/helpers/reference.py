@@ -65,13 +65,15 @@ class Exact:
     the gradients.
 
     weight and bias are (C,) or (N, C); running is the mean and the variance to use in place of the planes' own.
+    eps_mode and ddof are the conventions of `cupynorm.instance_norm`.
     """
 
     def __init__(
         self, x: np.ndarray, weight: np.ndarray | None = None, bias: np.ndarray | None = None, *, eps: float = 1e-5,
         running: tuple[np.ndarray, np.ndarray] | None = None, residual: np.ndarray | None = None,
-        activation: str | None = None, negative_slope: float = 0.01,
+        activation: str | None = None, negative_slope: float = 0.01, eps_mode: str = "variance", ddof: float = 0,
     ):  # fmt: skip
+        self.eps_mode, self.ddof = eps_mode, ddof
         self.x, self.weight, self.bias, self.eps = x, weight, bias, eps
         self.running, self.residual = running, residual
         self.epilogue = activation, negative_slope
@@ -83,8 +85,28 @@ class Exact:
     @cached_property
     def rstd(self) -> np.ndarray:
         """Broadcastable over planes."""
-        _, var = self.statistics if self.running is None else self.running
-        return 1 / np.sqrt(_planes(var, self.x) + self.eps)
+        var, eps = self.var, np.longdouble(self.eps)
+        if self.eps_mode == "variance":
+            return 1 / np.sqrt(var + eps)
+        return 1 / (np.sqrt(var) + eps if self.eps_mode == "std" else np.maximum(np.sqrt(var), eps))
+
+    @cached_property
+    def var(self) -> np.ndarray:
+        """The variance of planes by which they are divided, broadcastable over planes."""
+        if self.running is not None:
+            return _planes(self.running[1], self.x)
+        count = np.longdouble(math.prod(self.x.shape[2:]))
+        return _planes(self.statistics[1], self.x) * (count / (count - self.ddof))
+
+    @cached_property
+    def rstd_slope(self) -> np.ndarray:
+        """count * s, where d rstd / dx = -s * rstd^2 * xhat: 0 where rstd is a constant."""
+        count, std = np.longdouble(math.prod(self.x.shape[2:])), np.sqrt(self.var)
+        ratio = count / (count - self.ddof)
+        if self.eps_mode == "variance":
+            return np.broadcast_to(ratio, std.shape)
+        changes = std > (0 if self.eps_mode == "std" else self.eps)
+        return np.where(changes, ratio * (1 + self.eps / np.where(changes, std, 1) * (self.eps_mode == "std")), 0)
 
     @cached_property
     def xhat(self) -> np.ndarray:
@@ -114,7 +136,8 @@ class Exact:
         dweight, dbias = summed(g * self.xhat, self.weight), summed(g, self.bias)
         dx = g if self.weight is None else g * _planes(self.weight, self.x)
         if self.running is None:
-            dx = dx - dx.mean(axes, keepdims=True) - self.xhat * (dx * self.xhat).mean(axes, keepdims=True)
+            of_rstd = self.xhat * (dx * self.xhat).mean(axes, keepdims=True) * self.rstd_slope
+            dx = dx - dx.mean(axes, keepdims=True) - of_rstd
         return dx * self.rstd, dweight, dbias, g
 
     def double_backward(

@@ -228,11 +228,14 @@ def test_arguments_set_by_a_call_belong_to_a_kernel(
         for fused in ({}, {"residual": x, "activation": "relu"}):
             _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training, **fused)
             cn.instance_norm_backward(x, saved)
+        _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training, eps_mode="std")
+        cn.instance_norm_backward(x, saved)
         _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training)
         cn.instance_norm_double_backward(x, w, w, x, saved)
         if training:
             for fused in ({}, {"residual": x, "activation": "relu"}):
-                _, saved = cn.instance_norm_forward(x, w, w, **running, moments=cn.moments(x), **fused)
+                moments = cn.moments(x)
+                _, saved = cn.instance_norm_forward(x, w, w, **running, moments=moments, **fused, eps_mode="std")
                 cn.instance_norm_backward(x, saved)
     assert set().union(*filled.values()) <= set().union(*fields.values())
     never = {(kernel, name) for kernel, names in fields.items() for name in names - filled[kernel]}

@@ -23,7 +23,7 @@ MODULES = {
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
     for file in PACKAGE.rglob("*.py")
 }
-FLOOR = {f"cupynorm.{name}" for name in ("_types", "_checks", "config", "cpu_count", "statistics")}
+FLOOR = {f"cupynorm.{name}" for name in ("_types", "_checks", "config", "conventions", "cpu_count", "statistics")}
 CONTRACT = [name for name, value in vars(Backend).items() if inspect.isfunction(value) and not name.startswith("_")]
 
 

@@ -19,7 +19,7 @@ BACKENDS = (
 )  # fmt: skip
 #: Without the modules that need a GPU or Chainer, without commands, and without tables of devices and variants.
 REST = (
-    "_checks", "_types", "backend", "config", "cpu/forks", "cpu/halves", "cpu/llvm_machine",
+    "_checks", "_types", "backend", "config", "conventions", "cpu/forks", "cpu/halves", "cpu/llvm_machine",
     "cpu/result_pool", "cpu/running", "cpu/thread_pool", "cpu_count", "cuda/describe", "devices", "explain",
     "distributed", "functional", "inference", "layers", "parameters", "statistics", "thinc", "warm",
 )  # fmt: skip
@@ -43,7 +43,8 @@ TESTS = {
     "backend": "house functional",
     "blocking": "choices cpu double_backward",
     "config": "house cpu memory invariance",
-    "cpu": "choices cpu parts double_backward plan epilogue semantics functional accuracy layers together",
+    "conventions": "conventions",
+    "cpu": "choices cpu conventions parts double_backward plan epilogue semantics functional accuracy layers together",
     "cpu_count": "cpu",
     "describe": "plan functional info invariance",
     "devices": "functional layers checkpoints refusals info package",
@@ -59,7 +60,7 @@ TESTS = {
     "layout": "plan launch invariance functional info",
     "numpy_activations": "choices epilogue accuracy semantics",
     "numpy_double": "choices double_backward cpu",
-    "numpy_path": "choices cpu parts epilogue semantics functional accuracy layers",
+    "numpy_path": "choices cpu conventions parts epilogue semantics functional accuracy layers",
     "ops": "plan launch",
     "plan": "plan invariance functional info",
     "result_pool": "memory cpu together",
@@ -79,7 +80,7 @@ USERS = {
     file: users
     for users, files in {
         "single": "backward.cu epilogue.cuh forward.cu frozen.cu gradient.cuh moments.cuh normalize.cuh split.cu"
-        " steps.cuh",
+        " scale.cuh steps.cuh",
         "parts": "given.cu parts.cu",
         "double": "double.cuh double_backward.cu double_split.cu frozen_double_backward.cu",
         "both": "affine.cuh arrays.cuh channels.cu device.cuh group.cuh merge.cuh merges.cu partition.cuh round.cuh"
@@ -93,6 +94,7 @@ FIRST = {
     "group.cuh": "test_variant and (registers4 or grid)",
     "merge.cuh": "test_variant and (registers4 or grid) or test_small",
     "merges.cu": "test_small or test_double_small",
+    "scale.cuh": "test_small",
     "unaligned.cuh": "test_variant and unaligned",
 }
 
@@ -141,7 +143,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
             chosen("cases", "simt and float32 and (table or small)"), chosen("simt", "launches or reach"),
             chosen("cases", "simt and float32"), chosen("simt", "not barrier and not detects"),
             chosen("cases", "simt"),
-            *((file, "-m", "simt") for file in files_of("semantics epilogue double_backward parts")),
+            *((file, "-m", "simt") for file in files_of("semantics conventions epilogue double_backward parts")),
         ]  # fmt: skip
         return [*own[:1], *emulated, *own[1:]]
     if name == "config":
@@ -160,7 +162,7 @@ def _loop_stages(name: str, scope: str) -> list[tuple[str, ...]]:
     return [
         *(compiled(each) for each in own), small, chosen("cases", "test_table and compiled and float32"),
         chosen("cases", "compiled"), compiled("cpu"), compiled("moves"),
-        (*files_of("accuracy semantics epilogue properties"), "-m", "compiled"),
+        (*files_of("conventions accuracy semantics epilogue properties"), "-m", "compiled"),
     ]  # fmt: skip
 
 
@@ -182,7 +184,7 @@ def _kernel_stages(file: str) -> list[tuple[str, ...]]:
         *([chosen("cases", "simt and double")] if users == "both" else []),
         *([] if users == "double" else of_parts),
         (file_of("accuracy"), "-m", "simt", "-k", "not every_row"),
-        (*files_of("semantics properties double_backward"), "-m", "simt"),
+        (*files_of("conventions semantics properties double_backward"), "-m", "simt"),
         chosen("simt", "address_sanitizer"),
         (file_of("compile"),),
     ]

@@ -15,6 +15,7 @@ COMMANDS = {
     "smoke": "run every kind of kernel once, and compare it with NumPy",
     "dram": "compare the bytes moved to and from a GPU's memory with those that a plan promises",
     "prime": "compile kernels into CuPy's disk cache",
+    "dtypes": "time calls on inputs of another dtype than the result, beside a cast first",
     "parts": "time moments, gradient_sums and calls on parts of planes",
     "passes": "time NumPy's own loops beside calls without a compiler",
     "values": "time calls on the CPU by the size of values",

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ._types import ACTIVATIONS, DTYPES, EPS_MODES, Array, Saved, math_dtype
+from ._types import ACTIVATIONS, DTYPES, EPS_MODES, INTEGERS, Array, Saved, math_dtype
 
 
 def kind_of(array: Array, name: str) -> str:
@@ -116,21 +116,45 @@ def check_dtype(dtype: Any, name: str) -> None:
         raise TypeError(f"{name} has dtype {np.dtype(dtype)!s}; accepted are {', '.join(DTYPES)} in native byte order")
 
 
-def check_input(x: Array, name: str = "input", place: str | None = None) -> str:
-    """Check that an array can be normalised, and return its place. place: if it is known already."""
+def check_result_dtype(dtype: np.dtype) -> None:
+    if not _accepted(dtype):
+        raise TypeError(f"dtype, of the result, must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!s}")
+
+
+def check_input_dtype(dtype: np.dtype, name: str, integers: bool) -> None:
+    """Check the dtype of an array that is to be normalised. integers: whether small ones are allowed, as with a given
+    dtype of the result."""
+    if _accepted(dtype):
+        return
+    small = dtype.name in INTEGERS and dtype.isnative
+    if small and not integers:
+        raise TypeError(f"{name} has dtype {dtype}; integers need dtype=, the dtype of the result: {', '.join(DTYPES)}")
+    if not small and dtype.kind in "iu":
+        raise TypeError(
+            f"{name} has dtype {dtype}; accepted are {', '.join(DTYPES)}, and with dtype= {', '.join(INTEGERS)}, in "
+            "native byte order: convert it with astype"
+        )
+    if not small:
+        check_dtype(dtype, name)
+
+
+def check_input(x: Array, name: str = "input", place: str | None = None, integers: bool = False) -> str:
+    """Check that an array can be normalised, and return its place. place: if it is known already. integers: see
+    `check_input_dtype`."""
     place = place or place_of(x, name)
-    check_dtype(x.dtype, name)
+    check_input_dtype(x.dtype, name, integers)
     if x.ndim < 3:
         raise ValueError(f"{name} must have at least 3 dimensions (N, C, *spatial), got shape {x.shape}")
     return place
 
 
 def check_per_channel(
-    array: Array, name: str, x: Array, place: str, *, per_sample: bool = False, written: bool = False
+    array: Array, name: str, x: Array, place: str, *, per_sample: bool = False, written: bool = False, dtype: Any = None
 ) -> None:
     """Check weight, bias or a running statistic: at x's place, in x's dtype (or float32 for 16-bit x), of shape (C,).
 
-    per_sample: (N, C) is allowed as well. written: the array must be writable.
+    per_sample: (N, C) is allowed as well. written: the array must be writable. dtype: of the result, if it is given;
+    then the array has this one, or the one to compute in.
     """
     own = place_of(array, name)
     if own != place:
@@ -138,11 +162,10 @@ def check_per_channel(
             f"{name} is on {own} and the input on {place}; move one of them "
             "(cupy.asarray, cupy.asnumpy, or a layer's to_gpu() / to_cpu())"
         )
-    if array.dtype != x.dtype and array.dtype != math_dtype(x.dtype):
-        accepted = sorted({x.dtype.name, math_dtype(x.dtype).name})
-        raise TypeError(
-            f"{name} has dtype {array.dtype} and the input {x.dtype}; {name} must be {' or '.join(accepted)}"
-        )
+    of, result = ("input", x.dtype) if dtype is None else ("result", dtype)
+    if array.dtype != result and array.dtype != math_dtype(result, x.dtype):
+        accepted = sorted({result.name, math_dtype(result, x.dtype).name})
+        raise TypeError(f"{name} has dtype {array.dtype} and the {of} {result}; {name} must be {' or '.join(accepted)}")
     if array.shape != x.shape[1:2] and not (per_sample and array.shape == x.shape[:2]):
         shapes = (x.shape[1:2], x.shape[:2]) if per_sample else (x.shape[1:2],)
         raise ValueError(
@@ -168,11 +191,12 @@ def check_of_planes(array: Array, name: str, dtype: np.dtype, x: Array, place: s
         raise ValueError(f"{name} has shape {array.shape}; needed is the input's (N, C), {x.shape[:2]}")
 
 
-def check_like(array: Array, name: str, x: Array, place: str) -> None:
-    """Check dy, ddx or the residual: x's shape, dtype and place; any strides."""
+def check_like(array: Array, name: str, x: Array, place: str, dtype: Any = None) -> None:
+    """Check dy, ddx or the residual: x's shape, place and dtype, or the dtype that is given for results."""
     _check_place(array, name, place)
-    if array.dtype != x.dtype:
-        raise TypeError(f"{name} has dtype {array.dtype}; needed is the input's, {x.dtype}")
+    if array.dtype != (x.dtype if dtype is None else dtype):
+        needed = f"the input's, {x.dtype}" if dtype is None else f"the result's, {dtype}"
+        raise TypeError(f"{name} has dtype {array.dtype}; needed is {needed}")
     if array.shape != x.shape:
         raise ValueError(f"{name} has shape {array.shape}; needed is the input's, {x.shape}")
 
@@ -238,6 +262,7 @@ def _same_memory(a: Array, b: Array) -> bool:
     steps = [[s for s, size in zip(array.strides, array.shape, strict=True) if size > 1] for array in (a, b)]
     return bool(
         a.shape == b.shape
+        and a.dtype == b.dtype
         and steps[0] == steps[1]
         and ha.__array_interface__["data"][0] == hb.__array_interface__["data"][0]
     )
@@ -257,12 +282,13 @@ def _overlaps_itself(a: Array) -> bool:
     return False
 
 
-def check_out(out: Array, x: Array, place: str, inputs: Sequence[tuple[str, Array | None]]) -> None:
-    """Check that out can be written: it may be an input, but must not overlap one otherwise."""
+def check_out(out: Array, x: Array, place: str, inputs: Sequence[tuple[str, Array | None]], dtype: Any = None) -> None:
+    """Check that out can be written: it may be an input, but must not overlap one otherwise. dtype: None for x's."""
     _check_place(out, "out", place)
-    if out.shape != x.shape or out.dtype != x.dtype:
+    dtype = x.dtype if dtype is None else dtype
+    if out.shape != x.shape or out.dtype != dtype:
         raise ValueError(
-            f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {x.shape} and dtype {x.dtype}"
+            f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {x.shape} and dtype {dtype}"
         )
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
@@ -309,8 +335,13 @@ def check_usual_rstd(saved: Saved) -> None:
 
 
 def check_saved(saved: Any) -> None:
-    """Check that saved comes from a forward, and that its arrays have not been overwritten."""
+    """Check that saved comes from a forward of floats, and that its arrays have not been overwritten."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
+    if saved.x.dtype.name in INTEGERS:
+        raise TypeError(
+            f"the forward's input has dtype {saved.x.dtype}: integers have no gradient. Convert the input to the "
+            "result's dtype before the forward, or leave out the backward"
+        )
     if saved.overwritten:
         raise ValueError("the forward's input or residual, which the backward needs, has been written over (as out)")

@@ -1,6 +1,7 @@
 """What every part of the library shares: arrays and dtypes, and what goes into a backend and comes out of it.
 
-This module, _checks, config, conventions, cpu_count and statistics are the floor: they import nothing of the library but each other.
+This module, _checks, config, conventions, cpu_count and statistics are the floor: they import nothing of the library
+but each other.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import numpy as np
 #: A NumPy or a CuPy array.
 Array = Any
 
-#: Names of the dtypes that can be normalised.
+#: Names of the dtypes of results.
 DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+#: Names of the other dtypes that inputs may have, if the result's dtype is given.
+INTEGERS = ("uint8", "int8", "uint16", "int16")
 
 #: Names of the activations, besides None.
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")
@@ -28,9 +32,11 @@ EPS_MODES = ("variance", "std", "max")
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
-def math_dtype(dtype: Any) -> np.dtype:
-    """The dtype that an input's dtype computes in: float64 for float64, else float32."""
-    return _FLOAT64 if dtype == _FLOAT64 else _FLOAT32
+def math_dtype(dtype: Any, input: Any = None) -> np.dtype:
+    """The dtype to compute in for a result's dtype, and the input's if that is another: float64 if one of them is
+    float64, else float32."""
+    wide = dtype == _FLOAT64 or (input is not None and input == _FLOAT64)
+    return _FLOAT64 if wide else _FLOAT32
 
 
 @dataclass(eq=False, slots=True)  # not frozen: that costs a microsecond a call
@@ -38,8 +44,8 @@ class Saved:
     """The state that a forward keeps for its backward.
 
     x, weight, bias and residual are the arrays themselves, not copies: do not change them before the backward. mean and
-    rstd have shape (N, C), in float32 (float64 for float64 input). training is True if they are x's own or
-    come from given moments, False if they are running statistics.
+    rstd have shape (N, C), in float32 (float64 for float64 input or results). training is True if they are x's own or
+    come from given moments, False if they are running statistics. dtype is that of y; None stands for x's.
 
     mean_lo, in the same dtype, is the low-order part of the mean, lost in its rounding; None with running statistics.
     The backward computes z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the bits of the forward, so
@@ -66,6 +72,12 @@ class Saved:
     count: Array | None = None
     eps_mode: str = "variance"
     ddof: float = 0.0
+    dtype: np.dtype | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether y has another dtype than x."""
+        return self.dtype is not None and self.dtype != self.x.dtype
 
     @property
     def usual_rstd(self) -> bool:
@@ -93,6 +105,11 @@ class ForwardCall:
     moments: Any = None  # a statistics.Moments, to use in place of x's own
     eps_mode: str = "variance"
     ddof: float = 0.0
+    dtype: Any = None  # of the result; None: x's
+
+    @property
+    def result_dtype(self) -> np.dtype:
+        return self.x.dtype if self.dtype is None else self.dtype
 
     @property
     def updates(self) -> bool:
@@ -105,6 +122,7 @@ class ForwardCall:
             self.x, mean, rstd, self.weight, self.bias, self.use_input_stats, mean_lo, self.activation,
             self.negative_slope, self.residual, self.residual is not None, False, self.eps,
             None if self.moments is None else self.moments.count, self.eps_mode, self.ddof,
+            self.dtype,
         )  # fmt: skip
 
 
@@ -146,8 +164,10 @@ def commit(*writes: partial[Any]) -> None:
         deque(map(partial.__call__, writes), maxlen=0)
 
 
-def empty_like(x: Array, empty: Any) -> Array:
-    """Return a new array from `empty(shape, dtype)`: channels-last in memory if x is, else C-contiguous."""
+def empty_like(x: Array, empty: Any, dtype: Any = None) -> Array:
+    """Return a new array from `empty(shape, dtype)`, by default of x's dtype: channels-last in memory if x is, else
+    C-contiguous."""
+    dtype = dtype or x.dtype
     if x.ndim < 3 or x.flags.c_contiguous or x.shape[1] == 1 or x.strides[1] != x.itemsize:
-        return empty(x.shape, x.dtype)
-    return empty((x.shape[0], *x.shape[2:], x.shape[1]), x.dtype).transpose(0, x.ndim - 1, *range(1, x.ndim - 1))
+        return empty(x.shape, dtype)
+    return empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype).transpose(0, x.ndim - 1, *range(1, x.ndim - 1))

@@ -12,6 +12,8 @@ import importlib
 from abc import abstractmethod
 from typing import Any, Protocol
 
+import numpy as np
+
 from ._types import Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved
 from .statistics import GradientSums, Moments
 
@@ -63,11 +65,11 @@ class Backend(Protocol):
 
     @abstractmethod
     def describe(
-        self, x: Array, *, activation: str | None, residual: bool, double_backward: bool, parts: bool
+        self, x: Array, *, dtype: np.dtype, activation: str | None, residual: bool, double_backward: bool, parts: bool
     ) -> list[str]:
         """Return lines of text: the device, then how calls on x are computed if other arrays are laid out like x.
 
-        parts: also the steps by themselves, where x is a part of each plane.
+        dtype: of the result. parts: also the steps by themselves, where x is a part of each plane.
         """
 
 

@@ -26,8 +26,17 @@ from dask.graph_manipulation import checkpoint
 from dask.highlevelgraph import HighLevelGraph
 
 from . import functional
-from ._checks import check_activation, check_ddof, check_dtype, check_eps, check_eps_mode, check_number
+from ._checks import (
+    check_activation,
+    check_ddof,
+    check_eps,
+    check_eps_mode,
+    check_input_dtype,
+    check_number,
+    check_result_dtype,
+)
 from ._types import math_dtype
+from .devices import dtype_of
 from .statistics import DTYPES, Moments
 
 __all__ = ["instance_norm", "moments"]
@@ -47,6 +56,7 @@ def instance_norm(
     residual: da.Array | None = None,
     moments: Moments | None = None,
     reread: bool = True,
+    dtype: Any = None,
     ddof: float = 0.0,
     eps_mode: str = "variance",
 ) -> da.Array:
@@ -57,11 +67,12 @@ def instance_norm(
 
     Args:
         a: dask array (N, C, *spatial) of rank 3 or more, of NumPy or CuPy arrays; float16, bfloat16, float32 or
-            float64; any chunks, of known sizes.
+            float64, and with dtype= also uint8, int8, uint16 or int16; any chunks, of known sizes.
         weight, bias: (C,), or (N, C) for a scale and shift of each sample: dask arrays, or arrays of the kind that `a`
-            has inside; in a's dtype, or float32 for float16 and bfloat16.
+            has inside; in the result's dtype, or float32 for float16 and bfloat16 (float64 for float64 input).
         eps, activation, negative_slope, ddof, eps_mode: see `cupynorm.instance_norm`.
-        residual: dask array of a's shape and dtype; its chunks are changed to a's.
+        residual: dask array of the result's shape and dtype; its chunks are changed to a's.
+        dtype: of the result; None is a's.
         moments: used in place of those of `a` (`cupynorm.dask.moments`, `cupynorm.moments`); arrays (N, C).
         reread: where chunks cut planes, each chunk is needed twice: for the moments, and to be normalised. If True, it
             is loaded, and computed from what is loaded, again the second time, after all moments are known: memory need
@@ -70,12 +81,16 @@ def instance_norm(
             chunk is computed once and stays in memory until the moments are known.
 
     Returns:
-        A dask array with the shape, dtype, chunks and kind of arrays of `a`.
+        A dask array with the shape, chunks and kind of arrays of `a`, and its dtype or the given one.
 
     Raises:
         TypeError, ValueError: an argument does not fit. Arrays inside that do not fit raise when they are computed.
     """
-    _check(a)
+    if dtype is not None:
+        dtype = dtype_of(dtype)
+        check_result_dtype(dtype)
+    _check(a, integers=dtype is not None)
+    made = a.dtype if dtype is None else dtype
     eps, negative_slope = check_eps(eps), check_number(negative_slope, "negative_slope")
     check_activation(activation)
     check_eps_mode(eps_mode)
@@ -88,14 +103,14 @@ def instance_norm(
     index = tuple(range(a.ndim))
     given: list[Any] = []
     for name, parameter in (("weight", weight), ("bias", bias)):
-        given += _of_planes(parameter, name, a, per_channel=True, dtypes=(a.dtype, math_dtype(a.dtype)))
+        given += _of_planes(parameter, name, a, per_channel=True, dtypes=(made, math_dtype(made, a.dtype)))
     sources = [a]
     if residual is not None:
         if not isinstance(residual, da.Array):
             raise TypeError(f"residual must be a dask array, got {type(residual).__qualname__}")
-        if (residual.shape, residual.dtype) != (a.shape, a.dtype):
+        if (residual.shape, residual.dtype) != (a.shape, made):
             raise ValueError(
-                f"residual has shape {residual.shape} and dtype {residual.dtype}; needed are {a.shape} and {a.dtype}"
+                f"residual has shape {residual.shape} and dtype {residual.dtype}; needed are {a.shape} and {made}"
             )
         sources.append(residual.rechunk(a.chunks))
     planes: da.Array | None = None
@@ -108,8 +123,8 @@ def instance_norm(
     given += [None, None] if residual is None else [sources[1], index]
     result: da.Array = da.blockwise(
         _normalized, index, sources[0], index, *given, planes, None if planes is None else (0, 1), eps=eps, ddof=ddof,
-        eps_mode=eps_mode, activation=activation, negative_slope=negative_slope, declared=a.dtype, dtype=a.dtype,
-        meta=a._meta, align_arrays=False,
+        eps_mode=eps_mode, activation=activation, negative_slope=negative_slope, declared=a.dtype, asked=dtype,
+        dtype=made, meta=a._meta.astype(made), align_arrays=False,
     )  # fmt: skip
     return result
 
@@ -127,7 +142,7 @@ def moments(a: da.Array) -> Moments:
     Raises:
         TypeError, ValueError: a does not fit.
     """
-    _check(a)
+    _check(a, integers=True)
     planes = _merged(a)
     found = [
         da.blockwise(
@@ -139,10 +154,10 @@ def moments(a: da.Array) -> Moments:
     return Moments(*found)
 
 
-def _check(a: Any) -> None:
+def _check(a: Any, integers: bool) -> None:
     if not isinstance(a, da.Array):
         raise TypeError(f"a must be a dask array, got {type(a).__module__}.{type(a).__qualname__}")
-    check_dtype(a.dtype, "a")
+    check_input_dtype(a.dtype, "a", integers)
     if a.ndim < 3:
         raise ValueError(f"a must have at least 3 dimensions (N, C, *spatial), got shape {a.shape}")
     if any(math.isnan(size) for sizes in a.chunks for size in sizes):
@@ -249,9 +264,11 @@ def _field(planes: Moments, field: str) -> Any:
 
 
 def _normalized(
-    x: Any, weight: Any, bias: Any, residual: Any, planes: Moments | None, declared: Any, **options: Any
+    x: Any, weight: Any, bias: Any, residual: Any, planes: Moments | None, declared: Any, asked: Any, **options: Any
 ) -> Any:
     if x.dtype != declared:
         raise TypeError(f"a chunk has dtype {x.dtype}, but the dask array's dtype is {declared}")
     x = _plain(x)
-    return functional.instance_norm(x, weight=weight, bias=bias, residual=residual, moments=planes, **options)
+    return functional.instance_norm(
+        x, weight=weight, bias=bias, residual=residual, moments=planes, dtype=asked, **options
+    )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from ._checks import check_activation, check_input, check_no_activation
+from typing import Any
+
+from ._checks import check_activation, check_input, check_no_activation, check_result_dtype
 from ._types import Array
 from .backend import backend_of
 from .cuda.describe import describe
 from .cuda.device import DEVICES
+from .devices import dtype_of
 
 
 def explain(
     x: Array,
     *,
+    dtype: Any = None,
     activation: str | None = None,
     residual: bool = False,
     double_backward: bool = False,
@@ -23,6 +27,7 @@ def explain(
     Args:
         x: NumPy or CuPy array (N, C, *spatial), as for `cupynorm.instance_norm`; only shape, strides, dtype and address
             matter. All other arrays of the call (residual, dy, results) are assumed to be new, in the layout of x.
+        dtype: of the result, as for `cupynorm.instance_norm`.
         activation: as for `cupynorm.instance_norm`.
         residual: True if the call has a residual.
         double_backward: also describe `cupynorm.instance_norm_double_backward`.
@@ -40,17 +45,23 @@ def explain(
         TypeError, ValueError: x cannot be normalised, the activation or the device is unknown, or double_backward is
             combined with an activation.
     """
-    place = check_input(x)
+    result = x.dtype if dtype is None else dtype_of(dtype)
+    if dtype is not None:
+        check_result_dtype(result)
+    place = check_input(x, integers=dtype is not None)
     check_activation(activation)
     if double_backward:
         check_no_activation(activation)
     if device is None:
         lines = backend_of(place).describe(
-            x, activation=activation, residual=residual, double_backward=double_backward, parts=parts
+            x, dtype=result, activation=activation, residual=residual, double_backward=double_backward, parts=parts
         )
     elif device in DEVICES:
         address = x.ctypes.data if place == "cpu" else x.data.ptr
-        lines = describe(x, address, DEVICES[device], activation, residual, double_backward, parts)
+        lines = describe(
+            x, address, DEVICES[device], dtype=result, activation=activation, residual=residual,
+            double_backward=double_backward, parts=parts,
+        )  # fmt: skip
     else:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     return f"{x.shape} {x.dtype.name} on " + "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from . import devices
 from ._checks import (
     check_activation,
     check_apart,
@@ -19,13 +20,15 @@ from ._checks import (
     check_out,
     check_own_statistics,
     check_per_channel,
+    check_result_dtype,
     check_saved,
     check_usual_rstd,
     note_overwritten,
     place_of,
 )
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
-from .backend import backend_of
+from .backend import Backend, backend_of
+from .mixed import OneDtype
 from .statistics import DTYPES, GradientSums, Moments
 
 
@@ -44,6 +47,7 @@ def instance_norm(
     residual: Array | None = None,
     out: Array | None = None,
     moments: Moments | None = None,
+    dtype: Any = None,
     ddof: float = 0.0,
     eps_mode: str = "variance",
 ) -> Array:
@@ -57,8 +61,8 @@ def instance_norm(
     in the same pass over memory: 2 accesses per element if the plane stays on chip, 3 with a residual.
 
     Args:
-        input: numpy.ndarray or cupy.ndarray (N, C, *spatial) of rank 3 or more; float16, bfloat16, float32 or float64;
-            any strides. float16 and bfloat16 compute in float32.
+        input: numpy.ndarray or cupy.ndarray (N, C, *spatial) of rank 3 or more; float16, bfloat16, float32 or float64,
+            and with dtype= also uint8, int8, uint16 or int16; any strides. float16 and bfloat16 compute in float32.
         running_mean, running_var: (C,), both or neither. With use_input_stats they are updated in place,
             running <- (1 - momentum) * running + momentum * (mean over N of the planes' means and unbiased variances).
         weight, bias: (C,), or (N, C) for a scale and shift of each sample, as in adaptive instance normalisation
@@ -69,21 +73,25 @@ def instance_norm(
             z / (1 + exp(-z)) (Elfwing, Uchibe, Doya 2018); or "gelu", z * Phi(z), where Phi is the normal
             distribution function, computed with the error function, not approximated (Hendrycks, Gimpel 2016).
         negative_slope: finite; used by "leaky_relu" only.
-        residual: added before the activation: shape, dtype and device of input; any strides.
-        out: array for the result: shape and dtype of input, any strides; it may be input or residual itself.
+        residual: added before the activation: shape, dtype and device of the result; any strides.
+        out: array for the result: its shape and dtype, any strides; it may be input or residual itself.
         moments: of whole planes (`cupynorm.moments`), if input has only a part of each, even a single position or none:
             mean and var are theirs, and so are the running statistics' updates, to which planes of fewer than two
             positions do not count. Not together with use_input_stats=False.
+        dtype: of the result, and of the residual and the parameters: float16, bfloat16, float32 or float64; None is
+            input's. The input is read as it is, computed in float32 (in float64 if it or the result is float64), and
+            written in this dtype, in one pass: 6 bytes an element from uint16 to float32, if the plane stays on chip.
         ddof: delta degrees of freedom of var, as in numpy.var: the sum of squared distances from the mean is divided by
             the number of positions less ddof. Running statistics are always updated with the unbiased variance.
         eps_mode: where eps is added: "variance", (x - mean) / sqrt(var + eps); "std", (x - mean) / (sqrt(var) + eps);
             or "max", (x - mean) / max(sqrt(var), eps). It applies to running_var, too.
 
-        weight, bias and running statistics have the input's dtype, or float32 for float16 and bfloat16 input.
+        weight, bias and running statistics have the result's dtype, or float32 for float16 and bfloat16 results (and
+        float64 for float64 input).
 
     Returns:
-        An array of input's shape and dtype on its device: out, or a new one, channels-last if input is, else
-        C-contiguous.
+        An array of input's shape, and its dtype or the given one, on its device: out, or a new one, channels-last if
+        input is, else C-contiguous.
 
     Raises:
         TypeError: an argument has the wrong type, dtype or array class.
@@ -97,8 +105,8 @@ def instance_norm(
         ForwardCall(
             x=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
             use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            negative_slope=negative_slope, residual=residual, out=out, save=False, moments=moments, ddof=ddof,
-            eps_mode=eps_mode,
+            negative_slope=negative_slope, residual=residual, out=out, save=False, moments=moments,
+            dtype=dtype, ddof=ddof, eps_mode=eps_mode,
         )
     )  # fmt: skip
     result.commit()
@@ -120,6 +128,7 @@ def instance_norm_forward(
     residual: Array | None = None,
     out: Array | None = None,
     moments: Moments | None = None,
+    dtype: Any = None,
     ddof: float = 0.0,
     eps_mode: str = "variance",
 ) -> tuple[Array, Saved]:
@@ -137,7 +146,8 @@ def instance_norm_forward(
         ForwardCall(
             x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
             use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            negative_slope=negative_slope, residual=residual, out=out, moments=moments, ddof=ddof, eps_mode=eps_mode,
+            negative_slope=negative_slope, residual=residual, out=out, moments=moments, dtype=dtype, ddof=ddof,
+            eps_mode=eps_mode,
         )
     )  # fmt: skip
     assert result.saved is not None
@@ -155,7 +165,10 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
     place: of call.x, if it is known already. part: moments are still to come, since x has only a part of each plane.
     """
     x, running_mean, running_var = call.x, call.running_mean, call.running_var
-    place = check_input(x, place=place)
+    if call.dtype is not None:
+        call.dtype = devices.dtype_of(call.dtype)
+        check_result_dtype(call.dtype)
+    dtype, place = call.dtype, check_input(x, place=place, integers=call.dtype is not None)
     call.momentum, call.eps = check_number(call.momentum, "momentum"), check_eps(call.eps)
     call.negative_slope = check_number(call.negative_slope, "negative_slope")
     check_activation(call.activation)
@@ -170,13 +183,13 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
     statistics = ("running_mean", running_mean), ("running_var", running_var)
     if running_mean is not None:
         for name, array in statistics:
-            check_per_channel(array, name, x, place, written=call.updates)
+            check_per_channel(array, name, x, place, written=call.updates, dtype=dtype)
     if call.weight is not None:
-        check_per_channel(call.weight, "weight", x, place, per_sample=True)
+        check_per_channel(call.weight, "weight", x, place, per_sample=True, dtype=dtype)
     if call.bias is not None:
-        check_per_channel(call.bias, "bias", x, place, per_sample=True)
+        check_per_channel(call.bias, "bias", x, place, per_sample=True, dtype=dtype)
     if call.residual is not None:
-        check_like(call.residual, "residual", x, place)
+        check_like(call.residual, "residual", x, place, dtype)
     if call.moments is not None:
         if not call.use_input_stats:
             raise ValueError("moments need use_input_stats=True: otherwise the running statistics are used")
@@ -193,7 +206,7 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
         if call.updates:
             check_apart(statistics, inputs)
         if call.out is not None:
-            check_out(call.out, x, place, (*inputs, *statistics))
+            check_out(call.out, x, place, (*inputs, *statistics), dtype)
     return place
 
 
@@ -223,8 +236,8 @@ def moments(x: Array) -> Moments:
     deviations, y with `moments=` is exact to 1e-10.
 
     Args:
-        x: numpy.ndarray or cupy.ndarray (N, C, *spatial) of rank 3 or more; float16, bfloat16, float32 or float64; any
-            strides. It may have a single position, or none.
+        x: numpy.ndarray or cupy.ndarray (N, C, *spatial) of rank 3 or more; float16, bfloat16, float32, float64, uint8,
+            int8, uint16 or int16; any strides. It may have a single position, or none.
 
     Returns:
         Moments: count int64, mean and m2 float64, each (N, C), on x's device. A plane without a position has count 0,
@@ -233,7 +246,7 @@ def moments(x: Array) -> Moments:
     Raises:
         TypeError, ValueError: x cannot be normalised.
     """
-    return backend_of(check_input(x)).moments(x)
+    return backend_of(check_input(x, integers=True)).moments(x)
 
 
 def _arrays_of(numbers: Moments | GradientSums, name: str) -> list[tuple[str, Array | None]]:
@@ -268,8 +281,12 @@ def gradient_sums(dy: Array, saved: Saved) -> GradientSums:
     """
     check_saved(saved)
     place = place_of(saved.x, "input")
-    check_like(dy, "dy", saved.x, place)
-    return backend_of(place).gradient_sums(dy, saved)
+    check_like(dy, "dy", saved.x, place, saved.dtype)
+    backend = backend_of(place)
+    if saved.mixed:
+        one = OneDtype(saved, backend)
+        dy, saved = one.wide(dy), one.saved
+    return backend.gradient_sums(dy, saved)
 
 
 def instance_norm_backward(
@@ -315,7 +332,7 @@ def check_backward(dy: Array, saved: Saved, out: Array | None, sums: GradientSum
     check_saved(saved)
     x = saved.x
     place = place_of(x, "input")
-    check_like(dy, "dy", x, place)
+    check_like(dy, "dy", x, place, saved.dtype)
     if sums is not None:
         _check_numbers(sums, "sums", GradientSums, x, place)
     if out is not None:
@@ -336,6 +353,20 @@ def run_backward(
     """Run a checked backward. parameter_sums: the sums for dweight and dbias, if they are not `sums`."""
     note_overwritten(saved, out)  # before anything is written: an interrupted call may have written a part
     backend = backend_of(place)
+    if saved.mixed:
+        one = OneDtype(saved, backend)
+        return one.gradients(_gradients(backend, one.wide(dy), one.saved, None, sums, parameter_sums), dy, out)
+    return _gradients(backend, dy, saved, out, sums, parameter_sums)
+
+
+def _gradients(
+    backend: Backend,
+    dy: Array,
+    saved: Saved,
+    out: Array | None,
+    sums: GradientSums | None,
+    parameter_sums: GradientSums | None,
+) -> Gradients:
     if sums is None and saved.count is None:
         return backend.backward(dy, saved, out=out)
     total = backend.gradient_sums(dy, saved) if sums is None else sums
@@ -395,7 +426,7 @@ def instance_norm_double_backward(
     check_no_activation(saved.activation)
     check_own_statistics(saved)
     check_usual_rstd(saved)
-    check_like(dy, "dy", x, place)
+    check_like(dy, "dy", x, place, saved.dtype)
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are all None; needed is one of them at least")
     if ddx is not None:
@@ -406,8 +437,13 @@ def instance_norm_double_backward(
         place_of(gradient, f"dd{name}")
         if parameter is None:
             raise ValueError(f"dd{name} is given, but the forward had no {name}; needed is None")
-        check_per_channel(gradient, f"dd{name}", x, place, per_sample=True)
+        check_per_channel(gradient, f"dd{name}", x, place, per_sample=True, dtype=saved.dtype)
         if gradient.shape != parameter.shape:
             raise ValueError(f"dd{name} has shape {gradient.shape}; needed is that of {name}, {parameter.shape}")
-    ddy, dx, dweight = backend_of(place).double_backward(ddx, ddweight, ddbias, dy, saved)
+    backend = backend_of(place)
+    if saved.mixed:
+        one = OneDtype(saved, backend)
+        found = backend.double_backward(one.wide(ddx), one.wide(ddweight), one.wide(ddbias), one.wide(dy), one.saved)
+        return one.double_gradients(found, dy)
+    ddy, dx, dweight = backend.double_backward(ddx, ddweight, ddbias, dy, saved)
     return ddy, dx, dweight

@@ -182,6 +182,7 @@ class _InstanceNorm:
         residual: Array | None = None,
         out: Array | None = None,
         moments: Moments | None = None,
+        dtype: Any = None,
     ) -> Array:
         """Normalise x of shape (N, C, *spatial), or (C, *spatial) for one sample.
 
@@ -191,23 +192,25 @@ class _InstanceNorm:
 
         Args:
             x: NumPy or CuPy array on the layer's device, in the layer's dtype; a float32 layer also takes float16 and
-                bfloat16.
+                bfloat16, and with dtype= other dtypes.
             weight, bias: scale and shift of this call, for layers with affine=False only: (C,), or (N, C) for each
                 sample (adaptive instance normalisation).
             residual: added before the activation: x's shape, dtype and device.
             out: array for the result. With x itself, backward is refused; with the residual, it is refused if the
                 layer has an activation.
             moments: of whole planes, if x has only a part of each: see `cupynorm.instance_norm`. (1, C) for one sample.
+            dtype: of the result and the residual, if it is not x's: see `cupynorm.instance_norm`. Integers have no
+                backward.
 
         Returns:
-            An array of x's shape and dtype: out, or a new one.
+            An array of x's shape, and its dtype or the given one: out, or a new one.
 
         Raises:
             TypeError, ValueError: see `cupynorm.instance_norm`; weight or bias is given to an affine layer. Nothing
                 has been written then.
         """
         with distributed.Exchange(self.comm if self._uses_input_stats else None) as exchange:
-            result = exchange.forward(*self._call(x, weight, bias, residual, out, moments))
+            result = exchange.forward(*self._call(x, weight, bias, residual, out, moments, dtype))
         unbatched = x.ndim == self._spatial_rank + 1
         saved = None if result.saved is None else (result.saved, unbatched)
         inferred = result.saved is None
@@ -224,6 +227,7 @@ class _InstanceNorm:
         residual: Array | None,
         out: Array | None,
         moments: Moments | None,
+        dtype: Any,
     ) -> tuple[ForwardCall, str]:
         """Check what the functions do not, and return the call and its place."""
         place = place_of(x, "input")
@@ -274,6 +278,7 @@ class _InstanceNorm:
             out=out[None] if unbatched and out is not None else out,
             save=not inferring(),
             moments=moments,
+            dtype=dtype,
             ddof=self.ddof,
             eps_mode=self.eps_mode,
         )

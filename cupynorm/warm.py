@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ._checks import check_activation, check_input, check_like, check_no_activation, check_number
+from ._checks import check_activation, check_input, check_like, check_no_activation, check_number, check_result_dtype
 from ._types import Array, math_dtype
 from .devices import dtype_of
 from .functional import (
@@ -35,6 +35,7 @@ QUIET = 2.0  # seconds before the first message
 def warmup(
     x: Array,
     *,
+    dtype: Any = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
     residual: Array | None = None,
@@ -73,6 +74,7 @@ def warmup(
         x: an array with the shape, dtype, layout and device of the later calls. For NumPy arrays the sizes do not
             matter, except the number of channels of a channels-last array, whether there is one spatial position or
             several, and planes of fewer than 16 elements.
+        dtype: of the results, if it is not x's. Of integers only forwards are compiled.
         activation, negative_slope, residual: as in the later calls; of the residual, too, only the layout matters.
         double_backward: also run `instance_norm_double_backward`, with all of its gradients given.
         parts: also for `moments`, `gradient_sums`, and calls with `moments=` and `sums=`.
@@ -84,23 +86,27 @@ def warmup(
         TypeError, ValueError: x cannot be normalised, another argument does not fit x, or double_backward is combined
             with an activation.
     """
-    place = check_input(x)
+    if dtype is not None:
+        dtype = dtype_of(dtype)
+        check_result_dtype(dtype)
+    place = check_input(x, integers=dtype is not None)
     check_activation(activation)
     negative_slope = check_number(negative_slope, "negative_slope")
     if double_backward:
         check_no_activation(activation)
     if residual is not None:
-        check_like(residual, "residual", x, place)
+        check_like(residual, "residual", x, place, dtype)
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be None, a bool or a function (done, total, what), got {progress!r}")
     device: Any = nullcontext()
     if place == "cpu":
         from . import cpu
 
-        steps = cpu.rehearsals(x, activation, residual, parts)
+        steps = cpu.rehearsals(x, x.dtype if dtype is None else dtype, activation, residual, parts)
     else:
         device = x.device
-        steps = _calls(x, activation, negative_slope, residual, double_backward, parts)
+        epilogue = {"activation": activation, "negative_slope": negative_slope, "residual": residual}
+        steps = _calls(x, x.dtype if dtype is None else dtype, epilogue, double_backward, parts)
     if progress is None or isinstance(progress, bool):
         progress = _speaker(progress)
     with device:
@@ -126,32 +132,28 @@ def usual_steps(dtypes: Sequence[str], activations: Sequence[str | None]) -> lis
         for activation in activations:
             for shape, order in USUAL:
                 x = np.zeros(shape, dtype_of(dtype)).transpose(order)
-                for _, step in cpu.rehearsals(x, activation, None):
+                for _, step in cpu.rehearsals(x, x.dtype, activation, None):
                     key = (step.func, step.args) if isinstance(step, partial) else step
                     steps.setdefault(key, (f"{dtype}, {activation or 'no activation'}", step))
     return list(steps.values())
 
 
 def _calls(
-    x: Array,
-    activation: str | None,
-    negative_slope: float,
-    residual: Array | None,
-    double_backward: bool,
-    parts: bool,
+    x: Array, dtype: np.dtype, epilogue: dict[str, Any], double_backward: bool, parts: bool
 ) -> list[tuple[str, Callable[[], Any]]]:
     """Return the calls to run on a GPU, each with its name."""
     import cupy
 
     def call(use_input_stats: bool, affine: bool, in_part: bool = False) -> None:
-        ones = cupy.ones(x.shape[1], math_dtype(x.dtype))
+        ones = cupy.ones(x.shape[1], math_dtype(dtype, x.dtype))
         parameter = ones if affine else None
-        dy = cupy.zeros_like(x)
         y_saved = instance_norm_forward(
             x, parameter, parameter, running_mean=ones.copy(), running_var=ones.copy(),
-            use_input_stats=use_input_stats, activation=activation, negative_slope=negative_slope, residual=residual,
-            moments=moments(x) if in_part else None,
+            use_input_stats=use_input_stats, moments=moments(x) if in_part else None, dtype=dtype, **epilogue,
         )  # fmt: skip
+        if x.dtype.kind in "iu":
+            return
+        dy = cupy.zeros_like(y_saved[0])
         sums = gradient_sums(dy, y_saved[1]) if in_part else None
         # Kept alive, so that the pool gets blocks for all of them.
         gradients = [instance_norm_backward(dy, y_saved[1], sums=sums)]

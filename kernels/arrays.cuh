@@ -6,10 +6,11 @@
 #include "device.cuh"
 
 // An array of the elements of planes: strides in elements between samples, channels and spatial positions.
-struct Tensor {
-    Storage* data;
+template <class T> struct TensorOf {
+    T* data;
     long long n, c, s;
 };
+typedef TensorOf<Storage> Tensor;
 
 // Flags say how arrays of per-channel or per-plane numbers are stored (cupynorm/cuda/arguments.py). WIDE_...: in Math,
 // else in Storage. SAMPLE_...: one number per sample and channel, else one per channel. NARROW_...: sums in Storage,

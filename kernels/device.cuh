@@ -38,7 +38,7 @@ template <class T> __device__ inline T load(const T* p) { return *p; }
 // Refer to a value in shared memory: the emulator checks that it is there.
 template <class T> __device__ inline T& in_shared(T* p) { return *p; }
 template <class T> constexpr bool is_vec = false;
-template <> constexpr bool is_vec<Vec> = VEC_SIZE > 1;
+template <class T> constexpr bool is_vec<VecOf<T>> = VEC_SIZE > 1;
 template <> constexpr bool is_vec<Wide> = true;
 // A vec is stored as words: the compiler splits its assignment, and does not always combine it into one store again.
 template <class T> __device__ inline void store(T* p, const T& value) {
@@ -48,7 +48,9 @@ template <class T> __device__ inline void store(T* p, const T& value) {
         if constexpr (sizeof(T) == 16) {
             asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                          :: "l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
-        } else asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
+        } else if constexpr (sizeof(T) == 8) {
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" :: "l"(p), "r"(w[0]), "r"(w[1]) : "memory");
+        } else asm volatile("st.global.b32 [%0], %1;" :: "l"(p), "r"(w[0]) : "memory");
     } else *p = value;
 }
 __device__ inline float reciprocal_sqrt(float f) { return __frsqrt_rn(f); }

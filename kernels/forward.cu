@@ -12,7 +12,8 @@
 #include "staging.cuh"
 
 struct ForwardArguments {
-    Tensor x, y;
+    TensorOf<Input> x;
+    Tensor y;
     Epilogue epilogue;
     Affine affine;
     Math *mean, *rstd, *mean_lo, *variance;
@@ -28,12 +29,12 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
     const Partition<SCOPE, THREADS> partition(scope_index, call.group.tiles, vecs_per_thread, call.subdivision, call.y,
                                               call.channels, spatial);
     unsigned char* shared = shared_memory();
-    const int tile_bytes = call.vecs_per_thread * THREADS * (int)sizeof(Vec) * (RESIDENCY == SHARED);
+    const int tile_bytes = call.vecs_per_thread * THREADS * (int)sizeof(VecOf<Input>) * (RESIDENCY == SHARED);
     const int bytes = P * (grouped<SCOPE> ? FORWARD_MERGED * sizeof(Accum) : FORWARD_SUMS * sizeof(Math));
     const int area = scratch_size<THREADS>(partition.channel_vecs, bytes);
     Math* scratch = (Math*)(shared + tile_bytes);
     Math* other = (Math*)(shared + tile_bytes + area);
-    Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile((Vec*)shared);
+    Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input> tile((VecOf<Input>*)shared);
     MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, call.vecs_per_thread, scratch, other);
     Math count = (Math)partition.count();
     Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * FORWARD_PARTIALS,

@@ -84,11 +84,11 @@ template <class T> __device__ inline void swap(T& a, T& b) {
 // Sum each of the K terms that f(p, value, terms) computes, for each plane p of the scope's tile. If READ, first read
 // the vecs.
 template <bool READ, int K, int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
-__device__ inline void sum_tile(const Partition& partition, const Tensor& x,
-                                Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile, int vecs_per_thread,
+__device__ inline void sum_tile(const Partition& partition, const TensorOf<Input>& x,
+                                Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input>& tile, int vecs_per_thread,
                                 Math* scratch, Math (&total)[K * P], F f) {
     Math s[K][LINES] = {};
-    const auto add_one = [&](int v, Storage value) {
+    const auto add_one = [&](int v, Input value) {
         Math terms[K];
         f(plane_of(v), widen(value), terms);
         #pragma unroll
@@ -96,7 +96,7 @@ __device__ inline void sum_tile(const Partition& partition, const Tensor& x,
     };
     const auto add = [&](int k) {
         if (!partition.holds(k)) return;
-        const Vec vec = tile.get(k);
+        const VecOf<Input> vec = tile.get(k);
         #pragma unroll
         for (int v = 0; v < VEC_SIZE; v++) add_one(v, vec.v[v]);
     };
@@ -119,8 +119,8 @@ __device__ inline void sum_tile(const Partition& partition, const Tensor& x,
 
 // scratch and other are two areas for two sums each, used alternately; on return `scratch` is the free one.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
-__device__ inline MomentsOfThread moments_of_tile(const Partition& partition, const Tensor& x,
-                                                  Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile,
+__device__ inline MomentsOfThread moments_of_tile(const Partition& partition, const TensorOf<Input>& x,
+                                                  Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input>& tile,
                                                   int vecs_per_thread, Math*& scratch, Math*& other) {
     MomentsOfThread m;
     const Math count = (Math)partition.count();

@@ -15,7 +15,8 @@
 #include "unit.cuh"
 
 struct NormalizeArguments {
-    Tensor x, y;
+    TensorOf<Input> x;
+    Tensor y;
     const void *given_mean, *given_var;     // of each channel (tracked eval), or null
     Math *mean, *rstd, *mean_lo;            // of each plane: read if given_mean is null, else the first two are written
     Scale scale;
@@ -63,7 +64,7 @@ __device__ inline void normalize(NormalizeArguments call) {
                        exists ? load(call.rstd + i + p) : 0, affine);
             }
         }
-        Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile;
+        Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input> tile;
         tile.read(partition, call.x, 0);
         const Math slope = (Math)call.epilogue.slope;
         write_tile(partition, call.y, tile, VECS_PER_THREAD, call.epilogue.residual,

@@ -66,8 +66,9 @@ struct Partition {
     // The partition for this thread of scope scope_index, if each channel tile has `tiles` tiles of vecs_per_thread
     // vecs per thread. Vecs are aligned in the array `x`. subdivision: channels-last the vecs side by side in a row;
     // for a SUBWARP its number of threads; otherwise 1, or 0 if vecs begin where planes do.
-    __device__ Partition(long long scope_index, long long tiles, int vecs_per_thread, int subdivision, const Tensor& x,
-                         long long channels, long long spatial)
+    template <class T>
+    __device__ Partition(long long scope_index, long long tiles, int vecs_per_thread, int subdivision,
+                         const TensorOf<T>& x, long long channels, long long spatial)
         : size(SCOPE == SUBWARP ? subdivision : most), rank(threadIdx.x % size),
           channel_vecs(CHANNELS_LAST ? subdivision : 1) {
         long long channel_tile = scope_index, group, number = 0;
@@ -86,7 +87,7 @@ struct Partition {
         } else {
             c = SCOPE == SUBWARP && spatial == 0 ? channels : group;   // a plane that does not exist
             const unsigned long long address = (unsigned long long)(x.data + n * x.n + c * x.c);
-            const int misalignment = MISALIGNED && subdivision == 0 ? 0 : (int)(address / sizeof(Storage) % VEC_SIZE);
+            const int misalignment = MISALIGNED && subdivision == 0 ? 0 : (int)(address / sizeof(T) % VEC_SIZE);
             const int elements = vecs_per_thread * size * VEC_SIZE;
             start = (long long)tile * elements - misalignment;
             lo = tile == 0 ? misalignment : 0;
@@ -111,7 +112,7 @@ struct Partition {
     __device__ int count() const { return hi > lo ? hi - lo : 0; }
 
     // The tile's origin in an array: never dereferenced outside [lo, hi).
-    __device__ Storage* origin(const Tensor& t) const {
+    template <class T> __device__ T* origin(const TensorOf<T>& t) const {
         return t.data + n * t.n + c * t.c + (CHANNELS_LAST ? start * t.s : start);
     }
 
@@ -120,13 +121,13 @@ struct Partition {
         return CHANNELS_LAST ? k * (size / channel_vecs) + rank / channel_vecs : k * size + rank;
     }
     __device__ bool holds(int k) const { return number(k) >= first && number(k) < last; }
-    __device__ Vec* at(const Tensor& t, Storage* origin, int k) const {
-        return (Vec*)(origin + (CHANNELS_LAST ? number(k) * t.s : (long long)number(k) * VEC_SIZE));
+    template <class T> __device__ VecOf<T>* at(const TensorOf<T>& t, T* origin, int k) const {
+        return (VecOf<T>*)(origin + (CHANNELS_LAST ? number(k) * t.s : (long long)number(k) * VEC_SIZE));
     }
 
     // Vec k of an array, in global memory or in its staging buffer.
-    __device__ Vec get(const Tensor& t, Storage* origin, int k) const {
-        const Vec* p = at(t, origin, k);
+    template <class T> __device__ VecOf<T> get(const TensorOf<T>& t, T* origin, int k) const {
+        const VecOf<T>* p = at(t, origin, k);
         if (SCOPE == SUBWARP) return in_shared(p);
         if constexpr (MISALIGNED) return load_unaligned(p, number(k) * VEC_SIZE, lo, hi);
         return load(p);

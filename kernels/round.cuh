@@ -13,8 +13,8 @@ struct Round {
 };
 
 // Call f(partition) for the tile of this scope, with vecs aligned in x. reverse: begin with the last tile.
-template <int SCOPE, int THREADS, int VECS_PER_THREAD, class F>
-__device__ inline void each_tile(const Round& round, const Tensor& x, bool reverse, F f) {
+template <int SCOPE, int THREADS, int VECS_PER_THREAD, class T, class F>
+__device__ inline void each_tile(const Round& round, const TensorOf<T>& x, bool reverse, F f) {
     const long long scope_index = Partition<SCOPE, THREADS>::scope_in_grid();
     const long long scopes = round.channel_tiles * round.tiles;
     if (scope_index >= scopes) return;

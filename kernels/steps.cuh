@@ -16,7 +16,7 @@
 #include "round.cuh"
 
 struct MomentsArguments {
-    Tensor x;
+    TensorOf<Input> x;
     MomentArrays partials;
     Round round;
 };
@@ -26,7 +26,7 @@ __device__ inline void moments(const MomentsArguments& call) {
     unsigned char* shared = shared_memory();
     const Round& round = call.round;
     each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.x, false, [&](const Partition<SCOPE, THREADS>& partition) {
-        Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile;
+        Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input> tile;
         Math* scratch = (Math*)shared;
         Math* other = scratch + scratch_size<THREADS>(partition.channel_vecs, FORWARD_SUMS * P);
         const MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, VECS_PER_THREAD, scratch, other);

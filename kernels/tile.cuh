@@ -7,43 +7,43 @@
 
 // Vecs in the thread's registers or in its own slots of shared memory. Slots of neighbouring threads are adjacent, so
 // there are no bank conflicts, and no thread reads another's slots, so no barrier is needed.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD> struct TileVecs;
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class T> struct TileVecs;
 
-template <int THREADS, int VECS_PER_THREAD> struct TileVecs<REGISTERS, THREADS, VECS_PER_THREAD> {
+template <int THREADS, int VECS_PER_THREAD, class T> struct TileVecs<REGISTERS, THREADS, VECS_PER_THREAD, T> {
     static constexpr int batch = VECS_PER_THREAD;    // vecs read before the first is used
-    Vec vec[VECS_PER_THREAD];
-    __device__ TileVecs(Vec*) {}
-    __device__ Vec get(int k) const { return vec[k]; }
-    __device__ void set(int k, const Vec& p) { vec[k] = p; }
+    VecOf<T> vec[VECS_PER_THREAD];
+    __device__ TileVecs(VecOf<T>*) {}
+    __device__ VecOf<T> get(int k) const { return vec[k]; }
+    __device__ void set(int k, const VecOf<T>& p) { vec[k] = p; }
     template <class F> static __device__ void each(int, F f) {
         #pragma unroll
         for (int k = 0; k < VECS_PER_THREAD; k++) f(k);
     }
 };
 
-template <int THREADS, int VECS_PER_THREAD> struct TileVecs<SHARED, THREADS, VECS_PER_THREAD> {
+template <int THREADS, int VECS_PER_THREAD, class T> struct TileVecs<SHARED, THREADS, VECS_PER_THREAD, T> {
     static constexpr int batch = READ_AHEAD;         // of the module (cupynorm/cuda/source.py)
-    Vec* slot;
-    __device__ TileVecs(Vec* shared) : slot(shared + threadIdx.x) {}
-    __device__ Vec get(int k) const { return slot[k * THREADS]; }
-    __device__ void set(int k, const Vec& p) { slot[k * THREADS] = p; }
+    VecOf<T>* slot;
+    __device__ TileVecs(VecOf<T>* shared) : slot(shared + threadIdx.x) {}
+    __device__ VecOf<T> get(int k) const { return slot[k * THREADS]; }
+    __device__ void set(int k, const VecOf<T>& p) { slot[k * THREADS] = p; }
     template <class F> static __device__ void each(int vecs_per_thread, F f) {
         #pragma unroll READ_AHEAD < 2 && sizeof(Math) == 8 ? 1 : 2
         for (int k = 0; k < vecs_per_thread; k++) f(k);
     }
 };
 
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD>
-struct Tile : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD> {
-    Storage tail;
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class T = Storage>
+struct Tile : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD, T> {
+    T tail;
 
-    __device__ Tile(Vec* shared = 0) : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD>(shared), tail() {}
+    __device__ Tile(VecOf<T>* shared = 0) : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD, T>(shared), tail() {}
 
     // Read vecs [from, from + batch) of a tile, all of them before the first is used, and with the first batch the tail
     // element.
-    template <class Partition> __device__ void read(const Partition& partition, const Tensor& t, int from) {
-        Storage* origin = partition.origin(t);
-        Vec vec[Tile::batch];
+    template <class Partition> __device__ void read(const Partition& partition, const TensorOf<T>& t, int from) {
+        T* origin = partition.origin(t);
+        VecOf<T> vec[Tile::batch];
         #pragma unroll
         for (int i = 0; i < Tile::batch; i++) {
             if (partition.holds(from + i)) vec[i] = partition.get(t, origin, from + i);
@@ -56,9 +56,9 @@ struct Tile : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD> {
 
 // Write y = f(p, x, residual) for every element that a thread holds of its tile, in plane p of the thread's P. The
 // residual is 0 if there is none.
-template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
+template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class T, class Partition, class F>
 __device__ inline void write_tile(const Partition& partition, const Tensor& y,
-                                  const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x, int vecs_per_thread,
+                                  const Tile<RESIDENCY, THREADS, VECS_PER_THREAD, T>& x, int vecs_per_thread,
                                   const Tensor& residual, F f) {
     Storage* origin = partition.origin(y);
     with_constant(EPILOGUE && residual.data, [&](bool more) {
@@ -66,13 +66,14 @@ __device__ inline void write_tile(const Partition& partition, const Tensor& y,
         const long long other = more ? partition.origin(residual) - origin : 0;
         x.each(vecs_per_thread, [&](int k) {
             if (!partition.holds(k)) return;
-            Vec vec = x.get(k), r = {};
+            const VecOf<T> vec = x.get(k);
+            Vec out, r = {};
             if (more) r = partition.get(residual, origin + other, k);
             #pragma unroll
             for (int v = 0; v < VEC_SIZE; v++) {
-                vec.v[v] = narrow(f(plane_of(v), widen(vec.v[v]), more ? widen(r.v[v]) : 0));
+                out.v[v] = narrow(f(plane_of(v), widen(vec.v[v]), more ? widen(r.v[v]) : 0));
             }
-            partition.put(y, origin, k, vec);
+            partition.put(y, origin, k, out);
         });
         if (Partition::has_tails && partition.tail >= 0) {
             const Math r = more ? widen(load(origin + other + partition.tail)) : 0;

@@ -82,10 +82,11 @@ def _choose(call: Saved, arrays: Arrays) -> Any:
 
 
 def rehearsals(
-    x: Array, activation: str | None, residual: Array | None, parts: bool = False
+    x: Array, dtype: np.dtype, activation: str | None, residual: Array | None, parts: bool = False
 ) -> list[tuple[str, Callable[[], Any]]]:
-    """Return (name, step) pairs that compile the loops for arrays like x; empty if such calls use NumPy alone."""
-    return loops_rehearsal.rehearsals(x, activation, residual, parts) if compiled else []
+    """Return (name, step) pairs that compile the loops for arrays like x, and results of this dtype; empty if such
+    calls use NumPy alone."""
+    return loops_rehearsal.rehearsals(x, dtype, activation, residual, parts) if compiled else []
 
 
 class CpuBackend(Backend):
@@ -94,11 +95,13 @@ class CpuBackend(Backend):
     def moments(self, x: Array) -> Moments:
         if not x.size:
             return new(Moments, partial(np.zeros, x.shape[:2]))
-        return merge_tiles(*_choose(_without_statistics(x), Arrays(x, x)).moments())
+        dtype = math_dtype(x.dtype) if x.dtype.kind in "iu" else x.dtype
+        return merge_tiles(*_choose(_without_statistics(x, dtype), Arrays(x, x)).moments())
 
     def forward(self, call: ForwardCall) -> ForwardResult:
-        x, dtype = call.x, math_dtype(call.x.dtype)
+        x = call.x
         y, saved = _results(call)
+        dtype = saved.rstd.dtype
         update: Callable[..., None] = commit
         if x.size:
             variance = np.empty(x.shape[:2], dtype) if call.updates else None
@@ -185,11 +188,11 @@ class CpuBackend(Backend):
         return DoubleGradients(ddy, dx, *_gradients(sums[None], weight))
 
     def describe(
-        self, x: Array, *, activation: str | None, residual: bool, double_backward: bool, parts: bool
+        self, x: Array, *, dtype: np.dtype, activation: str | None, residual: bool, double_backward: bool, parts: bool
     ) -> list[str]:
         if not x.size:
             return ["the CPU", "  empty, nothing is computed"]
-        call, new = _without_statistics(x), empty_like(x, np.empty)
+        call, new = _without_statistics(x, dtype), empty_like(x, np.empty, dtype)
 
         def lines(work: Any) -> list[str]:
             tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
@@ -197,7 +200,11 @@ class CpuBackend(Backend):
             return [f"  {work}{tiles}", f"  {threads} of {get_num_threads()}"]
 
         described = ["the CPU", *lines(_choose(call, Arrays(x, new)))]
-        if double_backward:
+        if call.mixed:
+            refused = x.dtype.kind in "iu"
+            why = "refused, since integers have no gradient" if refused else "all arrays are converted first"
+            described.append(f"  backward: {why}")
+        elif double_backward:
             first, *more = lines(DoubleBackwardWork(call, DoubleArrays(x, *[new] * 4), None, None))
             described += [f"  double backward: {first.strip()}", *more]
         if parts:
@@ -206,16 +213,16 @@ class CpuBackend(Backend):
         return described
 
 
-def _without_statistics(x: Array) -> Saved:
-    """Return the Saved of a forward that has not computed anything yet."""
-    unused = np.empty(x.shape[:2], math_dtype(x.dtype))
-    return Saved(x, unused, unused, None, None, True, mean_lo=unused)
+def _without_statistics(x: Array, dtype: np.dtype) -> Saved:
+    """Return the Saved of a forward, with results of this dtype, that has not computed anything yet."""
+    unused = np.empty(x.shape[:2], math_dtype(dtype, x.dtype))
+    return Saved(x, unused, unused, None, None, True, mean_lo=unused, dtype=dtype)
 
 
 def _results(call: ForwardCall) -> tuple[Array, Saved]:
     """Return y and Saved, to be computed."""
-    y = empty_like(call.x, empty) if call.out is None else call.out
-    planes, dtype = call.x.shape[:2], math_dtype(call.x.dtype)
+    y = empty_like(call.x, empty, call.dtype) if call.out is None else call.out
+    planes, dtype = call.x.shape[:2], math_dtype(y.dtype, call.x.dtype)
     mean_lo = np.empty(planes, dtype) if call.use_input_stats else None
     return y, call.saved(np.empty(planes, dtype), np.empty(planes, dtype), mean_lo)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from llvmlite import ir
 
-INT, INT32, INT16, BIT = (ir.IntType(bits) for bits in (64, 32, 16, 1))
+INT, INT32, INT16, INT8, BIT = (ir.IntType(bits) for bits in (64, 32, 16, 8, 1))
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 MEMORY = ir.PointerType()
 
@@ -187,6 +187,10 @@ class Value:
             write = self.builder.zext if source.width < target.width else self.builder.trunc
         return Value(self.builder, write(self.value, vector(target, self.lanes)))
 
+    def extended(self, kind: Any) -> Value:
+        """Convert integers to a longer type, with their sign."""
+        return Value(self.builder, self.builder.sext(self.value, vector(kind, self.lanes)))
+
     def bits(self, kind: Any) -> Value:
         """Reinterpret numbers as another type of the same size."""
         return Value(self.builder, self.builder.bitcast(self.value, vector(element_of(kind), self.lanes)))
@@ -283,6 +287,11 @@ class Memory:
 
     def __init__(self, builder: ir.IRBuilder, pointer: Any, kind: Any = None):
         self.builder, self.pointer, self.kind = builder, pointer, kind
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of an element."""
+        return _size(self.kind)
 
     def of(self, kind: Any) -> Memory:
         """Return the same memory as elements of another type."""

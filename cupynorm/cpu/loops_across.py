@@ -44,11 +44,13 @@ def _each_group(numbers: Numbers, first: Value, last: Value, names: Sequence[str
     given = {name: code.room(computing, PLANES) for name in ("weight", "bias")}
     n = code.variable(first // numbers.channels)
     c = code.variable(first - n.get() * numbers.channels)
-    size = numbers.kind.element.size
     at = {
         name: code.variable(numbers.array(name).at(numbers.start(name, n.get(), c.get())).address()) for name in names
     }
-    steps = {name: (getattr(numbers, f"{name}_n") * size, getattr(numbers, f"{name}_c") * size) for name in names}
+    steps = {
+        name: tuple(getattr(numbers, f"{name}_{axis}") * numbers.kind.element_of(name).size for axis in "nc")
+        for name in names
+    }
 
     def prefetch(plane: Memory, name: str) -> None:
         """Prefetch what is written now, and what is read later: the hardware follows fewer rows at a time."""
@@ -59,7 +61,7 @@ def _each_group(numbers: Numbers, first: Value, last: Value, names: Sequence[str
         number = least(last - start, PLANES)
         with code.loop(0, number) as j:
             for name, room in places.items():
-                plane = code.memory(at[name].get(), numbers.kind.element.stored)
+                plane = code.memory(at[name].get(), numbers.kind.element_of(name).stored)
                 prefetch(plane, name)
                 room.store(j, plane.address())
                 at[name].add(steps[name][1])
@@ -84,9 +86,9 @@ def _go_through(
     """Go through the group's planes of an array: by block(BLOCK planes, the first of BLOCK positions, the number of the
     first plane), the last block overlapping the one before it; planes too short for that by single(plane, position, the
     plane's number)."""
-    code, size = numbers.code, numbers.length
+    code, size, stored = numbers.code, numbers.length, numbers.kind.element_of(name).stored
     for some in range(0, PLANES, BLOCK):
-        rows = [code.memory(group.places[name].load(some + j), numbers.kind.element.stored) for j in range(BLOCK)]
+        rows = [code.memory(group.places[name].load(some + j), stored) for j in range(BLOCK)]
         if numbers.kind.lanes >= BLOCK:
             with code.loop(0, size, BLOCK) as first:
                 block(rows, least(first, size - BLOCK), some)
@@ -98,7 +100,7 @@ def _go_through(
 
 def _take(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
     """Copy planes of an array to a buffer, in computing precision: position by position."""
-    widen = numbers.kind.element.widen
+    widen = numbers.kind.element_of(name).widen
 
     def block(rows: list[Memory], at: Value, some: int) -> None:
         for i, column in enumerate(transposed_block([row.load(at, BLOCK) for row in rows])):

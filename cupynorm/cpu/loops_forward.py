@@ -80,7 +80,7 @@ def _moments_float64(module: Module, kind: Kind) -> Any:
             with code.loop(tile.r0, tile.r1) as r:
                 row = x.at(runs.load(r))
                 with code.loop(tile.l0, tile.l1) as i:
-                    d = element.widen(row.load(i * step)).to(DOUBLE) - mean.get()
+                    d = kind.source.widen(row.load(i * step)).to(DOUBLE) - mean.get()
                     total.add(d)
                     sum_sq.set(fused(d, d, sum_sq.get()))
         excess = total.get() / count
@@ -135,7 +135,7 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
             tile = tile_of(numbers, item.tile)
             count = tile.size.to(DOUBLE)
             places = [_guess_place(i, tile, lanes) for i in range(GUESS_PLACES)]
-            guess = guess_of([element.widen(x.at(runs.load(r)).load(at, lanes)).to(DOUBLE) for r, at in places])
+            guess = guess_of([kind.source.widen(x.at(runs.load(r)).load(at, lanes)).to(DOUBLE) for r, at in places])
             mean = code.variable((guess.sum() * (1 / lanes)).to(element.computing))
             mean_lo = code.variable(code.number(element.computing, 0))
             total, sum_sq = (code.variable(code.number(DOUBLE, 0)) for _ in range(2))
@@ -147,7 +147,7 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
                     fetch = prefetcher(numbers, near, [row], numbers.run("result", item.n, item.c, r).at(tile.l0))
 
                     def terms(i: Value, row: Memory = row, m: Value = m, lo: Value = lo) -> list[Any]:
-                        d = (element.widen(row.load(i, lanes)) - m) - lo
+                        d = (kind.source.widen(row.load(i, lanes)) - m) - lo
                         return [d, Product(d, d)]
 
                     sum_row(code, tile.length, sums, terms, fetch)
@@ -181,7 +181,7 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
             with each_vector(code, item.width, lanes) as (j, _):
                 places = [_guess_place(i, tile, 1) for i in range(GUESS_PLACES)]
                 guess = guess_of(
-                    [element.widen(x.at(runs.load(r)).load(at * step + j, lanes)).to(DOUBLE) for r, at in places]
+                    [kind.source.widen(x.at(runs.load(r)).load(at * step + j, lanes)).to(DOUBLE) for r, at in places]
                 )
                 near.store(j, mean=guess.to(element.computing), mean_lo=code.number(computing, 0))
             with code.loop(0, 3) as attempt:
@@ -195,7 +195,7 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
                         with code.loop(lo, hi) as i:
                             at = i * step + j
                             row.prefetch(at + step * PARTIAL_CHANNELS)
-                            d = (element.widen(row.load(at, lanes)) - mean) - mean_lo
+                            d = (kind.source.widen(row.load(at, lanes)) - mean) - mean_lo
                             a.add(d)
                             b.set(fused(d, d, b.get()))
                         total, sum_sq = sums.load(j, lanes, "total", "sum_sq")
@@ -286,14 +286,14 @@ def _write_row(module: Module, kind: Kind) -> Any:
     with module.function("row", MEMORY, MEMORY, MEMORY, INT, INT, computing, *given) as (
         code, *places, count, away, slope_, a, b, c, d,
     ):  # fmt: skip
-        x, residual, y = (each.of(element.stored) for each in places)
+        x, residual, y = places[0].of(kind.source.stored), *(each.of(element.stored) for each in places[1:])
         slope, values = slope_.splat(lanes), (a, b, c, d)
         tables = [each.of(computing) for each in values] if kind.channels_last else []
         fixed = None if kind.channels_last else Coefficients(*(each.splat(lanes) for each in values))
 
         def compute(i: Value) -> list[tuple[Memory, Value]]:
             at = fixed or Coefficients(*(table.load(i, lanes) for table in tables))
-            z = at.z(at.centred(element.widen(x.load(i, lanes))))
+            z = at.z(at.centred(kind.source.widen(x.load(i, lanes))))
             if kind.residual:
                 z = z + element.widen(residual.load(i, lanes))
             return [(y, element.narrow(activate(z, kind.activation, slope)))]

@@ -19,7 +19,7 @@ from .llvm import Module
 from .loops_across import BLOCK, LONGEST, LONGEST_PLAIN, across_backward, across_forward
 from .loops_backward import gradient_sums, gradients
 from .loops_forward import results, statistics
-from .loops_places import ELEMENTS, FORMAT, GEOMETRY, LINE, Kind
+from .loops_places import FORMAT, GEOMETRY, LINE, Kind
 from .loops_short import BACKWARD_SHORT, FORWARD_SHORT, short_backward, short_forward
 from .loops_tasks import TaskQueue, driver
 from .thread_pool import share
@@ -82,28 +82,34 @@ class Layout:
 
     def __init__(
         self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[tuple[int, ...] | None, ...],
-        long_run: int | None = None,
+        long_run: int | None = None, input: np.dtype | None = None,
     ):  # fmt: skip
         itemsize = self.itemsize = dtype.itemsize
-        self.dtype_name = dtype.name
+        self.dtype_name, self.input_name = dtype.name, "" if input is None else input.name
         given = Arrays(*strides)
         x_strides: tuple[int, ...] = given.x
         present = [each is not None for each in given]
         found = [x_strides if each is None else each for each in given]
-        self.usable = all(step % itemsize == 0 for each in found for step in each)
-        self.usable &= dtype.name != "float16" or llvm_machine.converts_halves()
+        sizes = [itemsize] * len(found)
+        if input is not None:  # also of absent arrays, for which x stands
+            sizes = [itemsize if there else input.itemsize for there in (False, *present[1:])]
+        self.usable = all(step % size == 0 for each, size in zip(found, sizes, strict=True) for step in each)
+        self.usable &= "float16" not in (self.dtype_name, self.input_name) or llvm_machine.converts_halves()
         if not self.usable:
             return
         # Positions are visited in the order of x's memory.
         order = sorted(range(2, len(shape)), key=lambda axis: -abs(x_strides[axis]))
-        stand_ins = [np.lib.stride_tricks.as_strided(np.empty(1, f"V{itemsize}"), shape, each) for each in found]
+        stand_ins = [
+            np.lib.stride_tricks.as_strided(np.empty(1, f"V{size}"), shape, each)
+            for each, size in zip(found, sizes, strict=True)
+        ]
         arrays = merged_axes([each.transpose(0, 1, *order) for each in stand_ins])
         n, c, *outer, length = arrays[0].shape
         runs, plane = math.prod(outer), math.prod(outer) * length
         # NumPy rewrites the strides of axes of one: a batch of one sample is to be cut like others.
         steps = [
-            [step // itemsize for step in (*each[:2], *array.strides[2:])]
-            for each, array in zip(found, arrays, strict=True)
+            [step // size for step in (*each[:2], *array.strides[2:])]
+            for each, array, size in zip(found, arrays, sizes, strict=True)
         ]
         long_run = LONG_RUN if long_run is None else long_run
         rows = all(each[-1] == 1 or length == 1 for each in steps) and (runs == 1 or length >= long_run)
@@ -126,6 +132,9 @@ class Layout:
             tile_length = -(-length // -(-length // positions))  # even, so that the last one is not too short
             tile_runs = min(max(positions // length, 1), runs)
             grid = [(runs, tile_runs), (length, tile_length)]
+        elif input is not None:  # windows have room for elements of one size
+            self.usable = False
+            return
         else:
             self.windows = Windows(itemsize, [n, c, *outer, length], steps, present)
             channels_last, sums = False, n * c
@@ -145,7 +154,7 @@ class Layout:
             shortest = int(self.counts.min())
         else:
             shortest = length - (-(-length // tile_length) - 1) * tile_length
-        widest = LINE // ELEMENTS[dtype.name].computing_size
+        widest = LINE // self.kind_of(1).element.computing_size
         #: The lanes of vectors for arrays of any sizes that have enough elements.
         self.usual_lanes = () if channels_last else (widest, 2 * widest)
         if not channels_last and shortest >= WIDE * widest:
@@ -177,7 +186,13 @@ class Layout:
 
     def kind(self, activation: str | None, residual: bool, training: bool = False, sloped: bool = False) -> Kind:
         """Return what loops for such arrays are compiled for."""
-        return Kind(self.dtype_name, self.lanes, self.channels_last, activation, residual, training, sloped)
+        return self.kind_of(self.lanes)._replace(
+            channels_last=self.channels_last, activation=activation, residual=residual, training=training, sloped=sloped
+        )
+
+    def kind_of(self, lanes: int) -> Kind:
+        """Return the Kind of vectors of so many elements of the arrays' dtypes."""
+        return Kind(self.dtype_name, lanes, input=self.input_name)
 
 
 def _group(channels: int, wanted: int, least: int) -> int:
@@ -466,7 +481,11 @@ def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:
         x.strides, result.strides, None if dy is None else dy.strides, None if residual is None else residual.strides,
         None if dresidual is None else dresidual.strides,
     )  # fmt: skip
-    layout = layout_of(x.dtype, x.shape, strides)
+    if call.mixed:
+        unwritten = strides[0], None if result is x else strides[1], *strides[2:]
+        layout = layout_of(call.dtype, x.shape, unwritten, None, x.dtype)
+    else:
+        layout = layout_of(x.dtype, x.shape, strides)
     aligned = x.flags.aligned and result.flags.aligned
     for each in (dy, residual, dresidual):
         aligned = aligned and (each is None or each.flags.aligned)

@@ -16,6 +16,7 @@ from .llvm import (
     FLOAT,
     HALF,
     INT,
+    INT8,
     INT16,
     INT32,
     Code,
@@ -76,6 +77,7 @@ class Element(NamedTuple):
     stored: Any
     computing: Any
     size: int  # bytes
+    form: str = "float"  # or "bfloat16", "unsigned", "signed"
 
     @property
     def computing_size(self) -> int:
@@ -83,14 +85,23 @@ class Element(NamedTuple):
 
     def widen(self, value: Value) -> Value:
         """Convert stored elements to computing precision."""
-        if self.stored == INT16:  # bfloat16
-            return (value.to(INT32) << 16).bits(FLOAT)
+        if self.form == "bfloat16":
+            value = (value.to(INT32) << 16).bits(FLOAT)
+        elif self.form == "unsigned":
+            value = value.to(INT32)
+        elif self.form == "signed":
+            value = value.extended(INT32)
+        elif self.stored == HALF:  # processors have no instruction between float16 and float64
+            value = value.to(FLOAT)
         return value.to(self.computing)
 
     def narrow(self, value: Value) -> Value:
         """Round values to stored elements (to nearest, ties to even)."""
-        if self.stored != INT16:
+        if self.stored in (FLOAT, DOUBLE):
             return value.to(self.stored)
+        value = value.to(FLOAT)
+        if self.stored == HALF:
+            return value.to(HALF)
         bits = value.bits(INT32)
         rounded = bits + 0x7FFF + ((bits >> 16) & 1)
         return (where(value == value, rounded, bits | 0x400000) >> 16).to(INT16)  # noqa: PLR0124  # NaN
@@ -98,26 +109,45 @@ class Element(NamedTuple):
 
 ELEMENTS = {
     "float16": Element(HALF, FLOAT, 2),
-    "bfloat16": Element(INT16, FLOAT, 2),
+    "bfloat16": Element(INT16, FLOAT, 2, "bfloat16"),
     "float32": Element(FLOAT, FLOAT, 4),
     "float64": Element(DOUBLE, DOUBLE, 8),
+    "uint8": Element(INT8, FLOAT, 1, "unsigned"),
+    "int8": Element(INT8, FLOAT, 1, "signed"),
+    "uint16": Element(INT16, FLOAT, 2, "unsigned"),
+    "int16": Element(INT16, FLOAT, 2, "signed"),
 }
 
 
 class Kind(NamedTuple):
     """What loops are compiled for."""
 
-    dtype: str
+    dtype: str  # of all arrays, or of all but x
     lanes: int  # elements of a vector: no more than a run of a tile, or the channels of a group, has
     channels_last: bool = False
     activation: str | None = None
     residual: bool = False
     training: bool = False  # whether a backward's statistics are the input's own
     sloped: bool = False  # whether a backward has slopes, since its forward had other conventions
+    input: str = ""  # the dtype of x, if it is another
 
     @property
     def element(self) -> Element:
-        return ELEMENTS[self.dtype]
+        """The elements of all arrays but x."""
+        return ELEMENTS[self.dtype]._replace(computing=self._computing)
+
+    @property
+    def source(self) -> Element:
+        """The elements of x."""
+        return ELEMENTS[self.input or self.dtype]._replace(computing=self._computing)
+
+    @property
+    def _computing(self) -> Any:
+        return DOUBLE if "float64" in (self.dtype, self.input) else FLOAT
+
+    def element_of(self, name: str) -> Element:
+        """Return the elements of one of ARRAYS."""
+        return self.source if name == "x" else self.element
 
 
 class Numbers:
@@ -137,7 +167,7 @@ class Numbers:
         raise AttributeError(name)
 
     def array(self, name: str) -> Memory:
-        return self.code.memory(getattr(self, name), self.kind.element.stored)
+        return self.code.memory(getattr(self, name), self.kind.element_of(name).stored)
 
     def of_planes(self, name: str) -> Memory:
         """Return an array of a number for each plane or channel, in computing precision."""
@@ -350,7 +380,7 @@ def each_vector(code: Code, width: Value, lanes: int) -> Iterator[tuple[Value, V
 
 def prefetch(kind: Kind, memory: Memory, i: Value, *, writes: bool = False) -> None:
     """Prefetch the cache lines of a vector at i."""
-    for line in range(0, kind.lanes, LINE // kind.element.size):
+    for line in range(0, kind.lanes, LINE // memory.size):
         memory.prefetch(i + line, writes=writes)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .._types import Array, empty_like
+from .._types import Array, empty_like, math_dtype
 from .blocking import Arrays
 from .loops_moves import address_of_move
 from .loops_path import BACKWARD, FORWARD, MOMENTS, NORMALIZE, Layout, Pass, address_of, kind_for, layout_of, module_of
@@ -27,26 +27,32 @@ def _modules(modules: Pass, layout: Layout, lanes: int) -> list[str]:
 
 
 def rehearsals(
-    x: Array, activation: str | None, residual: Array | None, parts: bool
+    x: Array, dtype: np.dtype, activation: str | None, residual: Array | None, parts: bool
 ) -> list[tuple[str, Callable[[], Any]]]:
-    """Return (name, step) pairs that compile the loops for arrays like x; empty if the loops cannot address them.
+    """Return (name, step) pairs that compile the loops for arrays like x, and results of this dtype; empty if the loops
+    cannot address the arrays.
 
     Results and dy are laid out like a new result, or results are x itself. No array's contents are read or written.
     """
     if not x.size or address_of(x) % x.itemsize:
         return []
     found: dict[Any, tuple[str, Callable[[], Any]]] = {}
-    y = empty_like(x, np.empty)
+    y = empty_like(x, np.empty, dtype)
 
-    def rehearse(what: str, modules: Pass, arrays: Arrays, training: bool = True) -> None:
+    def rehearse(
+        what: str, modules: Pass, arrays: Arrays, activation: str | None = activation, training: bool = True
+    ) -> None:
         strides = tuple(None if a is None else a.strides for a in arrays)
-        layout = layout_of(x.dtype, x.shape, strides)
+        x, result = arrays.x, arrays.result
+        given = result.dtype, x.shape, strides
+        input = None if result.dtype == x.dtype else x.dtype
+        layout = layout_of(*given) if input is None else layout_of(*given, None, input)
         if not layout.usable:
             return
         layouts = [layout]
         moved = layout.windows is not None
-        other = Layout(x.dtype, x.shape, strides, 1 if moved else sys.maxsize)
-        if (other.windows is not None) != moved:  # other arrays may have longer or shorter runs
+        other = Layout(*given, 1 if moved else sys.maxsize, input)
+        if other.usable and (other.windows is not None) != moved:  # other arrays may have longer or shorter runs
             layouts.append(other)
         found.setdefault(driver, (what, driver))
         for each in layouts:
@@ -59,14 +65,25 @@ def rehearsals(
                 for move in each.windows.moves_of_any_size():
                     found.setdefault(move, (what, partial(address_of_move, *move)))
 
-    trained = math.prod(x.shape[2:]) > 1
-    for result in (y, x):
+    trained, mixed, integers = math.prod(x.shape[2:]) > 1, dtype != x.dtype, x.dtype.kind in "iu"
+    for result in (y,) if mixed else (y, x):
         what = "forward" if result is y else "forward in place"
         # Updates of running statistics, and calls with them, use the same loops.
         rehearse(what, FORWARD if trained else NORMALIZE, Arrays(x, result, residual=residual))
     if parts:
-        rehearse("moments", MOMENTS, Arrays(x, x))
+        rehearse("moments", MOMENTS, Arrays(x, np.empty_like(x, math_dtype(x.dtype)) if integers else x))
+    if integers:
+        return list(found.values())
+    if mixed:  # a backward converts all arrays first
+        wide = math_dtype(dtype, x.dtype)
+        for each in (x, y):
+            if each.dtype != wide:
+                converted = empty_like(each, np.empty, wide)
+                rehearse("conversion", NORMALIZE, Arrays(each, converted), None)
+                rehearse("conversion", NORMALIZE, Arrays(converted, empty_like(converted, np.empty, each.dtype)), None)
+        x, y = empty_like(x, np.empty, wide), empty_like(y, np.empty, wide)
+        residual = None if residual is None else empty_like(residual, np.empty, wide)
     gradients = Arrays(x, y, y, residual, y) if residual is not None and activation is not None else Arrays(x, y, y)
     for training in (True, False) if trained or parts else (False,):
-        rehearse("backward", BACKWARD, gradients, training)
+        rehearse("backward", BACKWARD, gradients, training=training)
     return list(found.values())

@@ -123,13 +123,13 @@ def short_forward(module: Module, kind: Kind) -> None:
                 row, target = x.at(offsets["x"].load(j)), y.at(offsets["result"].load(j))
                 # Borders of images are often 0: guess the mean from the middle.
                 part, middle = max(lanes // 4, 1), row.at((size - lanes) // 2)
-                places = guess_of([element.widen(middle.load(i, part)) for i in range(0, lanes, part)])
+                places = guess_of([kind.source.widen(middle.load(i, part)) for i in range(0, lanes, part)])
                 guess = (places * (1 / part)).sum()  # no overflow
                 mean = guess.splat(lanes)
 
                 def terms(i: Value, row: Memory = row, mean: Value = mean, target: Memory = target) -> list[Any]:
                     prefetch(kind, target, i, writes=True)
-                    d = element.widen(row.load(i, lanes)) - mean
+                    d = kind.source.widen(row.load(i, lanes)) - mean
                     return [d, Product(d, d)]
 
                 total, sum_sq = _sums(numbers, size, terms)
@@ -169,7 +169,7 @@ def short_forward(module: Module, kind: Kind) -> None:
                             added_row: Memory | None = added_row,
                         ) -> list[tuple[Memory, Value]]:  # fmt: skip
                             prefetch(kind, row, i + AHEAD)
-                            z = values.z(values.centred(element.widen(row.load(i, lanes))))
+                            z = values.z(values.centred(kind.source.widen(row.load(i, lanes))))
                             if added_row is not None:
                                 z = z + element.widen(added_row.load(i, lanes))
                             return [(target, element.narrow(activate(z, kind.activation, slope)))]

@@ -155,7 +155,7 @@ class NumpyWork(Work):
         if self._in_place(part) and not copy:
             return part
         block = self._in_buffer(part, buffer)
-        if halves.pays_to_widen(part):
+        if self.dtype == np.float32 and halves.pays_to_widen(part):
             codes = halves.codes_in(buffer, part.size)
             self._in_buffer(part, codes).reshape(part.shape)[...] = part.view(np.uint16)
             halves.widen(buffer, part.size)
@@ -165,7 +165,7 @@ class NumpyWork(Work):
 
     def _write(self, array: np.ndarray, index: Index, block: np.ndarray, buffer: np.ndarray) -> None:
         part = array[index]
-        if halves.pays_to_narrow(block, part):
+        if self.dtype == np.float32 and halves.pays_to_narrow(block, part):
             values = block.transpose(0, 2, 1) if self.channels_last else block
             codes = halves.narrow(values.reshape(-1), buffer)
             self._move(self._in_buffer(part, codes), part.view(np.uint16))
@@ -386,7 +386,16 @@ class NumpyWork(Work):
 
     def apply_forward(self, item: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(item)
-        self._finish(index, planes, self._read(self.x, index, scratch[X]), scratch)
+        self._finish(index, planes, self._read_x(index, scratch[X]), scratch)
+
+    def _read_x(self, index: Index, buffer: np.ndarray) -> np.ndarray:
+        """Return a block of x in computing precision: converted in the result's memory, if that has room for it."""
+        if self.call.mixed and self.work_in_result and self._in_place(self.result[index]):
+            x = self.result[index]
+            if self.x.dtype.char != "e":
+                x[...] = self.x[index]
+                return x
+        return self._read(self.x, index, buffer)
 
     def _finish(self, index: Index, planes: Index, x: np.ndarray, scratch: np.ndarray) -> None:
         call = self.call
@@ -417,7 +426,7 @@ class NumpyWork(Work):
             self._in_tiles(block, scratch, self.reduce_forward, self.join_forward, self.apply_forward)
             return
         planes, index, _ = self._index(block)
-        x = self._read(self.x, index, scratch[X])
+        x = self._read_x(index, scratch[X])
         self._store_stats(planes, *self._moments(x, scratch))
         self._finish(index, planes, x, scratch)
 

@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
-from .._types import Array
+import numpy as np
+
+from .._types import Array, math_dtype
 from ..config import get_batch_invariant
 from .device import Device
 from .layout import ArrayDesc, choose_layout, contiguous_desc
 from .ops import OPS
 from .plan import Plan, Step, plan, plane_step
-from .variants import EPILOGUES, ITEMSIZE
+from .variants import EPILOGUES, INPUT_ITEMSIZE, ITEMSIZE, MIXED_KERNELS
 
 #: The names of operations that differ from those of the public functions.
 NAMES = {"normalize": "forward with moments=", "input_gradient": "backward with sums="}
@@ -25,6 +27,8 @@ def describe(
     x: Array,
     address: int,
     device: Device,
+    *,
+    dtype: np.dtype,
     activation: str | None,
     residual: bool,
     double_backward: bool,
@@ -32,15 +36,24 @@ def describe(
 ) -> list[str]:
     """Return lines about the calls on an array at an address: the device's name, then its forward, backward, ….
 
-    All other arrays are new, in the layout of x.
+    All other arrays are new, in the layout of x, and of this dtype.
     """
     if x.size == 0:
         return [f"{device.name}: empty, nothing is launched"]
     desc = ArrayDesc(x.shape, x.strides, x.itemsize, address % 16)
+    input = "" if dtype == x.dtype else x.dtype.name
     lines = [device.name]
     ops = ["forward", "backward"] + ["double_backward"] * double_backward
     for op in ops + ["moments", "normalize", "gradient_sums", "input_gradient"] * parts:
-        lines += _described(op, desc, x.dtype.name, device, activation, residual)
+        if not input or op in MIXED_KERNELS:
+            lines += _described(op, desc, dtype.name, device, activation, residual, input)
+        elif x.dtype.kind in "iu":
+            lines.append(f"  {NAMES.get(op, op.replace('_', ' '))}: refused, since integers have no gradient")
+        else:
+            wide = math_dtype(dtype, x.dtype)
+            lines.append(f"  arrays that are not {wide} are converted first, and gradients back:")
+            wide_desc = contiguous_desc(x.shape, wide.itemsize, choose_layout((desc,))[0])
+            lines += _described(op, wide_desc, wide.name, device, activation, residual)
     return lines
 
 
@@ -52,25 +65,29 @@ def plan_for(
     activation: str | None = None,
     residual: bool = False,
     invariant: bool = False,
+    input: str = "",
 ) -> tuple[Plan, int]:
-    """Return the plan of a call whose other arrays are new, in the layout of the first, and the number of copies."""
+    """Return the plan of a call whose other arrays are new, in the layout of the first, and the number of copies.
+    input: the dtype of the first, if it is another."""
     if op == "moments":
         activation, residual = None, False
     if activation is None and op not in ("forward", "normalize"):
         residual = False  # its gradient is dy itself
     epilogue = EPILOGUES[activation] if activation is not None or residual else 0
     kind, _, copied = choose_layout((desc,), invariant)
-    new = contiguous_desc(desc.shape, desc.itemsize, kind)
-    first = new if copied[0] else desc
+    new = contiguous_desc(desc.shape, ITEMSIZE[dtype], kind)
+    first = contiguous_desc(desc.shape, desc.itemsize, kind) if copied[0] else desc
     read, written = OPS[op].tensors(len(OPS[op].inputs), residual)
     kind, layouts, _ = choose_layout((first, *[new] * (len(read) + len(written) - 1)))
     shape = (desc.shape[0], desc.shape[1], math.prod(desc.shape[2:]))
-    made = plan(op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, invariant=invariant)
+    made = plan(
+        op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, invariant=invariant, input=input
+    )
     return made, int(copied[0])
 
 
 def _described(
-    op: str, desc: ArrayDesc, dtype: str, device: Device, activation: str | None, residual: bool
+    op: str, desc: ArrayDesc, dtype: str, device: Device, activation: str | None, residual: bool, input: str = ""
 ) -> Iterator[str]:
     name = NAMES.get(op, op.replace("_", " "))
     if math.prod(desc.shape[2:]) == 1 and op in ("forward", "backward", "double_backward"):
@@ -79,7 +96,7 @@ def _described(
 
     def planned(n: int, invariant: bool) -> tuple[Plan, int]:
         shape = (n, *desc.shape[1:])
-        return plan_for(op, desc._replace(shape=shape), dtype, device, activation, residual, invariant)
+        return plan_for(op, desc._replace(shape=shape), dtype, device, activation, residual, invariant, input)
 
     made, copies = planned(desc.shape[0], get_batch_invariant())
     first, *rest = made.steps
@@ -101,7 +118,12 @@ def _described(
         )
     yield f"  {name}: {made.regime}, {made.kind.replace('_', '-')}, {layout}"
     yield f"    {made.reason}"
-    yield f"    {made.accesses + 2 * copies} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time"
+    if input:
+        x_bytes = INPUT_ITEMSIZE[input]
+        total = made.bytes_per_element + 2 * copies * x_bytes
+        yield f"    {total} B per element: {x_bytes} B of x, {ITEMSIZE[dtype]} B of others; {made.vec_size} at a time"
+    else:
+        yield f"    {made.accesses + 2 * copies} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time"
     unit = (
         "plane" if made.kind == "channels_first" else f"channel tile of {first.channel_vecs * made.vec_size} channels"
     )

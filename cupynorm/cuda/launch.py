@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from .._checks import overlap
-from .._types import EPS_MODES, Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved
+from .._types import EPS_MODES, Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved, math_dtype
 from ..backend import Backend
 from ..statistics import GradientSums, Moments, new
 from .arguments import FLAGS
@@ -37,17 +39,21 @@ class CudaBackend(Backend):
         self.runtime = runtime
 
     def describe(
-        self, x: Array, *, activation: str | None, residual: bool, double_backward: bool, parts: bool
+        self, x: Array, *, dtype: np.dtype, activation: str | None, residual: bool, double_backward: bool, parts: bool
     ) -> list[str]:
         with self.runtime.on(x):
             device = self.runtime.device()
-        return describe(x, self.runtime.address(x), device, activation, residual, double_backward, parts)
+        return describe(
+            x, self.runtime.address(x), device, dtype=dtype, activation=activation, residual=residual,
+            double_backward=double_backward, parts=parts,
+        )  # fmt: skip
 
     # Forward
 
     def moments(self, x: Array) -> Moments:
         with self.runtime.on(x):
-            work = PlannedLaunches(self.runtime, "moments", (x,))
+            dtype = math_dtype(x.dtype) if x.dtype.kind in "iu" else None
+            work = PlannedLaunches(self.runtime, "moments", (x,), dtype=dtype)
             moments = new(Moments, partial(work.empty, work.nc))
             if x.size == 0:
                 for array in vars(moments).values():
@@ -78,7 +84,7 @@ class CudaBackend(Backend):
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
             work = PlannedLaunches(
                 self.runtime, op, (x,), residual=residual, out=call.out, sums=planned, reduced=planned,
-                epilogue=epilogue,
+                epilogue=epilogue, dtype=call.dtype,
             )  # fmt: skip
             needed = call.save or moments is not None
             mean, variance = work.planes(needed or update), work.planes(update)

@@ -23,7 +23,7 @@ from .device import Device
 from .layout import ArrayDesc, choose_layout, contiguous_desc
 from .ops import OPS, Op
 from .plan import Plan, Step, channel_step, plan, plane_step
-from .source import Module
+from .source import Module, single
 from .variants import SINGLE, Kind
 
 NOTHING: Mapping[str, Any] = {}
@@ -97,19 +97,23 @@ def _plan_call(
     epilogue: int,
     residual: bool,
     invariant: bool,
+    input: str = "",
 ) -> _PlannedCall:
-    """Plan a call. descs: of the inputs, then of out if it is given; names: of the inputs' and the results' tensors."""
-    shape, itemsize = descs[0].shape, descs[0].itemsize
+    """Plan a call. descs: of the inputs, then of out if it is given; names: of the inputs' and the results' tensors.
+    dtype: of all arrays, or of all but x; input: that of x then, else ""."""
+    shape = descs[0].shape
     kind, _, copied = choose_layout(descs, invariant)
-    new = contiguous_desc(shape, itemsize, kind)
+    new = contiguous_desc(shape, dtype.itemsize, kind)
     # New arrays are aligned, and have the layout of this kind.
     final = [new if copy else desc for desc, copy in zip(descs, copied, strict=True)]
+    if copied[0]:
+        final[0] = contiguous_desc(shape, descs[0].itemsize, kind)
     final += [new] * (len(names) - len(final))
     kind, layouts, _ = choose_layout(tuple(final))
     n, c, s = shape[0], shape[1], math.prod(shape[2:])
     made = plan(
         op, (n, c, s), dtype.name, kind, layouts, device, sums=sums, reduced=reduced, epilogue=epilogue,
-        residual=residual, invariant=invariant,
+        residual=residual, invariant=invariant, input=input,
     )  # fmt: skip
     tiles = made.steps[0].tiles
     sizes = {
@@ -134,13 +138,13 @@ def _plan_call(
 
 
 @lru_cache(maxsize=4096)
-def _plan_planes(kernel: str, shape: tuple[int, int, int], dtype: np.dtype) -> PlannedStep:
+def _plan_planes(kernel: str, shape: tuple[int, int, int], dtype: np.dtype, input: str) -> PlannedStep:
     """Plan a launch of a kernel that has only numbers of planes: shape is (N, C, S)."""
     n, c, s = shape
     step = channel_step(kernel, c) if kernel in SINGLE["channels"] else plane_step(kernel, n * c)
     memory = arguments.new(kernel)
     arguments.fill(kernel, memory, {"samples": n, "channels": c, "planes": n * c, "spatial": s})
-    return PlannedStep(step, Module(step.module, dtype.name, 1, "channels_first"), bytes(memory))
+    return PlannedStep(step, single(step.module, dtype.name, input), bytes(memory))
 
 
 class Launches:
@@ -149,7 +153,8 @@ class Launches:
     values: those that the call has set, by the names of the kernels' arguments; each kernel takes the ones it has.
     """
 
-    def __init__(self, runtime: Runtime, x: Array):
+    def __init__(self, runtime: Runtime, x: Array, dtype: np.dtype | None = None):
+        """dtype: of results, if it is not x's."""
         self.runtime = runtime
         self.empty, self.address = runtime.empty, runtime.address
         self.launches: list[partial[Any]] = []
@@ -157,7 +162,9 @@ class Launches:
         self.keepalive: list[Array] = []  # the kernels get addresses only
         self.values: dict[str, Any] = {}
         self.x, self.shape, self.nc = x, x.shape, x.shape[:2]
-        self.dtype, self.math = x.dtype, math_dtype(x.dtype)
+        self.dtype = x.dtype if dtype is None else dtype
+        self.math = math_dtype(self.dtype, x.dtype)
+        self.input = "" if self.dtype == x.dtype else x.dtype.name
 
     def planes(self, wanted: bool = True) -> Array | None:
         """Return a new array of one number for each plane, or None if it is not wanted."""
@@ -195,7 +202,7 @@ class Launches:
     def of_planes(self, kernel: str) -> PlannedStep:
         """Return the step of a kernel that has only numbers of planes."""
         n, c, *spatial = self.shape
-        return _plan_planes(kernel, (n, c, math.prod(spatial)), self.dtype)
+        return _plan_planes(kernel, (n, c, math.prod(spatial)), self.dtype, self.input)
 
     def prepare(self, planned: PlannedStep, values: Mapping[str, Any] = NOTHING) -> partial[Any]:
         """Return a step's launch. values: arguments of this launch alone."""
@@ -228,9 +235,10 @@ class PlannedLaunches(Launches):
         residual: Array | None = None,
         epilogue: int = 0,
         out: Array | None = None,
+        dtype: np.dtype | None = None,
     ):
         x = inputs[0]
-        super().__init__(runtime, x)
+        super().__init__(runtime, x, dtype)
         self.operation, self.out = OPS[op], out
         given = inputs if residual is None else (*inputs, residual)
         read, self._written = self.operation.tensors(len(inputs), residual is not None)
@@ -243,8 +251,8 @@ class PlannedLaunches(Launches):
             self.targets = self._make_targets(copied)
             return
         self.kind, copied, self.plan, self.steps = _plan_call(
-            op, descs, read + self._written, x.dtype, runtime.device(), sums=sums, reduced=reduced, epilogue=epilogue,
-            residual=residual is not None, invariant=get_batch_invariant(),
+            op, descs, read + self._written, self.dtype, runtime.device(), sums=sums, reduced=reduced,
+            epilogue=epilogue, residual=residual is not None, invariant=get_batch_invariant(), input=self.input,
         )  # fmt: skip
         self.tiles = self.plan.steps[0].tiles
         arrays = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
@@ -259,15 +267,16 @@ class PlannedLaunches(Launches):
             targets[first] = self._new() if self.out is None or copied[-1] else self.out
         return targets
 
-    def _new(self) -> Array:
+    def _new(self, dtype: np.dtype | None = None) -> Array:
+        dtype = self.dtype if dtype is None else dtype
         n, c, *spatial = self.shape
         if self.kind == "channels_first" or math.prod(spatial) == 1:
-            return self.empty(self.shape, self.dtype)
+            return self.empty(self.shape, dtype)
         rank = len(self.shape)
-        return self.empty((n, *spatial, c), self.dtype).transpose(0, rank - 1, *range(1, rank - 1))
+        return self.empty((n, *spatial, c), dtype).transpose(0, rank - 1, *range(1, rank - 1))
 
     def copy(self, array: Array) -> Array:
-        copy = self._new()
+        copy = self._new(array.dtype)
         assignment(copy, array)()
         return copy
 

@@ -107,7 +107,7 @@ def choose_layout(
     The first array decides, if it can be read in place; if both kinds can read it, the kind that reads more of the
     other arrays in place. invariant: the order of additions may depend on the kind alone.
     """
-    shape, itemsize = descs[0].shape, descs[0].itemsize
+    shape, itemsize = descs[0].shape, max(desc.itemsize for desc in descs)
     # In planes of one element the adjacent elements are channels.
     kinds: tuple[Kind, Kind] = ("channels_first", "channels_last")
     preferred = kinds[::-1] if prod(shape[2:]) == 1 else kinds

@@ -12,7 +12,18 @@ from functools import lru_cache
 from .device import Device
 from .layout import SUBWARP_BYTES, SUBWARP_ELEMENTS, Layout, at_vecs, dense
 from .ops import COLUMNS, OPS, SHARED, SINGLE_THREADS, Op
-from .variants import FORCED, ITEMSIZE, Kind, Variant, exists, group_of, resident_threads, variants_of, widest
+from .variants import (
+    FORCED,
+    INPUT_ITEMSIZE,
+    ITEMSIZE,
+    Kind,
+    Variant,
+    exists,
+    group_of,
+    resident_threads,
+    variants_of,
+    widest,
+)
 
 TILE_BYTES = 8192  # the smallest tile worth a block of a grid
 CHANNEL_TILE_BYTES = 64  # channels-last: adjacent channels that one scope serves
@@ -49,7 +60,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of a call. accesses: storage-sized reads and writes of global memory per element."""
+    """The launches of a call. accesses: reads and writes of global memory per element, each of the size of dtype's
+    elements, but those of x, which has `input`'s if that is another dtype."""
 
     op: Op
     regime: str
@@ -63,9 +75,13 @@ class Plan:
     accesses: int
     steps: tuple[Step, ...]
     at_a_time: int = 0  # channel tiles in each round of a split: few enough that L2 keeps them for the second read
+    input: str = ""
 
     @property
     def bytes_per_element(self) -> int:
+        if self.input:  # of accesses, one is the result's
+            reads = 2 if self.regime == "split" else 1
+            return reads * INPUT_ITEMSIZE[self.input] + (self.accesses - reads) * ITEMSIZE[self.dtype]
         return self.accesses * ITEMSIZE[self.dtype]
 
 
@@ -96,12 +112,15 @@ class _Job:
         device: Device,
         epilogue: int = 0,
         invariant: bool = False,
+        input: str = "",
     ):
         self.op, self.device = op, device
-        self.dtype, self.epilogue = dtype, epilogue
+        self.input, self.epilogue = input, epilogue
+        self.dtype = "float64" if input == "float64" else dtype  # by which resources are chosen
         self.n, self.c, self.s = shape
-        self.itemsize = ITEMSIZE[dtype]
-        self.math_bytes = 8 if dtype == "float64" else 4
+        held = INPUT_ITEMSIZE[input or dtype]  # the bytes of an element in a tile
+        self.itemsize = max(held, ITEMSIZE[dtype])
+        self.math_bytes = 8 if self.dtype == "float64" else 4
         self.kind, self.layouts = kind, layouts
         self.operation = OPS[op]
         self.arrays = len(self.operation.inputs)  # that a scope holds
@@ -113,9 +132,11 @@ class _Job:
             misalignments = {x.misalignment % v for x in layouts}
             # misaligned: planes of different arrays start at different distances from an aligned address.
             # misalignment: the most elements between an aligned address and the start of a plane.
-            self.vec_size = v
             self.misaligned = not len(n_steps) == len(c_steps) == len(misalignments) == 1
             self.misalignment = 0 if misalignments | n_steps | c_steps == {0} else v - 1
+            if input and (self.misaligned or invariant):  # vecs of two sizes are not combined from aligned ones
+                v, self.misaligned, self.misalignment = 1, False, 0
+            self.vec_size = v
             self.at_planes = invariant and self.misalignment > 0
             if self.at_planes:
                 self.misaligned, self.misalignment = True, 0
@@ -134,7 +155,7 @@ class _Job:
         # Counted to see if a variant fills the device.
         self.concurrent_tiles = self.channel_tiles // self.n if invariant else self.channel_tiles
         self.planes_per_thread = 1 if kind == "channels_first" else self.vec_size
-        self.vec_bytes = self.vec_size * self.itemsize
+        self.vec_bytes = self.vec_size * held
         self.bytes = self.vecs * self.vec_bytes * self.arrays
         width = self.channel_vecs * self.vec_size
         self.unit = "plane" if kind == "channels_first" else f"channel tile of {width} channels"
@@ -174,8 +195,10 @@ class _Job:
         return _pow2(_ceil(self.s, variant.vecs_per_thread))
 
     def dense(self) -> bool:
-        """Return True if the planes of every array are adjacent in memory, in order."""
-        return self.kind == "channels_first" and all(dense(x, self.n, self.c, self.s) for x in self.layouts)
+        """Return True if the planes of every array are adjacent in memory, in order, and of one dtype: a warp's staging
+        has buffers of one size."""
+        layouts = self.layouts if self.kind == "channels_first" and not self.input else ()
+        return bool(layouts) and all(dense(x, self.n, self.c, self.s) for x in layouts)
 
     def step(
         self,
@@ -202,6 +225,10 @@ class _Job:
         group, cooperative = group_of(variant, module), variant.scope == "grid"
         return Step(module, prefix, name, grid, variant.threads, shared, scopes, tiles, vecs_per_thread,
                     self.channel_vecs, subwarp_size, at_planes, group, variant.cluster, cooperative, plain)  # fmt: skip
+
+    def exists(self, variant: Variant, file: str) -> bool:
+        """Return True if a variant of a file has a kernel for this call."""
+        return exists(variant, file, self.dtype, self.kind, self.epilogue, self.misaligned, self.input)
 
     def resident(self, variant: Variant) -> int:
         """Return the number of blocks of a variant for which a multiprocessor has registers."""
@@ -233,7 +260,7 @@ class _Job:
             (file, variant)
             for file in files
             for variant in variants_of(file)
-            if file in FORCED or exists(variant, file, self.dtype, self.kind, self.epilogue, self.misaligned)
+            if file in FORCED or self.exists(variant, file)
         ]
         file, variant = min(known, key=lambda each: tiles(each[1]))  # the first of those with the fewest tiles
         return self.step(file, self.op, variant, self.scratch(variant), tiles(variant))
@@ -257,7 +284,7 @@ class _Job:
                 return None, f"the staged planes exceed the {self.device.shared_per_block} B of shared memory"
             why = f"{most} plane(s) per warp, staged to move 16 B at a time; {32 // most} thread(s) per plane"
             return self.step(op, op, variant, shared, vecs_per_thread=variant.vecs_per_thread), why
-        if choosing and not exists(variant, op, self.dtype, self.kind, self.epilogue, self.misaligned):
+        if choosing and not self.exists(variant, op):
             return None, f"the kernels have no registers for {variant.vecs_per_thread} vecs of each array"
         if variant.residency == "registers" and not variant.grouped:
             # A plane that a warp holds in one vec per thread gains nothing from more threads.
@@ -344,6 +371,7 @@ def plan(
     epilogue: int = 0,
     residual: bool = False,
     invariant: bool = False,
+    input: str = "",
 ) -> Plan:
     """Plan a call on arrays (N, C, S), none of these 0, with a layout for each array, x first.
 
@@ -353,9 +381,10 @@ def plan(
     sums: a backward needs the sums for dweight or dbias, a forward updates running statistics; reduced: some of them
     are added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward without activation has none).
     residual: the epilogue has one. invariant: the order of additions in a plane must depend neither on N nor on the
-    plane's address.
+    plane's address. input: the dtype of x, if it is another; then dtype is that of the other arrays, and op is forward,
+    moments or normalize.
     """
-    job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant)
+    job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant, input)
     # Forward reads the residual; backward reads it again, for z, and writes its gradient.
     more = residual * (1 + len(OPS[op].residual_targets))
 
@@ -373,6 +402,7 @@ def plan(
             accesses + more,
             steps,
             at_a_time,
+            input,
         )
 
     if op == "normalize":
@@ -404,8 +434,7 @@ def plan(
             return made(f"{variant.scope}-{variant.residency}", why, accesses, step_, *after)
 
     file = "double_split" if op == "double_backward" else "split"
-    facts = file, dtype, kind, epilogue, job.misaligned
-    variant = next(variant for variant in variants_of(file) if file in FORCED or exists(variant, *facts))
+    variant = next(variant for variant in variants_of(file) if file in FORCED or job.exists(variant, file))
     tiles = _ceil(job.vecs_per_thread(variant), variant.vecs_per_thread)
     # (On its second pass a split backward with a residual reads dresidual, written on the first, instead of dy.)
     # Half of L2, since results are written through it, too.

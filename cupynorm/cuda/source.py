@@ -22,8 +22,10 @@ from .plan import Plan, Step
 from .variants import (
     EPILOGUES,
     FORCED,
+    INPUT_ITEMSIZE,
     ITEMSIZE,
     KERNELS,
+    MIXED_KERNELS,
     PLAIN,
     PLAIN_KERNELS,
     SINGLE,
@@ -70,25 +72,32 @@ class Module:
     group: str = ""
     epilogue: int = 0
     misaligned: bool = False
+    input: str = ""  # the dtype of x, if it is another
 
     @classmethod
     def of(cls, step: Step, plan: Plan) -> Module:
         """Return the module that holds the kernel of a plan's step."""
         if step.module in SINGLE:
-            return cls(step.module, plan.dtype, 1, "channels_first")
+            return single(step.module, plan.dtype, plan.input)
         epilogue = 0 if step.plain else plan.epilogue
         if step.group == "subwarp":  # staged planes are partitioned by elements
             module = cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
         else:
-            module = cls(step.module, plan.dtype, plan.vec_size, plan.kind, step.group, epilogue, plan.misaligned)
+            facts = step.module, plan.dtype, plan.vec_size, plan.kind, step.group, epilogue, plan.misaligned
+            module = cls(*facts, plan.input)
         forced = FORCED.get(step.module)
         return ForcedModule(**vars(module), only=forced[0]) if forced else module
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        facts = self.file, self.dtype, self.kind, self.epilogue, self.misaligned
+        facts = self.file, self.math_dtype, self.kind, self.epilogue, self.misaligned, self.input
         known = (variant for variant in VARIANTS.get(self.file, ()) if group_of(variant, self.file) == self.group)
         return tuple(variant for variant in known if exists(variant, *facts))
+
+    @property
+    def math_dtype(self) -> str:
+        """The dtype by which resources are chosen: float64 if this is the dtype of x alone, else that of results."""
+        return "float64" if self.input == "float64" else self.dtype
 
     @property
     def constants(self) -> str:
@@ -105,7 +114,7 @@ class Module:
             **ops.constants(),
         }
         lines = [f"[[maybe_unused]] constexpr int {name} = {number};\n" for name, number in numbers.items()]
-        return "".join([f"#define STORAGE_{self.dtype.upper()} 1\n", *lines])
+        return "".join([f"#define STORAGE {self.dtype}\n#define INPUT {self.input or self.dtype}\n", *lines])
 
     @property
     def _read_ahead(self) -> int:
@@ -127,13 +136,15 @@ class Module:
 
     def blocks(self, variant: Variant) -> int:
         """Return the number of blocks of a variant that must fit on a multiprocessor."""
-        resident = resident_threads(variant, self.file, self.dtype, self.kind, self.epilogue, self.misaligned)
+        resident = resident_threads(variant, self.file, self.math_dtype, self.kind, self.epilogue, self.misaligned)
         return max(1, resident // variant.threads)
 
     @property
     def _prefixes(self) -> tuple[str, ...]:
         """The kernels of this module that have variants."""
         kernels = KERNELS.get(self.file, ())
+        if self.input:
+            kernels = tuple(kernel for kernel in kernels if kernel in MIXED_KERNELS)
         return tuple(kernel for kernel in kernels if not (self.epilogue and kernel in PLAIN_KERNELS))
 
     @property
@@ -161,9 +172,14 @@ class ForcedModule(Module):
         return (self.only,)
 
 
+def single(file: str, dtype: str, input: str = "") -> Module:
+    """Return a module of kernels that exist once. They do not read x: only the precision of its dtype matters."""
+    return Module(file, dtype, 1, "channels_first", input="float64" if input == "float64" != dtype else "")
+
+
 def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -> list[Module]:
-    """Return every module that calls may compile."""
-    modules = [Module(file, dtype, 1, "channels_first") for file, dtype in product(SINGLE, ITEMSIZE)]
+    """Return every module that calls may compile if all arrays have one dtype; `mixed_modules` are the others."""
+    modules = [single(file, dtype) for file, dtype in product(SINGLE, ITEMSIZE)]
     for epilogue, (file, variants), dtype in product(epilogues, VARIANTS.items(), ITEMSIZE):
         if epilogue and file in PLAIN:
             continue
@@ -178,6 +194,23 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
             ]
             modules += [Module(file, dtype, v, "channels_last", group, epilogue) for v in (last, 1)]
     return [module for module in modules if module.kernels]
+
+
+def mixed_modules(input: str, dtype: str, epilogues: Iterable[int] = (0,)) -> list[Module]:
+    """Return every module that calls may compile if x has this dtype, and the other arrays another."""
+    modules = [single(file, dtype, "float64") for file in SINGLE] if input == "float64" else []
+    for epilogue, file in product(epilogues, ("forward", "split", "parts", "frozen")):
+        for group in dict.fromkeys(group_of(variant, file) for variant in VARIANTS[file]):
+            for kind, v in mixed_accesses(input, dtype) if group != "subwarp" else ():
+                modules.append(Module(file, dtype, v, kind, group, epilogue, input=input))
+    return [module for module in modules if module.kernels]
+
+
+def mixed_accesses(input: str, dtype: str) -> list[tuple[Kind, int]]:
+    """Return the kinds of kernels and the numbers of elements that a thread reads at once, if x has another dtype."""
+    itemsize = max(INPUT_ITEMSIZE[input], ITEMSIZE[dtype])
+    kinds: tuple[Kind, Kind] = ("channels_first", "channels_last")
+    return [(kind, v) for kind in kinds for v in (widest(itemsize, kind), 1)]
 
 
 def core_modules() -> list[Module]:

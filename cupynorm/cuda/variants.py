@@ -10,6 +10,8 @@ from typing import Literal
 
 Kind = Literal["channels_first", "channels_last"]
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+#: The same of all dtypes of x.
+INPUT_ITEMSIZE = ITEMSIZE | {"uint8": 1, "int8": 1, "uint16": 2, "int16": 2}
 
 
 def widest(itemsize: int, kind: Kind) -> int:
@@ -58,12 +60,18 @@ def group_of(variant: Variant, file: str) -> str:
     return variant.scope if alone else ""
 
 
-def exists(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool) -> bool:
-    """Return True if a variant has a kernel for this file, dtype, kind, epilogue and alignment.
+def exists(
+    variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool, input: str = ""
+) -> bool:
+    """Return True if a variant has a kernel for this file, dtype, kind, epilogue, alignment, and dtype of x, if it is
+    another.
 
     8 vecs of x and of dy take 64 registers per thread, which some kernels need for other things: these kernels have no
-    such variants, but clusters that keep their tiles in shared memory.
+    such variants, but clusters that keep their tiles in shared memory. Nor do the registers of a grid hold 8 vecs of
+    bytes, each of which takes a register.
     """
+    if input and INPUT_ITEMSIZE[input] == 1 and group_of(variant, file) == "grid_registers":
+        return False
     needy = kind == "channels_last" or (ITEMSIZE[dtype] == 2 and (epilogue > 0 or misaligned))
     if variant.scope == "subwarp":  # in forward a thread takes 16 elements of 16 bits, whatever the size of planes
         return not (file == "forward" and variant.vecs_per_thread == 8 and ITEMSIZE[dtype] == 2)
@@ -163,6 +171,8 @@ SINGLE: dict[str, tuple[str, ...]] = {
 #: The files whose kernels have no epilogue, and the kernels of other files that have none.
 PLAIN = ("double_backward", "double_split", "frozen_double_backward")
 PLAIN_KERNELS = ("moments",)
+#: The kernels that exist for x of another dtype than the other arrays'.
+MIXED_KERNELS = ("forward", "moments", "normalize")
 
 
 def variants_of(file: str) -> tuple[Variant, ...]:

@@ -67,6 +67,21 @@ def test_dtypes_and_ranks(rng: np.random.Generator, dtype: str, shape: tuple[int
     assert_within(y.compute(), 2 * reference.forward(x), 0.03 if dtype != "float64" else 1e-12)
 
 
+@pytest.mark.parametrize(("input", "dtype"), [("uint16", "float32"), ("int8", "float16"), ("float32", "float64")])
+def test_results_of_another_dtype(rng: np.random.Generator, input: str, dtype: str) -> None:
+    """Integers are read as they are, in each chunk."""
+    x = (values(rng) + 40).astype(input)
+    a = da.from_array(x, chunks=(1, 3, 5, 4))
+    residual = da.from_array(values(rng, dtype=dtype), chunks=4)
+    y = cnd.instance_norm(a, residual=residual, dtype=dtype)
+    assert (y.shape, y.chunks, y.dtype, y._meta.dtype) == (a.shape, a.chunks, dtype, dtype)
+    found = y.compute()
+    assert found.dtype == dtype
+    exact = reference.forward(x, residual=residual.compute())
+    assert_within(found, exact, 0.05 if dtype == "float16" else 2e-5)
+    assert_within(cnd.moments(a).mean.compute(), x.mean((2, 3)), 1e-4)
+
+
 @pytest.mark.long  # and not quick: other processes have the compiled loops, which the quick tier turns off
 def test_every_scheduler_gives_the_same_bits(rng: np.random.Generator) -> None:
     x = values(rng, (2, 3, 40, 50))
@@ -244,6 +259,10 @@ def test_refusals() -> None:
         cnd.moments(5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a has dtype int64; accepted are float16"):
         cnd.moments(a.astype(int))
+    with pytest.raises(TypeError, match="a has dtype uint16; integers need dtype="):
+        cnd.instance_norm(a.astype(np.uint16))
+    with pytest.raises(TypeError, match="dtype, of the result, must be"):
+        cnd.instance_norm(a, dtype=int)
     with pytest.raises(ValueError, match="at least 3 dimensions"):
         cnd.moments(a[0, 0])
     with pytest.raises(ValueError, match=r"unknown sizes.*compute_chunk_sizes"):

@@ -437,7 +437,9 @@ def test_describe_threads_and_tiles(way: str):
     def told(number: int, *shape: int, layout: str = "contiguous", double_backward: bool = False) -> list[str]:
         cn.set_num_threads(number)
         x = laid(np.empty(shape, np.float16), layout)
-        lines = cpu.backend.describe(x, activation=None, residual=False, double_backward=double_backward, parts=False)
+        lines = cpu.backend.describe(
+            x, dtype=x.dtype, activation=None, residual=False, double_backward=double_backward, parts=False
+        )
         return [line.strip() for line in lines[1:]]
 
     if way == "compiled":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -143,6 +144,31 @@ def test_warmup_compiles_the_loops_of_later_calls(
         met.clear()
         forget_modules(monkeypatch)
     assert {kind for kind in compiled - needed if not kind.startswith("moves ")} == set()
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(
+    ("input", "dtype"), [("uint16", "float32"), ("uint8", "float16"), ("float16", "float32"), ("float32", "float64")]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_results_of_another_dtype(
+    met: Kinds, monkeypatch: pytest.MonkeyPatch, layout: str, input: str, dtype: str
+) -> None:
+    """Forwards, moments, and gradients of floats, for which arrays are converted."""
+    cn.warmup(LAYOUTS[layout](np.zeros((3, 32, 7, 9), input)), dtype=dtype, activation="relu", parts=True)
+    compiled = met.copy()
+    met.clear()
+    forget_modules(monkeypatch)
+    for threads, shape in itertools.product((1, 3), ((2, 32, 16, 24), (2, 32, 4, 4), (1, 32, 160, 90))):
+        cn.set_num_threads(threads)
+        x = LAYOUTS[layout](np.zeros(shape, input))
+        y, saved = cn.instance_norm_forward(x, dtype=dtype, activation="relu")
+        _, given = cn.instance_norm_forward(x, dtype=dtype, activation="relu", moments=cn.moments(x))
+        if x.dtype.kind == "f":
+            cn.instance_norm_backward(y, saved)
+            cn.instance_norm_backward(y, given, sums=cn.gradient_sums(y, given))
+    assert met <= compiled
+    assert met or layout == "transposed"
 
 
 @pytest.mark.compiled

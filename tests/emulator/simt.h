@@ -6,13 +6,6 @@
 
 namespace simt {
 
-// A GPU flushes only floats; in their modules, denormal doubles do not occur.
-#if defined(STORAGE_FLOAT64)
-constexpr bool FLUSH = false;
-#else
-constexpr bool FLUSH = true;
-#endif
-
 template <class... A, size_t... I> void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
     kernel(*(A*)args[I]...);
 }
@@ -30,22 +23,15 @@ template <class... A> const char* kinds(void (*)(A...)) {
     return letters;
 }
 
-#if defined(STORAGE_BFLOAT16)
-inline float widen16(uint16_t bits) { return widen_bfloat16(bits); }
-inline uint16_t narrow16(float f) { return narrow_bfloat16(f); }
-#else
-inline float widen16(uint16_t bits) { return widen_float16(bits); }
-inline uint16_t narrow16(float f) { return narrow_float16(f); }
-#endif
-
 }  // namespace simt
 
 #define KERNEL(THREADS, BLOCKS) extern "C" void
 #define CLUSTER_OF(SIZE)
 inline unsigned char* shared_memory() { return simt::m.block->shared.get(); }
+// A GPU flushes only floats; in their modules, denormal doubles do not occur.
 #define SIMT_EXPORT(name) \
     extern "C" int simt_run_##name(simt::Launch* launch) { \
-        return simt::run(launch, [](void** args) { simt::call(&name, args); }, simt::parameters(&name), simt::FLUSH); \
+        return simt::run(launch, [](void** args) { simt::call(&name, args); }, simt::parameters(&name), !FLOAT64); \
     } \
     extern "C" const char* simt_kinds_##name() { return simt::kinds(&name); }
 

@@ -16,6 +16,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,15 @@ from helpers.bounds import bounds_of
 
 from cupynorm.cuda import source
 from cupynorm.cuda.arguments import STRUCTS
-from cupynorm.cuda.source import OPTIONS, CompileError, Module, all_modules, compile_error, core_modules
+from cupynorm.cuda.source import (
+    OPTIONS,
+    CompileError,
+    Module,
+    all_modules,
+    compile_error,
+    core_modules,
+    mixed_modules,
+)
 from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, SINGLE, VARIANTS, Variant, group_of, widest
 
 pytestmark = [pytest.mark.nvrtc]
@@ -193,6 +202,46 @@ def _smooth_modules() -> list[Module]:
     """Return the modules with silu and gelu that the full tier compiles, for sm_90: forward and backward by blocks."""
     turns = zip(("forward", "backward"), SMOOTH, strict=True)
     return [Module(file, "float32", 4, "channels_first", "", EPILOGUES[name]) for file, name in turns]
+
+
+#: Dtypes of x and of the other arrays: together every dtype of either, and elements of every ratio of sizes.
+PAIRS = [
+    ("uint16", "float32"), ("uint8", "float16"), ("int8", "bfloat16"), ("float64", "float32"), ("int16", "float64"),
+    ("float32", "float16"), ("bfloat16", "float32"), ("float16", "bfloat16"), ("uint8", "float32"),
+]  # fmt: skip
+
+
+def _mixed() -> list[Module]:
+    """Return modules for x of another dtype: each group of kernels and layout with the widest accesses, for a pair in
+    turn, without and with an epilogue in turn; in the nightly tier all modules of all pairs."""
+    if EVERYTHING:
+        return [module for pair in PAIRS for module in mixed_modules(*pair, epilogues=range(4))]
+    same: dict[tuple[Any, ...], list[Module]] = {}
+    for i, pair in enumerate(PAIRS):
+        for module in mixed_modules(*pair, epilogues=(i % 2,)):
+            if module.vec_size > 1 or module.file not in VARIANTS:
+                same.setdefault((module.file, module.group, module.kind), []).append(module)
+    return [modules[i % len(modules)] for i, modules in enumerate(same.values())]
+
+
+@pytest.mark.full
+def test_modules_for_x_of_another_dtype() -> None:
+    _nvrtc()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checks = [pool.submit(_check_resources, module, 90) for module in _mixed()]
+    faults = [str(check.exception()) for check in checks if check.exception()]
+    if faults:
+        raise AssertionError("\n".join(faults))
+
+
+def test_integers_are_read_in_vecs() -> None:
+    """Of 4 uint16: 8 bytes at once, and 16 of the float32 that they become."""
+    module = Module("forward", "float32", 4, "channels_first", "warp", input="uint16")
+    done = _check_resources(module, 90)
+    for entry in _entries(module, done.ptx):
+        moved = re.findall(r"(ld|st)\.global\.(?:v(\d)\.)?[a-z](\d+)", entry)
+        bits = {(kind, int(count or 1) * int(size)) for kind, count, size in moved}
+        assert {("ld", 64), ("st", 128)} <= bits, bits
 
 
 @pytest.mark.full

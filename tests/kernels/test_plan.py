@@ -30,7 +30,7 @@ from cupynorm.cuda.layout import ArrayDesc, Layout, choose_layout, contiguous_de
 from cupynorm.cuda.ops import Op
 from cupynorm.cuda.plan import MAX_GRID, Plan, Step, plan
 from cupynorm.cuda.source import Module
-from cupynorm.cuda.variants import ITEMSIZE, VARIANTS, Kind, Variant, exists, group_of, resident_threads
+from cupynorm.cuda.variants import INPUT_ITEMSIZE, ITEMSIZE, VARIANTS, Kind, Variant, exists, group_of, resident_threads
 
 SHAPES = [
     (1, 1, 2), (1, 1, 2**24), (1, 1, 2**31 + 1), (1, 3, 2**33 + 7), (1, 32, 1080 * 1920), (2, 320, 64), (2, 3, 49),
@@ -851,8 +851,10 @@ def _planned(call: dict[str, Any]) -> dict[str, Any]:
     op, inputs, residual = given.pop("op"), given.pop("inputs"), given["residual"]
     names = sum(ops.OPS[op].tensors(inputs - residual, residual), ())
     dtype, shape, device = (given.pop(name) for name in ("dtype", "shape", "device"))
+    sizes = itertools.chain([INPUT_ITEMSIZE[given.get("input") or dtype]], itertools.repeat(ITEMSIZE[dtype]))
     descs = tuple(
-        ArrayDesc(tuple(shape), tuple(s), ITEMSIZE[dtype], misalignment) for s, misalignment in given.pop("descs")
+        ArrayDesc(tuple(shape), tuple(s), size, misalignment)
+        for (s, misalignment), size in zip(given.pop("descs"), sizes, strict=False)
     )
     device = FICTITIOUS.get(device) or DEVICES[device]
     made = _plan_call(op, descs, names, cn.devices.dtype_of(dtype), device, **given)

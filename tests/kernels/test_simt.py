@@ -324,6 +324,46 @@ def test_accesses_of_arrays_that_begin_apart(
                 assert vecs < count.accesses[address] < vecs + 6 * 2 * 16 / x.itemsize, count.kernel
 
 
+@pytest.mark.parametrize(
+    ("input", "dtype"),
+    [("uint16", "float32"), pytest.param("uint8", "float16", marks=pytest.mark.full),
+     pytest.param("float64", "float32", marks=pytest.mark.full)],
+)  # fmt: skip
+@pytest.mark.parametrize("regime", [r for r in REGIMES if not r[0].startswith("subwarp")], ids=label)
+def test_bytes_of_x_of_another_dtype(
+    run_on: Callable[..., Emulator], rng: np.random.Generator, regime: tuple[Any, ...], input: str, dtype: str
+) -> None:
+    """x is read in its own width, twice by a split, and results are written once, in theirs; also with given moments
+    and running statistics."""
+    _, shape, layout, device = regime
+    x = reference.LAYOUTS[layout](rng.integers(0, 200, shape).astype(input))
+    y = reference.LAYOUTS[layout](np.zeros(shape, dtype))
+    runtime = run_on(Emulator(device))
+
+    def moved() -> tuple[int, int]:
+        """Return the bytes that were read and written of arrays as large as x or y."""
+        least = min(x.nbytes, y.nbytes)
+        large = [(count, a) for count in runtime.counts for a, size in count.size.items() if size >= least]
+        total = sum(count.read[a] for count, a in large), sum(count.written[a] for count, a in large)
+        runtime.counts.clear()
+        return total
+
+    desc = ArrayDesc(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
+    made, _ = plan_for("forward", desc, dtype, device, input=input)
+    reads = 2 if made.regime == "split" else 1
+    cn.instance_norm(x, dtype=dtype, out=y)
+    assert moved() == (reads * x.nbytes, y.nbytes)
+    assert made.bytes_per_element == reads * x.itemsize + y.itemsize
+    assert_within(y, reference.forward(x), 2e-3 if dtype == "float16" else 5e-6)
+    moments = cn.moments(x)
+    assert moved() == (x.nbytes, 0)
+    cn.instance_norm(x, dtype=dtype, out=y, moments=moments)
+    assert moved() == (x.nbytes, y.nbytes)
+    ones = np.ones(shape[1], np.float64 if input == "float64" else np.float32)
+    cn.instance_norm(x, ones, ones, use_input_stats=False, dtype=dtype, out=y)
+    assert moved() == (x.nbytes, y.nbytes)
+
+
 def test_the_shapes_reach_every_regime() -> None:
     """Each layout has cases of every regime of its variants: forward as named in the table, backward by its plan."""
     for layout, kind in (("contiguous", "channels_first"), ("channels_last", "channels_last")):

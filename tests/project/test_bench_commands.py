@@ -1,4 +1,4 @@
-"""The commands host, parts, passes, values, dram, smoke and prime."""
+"""The commands host, parts, dtypes, passes, values, dram, smoke and prime."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from helpers.compare import assert_equal, assert_within
 
 import cupynorm
-from bench.commands import dram, host, parts, passes, prime, smoke, values
+from bench.commands import dram, dtypes, host, parts, passes, prime, smoke, values
 from bench.core import cases, peers, report, timing
 from cupynorm import cpu, devices
 from cupynorm.cpu import numpy_path
@@ -268,3 +268,26 @@ def test_parts_times_every_call(capsys: pytest.CaptureFixture[str]):
     assert_within(joined, calls["forward"](0), 1e-6)
     with pytest.raises(SystemExit):
         parts.main(["2,3"])
+
+
+def test_dtypes_times_every_call(capsys: pytest.CaptureFixture[str]):
+    """One line for each shape and pair; all calls of a pair give the same results."""
+    shapes, pairs = ["2,3,6,7", "2,3,5,4,9"], ["uint16:float32", "uint8:float16"]
+    options = ["--device", "cpu", "--rounds", "1", "--batch-ms", "0.01", "--pairs", *pairs]
+    assert dtypes.main([*shapes, *options]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    titles = [f"{shape} {pair.replace(':', ' to ')}" for shape in shapes for pair in pairs]
+    assert [line.partition(": ")[0] for line in lines] == titles
+    xs = [np.random.default_rng(1).integers(0, 9, (2, 3, 6, 7)).astype(np.uint8)]
+    for result in ("float32", "float64"):
+        calls = dtypes.contestants(np, xs, result)
+        for line in lines:
+            found = re.findall(r"([a-z =]+) \d+ us \(\d+\.\d\d\)", line.partition(": ")[2])
+            assert [name.strip() for name in found] == list(calls)
+        first, *others = (call(0) for call in calls.values())
+        assert first.dtype == result
+        for other in others:
+            assert_within(other, first, 1e-5)
+    for wrong in (["2,3"], [*shapes, "--pairs", "float32:uint8"], [*shapes, "--pairs", "int32:float32"]):
+        with pytest.raises(SystemExit):
+            dtypes.main(wrong)

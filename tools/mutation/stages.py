@@ -21,7 +21,7 @@ BACKENDS = (
 REST = (
     "_checks", "_types", "backend", "config", "conventions", "cpu/forks", "cpu/halves", "cpu/llvm_machine",
     "cpu/result_pool", "cpu/running", "cpu/thread_pool", "cpu_count", "cuda/describe", "devices", "explain",
-    "distributed", "functional", "inference", "layers", "parameters", "statistics", "thinc", "warm",
+    "distributed", "functional", "inference", "layers", "mixed", "parameters", "statistics", "thinc", "warm",
 )  # fmt: skip
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
@@ -50,7 +50,7 @@ TESTS = {
     "devices": "functional layers checkpoints refusals info package",
     "explain": "functional info plan invariance semantics",
     "forks": "together",
-    "functional": "functional parts refusals semantics properties double_backward epilogue layers",
+    "functional": "functional dtypes parts refusals semantics properties double_backward epilogue layers",
     "gelu": "choices epilogue accuracy",
     "halves": "halves cpu",
     "inference": "layers semantics refusals",
@@ -58,6 +58,7 @@ TESTS = {
     "launch": "launch plan semantics functional refusals invariance together",
     "layers": "layers loops checkpoints refusals together functional",
     "layout": "plan launch invariance functional info",
+    "mixed": "dtypes",
     "numpy_activations": "choices epilogue accuracy semantics",
     "numpy_double": "choices double_backward cpu",
     "numpy_path": "choices cpu conventions parts epilogue semantics functional accuracy layers",

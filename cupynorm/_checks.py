@@ -10,7 +10,7 @@ import numbers
 import operator
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -191,6 +191,50 @@ def check_of_planes(array: Array, name: str, dtype: np.dtype, x: Array, place: s
         raise ValueError(f"{name} has shape {array.shape}; needed is the input's (N, C), {x.shape[:2]}")
 
 
+def check_mask(mask: Array, x: Array, place: str) -> Array:
+    """Check a mask, and return it broadcast to x's shape, without a copy."""
+    _check_place(mask, "mask", place)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype}; needed is bool")
+    shape = (1,) * (x.ndim - mask.ndim) + mask.shape
+    if len(shape) > x.ndim or any(m not in (1, n) for m, n in zip(shape, x.shape, strict=False)):
+        raise ValueError(f"mask has shape {mask.shape}, which does not broadcast to the input's, {x.shape}")
+    return _array_module(mask).broadcast_to(mask, x.shape)
+
+
+def mask_of_lengths(lengths: Any, x: Array, place: str) -> Array:
+    """Check lengths, and return the mask of the positions before them along the last axis, broadcast to x's shape.
+
+    Lengths on a GPU are not read, and so not checked: the mask has all positions for those above the axis, none for
+    those below 0.
+    """
+    xp, (n, *_, last) = _array_module(x), x.shape
+    on_host = isinstance(lengths, (list, tuple, np.ndarray))
+    if on_host:
+        lengths = np.asarray(lengths) if len(lengths) else np.zeros(0, np.int64)
+    else:
+        _check_place(lengths, "lengths", place)
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got dtype {lengths.dtype}")
+    if lengths.shape != (n,):
+        raise ValueError(f"lengths has shape {lengths.shape}; needed is one for each sample, {(n,)}")
+    if on_host and n and (lengths.min() < 0 or lengths.max() > last):
+        raise ValueError(f"lengths must be 0 to {last}, the size of the last axis, got {lengths.tolist()}")
+    with device_of(x) or nullcontext():
+        mask = xp.arange(last) < xp.asarray(lengths)[:, None]
+        return xp.broadcast_to(mask.reshape(n, *(1,) * (x.ndim - 2), last), x.shape)
+
+
+def only_in_mask(array: Array, mask: Array) -> Array:
+    """Return a copy of an array that is 0 where a mask is False."""
+    bits = array.view(f"u{array.itemsize}")  # CuPy does not compute on bfloat16
+    return _array_module(array).where(mask, bits, bits.dtype.type(0)).view(array.dtype)
+
+
+def _array_module(array: Array) -> Any:
+    return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
+
+
 def check_like(array: Array, name: str, x: Array, place: str, dtype: Any = None) -> None:
     """Check dy, ddx or the residual: x's shape, place and dtype, or the dtype that is given for results."""
     _check_place(array, name, place)
@@ -332,6 +376,12 @@ def check_usual_rstd(saved: Saved) -> None:
             f"no double backward of a forward with eps_mode={saved.eps_mode!r} and ddof={saved.ddof:g}; "
             "needed are 'variance' and 0"
         )
+
+
+def check_no_mask(saved: Saved) -> None:
+    """Check that a forward that is to have a double backward had no mask."""
+    if saved.mask is not None:
+        raise ValueError("no double backward of a forward with a mask or lengths")
 
 
 def check_saved(saved: Any) -> None:

@@ -73,6 +73,7 @@ class Saved:
     eps_mode: str = "variance"
     ddof: float = 0.0
     dtype: np.dtype | None = None
+    mask: Array | None = None  # of x's shape, by strides of 0 where it is broadcast
 
     @property
     def mixed(self) -> bool:
@@ -106,6 +107,8 @@ class ForwardCall:
     eps_mode: str = "variance"
     ddof: float = 0.0
     dtype: Any = None  # of the result; None: x's
+    mask: Array | None = None
+    lengths: Any = None
 
     @property
     def result_dtype(self) -> np.dtype:
@@ -122,7 +125,7 @@ class ForwardCall:
             self.x, mean, rstd, self.weight, self.bias, self.use_input_stats, mean_lo, self.activation,
             self.negative_slope, self.residual, self.residual is not None, False, self.eps,
             None if self.moments is None else self.moments.count, self.eps_mode, self.ddof,
-            self.dtype,
+            self.dtype, self.mask,
         )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from .statistics import GradientSums, Moments
 class Backend(Protocol):
     """What the public functions call. A call that fails has changed no array of its caller, except `out`.
 
+    A double backward is never called with a mask.
+
     Where x holds whole planes, `forward` is `moments` and `normalize` in one, and `backward` is `gradient_sums`,
     `input_gradient` and `parameter_gradients`. Where x is a part of each plane, these steps are called by themselves,
     and the moments and sums of the parts are merged in between.
@@ -42,8 +44,8 @@ class Backend(Protocol):
         """Compute the gradients of a backward without an activation. At least one of the first three is given."""
 
     @abstractmethod
-    def moments(self, x: Array) -> Moments:
-        """Compute the moments of each plane, which may be empty."""
+    def moments(self, x: Array, mask: Array | None = None) -> Moments:
+        """Compute the moments of each plane, which may be empty. mask: bool, of x's shape; of its True positions."""
 
     @abstractmethod
     def normalize(self, call: ForwardCall) -> ForwardResult:

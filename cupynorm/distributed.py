@@ -78,7 +78,7 @@ class Exchange:
         if self.comm is not None:
             if call.moments is not None:
                 raise ValueError("over a comm moments are merged; needed are moments=None")
-            call.moments = self.merged(backend_of(place).moments(call.x))
+            call.moments = self.merged(backend_of(place).moments(call.x, call.mask))
         return run_forward(call, place)
 
     def backward(self, dy: Array, saved: Saved, out: Array | None, sums: GradientSums | None = None) -> Gradients:

@@ -14,7 +14,9 @@ from ._checks import (
     check_eps_mode,
     check_input,
     check_like,
+    check_mask,
     check_no_activation,
+    check_no_mask,
     check_number,
     check_of_planes,
     check_out,
@@ -23,7 +25,9 @@ from ._checks import (
     check_result_dtype,
     check_saved,
     check_usual_rstd,
+    mask_of_lengths,
     note_overwritten,
+    only_in_mask,
     place_of,
 )
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
@@ -47,6 +51,8 @@ def instance_norm(
     residual: Array | None = None,
     out: Array | None = None,
     moments: Moments | None = None,
+    mask: Array | None = None,
+    lengths: Any = None,
     dtype: Any = None,
     ddof: float = 0.0,
     eps_mode: str = "variance",
@@ -78,6 +84,11 @@ def instance_norm(
         moments: of whole planes (`cupynorm.moments`), if input has only a part of each, even a single position or none:
             mean and var are theirs, and so are the running statistics' updates, to which planes of fewer than two
             positions do not count. Not together with use_input_stats=False.
+        mask: bool, of a shape that broadcasts to input's: (H, W), (N, 1, H, W) for each sample, or input's own. mean
+            and var are those of the positions where it is True; y is 0 elsewhere, whatever input and residual hold
+            there, NaN included. Planes with fewer than two True positions do not count in running statistics.
+        lengths: in place of a mask: N integers, a list or an array. The positions from lengths[n] on along the last
+            axis are padding. On a GPU they are not checked, since that would wait for it, but clamped.
         dtype: of the result, and of the residual and the parameters: float16, bfloat16, float32 or float64; None is
             input's. The input is read as it is, computed in float32 (in float64 if it or the result is float64), and
             written in this dtype, in one pass: 6 bytes an element from uint16 to float32, if the plane stays on chip.
@@ -106,7 +117,7 @@ def instance_norm(
             x=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
             use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
             negative_slope=negative_slope, residual=residual, out=out, save=False, moments=moments,
-            dtype=dtype, ddof=ddof, eps_mode=eps_mode,
+            mask=mask, lengths=lengths, dtype=dtype, ddof=ddof, eps_mode=eps_mode,
         )
     )  # fmt: skip
     result.commit()
@@ -128,6 +139,8 @@ def instance_norm_forward(
     residual: Array | None = None,
     out: Array | None = None,
     moments: Moments | None = None,
+    mask: Array | None = None,
+    lengths: Any = None,
     dtype: Any = None,
     ddof: float = 0.0,
     eps_mode: str = "variance",
@@ -146,8 +159,8 @@ def instance_norm_forward(
         ForwardCall(
             x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
             use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            negative_slope=negative_slope, residual=residual, out=out, moments=moments, dtype=dtype, ddof=ddof,
-            eps_mode=eps_mode,
+            negative_slope=negative_slope, residual=residual, out=out, moments=moments, mask=mask, lengths=lengths,
+            dtype=dtype, ddof=ddof, eps_mode=eps_mode,
         )
     )  # fmt: skip
     assert result.saved is not None
@@ -190,6 +203,8 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
         check_per_channel(call.bias, "bias", x, place, per_sample=True, dtype=dtype)
     if call.residual is not None:
         check_like(call.residual, "residual", x, place, dtype)
+    if call.mask is not None or call.lengths is not None:
+        _check_mask(call, place)
     if call.moments is not None:
         if not call.use_input_stats:
             raise ValueError("moments need use_input_stats=True: otherwise the running statistics are used")
@@ -198,9 +213,11 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
         positions = math.prod(x.shape[2:])
         if positions == 1:
             raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
-        check_ddof(call.ddof, positions)
+        if call.mask is None:
+            check_ddof(call.ddof, positions)
     if call.updates or call.out is not None:
         inputs = [("input", x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)]
+        inputs += [("mask", call.mask)]
         if call.moments is not None:
             inputs += _arrays_of(call.moments, "moments")
         if call.updates:
@@ -208,6 +225,16 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
         if call.out is not None:
             check_out(call.out, x, place, (*inputs, *statistics), dtype)
     return place
+
+
+def _check_mask(call: ForwardCall, place: str) -> None:
+    """Check a call's mask or lengths; afterwards it has a mask of x's shape."""
+    if call.mask is not None and call.lengths is not None:
+        raise ValueError("mask and lengths are both given; needed is one of them")
+    if call.mask is not None:
+        call.mask = check_mask(call.mask, call.x, place)
+    else:
+        call.mask = mask_of_lengths(call.lengths, call.x, place)
 
 
 def run_forward(call: ForwardCall, place: str) -> ForwardResult:
@@ -222,7 +249,7 @@ def run_forward(call: ForwardCall, place: str) -> ForwardResult:
     return result
 
 
-def moments(x: Array) -> Moments:
+def moments(x: Array, *, mask: Array | None = None, lengths: Any = None) -> Moments:
     """Compute the number of positions, the mean and the centred sum of squares of each plane.
 
     For planes that are in parts (images in tiles, volumes over several devices): take the moments of each part, merge
@@ -238,15 +265,20 @@ def moments(x: Array) -> Moments:
     Args:
         x: numpy.ndarray or cupy.ndarray (N, C, *spatial) of rank 3 or more; float16, bfloat16, float32, float64, uint8,
             int8, uint16 or int16; any strides. It may have a single position, or none.
+        mask, lengths: as for `instance_norm`: moments of the positions where the mask is True.
 
     Returns:
         Moments: count int64, mean and m2 float64, each (N, C), on x's device. A plane without a position has count 0,
         mean 0 and m2 0.
 
     Raises:
-        TypeError, ValueError: x cannot be normalised.
+        TypeError, ValueError: x cannot be normalised, or mask or lengths do not fit.
     """
-    return backend_of(check_input(x, integers=True)).moments(x)
+    place = check_input(x, integers=True)
+    call = ForwardCall(x, mask=mask, lengths=lengths)
+    if mask is not None or lengths is not None:
+        _check_mask(call, place)
+    return backend_of(place).moments(x, call.mask)
 
 
 def _arrays_of(numbers: Moments | GradientSums, name: str) -> list[tuple[str, Array | None]]:
@@ -303,6 +335,9 @@ def instance_norm_backward(
     With another ddof or eps_mode than the defaults, xhat * mean(g * xhat) is multiplied by count / (count - ddof), with
     "std" also by 1 + eps / std, and with "max" it is 0 for planes with std < eps. It is 0 for constant planes.
 
+    If the forward had a mask, sums are over its True positions, whatever dy holds elsewhere, and dx and dresidual are 0
+    elsewhere.
+
     If the forward had moments, the means over the plane are sums divided by their counts. The sums are those that are
     given, or, without any, those of x's part of the plane.
 
@@ -353,10 +388,14 @@ def run_backward(
     """Run a checked backward. parameter_sums: the sums for dweight and dbias, if they are not `sums`."""
     note_overwritten(saved, out)  # before anything is written: an interrupted call may have written a part
     backend = backend_of(place)
+    direct = saved.mask is not None and saved.with_residual and saved.activation is None
+    dresidual = only_in_mask(dy, saved.mask) if direct else None  # now: out may be dy
     if saved.mixed:
         one = OneDtype(saved, backend)
-        return one.gradients(_gradients(backend, one.wide(dy), one.saved, None, sums, parameter_sums), dy, out)
-    return _gradients(backend, dy, saved, out, sums, parameter_sums)
+        found = one.gradients(_gradients(backend, one.wide(dy), one.saved, None, sums, parameter_sums), dy, out)
+    else:
+        found = _gradients(backend, dy, saved, out, sums, parameter_sums)
+    return found._replace(dresidual=dresidual) if direct else found
 
 
 def _gradients(
@@ -367,7 +406,7 @@ def _gradients(
     sums: GradientSums | None,
     parameter_sums: GradientSums | None,
 ) -> Gradients:
-    if sums is None and saved.count is None:
+    if sums is None and (saved.count is None or saved.mask is not None):
         return backend.backward(dy, saved, out=out)
     total = backend.gradient_sums(dy, saved) if sums is None else sums
     dweight, dbias = backend.parameter_gradients(parameter_sums or total, saved)
@@ -418,7 +457,7 @@ def instance_norm_double_backward(
     Raises:
         TypeError, ValueError: an array does not fit; all three gradients are None; ddweight (ddbias) for a forward
             without a weight (bias); a forward with an activation: apply the activation separately instead; one with
-            given moments; or one with another eps_mode or ddof than the defaults.
+            given moments, a mask or lengths; or one with another eps_mode or ddof than the defaults.
     """
     check_saved(saved)
     x = saved.x
@@ -426,6 +465,7 @@ def instance_norm_double_backward(
     check_no_activation(saved.activation)
     check_own_statistics(saved)
     check_usual_rstd(saved)
+    check_no_mask(saved)
     check_like(dy, "dy", x, place, saved.dtype)
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are all None; needed is one of them at least")

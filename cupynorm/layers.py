@@ -182,6 +182,8 @@ class _InstanceNorm:
         residual: Array | None = None,
         out: Array | None = None,
         moments: Moments | None = None,
+        mask: Array | None = None,
+        lengths: Any = None,
         dtype: Any = None,
     ) -> Array:
         """Normalise x of shape (N, C, *spatial), or (C, *spatial) for one sample.
@@ -199,6 +201,7 @@ class _InstanceNorm:
             out: array for the result. With x itself, backward is refused; with the residual, it is refused if the
                 layer has an activation.
             moments: of whole planes, if x has only a part of each: see `cupynorm.instance_norm`. (1, C) for one sample.
+            mask, lengths: the positions that count, as for `cupynorm.instance_norm`; the backward remembers them.
             dtype: of the result and the residual, if it is not x's: see `cupynorm.instance_norm`. Integers have no
                 backward.
 
@@ -210,7 +213,8 @@ class _InstanceNorm:
                 has been written then.
         """
         with distributed.Exchange(self.comm if self._uses_input_stats else None) as exchange:
-            result = exchange.forward(*self._call(x, weight, bias, residual, out, moments, dtype))
+            more = {"moments": moments, "mask": mask, "lengths": lengths, "dtype": dtype}
+            result = exchange.forward(*self._call(x, weight, bias, residual, out, more))
         unbatched = x.ndim == self._spatial_rank + 1
         saved = None if result.saved is None else (result.saved, unbatched)
         inferred = result.saved is None
@@ -226,10 +230,9 @@ class _InstanceNorm:
         bias: Array | None,
         residual: Array | None,
         out: Array | None,
-        moments: Moments | None,
-        dtype: Any,
+        more: dict[str, Any],
     ) -> tuple[ForwardCall, str]:
-        """Check what the functions do not, and return the call and its place."""
+        """Check what the functions do not, and return the call and its place. more: other arguments of the call."""
         place = place_of(x, "input")
         rank = self._spatial_rank
         if x.ndim not in (rank + 1, rank + 2):
@@ -277,10 +280,9 @@ class _InstanceNorm:
             residual=residual[None] if unbatched and residual is not None else residual,
             out=out[None] if unbatched and out is not None else out,
             save=not inferring(),
-            moments=moments,
-            dtype=dtype,
             ddof=self.ddof,
             eps_mode=self.eps_mode,
+            **more,
         )
         return call, place
 

@@ -48,7 +48,7 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, clas
 __device__ inline void apply_epilogue(const Partition& partition, const Epilogue& epilogue, const Tensor& dresidual,
                                       const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
                                       Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& dy, int from,
-                                      const AffineStats& stat, F f) {
+                                      const AffineStats& stat, F f, const MaskOfTile<VECS_PER_THREAD>& mask = {}) {
     const Math slope = (Math)epilogue.slope;
     Math scale[P], offset[P];
     #pragma unroll
@@ -73,14 +73,24 @@ __device__ inline void apply_epilogue(const Partition& partition, const Epilogue
             Vec b = dy.get(k), r = {};
             if (more) r = partition.get(epilogue.residual, residual, k);
             #pragma unroll
-            for (int v = 0; v < VEC_SIZE; v++) b.v[v] = gradient(v, a.v[v], b.v[v], more ? widen(r.v[v]) : 0);
+            for (int v = 0; v < VEC_SIZE; v++) {
+                if constexpr (MASKED) {
+                    if (!mask.has(k, v)) {
+                        b.v[v] = Storage{};
+                        continue;
+                    }
+                }
+                b.v[v] = gradient(v, a.v[v], b.v[v], more ? widen(r.v[v]) : 0);
+            }
             dy.set(k, b);
             if (more && writes) partition.put(dresidual, to, k, b);
         };
         #pragma unroll
         for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) one(from + i);
         if (Partition::has_tails && from == 0 && partition.tail >= 0) {
-            dy.tail = gradient(0, x.tail, dy.tail, more ? widen(load(residual + partition.tail)) : 0);
+            if (mask.has_tail()) {
+                dy.tail = gradient(0, x.tail, dy.tail, more ? widen(load(residual + partition.tail)) : 0);
+            } else dy.tail = Storage{};
             if (more && writes) store(to + partition.tail, dy.tail);
         }
     });
@@ -106,7 +116,8 @@ __device__ inline void gradient_sums_of_tile(const Partition& partition, const T
                                              const Epilogue& epilogue, const Tensor& dresidual,
                                              Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_x,
                                              Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_dy, int vecs_per_thread,
-                                             const AffineStats& stat, Math (&sums)[BACKWARD_SUMS * P], Math* scratch) {
+                                             const AffineStats& stat, Math (&sums)[BACKWARD_SUMS * P], Math* scratch,
+                                             const MaskOfTile<VECS_PER_THREAD>& mask = {}) {
     // Until the sums are complete, sum(g * (x - mean)), in the plane's unit.
     Math sum_dy[LINES] = {}, sum_dy_xmu[LINES] = {};
     const auto add_one = [&](int v, Math x_, Math g) {
@@ -115,16 +126,19 @@ __device__ inline void gradient_sums_of_tile(const Partition& partition, const T
     };
     const auto add = [&](int from) {        // the batch of vecs just read, and with the first the tail element
         if constexpr (EPILOGUE != 0) {
-            apply_epilogue(partition, epilogue, dresidual, tile_x, tile_dy, from, stat, add_one);
+            apply_epilogue(partition, epilogue, dresidual, tile_x, tile_dy, from, stat, add_one, mask);
         } else {
             #pragma unroll
             for (int i = 0; i < Tile<RESIDENCY, THREADS, VECS_PER_THREAD>::batch; i++) {
                 if (!partition.holds(from + i)) continue;
                 const Vec a = tile_x.get(from + i), b = tile_dy.get(from + i);
                 #pragma unroll
-                for (int v = 0; v < VEC_SIZE; v++) add_one(v, widen(a.v[v]), widen(b.v[v]));
+                for (int v = 0; v < VEC_SIZE; v++) {
+                    if constexpr (MASKED) if (!mask.has(from + i, v)) continue;
+                    add_one(v, widen(a.v[v]), widen(b.v[v]));
+                }
             }
-            if (Partition::has_tails && from == 0 && partition.tail >= 0) {
+            if (Partition::has_tails && from == 0 && partition.tail >= 0 && mask.has_tail()) {
                 add_one(0, widen(tile_x.tail), widen(tile_dy.tail));
             }
         }

@@ -86,7 +86,8 @@ template <class T> __device__ inline void swap(T& a, T& b) {
 template <bool READ, int K, int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
 __device__ inline void sum_tile(const Partition& partition, const TensorOf<Input>& x,
                                 Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input>& tile, int vecs_per_thread,
-                                Math* scratch, Math (&total)[K * P], F f) {
+                                Math* scratch, Math (&total)[K * P], F f,
+                                const MaskOfTile<VECS_PER_THREAD>& mask) {
     Math s[K][LINES] = {};
     const auto add_one = [&](int v, Input value) {
         Math terms[K];
@@ -98,7 +99,10 @@ __device__ inline void sum_tile(const Partition& partition, const TensorOf<Input
         if (!partition.holds(k)) return;
         const VecOf<Input> vec = tile.get(k);
         #pragma unroll
-        for (int v = 0; v < VEC_SIZE; v++) add_one(v, vec.v[v]);
+        for (int v = 0; v < VEC_SIZE; v++) {
+            if constexpr (MASKED) if (!mask.has(k, v)) continue;
+            add_one(v, vec.v[v]);
+        }
     };
     if (!READ) tile.each(vecs_per_thread, add);
     else if (RESIDENCY == REGISTERS) {
@@ -111,37 +115,55 @@ __device__ inline void sum_tile(const Partition& partition, const TensorOf<Input
             for (int i = 0; i < tile.batch; i++) add(from + i);
         }
     }
-    if (Partition::has_tails && partition.tail >= 0) add_one(0, tile.tail);
+    if (Partition::has_tails && partition.tail >= 0 && mask.has_tail()) add_one(0, tile.tail);
     #pragma unroll
     for (int k = 0; k < K; k++) fold(s[k], total + k * P);
     sum_over_scope<SCOPE, THREADS>(total, partition.size, partition.channel_vecs, scratch);
 }
 
-// scratch and other are two areas for two sums each, used alternately; on return `scratch` is the free one.
+// scratch and other are two areas for two sums each, used alternately; on return `scratch` is the free one. If there is a
+// mask, counted is set.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
 __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, const TensorOf<Input>& x,
                                                   Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input>& tile,
-                                                  int vecs_per_thread, Math*& scratch, Math*& other) {
+                                                  int vecs_per_thread, Math*& scratch, Math*& other,
+                                                  const MaskOfTile<VECS_PER_THREAD>& mask = {},
+                                                  CountOfTile<>* counted = 0) {
     MomentsOfThread m;
-    const Math count = (Math)partition.count();
-    sum_tile<true, 1, SCOPE>(partition, x, tile, vecs_per_thread, scratch, m.mean,
-                             [](int, Math value, Math (&terms)[1]) {
-        terms[0] = value * SUM_SCALE;
-    });
+    CountOfTile<> count(partition.count());
+    if constexpr (MASKED) {
+        Math first[FORWARD_SUMS * P];
+        sum_tile<true, FORWARD_SUMS, SCOPE>(partition, x, tile, vecs_per_thread, scratch, first,
+                                            [](int, Math value, Math (&terms)[FORWARD_SUMS]) {
+            terms[0] = value * SUM_SCALE;
+            terms[1] = 1;
+        }, mask);
+        #pragma unroll
+        for (int p = 0; p < P; p++) {
+            m.mean[p] = first[p];
+            count.set(p, first[P + p]);
+        }
+        *counted = count;
+    } else {
+        sum_tile<true, 1, SCOPE>(partition, x, tile, vecs_per_thread, scratch, m.mean,
+                                 [](int, Math value, Math (&terms)[1]) {
+            terms[0] = value * SUM_SCALE;
+        }, mask);
+    }
     #pragma unroll
-    for (int p = 0; p < P; p++) m.mean[p] = m.mean[p] / count / SUM_SCALE;
+    for (int p = 0; p < P; p++) m.mean[p] = m.mean[p] / count.divisor(p) / SUM_SCALE;
     Math sums[FORWARD_SUMS * P];
     sum_tile<false, FORWARD_SUMS, SCOPE>(partition, x, tile, vecs_per_thread, other, sums,
                                          [&](int p, Math value, Math (&terms)[FORWARD_SUMS]) {
         const Math d = value - m.mean[p];
         terms[0] = d;
         terms[1] = d * d;
-    });
+    }, mask);
     // If a plane is nearly constant, most of the sum of squares may come from mean_lo: sum the squares again.
     bool cancelled = false;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        m.mean_lo[p] = sums[p] / count;
+        m.mean_lo[p] = sums[p] / count.divisor(p);
         m.scaled_m2[p] = sums[P + p] - sums[p] * m.mean_lo[p];
         cancelled |= m.scaled_m2[p] < sums[P + p] / 4;
     }
@@ -151,7 +173,7 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
                                   [&](int p, Math value, Math (&terms)[1]) {
             const Math d = (value - m.mean[p]) - m.mean_lo[p];
             terms[0] = d * d;
-        });
+        }, mask);
         // Only for these planes: the bits of the others must not depend on the planes that share their warp.
         #pragma unroll
         for (int p = 0; p < P; p++) if (m.scaled_m2[p] < sums[P + p] / 4) m.scaled_m2[p] = again[p];
@@ -162,7 +184,7 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
         bool odd = false;
         #pragma unroll
         for (int p = 0; p < P; p++) {
-            odd |= !in_range(m.scaled_m2[p], count);
+            odd |= !in_range(m.scaled_m2[p], count.divisor(p));
             if (!(m.scaled_m2[p] <= MOST_M2)) m.mean_lo[p] = 0;
         }
         if (any_of_scope<SCOPE, THREADS>(odd, partition.channel_vecs)) {
@@ -171,11 +193,11 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
                 const Math d = ((value - m.mean[p]) - m.mean_lo[p]) * unit_for(m.scaled_m2[p]);
                 terms[0] = d;
                 terms[1] = d * d;
-            });
+            }, mask);
             #pragma unroll
             for (int p = 0; p < P; p++) {
-                if (in_range(m.scaled_m2[p], count)) continue;
-                const Math more = sums[p] / count, m2 = sums[P + p] - sums[p] * more;
+                if (in_range(m.scaled_m2[p], count.divisor(p))) continue;
+                const Math more = sums[p] / count.divisor(p), m2 = sums[P + p] - sums[p] * more;
                 const bool small = m.scaled_m2[p] <= 1;
                 m.mean_lo[p] += more * (small ? 8.2718061e-25f : 1.2089258e24f);                        // 2^-80, 2^80
                 m.scaled_m2[p] = -sqrtf(m2 < 0 ? 0 : m2) * (small ? 8.2718061e-25f : 1.1529215e18f);    // 2^-80, 2^60

@@ -22,6 +22,7 @@ struct NormalizeArguments {
     Scale scale;
     Affine affine;
     Epilogue epilogue;
+    Mask mask;
     Round round;
 };
 
@@ -70,7 +71,7 @@ __device__ inline void normalize(NormalizeArguments call) {
         write_tile(partition, call.y, tile, VECS_PER_THREAD, call.epilogue.residual,
                    [&](int p, Math value, Math residual) {
             return activated(to.z(p, value), residual, slope);
-        });
+        }, MaskOfTile<VECS_PER_THREAD>(partition, call.mask));
     });
 }
 

@@ -17,6 +17,7 @@
 
 struct MomentsArguments {
     TensorOf<Input> x;
+    Mask mask;
     MomentArrays partials;
     Round round;
 };
@@ -29,9 +30,12 @@ __device__ inline void moments(const MomentsArguments& call) {
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input> tile;
         Math* scratch = (Math*)shared;
         Math* other = scratch + scratch_size<THREADS>(partition.channel_vecs, FORWARD_SUMS * P);
-        const MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, VECS_PER_THREAD, scratch, other);
+        CountOfTile<> count;
+        const MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, VECS_PER_THREAD, scratch, other,
+                                                         MaskOfTile<VECS_PER_THREAD>(partition, call.mask), &count);
         partition.each_plane(round.channels, [&](int p, long long i) {
-            call.partials.set(i * round.tiles + partition.tile, {partition.count(),
+            const long long counted = MASKED ? (long long)count[p] : partition.count();
+            call.partials.set(i * round.tiles + partition.tile, {counted,
                               (Accum)m.mean[p] + (Accum)m.mean_lo[p], wide_m2(m.scaled_m2[p])});
         });
     });
@@ -43,6 +47,7 @@ struct GradientSumsArguments {
     Affine affine;
     Epilogue epilogue;
     Tensor dresidual;               // data may be null
+    Mask mask;
     Totals totals;                  // of planes of one tile; else null, and partials are written
     Math* partials;
     long long all_planes;
@@ -58,7 +63,8 @@ __device__ inline void gradient_sums(GradientSumsArguments call) {
         const AffineStats stat(partition, call.mean, call.mean_lo, call.rstd, call.affine, round.channels);
         Math sums[BACKWARD_SUMS * P];
         gradient_sums_of_tile<SCOPE>(partition, call.x, call.dy, call.epilogue, call.dresidual, tile_x, tile_dy,
-                                     VECS_PER_THREAD, stat, sums, (Math*)shared_memory());
+                                     VECS_PER_THREAD, stat, sums, (Math*)shared_memory(),
+                                     MaskOfTile<VECS_PER_THREAD>(partition, call.mask));
         partition.each_plane(round.channels, [&](int p, long long i) {
             if (call.totals.dy) call.totals.set(i, sums[OF_DY * P + p], sums[OF_DY_XHAT * P + p]);
             else {
@@ -78,6 +84,7 @@ struct InputGradientArguments {
     Affine affine;
     Epilogue epilogue;
     Tensor dresidual;               // data may be null
+    Mask mask;
     const Math *mean_dy, *mean_dy_xhat;
     Round round;
 };
@@ -99,11 +106,13 @@ __device__ inline void input_gradient(InputGradientArguments call) {
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
         tile_x.read(partition, call.x, 0);
         tile_dy.read(partition, call.g, 0);
+        const MaskOfTile<VECS_PER_THREAD> mask(partition, call.mask);
         if constexpr (EPILOGUE != 0) {
-            apply_epilogue(partition, call.epilogue, call.dresidual, tile_x, tile_dy, 0, stat, [](int, Math, Math) {});
+            apply_epilogue(partition, call.epilogue, call.dresidual, tile_x, tile_dy, 0, stat, [](int, Math, Math) {},
+                           mask);
         }
         write_tile(partition, call.dx, tile_x, tile_dy, VECS_PER_THREAD,
-                   [&](int p, Math x_, Math dy_) { return g.dx(p, x_, dy_, stat); });
+                   [&](int p, Math x_, Math dy_) { return g.dx(p, x_, dy_, stat); }, mask);
     });
 }
 

@@ -3,7 +3,7 @@
 #ifndef CUPYNORM_TILE
 #define CUPYNORM_TILE
 
-#include "partition.cuh"
+#include "mask.cuh"
 
 // Vecs in the thread's registers or in its own slots of shared memory. Slots of neighbouring threads are adjacent, so
 // there are no bank conflicts, and no thread reads another's slots, so no barrier is needed.
@@ -55,11 +55,11 @@ struct Tile : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD, T> {
 };
 
 // Write y = f(p, x, residual) for every element that a thread holds of its tile, in plane p of the thread's P. The
-// residual is 0 if there is none.
+// residual is 0 if there is none. Where the mask is 0, y is.
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class T, class Partition, class F>
 __device__ inline void write_tile(const Partition& partition, const Tensor& y,
                                   const Tile<RESIDENCY, THREADS, VECS_PER_THREAD, T>& x, int vecs_per_thread,
-                                  const Tensor& residual, F f) {
+                                  const Tensor& residual, F f, const MaskOfTile<VECS_PER_THREAD>& mask = {}) {
     Storage* origin = partition.origin(y);
     with_constant(EPILOGUE && residual.data, [&](bool more) {
         // The residual's distance from y's origin, in elements: takes one register less than two origins.
@@ -72,12 +72,13 @@ __device__ inline void write_tile(const Partition& partition, const Tensor& y,
             #pragma unroll
             for (int v = 0; v < VEC_SIZE; v++) {
                 out.v[v] = narrow(f(plane_of(v), widen(vec.v[v]), more ? widen(r.v[v]) : 0));
+                if constexpr (MASKED) if (!mask.has(k, v)) out.v[v] = Storage{};
             }
             partition.put(y, origin, k, out);
         });
         if (Partition::has_tails && partition.tail >= 0) {
             const Math r = more ? widen(load(origin + other + partition.tail)) : 0;
-            store(origin + partition.tail, narrow(f(0, widen(x.tail), r)));
+            store(origin + partition.tail, only_in_mask(mask, narrow(f(0, widen(x.tail), r))));
         }
     });
 }
@@ -86,18 +87,22 @@ __device__ inline void write_tile(const Partition& partition, const Tensor& y,
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, class F>
 __device__ inline void write_tile(const Partition& partition, const Tensor& dx,
                                   const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
-                                  const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& dy, int vecs_per_thread, F f) {
+                                  const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& dy, int vecs_per_thread, F f,
+                                  const MaskOfTile<VECS_PER_THREAD>& mask = {}) {
     Storage* origin = partition.origin(dx);
     x.each(vecs_per_thread, [&](int k) {
         if (!partition.holds(k)) return;
         const Vec a = x.get(k), b = dy.get(k);
         Vec out;
         #pragma unroll
-        for (int v = 0; v < VEC_SIZE; v++) out.v[v] = narrow(f(plane_of(v), widen(a.v[v]), widen(b.v[v])));
+        for (int v = 0; v < VEC_SIZE; v++) {
+            out.v[v] = narrow(f(plane_of(v), widen(a.v[v]), widen(b.v[v])));
+            if constexpr (MASKED) if (!mask.has(k, v)) out.v[v] = Storage{};
+        }
         partition.put(dx, origin, k, out);
     });
     if (Partition::has_tails && partition.tail >= 0) {
-        store(origin + partition.tail, narrow(f(0, widen(x.tail), widen(dy.tail))));
+        store(origin + partition.tail, only_in_mask(mask, narrow(f(0, widen(x.tail), widen(dy.tail)))));
     }
 }
 

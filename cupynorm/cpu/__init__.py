@@ -92,21 +92,27 @@ def rehearsals(
 class CpuBackend(Backend):
     """The backend of NumPy arrays."""
 
-    def moments(self, x: Array) -> Moments:
+    def moments(self, x: Array, mask: Array | None = None) -> Moments:
         if not x.size:
             return new(Moments, partial(np.zeros, x.shape[:2]))
         dtype = math_dtype(x.dtype) if x.dtype.kind in "iu" else x.dtype
-        return merge_tiles(*_choose(_without_statistics(x, dtype), Arrays(x, x)).moments())
+        return merge_tiles(*_choose(_without_statistics(x, dtype), Arrays(x, x, mask=mask)).moments())
 
     def forward(self, call: ForwardCall) -> ForwardResult:
         x = call.x
         y, saved = _results(call)
         dtype = saved.rstd.dtype
         update: Callable[..., None] = commit
+        counts = saved.count = None if call.mask is None else np.zeros(x.shape[:2], np.int64)
         if x.size:
             variance = np.empty(x.shape[:2], dtype) if call.updates else None
-            _choose(saved, Arrays(x, y, residual=call.residual)).forward(variance)
-            if variance is not None:
+            _choose(saved, Arrays(x, y, residual=call.residual, mask=call.mask)).forward(variance)
+            if variance is not None and counts is not None:
+                exact = np.add(saved.mean, saved.mean_lo, dtype=np.float64)  # type: ignore[arg-type]
+                m2 = variance.astype(np.float64) * counts
+                mean, var, momentum = _means_of_channels(Moments(counts, exact, m2), call.momentum)
+                update = partial(running.move, ((call.running_mean, mean), (call.running_var, var)), momentum)
+            elif variance is not None:
                 count = math.prod(x.shape[2:])
                 with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
                     exact = np.add(saved.mean, saved.mean_lo, dtype=np.float64).mean(0)  # type: ignore[arg-type]
@@ -131,7 +137,7 @@ class CpuBackend(Backend):
                 var = np.where(call.moments.count > call.ddof, call.moments.var(call.ddof), 0)
                 saved.rstd[...] = rstd_of(var, call.eps, call.eps_mode)
         if call.x.size:
-            _choose(saved, Arrays(call.x, y, residual=call.residual)).normalize()
+            _choose(saved, Arrays(call.x, y, residual=call.residual, mask=call.mask)).normalize()
         if call.updates:  # and moments are given
             mean, var, momentum = _means_of_channels(call.moments, call.momentum)
             update = partial(running.move, ((call.running_mean, mean), (call.running_var, var)), momentum)
@@ -141,7 +147,7 @@ class CpuBackend(Backend):
         sums = np.zeros((2, *saved.x.shape[:2]), math_dtype(saved.x.dtype))  # of g times xhat, and of g
         arrays, dresidual = _arrays_of_backward(dy, saved, out)
         if saved.x.size:
-            _choose(saved, arrays).backward(sums[1], sums[0], _slopes(saved))
+            _choose(saved, arrays).backward(sums[1], sums[0], *_slopes_and_counts(saved))
         dweight, dbias = _gradients(sums, saved.weight, saved.bias)
         return Gradients(arrays.result, dweight, dbias, dresidual)
 
@@ -149,7 +155,8 @@ class CpuBackend(Backend):
         dy = _aligned(dy)
         sums = new(GradientSums, partial(np.zeros, saved.x.shape[:2]))
         if saved.x.size:
-            arrays = Arrays(saved.x, saved.x, dy, None if saved.activation is None else saved.residual)
+            residual = None if saved.activation is None else saved.residual
+            arrays = Arrays(saved.x, saved.x, dy, residual, mask=saved.mask)
             _choose(saved, arrays).gradient_sums(sums.sum_dy, sums.sum_dy_xhat)
         return sums
 
@@ -227,10 +234,12 @@ def _results(call: ForwardCall) -> tuple[Array, Saved]:
     return y, call.saved(np.empty(planes, dtype), np.empty(planes, dtype), mean_lo)
 
 
-def _slopes(saved: Saved) -> np.ndarray | None:
-    """Return rstd_slope in computing precision."""
-    slopes = rstd_slope(saved)
-    return None if slopes is None else np.ascontiguousarray(slopes, saved.rstd.dtype)
+def _slopes_and_counts(saved: Saved) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return rstd_slope and, with a mask, the positions of each plane, in computing precision."""
+    slopes, counts = rstd_slope(saved), None
+    if saved.mask is not None and saved.training:
+        counts = np.maximum(saved.count, 1).astype(saved.rstd.dtype)  # type: ignore[arg-type]  # not None
+    return None if slopes is None else np.ascontiguousarray(slopes, saved.rstd.dtype), counts
 
 
 def _means_of_channels(moments: Moments, momentum: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -252,9 +261,9 @@ def _arrays_of_backward(dy: Array, saved: Saved, out: Array | None) -> tuple[Arr
         dresidual = given if saved.with_residual else None
         if dresidual is not None and out is not None and overlap(out, given):
             dresidual = given.copy()
-        return Arrays(x, dx, dy), dresidual
+        return Arrays(x, dx, dy, mask=saved.mask), dresidual
     dresidual = empty_like(x, empty)
-    return Arrays(x, dx, dy, saved.residual, dresidual), dresidual
+    return Arrays(x, dx, dy, saved.residual, dresidual, saved.mask), dresidual
 
 
 def _aligned(dy: Array) -> Array:

@@ -21,6 +21,7 @@ class Arrays(NamedTuple):
     dy: Array | None = None
     residual: Array | None = None
     dresidual: Array | None = None
+    mask: Array | None = None
 
 
 def merged_axes(arrays: Sequence[Any]) -> list[Any]:

@@ -22,6 +22,7 @@ from .loops_places import (
     Product,
     Sums,
     Table,
+    counts_at,
     each_channel,
     each_item,
     each_vector,
@@ -34,7 +35,7 @@ from .loops_places import (
     unit_of,
 )
 
-INPUTS = "x", "dy", "residual"
+INPUTS = "x", "dy", "residual", "mask"
 OUTPUTS = "result", "dresidual"
 
 
@@ -47,7 +48,11 @@ def gradient_at(
     z = values.z(centred)
     if kind.residual:
         z = z + element.widen(inputs["residual"].load(i, lanes))
-    return times_slope(element.widen(inputs["dy"].load(i, lanes)), z, kind.activation, slope), centred
+    g = times_slope(element.widen(inputs["dy"].load(i, lanes)), z, kind.activation, slope)
+    if kind.masked:
+        counts = counts_at(kind, inputs["mask"], i)
+        g, centred = where(counts, g, 0), where(counts, centred, 0)
+    return g, centred
 
 
 def _run(numbers: Numbers, names: tuple[str, ...], item: Any, r: Value) -> dict[str, Memory]:
@@ -168,7 +173,9 @@ def _slopes(planes: Planes, n: Value, c: Value) -> tuple[Value, Value]:
     total, dot, *slopes = (numbers.of_planes(name).load(n * numbers.channels + c) for name in names)
     mean, mean_lo, rstd = planes.statistics(n, c)
     unit, r = unit_of(mean, rstd)
-    return slope_and_constant(numbers.plane.to(r.kind), unit, r, mean_lo, total, dot, slopes[0] if slopes else None)
+    masked = numbers.kind.masked
+    count = numbers.of_planes("count").load(n * numbers.channels + c) if masked else numbers.plane.to(r.kind)
+    return slope_and_constant(count, unit, r, mean_lo, total, dot, slopes[0] if slopes else None)
 
 
 def gradient_results(
@@ -180,18 +187,22 @@ def gradient_results(
     found = [(outputs["dresidual"], kind.element.narrow(g))] if kind.residual else []
     if kind.training:
         g = g + fused(centred, *further)
-    return [*found, (outputs["result"], kind.element.narrow(g * values.scale * values.unit))]
+    dx = g * values.scale * values.unit
+    if kind.masked:
+        dx = where(counts_at(kind, inputs["mask"], i), dx, 0)
+    return [*found, (outputs["result"], kind.element.narrow(dx))]
 
 
 def _write_row(module: Module, kind: Kind) -> Any:
     """Write a function that computes dx for a row of a plane, or its channels side by side at one position."""
     lanes, computing = kind.lanes, kind.element.computing
     given = [MEMORY if kind.channels_last else computing] * (len(Coefficients._fields) + 2)
-    with module.function("row", *[MEMORY] * 5, INT, INT, INT, computing, *given) as (
-        code, x, dy, residual, dx, dresidual, count, away, away_dy, slope_, *values,
+    with module.function("row", *[MEMORY] * 6, INT, INT, INT, computing, *given) as (
+        code, x, dy, residual, mask, dx, dresidual, count, away, away_dy, slope_, *values,
     ):  # fmt: skip
         stored = kind.element.stored
-        inputs = {"x": x.of(stored), "dy": dy.of(stored), "residual": residual.of(stored)}
+        given_arrays = zip(INPUTS, (x, dy, residual, mask), strict=True)
+        inputs = {name: each.of(kind.element_of(name).stored) for name, each in given_arrays}
         outputs = {"result": dx.of(stored), "dresidual": dresidual.of(stored)}
         slope = slope_.splat(lanes)
         fixed = [] if kind.channels_last else [each.splat(lanes) for each in values]
@@ -226,8 +237,8 @@ def _apply_rows(module: Module, kind: Kind) -> None:
                 run = {name: each.at(tile.l0) for name, each in _run(numbers, (*INPUTS, *OUTPUTS), item, r).items()}
 
                 def compute(target: Memory, lo: Any, count: Value) -> None:
-                    x, dy, residual, dresidual = (run[name].at(lo) for name in (*INPUTS, "dresidual"))
-                    code.call(row, x, dy, residual, target, dresidual, count, *away, slope, *values, *further)
+                    *inputs, dresidual = (run[name].at(lo) for name in (*INPUTS, "dresidual"))
+                    code.call(row, *inputs, target, dresidual, count, *away, slope, *values, *further)
 
                 write_row(numbers, stream_out, run["result"], tile.length, buffer, compute)
 

@@ -24,6 +24,7 @@ from .loops_places import (
     Sums,
     Table,
     Tile,
+    counts_at,
     each_channel,
     each_item,
     each_vector,
@@ -64,15 +65,18 @@ def guess_of(places: list[Value]) -> Value:
 def _moments_float64(module: Module, kind: Kind) -> Any:
     """Write a function that stores mean, mean_lo and m2 of a tile of a plane or channel, computed in float64.
 
-    It is the fallback for variances outside float32's range.
+    It is the fallback for variances outside float32's range. count: of the elements, or of those in the mask, which
+    begins at mask_offset and has mask_step between positions.
     """
     element = kind.element
-    with module.function("moments_float64", MEMORY, INT, INT, INT, MEMORY) as (code, call, offset, step, number, found):
+    with module.function("moments_float64", MEMORY, INT, INT, INT, INT, INT, DOUBLE, MEMORY) as (
+        code, call, offset, step, number, mask_offset, mask_step, count, found,
+    ):  # fmt: skip
         numbers = Numbers(code, call, kind)
+        mask, mask_runs = numbers.array("mask").at(mask_offset), numbers.runs_of("mask")
         x, runs, tile = numbers.array("x").at(offset), numbers.runs_of("x"), tile_of(numbers, number)
         zero = code.number(DOUBLE, 0)
         mean, total, sum_sq = code.variable(zero), code.variable(zero), code.variable(zero)
-        count = tile.size.to(DOUBLE)
         with code.loop(0, 2):
             mean.add(total.get() / count)
             total.set(0)
@@ -81,6 +85,8 @@ def _moments_float64(module: Module, kind: Kind) -> Any:
                 row = x.at(runs.load(r))
                 with code.loop(tile.l0, tile.l1) as i:
                     d = kind.source.widen(row.load(i * step)).to(DOUBLE) - mean.get()
+                    if kind.masked:
+                        d = where(mask.at(mask_runs.load(r)).load(i * mask_step) != 0, d, 0)
                     total.add(d)
                     sum_sq.set(fused(d, d, sum_sq.get()))
         excess = total.get() / count
@@ -98,9 +104,9 @@ def _outside(sum_sq: Value, lowest: Value) -> Value:
 
 def _store_moments(
     numbers: Numbers, call: Memory, fallback: Any, found: Memory, sums: tuple[Value, ...], count: Value,
-    located: tuple[Any, ...], at: Value,
+    located: tuple[Any, ...], at: Value, counted: Value | None = None,
 ) -> None:  # fmt: skip
-    """Store mean, mean_lo and m2 of a tile among the partial sums, at `at`.
+    """Store mean, mean_lo and m2 of a tile among the partial sums, at `at`, and with a mask how many elements counted.
 
     sums: the mean and mean_lo about which was summed, and the sums of what is left and of its squares. fallback: the
     function of `_moments_float64`, for tiles that float32 cannot hold. located: its arguments that say where the tile
@@ -112,9 +118,11 @@ def _store_moments(
     found.store(1, mean_lo.to(DOUBLE) + excess)
     found.store(2, sum_sq - total * excess)
     with code.when(_outside(sum_sq, numbers.least * count), likely=False):
-        code.call(fallback, call, *located, found)
+        code.call(fallback, call, *located, count, found)
     for i in range(3):
         numbers.sums_of(i).store(numbers.sums + at, found.load(i))
+    if counted is not None:
+        numbers.sums_of(3).store(numbers.sums + at, counted)
 
 
 def _reduce_rows(module: Module, kind: Kind) -> None:
@@ -133,33 +141,53 @@ def _reduce_rows(module: Module, kind: Kind) -> None:
             offset = numbers.start("x", item.n, item.c)
             x, runs = numbers.array("x").at(offset), numbers.runs_of("x")
             tile = tile_of(numbers, item.tile)
-            count = tile.size.to(DOUBLE)
-            places = [_guess_place(i, tile, lanes) for i in range(GUESS_PLACES)]
-            guess = guess_of([kind.source.widen(x.at(runs.load(r)).load(at, lanes)).to(DOUBLE) for r, at in places])
+            count = code.variable(tile.size.to(DOUBLE))
+            mask_offset = numbers.start("mask", item.n, item.c)
+            mask, mask_runs = numbers.array("mask").at(mask_offset), numbers.runs_of("mask")
+            places = []
+            for r, at in (_guess_place(i, tile, lanes) for i in range(GUESS_PLACES)):
+                value = kind.source.widen(x.at(runs.load(r)).load(at, lanes)).to(DOUBLE)
+                if kind.masked:
+                    value = where(counts_at(kind, mask.at(mask_runs.load(r)), at), value, 0)
+                places.append(value)
+            guess = guess_of(places)
             mean = code.variable((guess.sum() * (1 / lanes)).to(element.computing))
             mean_lo = code.variable(code.number(element.computing, 0))
-            total, sum_sq = (code.variable(code.number(DOUBLE, 0)) for _ in range(2))
+            total, sum_sq, counted = (code.variable(code.number(DOUBLE, 0)) for _ in range(3))
+            found = [total, sum_sq, counted] if kind.masked else [total, sum_sq]
             with code.loop(0, 3) as attempt:
                 m, lo = mean.get().splat(lanes), mean_lo.get().splat(lanes)
-                sums = Sums(code, kind, 2)
+                sums = Sums(code, kind, len(found))
                 with code.loop(tile.r0, tile.r1) as r:
                     row = x.at(runs.load(r)).at(tile.l0)
+                    mask_row = mask.at(mask_runs.load(r)).at(tile.l0)
                     fetch = prefetcher(numbers, near, [row], numbers.run("result", item.n, item.c, r).at(tile.l0))
 
-                    def terms(i: Value, row: Memory = row, m: Value = m, lo: Value = lo) -> list[Any]:
+                    def terms(
+                        i: Value, row: Memory = row, m: Value = m, lo: Value = lo, mask_row: Memory = mask_row
+                    ) -> list[Any]:
                         d = (kind.source.widen(row.load(i, lanes)) - m) - lo
-                        return [d, Product(d, d)]
+                        if not kind.masked:
+                            return [d, Product(d, d)]
+                        counts = counts_at(kind, mask_row, i)
+                        d = where(counts, d, 0)
+                        return [d, Product(d, d), where(counts, d.constant(1), 0)]
 
                     sum_row(code, tile.length, sums, terms, fetch)
-                for variable, value in zip((total, sum_sq), sums.values(), strict=True):
+                for variable, value in zip(found, sums.values(), strict=True):
                     variable.set(value)
-                excess = total.get() / count
+                if kind.masked:
+                    count.set(most(counted.get(), 1))
+                excess = total.get() / count.get()
                 code.leave_if(~(total.get() * excess > sum_sq.get() * 0.5))
                 with code.when(attempt == 0):
                     mean.add(excess.to(element.computing))
                 with code.when(attempt == 1):
                     mean_lo.set(excess.to(element.computing))
-            store((mean.get(), mean_lo.get(), total.get(), sum_sq.get()), count, (offset, 1, item.tile), item.number)
+            store(
+                (mean.get(), mean_lo.get(), total.get(), sum_sq.get()), count.get(),
+                (offset, 1, item.tile, mask_offset, 1), item.number, counted.get() if kind.masked else None,
+            )  # fmt: skip
 
 
 def _reduce_channels(module: Module, kind: Kind) -> None:
@@ -171,41 +199,52 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
         numbers = Numbers(code, call, kind)
         store = partial(_store_moments, numbers, call, fallback, code.room(DOUBLE, 3))
         near = Table(code, element.computing, ("mean", "mean_lo"), WIDEST_GROUP)
-        sums = Table(code, DOUBLE, ("total", "sum_sq"), WIDEST_GROUP)
-        step = numbers.x_p
+        names = ("total", "sum_sq", "counted") if kind.masked else ("total", "sum_sq")
+        sums = Table(code, DOUBLE, names, WIDEST_GROUP)
+        step, mask_step = numbers.x_p, numbers.mask_p
         with each_item(numbers, first, last) as item:
             offset = numbers.start("x", item.n, item.c)
             x, runs = numbers.array("x").at(offset), numbers.runs_of("x")
             tile = tile_of(numbers, item.tile)
-            count = tile.size.to(DOUBLE)
+            size = tile.size.to(DOUBLE)
+            mask_offset = numbers.start("mask", item.n, item.c)
+            mask, mask_runs = numbers.array("mask").at(mask_offset), numbers.runs_of("mask")
             with each_vector(code, item.width, lanes) as (j, _):
-                places = [_guess_place(i, tile, 1) for i in range(GUESS_PLACES)]
-                guess = guess_of(
-                    [kind.source.widen(x.at(runs.load(r)).load(at * step + j, lanes)).to(DOUBLE) for r, at in places]
-                )
+                places = []
+                for r, at in (_guess_place(i, tile, 1) for i in range(GUESS_PLACES)):
+                    value = kind.source.widen(x.at(runs.load(r)).load(at * step + j, lanes)).to(DOUBLE)
+                    if kind.masked:
+                        value = where(counts_at(kind, mask.at(mask_runs.load(r) + at * mask_step), j), value, 0)
+                    places.append(value)
+                guess = guess_of(places)
                 near.store(j, mean=guess.to(element.computing), mean_lo=code.number(computing, 0))
             with code.loop(0, 3) as attempt:
                 with each_vector(code, item.width, lanes) as (j, _):
-                    sums.store(j, total=code.number(wide, 0), sum_sq=code.number(wide, 0))
+                    sums.store(j, **dict.fromkeys(names, code.number(wide, 0)))
                 with code.loop(tile.r0, tile.r1) as r, code.loop(tile.l0, tile.l1, PARTIAL_CHANNELS) as lo:
                     row, hi = x.at(runs.load(r)), least(lo + PARTIAL_CHANNELS, tile.l1)
+                    mask_row = mask.at(mask_runs.load(r))
                     with each_vector(code, item.width, lanes) as (j, new):
                         mean, mean_lo = near.load(j, lanes, "mean", "mean_lo")
-                        a, b = (code.variable(code.number(computing, 0)) for _ in range(2))
+                        a, b, *number = (code.variable(code.number(computing, 0)) for _ in names)
                         with code.loop(lo, hi) as i:
                             at = i * step + j
                             row.prefetch(at + step * PARTIAL_CHANNELS)
                             d = (kind.source.widen(row.load(at, lanes)) - mean) - mean_lo
+                            if kind.masked:
+                                counts = counts_at(kind, mask_row.at(i * mask_step), j)
+                                d = where(counts, d, 0)
+                                number[0].add(where(counts, d.constant(1), 0))
                             a.add(d)
                             b.set(fused(d, d, b.get()))
-                        total, sum_sq = sums.load(j, lanes, "total", "sum_sq")
-                        more = [where(new, each.get(), 0).to(DOUBLE) for each in (a, b)]
-                        sums.store(j, total=total + more[0], sum_sq=sum_sq + more[1])
+                        more = [where(new, each.get(), 0).to(DOUBLE) for each in (a, b, *number)]
+                        old = sums.load(j, lanes, *names)
+                        sums.store(j, **{name: u + v for name, u, v in zip(names, old, more, strict=True)})
                 again = code.variable(code.integer(0))
                 with code.when(attempt < 2), each_vector(code, item.width, lanes) as (j, new):
-                    total, sum_sq = sums.load(j, lanes, "total", "sum_sq")
+                    total, sum_sq, *counted = sums.load(j, lanes, *names)
                     mean, mean_lo = near.load(j, lanes, "mean", "mean_lo")
-                    excess = total / count
+                    excess = total / (most(counted[0], 1) if counted else size)
                     bad = (total * excess > sum_sq * 0.5) & new
                     with code.when(bad.any()):
                         again.set(1)
@@ -217,10 +256,12 @@ def _reduce_channels(module: Module, kind: Kind) -> None:
                         )  # fmt: skip
                 code.leave_if(again.get() == 0)
             with code.loop(0, item.width) as j:
-                total, sum_sq = (room.load(j) for room in sums.rooms.values())
+                total, sum_sq, *counted = (room.load(j) for room in sums.rooms.values())
                 mean, mean_lo = (room.load(j) for room in near.rooms.values())
                 at = item.number * numbers.group + j
-                store((mean, mean_lo, total, sum_sq), count, (offset + j, step, item.tile), at)
+                count = most(counted[0], 1) if counted else size
+                located = offset + j, step, item.tile, mask_offset + j * numbers.mask_c, mask_step
+                store((mean, mean_lo, total, sum_sq), count, located, at, *counted)
 
 
 def rstd_of(numbers: Numbers, var: Value) -> Value:
@@ -241,34 +282,42 @@ def eps_of(numbers: Numbers) -> Value:
 def _join(module: Module, kind: Kind) -> None:
     """Write the step that merges the tiles of blocks: mean, mean_lo and rstd of planes, and variance if wanted.
 
-    By Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's.
+    By Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's. With a mask the number of positions
+    of each plane is stored, too.
     """
     computing = kind.element.computing
     with module.function("join", *STEP, exported=True) as (code, call, first, last, _):
         numbers = Numbers(code, call, kind)
         means, means_lo, m2s = (numbers.sums_of(i) for i in range(3))
-        counts = code.memory(numbers.counts, INT)
+        counts, counted = code.memory(numbers.counts, INT), numbers.sums_of(3)
         outputs = {name: numbers.of_planes(name) for name in ("mean", "mean_lo", "rstd", "variance")}
         # A whole plane has plane elements; in a window it is also the only tile.
         first_count = where(numbers.tiles == 1, numbers.plane, counts.load(0))
         with each_channel(numbers, first, last) as (at, n, c):
             start = means.load(at)
             pooled, m2 = code.variable(means_lo.load(at)), code.variable(m2s.load(at))
-            count = code.variable(first_count.to(DOUBLE))
+            count = code.variable(counted.load(at) if kind.masked else first_count.to(DOUBLE))
             with code.loop(1, numbers.tiles) as tile:
                 there = at + tile * numbers.group
-                more = counts.load(tile).to(DOUBLE)
-                share = more / (count.get() + more)
+                more = counted.load(there) if kind.masked else counts.load(tile).to(DOUBLE)
+                both = count.get() + more
+                share = more / (most(both, 1) if kind.masked else both)
                 distance = (means.load(there) - start) + means_lo.load(there) - pooled.get()
                 pooled.add(distance * share)
                 m2.add(m2s.load(there) + distance * distance * (count.get() * share))
                 count.add(more)
-            var = where(m2.get() <= 0, 0.0, m2.get() / numbers.plane.to(DOUBLE))  # NaN stays
+            size = most(count.get(), 1) if kind.masked else numbers.plane.to(DOUBLE)
+            var = where(m2.get() <= 0, 0.0, m2.get() / size)  # NaN stays
             plane = n * numbers.channels + c
             mean = (start + pooled.get()).to(computing)
             outputs["mean"].store(plane, mean)
             outputs["mean_lo"].store(plane, ((start - mean.to(DOUBLE)) + pooled.get()).to(computing))
-            outputs["rstd"].store(plane, rstd_of(numbers, var).to(computing))
+            divided = var
+            if kind.masked:
+                code.memory(numbers.count, INT).store(plane, count.get().to(INT))
+                rest = count.get() - numbers.ddof
+                divided = var * where(rest > 0, count.get() / rest, 0)
+            outputs["rstd"].store(plane, rstd_of(numbers, divided).to(computing))
             with code.when(numbers.variance != 0):
                 outputs["variance"].store(plane, var.to(computing))
 
@@ -283,10 +332,11 @@ def _write_row(module: Module, kind: Kind) -> Any:
     """Write a function that computes y for a row of a plane, or its channels side by side at one position."""
     element, lanes, computing = kind.element, kind.lanes, kind.element.computing
     given = [MEMORY] * 4 if kind.channels_last else [computing] * 4
-    with module.function("row", MEMORY, MEMORY, MEMORY, INT, INT, computing, *given) as (
+    with module.function("row", MEMORY, MEMORY, MEMORY, MEMORY, INT, INT, computing, *given) as (
         code, *places, count, away, slope_, a, b, c, d,
     ):  # fmt: skip
-        x, residual, y = places[0].of(kind.source.stored), *(each.of(element.stored) for each in places[1:])
+        names = "x", "residual", "mask", "result"
+        x, residual, mask, y = (p.of(kind.element_of(name).stored) for p, name in zip(places, names, strict=True))
         slope, values = slope_.splat(lanes), (a, b, c, d)
         tables = [each.of(computing) for each in values] if kind.channels_last else []
         fixed = None if kind.channels_last else Coefficients(*(each.splat(lanes) for each in values))
@@ -296,7 +346,10 @@ def _write_row(module: Module, kind: Kind) -> Any:
             z = at.z(at.centred(kind.source.widen(x.load(i, lanes))))
             if kind.residual:
                 z = z + element.widen(residual.load(i, lanes))
-            return [(y, element.narrow(activate(z, kind.activation, slope)))]
+            z = activate(z, kind.activation, slope)
+            if kind.masked:
+                z = where(counts_at(kind, mask, i), z, 0)
+            return [(y, element.narrow(z))]
 
         def beside(i: Value) -> None:
             prefetch(kind, x, i + away)
@@ -367,11 +420,11 @@ def _apply_rows(module: Module, kind: Kind) -> None:
             tile = tile_of(numbers, item.tile)
             values, _ = planes.coefficients(item.n, item.c)
             with code.loop(tile.r0, tile.r1) as r:
-                names = "x", "residual", "result"
-                x, residual, y = (numbers.run(name, item.n, item.c, r).at(tile.l0) for name in names)
+                names = "x", "residual", "mask", "result"
+                *inputs, y = (numbers.run(name, item.n, item.c, r).at(tile.l0) for name in names)
 
-                def compute(target: Memory, lo: Any, count: Value, x: Memory = x, residual: Memory = residual) -> None:
-                    code.call(row, x.at(lo), residual.at(lo), target, count, away, slope, *values)
+                def compute(target: Memory, lo: Any, count: Value, inputs: list[Memory] = inputs) -> None:
+                    code.call(row, *(each.at(lo) for each in inputs), target, count, away, slope, *values)
 
                 write_row(numbers, stream_out, y, tile.length, buffer, compute)
 
@@ -388,7 +441,7 @@ def _apply_channels(module: Module, kind: Kind) -> None:
             set_coefficients(table, planes, item)
             tile = tile_of(numbers, item.tile)
             with code.loop(tile.r0, tile.r1) as r:
-                run = {name: numbers.run(name, item.n, item.c, r) for name in ("x", "residual", "result")}
+                run = {name: numbers.run(name, item.n, item.c, r) for name in ("x", "residual", "mask", "result")}
                 with code.loop(tile.l0, tile.l1) as i:
                     places = [each.at(i * getattr(numbers, f"{name}_p")) for name, each in run.items()]
                     code.call(row, *places, item.width, 0, slope, *table.rooms.values())

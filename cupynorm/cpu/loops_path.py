@@ -93,6 +93,8 @@ class Layout:
         sizes = [itemsize] * len(found)
         if input is not None:  # also of absent arrays, for which x stands
             sizes = [itemsize if there else input.itemsize for there in (False, *present[1:])]
+        if given.mask is not None:
+            sizes[-1] = 1
         self.usable = all(step % size == 0 for each, size in zip(found, sizes, strict=True) for step in each)
         self.usable &= "float16" not in (self.dtype_name, self.input_name) or llvm_machine.converts_halves()
         if not self.usable:
@@ -116,7 +118,12 @@ class Layout:
         line = max(MIN_CHANNELS_COMPILED, 64 // itemsize)
         leftover = c % (line // 2)
         fit = c >= line and (leftover == 0 or (itemsize > 2 and leftover * SPARE <= c))
-        channels_last = not rows and fit and all(each[1] == 1 for each in steps)
+        of_channels = [each[1] for each in steps]
+        if given.mask is not None and of_channels[-1] == 0:
+            of_channels.pop()  # the same for all channels
+        channels_last = not rows and fit and all(step == 1 for step in of_channels)
+        #: Kind.masked
+        self.masked = "" if given.mask is None else "plane" if not channels_last or steps[-1][1] == 0 else "channel"
         group, positions, self.streams, sums = 1, TILE, False, 0
         table = np.zeros((len(arrays), 1), np.int64)
         self.windows: Windows | None = None
@@ -132,7 +139,7 @@ class Layout:
             tile_length = -(-length // -(-length // positions))  # even, so that the last one is not too short
             tile_runs = min(max(positions // length, 1), runs)
             grid = [(runs, tile_runs), (length, tile_length)]
-        elif input is not None:  # windows have room for elements of one size
+        elif input is not None or self.masked:  # windows have room for elements of one size
             self.usable = False
             return
         else:
@@ -176,7 +183,7 @@ class Layout:
 
     def passes(self, activation: str | None) -> tuple[Pass, Pass]:
         """Return the modules of the forward and of the backward."""
-        if not self.one_piece or self.one_piece > FORWARD_SHORT:
+        if self.masked or not self.one_piece or self.one_piece > FORWARD_SHORT:
             return FORWARD, BACKWARD
         across = self.one_piece <= (LONGEST if activation in ("silu", "gelu") else LONGEST_PLAIN)
         forward = Pass(*FORWARD[:2], "across_forward" if across else "short_forward")
@@ -187,8 +194,9 @@ class Layout:
     def kind(self, activation: str | None, residual: bool, training: bool = False, sloped: bool = False) -> Kind:
         """Return what loops for such arrays are compiled for."""
         return self.kind_of(self.lanes)._replace(
-            channels_last=self.channels_last, activation=activation, residual=residual, training=training, sloped=sloped
-        )
+            channels_last=self.channels_last, activation=activation, residual=residual, training=training,
+            sloped=sloped, masked=self.masked,
+        )  # fmt: skip
 
     def kind_of(self, lanes: int) -> Kind:
         """Return the Kind of vectors of so many elements of the arrays' dtypes."""
@@ -306,13 +314,13 @@ class CompiledWork(Work):
         self.blocks, self.tiles = layout.blocks, layout.tiles
         self.threads = get_num_threads() if layout.pays else 1
         self.dtype = call.rstd.dtype
-        self.partials = np.empty((3, self.blocks * self.tiles * layout.group))
+        self.partials = np.empty((4 if layout.masked else 3, self.blocks * self.tiles * layout.group))
 
     def _by_tile(self) -> np.ndarray:
-        """Return the partial sums as (3, tiles, N, C)."""
+        """Return the partial sums as (their number, tiles, N, C)."""
         n, c = self.call.x.shape[:2]
-        by_group = self.partials.reshape(3, n, -1, self.tiles, self.layout.group)
-        return by_group.transpose(0, 3, 1, 2, 4).reshape(3, self.tiles, n, -1)[..., :c]
+        by_group = self.partials.reshape(-1, n, -(-c // self.layout.group), self.tiles, self.layout.group)
+        return by_group.transpose(0, 3, 1, 2, 4).reshape(len(self.partials), self.tiles, n, -1)[..., :c]
 
     def _steps(self, which: int, modules: Pass | None = None, sloped: bool = False) -> Steps:
         """Return the steps of the forward (0) or the backward (1), or those of `modules` alone."""
@@ -333,28 +341,29 @@ class CompiledWork(Work):
 
     def _numbers(
         self, steps: Steps, *, variance: np.ndarray | None = None, sums: tuple[np.ndarray, np.ndarray] | None = None,
-        slopes: np.ndarray | None = None,
+        slopes: np.ndarray | None = None, count: np.ndarray | None = None,
     ) -> bytes:  # fmt: skip
         """Return the numbers of the call for the loops, in the order of CALL.
 
         sums: of g, and of g * xhat, of each plane, in computing precision or in float64.
         """
-        call, layout, (x, result, dy, residual, dresidual) = self.call, self.layout, self.arrays
+        call, layout, (x, result, dy, residual, dresidual, mask) = self.call, self.layout, self.arrays
         weight, bias = self._parameter("weight"), self._parameter("bias")
         mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
-        self.kept = weight, bias, mean_lo, slopes  # while the loops use them
+        self.kept = weight, bias, mean_lo, slopes, count  # while the loops use them
         place = id(x) + _HEADER  # as place_of; eight calls of it would take half a microsecond
         sum_g, sum_g_xhat = (NOWHERE, NOWHERE) if sums is None else map(place_of, sums)
         return FORMAT.pack(
             layout.geometry_address, place, id(result) + _HEADER, place if dy is None else id(dy) + _HEADER,
             place if residual is None else id(residual) + _HEADER,
-            place if dresidual is None else id(dresidual) + _HEADER, *weight[1:], *bias[1:], id(call.mean) + _HEADER,
-            id(mean_lo) + _HEADER, id(call.rstd) + _HEADER, NOWHERE if variance is None else id(variance) + _HEADER,
-            id(self.partials) + _HEADER, self.partials.shape[1], sum_g, sum_g_xhat,
-            sums is not None and sums[0].dtype != self.dtype, NOWHERE if slopes is None else place_of(slopes),
+            place if dresidual is None else id(dresidual) + _HEADER, place if mask is None else id(mask) + _HEADER,
+            *weight[1:], *bias[1:], id(call.mean) + _HEADER, id(mean_lo) + _HEADER, id(call.rstd) + _HEADER,
+            NOWHERE if variance is None else id(variance) + _HEADER, id(self.partials) + _HEADER,
+            self.partials.shape[1], sum_g, sum_g_xhat, sums is not None and sums[0].dtype != self.dtype,
+            NOWHERE if slopes is None else place_of(slopes), NOWHERE if count is None else place_of(count),
             layout.streams and self._streams(), *terms_of_eps(call.eps, call.eps_mode),
-            count_ratio(layout.plane, call.ddof), least_mean_square(call), call.negative_slope, *steps[:3],
-            driver().whole_address,
+            1.0 if layout.masked else count_ratio(layout.plane, call.ddof), call.ddof, least_mean_square(call),
+            call.negative_slope, *steps[:3], driver().whole_address,
         )  # fmt: skip
 
     def _streams(self) -> bool:
@@ -396,14 +405,17 @@ class CompiledWork(Work):
 
     def forward(self, variance: np.ndarray | None) -> None:
         steps = self._steps(0)
-        self._pass(steps, self._numbers(steps, variance=variance), 1)
+        self._pass(steps, self._numbers(steps, variance=variance, count=self.call.count), 1)
 
     def moments(self) -> tuple[np.ndarray, ...]:
         """Return count, mean, mean_lo and m2 of each tile, (tiles, N, C)."""
         steps = self._steps(0, MOMENTS)
         self.share(Task(steps.reduce, self._numbers(steps), 1, False), self.blocks * self.tiles)
-        means, means_lo, m2s = self._by_tile()
-        counts = np.broadcast_to(self.layout.counts[:, None, None], means.shape)
+        means, means_lo, m2s, *counted = self._by_tile()
+        if counted:
+            counts = counted[0].astype(np.int64)
+        else:
+            counts = np.broadcast_to(self.layout.counts[:, None, None], means.shape)
         return counts, means, means_lo, np.maximum(m2s, 0)  # NaN stays
 
     def normalize(self) -> None:
@@ -412,10 +424,15 @@ class CompiledWork(Work):
 
     # Backward
 
-    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray, slopes: np.ndarray | None = None) -> None:
-        """slopes: rstd_slope of each plane (conventions.py), or None if it is 1."""
+    def backward(
+        self, sum_g: np.ndarray, sum_g_xhat: np.ndarray, slopes: np.ndarray | None = None,
+        counts: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """slopes: rstd_slope of each plane (conventions.py), or None if it is 1. counts: the positions of each plane,
+        with a mask."""
         steps = self._steps(1, sloped=slopes is not None)
-        self._pass(steps, self._numbers(steps, sums=(sum_g, sum_g_xhat), slopes=slopes), len(Arrays._fields))
+        numbers = self._numbers(steps, sums=(sum_g, sum_g_xhat), slopes=slopes, count=counts)
+        self._pass(steps, numbers, len(Arrays._fields))
 
     def gradient_sums(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
         steps = self._steps(1, GRADIENT_SUMS)
@@ -424,7 +441,8 @@ class CompiledWork(Work):
 
     def input_gradient(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
         steps = self._steps(1, INPUT_GRADIENT)
-        numbers = self._numbers(steps, sums=(sum_g, sum_g_xhat))
+        counts = np.full(sum_g.shape, self.layout.plane, self.dtype) if self.layout.masked else None
+        numbers = self._numbers(steps, sums=(sum_g, sum_g_xhat), count=counts)
         self.share(Task(steps.apply, numbers), self.blocks * self.tiles)
 
 
@@ -476,10 +494,10 @@ class MovedWork(CompiledWork):
 
 def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:
     """Return the work of a call, or None if the loops cannot address the arrays."""
-    x, result, dy, residual, dresidual = arrays
+    x, result, dy, residual, dresidual, mask = arrays
     strides = (
         x.strides, result.strides, None if dy is None else dy.strides, None if residual is None else residual.strides,
-        None if dresidual is None else dresidual.strides,
+        None if dresidual is None else dresidual.strides, None if mask is None else mask.strides,
     )  # fmt: skip
     if call.mixed:
         unwritten = strides[0], None if result is x else strides[1], *strides[2:]

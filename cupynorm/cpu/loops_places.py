@@ -31,7 +31,7 @@ from .llvm import (
 )
 
 #: A call's arrays, in the order of blocking.Arrays.
-ARRAYS = ("x", "result", "dy", "residual", "dresidual")
+ARRAYS = ("x", "result", "dy", "residual", "dresidual", "mask")
 RESULTS = 1, 4  # which of these a call writes, counted from 0
 
 PARTIAL = 512  # elements summed in computing precision; these sums are added in float64
@@ -47,7 +47,7 @@ GEOMETRY = (
     "tile_runs", "tile_length",  # the same of a tile; the last tiles may be smaller
     "plane",  # elements of a plane
     "sums",  # where the partial sums of a tile begin, if planes are copied to windows; else 0
-    "run_table",  # address of the offsets of the runs of each array, (5, runs)
+    "run_table",  # address of the offsets of the runs of each array, (6, runs)
     "counts",  # address of the number of elements of each tile
     *(f"{array}_{axis}" for array in ARRAYS for axis in ("n", "c", "p")),  # strides over samples, channels, positions
 )  # fmt: skip
@@ -63,8 +63,9 @@ CALL = {
     "sum_g": "a", "sum_g_xhat": "a",  # (N, C)
     "wide": "q",  # 1 if these two are float64
     "slopes": "a",  # (N, C), rstd_slope of a backward; not read if a Kind has none
+    "count": "a",  # (N, C), the positions of planes with a mask: int64, of a backward in computing precision
     "streams": "q",  # 1 if results bypass the caches
-    "eps": "d", "eps_beside": "d", "floor": "d", "count_ratio": "d",  # see rstd_of
+    "eps": "d", "eps_beside": "d", "floor": "d", "count_ratio": "d", "ddof": "d",  # see rstd_of
     "least": "d", "slope": "d",  # slope: negative_slope
     "reduce": "q", "join": "q", "apply": "q", "whole": "q",  # addresses of steps
 }  # fmt: skip
@@ -130,6 +131,7 @@ class Kind(NamedTuple):
     training: bool = False  # whether a backward's statistics are the input's own
     sloped: bool = False  # whether a backward has slopes, since its forward had other conventions
     input: str = ""  # the dtype of x, if it is another
+    masked: str = ""  # with a mask "plane", or "channel" if channels side by side have different ones
 
     @property
     def element(self) -> Element:
@@ -147,7 +149,7 @@ class Kind(NamedTuple):
 
     def element_of(self, name: str) -> Element:
         """Return the elements of one of ARRAYS."""
-        return self.source if name == "x" else self.element
+        return self.source if name == "x" else ELEMENTS["uint8"] if name == "mask" else self.element
 
 
 class Numbers:
@@ -188,6 +190,12 @@ class Numbers:
     def sums_of(self, number: int) -> Memory:
         """Return one of the partial sums of all items."""
         return self.code.memory(self.partials, DOUBLE).at(self.spread * number)
+
+
+def counts_at(kind: Kind, mask: Memory, i: Value) -> Value:
+    """Return which of the elements at i count: of a row, or of channels side by side at the position of `mask`."""
+    lanes = 0 if kind.channels_last and kind.masked == "plane" else kind.lanes
+    return mask.load(i if lanes else 0, lanes) != 0
 
 
 class Tile(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from ..conventions import count_ratio, rstd_of
 from . import halves
 from .blocking import Index, Work, least_mean_square, merged_axes, tile_slices
 from .numpy_activations import activate, scratch_blocks, times_slope
+from .numpy_masks import inside_of, keep_inside, masked_moments
 from .thread_pool import TaskQueue, share
 
 BLOCK_BYTES = 2**21  # of an array in computing precision; smaller blocks cost more in calls than they gain in cache
@@ -61,6 +62,7 @@ class NumpyWork(Work):
         self.call, self.dtype = call, call.rstd.dtype
         self.arrays = arrays._make(merged_axes(arrays))
         self.x, self.result = self.arrays.x, self.arrays.result
+        self.mask = getattr(self.arrays, "mask", None)
         self.threads = 1 if self.x.size < self.pays else get_num_threads()
         self.limit = BLOCK_BYTES // self.dtype.itemsize
         n, c, *spatial = self.x.shape
@@ -163,6 +165,9 @@ class NumpyWork(Work):
             block.reshape(part.shape)[...] = part
         return block
 
+    def _inside(self, index: Index) -> np.ndarray | None:
+        return inside_of(self.mask, index, self.channels_last, self.dtype.itemsize)
+
     def _write(self, array: np.ndarray, index: Index, block: np.ndarray, buffer: np.ndarray) -> None:
         part = array[index]
         if self.dtype == np.float32 and halves.pays_to_narrow(block, part):
@@ -213,6 +218,10 @@ class NumpyWork(Work):
         if whole == size:
             return total
         return total + np.vecdot(a[:, :, whole:], b[: size - whole] if b.ndim == 1 else b[..., whole:])
+
+    def _squares(self, block: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+        """Return the sum of squares of each plane."""
+        return self._dots(block, block, scratch)
 
     def _each(self, operation: np.ufunc, block: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
         """Compute out <- operation(block, values), with one value per plane."""
@@ -352,10 +361,24 @@ class NumpyWork(Work):
 
     def reduce_forward(self, item: int, scratch: np.ndarray) -> None:
         planes, index, tile = self._index(item)
-        x = self._read(self.x, index, scratch[X])
-        mean, mean_lo, variance = self._moments(x, scratch)
-        for each, value in zip(self.partials, (mean, mean_lo, variance * x.shape[2], x.shape[2]), strict=True):
+        found: tuple[Any, ...]
+        if self.mask is None:
+            x = self._read(self.x, index, scratch[X])
+            mean, mean_lo, variance = self._moments(x, scratch)
+            found = mean, mean_lo, variance * x.shape[2], x.shape[2]
+        else:
+            found = tuple(self._masked(index, scratch)[1:])
+        for each, value in zip(self.partials, found, strict=True):
             each[(tile, *planes)] = value
+
+    def _masked(self, index: Index, scratch: np.ndarray) -> list[np.ndarray]:
+        """Return a copy of x that is 0 outside of the mask, and mean, mean_lo, m2 and count of its planes."""
+        x, inside = self._read(self.x, index, scratch[X], copy=True), self._inside(index)
+        assert inside is not None
+        keep_inside(inside, x)
+        centred, least = self._in_buffer(x, scratch[G]), least_mean_square(self.call)
+        squares = partial(self._squares, scratch=scratch[PRODUCT])
+        return [x, *masked_moments(x, inside, centred, self._sums, squares, least)]
 
     def join_forward(self, first: int, last: int) -> None:
         """Merge tiles in float64 by Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's."""
@@ -363,21 +386,28 @@ class NumpyWork(Work):
             means, means_lo, m2s, counts = (each[(slice(None), *planes)] for each in self.partials)
             pooled, m2, count = means_lo[0], m2s[0], counts[0]
             for tile in range(1, self.tiles):
-                share = counts[tile] / (count + counts[tile])
+                share = counts[tile] / np.maximum(count + counts[tile], 1)
                 distance = (means[tile] - means[0]) + means_lo[tile] - pooled
                 pooled = pooled + distance * share
                 m2 = m2 + m2s[tile] + distance * distance * (count * share)
                 count = count + counts[tile]
             mean = (means[0] + pooled).astype(self.dtype)
             mean_lo = ((means[0] - mean) + pooled).astype(self.dtype)
-            self._store_stats(planes, mean, mean_lo, m2 / count)
+            self._store_stats(planes, mean, mean_lo, m2 / np.maximum(count, 1), count)
 
-    def _store_stats(self, planes: Index, mean: np.ndarray, mean_lo: np.ndarray, variance: np.ndarray) -> None:
+    def _store_stats(
+        self, planes: Index, mean: np.ndarray, mean_lo: np.ndarray, variance: np.ndarray, count: Any = None
+    ) -> None:
+        """count: of the positions of each plane, with a mask."""
         call = self.call
         call.mean[planes], call.mean_lo[planes] = mean, mean_lo  # type: ignore[index]
         if self.variance is not None:
             self.variance[planes] = variance
-        if call.ddof:
+        if self.mask is not None:
+            call.count[planes] = count  # type: ignore[index]
+            rest = np.maximum(count - call.ddof, 0.0)
+            variance = variance * np.divide(count, rest, out=np.zeros(rest.shape), where=rest > 0)
+        elif call.ddof:
             variance = variance * variance.dtype.type(count_ratio(self.spatial, call.ddof))
         call.rstd[planes] = rstd_of(variance.astype(self.plane_dtype, copy=False), call.eps, call.eps_mode)
         if variance.dtype != self.plane_dtype:  # values may be out of range of plane_dtype
@@ -407,6 +437,7 @@ class NumpyWork(Work):
         self._add_up(index, planes, x, out, scratch[PRODUCT])
         if call.activation is not None:
             activate(out, call.activation, call.negative_slope, self._in_buffers(out, scratch[self.buffers :]))
+        keep_inside(self._inside(index), out)
         self._write(self.result, index, out, scratch[PRODUCT])
 
     def _in_tiles(self, block: int, scratch: np.ndarray, reduce: Any, join: Any, apply: Any) -> None:
@@ -426,15 +457,23 @@ class NumpyWork(Work):
             self._in_tiles(block, scratch, self.reduce_forward, self.join_forward, self.apply_forward)
             return
         planes, index, _ = self._index(block)
-        x = self._read_x(index, scratch[X])
-        self._store_stats(planes, *self._moments(x, scratch))
+        if self.mask is None:
+            x = self._read_x(index, scratch[X])
+            self._store_stats(planes, *self._moments(x, scratch))
+        else:
+            x, mean, mean_lo, m2, count = self._masked(index, scratch)
+            self._store_stats(planes, mean, mean_lo.astype(self.dtype), m2 / np.maximum(count, 1), count)
         self._finish(index, planes, x, scratch)
 
     # Backward
 
-    def backward(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray, slopes: np.ndarray | None = None) -> None:
-        """slopes: rstd_slope of each plane (conventions.py), or None if it is 1."""
-        self.sum_g, self.sum_g_xhat, self.slopes = sum_g, sum_g_xhat, slopes
+    def backward(
+        self, sum_g: np.ndarray, sum_g_xhat: np.ndarray, slopes: np.ndarray | None = None,
+        counts: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """slopes: rstd_slope of each plane (conventions.py), or None if it is 1. counts: the positions of each plane,
+        with a mask."""
+        self.sum_g, self.sum_g_xhat, self.slopes, self.counts = sum_g, sum_g_xhat, slopes, counts
         self.work_in_result = not overlap(self.result, self.arrays.dy)
         self.run(self.reduce_backward, self.join_backward, self.apply_backward, self.whole_backward)
 
@@ -444,15 +483,15 @@ class NumpyWork(Work):
         self.sum_up(self.reduce_backward, self.join_backward)
 
     def input_gradient(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        self.sum_g, self.sum_g_xhat, self.slopes = sum_g, sum_g_xhat, None
+        self.sum_g, self.sum_g_xhat, self.slopes, self.counts = sum_g, sum_g_xhat, None, None
         self.work_in_result = not overlap(self.result, self.arrays.dy)
         self.share(self.apply_backward, self.blocks * self.tiles)
 
     def _load(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return g (in scratch if it is not dy itself) and x."""
-        call = self.call
-        g = dy = self._read(self.arrays.dy, index, scratch[G])
-        x = self._read(self.x, index, scratch[X])
+        call, inside = self.call, self._inside(index)
+        g = dy = self._read(self.arrays.dy, index, scratch[G], copy=inside is not None)
+        x = self._read(self.x, index, scratch[X], copy=inside is not None)
         if call.activation is not None:
             z, g, buffers = (
                 self._in_buffer(x, scratch[PRODUCT]),
@@ -461,6 +500,8 @@ class NumpyWork(Work):
             )
             self._add_up(index, planes, x, z, buffers[0])
             times_slope(dy, z, call.activation, call.negative_slope, g, self._in_buffers(z, buffers))
+        for block in (g, x):
+            keep_inside(inside, block)
         return g, x
 
     def _centre(self, stats: Stats, x: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -509,10 +550,11 @@ class NumpyWork(Work):
             else self._in_buffer(self.result[index], scratch[X])
         )
         if call.training:
-            slope = self.sum_g_xhat[planes] / -self.spatial * stats.rstd
+            count = self.spatial if self.counts is None else self.counts[planes]
+            slope = self.sum_g_xhat[planes] / -count * stats.rstd
             if self.slopes is not None:
                 slope *= self.slopes[planes]
-            constant = (-stats.remainder * slope - self.sum_g[planes] / self.spatial).astype(self.dtype, copy=False)
+            constant = (-stats.remainder * slope - self.sum_g[planes] / count).astype(self.dtype, copy=False)
             self._each(np.multiply, centred, slope, out)
             out += g
             self._each(np.add, out, constant, out)
@@ -520,6 +562,7 @@ class NumpyWork(Work):
         self._each(np.multiply, g, self._weighted(planes, stats.rstd), out)
         if stats.unit is not None:
             self._each(np.multiply, out, stats.unit, out)
+        keep_inside(self._inside(index), out)
         self._write(self.result, index, out, scratch[PRODUCT])
 
     def whole_backward(self, block: int, scratch: np.ndarray) -> None:

@@ -68,7 +68,7 @@ STRUCTS: dict[str, np.dtype] = {
     ),
     "normalize": _struct(
         ("x y", TENSOR), ("given_mean given_var mean rstd mean_lo", POINTER), ("scale", SCALE), ("affine", AFFINE),
-        ("epilogue", EPILOGUE), ("round", ROUND),
+        ("epilogue", EPILOGUE), ("mask", TENSOR), ("round", ROUND),
     ),
     "frozen_backward": _struct(
         ("x dy dx", TENSOR), ("mean rstd", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
@@ -78,14 +78,14 @@ STRUCTS: dict[str, np.dtype] = {
         ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS), ("sums", SUMS),
         ("round", ROUND),
     ),
-    "moments": _struct(("x", TENSOR), ("partials", MOMENTS), ("round", ROUND)),
+    "moments": _struct(("x mask", TENSOR), ("partials", MOMENTS), ("round", ROUND)),
     "gradient_sums": _struct(
         ("x dy", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("dresidual", TENSOR), ("totals", TOTALS), ("partials", POINTER), ("all_planes", INT64), ("round", ROUND),
+        ("dresidual mask", TENSOR), ("totals", TOTALS), ("partials", POINTER), ("all_planes", INT64), ("round", ROUND),
     ),
     "input_gradient": _struct(
         ("x g dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("dresidual", TENSOR), ("mean_dy mean_dy_xhat", POINTER), ("round", ROUND),
+        ("dresidual mask", TENSOR), ("mean_dy mean_dy_xhat", POINTER), ("round", ROUND),
     ),
     "products": _struct(
         ("inputs", INPUTS), ("dx", TENSOR), ("mean rstd partials", POINTER), ("all_planes", INT64), ("round", ROUND),

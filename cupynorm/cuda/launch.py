@@ -50,10 +50,10 @@ class CudaBackend(Backend):
 
     # Forward
 
-    def moments(self, x: Array) -> Moments:
+    def moments(self, x: Array, mask: Array | None = None) -> Moments:
         with self.runtime.on(x):
             dtype = math_dtype(x.dtype) if x.dtype.kind in "iu" else None
-            work = PlannedLaunches(self.runtime, "moments", (x,), dtype=dtype)
+            work = PlannedLaunches(self.runtime, "moments", (x,), dtype=dtype, mask=mask)
             moments = new(Moments, partial(work.empty, work.nc))
             if x.size == 0:
                 for array in vars(moments).values():
@@ -70,6 +70,9 @@ class CudaBackend(Backend):
             return moments
 
     def forward(self, call: ForwardCall) -> ForwardResult:
+        if call.mask is not None:
+            call.moments = self.moments(call.x, call.mask)
+            return self.normalize(call)
         return self._forward("forward", call)
 
     def normalize(self, call: ForwardCall) -> ForwardResult:
@@ -84,7 +87,7 @@ class CudaBackend(Backend):
             epilogue = EPILOGUES[activation] if activation is not None or residual is not None else 0
             work = PlannedLaunches(
                 self.runtime, op, (x,), residual=residual, out=call.out, sums=planned, reduced=planned,
-                epilogue=epilogue, dtype=call.dtype,
+                epilogue=epilogue, dtype=call.dtype, mask=call.mask,
             )  # fmt: skip
             needed = call.save or moments is not None
             mean, variance = work.planes(needed or update), work.planes(update)
@@ -133,6 +136,11 @@ class CudaBackend(Backend):
     # Backward
 
     def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> Gradients:
+        if saved.mask is not None:
+            sums = self.gradient_sums(dy, saved)
+            dweight, dbias = self.parameter_gradients(sums, saved)
+            dx, dresidual = self.input_gradient(dy, saved, sums, out=out)
+            return Gradients(dx, dweight, dbias, dresidual)
         return self._backward(dy, saved, (saved.weight, saved.bias), out)
 
     def _backward(
@@ -175,7 +183,8 @@ class CudaBackend(Backend):
         x = saved.x
         with self.runtime.on(x):
             work = PlannedLaunches(
-                self.runtime, "gradient_sums", (x, dy), residual=saved.residual, epilogue=_epilogue(saved)
+                self.runtime, "gradient_sums", (x, dy), residual=saved.residual, epilogue=_epilogue(saved),
+                mask=saved.mask,
             )  # fmt: skip
             sums = new(GradientSums, partial(work.empty, work.nc))
             if x.size == 0:
@@ -196,16 +205,23 @@ class CudaBackend(Backend):
     def input_gradient(
         self, dy: Array, saved: Saved, sums: GradientSums, *, out: Array | None
     ) -> tuple[Array, Array | None]:
-        if not saved.training:
+        if not saved.training and saved.mask is None:
             dx, _, _, dresidual = self._backward(dy, saved, (None, None), out)
             return dx, dresidual
         x = saved.x
         with self.runtime.on(x):
             work = PlannedLaunches(
-                self.runtime, "input_gradient", (x, dy), residual=saved.residual, out=out, epilogue=_epilogue(saved)
+                self.runtime, "input_gradient", (x, dy), residual=saved.residual, out=out, epilogue=_epilogue(saved),
+                mask=saved.mask,
             )  # fmt: skip
             dresidual = _dresidual(work, dy, saved)
-            if x.size:
+            if x.size and not saved.training:  # its statistics are constants
+                _point_saved(work, saved)
+                nothing = self.runtime.zeros(work.nc, work.math)
+                work.point("mean_dy", nothing)
+                work.point("mean_dy_xhat", nothing)
+                work.run(work.steps[0])
+            elif x.size:
                 _point_saved(work, saved)
                 work.point_to("totals", dy=work.dense(sums.sum_dy), dy_xhat=work.dense(sums.sum_dy_xhat))
                 work.point("count", work.dense(saved.count))

@@ -20,7 +20,7 @@ from ..config import get_batch_invariant
 from . import arguments
 from .arguments import FLAGS
 from .device import Device
-from .layout import ArrayDesc, choose_layout, contiguous_desc
+from .layout import ArrayDesc, choose_layout, contiguous_desc, one_stride
 from .ops import OPS, Op
 from .plan import Plan, Step, channel_step, plan, plane_step
 from .source import Module, single
@@ -98,6 +98,7 @@ def _plan_call(
     residual: bool,
     invariant: bool,
     input: str = "",
+    masked: bool = False,
 ) -> _PlannedCall:
     """Plan a call. descs: of the inputs, then of out if it is given; names: of the inputs' and the results' tensors.
     dtype: of all arrays, or of all but x; input: that of x then, else ""."""
@@ -114,6 +115,7 @@ def _plan_call(
     made = plan(
         op, (n, c, s), dtype.name, kind, layouts, device, sums=sums, reduced=reduced, epilogue=epilogue,
         residual=residual, invariant=invariant, input=input,
+        masked=masked,
     )  # fmt: skip
     tiles = made.steps[0].tiles
     sizes = {
@@ -236,6 +238,7 @@ class PlannedLaunches(Launches):
         epilogue: int = 0,
         out: Array | None = None,
         dtype: np.dtype | None = None,
+        mask: Array | None = None,
     ):
         x = inputs[0]
         super().__init__(runtime, x, dtype)
@@ -253,12 +256,30 @@ class PlannedLaunches(Launches):
         self.kind, copied, self.plan, self.steps = _plan_call(
             op, descs, read + self._written, self.dtype, runtime.device(), sums=sums, reduced=reduced,
             epilogue=epilogue, residual=residual is not None, invariant=get_batch_invariant(), input=self.input,
+            masked=mask is not None,
         )  # fmt: skip
         self.tiles = self.plan.steps[0].tiles
         arrays = [self.copy(a) if copy else a for a, copy in zip(given, copied, strict=False)]
         self.targets = self._make_targets(copied)
         for name, array in (*zip(read, arrays, strict=True), *self.targets.items()):
             self.point(f"{name}.data", array)
+        if mask is not None:
+            self._point_mask(mask)
+
+    def _point_mask(self, mask: Array) -> None:
+        """Set the kernels' mask: as it is if its spatial positions have one stride, else a copy, but of no samples and
+        channels that are repetitions."""
+        if one_stride(mask.shape[2:], mask.strides[2:]) is None:
+            small = mask[tuple(slice(None if stride else 1) for stride in mask.strides[:2])]
+            copy = self.empty(small.shape, mask.dtype)
+            assignment(copy, small)()
+            strides = [0 if size == 1 else stride for size, stride in zip(small.shape, copy.strides, strict=True)]
+            mask, strides[2:] = copy, copy.strides[2:]
+        else:
+            strides = [*mask.strides]
+        s = one_stride(self.shape[2:], strides[2:])
+        self.values |= {"mask.n": strides[0], "mask.c": strides[1], "mask.s": s}
+        self.point("mask.data", mask)
 
     def _make_targets(self, copied: tuple[bool, ...]) -> dict[str, Array]:
         """Return the arrays that kernels write: the first is out, if it is given and they can write it in place."""

@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     misalignment: int
 
 
-def _collapse(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+def one_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """Return the one stride that steps through all spatial positions in order, or None."""
     dims = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size != 1]
     if not dims:
@@ -55,7 +55,7 @@ def layout_of(desc: ArrayDesc, kind: Kind) -> Layout | None:
     if misalignment % itemsize or any(stride % itemsize for stride in strides):
         return None
     n, c, *spatial = (stride // itemsize for stride in strides)
-    s = _collapse(shape[2:], spatial)
+    s = one_stride(shape[2:], spatial)
     if s is None:
         return None
     if kind == "channels_first":

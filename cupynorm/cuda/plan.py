@@ -76,6 +76,7 @@ class Plan:
     steps: tuple[Step, ...]
     at_a_time: int = 0  # channel tiles in each round of a split: few enough that L2 keeps them for the second read
     input: str = ""
+    masked: bool = False  # and then a byte of the mask is read for an element at most, as often as x
 
     @property
     def bytes_per_element(self) -> int:
@@ -113,9 +114,10 @@ class _Job:
         epilogue: int = 0,
         invariant: bool = False,
         input: str = "",
+        masked: bool = False,
     ):
         self.op, self.device = op, device
-        self.input, self.epilogue = input, epilogue
+        self.input, self.masked, self.epilogue = input, masked, epilogue
         self.dtype = "float64" if input == "float64" else dtype  # by which resources are chosen
         self.n, self.c, self.s = shape
         held = INPUT_ITEMSIZE[input or dtype]  # the bytes of an element in a tile
@@ -228,7 +230,8 @@ class _Job:
 
     def exists(self, variant: Variant, file: str) -> bool:
         """Return True if a variant of a file has a kernel for this call."""
-        return exists(variant, file, self.dtype, self.kind, self.epilogue, self.misaligned, self.input)
+        facts = self.dtype, self.kind, self.epilogue, self.misaligned, self.input, self.masked
+        return exists(variant, file, *facts)
 
     def resident(self, variant: Variant) -> int:
         """Return the number of blocks of a variant for which a multiprocessor has registers."""
@@ -372,6 +375,7 @@ def plan(
     residual: bool = False,
     invariant: bool = False,
     input: str = "",
+    masked: bool = False,
 ) -> Plan:
     """Plan a call on arrays (N, C, S), none of these 0, with a layout for each array, x first.
 
@@ -382,9 +386,9 @@ def plan(
     are added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward without activation has none).
     residual: the epilogue has one. invariant: the order of additions in a plane must depend neither on N nor on the
     plane's address. input: the dtype of x, if it is another; then dtype is that of the other arrays, and op is forward,
-    moments or normalize.
+    moments or normalize. masked: there is a mask; op is moments, normalize, gradient_sums or input_gradient.
     """
-    job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant, input)
+    job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant, input, masked)
     # Forward reads the residual; backward reads it again, for z, and writes its gradient.
     more = residual * (1 + len(OPS[op].residual_targets))
 
@@ -403,6 +407,7 @@ def plan(
             steps,
             at_a_time,
             input,
+            masked,
         )
 
     if op == "normalize":

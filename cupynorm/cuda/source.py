@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -25,6 +25,7 @@ from .variants import (
     INPUT_ITEMSIZE,
     ITEMSIZE,
     KERNELS,
+    MASKED_KERNELS,
     MIXED_KERNELS,
     PLAIN,
     PLAIN_KERNELS,
@@ -73,6 +74,7 @@ class Module:
     epilogue: int = 0
     misaligned: bool = False
     input: str = ""  # the dtype of x, if it is another
+    masked: bool = False
 
     @classmethod
     def of(cls, step: Step, plan: Plan) -> Module:
@@ -84,13 +86,13 @@ class Module:
             module = cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
         else:
             facts = step.module, plan.dtype, plan.vec_size, plan.kind, step.group, epilogue, plan.misaligned
-            module = cls(*facts, plan.input)
+            module = cls(*facts, plan.input, plan.masked)
         forced = FORCED.get(step.module)
         return ForcedModule(**vars(module), only=forced[0]) if forced else module
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        facts = self.file, self.math_dtype, self.kind, self.epilogue, self.misaligned, self.input
+        facts = self.file, self.math_dtype, self.kind, self.epilogue, self.misaligned, self.input, self.masked
         known = (variant for variant in VARIANTS.get(self.file, ()) if group_of(variant, self.file) == self.group)
         return tuple(variant for variant in known if exists(variant, *facts))
 
@@ -107,6 +109,7 @@ class Module:
             "VEC_SIZE": self.vec_size,
             "CHANNELS_LAST": int(self.kind == "channels_last"),
             "MISALIGNED": int(self.misaligned),
+            "MASKED": int(self.masked),
             "EPILOGUE": self.epilogue,
             "READ_AHEAD": self._read_ahead,
             **{f"EPS_{mode.upper()}": number for number, mode in enumerate(EPS_MODES)},
@@ -143,6 +146,8 @@ class Module:
     def _prefixes(self) -> tuple[str, ...]:
         """The kernels of this module that have variants."""
         kernels = KERNELS.get(self.file, ())
+        if self.masked:
+            kernels = tuple(kernel for kernel in kernels if kernel in MASKED_KERNELS)
         if self.input:
             kernels = tuple(kernel for kernel in kernels if kernel in MIXED_KERNELS)
         return tuple(kernel for kernel in kernels if not (self.epilogue and kernel in PLAIN_KERNELS))
@@ -194,6 +199,12 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
             ]
             modules += [Module(file, dtype, v, "channels_last", group, epilogue) for v in (last, 1)]
     return [module for module in modules if module.kernels]
+
+
+def masked_modules(dtype: str, epilogues: Iterable[int] = (0,)) -> list[Module]:
+    """Return every module that calls with a mask may compile if all arrays have one dtype."""
+    files = ("split", "parts", "frozen")
+    return [replace(m, masked=True) for m in all_modules(epilogues) if m.file in files and m.dtype == dtype]
 
 
 def mixed_modules(input: str, dtype: str, epilogues: Iterable[int] = (0,)) -> list[Module]:

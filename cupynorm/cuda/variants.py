@@ -61,10 +61,11 @@ def group_of(variant: Variant, file: str) -> str:
 
 
 def exists(
-    variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool, input: str = ""
-) -> bool:
-    """Return True if a variant has a kernel for this file, dtype, kind, epilogue, alignment, and dtype of x, if it is
-    another.
+    variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool, input: str = "",
+    masked: bool = False,
+) -> bool:  # fmt: skip
+    """Return True if a variant has a kernel for this file, dtype, kind, epilogue and alignment, for this dtype of x, if
+    it is another, and with or without a mask.
 
     8 vecs of x and of dy take 64 registers per thread, which some kernels need for other things: these kernels have no
     such variants, but clusters that keep their tiles in shared memory. Nor do the registers of a grid hold 8 vecs of
@@ -75,8 +76,9 @@ def exists(
     needy = kind == "channels_last" or (ITEMSIZE[dtype] == 2 and (epilogue > 0 or misaligned))
     if variant.scope == "subwarp":  # in forward a thread takes 16 elements of 16 bits, whatever the size of planes
         return not (file == "forward" and variant.vecs_per_thread == 8 and ITEMSIZE[dtype] == 2)
-    if file == "split":  # each vec of a misaligned array is combined from two
-        return (variant.vecs_per_thread == 4) == (ITEMSIZE[dtype] == 2 and misaligned)
+    if file == "split":  # each vec of a misaligned array is combined from two; a mask has bits for each element
+        few = (ITEMSIZE[dtype] == 2 and misaligned) or (masked and epilogue > 0)
+        return (variant.vecs_per_thread == 4) == few
     if file != "backward":
         return True
     if variant.scope == "cluster" and variant.residency == "shared":
@@ -171,6 +173,8 @@ SINGLE: dict[str, tuple[str, ...]] = {
 #: The files whose kernels have no epilogue, and the kernels of other files that have none.
 PLAIN = ("double_backward", "double_split", "frozen_double_backward")
 PLAIN_KERNELS = ("moments",)
+#: The kernels that exist with a mask.
+MASKED_KERNELS = ("moments", "normalize", "gradient_sums", "input_gradient")
 #: The kernels that exist for x of another dtype than the other arrays'.
 MIXED_KERNELS = ("forward", "moments", "normalize")
 

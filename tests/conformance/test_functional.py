@@ -46,6 +46,8 @@ def test_signatures_of_forward_and_backward() -> None:
         "residual": None,
         "out": None,
         "moments": None,
+        "mask": None,
+        "lengths": None,
         "dtype": None,
         "ddof": 0,
         "eps_mode": "variance",

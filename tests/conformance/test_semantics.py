@@ -333,7 +333,16 @@ def test_signatures() -> None:
     convention = {"ddof": 0, "eps_mode": "variance"}
     keywords = (
         {"bias": True, **epilogue, **convention, "comm": None},
-        {**epilogue, "residual": None, "out": None, "moments": None, "dtype": None, **convention},
+        {
+            **epilogue,
+            "residual": None,
+            "out": None,
+            "moments": None,
+            "mask": None,
+            "lengths": None,
+            "dtype": None,
+            **convention,
+        },
     )
     for target, expected, keyword in [*((layer, constructor, keywords[0]) for layer in LAYERS.values()),
                                       (cn.instance_norm, function, keywords[1])]:  # fmt: skip

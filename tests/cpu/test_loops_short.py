@@ -70,7 +70,7 @@ def test_planes_processed_together_fit_the_l1_cache(rng: np.random.Generator, wa
 def test_places_and_parameters_of_planes(rng: np.random.Generator, way: str, size: int, of_samples: bool) -> None:
     """From any plane on and beyond the end of a sample: places, weights, biases and statistics; others stay."""
     n, c = np.divmod(np.arange(20), 5)
-    steps = [(-5 * 41, 41, 1), (50, -200, 1), (41, -4 * 41, 1), (0, 0, 1), (0, 0, 1)]
+    steps = [(-5 * 41, 41, 1), (50, -200, 1), (41, -4 * 41, 1), *[(0, 0, 1)] * 3]
     cut = Cut(5, 1, size, steps)
     weight, bias = rng.uniform(0.5, 2, (2, 4, 5)).astype(np.float32)
     if not of_samples:

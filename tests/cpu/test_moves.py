@@ -212,10 +212,10 @@ def test_a_step_gets_the_windows_of_each_plane_once(
     memory = rng.standard_normal((5, 7, 5, 4, 6)).astype(np.float32)
     x, result, dy, residual, dresidual = (each.transpose(np.argsort(order)) for each in memory)
     arrays = Arrays(x, result, dy, residual, dresidual)
-    before = [each.copy() for each in arrays]
-    layout = loops_path.Layout(x.dtype, shape, Arrays(*(each.strides for each in arrays)))
+    before = [each.copy() for each in arrays[:-1]]  # there is no mask
+    layout = loops_path.Layout(x.dtype, shape, Arrays(*(each.strides for each in arrays[:-1])))
     cut, boxes = layout.windows, layout.windows.boxes(threads)
-    assert all(cut.moved) and layout.tiles == 1 and (threads == 1 or len(boxes.table) > 1)
+    assert cut.moved == [True] * 5 + [False] and layout.tiles == 1 and (threads == 1 or len(boxes.table) > 1)
     names, call = list(loops_places.CALL), loops_places.FORMAT
     seen: list[int] = []
     failures: list[Exception] = []
@@ -228,7 +228,7 @@ def test_a_step_gets_the_windows_of_each_plane_once(
         assert inner["length"] == inner["tile_length"] == inner["plane"] == 42
         for plane in range(first, last):
             n, c = divmod(plane, 5)
-            for i, (name, array) in enumerate(zip(Arrays._fields, before, strict=True)):
+            for i, (name, array) in enumerate(zip(Arrays._fields, before, strict=False)):
                 address = ctypes.c_int64.from_address(given[name]).value
                 at = address + 4 * (n * inner[f"{name}_n"] + c * inner[f"{name}_c"])
                 window = np.frombuffer((ctypes.c_char * (4 * 42)).from_address(at), np.float32)
@@ -261,7 +261,7 @@ def test_a_step_gets_the_windows_of_each_plane_once(
     assert not failures, failures[0]
     assert sorted(seen) == [*range(20)]
     planes = np.arange(20).reshape(4, 5, 1, 1)
-    for i, (array, was) in enumerate(zip(arrays, before, strict=True)):
+    for i, (array, was) in enumerate(zip(arrays, before, strict=False)):
         assert_equal(array, np.broadcast_to(planes + i, shape) if writes and i in (1, 4) else was)
 
 

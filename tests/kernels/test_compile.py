@@ -32,6 +32,7 @@ from cupynorm.cuda.source import (
     all_modules,
     compile_error,
     core_modules,
+    masked_modules,
     mixed_modules,
 )
 from cupynorm.cuda.variants import EPILOGUES, ITEMSIZE, SINGLE, VARIANTS, Variant, group_of, widest
@@ -222,6 +223,26 @@ def _mixed() -> list[Module]:
             if module.vec_size > 1 or module.file not in VARIANTS:
                 same.setdefault((module.file, module.group, module.kind), []).append(module)
     return [modules[i % len(modules)] for i, modules in enumerate(same.values())]
+
+
+def _masked() -> list[Module]:
+    """Return modules with a mask: in the nightly tier all, else those with the widest accesses, in turn of the dtypes
+    and of the epilogues."""
+    if EVERYTHING:
+        return [module for dtype in ITEMSIZE for module in masked_modules(dtype, range(4))]
+    turns = [("float32", 2), ("float16", 1), ("bfloat16", 0), ("float64", 0)]
+    modules = [m for dtype, epilogue in turns for m in masked_modules(dtype, (epilogue,)) if m.vec_size > 1]
+    return [m for m in modules if not m.misaligned]
+
+
+@pytest.mark.full
+def test_modules_with_a_mask() -> None:
+    _nvrtc()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checks = [pool.submit(_check_resources, module, 90) for module in _masked()]
+    faults = [str(check.exception()) for check in checks if check.exception()]
+    if faults:
+        raise AssertionError("\n".join(faults))
 
 
 @pytest.mark.full

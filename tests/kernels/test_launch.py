@@ -237,6 +237,8 @@ def test_arguments_set_by_a_call_belong_to_a_kernel(
                 moments = cn.moments(x)
                 _, saved = cn.instance_norm_forward(x, w, w, **running, moments=moments, **fused, eps_mode="std")
                 cn.instance_norm_backward(x, saved)
+                _, saved = cn.instance_norm_forward(x, w, w, mask=np.ones(size, bool), **fused)
+                cn.instance_norm_backward(x, saved)
     assert set().union(*filled.values()) <= set().union(*fields.values())
     never = {(kernel, name) for kernel, names in fields.items() for name in names - filled[kernel]}
     assert never == UNUSED

@@ -13,7 +13,7 @@ BACKENDS = (
     *(f"cupynorm/cpu/{name}.py" for name in (
         "__init__", "blocking", "gelu", "llvm", "loops_across", "loops_activations", "loops_backward", "loops_forward",
         "loops_moves", "loops_path", "loops_places", "loops_rehearsal", "loops_short", "loops_tasks",
-        "numpy_activations", "numpy_double", "numpy_path", "windows",
+        "numpy_activations", "numpy_double", "numpy_masks", "numpy_path", "windows",
     )),
     *(f"cupynorm/cuda/{name}.py" for name in ("arguments", "launch", "launches", "layout", "ops", "plan", "source")),
 )  # fmt: skip
@@ -44,13 +44,13 @@ TESTS = {
     "blocking": "choices cpu double_backward",
     "config": "house cpu memory invariance",
     "conventions": "conventions",
-    "cpu": "choices cpu conventions parts double_backward plan epilogue semantics functional accuracy layers together",
+    "cpu": "choices cpu conventions masks parts double_backward plan epilogue semantics functional accuracy together",
     "cpu_count": "cpu",
     "describe": "plan functional info invariance",
     "devices": "functional layers checkpoints refusals info package",
     "explain": "functional info plan invariance semantics",
     "forks": "together",
-    "functional": "functional dtypes parts refusals semantics properties double_backward epilogue layers",
+    "functional": "functional dtypes masks parts refusals semantics properties double_backward epilogue layers",
     "gelu": "choices epilogue accuracy",
     "halves": "halves cpu",
     "inference": "layers semantics refusals",
@@ -61,7 +61,8 @@ TESTS = {
     "mixed": "dtypes",
     "numpy_activations": "choices epilogue accuracy semantics",
     "numpy_double": "choices double_backward cpu",
-    "numpy_path": "choices cpu conventions parts epilogue semantics functional accuracy layers",
+    "numpy_masks": "masks",
+    "numpy_path": "choices cpu conventions masks parts epilogue semantics functional accuracy layers",
     "ops": "plan launch",
     "plan": "plan invariance functional info",
     "result_pool": "memory cpu together",
@@ -82,7 +83,7 @@ USERS = {
     for users, files in {
         "single": "backward.cu epilogue.cuh forward.cu frozen.cu gradient.cuh moments.cuh normalize.cuh split.cu"
         " scale.cuh steps.cuh",
-        "parts": "given.cu parts.cu",
+        "parts": "given.cu mask.cuh parts.cu",
         "double": "double.cuh double_backward.cu double_split.cu frozen_double_backward.cu",
         "both": "affine.cuh arrays.cuh channels.cu device.cuh group.cuh merge.cuh merges.cu partition.cuh round.cuh"
         " staging.cuh sums.cuh tile.cuh types.cuh unaligned.cuh unit.cuh",
@@ -144,7 +145,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
             chosen("cases", "simt and float32 and (table or small)"), chosen("simt", "launches or reach"),
             chosen("cases", "simt and float32"), chosen("simt", "not barrier and not detects"),
             chosen("cases", "simt"),
-            *((file, "-m", "simt") for file in files_of("semantics conventions epilogue double_backward parts")),
+            *((file, "-m", "simt") for file in files_of("semantics conventions masks epilogue double_backward parts")),
         ]  # fmt: skip
         return [*own[:1], *emulated, *own[1:]]
     if name == "config":
@@ -163,13 +164,15 @@ def _loop_stages(name: str, scope: str) -> list[tuple[str, ...]]:
     return [
         *(compiled(each) for each in own), small, chosen("cases", "test_table and compiled and float32"),
         chosen("cases", "compiled"), compiled("cpu"), compiled("moves"),
-        (*files_of("conventions accuracy semantics epilogue properties"), "-m", "compiled"),
+        (*files_of("conventions masks accuracy semantics epilogue properties"), "-m", "compiled"),
     ]  # fmt: skip
 
 
 def _kernel_stages(file: str) -> list[tuple[str, ...]]:
     users = USERS[file]
     of_parts = [(file_of("parts"), "-m", "simt"), (file_of("parts"), "-m", "simt", "--full")]
+    if file == "mask.cuh":
+        return [(file_of("masks"), "-m", "simt")]
     if users == "parts":
         return [(*of_parts[0], "-k", "every_kernel"), *of_parts, (file_of("compile"),)]
     plain = "and double" if users == "double" else "and not double and not epilogue_variant"
@@ -185,7 +188,7 @@ def _kernel_stages(file: str) -> list[tuple[str, ...]]:
         *([chosen("cases", "simt and double")] if users == "both" else []),
         *([] if users == "double" else of_parts),
         (file_of("accuracy"), "-m", "simt", "-k", "not every_row"),
-        (*files_of("conventions semantics properties double_backward"), "-m", "simt"),
+        (*files_of("conventions masks semantics properties double_backward"), "-m", "simt"),
         chosen("simt", "address_sanitizer"),
         (file_of("compile"),),
     ]

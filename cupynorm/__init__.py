@@ -22,6 +22,7 @@ from .functional import (
 from .inference import inference_mode
 from .layers import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from .parameters import Parameter
+from .scores import denormalize, zscore
 from .statistics import GradientSums, Moments
 from .warm import warmup
 
@@ -35,6 +36,7 @@ __all__ = [
     "Moments",
     "Parameter",
     "Saved",
+    "denormalize",
     "explain",
     "get_batch_invariant",
     "get_memory_limit",
@@ -50,6 +52,7 @@ __all__ = [
     "set_memory_limit",
     "set_num_threads",
     "warmup",
+    "zscore",
 ]
 
 # With a usable GPU the core kernels are compiled now rather than in the first call; a failure is an error here, too.

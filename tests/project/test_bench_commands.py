@@ -1,4 +1,4 @@
-"""The commands host, parts, dtypes, passes, values, dram, smoke and prime."""
+"""The commands host, parts, dtypes, zscore, passes, values, dram, smoke and prime."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.compare import assert_equal, assert_within
+from helpers.optional import required
 
 import cupynorm
-from bench.commands import dram, dtypes, host, parts, passes, prime, smoke, values
+from bench.commands import dram, dtypes, host, parts, passes, prime, smoke, values, zscore
 from bench.core import cases, peers, report, timing
 from cupynorm import cpu, devices
 from cupynorm.cpu import numpy_path
@@ -291,3 +292,17 @@ def test_dtypes_times_every_call(capsys: pytest.CaptureFixture[str]):
     for wrong in (["2,3"], [*shapes, "--pairs", "float32:uint8"], [*shapes, "--pairs", "int32:float32"]):
         with pytest.raises(SystemExit):
             dtypes.main(wrong)
+
+
+@pytest.mark.extras
+def test_zscore_is_timed_beside_scipy_s(capsys: pytest.CaptureFixture[str]):
+    required("scipy.stats")
+    cases_ = ["20,3:0", "4,5,6:1,2", "4,5:all"]
+    assert zscore.main([*cases_, "--device", "cpu", "--rounds", "1", "--batch-ms", "0.01"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["20,3 axis 0", "4,5,6 axis (1, 2)", "4,5 axis all"]
+    for line in lines:
+        assert re.fullmatch(r"zscore \d+ us \(\d+\.\d\d\), scipy \d+ us \(\d+\.\d\d\)", line.partition(": ")[2])
+    for wrong in ("20,3", "20,3:2", "x:0"):
+        with pytest.raises(SystemExit):
+            zscore.main([wrong])

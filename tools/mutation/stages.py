@@ -21,7 +21,7 @@ BACKENDS = (
 REST = (
     "_checks", "_types", "backend", "config", "conventions", "cpu/forks", "cpu/halves", "cpu/llvm_machine",
     "cpu/result_pool", "cpu/running", "cpu/thread_pool", "cpu_count", "cuda/describe", "devices", "explain",
-    "distributed", "functional", "inference", "layers", "mixed", "parameters", "statistics", "thinc", "warm",
+    "distributed", "functional", "inference", "layers", "mixed", "parameters", "scores", "statistics", "thinc", "warm",
 )  # fmt: skip
 PARTS = {
     "kernels": tuple(sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").iterdir())),
@@ -69,6 +69,7 @@ TESTS = {
     "running": "together refusals semantics cpu parts",
     "distributed": "distributed",
     "parameters": "layers refusals",
+    "scores": "scores",
     "statistics": "parts",
     "source": "plan package",
     "thinc": "thinc",

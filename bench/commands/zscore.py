@@ -1,7 +1,7 @@
 """Time zscore beside SciPy's: python -m bench zscore [SHAPE:AXIS ...]
 
-For each shape and axis, in one race: `cupynorm.zscore`; `scipy.stats.zscore`, on a GPU `cupyx.scipy.stats.zscore`; and a
-copy of the array. A line has, for each of them, the microseconds of a call, and its time as a multiple of the copy's.
+For each shape and axis, in one race: `cupynorm.zscore`; `scipy.stats.zscore`, on a GPU `cupyx.scipy.stats.zscore`; and
+a copy of the array. A line has, for each of them, the microseconds of a call, and its time as a multiple of the copy's.
 """
 
 from __future__ import annotations

@@ -211,7 +211,10 @@ def mask_of_lengths(lengths: Any, x: Array, place: str) -> Array:
     xp, (n, *_, last) = _array_module(x), x.shape
     on_host = isinstance(lengths, (list, tuple, np.ndarray))
     if on_host:
-        lengths = np.asarray(lengths) if len(lengths) else np.zeros(0, np.int64)
+        try:
+            lengths = np.asarray(lengths) if np.size(lengths) else np.zeros(np.shape(lengths), np.int64)
+        except ValueError:
+            raise ValueError(f"lengths must be {n} integers, got {lengths!r}") from None
     else:
         _check_place(lengths, "lengths", place)
     if lengths.dtype.kind not in "iu":
@@ -228,7 +231,8 @@ def mask_of_lengths(lengths: Any, x: Array, place: str) -> Array:
 def only_in_mask(array: Array, mask: Array) -> Array:
     """Return a copy of an array that is 0 where a mask is False."""
     bits = array.view(f"u{array.itemsize}")  # CuPy does not compute on bfloat16
-    return _array_module(array).where(mask, bits, bits.dtype.type(0)).view(array.dtype)
+    with device_of(array) or nullcontext():
+        return _array_module(array).where(mask, bits, bits.dtype.type(0)).view(array.dtype)
 
 
 def _array_module(array: Array) -> Any:

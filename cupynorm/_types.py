@@ -43,9 +43,9 @@ def math_dtype(dtype: Any, input: Any = None) -> np.dtype:
 class Saved:
     """The state that a forward keeps for its backward.
 
-    x, weight, bias and residual are the arrays themselves, not copies: do not change them before the backward. mean and
-    rstd have shape (N, C), in float32 (float64 for float64 input or results). training is True if they are x's own or
-    come from given moments, False if they are running statistics. dtype is that of y; None stands for x's.
+    x, weight, bias, residual and mask are the arrays themselves, not copies: do not change them before the backward.
+    mean and rstd have shape (N, C), in float32 (float64 for float64 input or results). training is True if they are x's
+    own or come from given moments, False if they are running statistics. dtype is that of y; None stands for x's.
 
     mean_lo, in the same dtype, is the low-order part of the mean, lost in its rounding; None with running statistics.
     The backward computes z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the bits of the forward, so

@@ -44,8 +44,9 @@ class Backend(Protocol):
         """Compute the gradients of a backward without an activation. At least one of the first three is given."""
 
     @abstractmethod
-    def moments(self, x: Array, mask: Array | None = None) -> Moments:
-        """Compute the moments of each plane, which may be empty. mask: bool, of x's shape; of its True positions."""
+    def moments(self, x: Array, mask: Array | None = None, dtype: np.dtype | None = None) -> Moments:
+        """Compute the moments of each plane, which may be empty. mask: bool, of x's shape; of its True positions.
+        dtype: of the results that they are for, which decides on the precision with x's own; None: x's."""
 
     @abstractmethod
     def normalize(self, call: ForwardCall) -> ForwardResult:

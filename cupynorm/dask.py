@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import dask.array as da
@@ -31,11 +32,13 @@ from ._checks import (
     check_ddof,
     check_eps,
     check_eps_mode,
+    check_input,
     check_input_dtype,
     check_number,
     check_result_dtype,
 )
 from ._types import math_dtype
+from .backend import backend_of
 from .devices import dtype_of
 from .statistics import DTYPES, Moments
 
@@ -117,7 +120,7 @@ def instance_norm(
     if moments is not None:
         planes = _given_moments(moments, a)
     elif not whole:
-        planes = _merged(a)
+        planes = _merged(a, made)
     if planes is not None and reread:
         sources = [_again(each, planes) for each in sources]
     given += [None, None] if residual is None else [sources[1], index]
@@ -214,11 +217,11 @@ def _after(value: Any, _: None) -> Any:
 # Blocks of the arrays below are Moments: dask does not look at them.
 
 
-def _merged(a: da.Array) -> da.Array:
-    """Return the moments of the planes of each chunk of N and C."""
+def _merged(a: da.Array, dtype: Any = None) -> da.Array:
+    """Return the moments of the planes of each chunk of N and C. dtype: of the results that they are for."""
     spatial = tuple(range(2, a.ndim))
     return da.reduction(
-        a, _moments_of, _merge, axis=spatial, combine=_merge, concatenate=False, dtype=object,
+        a, partial(_moments_of, made=dtype), _merge, axis=spatial, combine=_merge, concatenate=False, dtype=object,
         split_every=SPLIT_EVERY, meta=np.empty((0, 0), object), name="moments",
     )  # fmt: skip
 
@@ -235,8 +238,12 @@ def _given_moments(given: Moments, a: da.Array) -> da.Array:
     return made
 
 
-def _moments_of(x: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
-    return np.empty((0,) * x.ndim, object) if computing_meta else functional.moments(_plain(x))
+def _moments_of(x: Any, axis: Any, keepdims: bool, made: Any, computing_meta: bool = False) -> Any:
+    """made: the dtype of results that the moments are for. (dask sets arguments of the name dtype.)"""
+    if computing_meta:
+        return np.empty((0,) * x.ndim, object)
+    x = _plain(x)
+    return backend_of(check_input(x, integers=True)).moments(x, None, made)
 
 
 def _merge(parts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:

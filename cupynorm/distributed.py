@@ -18,7 +18,7 @@ from . import devices
 from ._checks import check_count, device_of, known_place
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
 from .backend import backend_of
-from .functional import check_backward, check_forward, run_backward, run_forward
+from .functional import check_backward, check_forward, gradient_sums, run_backward, run_forward
 from .statistics import GradientSums, Numbers
 
 
@@ -78,7 +78,7 @@ class Exchange:
         if self.comm is not None:
             if call.moments is not None:
                 raise ValueError("over a comm moments are merged; needed are moments=None")
-            call.moments = self.merged(backend_of(place).moments(call.x, call.mask))
+            call.moments = self.merged(backend_of(place).moments(call.x, call.mask, call.result_dtype))
         return run_forward(call, place)
 
     def backward(self, dy: Array, saved: Saved, out: Array | None, sums: GradientSums | None = None) -> Gradients:
@@ -88,7 +88,7 @@ class Exchange:
             return run_backward(place, dy, saved, out, sums)
         if sums is not None:
             raise ValueError("over a comm sums are merged; needed are sums=None")
-        own = backend_of(place).gradient_sums(dy, saved)
+        own = gradient_sums(dy, saved)
         return run_backward(place, dy, saved, out, self.merged(own), own)
 
     def merged(self, own: Numbers) -> Numbers:

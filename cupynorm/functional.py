@@ -147,10 +147,10 @@ def instance_norm_forward(
 ) -> tuple[Array, Saved]:
     """Normalise as `instance_norm` does, and return the state that `instance_norm_backward` needs.
 
-    Arguments, defaults and errors are those of `instance_norm`. Saved holds x, weight, bias, the counts of given
-    moments, and, with an activation, residual themselves, not copies: do not change them before the backward. If out is
-    x, or with an activation the residual, the backward is refused. Saved holds no other array of x's size: the backward
-    recomputes the activation's argument. `inference_mode` has no effect here; it is for layers.
+    Arguments, defaults and errors are those of `instance_norm`. Saved holds x, weight, bias, the mask, the counts of
+    given moments, and, with an activation, residual themselves, not copies: do not change them before the backward. If
+    out is x, or with an activation the residual, the backward is refused. Saved holds no other array of x's size: the
+    backward recomputes the activation's argument. `inference_mode` has no effect here; it is for layers.
 
     Returns:
         (y, saved)
@@ -372,7 +372,7 @@ def check_backward(dy: Array, saved: Saved, out: Array | None, sums: GradientSum
         _check_numbers(sums, "sums", GradientSums, x, place)
     if out is not None:
         inputs = ("dy", dy), ("input", x), ("residual", saved.residual), ("weight", saved.weight), ("bias", saved.bias)
-        kept = [(name, getattr(saved, name)) for name in ("mean", "rstd", "mean_lo", "count")]
+        kept = [(name, getattr(saved, name)) for name in ("mask", "mean", "rstd", "mean_lo", "count")]
         check_out(out, x, place, (*inputs, *kept, *([] if sums is None else _arrays_of(sums, "sums"))))
     return place
 

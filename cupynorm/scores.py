@@ -14,8 +14,10 @@ import numpy as np
 
 from . import devices
 from ._checks import (
+    check_dtype,
     check_eps,
     check_eps_mode,
+    check_mask,
     check_number,
     check_of_planes,
     check_result_dtype,
@@ -86,7 +88,7 @@ def denormalize(
         shift = ones * _per_plane(bias, "bias", y, place, 0.0)
         call.moments = Moments(np.ones_like(moments.count), shift, ones)
         wide = math_dtype(call.result_dtype, y.dtype)
-        call.weight, call.bias = (np.ascontiguousarray(each.astype(wide)) for each in (scale, moments.mean))
+        call.weight, call.bias = (each.astype(wide, order="C") for each in (scale, moments.mean))
     result = backend_of(place).normalize(call)
     result.commit()
     return result.y
@@ -98,8 +100,7 @@ def _per_plane(parameter: Array | None, name: str, y: Array, place: str, missing
         return missing
     if place_of(parameter, name) != place:
         raise ValueError(f"{name} is on {place_of(parameter, name)} and y on {place}")
-    if parameter.dtype.name not in DTYPES:
-        raise TypeError(f"{name} has dtype {parameter.dtype}; needed is {', '.join(DTYPES)}")
+    check_dtype(parameter.dtype, name)
     if parameter.shape not in (y.shape[1:2], y.shape[:2]):
         raise ValueError(f"{name} has shape {parameter.shape}; needed is {y.shape[1:2]} or {y.shape[:2]}")
     return converted(parameter, np.dtype(np.float64), backend_of(place))
@@ -125,9 +126,10 @@ def zscore(
         a: numpy.ndarray or cupy.ndarray of any rank and strides. float16, bfloat16, float32, float64, uint8, int8,
             uint16 and int16 are read as they are; other real dtypes are converted to float64 first.
         axis: one or several axes of the mean and std; None for all.
-        ddof: delta degrees of freedom of std, as in numpy.std.
+        ddof: delta degrees of freedom of std, as in numpy.std. Slices of no more than ddof values, or of one, are NaN.
         nan_policy: "propagate": NaN where a slice contains one; "omit": mean and std of the other values, NaN where `a`
-            has one; "raise": a ValueError if `a` contains one, for which the host waits for a GPU.
+            has one (0 outside of a mask); "raise": a ValueError if `a` contains one, for which the host waits for a
+            GPU.
         mask: bool, broadcastable to a's shape: mean and std of the True positions; the result is 0 elsewhere.
         dtype: of the result, a float dtype; None is a's, or float64 for integers and bool, as in SciPy.
         out: array for the result: a's shape and the result's dtype; it may be `a` itself.
@@ -144,49 +146,57 @@ def zscore(
         raise ValueError(f"nan_policy must be one of {', '.join(POLICIES)}, got {nan_policy!r}")
     if a.dtype.kind not in "biuf" and a.dtype.name != "bfloat16":
         raise TypeError(f"a has dtype {a.dtype}; needed are real numbers")
+    if not a.dtype.isnative:
+        a = a.astype(a.dtype.newbyteorder("="))
     floats = a.dtype.name in DTYPES
     result = devices.dtype_of(dtype) if dtype is not None else a.dtype if floats else np.dtype(np.float64)
     check_result_dtype(result)
-    xp: Any = np if place == "cpu" else sys.modules["cupy"]
     axes = _axes_of(axis, a.ndim)
+    if mask is not None:
+        mask = check_mask(mask, a, place)
+    if out is not None and (place_of(out, "out") != place or out.shape != a.shape or out.dtype != result):
+        raise ValueError(
+            f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {a.shape} and dtype {result} on {place}"
+        )
     with device_of(a) or nullcontext():
         if not floats and a.dtype.name not in INTEGERS:
             a = a.astype(np.float64)
-        missing = None
-        if nan_policy != "propagate" and floats:
-            missing = _is_nan(a)
-            if nan_policy == "raise" and bool(missing.any()):
-                raise ValueError("a contains NaN, and nan_policy is 'raise'")
-        if mask is not None:
-            if place_of(mask, "mask") != place or mask.dtype != np.bool_:
-                raise TypeError(f"mask must be a bool array on {place}, got dtype {mask.dtype}")
-            mask = xp.broadcast_to(mask, a.shape)
+        missing = _is_nan(a) if nan_policy != "propagate" and floats else None
+        if nan_policy == "raise" and missing is not None and bool(missing.any()):
+            raise ValueError("a contains NaN, and nan_policy is 'raise'")
+        wanted = mask
         if nan_policy == "omit" and missing is not None:
             mask = ~missing if mask is None else mask & ~missing
-        order = [*(i for i in range(a.ndim) if i not in axes), *axes]
-        positions = math.prod(a.shape[i] for i in axes)
-        if out is not None and (out.shape != a.shape or out.dtype != result):
-            raise ValueError(
-                f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {a.shape} and dtype {result}"
-            )
-        if positions < 2 or ddof >= positions:
-            z = xp.full(a.shape, np.nan).astype(result)
-            if positions > 1:  # as SciPy: divided by infinity, or 0 / 0 where all values are equal
-                z = zscore(a, axis, 0.0, "propagate", mask=mask, dtype=result) * 0
-        else:
-            planes, shape = _planes(a.transpose(order), len(axes))
-            masks = None if mask is None else mask.transpose(order).reshape(shape)
-            target = None if out is None else _as_planes(out.transpose(order), len(axes), shape)
-            given = None if a.dtype == result else result
-            z = instance_norm(planes, eps=0.0, ddof=ddof, mask=masks, dtype=given, out=target)
-            z = z.reshape([a.shape[i] for i in order]).transpose(np.argsort(order))
-            if out is not None and target is not None:
-                z = out
+        z = _scores(a, axes, ddof, mask, result, out)
         if nan_policy == "omit" and missing is not None:
-            z[missing] = np.nan
-        if out is not None and z is not out:
-            out[...] = z
-        return z if out is None else out
+            _set_nan(z, missing if wanted is None else missing & wanted)
+        return z
+
+
+def _scores(a: Array, axes: list[int], ddof: float, mask: Array | None, result: np.dtype, out: Array | None) -> Array:
+    """Return the z-scores of an array whose dtype the kernels read."""
+    xp: Any = np if isinstance(a, np.ndarray) else sys.modules["cupy"]
+    positions = math.prod(a.shape[i] for i in axes)
+    if positions < 2 or ddof >= positions:  # as in SciPy: there is no deviation
+        z = xp.zeros(a.shape, result) if out is None else out
+        z.view(f"u{z.itemsize}")[...] = 0
+        _set_nan(z, xp.ones(a.shape, bool) if mask is None else mask)
+        return z
+    order = [*(i for i in range(a.ndim) if i not in axes), *axes]
+    planes, shape = _planes(a.transpose(order), len(axes))
+    masks = None if mask is None else mask.transpose(order).reshape(shape)
+    target = None if out is None else _as_planes(out.transpose(order), len(axes), shape)
+    given = None if a.dtype == result else result
+    z = instance_norm(planes, eps=0.0, ddof=ddof, mask=masks, dtype=given, out=target)
+    z = z.reshape([a.shape[i] for i in order]).transpose(np.argsort(order))
+    if mask is not None and ddof > 0:
+        few = xp.add.reduce(mask, axis=tuple(axes), dtype=np.int64, keepdims=True) <= ddof
+        _set_nan(z, mask & few)
+    if out is None:
+        return z
+    if target is None:
+        out.view(f"u{out.itemsize}")[...] = z.view(f"u{z.itemsize}")
+    return out
 
 
 def _axes_of(axis: Any, rank: int) -> list[int]:
@@ -208,6 +218,12 @@ def _axes_of(axis: Any, rank: int) -> list[int]:
     return sorted(found)
 
 
+def _set_nan(z: Array, where: Array) -> None:
+    """Set elements to NaN, as bits: CuPy does not compute on bfloat16."""
+    bits = {"float16": 0x7E00, "bfloat16": 0x7FC0, "float32": 0x7FC00000, "float64": 0x7FF8 << 48}[z.dtype.name]
+    z.view(f"u{z.itemsize}")[where] = bits
+
+
 def _is_nan(a: Array) -> Array:
     if a.dtype.name == "bfloat16":  # on whose bits CuPy does compute
         return (a.view(np.uint16) & 0x7FFF) > 0x7F80
@@ -221,7 +237,11 @@ def _planes(array: Array, reduced: int) -> tuple[Array, tuple[int, ...]]:
     inner = array.shape[array.ndim - reduced :]
     shapes = [(math.prod(kept[:cut]), math.prod(kept[cut:]), *inner) for cut in range(len(kept) + 1)]
     views = ((_as_planes(array, reduced, shape), shape) for shape in shapes)
-    return next((found for found in views if found[0] is not None), (array.reshape(shapes[0]), shapes[0]))
+    found = next((found for found in views if found[0] is not None), None)
+    if found is None:  # as bits: CuPy does not copy bfloat16
+        bits = array.view(f"u{array.itemsize}").reshape(shapes[0])
+        found = bits.view(array.dtype), shapes[0]
+    return found
 
 
 def _as_planes(array: Array, reduced: int, shape: tuple[int, ...]) -> Array | None:

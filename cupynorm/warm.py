@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from ._checks import check_activation, check_input, check_like, check_no_activation, check_number, check_result_dtype
+from ._checks import (
+    check_activation,
+    check_eps_mode,
+    check_input,
+    check_like,
+    check_mask,
+    check_no_activation,
+    check_number,
+    check_result_dtype,
+)
 from ._types import Array, math_dtype
 from .devices import dtype_of
 from .functional import (
@@ -42,6 +51,9 @@ def warmup(
     double_backward: bool = False,
     parts: bool = False,
     progress: bool | Progress | None = None,
+    mask: Array | None = None,
+    ddof: float = 0.0,
+    eps_mode: str = "variance",
 ) -> None:
     """Compile the code for calls on arrays like x; on a GPU, also prepare CUDA-graph capture.
 
@@ -78,6 +90,9 @@ def warmup(
         activation, negative_slope, residual: as in the later calls; of the residual, too, only the layout matters.
         double_backward: also run `instance_norm_double_backward`, with all of its gradients given.
         parts: also for `moments`, `gradient_sums`, and calls with `moments=` and `sums=`.
+        mask, ddof, eps_mode: as in the later calls; of a mask only the layout matters. Calls with lengths have a mask
+            that is the same for all channels and all positions but those along the last axis. (On a GPU, pass lengths
+            to calls in a graph as an array that is there.)
         progress: if True, report progress on stderr; None reports it if stderr is a terminal and the work takes more
             than two seconds. Or a function (done, total, what), called before each step, and with done = total at the
             end.
@@ -92,8 +107,14 @@ def warmup(
     place = check_input(x, integers=dtype is not None)
     check_activation(activation)
     negative_slope = check_number(negative_slope, "negative_slope")
+    check_eps_mode(eps_mode)
+    ddof = check_number(ddof, "ddof")
     if double_backward:
         check_no_activation(activation)
+        if mask is not None or ddof or eps_mode != "variance":
+            raise ValueError("no double backward with a mask, or with another ddof or eps_mode than the defaults")
+    if mask is not None:
+        mask = check_mask(mask, x, place)
     if residual is not None:
         check_like(residual, "residual", x, place, dtype)
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
@@ -102,10 +123,12 @@ def warmup(
     if place == "cpu":
         from . import cpu
 
-        steps = cpu.rehearsals(x, x.dtype if dtype is None else dtype, activation, residual, parts)
+        rare = {"mask": mask, "sloped": bool(ddof) or eps_mode != "variance"}
+        steps = cpu.rehearsals(x, x.dtype if dtype is None else dtype, activation, residual, parts, **rare)
     else:
         device = x.device
         epilogue = {"activation": activation, "negative_slope": negative_slope, "residual": residual}
+        epilogue |= {"mask": mask, "ddof": ddof, "eps_mode": eps_mode}
         steps = _calls(x, x.dtype if dtype is None else dtype, epilogue, double_backward, parts)
     if progress is None or isinstance(progress, bool):
         progress = _speaker(progress)
@@ -149,18 +172,19 @@ def _calls(
         parameter = ones if affine else None
         y_saved = instance_norm_forward(
             x, parameter, parameter, running_mean=ones.copy(), running_var=ones.copy(),
-            use_input_stats=use_input_stats, moments=moments(x) if in_part else None, dtype=dtype, **epilogue,
+            use_input_stats=use_input_stats, moments=moments(x, mask=epilogue["mask"]) if in_part else None,
+            dtype=dtype, **epilogue,
         )  # fmt: skip
         if x.dtype.kind in "iu":
             return
-        dy = cupy.zeros_like(y_saved[0])
+        dy, ddx = cupy.zeros_like(y_saved[0]), cupy.zeros_like(x)
         sums = gradient_sums(dy, y_saved[1]) if in_part else None
         # Kept alive, so that the pool gets blocks for all of them.
         gradients = [instance_norm_backward(dy, y_saved[1], sums=sums)]
         if in_part:
             return
         if double_backward:
-            gradients += [instance_norm_double_backward(dy, parameter, parameter, dy, y_saved[1])]
+            gradients += [instance_norm_double_backward(ddx, parameter, parameter, dy, y_saved[1])]
 
     calls: list[tuple[str, Callable[[], Any]]] = []
     for use_input_stats in (True, False) if math.prod(x.shape[2:]) > 1 else (False,):

@@ -1,6 +1,6 @@
 // Masks: which positions of a plane count. Modules that are not MASKED have none: everything counts, without a test.
 //
-// A mask has a byte for each element, 0 or 1, and strides of 0 where it is the same for several samples, channels or
+// A mask has a byte for each element, 0 where it does not count, and strides of 0 where it is the same for several samples, channels or
 // positions. Its bits for a tile stay in registers, so it is read once in a step.
 
 #ifndef CUPYNORM_MASK
@@ -36,9 +36,9 @@ template <int VECS_PER_THREAD> struct MaskOfTile<VECS_PER_THREAD, true> {
                 for (int v = 0; v < VEC_SIZE; v++) vec.v[v] = load(p + v * step);
             }
             #pragma unroll
-            for (int v = 0; v < VEC_SIZE; v++) bits[place(k, v) / 32] |= (unsigned)vec.v[v] << place(k, v) % 32;
+            for (int v = 0; v < VEC_SIZE; v++) bits[place(k, v) / 32] |= (unsigned)(vec.v[v] != 0) << place(k, v) % 32;
         }
-        if (Partition::has_tails && partition.tail >= 0) tail = load(origin + partition.tail * mask.s);
+        if (Partition::has_tails && partition.tail >= 0) tail = load(origin + partition.tail * mask.s) != 0;
     }
     static __device__ constexpr int place(int k, int v) { return k * VEC_SIZE + v; }
     __device__ bool has(int k, int v) const { return bits[place(k, v) / 32] >> place(k, v) % 32 & 1; }

@@ -82,20 +82,21 @@ def _choose(call: Saved, arrays: Arrays) -> Any:
 
 
 def rehearsals(
-    x: Array, dtype: np.dtype, activation: str | None, residual: Array | None, parts: bool = False
+    x: Array, dtype: np.dtype, activation: str | None, residual: Array | None, parts: bool = False, **rare: Any
 ) -> list[tuple[str, Callable[[], Any]]]:
     """Return (name, step) pairs that compile the loops for arrays like x, and results of this dtype; empty if such
-    calls use NumPy alone."""
-    return loops_rehearsal.rehearsals(x, dtype, activation, residual, parts) if compiled else []
+    calls use NumPy alone. rare: mask and sloped, as in loops_rehearsal."""
+    return loops_rehearsal.rehearsals(x, dtype, activation, residual, parts, **rare) if compiled else []
 
 
 class CpuBackend(Backend):
     """The backend of NumPy arrays."""
 
-    def moments(self, x: Array, mask: Array | None = None) -> Moments:
+    def moments(self, x: Array, mask: Array | None = None, dtype: np.dtype | None = None) -> Moments:
         if not x.size:
             return new(Moments, partial(np.zeros, x.shape[:2]))
-        dtype = math_dtype(x.dtype) if x.dtype.kind in "iu" else x.dtype
+        wide = math_dtype(x.dtype if dtype is None else dtype, x.dtype)
+        dtype = x.dtype if x.dtype.kind not in "iu" and wide == math_dtype(x.dtype) else wide
         return merge_tiles(*_choose(_without_statistics(x, dtype), Arrays(x, x, mask=mask)).moments())
 
     def forward(self, call: ForwardCall) -> ForwardResult:

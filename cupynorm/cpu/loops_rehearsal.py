@@ -20,6 +20,8 @@ from .loops_tasks import driver
 def _modules(modules: Pass, layout: Layout, lanes: int) -> list[str]:
     """Return the modules that calls with such a layout may use, whatever the size of their planes."""
     names = [name for name in modules if name]
+    if layout.masked:
+        return names
     if modules in (FORWARD, BACKWARD) and not layout.channels_last:
         which = "forward" if modules is FORWARD else "backward"
         names += [f"across_{which}", *([f"short_{which}"] if lanes in layout.usual_lanes else [])]
@@ -27,10 +29,11 @@ def _modules(modules: Pass, layout: Layout, lanes: int) -> list[str]:
 
 
 def rehearsals(
-    x: Array, dtype: np.dtype, activation: str | None, residual: Array | None, parts: bool
-) -> list[tuple[str, Callable[[], Any]]]:
+    x: Array, dtype: np.dtype, activation: str | None, residual: Array | None, parts: bool,
+    mask: Array | None = None, sloped: bool = False,
+) -> list[tuple[str, Callable[[], Any]]]:  # fmt: skip
     """Return (name, step) pairs that compile the loops for arrays like x, and results of this dtype; empty if the loops
-    cannot address the arrays.
+    cannot address the arrays. sloped: as in loops_places.Kind.
 
     Results and dy are laid out like a new result, or results are x itself. No array's contents are read or written.
     """
@@ -56,7 +59,8 @@ def rehearsals(
             layouts.append(other)
         found.setdefault(driver, (what, driver))
         for each in layouts:
-            kind = each.kind(activation, arrays.residual is not None, training)
+            slopes = sloped and training and modules is BACKWARD
+            kind = each.kind(activation, arrays.residual is not None, training, slopes)
             for lanes in {*each.usual_lanes, *([each.lanes] if each is layout else [])}:
                 for name in _modules(modules, each, lanes):
                     module = name, kind_for(name, kind._replace(lanes=lanes))
@@ -69,9 +73,9 @@ def rehearsals(
     for result in (y,) if mixed else (y, x):
         what = "forward" if result is y else "forward in place"
         # Updates of running statistics, and calls with them, use the same loops.
-        rehearse(what, FORWARD if trained else NORMALIZE, Arrays(x, result, residual=residual))
+        rehearse(what, FORWARD if trained else NORMALIZE, Arrays(x, result, residual=residual, mask=mask))
     if parts:
-        rehearse("moments", MOMENTS, Arrays(x, np.empty_like(x, math_dtype(x.dtype)) if integers else x))
+        rehearse("moments", MOMENTS, Arrays(x, np.empty_like(x, math_dtype(x.dtype)) if integers else x, mask=mask))
     if integers:
         return list(found.values())
     if mixed:  # a backward converts all arrays first
@@ -83,7 +87,12 @@ def rehearsals(
                 rehearse("conversion", NORMALIZE, Arrays(converted, empty_like(converted, np.empty, each.dtype)), None)
         x, y = empty_like(x, np.empty, wide), empty_like(y, np.empty, wide)
         residual = None if residual is None else empty_like(residual, np.empty, wide)
-    gradients = Arrays(x, y, y, residual, y) if residual is not None and activation is not None else Arrays(x, y, y)
+    gradients = Arrays(x, y, y, mask=mask)
+    if residual is not None and activation is not None:
+        gradients = Arrays(x, y, y, residual, y, mask)
     for training in (True, False) if trained or parts else (False,):
         rehearse("backward", BACKWARD, gradients, training=training)
+    if sloped and parts:  # with given sums, slopes are in these
+        sloped = False
+        rehearse("backward", BACKWARD, gradients)
     return list(found.values())

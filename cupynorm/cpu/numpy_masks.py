@@ -20,7 +20,8 @@ def inside_of(mask: np.ndarray | None, index: Index, channels_last: bool, itemsi
     part = part[tuple(slice(None if stride else 1) for stride in part.strides[:2])]
     n, c = part.shape[:2]
     # (Not in one step: a ufunc that casts would use its buffer, which may be short.)
-    bits = (np.moveaxis(part, 1, -1) if channels_last else part).view(np.int8).astype(f"i{itemsize}", order="C")
+    part = part.view(np.int8) != 0  # a view of other bytes as bool may have more than 0 and 1
+    bits = (np.moveaxis(part, 1, -1) if channels_last else part).astype(f"i{itemsize}", order="C")
     np.negative(bits, out=bits)
     return bits.reshape(n, -1, c).transpose(0, 2, 1) if channels_last else bits.reshape(n, c, -1)
 

@@ -50,10 +50,11 @@ class CudaBackend(Backend):
 
     # Forward
 
-    def moments(self, x: Array, mask: Array | None = None) -> Moments:
+    def moments(self, x: Array, mask: Array | None = None, dtype: np.dtype | None = None) -> Moments:
         with self.runtime.on(x):
-            dtype = math_dtype(x.dtype) if x.dtype.kind in "iu" else None
-            work = PlannedLaunches(self.runtime, "moments", (x,), dtype=dtype, mask=mask)
+            wide = math_dtype(x.dtype if dtype is None else dtype, x.dtype)
+            own = x.dtype.kind not in "iu" and wide == math_dtype(x.dtype)
+            work = PlannedLaunches(self.runtime, "moments", (x,), dtype=None if own else wide, mask=mask)
             moments = new(Moments, partial(work.empty, work.nc))
             if x.size == 0:
                 for array in vars(moments).values():
@@ -71,7 +72,7 @@ class CudaBackend(Backend):
 
     def forward(self, call: ForwardCall) -> ForwardResult:
         if call.mask is not None:
-            call.moments = self.moments(call.x, call.mask)
+            call.moments = self.moments(call.x, call.mask, call.result_dtype)
             return self.normalize(call)
         return self._forward("forward", call)
 

@@ -90,6 +90,7 @@ def test_deviations_of_any_size(
     assert_within(backend.host(dx), exact.backward(dy)[0], bound * largest + 2.0**-126, "dx", overflow=True)
 
 
+@pytest.mark.full(simt=lambda given: given["value"] not in (0.0, 0.1))
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3e4, 1e30])
 @pytest.mark.parametrize("size", [4, 63, 1000])
 @pytest.mark.parametrize("eps_mode", EPS_MODES)

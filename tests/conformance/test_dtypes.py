@@ -11,6 +11,7 @@ from helpers import cases, parts, reference
 from helpers.backends import Backend, on
 from helpers.compare import ROUNDING, assert_equal, assert_same, assert_within, wide
 from helpers.pairwise import pairwise
+from helpers.ranks import Ranks
 
 import cupynorm as cn
 from cupynorm import devices
@@ -186,6 +187,7 @@ def test_gradients(
 
 
 @on("numpy", "simt", "cupy")
+@pytest.mark.full(simt=lambda given: True)
 @pytest.mark.parametrize("pair", MIXED[:2], ids=str)
 def test_double_backward(backend: Backend, pair: tuple[str, str], rng: np.random.Generator) -> None:
     input, dtype = pair
@@ -228,6 +230,7 @@ def test_empty_inputs(backend: Backend, shape: tuple[int, ...]) -> None:
     assert (backend.host(cn.moments(x).count) == 0).all()
 
 
+@pytest.mark.full(simt=lambda given: given["rank"] != 2)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_layers(backend: Backend, rank: int, rng: np.random.Generator) -> None:
     """A float32 layer on integers: training with running statistics, eval, one sample."""
@@ -354,8 +357,34 @@ def test_explain_names_both_dtypes() -> None:
         cn.explain(x, dtype=int)
 
 
+@pytest.mark.full(simt=lambda given: given["value"] != 77)
 @pytest.mark.parametrize("value", [0, 1, 77, 255])
 @pytest.mark.parametrize("size", [5, 64, 3000])
 def test_constant_planes_of_integers(backend: Backend, value: int, size: int) -> None:
     y = cn.instance_norm(backend.array(np.full((2, 3, size), value, np.uint8)), dtype="float32")
     assert_equal(backend.host(y), np.zeros((2, 3, size)))
+
+
+@on("numpy", "compiled", "simt")
+@pytest.mark.parametrize("pair", [("float32", "float16"), ("float32", "float64"), ("float16", "float32")], ids=str)
+@pytest.mark.full(simt=lambda given: given["pair"] != ("float32", "float16"))
+def test_layers_over_several_ranks(backend: Backend, pair: tuple[str, str], rng: np.random.Generator) -> None:
+    """The forward of parts, and its backward, with results of another dtype than the input."""
+    x, dy = values(rng, (2, 3, 6, 8), pair[0]), rng.normal(size=(2, 3, 6, 8)).astype(pair[1])
+    cut = [slice(0, 2), slice(2, 6)]
+
+    def work(comm: Any, rank: int) -> tuple[Any, ...]:
+        layer = cn.InstanceNorm2d(3, affine=True, dtype=math_of(*pair), device="cpu", comm=comm)
+        part = cut[rank]
+        y = layer.forward(backend.array(x[:, :, part]), dtype=pair[1])
+        dx = layer.backward(backend.array(dy[:, :, part]))
+        return y, dx, layer.weight.grad
+
+    found = Ranks(len(cut)).run(work)
+    exact = reference.Exact(x)
+    dx, dweight, *_ = exact.backward(dy)
+    bound = 4 * ROUNDING[pair[1]] + 40 * ROUNDING[math_of(*pair)]
+    assert_within(np.concatenate([y for y, _, _ in found], 2), exact.y, bound * (1 + np.abs(exact.y)))
+    bound += 4 * ROUNDING[pair[0]]
+    assert_within(np.concatenate([a for _, a, _ in found], 2), dx, bound * 10 * exact.rstd)
+    assert_within(sum(wide(a) for _, _, a in found), dweight, bound * 100)

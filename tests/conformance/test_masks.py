@@ -293,6 +293,7 @@ def test_lengths_of_any_kind(backend: Backend, lengths: Any, rng: np.random.Gene
     assert_within(backend.host(cn.instance_norm(backend.array(x), lengths=on_device)), expected, 1e-12)
 
 
+@pytest.mark.full(simt=lambda given: True)
 def test_integers_and_other_dtypes(backend: Backend, rng: np.random.Generator) -> None:
     x = rng.integers(0, 60000, (2, 3, 9, 8)).astype(np.uint16)
     mask = rng.random((9, 8)) < 0.6
@@ -422,3 +423,43 @@ def test_broadcast_masks_are_not_copied(backend: Backend) -> None:
     if backend.device == "cpu":
         assert np.shares_memory(saved.mask, mask)
     assert math.prod(saved.mask.strides[2:]) == 5
+
+
+def test_bytes_that_are_viewed_as_bool(backend: Backend, rng: np.random.Generator) -> None:
+    """As masks of images often are: 255 counts like 1."""
+    mask = rng.random((9, 80)) < 0.5
+    odd = np.where(mask, 255, 0).astype(np.uint8).view(bool)
+    x, dy = (backend.array(rng.normal(size=(2, 3, 9, 80)).astype(np.float32)) for _ in range(2))
+    y, saved = cn.instance_norm_forward(x, mask=backend.array(mask))
+    other, kept = cn.instance_norm_forward(x, mask=backend.array(odd))
+    assert_same(backend.host(other), backend.host(y))
+    for a, b in zip(cn.instance_norm_backward(dy, saved), cn.instance_norm_backward(dy, kept), strict=True):
+        assert a is b is None or (backend.host(a) == backend.host(b)).all()
+    assert_equal(backend.host(cn.moments(x, mask=backend.array(odd)).count), np.full((2, 3), mask.sum()))
+
+
+def test_out_may_not_overlap_the_mask(backend: Backend) -> None:
+    """Neither in the forward nor in the backward, which reads it again."""
+    memory = backend.array(np.zeros(960, np.uint8))
+    mask, out = memory[:240].view(bool).reshape(2, 3, 40), memory.view(np.float32).reshape(2, 3, 40)
+    x = backend.array(np.ones((2, 3, 40), np.float32))
+    with pytest.raises(ValueError, match="out overlaps mask"):
+        cn.instance_norm(x, mask=mask, out=out)
+    y, saved = cn.instance_norm_forward(x, mask=mask)
+    with pytest.raises(ValueError, match="out overlaps mask"):
+        cn.instance_norm_backward(y, saved, out=out)
+
+
+@pytest.mark.full(simt=lambda given: given["input"] != "float32")
+@pytest.mark.parametrize("input", ["float32", "float16", "uint16"])
+def test_float64_results_have_float64_statistics(backend: Backend, input: str, rng: np.random.Generator) -> None:
+    """Also where the moments are computed by themselves."""
+    x, mask = (rng.normal(size=(2, 3, 90)) * 50 + 500).astype(input), rng.random(90) < 0.6
+    y = cn.instance_norm(backend.array(x), mask=backend.array(mask), dtype="float64")
+    assert_within(backend.host(y), Exact(x, np.broadcast_to(mask, x.shape)).y, 1e-12)
+
+
+@pytest.mark.parametrize("lengths", [np.array(3), [[1, 2], [3]], [2**64, 1], np.zeros((2, 0), int)], ids=str)
+def test_odd_lengths_are_refused(backend: Backend, lengths: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="lengths"):
+        cn.instance_norm(backend.array(np.ones((2, 3, 6), np.float32)), lengths=lengths)

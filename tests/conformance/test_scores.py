@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.backends import Backend
+from helpers.backends import Backend, on
 from helpers.compare import ROUNDING, assert_equal, assert_within, wide
 from helpers.optional import required
 from helpers.pairwise import pairwise
@@ -41,7 +41,7 @@ AXES = (0, 1, 2, -1, (0, 1), (1, 2), (0, 2), (2, 0), (0, 1, 2), None)
     shape=((3, 4, 5), (40, 3, 60), (2, 33, 32), (300, 2, 7)), order=("C", "F", "every second", "reversed"),
     ddof=(0, 1, 1.5), out=(False, True),
 )  # fmt: skip
-@pytest.mark.full(simt=lambda given: given["dtype"] not in ("float32", "uint16"))
+@pytest.mark.full(simt=lambda given: given["dtype"] != "float32")
 def test_zscore(
     backend: Backend, dtype: str, axis: Any, shape: tuple[int, ...], order: str, ddof: float, out: bool,
     rng: np.random.Generator,
@@ -92,6 +92,7 @@ def test_as_scipy_does(
 
 
 @pytest.mark.extras
+@pytest.mark.full(simt=lambda given: given["dtype"] != "uint8")
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "bool"])
 def test_integers_as_scipy(backend: Backend, dtype: str, rng: np.random.Generator) -> None:
     a = (rng.random((20, 30)) * 100).astype(dtype)
@@ -103,6 +104,7 @@ def test_integers_as_scipy(backend: Backend, dtype: str, rng: np.random.Generato
     assert_within(backend.host(z), exact(a, None), 5e-6)
 
 
+@pytest.mark.full(simt=lambda given: given["axis"] != 1)
 @pytest.mark.parametrize("axis", [0, 1, None, (1, 2)], ids=str)
 def test_zscore_with_a_mask(backend: Backend, axis: Any, rng: np.random.Generator) -> None:
     """And with NaN that is left out, inside the mask and outside of it."""
@@ -112,13 +114,14 @@ def test_zscore_with_a_mask(backend: Backend, axis: Any, rng: np.random.Generato
     holes = rng.random(a.shape) < 0.1
     spoiled = np.where(holes, np.nan, a)
     z = cn.zscore(backend.array(spoiled), axis, nan_policy="omit", mask=backend.array(mask))
-    expected = np.where(holes, np.nan, exact(a, axis, mask=mask & ~holes))
+    expected = np.where(holes & mask, np.nan, exact(a, axis, mask=mask & ~holes))
     assert_within(backend.host(z), expected, 1e-11)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "uint8"])
-@pytest.mark.parametrize("value", [0.1, 7.0, 250.0])
-@pytest.mark.parametrize("size", [2, 15, 63, 1000, 70000])
+@pairwise(
+    dtype=("float32", "float64", "float16", "uint8"), value=(0.1, 7.0, 250.0), size=(2, 15, 63, 1000, 70000)
+)  # fmt: skip
+@pytest.mark.full(simt=lambda given: given["dtype"] != "float32" or given["size"] > 1000)
 def test_constant_slices_are_nan(backend: Backend, size: int, value: float, dtype: str) -> None:
     """As in SciPy; beside slices that are not constant."""
     a = np.full((3, size), value).astype(dtype)
@@ -131,8 +134,18 @@ def test_slices_of_one_value_and_of_none(backend: Backend) -> None:
     assert np.isnan(backend.host(cn.zscore(backend.array(np.ones((3, 1))), axis=1))).all()
     assert cn.zscore(backend.array(np.ones((0, 3)))).shape == (0, 3)
     assert cn.zscore(backend.array(np.ones((3, 0))), axis=0).shape == (3, 0)
-    z = backend.host(cn.zscore(backend.array(np.array([[1.0, 2.0], [3.0, 3.0]])), axis=1, ddof=2))
-    assert_equal(z, [[0, 0], [np.nan, np.nan]])  # divided by infinity, and 0 / 0
+    for dtype, ddof in itertools.product((np.float64, np.float16, BFLOAT16), (2, 3)):
+        a = backend.array(np.array([[1, 2], [3, 3]]).astype(dtype))
+        assert np.isnan(wide(backend.host(cn.zscore(a, axis=1, ddof=ddof)))).all()
+    # By a mask, or by NaN that is left out.
+    mask = np.array([[True, False, True, False], [False] * 4])
+    z = backend.host(cn.zscore(backend.array(np.arange(8.0).reshape(2, 4)), axis=1, ddof=2, mask=backend.array(mask)))
+    assert_equal(z, np.where(mask, np.nan, 0))
+    a = backend.array(np.where(mask, np.arange(8.0).reshape(2, 4), np.nan))
+    assert np.isnan(backend.host(cn.zscore(a, axis=1, ddof=2, nan_policy="omit"))).all()
+    one = backend.array(np.ones((2, 1)))
+    z = backend.host(cn.zscore(one, axis=1, mask=backend.array(np.array([[True], [False]]))))
+    assert_equal(z, [[np.nan], [0]])
 
 
 def test_nan_policies(backend: Backend) -> None:
@@ -170,7 +183,9 @@ def test_usual_views_are_not_copied() -> None:
         (np.float32, {"dtype": int}, TypeError, "dtype, of the result, must be"),
         (np.float32, {"ddof": "1"}, TypeError, "ddof must be a number"),
         (np.float32, {"out": np.zeros((3, 4))}, ValueError, "out has shape .* dtype float64; needed are"),
-        (np.float32, {"mask": np.ones(4)}, TypeError, "mask must be a bool array"),
+        (np.float32, {"mask": np.ones(4)}, TypeError, "mask has dtype float64; needed is bool"),
+        (np.float32, {"mask": np.ones(3, bool)}, ValueError, r"mask has shape \(3,\), which does not broadcast"),
+        (np.float32, {"out": [1]}, TypeError, "out must be a numpy.ndarray"),
     ],
 )  # fmt: skip
 def test_refusals_of_zscore(backend: Backend, array: Any, options: Any, error: type, message: str) -> None:
@@ -183,7 +198,7 @@ def test_refusals_of_zscore(backend: Backend, array: Any, options: Any, error: t
     dtype=("float32", "float64", "float16"), eps_mode=EPS_MODES, ddof=(0, 1), params=("none", "channel", "sample"),
     shape=((2, 3, 9, 8), (2, 5, 40), (1, 32, 20, 30)), layout=("C", "channels_last"),
 )  # fmt: skip
-@pytest.mark.full(simt=lambda given: given["dtype"] != "float32")
+@pytest.mark.full(simt=lambda given: given["dtype"] != "float32" or len(given["shape"]) == 3)
 def test_denormalize_undoes_instance_norm(
     backend: Backend, dtype: str, eps_mode: str, ddof: int, params: str, shape: tuple[int, ...], layout: str,
     rng: np.random.Generator,
@@ -211,6 +226,7 @@ def test_denormalize_undoes_instance_norm(
     assert_equal(backend.host(y), backend.host(back))
 
 
+@pytest.mark.full(simt=lambda given: True)
 def test_denormalize_images_of_a_camera(backend: Backend, rng: np.random.Generator) -> None:
     """uint16 to float16 and back, rounded; planes near the end of the range with a small deviation."""
     x = (65500 + rng.integers(0, 8, (2, 3, 20, 30))).astype(np.uint16)
@@ -241,7 +257,7 @@ def test_refusals_of_denormalize(backend: Backend) -> None:
             ValueError,
             r"weight has shape \(2,\); needed is \(3,\) or \(2, 3\)",
         ),
-        ((moments, None, backend.array(np.ones(3, int))), {}, TypeError, "bias has dtype int64; needed is float16"),
+        ((moments, None, backend.array(np.ones(3, int))), {}, TypeError, "bias has dtype int64; accepted are float16"),
         ((moments,), {"eps": -1}, ValueError, "eps must not be negative"),
         ((moments,), {"eps_mode": "sum"}, ValueError, "eps_mode must be one of"),
         ((moments,), {"dtype": "uint16"}, TypeError, "dtype, of the result, must be"),
@@ -252,3 +268,16 @@ def test_refusals_of_denormalize(backend: Backend) -> None:
     with pytest.raises(TypeError, match="integers need dtype="):
         cn.denormalize(backend.array(np.ones((2, 3, 6), np.uint8)), moments)
     assert (backend.host(out) == 7).all()
+
+
+@on("numpy", "compiled", "simt")
+def test_other_byte_orders(backend: Backend, rng: np.random.Generator) -> None:
+    """Of FITS files, say: zscore converts them; parameters of denormalize are refused."""
+    a = rng.normal(size=(5, 30)) * 100
+    for dtype in (">f4", ">f8", ">u2", ">i4"):
+        z = cn.zscore(a.astype(dtype), axis=1)
+        assert z.dtype == (np.float32 if dtype == ">f4" else np.float64)
+        assert_within(z, exact(a.astype(dtype), 1), 1e-5)
+    x = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    with pytest.raises(TypeError, match="weight has dtype >f4"):
+        cn.denormalize(x, cn.moments(x), np.ones(3, ">f4"))

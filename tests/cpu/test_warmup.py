@@ -172,6 +172,37 @@ def test_results_of_another_dtype(
 
 
 @pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore:invalid value")  # since the steps count nothing
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_masks_and_conventions(met: Kinds, monkeypatch: pytest.MonkeyPatch, layout: str, shared: bool) -> None:
+    """A mask that channels share, or one of each; with given moments and sums, too."""
+
+    def made(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        mask = np.ones(shape[2:], bool) if shared else LAYOUTS[layout](np.ones(shape, bool))
+        return LAYOUTS[layout](np.zeros(shape, np.float32)), mask
+
+    options = {"ddof": 1, "eps_mode": "std"}
+    x, mask = made((3, 32, 7, 9))
+    cn.warmup(x, activation="relu", parts=True, mask=mask, **options)
+    cn.warmup(x, activation="relu", **options)
+    compiled = met.copy()
+    met.clear()
+    forget_modules(monkeypatch)
+    for threads, shape in itertools.product((1, 3), ((2, 32, 16, 24), (2, 32, 8, 8), (1, 32, 160, 90))):
+        cn.set_num_threads(threads)
+        x, mask = made(shape)
+        for given in ({"mask": mask}, {"mask": mask, "moments": cn.moments(x, mask=mask)}, {}):
+            y, saved = cn.instance_norm_forward(x, activation="relu", **given, **options)
+            cn.instance_norm_backward(y, saved)
+            if given:
+                cn.instance_norm_backward(y, saved, sums=cn.gradient_sums(y, saved))
+    assert met and met <= compiled
+    with pytest.raises(ValueError, match="no double backward with a mask"):
+        cn.warmup(x, mask=mask, double_backward=True)
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize(("warm", "later"), [(9, 300), (300, 9)])
 def test_arrays_of_longer_and_shorter_runs(met: Kinds, monkeypatch: pytest.MonkeyPatch, warm: int, later: int) -> None:
     """Long runs of a crop are read in place, and planes of short ones are copied: both are compiled for either."""
@@ -262,7 +293,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What has been done, of steps in the place of loops to compile."""
     done: list[str] = []
     names = ["forward", "forward", "backward"]
-    monkeypatch.setattr(cpu, "rehearsals", lambda *_: [(name, lambda name=name: done.append(name)) for name in names])
+    monkeypatch.setattr(
+        cpu, "rehearsals", lambda *_, **__: [(name, lambda name=name: done.append(name)) for name in names]
+    )
     return done
 
 

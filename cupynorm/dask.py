@@ -17,7 +17,7 @@ import itertools
 import math
 from dataclasses import fields
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -26,7 +26,7 @@ from dask.base import clone_key, tokenize
 from dask.graph_manipulation import checkpoint
 from dask.highlevelgraph import HighLevelGraph
 
-from . import functional
+from . import devices, functional
 from ._checks import (
     check_activation,
     check_ddof,
@@ -36,6 +36,8 @@ from ._checks import (
     check_input_dtype,
     check_number,
     check_result_dtype,
+    mask_of_lengths,
+    place_of,
 )
 from ._types import math_dtype
 from .backend import backend_of
@@ -59,6 +61,8 @@ def instance_norm(
     residual: da.Array | None = None,
     moments: Moments | None = None,
     reread: bool = True,
+    mask: Any = None,
+    lengths: Any = None,
     dtype: Any = None,
     ddof: float = 0.0,
     eps_mode: str = "variance",
@@ -75,6 +79,8 @@ def instance_norm(
             has inside; in the result's dtype, or float32 for float16 and bfloat16 (float64 for float64 input).
         eps, activation, negative_slope, ddof, eps_mode: see `cupynorm.instance_norm`.
         residual: dask array of the result's shape and dtype; its chunks are changed to a's.
+        mask: bool, of a shape that broadcasts to a's: a dask array of any chunks, or an array. lengths: in place of a
+            mask, N integers, a list or a NumPy array. See `cupynorm.instance_norm`.
         dtype: of the result; None is a's.
         moments: used in place of those of `a` (`cupynorm.dask.moments`, `cupynorm.moments`); arrays (N, C).
         reread: where chunks cut planes, each chunk is needed twice: for the moments, and to be normalised. If True, it
@@ -101,7 +107,8 @@ def instance_norm(
     whole = all(blocks == 1 for blocks in a.numblocks[2:])
     if moments is None and positions == 1:
         raise ValueError(f"Expected more than 1 spatial element, got input size {a.shape}")
-    if moments is None:
+    counts = _mask_of(mask, lengths, a)
+    if moments is None and counts is None:
         check_ddof(ddof, positions)
     index = tuple(range(a.ndim))
     given: list[Any] = []
@@ -116,14 +123,17 @@ def instance_norm(
                 f"residual has shape {residual.shape} and dtype {residual.dtype}; needed are {a.shape} and {made}"
             )
         sources.append(residual.rechunk(a.chunks))
+    if counts is not None:
+        sources.append(counts)
     planes: da.Array | None = None
     if moments is not None:
         planes = _given_moments(moments, a)
     elif not whole:
-        planes = _merged(a, made)
+        planes = _merged(a, counts, made)
     if planes is not None and reread:
         sources = [_again(each, planes) for each in sources]
     given += [None, None] if residual is None else [sources[1], index]
+    given += [None, None] if counts is None else [sources[-1], index]
     result: da.Array = da.blockwise(
         _normalized, index, sources[0], index, *given, planes, None if planes is None else (0, 1), eps=eps, ddof=ddof,
         eps_mode=eps_mode, activation=activation, negative_slope=negative_slope, declared=a.dtype, asked=dtype,
@@ -132,11 +142,12 @@ def instance_norm(
     return result
 
 
-def moments(a: da.Array) -> Moments:
+def moments(a: da.Array, *, mask: Any = None, lengths: Any = None) -> Moments:
     """Compute the moments of each plane of a dask array: see `cupynorm.moments`.
 
     Args:
-        a: dask array (N, C, *spatial) of rank 3 or more: see `instance_norm`.
+        a: dask array (N, C, *spatial) of rank 3 or more: see `instance_norm`; integers, too.
+        mask, lengths: see `instance_norm`.
 
     Returns:
         Moments of dask arrays (N, C), with a's chunks of N and C and its kind of arrays. Compute them together, so that
@@ -146,7 +157,7 @@ def moments(a: da.Array) -> Moments:
         TypeError, ValueError: a does not fit.
     """
     _check(a, integers=True)
-    planes = _merged(a)
+    planes = _merged(a, _mask_of(mask, lengths, a))
     found = [
         da.blockwise(
             _field, (0, 1), planes, (0, 1), field=field.name, dtype=DTYPES[field.name], token=f"moments-{field.name}",
@@ -165,6 +176,31 @@ def _check(a: Any, integers: bool) -> None:
         raise ValueError(f"a must have at least 3 dimensions (N, C, *spatial), got shape {a.shape}")
     if any(math.isnan(size) for sizes in a.chunks for size in sizes):
         raise ValueError(f"a has chunks of unknown sizes, {a.chunks}: call its compute_chunk_sizes() first")
+
+
+def _mask_of(mask: Any, lengths: Any, a: da.Array) -> da.Array | None:
+    """Return a mask in a's shape and chunks; None without one."""
+    if mask is not None and lengths is not None:
+        raise ValueError("mask and lengths are both given; needed is one of them")
+    if lengths is not None:
+        if not isinstance(lengths, (list, tuple, np.ndarray)):
+            raise TypeError(f"lengths must be a list or a NumPy array, got {type(lengths).__qualname__}")
+        whole = mask_of_lengths(lengths, np.broadcast_to(np.int8(0), a.shape), "cpu")
+        mask = whole[(slice(None), *[slice(1)] * (a.ndim - 2))].copy()  # without what is repeated
+    if mask is None:
+        return None
+    if not hasattr(mask, "shape"):
+        raise TypeError(f"mask must be an array, got {type(mask).__qualname__}")
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype}; needed is bool")
+    if not isinstance(mask, da.Array):
+        mask = da.from_array(mask, chunks=-1, asarray=False)
+    if mask.ndim > a.ndim or any(m not in (1, n) for m, n in zip(mask.shape[::-1], a.shape[::-1], strict=False)):
+        raise ValueError(f"mask has shape {mask.shape}, which does not broadcast to that of a, {a.shape}")
+    mask = mask[(None,) * (a.ndim - mask.ndim)]
+    chunks = [own if size == 1 else given for size, own, given in zip(mask.shape, mask.chunks, a.chunks, strict=True)]
+    found: da.Array = da.broadcast_to(mask.rechunk(tuple(chunks)), a.shape, chunks=a.chunks)
+    return found
 
 
 def _of_planes(given: Any, name: str, a: da.Array, dtypes: tuple[Any, ...], per_channel: bool = False) -> list[Any]:
@@ -217,9 +253,12 @@ def _after(value: Any, _: None) -> Any:
 # Blocks of the arrays below are Moments: dask does not look at them.
 
 
-def _merged(a: da.Array, dtype: Any = None) -> da.Array:
+def _merged(a: da.Array, mask: da.Array | None, dtype: Any = None) -> da.Array:
     """Return the moments of the planes of each chunk of N and C. dtype: of the results that they are for."""
-    spatial = tuple(range(2, a.ndim))
+    spatial, index = tuple(range(2, a.ndim)), tuple(range(a.ndim))
+    if mask is not None:  # blocks of both
+        meta = np.empty((0,) * a.ndim, object)
+        a = da.blockwise(_Both, index, a, index, mask, index, dtype=object, meta=meta, align_arrays=False)
     return da.reduction(
         a, partial(_moments_of, made=dtype), _merge, axis=spatial, combine=_merge, concatenate=False, dtype=object,
         split_every=SPLIT_EVERY, meta=np.empty((0, 0), object), name="moments",
@@ -242,8 +281,23 @@ def _moments_of(x: Any, axis: Any, keepdims: bool, made: Any, computing_meta: bo
     """made: the dtype of results that the moments are for. (dask sets arguments of the name dtype.)"""
     if computing_meta:
         return np.empty((0,) * x.ndim, object)
+    x, mask = x if isinstance(x, _Both) else (x, None)
     x = _plain(x)
-    return backend_of(check_input(x, integers=True)).moments(x, None, made)
+    return backend_of(check_input(x, integers=True)).moments(x, _beside(mask, x), made)
+
+
+class _Both(NamedTuple):
+    """A chunk and its mask."""
+
+    x: Any
+    mask: Any
+
+
+def _beside(mask: Any, x: Any) -> Any:
+    """Return a mask where x is."""
+    if mask is None or isinstance(x, np.ndarray) or not isinstance(mask, np.ndarray):
+        return mask
+    return devices.to_device(mask, place_of(x, "a chunk"))
 
 
 def _merge(parts: Any, axis: Any, keepdims: bool, computing_meta: bool = False) -> Any:
@@ -271,11 +325,12 @@ def _field(planes: Moments, field: str) -> Any:
 
 
 def _normalized(
-    x: Any, weight: Any, bias: Any, residual: Any, planes: Moments | None, declared: Any, asked: Any, **options: Any
-) -> Any:
+    x: Any, weight: Any, bias: Any, residual: Any, mask: Any, planes: Moments | None, *, declared: Any, asked: Any,
+    **options: Any,
+) -> Any:  # fmt: skip
     if x.dtype != declared:
         raise TypeError(f"a chunk has dtype {x.dtype}, but the dask array's dtype is {declared}")
     x = _plain(x)
     return functional.instance_norm(
-        x, weight=weight, bias=bias, residual=residual, moments=planes, dtype=asked, **options
+        x, weight=weight, bias=bias, residual=residual, moments=planes, mask=_beside(mask, x), dtype=asked, **options
     )

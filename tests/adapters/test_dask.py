@@ -84,6 +84,44 @@ def test_results_of_another_dtype(rng: np.random.Generator, input: str, dtype: s
     assert_within(cnd.moments(a).mean.compute(), x.mean((2, 3)), 1e-4)
 
 
+@on("numpy", "simt")
+@pytest.mark.parametrize("chunks", [SHAPE, (1, 3, 5, 4), (2, 3, 9, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["plane", "own", "dask", "lengths"])
+def test_masks(backend: Backend, rng: np.random.Generator, kind: str, chunks: Any) -> None:
+    """The results of the whole, whatever is outside of the mask."""
+    x = values(rng).astype(np.float64)
+    mask = rng.random({"plane": (9, 10), "dask": (3, 1, 9, 10)}.get(kind, SHAPE)) < 0.6
+    options: dict[str, Any] = {"mask": da.from_array(mask, chunks=2) if kind == "dask" else mask}
+    if kind == "lengths":
+        options = {"lengths": [10, 0, 4]}
+        mask = np.arange(10) < np.array([10, 0, 4]).reshape(3, 1, 1, 1)
+    spoiled = np.where(mask, x, np.nan)
+    a, residual = da.from_array(spoiled, chunks=chunks), da.from_array(values(rng).astype(np.float64), chunks=4)
+    for reread in (True, False):
+        y = cnd.instance_norm(a, residual=residual, activation="relu", reread=reread, ddof=1, **options)
+        found = y.compute(scheduler="synchronous")
+        expected = cn.instance_norm(spoiled, residual=residual.compute(), activation="relu", ddof=1, **(
+            {"mask": mask} if "mask" in options else options))  # fmt: skip
+        assert_within(found, expected, 1e-11)
+    (moments,) = dask.compute(cnd.moments(a, **options), scheduler="synchronous")
+    assert (moments.count == np.broadcast_to(mask, SHAPE).sum((2, 3))).all()
+
+
+def test_refusals_of_masks() -> None:
+    a = da.zeros((2, 3, 4, 5), chunks=2, dtype=np.float32)
+    for options, error, message in (
+        ({"mask": np.ones(5)}, TypeError, "mask has dtype float64; needed is bool"),
+        ({"mask": [True] * 5}, TypeError, "mask must be an array, got list"),
+        ({"mask": np.ones(4, bool)}, ValueError, r"mask has shape \(4,\), which does not broadcast"),
+        ({"mask": np.ones(5, bool), "lengths": [1, 2]}, ValueError, "mask and lengths are both given"),
+        ({"lengths": [1, 6]}, ValueError, "lengths must be 0 to 5"),
+        ({"lengths": 5}, TypeError, "lengths must be a list or a NumPy array"),
+    ):
+        for call in (cnd.instance_norm, cnd.moments):
+            with pytest.raises(error, match=message):
+                call(a, **options)
+
+
 @pytest.mark.long  # and not quick: other processes have the compiled loops, which the quick tier turns off
 def test_every_scheduler_gives_the_same_bits(rng: np.random.Generator) -> None:
     x = values(rng, (2, 3, 40, 50))

@@ -103,6 +103,8 @@ def _per_plane(parameter: Array | None, name: str, y: Array, place: str, missing
     check_dtype(parameter.dtype, name)
     if parameter.shape not in (y.shape[1:2], y.shape[:2]):
         raise ValueError(f"{name} has shape {parameter.shape}; needed is {y.shape[1:2]} or {y.shape[:2]}")
+    if parameter.dtype.name != "bfloat16":
+        return parameter.astype(np.float64)
     return converted(parameter, np.dtype(np.float64), backend_of(place))
 
 
@@ -161,7 +163,8 @@ def zscore(
     with device_of(a) or nullcontext():
         if not floats and a.dtype.name not in INTEGERS:
             a = a.astype(np.float64)
-        missing = _is_nan(a) if nan_policy != "propagate" and floats else None
+        may_be_nan = a.dtype.kind == "f" or floats
+        missing = _is_nan(a) if nan_policy != "propagate" and may_be_nan else None
         if nan_policy == "raise" and missing is not None and bool(missing.any()):
             raise ValueError("a contains NaN, and nan_policy is 'raise'")
         wanted = mask
@@ -188,10 +191,9 @@ def _scores(a: Array, axes: list[int], ddof: float, mask: Array | None, result: 
     target = None if out is None else _as_planes(out.transpose(order), len(axes), shape)
     given = None if a.dtype == result else result
     z = instance_norm(planes, eps=0.0, ddof=ddof, mask=masks, dtype=given, out=target)
-    z = z.reshape([a.shape[i] for i in order]).transpose(np.argsort(order))
+    z = z.reshape([a.shape[i] for i in order]).transpose([order.index(i) for i in range(a.ndim)])
     if mask is not None and ddof > 0:
-        few = xp.add.reduce(mask, axis=tuple(axes), dtype=np.int64, keepdims=True) <= ddof
-        _set_nan(z, mask & few)
+        _set_nan(z, mask & (mask.sum(axis=tuple(axes), keepdims=True) <= ddof))
     if out is None:
         return z
     if target is None:

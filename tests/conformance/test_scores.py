@@ -157,6 +157,9 @@ def test_nan_policies(backend: Backend) -> None:
     with pytest.raises(ValueError, match="a contains NaN, and nan_policy is 'raise'"):
         cn.zscore(a, nan_policy="raise")
     assert np.isfinite(backend.host(cn.zscore(a[1:], axis=1, nan_policy="raise"))).all()
+    if backend.device == "cpu":  # a dtype that is converted first
+        z = cn.zscore(np.array([[1, np.nan, 3]], np.longdouble), axis=1, nan_policy="omit")
+        assert_within(z, [[-1, np.nan, 1]], 1e-12)
     half = backend.array(np.array([[1, np.nan, 3, 2]]).astype(BFLOAT16))
     z = wide(backend.host(cn.zscore(half, axis=1, nan_policy="omit")))
     assert np.isnan(z[0, 1]) and np.isfinite(z[0, [0, 2, 3]]).all()

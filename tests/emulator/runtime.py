@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,7 +105,8 @@ def source_of(module: Module | Text, transform: Transform | None = None) -> str:
         source += offsets.asserted(module, offsets.GCC)
     if transform is not None:
         source = transform(source)
-    return source + "\n" + "\n".join(f"SIMT_EXPORT({name})" for name in module.kernels) + "\n"
+    flush = "false" if re.search("define (STORAGE|INPUT) float64", module.constants) else "true"
+    return source + "\n" + "\n".join(f"SIMT_EXPORT({name}, {flush})" for name in module.kernels) + "\n"
 
 
 def _key(*texts: str) -> str:

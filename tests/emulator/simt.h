@@ -29,9 +29,9 @@ template <class... A> const char* kinds(void (*)(A...)) {
 #define CLUSTER_OF(SIZE)
 inline unsigned char* shared_memory() { return simt::m.block->shared.get(); }
 // A GPU flushes only floats; in their modules, denormal doubles do not occur.
-#define SIMT_EXPORT(name) \
+#define SIMT_EXPORT(name, flush) \
     extern "C" int simt_run_##name(simt::Launch* launch) { \
-        return simt::run(launch, [](void** args) { simt::call(&name, args); }, simt::parameters(&name), !FLOAT64); \
+        return simt::run(launch, [](void** args) { simt::call(&name, args); }, simt::parameters(&name), flush); \
     } \
     extern "C" const char* simt_kinds_##name() { return simt::kinds(&name); }
 

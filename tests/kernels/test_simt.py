@@ -706,7 +706,7 @@ def _line_in(body: str, file: str, line: int) -> int:
     [
         ("if (partition.holds(from + i)) vec[i] = partition.get(", "vec[i] = partition.get(",
          "outside of every array"),
-        ("MISALIGNED && subdivision == 0 ? 0 : (int)(address / sizeof(Storage) % VEC_SIZE)", "0", "not aligned"),
+        ("MISALIGNED && subdivision == 0 ? 0 : (int)(address / sizeof(T) % VEC_SIZE)", "0", "not aligned"),
         ("if (lane < channel_vecs) {", "if (false) {", "wrong numbers"),  # reads poisoned shared memory
         ("    __syncthreads();\n    #pragma unroll\n    for (int k = 0; k < K; k++) s[k] = 0;",
          "    if (threadIdx.x != 5) __syncthreads();\n    for (int k = 0; k < K; k++) s[k] = 0;", "divergence"),
@@ -714,7 +714,7 @@ def _line_in(body: str, file: str, line: int) -> int:
         ("scratch[(warp * channel_vecs + lane) * K + k] = s[k];",
          "scratch[(warp * channel_vecs + lane) * K + k + 1] = s[k];",
          "behind the end of shared memory"),
-        ("    double eps;", "    double eps, more;", "static assertion failed"),
+        ("    Scale scale;", "    Scale scale, more;", "static assertion failed"),
     ],
     ids=["bounds", "alignment", "poison", "barrier", "shuffle", "shared", "arguments"],
 )  # fmt: skip

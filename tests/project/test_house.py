@@ -93,8 +93,8 @@ def test_settings_have_one_place() -> None:
 
 
 def test_kernels_choose_by_constants() -> None:
-    """`#if` asks for the architecture, the emulator, the dtype of the elements, or guards a header; nothing else."""
-    allowed = r"defined\(SIMT\)|__CUDA_ARCH__|defined\(STORAGE_\w+\)|ifndef CUPYNORM_\w+"
+    """`#if` asks for the architecture or the emulator, or guards a header; nothing else."""
+    allowed = r"defined\(SIMT\)|__CUDA_ARCH__|ifndef CUPYNORM_\w+"
     for path in sorted(kernel_folder().iterdir()):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if re.match(r"\s*#\s*(if|elif)", line):

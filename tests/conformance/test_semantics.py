@@ -387,14 +387,14 @@ def test_wrong_sizes(backend: Backend, name: str, shape: Any) -> None:
 
 
 def test_bias_without_weight(backend: Backend, rng: np.random.Generator) -> None:
-    host, bias = normal(rng, (2, 3, 4)), normal(rng, (3,))
+    host, dy, bias = normal(rng, (2, 3, 50)), normal(rng, (2, 3, 50)), normal(rng, (3,))
     y, saved = cn.instance_norm_forward(backend.array(host), None, backend.array(bias))
     assert_close(backend.host(y), reference.forward(host, None, bias))
-    dx, dweight, dbias = cn.instance_norm_backward(backend.array(host), saved)
-    exact = reference.backward(host, host)
+    dx, dweight, dbias = cn.instance_norm_backward(backend.array(dy), saved)
+    exact = reference.backward(dy, host)
     assert dweight is None
     assert_close(backend.host(dx), exact[0])
-    assert_close(backend.host(dbias), exact[2], terms=8)
+    assert_close(backend.host(dbias), exact[2], terms=100)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])

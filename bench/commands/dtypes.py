@@ -10,20 +10,18 @@ A line has, for each of them, the microseconds of a call, and its time as a mult
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 import cupynorm
-from cupynorm import devices
 from cupynorm._types import DTYPES, INTEGERS
 
 from ..core import report
 from ..core.cases import EPS, SWEEP_ELEMENTS, buffer_sets, parse_shapes
+from ..core.options import add_race, array_module
 from ..core.timing import Contestant, DeviceClock, HostClock, Race, summarise
 
 SHAPES = ("16,1,512,512", "8,64,96,96", "1,1,64,512,512", "32,32,32,32")
@@ -79,18 +77,13 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench dtypes", description="Time calls on inputs of another dtype than the result."
     )
     parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="N,C,H,W", help=f"default {' '.join(SHAPES)}")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
     parser.add_argument(
         "--pairs", nargs="*", type=pair_of, default=[*map(pair_of, PAIRS)], metavar="INPUT:RESULT",
         help=f"default {' '.join(PAIRS)}",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=9, help="in each, every call has a batch; default 9")
-    parser.add_argument("--batch-ms", type=float, default=3, help="length of a batch; default 3")
+    add_race(parser)
     options = parser.parse_args(arguments)
-    usable, why = devices.gpu_status()
-    if options.device == "gpu" and not usable:
-        sys.exit(f"--device gpu: no usable GPU: {why}")
-    xp: Any = importlib.import_module("cupy") if usable and options.device != "cpu" else np
+    xp = array_module(options.device)
     try:
         layers = parse_shapes(list(options.shapes), SWEEP_ELEMENTS["cpu" if xp is np else "gpu"])
     except ValueError as error:

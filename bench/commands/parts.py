@@ -11,9 +11,7 @@ many bytes as the call must.
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +22,7 @@ from cupynorm import devices
 
 from ..core import peers, report
 from ..core.cases import DTYPES, SWEEP_ELEMENTS, Array, Arrays, Layer, buffer_sets, parse_shapes, words
+from ..core.options import add_race, array_module
 from ..core.timing import Contestant, DeviceClock, HostClock, Race, summarise
 
 SHAPES = ("20,100,35,45", "8,512,14,14", "20,64,184,248", "1,1,4096,4096", "2,32,64,128,128")
@@ -84,16 +83,11 @@ def measure(xp: Any, layer: Layer, dtype: str, options: argparse.Namespace) -> s
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench parts", description="Time calls on parts of planes.")
     parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="N,C,H,W", help=f"default {' '.join(SHAPES)}")
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
     parser.add_argument("--dtype", type=lambda t: words(t, DTYPES, "--dtype"), default=["float32"])
     parser.add_argument("--parts", type=int, default=4, help="of `forward in parts`; default 4")
-    parser.add_argument("--rounds", type=int, default=9, help="in each, every call has a batch; default 9")
-    parser.add_argument("--batch-ms", type=float, default=3, help="length of a batch; default 3")
+    add_race(parser)
     options = parser.parse_args(arguments)
-    usable, why = devices.gpu_status()
-    if options.device == "gpu" and not usable:
-        sys.exit(f"--device gpu: no usable GPU: {why}")
-    xp: Any = importlib.import_module("cupy") if usable and options.device != "cpu" else np
+    xp = array_module(options.device)
     try:
         layers = parse_shapes(list(options.shapes), SWEEP_ELEMENTS["cpu" if xp is np else "gpu"])
     except ValueError as error:

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import sys
 from typing import Any
 
 import numpy as np
 
 import cupynorm
-from cupynorm import devices
 
 from ..core import report
 from ..core.cases import buffer_sets
+from ..core.options import add_race, array_module
 from ..core.timing import Contestant, DeviceClock, HostClock, Race, summarise
 
 #: Columns of a table, rows, a middle axis, images of a stack, all of it.
@@ -69,15 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         "cases", nargs="*", type=case_of, default=[*map(case_of, CASES)], metavar="SHAPE:AXIS",
         help=f"default {' '.join(CASES)}",
     )  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is a usable one")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
-    parser.add_argument("--rounds", type=int, default=9, help="in each, every call has a batch; default 9")
-    parser.add_argument("--batch-ms", type=float, default=3, help="length of a batch; default 3")
+    add_race(parser)
     options = parser.parse_args(arguments)
-    usable, why = devices.gpu_status()
-    if options.device == "gpu" and not usable:
-        sys.exit(f"--device gpu: no usable GPU: {why}")
-    xp: Any = importlib.import_module("cupy") if usable and options.device != "cpu" else np
+    xp = array_module(options.device)
     print("microseconds of a call, and (its time / that of a copy)")
     for case in options.cases:
         print(measure(xp, case, options), flush=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ._types import ACTIVATIONS, DTYPES, EPS_MODES, INTEGERS, Array, Saved, math_dtype
+from ._types import ACTIVATIONS, DTYPES, EPS_MODES, INTEGERS, Array, Saved, array_module, math_dtype
 
 
 def kind_of(array: Array, name: str) -> str:
@@ -199,7 +199,7 @@ def check_mask(mask: Array, x: Array, place: str) -> Array:
     shape = (1,) * (x.ndim - mask.ndim) + mask.shape
     if len(shape) > x.ndim or any(m not in (1, n) for m, n in zip(shape, x.shape, strict=False)):
         raise ValueError(f"mask has shape {mask.shape}, which does not broadcast to the input's, {x.shape}")
-    return _array_module(mask).broadcast_to(mask, x.shape)
+    return array_module(mask).broadcast_to(mask, x.shape)
 
 
 def mask_of_lengths(lengths: Any, x: Array, place: str) -> Array:
@@ -208,7 +208,7 @@ def mask_of_lengths(lengths: Any, x: Array, place: str) -> Array:
     Lengths on a GPU are not read, and so not checked: the mask has all positions for those above the axis, none for
     those below 0.
     """
-    xp, (n, *_, last) = _array_module(x), x.shape
+    xp, (n, *_, last) = array_module(x), x.shape
     on_host = isinstance(lengths, (list, tuple, np.ndarray))
     if on_host:
         try:
@@ -232,11 +232,7 @@ def only_in_mask(array: Array, mask: Array) -> Array:
     """Return a copy of an array that is 0 where a mask is False."""
     bits = array.view(f"u{array.itemsize}")  # CuPy does not compute on bfloat16
     with device_of(array) or nullcontext():
-        return _array_module(array).where(mask, bits, bits.dtype.type(0)).view(array.dtype)
-
-
-def _array_module(array: Array) -> Any:
-    return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
+        return array_module(array).where(mask, bits, bits.dtype.type(0)).view(array.dtype)
 
 
 def check_like(array: Array, name: str, x: Array, place: str, dtype: Any = None) -> None:

@@ -6,6 +6,7 @@ but each other.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,6 +166,11 @@ def commit(*writes: partial[Any]) -> None:
     """
     if writes:
         deque(map(partial.__call__, writes), maxlen=0)
+
+
+def array_module(array: Array) -> Any:
+    """Return the module of an array: numpy or cupy."""
+    return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
 
 
 def empty_like(x: Array, empty: Any, dtype: Any = None) -> Array:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import devices
-from ._types import Array
+from ._types import Array, array_module
 from .layers import InstanceNorm2d
 from .parameters import Parameter
 
@@ -35,11 +34,6 @@ CLEAN: Change = (0.0, 1.0)
 
 
 # The layers
-
-
-def array_module(array: Array) -> Any:
-    """Return the module of an array: numpy or cupy."""
-    return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
 
 
 def initial(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, dtype: Any, device: str) -> Parameter:

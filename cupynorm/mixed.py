@@ -6,15 +6,13 @@ array, but no kernels for pairs of dtypes.
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from ._checks import device_of
-from ._types import Array, DoubleGradients, ForwardCall, Gradients, Saved, math_dtype
+from ._types import Array, DoubleGradients, ForwardCall, Gradients, Saved, array_module, math_dtype
 from .backend import Backend
 
 
@@ -27,7 +25,7 @@ def converted(array: Array, dtype: np.dtype, backend: Backend, out: Array | None
         return array
     planes = array if array.ndim > 2 else array.reshape(1, -1, 1)
     with device_of(array) or nullcontext():
-        xp: Any = np if isinstance(array, np.ndarray) else sys.modules["cupy"]
+        xp = array_module(array)
         zero, one = (xp.full(planes.shape[1], value, math_dtype(dtype, array.dtype)) for value in (0, 1))
     call = ForwardCall(planes, None, None, zero, one, use_input_stats=False, eps=0.0, out=out, save=False, dtype=dtype)
     result = backend.normalize(call)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -24,7 +23,7 @@ from ._checks import (
     device_of,
     place_of,
 )
-from ._types import DTYPES, INTEGERS, Array, ForwardCall, math_dtype
+from ._types import DTYPES, INTEGERS, Array, ForwardCall, array_module, math_dtype
 from .backend import backend_of
 from .functional import check_forward, instance_norm
 from .mixed import converted
@@ -178,7 +177,7 @@ def zscore(
 
 def _scores(a: Array, axes: list[int], ddof: float, mask: Array | None, result: np.dtype, out: Array | None) -> Array:
     """Return the z-scores of an array whose dtype the kernels read."""
-    xp: Any = np if isinstance(a, np.ndarray) else sys.modules["cupy"]
+    xp = array_module(a)
     positions = math.prod(a.shape[i] for i in axes)
     if positions < 2 or ddof >= positions:  # as in SciPy: there is no deviation
         z = xp.zeros(a.shape, result) if out is None else out

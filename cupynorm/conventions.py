@@ -18,14 +18,25 @@ from typing import Any
 import numpy as np
 
 from ._types import Saved
+from .statistics import Moments
+
+
+def divisor_of(var: Any, eps: Any, eps_mode: str) -> Any:
+    """Return 1 / rstd of variances, arrays or numbers, in their precision."""
+    if eps_mode == "variance":
+        return np.sqrt(var + eps)
+    std = np.sqrt(var)
+    return std + eps if eps_mode == "std" else np.maximum(std, eps)
 
 
 def rstd_of(var: Any, eps: Any, eps_mode: str) -> Any:
     """Return rstd of variances, arrays or numbers, in their precision."""
-    if eps_mode == "variance":
-        return 1 / np.sqrt(var + eps)
-    std = np.sqrt(var)
-    return 1 / (std + eps if eps_mode == "std" else np.maximum(std, eps))
+    return 1 / divisor_of(var, eps, eps_mode)
+
+
+def var_of(moments: Moments, ddof: float) -> Any:
+    """Return var of moments, (N, C) float64; 0 where count is not greater than ddof."""
+    return np.where(moments.count > ddof, moments.var(ddof), 0)
 
 
 def terms_of_eps(eps: float, eps_mode: str) -> tuple[float, float, float]:
@@ -36,6 +47,12 @@ def terms_of_eps(eps: float, eps_mode: str) -> tuple[float, float, float]:
 def count_ratio(count: int, ddof: float) -> float:
     """Return count / (count - ddof), by which var exceeds the biased variance; 1 if count is not greater than ddof."""
     return count / (count - ddof) if ddof and count > ddof else 1.0
+
+
+def count_ratios(counts: Any, ddof: float) -> np.ndarray:
+    """Return count / (count - ddof) of each plane; 0 where count is not greater than ddof."""
+    rest = np.maximum(counts - ddof, 0.0)
+    return np.divide(counts, rest, out=np.zeros(np.shape(rest)), where=rest > 0)
 
 
 def rstd_slope(saved: Saved) -> np.ndarray | None:
@@ -49,8 +66,7 @@ def rstd_slope(saved: Saved) -> np.ndarray | None:
     if saved.usual_rstd or not saved.training:
         return None
     count = math.prod(saved.x.shape[2:]) if saved.count is None else saved.count
-    rest = np.maximum(count - saved.ddof, 0.0)
-    ratio = np.divide(count, rest, out=np.zeros(np.shape(rest)), where=rest > 0)
+    ratio = count_ratios(count, saved.ddof)
     if saved.eps_mode == "variance":
         return np.broadcast_to(ratio, saved.rstd.shape)
     beyond = 1 - saved.eps * saved.rstd.astype(np.float64)  # with "std" it is std / (std + eps)

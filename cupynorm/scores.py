@@ -25,6 +25,7 @@ from ._checks import (
 )
 from ._types import DTYPES, INTEGERS, Array, ForwardCall, array_module, math_dtype
 from .backend import backend_of
+from .conventions import divisor_of, var_of
 from .functional import check_forward, instance_norm
 from .mixed import converted
 from .statistics import DTYPES as FIELD_DTYPES
@@ -77,11 +78,7 @@ def denormalize(
     for field, array in vars(moments).items():
         check_of_planes(array, f"moments.{field}", FIELD_DTYPES[field], y, place)
     with device_of(y) or nullcontext(), np.errstate(all="ignore"):
-        var = np.where(moments.count > ddof, moments.var(ddof), 0)
-        std = np.sqrt(var + eps) if eps_mode == "variance" else np.sqrt(var)
-        if eps_mode != "variance":
-            std = std + eps if eps_mode == "std" else np.maximum(std, eps)
-        scale = std / _per_plane(weight, "weight", y, place, 1.0)
+        scale = divisor_of(var_of(moments, ddof), eps, eps_mode) / _per_plane(weight, "weight", y, place, 1.0)
         # A normalisation with the mean `bias` and the variance 1, and these as weight and bias.
         ones = np.ones_like(moments.mean)
         shift = ones * _per_plane(bias, "bias", y, place, 0.0)

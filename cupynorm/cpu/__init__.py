@@ -50,7 +50,7 @@ from .._types import (
 )
 from ..backend import Backend
 from ..config import get_num_threads
-from ..conventions import rstd_of, rstd_slope
+from ..conventions import rstd_of, rstd_slope, var_of
 from ..statistics import GradientSums, Moments, merge_tiles, new
 from . import forks as forks  # imported for its effect
 from . import running
@@ -135,8 +135,7 @@ class CpuBackend(Backend):
                 assert saved.mean_lo is not None
                 saved.mean[...] = call.moments.mean
                 saved.mean_lo[...] = call.moments.mean - saved.mean
-                var = np.where(call.moments.count > call.ddof, call.moments.var(call.ddof), 0)
-                saved.rstd[...] = rstd_of(var, call.eps, call.eps_mode)
+                saved.rstd[...] = rstd_of(var_of(call.moments, call.ddof), call.eps, call.eps_mode)
         if call.x.size:
             _choose(saved, Arrays(call.x, y, residual=call.residual, mask=call.mask)).normalize()
         if call.updates:  # and moments are given

@@ -13,7 +13,7 @@ import numpy as np
 from .._checks import overlap
 from .._types import Array, Saved
 from ..config import get_num_threads
-from ..conventions import count_ratio, rstd_of
+from ..conventions import count_ratio, count_ratios, rstd_of
 from . import halves
 from .blocking import Index, Work, least_mean_square, merged_axes, tile_slices
 from .numpy_activations import activate, scratch_blocks, times_slope
@@ -405,8 +405,7 @@ class NumpyWork(Work):
             self.variance[planes] = variance
         if self.mask is not None:
             call.count[planes] = count  # type: ignore[index]
-            rest = np.maximum(count - call.ddof, 0.0)
-            variance = variance * np.divide(count, rest, out=np.zeros(rest.shape), where=rest > 0)
+            variance = variance * count_ratios(count, call.ddof)
         elif call.ddof:
             variance = variance * variance.dtype.type(count_ratio(self.spatial, call.ddof))
         call.rstd[planes] = rstd_of(variance.astype(self.plane_dtype, copy=False), call.eps, call.eps_mode)

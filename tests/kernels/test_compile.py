@@ -235,24 +235,24 @@ def _masked() -> list[Module]:
     return [m for m in modules if not m.misaligned]
 
 
-@pytest.mark.full
-def test_modules_with_a_mask() -> None:
-    _nvrtc()
+def _check_all(modules: list[Module], architecture: int, whole: bool = True) -> None:
+    """Check the resources of modules, in several threads, and report all faults."""
+    _nvrtc()  # load it in one thread before others compile, or some find it without its builtins (status 7)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks = [pool.submit(_check_resources, module, 90) for module in _masked()]
+        checks = [pool.submit(_check_resources, module, architecture, whole) for module in modules]
     faults = [str(check.exception()) for check in checks if check.exception()]
     if faults:
         raise AssertionError("\n".join(faults))
+
+
+@pytest.mark.full
+def test_modules_with_a_mask() -> None:
+    _check_all(_masked(), 90)
 
 
 @pytest.mark.full
 def test_modules_for_x_of_another_dtype() -> None:
-    _nvrtc()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks = [pool.submit(_check_resources, module, 90) for module in _mixed()]
-    faults = [str(check.exception()) for check in checks if check.exception()]
-    if faults:
-        raise AssertionError("\n".join(faults))
+    _check_all(_mixed(), 90)
 
 
 def test_integers_are_read_in_vecs() -> None:
@@ -271,12 +271,7 @@ def test_every_module(architecture: int) -> None:
     if not _supported(architecture):
         pytest.skip(f"this NVRTC does not know sm_{architecture}")
     modules = _dealt(architecture)
-    _nvrtc()  # load it in one thread before others compile, or some find it without its builtins (status 7)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checks = [pool.submit(_check_resources, module, architecture, EVERYTHING) for module in modules]
-    faults = [str(check.exception()) for check in checks if check.exception()]
-    if faults:
-        raise AssertionError("\n".join(faults))
+    _check_all(modules, architecture, EVERYTHING)
     print(f"sm_{architecture}: {len(modules)} modules")
 
 

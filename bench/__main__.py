@@ -16,6 +16,7 @@ COMMANDS = {
     "dram": "compare the bytes moved to and from a GPU's memory with those that a plan promises",
     "prime": "compile kernels into CuPy's disk cache",
     "dtypes": "time calls on inputs of another dtype than the result, beside a cast first",
+    "masks": "time calls with a mask, beside those without",
     "zscore": "time zscore beside SciPy's",
     "parts": "time moments, gradient_sums and calls on parts of planes",
     "passes": "time NumPy's own loops beside calls without a compiler",

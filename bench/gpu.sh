@@ -128,8 +128,9 @@ sanitizer() {
 both=float32,bfloat16
 telling="20,100,35,45 12,512,4,4 12,512,32,32 20,64,184,248 12,32,512,512 2,32,128,128,128 1,1,4096,4096 1,4194304,4,4 1,65536,32,32"
 real=real all="real sweep" parts=() pairs=() scopes=() tests=() sizes=() calls=() compiling=60
+masks=(16,1,512,512 64,128,12,12 --kinds plane own)
 if [ -n "${SMALL:-}" ]; then
-    parts=(2,3,16,16 --batch-ms 0.01) pairs=("${parts[@]}" --pairs uint16:float32)
+    parts=(2,3,16,16 --batch-ms 0.01) pairs=("${parts[@]}" --pairs uint16:float32) masks=("${parts[@]}" --kinds own)
     telling="2,3,16,16" real="2,24,4,4" all="2,3,16,16 2,24,4,4" both=float32
     scopes=(--scopes warp) tests=(tests/conformance/test_cases.py -k "test_small and 2x3 and float32") calls=(--rounds 1 --calls 1 --no-import)
     sizes=(--elements 4096 --sizes 8 --dtype float32 --op forward --rounds 1 --batch-ms 0.01) compiling=0.3
@@ -162,6 +163,8 @@ if [ "$gpu" != yes ]; then
             2,3,16,16 --rounds 1 --batch-ms 0.1
         [ $stage != full ] || part "dtypes (rehearsed on the CPU)" 60 bench.txt "$python" -m bench dtypes --device cpu \
             2,3,16,16 --pairs uint16:float32 --rounds 1 --batch-ms 0.1
+        [ $stage != full ] || part "masks (rehearsed on the CPU)" 60 bench.txt "$python" -m bench masks --device cpu \
+            2,3,16,16 --rounds 1 --batch-ms 0.1
     fi
 elif [ $stage = first ]; then
     part facts 30 facts.txt bash -c facts
@@ -179,7 +182,8 @@ elif [ $stage = full ]; then
     sanitizer
     part parts 15 bench.txt "$python" -m bench parts --device gpu --dtype $both --rounds 5 "${parts[@]}"
     part dtypes 10 bench.txt "$python" -m bench dtypes --device gpu --rounds 5 "${pairs[@]}"
-    bench "channels-last and fused" 45 --shapes $real --dtype $both --layout channels_first,channels_last \
+    part masks 10 bench.txt "$python" -m bench masks --device gpu --dtype $both --rounds 5 "${masks[@]}"
+    bench "channels-last and fused" 35 --shapes $real --dtype $both --layout channels_first,channels_last \
         --epilogue none,fused --op both,forward,backward --peers "${PEERS:-torch}" --rounds 5 --resume \
         --plot "$out/bench.png"
     part "host cost" 20 bench.txt "$python" -m bench host --device gpu --json "$out/bench.json" "${calls[@]}"

@@ -17,6 +17,8 @@ struct BackwardArguments {
     Affine affine;
     Epilogue epilogue;
     Tensor dresidual;
+    Mask mask;
+    const long long* count;         // with a mask: of each plane
     Sums sums;
     long long channels, spatial, channel_tiles;
     int subdivision, vecs_per_thread;
@@ -31,23 +33,25 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
                                               call.channels, spatial);
     unsigned char* shared = shared_memory();
     const int vecs = call.vecs_per_thread * THREADS * (RESIDENCY == SHARED);
-    unsigned char* scratch = shared + 2 * vecs * sizeof(Vec);
+    unsigned char* bits = shared + 2 * vecs * sizeof(Vec);
+    unsigned char* scratch = bits + mask_bytes<RESIDENCY, THREADS>(call.vecs_per_thread);
     Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x((Vec*)shared), tile_dy((Vec*)shared + vecs);
     const AffineStats stat(partition, call.mean, call.mean_lo, call.rstd, call.affine, call.channels);
-    Math sums[BACKWARD_SUMS * P], count = (Math)partition.count();
+    const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD> mask(partition, call.mask, call.vecs_per_thread, bits);
+    Math sums[BACKWARD_SUMS * P];
     gradient_sums_of_tile<SCOPE>(partition, call.x, call.dy, call.epilogue, call.dresidual, tile_x, tile_dy,
-                                 call.vecs_per_thread, stat, sums, (Math*)scratch);
+                                 call.vecs_per_thread, stat, sums, (Math*)scratch, mask);
     const int area = scratch_size<THREADS>(partition.channel_vecs, BACKWARD_MERGED * P * sizeof(Accum));
     Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * BACKWARD_PARTIALS,
                              (Math*)(scratch + 2 * area));
     if constexpr (grouped<SCOPE>) {
-        count = (Math)spatial;
         merge_gradient_sums_of_tiles<THREADS>(partition, sums, call.group.tiles, exchange, (Accum*)(scratch + area));
     }
 
     Gradient g;
     #pragma unroll
     for (int p = 0; p < P; p++) {
+        const Math count = count_of_plane(partition, p, call.count, call.channels, spatial);
         const Math slope = call.scale.usual() ? 1 : rstd_slope(stat.rstd[p] * stat.unit[p], count, call.scale);
         g.set(p, sums[OF_DY * P + p] / count, sums[OF_DY_XHAT * P + p] / count * slope, stat);
     }
@@ -55,7 +59,7 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
         call.sums.set(i, sums[OF_DY * P + p], sums[OF_DY_XHAT * P + p]);
     });
     write_tile(partition, call.dx, tile_x, tile_dy, call.vecs_per_thread,
-               [&](int p, Math x, Math dy) { return g.dx(p, x, dy, stat); });
+               [&](int p, Math x, Math dy) { return g.dx(p, x, dy, stat); }, mask);
     exchange.end();
 }
 

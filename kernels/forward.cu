@@ -4,7 +4,8 @@
 //
 // The module's text ends with a kernel for each of its variants, which calls
 // forward<SCOPE, RESIDENCY, THREADS, VECS_PER_THREAD>(call) (cupynorm/cuda/source.py).
-// mean, rstd, mean_lo and variance (unbiased) have N * C elements. They, weight and bias may be null.
+// mean, rstd, mean_lo, variance (unbiased) and count have N * C elements. They, weight and bias may be null.
+// With a mask, only positions where it is True are in the statistics, and y is 0 elsewhere.
 
 #include "epilogue.cuh"
 #include "group.cuh"
@@ -16,7 +17,9 @@ struct ForwardArguments {
     Tensor y;
     Epilogue epilogue;
     Affine affine;
+    Mask mask;
     Math *mean, *rstd, *mean_lo, *variance;
+    long long* count;               // with a mask: of each plane
     long long channels, spatial, channel_tiles;
     int subdivision, vecs_per_thread;
     Scale scale;
@@ -32,16 +35,19 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
     const int tile_bytes = call.vecs_per_thread * THREADS * (int)sizeof(VecOf<Input>) * (RESIDENCY == SHARED);
     const int bytes = P * (grouped<SCOPE> ? FORWARD_MERGED * sizeof(Accum) : FORWARD_SUMS * sizeof(Math));
     const int area = scratch_size<THREADS>(partition.channel_vecs, bytes);
-    Math* scratch = (Math*)(shared + tile_bytes);
-    Math* other = (Math*)(shared + tile_bytes + area);
+    const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD> mask(partition, call.mask, call.vecs_per_thread,
+                                                               shared + tile_bytes);
+    unsigned char* rest = shared + tile_bytes + mask_bytes<RESIDENCY, THREADS>(call.vecs_per_thread);
+    Math *scratch = (Math*)rest, *other = (Math*)(rest + area);
     Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input> tile((VecOf<Input>*)shared);
-    MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, call.vecs_per_thread, scratch, other);
-    Math count = (Math)partition.count();
+    Counts<> count(partition.count());
+    MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, call.vecs_per_thread, scratch, other, mask,
+                                                count);
     Exchange<SCOPE> exchange(call.group, scope_index, partition.channel_vecs * P * FORWARD_PARTIALS,
-                             (Math*)(shared + tile_bytes + 2 * area));
+                             (Math*)(rest + 2 * area));
     if constexpr (grouped<SCOPE>) {
-        count = (Math)spatial;
-        m = merge_moments_of_tiles<THREADS>(partition, m, call.group.tiles, count, exchange, (Accum*)scratch);
+        m = merge_moments_of_tiles<THREADS>(partition, m, call.group.tiles, spatial, count, exchange, (Accum*)scratch,
+                                            (Accum*)other);
     }
 
     Math inverse[P];
@@ -51,13 +57,14 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
         const Math mean = m.mean[p] + m.mean_lo[p];
         m.mean_lo[p] = (m.mean[p] - mean) + m.mean_lo[p];
         m.mean[p] = mean;
-        inverse[p] = rstd_of(m.scaled_m2[p], count, call.scale);
+        inverse[p] = rstd_of(m.scaled_m2[p], count[p], call.scale);
     }
     if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         if (call.mean) store(call.mean + i, m.mean[p]);
         if (call.rstd) store(call.rstd + i, inverse[p]);
         if (call.mean_lo) store(call.mean_lo + i, m.mean_lo[p]);
-        if (call.variance) store(call.variance + i, variance_of(m.scaled_m2[p], count - 1));
+        if (call.variance) store(call.variance + i, variance_of(m.scaled_m2[p], count[p] - 1));
+        if (MASKED && call.count) store(call.count + i, (long long)count.positions(p));
     });
     // Load these only now: the widest register variant has no registers to spare earlier.
     const AffineOfThread affine(partition, call.affine, call.channels);
@@ -68,7 +75,7 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
     write_tile(partition, call.y, tile, call.vecs_per_thread, call.epilogue.residual,
                [&](int p, Math value, Math residual) {
         return activated(to.z(p, value), residual, slope);
-    });
+    }, mask);
     exchange.end();
 }
 

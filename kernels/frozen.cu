@@ -16,6 +16,7 @@ struct FrozenBackwardArguments {
     Affine affine;
     Epilogue epilogue;
     Tensor dresidual;
+    Mask mask;
     Sums sums;
     Round round;
 };
@@ -31,16 +32,19 @@ __device__ inline void frozen_backward(FrozenBackwardArguments call) {
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
         if (EPILOGUE || summed) tile_x.read(partition, call.x, 0);
         tile_dy.read(partition, call.dy, 0);
+        const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD> mask(partition, call.mask);
         Math sum_dy[LINES] = {}, sum_dy_xhat[LINES] = {};
         const auto add_one = [&](int v, Math x_, Math g) {
             const int p = plane_of(v);
             sum_dy[line_of(v)] += g;
             sum_dy_xhat[line_of(v)] += g * ((x_ - stat.mean[p]) * stat.rstd[p]);
         };
-        if (EPILOGUE) apply_epilogue(partition, call.epilogue, call.dresidual, tile_x, tile_dy, 0, stat, add_one);
+        if (EPILOGUE) {
+            apply_epilogue(partition, call.epilogue, call.dresidual, tile_x, tile_dy, 0, stat, add_one, mask);
+        }
         write_tile(partition, call.dx, tile_dy, VECS_PER_THREAD, Tensor{}, [&](int p, Math g, Math) {
             return g * (stat.rstd[p] * stat.affine.weight[p]);
-        });
+        }, mask);
         if (!summed) return;
 
         if (!EPILOGUE) {
@@ -48,9 +52,12 @@ __device__ inline void frozen_backward(FrozenBackwardArguments call) {
                 if (!partition.holds(k)) return;
                 const Vec a = tile_x.get(k), b = tile_dy.get(k);
                 #pragma unroll
-                for (int v = 0; v < VEC_SIZE; v++) add_one(v, widen(a.v[v]), widen(b.v[v]));
+                for (int v = 0; v < VEC_SIZE; v++) {
+                    if constexpr (MASKED) if (!mask.has(k, v)) continue;
+                    add_one(v, widen(a.v[v]), widen(b.v[v]));
+                }
             });
-            if (Partition<SCOPE, THREADS>::has_tails && partition.tail >= 0) {
+            if (Partition<SCOPE, THREADS>::has_tails && partition.tail >= 0 && mask.has_tail()) {
                 add_one(0, widen(tile_x.tail), widen(tile_dy.tail));
             }
         }

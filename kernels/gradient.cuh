@@ -48,7 +48,8 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, clas
 __device__ inline void apply_epilogue(const Partition& partition, const Epilogue& epilogue, const Tensor& dresidual,
                                       const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
                                       Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& dy, int from,
-                                      const AffineStats& stat, F f, const MaskOfTile<VECS_PER_THREAD>& mask = {}) {
+                                      const AffineStats& stat, F f,
+                                      const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD>& mask) {
     const Math slope = (Math)epilogue.slope;
     Math scale[P], offset[P];
     #pragma unroll
@@ -117,7 +118,7 @@ __device__ inline void gradient_sums_of_tile(const Partition& partition, const T
                                              Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_x,
                                              Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& tile_dy, int vecs_per_thread,
                                              const AffineStats& stat, Math (&sums)[BACKWARD_SUMS * P], Math* scratch,
-                                             const MaskOfTile<VECS_PER_THREAD>& mask = {}) {
+                                             const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD>& mask) {
     // Until the sums are complete, sum(g * (x - mean)), in the plane's unit.
     Math sum_dy[LINES] = {}, sum_dy_xmu[LINES] = {};
     const auto add_one = [&](int v, Math x_, Math g) {
@@ -173,6 +174,14 @@ __device__ inline void merge_gradient_sums_of_tiles(const Partition& partition, 
     exchange.release();
     #pragma unroll
     for (int k = 0; k < BACKWARD_SUMS * P; k++) sums[k] = (Math)s[k];
+}
+
+// The positions of a thread's plane p that count.
+template <class Partition>
+__device__ inline Math count_of_plane(const Partition& partition, int p, const long long* count, long long channels,
+                                      long long spatial) {
+    if (!MASKED) return (Math)spatial;
+    return partition.exists(channels) ? (Math)load(count + partition.n * channels + partition.c + p) : 1;
 }
 
 // dx as scale * ((g - level) - (x - mean) * slope).

@@ -12,6 +12,7 @@ struct MergeMomentsArguments {
     long long tiles, first, planes;
     Scale scale;
     Math *mean, *rstd, *mean_lo, *variance;
+    long long* count;               // of the plane; may be null
 };
 
 KERNEL(SINGLE_THREADS, 1) merge_moments(MergeMomentsArguments call) {
@@ -22,6 +23,7 @@ KERNEL(SINGLE_THREADS, 1) merge_moments(MergeMomentsArguments call) {
     if (threadIdx.x != 0) return;
     if (call.merged.count) call.merged.set(plane, all);
     else Statistics{call.mean, call.rstd, call.mean_lo, call.variance}.set(plane, all, call.scale);
+    if (call.count) store(call.count + plane, all.count);
 }
 
 struct TwoSums { Accum dy, dy_xhat; };
@@ -32,6 +34,7 @@ struct MergeGradientSumsArguments {
     long long all_planes, tiles, first, planes, spatial;
     Math *mean_dy, *mean_dy_xhat;   // for input_gradient_*
     const Math* rstd;
+    const long long* count;         // of each plane; null if all have `spatial` positions
     Scale scale;
     Totals totals;
     Sums sums;                      // for dbias and dweight, or these themselves
@@ -48,9 +51,10 @@ KERNEL(SINGLE_THREADS, 1) merge_gradient_sums(MergeGradientSumsArguments call) {
     const TwoSums all = merge_over_block<MERGE_GRADIENT_SUMS_BYTES>(TwoSums{0, 0}, call.tiles, of_tile, add);
     if (threadIdx.x != 0) return;
     if (call.mean_dy) {
-        store(call.mean_dy + plane, (Math)(all.dy / call.spatial));
-        const Math slope = call.scale.usual() ? 1 : rstd_slope(load(call.rstd + plane), call.spatial, call.scale);
-        store(call.mean_dy_xhat + plane, (Math)(all.dy_xhat / call.spatial * slope));
+        const Accum count = (Accum)(call.count ? load(call.count + plane) : call.spatial);
+        store(call.mean_dy + plane, (Math)(all.dy / count));
+        const Math slope = call.scale.usual() ? 1 : rstd_slope(load(call.rstd + plane), (Math)count, call.scale);
+        store(call.mean_dy_xhat + plane, (Math)(all.dy_xhat / count * slope));
     }
     if (call.totals.dy) call.totals.set(plane, all.dy, all.dy_xhat);
     call.sums.set(plane, (Math)all.dy, (Math)all.dy_xhat);

@@ -18,6 +18,9 @@
 // no tile has 2^17 elements. If values are so small that the products flush to 0, mean_lo becomes their mean.
 constexpr Math SUM_SCALE = 7.6293945e-6;        // 2^-17
 
+// Likewise in a sum of means, each times its count.
+constexpr Accum TINY = 9.094947017729282e-13;   // 2^-40
+
 struct MomentsOfThread {
     Math mean[P], mean_lo[P], scaled_m2[P];     // scaled_m2: the sum of ((x - mean) - mean_lo)^2, scaled as below
 };
@@ -44,6 +47,10 @@ __device__ inline float scale_m2_to_float(Accum m2) {
 __device__ inline float rstd_of(float scaled_m2, float count, const Scale& scale) {
     const float eps = (float)scale.eps;
     count -= (float)scale.ddof;
+    if (MASKED && !(count > 0)) {           // as in Statistics
+        scaled_m2 = 0;
+        count = 1;
+    }
     if (scale.mode != EPS_VARIANCE) {
         const float root = (scaled_m2 < 0 ? -scaled_m2 : sqrtf(scaled_m2)) / sqrtf(count);
         return rstd_of_std(scaled_m2 <= -1 ? root * 1048576 : root, scale);
@@ -52,7 +59,7 @@ __device__ inline float rstd_of(float scaled_m2, float count, const Scale& scale
     if (scaled_m2 > -1 && eps > 1) return reciprocal_sqrt(eps);
     const float unit = scaled_m2 > -1 ? 1.1529215e18f : 8.2718061e-25f;                           // 2^60, 2^-80
     const float root = scaled_m2 * (scaled_m2 > -1 ? 1.1529215e18f : 8.6736174e-19f);             // 2^60, 2^-60
-    const float scaled = reciprocal_sqrt(root * root / count + eps * unit * unit);
+    const float scaled = reciprocal_sqrt(root * root / count + (float)(scale.eps * unit * unit));
     // Below 2^-126 it is assembled from bits, since arithmetic would flush it.
     return unit < 1 && scaled < 1.4210855e-14f ? denormal(scaled * 5.9029581e20f) : scaled * unit;      // 2^-46, 2^69
 }
@@ -62,7 +69,7 @@ __device__ inline float variance_of(float scaled_m2, float count) {
 // double has the range.
 __device__ inline Accum wide_m2(double scaled_m2) { return scaled_m2; }
 __device__ inline double rstd_of(double scaled_m2, double count, const Scale& scale) {
-    const double var = scaled_m2 / (count - scale.ddof);
+    const double rest = count - scale.ddof, var = MASKED && !(rest > 0) ? 0 : scaled_m2 / rest;
     return scale.mode == EPS_VARIANCE ? reciprocal_sqrt(var + scale.eps) : rstd_of_std(sqrt(var), scale);
 }
 __device__ inline double variance_of(double scaled_m2, double count) { return scaled_m2 / count; }
@@ -87,7 +94,7 @@ template <bool READ, int K, int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_
 __device__ inline void sum_tile(const Partition& partition, const TensorOf<Input>& x,
                                 Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input>& tile, int vecs_per_thread,
                                 Math* scratch, Math (&total)[K * P], F f,
-                                const MaskOfTile<VECS_PER_THREAD>& mask) {
+                                const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD>& mask) {
     Math s[K][LINES] = {};
     const auto add_one = [&](int v, Input value) {
         Math terms[K];
@@ -121,16 +128,15 @@ __device__ inline void sum_tile(const Partition& partition, const TensorOf<Input
     sum_over_scope<SCOPE, THREADS>(total, partition.size, partition.channel_vecs, scratch);
 }
 
-// scratch and other are two areas for two sums each, used alternately; on return `scratch` is the free one. If there is a
-// mask, counted is set.
+// scratch and other are two areas for two sums each, used alternately; on return `scratch` is the free one. count: of
+// the tile's positions; with a mask it is set.
 template <int SCOPE, int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition>
 __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, const TensorOf<Input>& x,
                                                   Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input>& tile,
                                                   int vecs_per_thread, Math*& scratch, Math*& other,
-                                                  const MaskOfTile<VECS_PER_THREAD>& mask = {},
-                                                  CountOfTile<>* counted = 0) {
+                                                  const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD>& mask,
+                                                  Counts<>& count) {
     MomentsOfThread m;
-    CountOfTile<> count(partition.count());
     if constexpr (MASKED) {
         Math first[FORWARD_SUMS * P];
         sum_tile<true, FORWARD_SUMS, SCOPE>(partition, x, tile, vecs_per_thread, scratch, first,
@@ -141,9 +147,8 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
         #pragma unroll
         for (int p = 0; p < P; p++) {
             m.mean[p] = first[p];
-            count.set(p, first[P + p]);
+            count.set(p, (int)first[P + p]);
         }
-        *counted = count;
     } else {
         sum_tile<true, 1, SCOPE>(partition, x, tile, vecs_per_thread, scratch, m.mean,
                                  [](int, Math value, Math (&terms)[1]) {
@@ -209,20 +214,40 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
 }
 
 // Merge the moments of a channel tile's tiles, about the mean of tile 0, which has the most elements: the terms that
-// cancel in m2 are then at most `tiles` times the result, and Accum has digits to spare.
+// cancel in m2 are then at most `tiles` times the result, and Accum has digits to spare. With a mask it may have few:
+// then about the mean of all. count: of the tile; becomes that of all.
 template <int THREADS, class Partition, class Exchange>
 __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partition, const MomentsOfThread& mine,
-                                                         int tiles, Math count, Exchange& exchange, Accum* scratch) {
+                                                         int tiles, long long spatial, Counts<>& count,
+                                                         Exchange& exchange, Accum* scratch, Accum* other) {
     enum { MEAN, MEAN_LO, SCALED_M2, COUNT };
     const TileNumbers<FORWARD_PARTIALS, Partition, Exchange> numbers(partition, exchange, [&](int p, int i) {
         return i == MEAN ? mine.mean[p] : i == MEAN_LO ? mine.mean_lo[p] : i == SCALED_M2 ? mine.scaled_m2[p]
-                                                                                         : (Math)partition.count();
+                                                                                          : count[p];
     });
     Accum base[P], s[FORWARD_MERGED * P] = {};
-    #pragma unroll
-    for (int p = 0; p < P; p++) {
-        base[p] = numbers.read(0, p, MEAN);
-        s[p] = nothing_of(base[p]);
+    if constexpr (MASKED) {
+        numbers.template sum<THREADS>(tiles, s, other, [&](int tile) {
+            #pragma unroll
+            for (int p = 0; p < P; p++) {
+                const Accum n = numbers.read(tile, p, COUNT);
+                s[p] += n;
+                if (n > 0) s[P + p] += n * TINY * numbers.read(tile, p, MEAN);
+            }
+        });
+        #pragma unroll
+        for (int p = 0; p < P; p++) {
+            count.set(p, (int)s[p]);
+            base[p] = s[p] > 0 ? s[P + p] / (s[p] * TINY) : 0;
+            s[p] = s[P + p] = 0;
+        }
+    } else {
+        count = Counts<>((int)spatial);
+        #pragma unroll
+        for (int p = 0; p < P; p++) {
+            base[p] = numbers.read(0, p, MEAN);
+            s[p] = nothing_of(base[p]);
+        }
     }
     numbers.template sum<THREADS>(tiles, s, scratch, [&](int tile) {
         #pragma unroll
@@ -238,7 +263,7 @@ __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partit
     MomentsOfThread m;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const Accum distance = s[p] / count, m2 = s[P + p] - s[p] * distance;
+        const Accum distance = s[p] / count.divisor(p), m2 = s[P + p] - s[p] * distance;
         m.mean[p] = (Math)(base[p] + distance);
         m.mean_lo[p] = (Math)((base[p] - m.mean[p]) + distance);
         m.scaled_m2[p] = m2 < 0 ? 0 : scale_m2(m2);

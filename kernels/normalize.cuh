@@ -67,11 +67,12 @@ __device__ inline void normalize(NormalizeArguments call) {
         }
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input> tile;
         tile.read(partition, call.x, 0);
+        const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD> mask(partition, call.mask);
         const Math slope = (Math)call.epilogue.slope;
         write_tile(partition, call.y, tile, VECS_PER_THREAD, call.epilogue.residual,
                    [&](int p, Math value, Math residual) {
             return activated(to.z(p, value), residual, slope);
-        }, MaskOfTile<VECS_PER_THREAD>(partition, call.mask));
+        }, mask);
     });
 }
 

@@ -30,12 +30,12 @@ __device__ inline void moments(const MomentsArguments& call) {
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD, Input> tile;
         Math* scratch = (Math*)shared;
         Math* other = scratch + scratch_size<THREADS>(partition.channel_vecs, FORWARD_SUMS * P);
-        CountOfTile<> count;
-        const MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, VECS_PER_THREAD, scratch, other,
-                                                         MaskOfTile<VECS_PER_THREAD>(partition, call.mask), &count);
+        const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD> mask(partition, call.mask);
+        Counts<> count(partition.count());
+        const MomentsOfThread m = moments_of_tile<SCOPE>(partition, call.x, tile, VECS_PER_THREAD, scratch, other, mask,
+                                                         count);
         partition.each_plane(round.channels, [&](int p, long long i) {
-            const long long counted = MASKED ? (long long)count[p] : partition.count();
-            call.partials.set(i * round.tiles + partition.tile, {counted,
+            call.partials.set(i * round.tiles + partition.tile, {count.positions(p),
                               (Accum)m.mean[p] + (Accum)m.mean_lo[p], wide_m2(m.scaled_m2[p])});
         });
     });
@@ -61,10 +61,10 @@ __device__ inline void gradient_sums(GradientSumsArguments call) {
     each_tile<SCOPE, THREADS, VECS_PER_THREAD>(round, call.x, false, [&](const Partition<SCOPE, THREADS>& partition) {
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
         const AffineStats stat(partition, call.mean, call.mean_lo, call.rstd, call.affine, round.channels);
+        const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD> mask(partition, call.mask);
         Math sums[BACKWARD_SUMS * P];
         gradient_sums_of_tile<SCOPE>(partition, call.x, call.dy, call.epilogue, call.dresidual, tile_x, tile_dy,
-                                     VECS_PER_THREAD, stat, sums, (Math*)shared_memory(),
-                                     MaskOfTile<VECS_PER_THREAD>(partition, call.mask));
+                                     VECS_PER_THREAD, stat, sums, (Math*)shared_memory(), mask);
         partition.each_plane(round.channels, [&](int p, long long i) {
             if (call.totals.dy) call.totals.set(i, sums[OF_DY * P + p], sums[OF_DY_XHAT * P + p]);
             else {
@@ -106,7 +106,7 @@ __device__ inline void input_gradient(InputGradientArguments call) {
         Tile<RESIDENCY, THREADS, VECS_PER_THREAD> tile_x, tile_dy;
         tile_x.read(partition, call.x, 0);
         tile_dy.read(partition, call.g, 0);
-        const MaskOfTile<VECS_PER_THREAD> mask(partition, call.mask);
+        const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD> mask(partition, call.mask);
         if constexpr (EPILOGUE != 0) {
             apply_epilogue(partition, call.epilogue, call.dresidual, tile_x, tile_dy, 0, stat, [](int, Math, Math) {},
                            mask);

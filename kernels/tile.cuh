@@ -59,7 +59,8 @@ struct Tile : TileVecs<RESIDENCY, THREADS, VECS_PER_THREAD, T> {
 template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class T, class Partition, class F>
 __device__ inline void write_tile(const Partition& partition, const Tensor& y,
                                   const Tile<RESIDENCY, THREADS, VECS_PER_THREAD, T>& x, int vecs_per_thread,
-                                  const Tensor& residual, F f, const MaskOfTile<VECS_PER_THREAD>& mask = {}) {
+                                  const Tensor& residual, F f,
+                                  const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD>& mask = {}) {
     Storage* origin = partition.origin(y);
     with_constant(EPILOGUE && residual.data, [&](bool more) {
         // The residual's distance from y's origin, in elements: takes one register less than two origins.
@@ -88,7 +89,7 @@ template <int RESIDENCY, int THREADS, int VECS_PER_THREAD, class Partition, clas
 __device__ inline void write_tile(const Partition& partition, const Tensor& dx,
                                   const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& x,
                                   const Tile<RESIDENCY, THREADS, VECS_PER_THREAD>& dy, int vecs_per_thread, F f,
-                                  const MaskOfTile<VECS_PER_THREAD>& mask = {}) {
+                                  const MaskOfTile<RESIDENCY, THREADS, VECS_PER_THREAD>& mask = {}) {
     Storage* origin = partition.origin(dx);
     x.each(vecs_per_thread, [&](int k) {
         if (!partition.holds(k)) return;

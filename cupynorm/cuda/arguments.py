@@ -55,12 +55,12 @@ _MERGE = ("all_planes tiles first planes spatial", INT64)
 #: By kernel, without the variant: those that have variants first.
 STRUCTS: dict[str, np.dtype] = {
     "forward": _struct(
-        ("x y", TENSOR), ("epilogue", EPILOGUE), ("affine", AFFINE), ("mean rstd mean_lo variance", POINTER),
-        *_WHOLE, ("scale", SCALE), ("group", GROUP),
+        ("x y", TENSOR), ("epilogue", EPILOGUE), ("affine", AFFINE), ("mask", TENSOR),
+        ("mean rstd mean_lo variance count", POINTER), *_WHOLE, ("scale", SCALE), ("group", GROUP),
     ),
     "backward": _struct(
         ("x dy dx", TENSOR), ("mean rstd mean_lo", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("dresidual", TENSOR), ("sums", SUMS), *_WHOLE, ("scale", SCALE), ("group", GROUP),
+        ("dresidual mask", TENSOR), ("count", POINTER), ("sums", SUMS), *_WHOLE, ("scale", SCALE), ("group", GROUP),
     ),
     "double_backward": _struct(
         ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS), ("sums", SUMS),
@@ -72,7 +72,7 @@ STRUCTS: dict[str, np.dtype] = {
     ),
     "frozen_backward": _struct(
         ("x dy dx", TENSOR), ("mean rstd", POINTER), ("affine", AFFINE), ("epilogue", EPILOGUE),
-        ("dresidual", TENSOR), ("sums", SUMS), ("round", ROUND),
+        ("dresidual mask", TENSOR), ("sums", SUMS), ("round", ROUND),
     ),
     "frozen_double_backward": _struct(
         ("inputs", INPUTS), ("dx ddy", TENSOR), ("mean rstd", POINTER), ("parameters", PARAMETERS), ("sums", SUMS),
@@ -96,11 +96,11 @@ STRUCTS: dict[str, np.dtype] = {
     ),
     "merge_moments": _struct(
         ("partials merged", MOMENTS), ("tiles first planes", INT64), ("scale", SCALE),
-        ("mean rstd mean_lo variance", POINTER),
+        ("mean rstd mean_lo variance count", POINTER),
     ),
     "merge_gradient_sums": _struct(
-        ("partials", POINTER), _MERGE, ("mean_dy mean_dy_xhat rstd", POINTER), ("scale", SCALE), ("totals", TOTALS),
-        ("sums", SUMS),
+        ("partials", POINTER), _MERGE, ("mean_dy mean_dy_xhat rstd count", POINTER), ("scale", SCALE),
+        ("totals", TOTALS), ("sums", SUMS),
     ),
     "merge_products": _struct(("partials", POINTER), _MERGE, ("rstd coefficients", POINTER), ("sums", SUMS)),
     "merge_dots": _struct(("partials", POINTER), ("tiles planes", INT64), ("sums", SUMS)),

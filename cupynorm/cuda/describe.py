@@ -66,6 +66,7 @@ def plan_for(
     residual: bool = False,
     invariant: bool = False,
     input: str = "",
+    masked: bool = False,
 ) -> tuple[Plan, int]:
     """Return the plan of a call whose other arrays are new, in the layout of the first, and the number of copies.
     input: the dtype of the first, if it is another."""
@@ -81,8 +82,9 @@ def plan_for(
     kind, layouts, _ = choose_layout((first, *[new] * (len(read) + len(written) - 1)))
     shape = (desc.shape[0], desc.shape[1], math.prod(desc.shape[2:]))
     made = plan(
-        op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, invariant=invariant, input=input
-    )
+        op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, invariant=invariant, input=input,
+        masked=masked,
+    )  # fmt: skip
     return made, int(copied[0])
 
 

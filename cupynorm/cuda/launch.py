@@ -71,9 +71,6 @@ class CudaBackend(Backend):
             return moments
 
     def forward(self, call: ForwardCall) -> ForwardResult:
-        if call.mask is not None:
-            call.moments = self.moments(call.x, call.mask, call.result_dtype)
-            return self.normalize(call)
         return self._forward("forward", call)
 
     def normalize(self, call: ForwardCall) -> ForwardResult:
@@ -93,10 +90,15 @@ class CudaBackend(Backend):
             needed = call.save or moments is not None
             mean, variance = work.planes(needed or update), work.planes(update)
             rstd, mean_lo = work.planes(needed), work.planes(needed and call.use_input_stats)
+            # With moments, these have it.
+            count = work.counts() if op == "forward" and call.mask is not None and (call.save or update) else None
             saved = call.saved(mean, rstd, mean_lo) if call.save else None
+            if saved is not None and count is not None:
+                saved.count = count
             if x.size == 0 and (moments is None or 0 in work.nc):
-                if mean_lo is not None:
-                    mean_lo.fill(0)
+                for array in (mean_lo, count):
+                    if array is not None:
+                        array.fill(0)
                 return ForwardResult(work.result, saved, work.commit)
             running_mean, running_var = call.running_mean, call.running_var
             weight, bias, mean_, var_ = (
@@ -115,7 +117,9 @@ class CudaBackend(Backend):
             if x.size and work.plan.regime == "split":
                 mean, rstd, mean_lo = (work.planes() if array is None else array for array in (mean, rstd, mean_lo))
                 work.point_to("partials", **vars(new(Moments, partial(work.empty, (*work.nc, work.tiles)))))
-            for name, array in (("mean", mean), ("rstd", rstd), ("mean_lo", mean_lo), ("variance", variance)):
+            for name, array in (
+                ("mean", mean), ("rstd", rstd), ("mean_lo", mean_lo), ("variance", variance), ("count", count),
+            ):  # fmt: skip
                 work.point(name, array)
             after: tuple[PlannedStep, ...] = ()
             if moments is not None:
@@ -137,11 +141,6 @@ class CudaBackend(Backend):
     # Backward
 
     def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> Gradients:
-        if saved.mask is not None:
-            sums = self.gradient_sums(dy, saved)
-            dweight, dbias = self.parameter_gradients(sums, saved)
-            dx, dresidual = self.input_gradient(dy, saved, sums, out=out)
-            return Gradients(dx, dweight, dbias, dresidual)
         return self._backward(dy, saved, (saved.weight, saved.bias), out)
 
     def _backward(
@@ -155,11 +154,14 @@ class CudaBackend(Backend):
             work = PlannedLaunches(
                 self.runtime, op, (x, dy), residual=saved.residual, out=out, sums=wanted,
                 reduced=any(p is not None and not _direct(p, x.shape) for p in parameters), epilogue=_epilogue(saved),
+                mask=saved.mask,
             )  # fmt: skip
             dresidual = _dresidual(work, dy, saved)
             gradients = _ParameterGradients(work, *parameters)
             if x.size:
                 _point_saved(work, saved)
+                if saved.mask is not None and saved.training:
+                    work.point("count", work.dense(saved.count))
                 gradients.point()
                 if op == "frozen_backward" and work.tiles > 1 and wanted:
                     step, merge, *_ = work.steps
@@ -206,7 +208,7 @@ class CudaBackend(Backend):
     def input_gradient(
         self, dy: Array, saved: Saved, sums: GradientSums, *, out: Array | None
     ) -> tuple[Array, Array | None]:
-        if not saved.training and saved.mask is None:
+        if not saved.training:
             dx, _, _, dresidual = self._backward(dy, saved, (None, None), out)
             return dx, dresidual
         x = saved.x
@@ -216,13 +218,7 @@ class CudaBackend(Backend):
                 mask=saved.mask,
             )  # fmt: skip
             dresidual = _dresidual(work, dy, saved)
-            if x.size and not saved.training:  # its statistics are constants
-                _point_saved(work, saved)
-                nothing = self.runtime.zeros(work.nc, work.math)
-                work.point("mean_dy", nothing)
-                work.point("mean_dy_xhat", nothing)
-                work.run(work.steps[0])
-            elif x.size:
+            if x.size:
                 _point_saved(work, saved)
                 work.point_to("totals", dy=work.dense(sums.sum_dy), dy_xhat=work.dense(sums.sum_dy_xhat))
                 work.point("count", work.dense(saved.count))

@@ -179,8 +179,7 @@ class _Job:
         tile = (
             self.vecs_per_thread(variant, tiles)
             * variant.threads
-            * self.vec_bytes
-            * self.arrays
+            * (self.vec_bytes * self.arrays + self.masked)
             * (variant.residency == "shared")
         )
         if variant.scope == "block":
@@ -235,8 +234,8 @@ class _Job:
 
     def resident(self, variant: Variant) -> int:
         """Return the number of blocks of a variant for which a multiprocessor has registers."""
-        threads = resident_threads(variant, self.op, self.dtype, self.kind, self.epilogue, self.misaligned)
-        return threads // variant.threads
+        facts = self.op, self.dtype, self.kind, self.epilogue, self.misaligned, self.masked
+        return resident_threads(variant, *facts) // variant.threads
 
     def slots(self, variant: Variant) -> int:
         """Return the blocks that the device holds at once: with tiles in shared memory, one per multiprocessor."""
@@ -386,7 +385,7 @@ def plan(
     are added up over N. epilogue: a value of EPILOGUES, or 0 for none (a backward without activation has none).
     residual: the epilogue has one. invariant: the order of additions in a plane must depend neither on N nor on the
     plane's address. input: the dtype of x, if it is another; then dtype is that of the other arrays, and op is forward,
-    moments or normalize. masked: there is a mask; op is moments, normalize, gradient_sums or input_gradient.
+    moments or normalize. masked: there is a mask; op is not a double backward.
     """
     job = _Job(op, shape, dtype, kind, layouts, device, epilogue, invariant, input, masked)
     # Forward reads the residual; backward reads it again, for z, and writes its gradient.

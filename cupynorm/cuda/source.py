@@ -25,7 +25,7 @@ from .variants import (
     INPUT_ITEMSIZE,
     ITEMSIZE,
     KERNELS,
-    MASKED_KERNELS,
+    MASKED,
     MIXED_KERNELS,
     PLAIN,
     PLAIN_KERNELS,
@@ -83,7 +83,7 @@ class Module:
             return single(step.module, plan.dtype, plan.input)
         epilogue = 0 if step.plain else plan.epilogue
         if step.group == "subwarp":  # staged planes are partitioned by elements
-            module = cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue)
+            module = cls(step.module, plan.dtype, 1, plan.kind, step.group, epilogue, masked=plan.masked)
         else:
             facts = step.module, plan.dtype, plan.vec_size, plan.kind, step.group, epilogue, plan.misaligned
             module = cls(*facts, plan.input, plan.masked)
@@ -139,15 +139,13 @@ class Module:
 
     def blocks(self, variant: Variant) -> int:
         """Return the number of blocks of a variant that must fit on a multiprocessor."""
-        resident = resident_threads(variant, self.file, self.math_dtype, self.kind, self.epilogue, self.misaligned)
-        return max(1, resident // variant.threads)
+        facts = self.file, self.math_dtype, self.kind, self.epilogue, self.misaligned, self.masked
+        return max(1, resident_threads(variant, *facts) // variant.threads)
 
     @property
     def _prefixes(self) -> tuple[str, ...]:
         """The kernels of this module that have variants."""
         kernels = KERNELS.get(self.file, ())
-        if self.masked:
-            kernels = tuple(kernel for kernel in kernels if kernel in MASKED_KERNELS)
         if self.input:
             kernels = tuple(kernel for kernel in kernels if kernel in MIXED_KERNELS)
         return tuple(kernel for kernel in kernels if not (self.epilogue and kernel in PLAIN_KERNELS))
@@ -203,8 +201,8 @@ def all_modules(epilogues: Iterable[int] = range(max(EPILOGUES.values()) + 1)) -
 
 def masked_modules(dtype: str, epilogues: Iterable[int] = (0,)) -> list[Module]:
     """Return every module that calls with a mask may compile if all arrays have one dtype."""
-    files = ("split", "parts", "frozen")
-    return [replace(m, masked=True) for m in all_modules(epilogues) if m.file in files and m.dtype == dtype]
+    modules = (m for m in all_modules(epilogues) if m.dtype == dtype)
+    return [replace(m, masked=True) for m in modules if m.file in MASKED]
 
 
 def mixed_modules(input: str, dtype: str, epilogues: Iterable[int] = (0,)) -> list[Module]:

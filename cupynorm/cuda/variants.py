@@ -69,15 +69,18 @@ def exists(
 
     8 vecs of x and of dy take 64 registers per thread, which some kernels need for other things: these kernels have no
     such variants, but clusters that keep their tiles in shared memory. Nor do the registers of a grid hold 8 vecs of
-    bytes, each of which takes a register.
+    bytes, each of which takes a register, nor those of 512 threads 8 vecs and a mask.
     """
     if input and INPUT_ITEMSIZE[input] == 1 and group_of(variant, file) == "grid_registers":
         return False
+    if masked and file == "forward" and (variant.threads, variant.vecs_per_thread) == (512, 8):
+        return False
     needy = kind == "channels_last" or (ITEMSIZE[dtype] == 2 and (epilogue > 0 or misaligned))
+    needy |= masked and epilogue > 0
     if variant.scope == "subwarp":  # in forward a thread takes 16 elements of 16 bits, whatever the size of planes
         return not (file == "forward" and variant.vecs_per_thread == 8 and ITEMSIZE[dtype] == 2)
     if file == "split":  # each vec of a misaligned array is combined from two; a mask has bits for each element
-        few = (ITEMSIZE[dtype] == 2 and misaligned) or (masked and epilogue > 0)
+        few = masked or (ITEMSIZE[dtype] == 2 and misaligned)
         return (variant.vecs_per_thread == 4) == few
     if file != "backward":
         return True
@@ -86,7 +89,9 @@ def exists(
     return not (needy and variant.vecs_per_thread == 8)
 
 
-def resident_threads(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool) -> int:
+def resident_threads(
+    variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool, masked: bool = False
+) -> int:
     """Return the threads that must fit on a multiprocessor: they limit each to 65536 / this number of registers."""
     if variant.resident:
         return variant.resident
@@ -95,7 +100,9 @@ def resident_threads(variant: Variant, file: str, dtype: str, kind: Kind, epilog
     light = dtype != "float64" and kind == "channels_first" and not misaligned
     if file == "forward" and light and epilogue < 2:
         if variant.grouped and variant.residency == "registers":
-            return 768 if epilogue else 1024
+            return 768 if epilogue or masked else 1024
+        if masked and variant.vecs_per_thread >= 8:
+            return 768
         return 512 if variant.scope == "grid" else 1024
     if file == "backward" and light and epilogue == 0:
         # If registers suffice, more blocks are faster: up to 1.3 times on an H200.
@@ -173,8 +180,8 @@ SINGLE: dict[str, tuple[str, ...]] = {
 #: The files whose kernels have no epilogue, and the kernels of other files that have none.
 PLAIN = ("double_backward", "double_split", "frozen_double_backward")
 PLAIN_KERNELS = ("moments",)
-#: The kernels that exist with a mask.
-MASKED_KERNELS = ("moments", "normalize", "gradient_sums", "input_gradient")
+#: The files whose kernels exist with a mask.
+MASKED = ("forward", "backward", "split", "parts", "frozen")
 #: The kernels that exist for x of another dtype than the other arrays'.
 MIXED_KERNELS = ("forward", "moments", "normalize")
 

@@ -71,8 +71,8 @@ def test_parts_give_the_results_of_the_whole(backend: Backend, case: cases.Case,
 
 
 @pairwise(
-    eps_mode=EPS_MODES, ddof=(0.0, 1.0), eps=(0.0, 1e-30, 1e-12, 1.0), scale=(1e-30, 1e-18, 1e-9, 1.0, 1e20, 3e37),
-    size=(3, 40, 2500), layout=("contiguous", "channels_last"),
+    eps_mode=EPS_MODES, ddof=(0.0, 1.0), eps=(0.0, 1e-60, 1e-30, 1e-12, 1.0), size=(3, 40, 2500),
+    scale=(1e-30, 1e-18, 1e-9, 1.0, 1e20, 3e37), layout=("contiguous", "channels_last"),
 )  # fmt: skip
 def test_deviations_of_any_size(
     backend: Backend, eps_mode: str, ddof: float, eps: float, scale: float, size: int, layout: str,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -213,26 +214,28 @@ PAIRS = [
 
 
 def _mixed() -> list[Module]:
-    """Return modules for x of another dtype: each group of kernels and layout with the widest accesses, for a pair in
-    turn, without and with an epilogue in turn; in the nightly tier all modules of all pairs."""
+    """Return modules for x of another dtype: in turn of the pairs, without and with an epilogue in turn; in the nightly
+    tier all modules of all pairs."""
     if EVERYTHING:
         return [module for pair in PAIRS for module in mixed_modules(*pair, epilogues=range(4))]
+    return _in_turn(m for i, pair in enumerate(PAIRS) for m in mixed_modules(*pair, epilogues=(i % 2,)))
+
+
+def _in_turn(modules: Iterable[Module]) -> list[Module]:
+    """Return a module of each group of kernels and layout, with the widest accesses: the groups take different ones."""
     same: dict[tuple[Any, ...], list[Module]] = {}
-    for i, pair in enumerate(PAIRS):
-        for module in mixed_modules(*pair, epilogues=(i % 2,)):
-            if module.vec_size > 1 or module.file not in VARIANTS:
-                same.setdefault((module.file, module.group, module.kind), []).append(module)
-    return [modules[i % len(modules)] for i, modules in enumerate(same.values())]
+    for module in modules:
+        if not module.misaligned and (module.vec_size > 1 or module.group == "subwarp" or module.file not in VARIANTS):
+            same.setdefault((module.file, module.group, module.kind), []).append(module)
+    return [each[i % len(each)] for i, each in enumerate(same.values())]
 
 
 def _masked() -> list[Module]:
-    """Return modules with a mask: in the nightly tier all, else those with the widest accesses, in turn of the dtypes
-    and of the epilogues."""
+    """Return modules with a mask: in turn of the dtypes and of the epilogues; in the nightly tier all."""
     if EVERYTHING:
         return [module for dtype in ITEMSIZE for module in masked_modules(dtype, range(4))]
-    turns = [("float32", 2), ("float16", 1), ("bfloat16", 0), ("float64", 0)]
-    modules = [m for dtype, epilogue in turns for m in masked_modules(dtype, (epilogue,)) if m.vec_size > 1]
-    return [m for m in modules if not m.misaligned]
+    turns = [("float32", 2), ("float32", 0), ("float16", 1), ("bfloat16", 0), ("float64", 0)]
+    return _in_turn(m for dtype, epilogue in turns for m in masked_modules(dtype, (epilogue,)))
 
 
 def _check_all(modules: list[Module], architecture: int, whole: bool = True) -> None:

@@ -228,8 +228,9 @@ def test_arguments_set_by_a_call_belong_to_a_kernel(
         for fused in ({}, {"residual": x, "activation": "relu"}):
             _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training, **fused)
             cn.instance_norm_backward(x, saved)
-        _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training, eps_mode="std")
-        cn.instance_norm_backward(x, saved)
+        for options in ({"eps_mode": "std"}, {"mask": np.ones(size, bool)}):
+            _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training, **options)
+            cn.instance_norm_backward(x, saved)
         _, saved = cn.instance_norm_forward(x, w, w, **running, use_input_stats=training)
         cn.instance_norm_double_backward(x, w, w, x, saved)
         if training:

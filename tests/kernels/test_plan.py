@@ -592,10 +592,11 @@ def test_variants_leave_few_registers_empty(op: Op, times: int) -> None:
         assert first == last * (1 if op == "forward" else 2)
 
 
-def _facts() -> list[tuple[Variant, str, str, Kind, int, bool]]:
-    """Return all combinations of variant, file, dtype, kind, epilogue and misaligned that may have kernels."""
-    every = itertools.product(VARIANTS, ITEMSIZE, KINDS, range(4), (False, True))
-    return [(variant, *facts) for facts in every for variant in VARIANTS[facts[0]]]
+def _facts() -> list[tuple[Variant, str, str, Kind, int, bool, bool]]:
+    """Return all combinations of variant, file, dtype, kind, epilogue, misaligned and masked that have kernels."""
+    every = itertools.product(VARIANTS, ITEMSIZE, KINDS, range(4), (False, True), (False, True))
+    pairs = ((variant, facts) for facts in every for variant in VARIANTS[facts[0]])
+    return [(variant, *facts) for variant, facts in pairs if exists(variant, *facts[:5], masked=facts[5])]
 
 
 def test_launch_bounds_leave_enough_registers() -> None:
@@ -609,10 +610,14 @@ def test_launch_bounds_leave_enough_registers() -> None:
 def test_resident_threads() -> None:
     """More for kernels that hold little. test_compile.py checks the registers that NVRTC then uses."""
 
-    def expected(variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool) -> int:
+    def expected(
+        variant: Variant, file: str, dtype: str, kind: Kind, epilogue: int, misaligned: bool, masked: bool
+    ) -> int:
         light = dtype in ("float16", "bfloat16", "float32") and kind == "channels_first" and not misaligned
         if light and file == "forward":
-            # No epilogue, a rectifier, others. 8 vecs and an exchange between blocks need more registers than 8 vecs.
+            # No epilogue, a rectifier, others. 8 vecs and an exchange between blocks, or a mask, need more registers.
+            if masked and variant.vecs_per_thread >= 8:
+                return (768, 768, 512)[min(epilogue, 2)]
             grouped = {"grid_registers_256x8": (1024, 768, 512), "grid_shared_512x0": (512, 512, 512)}
             grouped |= {f"cluster{size}_registers_256x8": (1024, 768, 512) for size in (4, 8, 16)}
             return grouped.get(variant.name, (1024, 1024, 512))[min(epilogue, 2)]
@@ -631,24 +636,25 @@ def test_resident_threads() -> None:
 def test_existing_kernels() -> None:
     """Kernels for channels-last, and for 16-bit arrays with an epilogue or misaligned, have no registers for 8 vecs of
     x and dy: they alone have clusters that keep these in shared memory. The split of misaligned 16-bit arrays has 4
-    vecs per thread.
+    vecs per thread, as have those with a mask, which have no 8 vecs in 512 threads, nor, backward, beside an epilogue.
     """
     eight = {"block_registers_512x8", "grid_registers_256x8", *(f"cluster{k}_registers_256x8" for k in (4, 8, 16))}
     shared = {f"cluster{k}_shared_512x0" for k in (2, 4, 8, 16)}
-    for file, dtype, kind, epilogue, misaligned in itertools.product(
-        VARIANTS, ITEMSIZE, KINDS, range(4), (False, True)
-    ):
+    for file, *facts in itertools.product(VARIANTS, ITEMSIZE, KINDS, range(4), (False, True), (False, True)):
+        dtype, kind, epilogue, misaligned, masked = facts
         names = {variant.name for variant in VARIANTS[file]}
-        missing = {r.name for r in VARIANTS[file] if not exists(r, file, dtype, kind, epilogue, misaligned)}
+        missing = {r.name for r in VARIANTS[file] if not exists(r, file, *facts[:4], masked=masked)}
         small = dtype in ("float16", "bfloat16")
         expected = set()
         if file == "backward":
-            expected = eight if kind == "channels_last" or (small and (epilogue or misaligned)) else shared
-        elif file == "forward" and small:
-            expected = {"subwarp_registers_128x8"}
+            needy = kind == "channels_last" or (small and (epilogue or misaligned)) or (masked and epilogue)
+            expected = eight if needy else shared
+        elif file == "forward":
+            expected |= {"subwarp_registers_128x8"} if small else set()
+            expected |= {"block_registers_512x8"} if masked else set()
         elif file == "split":
-            expected = {"block_registers_256x8" if small and misaligned else "block_registers_256x4"}
-        assert missing == expected <= names, (file, dtype, kind, epilogue, misaligned)
+            expected = {"block_registers_256x8" if masked or (small and misaligned) else "block_registers_256x4"}
+        assert missing == expected <= names, (file, facts)
 
 
 def test_large_counts_stay_exact() -> None:

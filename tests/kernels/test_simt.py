@@ -20,19 +20,17 @@ from helpers.backends import TESTS
 from helpers.cases import BLOCKS, GRID
 from helpers.compare import assert_equal, assert_same, assert_within
 from helpers.recorder import Recorder
+from helpers.regimes import DEVICE, DOUBLE_REGIMES, REGIMES, label
 from helpers.seeds import seed_of
 
 import cupynorm as cn
 from cupynorm import devices
-from cupynorm._types import math_dtype
 from cupynorm.backend import MODULES
 from cupynorm.cuda import arguments
-from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.device import Device
-from cupynorm.cuda.layout import ArrayDesc, contiguous_desc
-from cupynorm.cuda.plan import Plan, Step
+from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import Module, all_modules, inlined, kernel_folder
-from cupynorm.cuda.variants import SINGLE, VARIANTS, exists
+from cupynorm.cuda.variants import SINGLE
 
 pytestmark = pytest.mark.simt
 
@@ -160,280 +158,6 @@ def test_launches_and_allocations_of_a_double_backward(
     assert counted(x, channel, None, channel, channel) == (1, 3)  # without ddx dweight is 0
 
 
-# Cases of each regime: its name, shape, layout, and a device on which the case has this regime.
-DEVICE = Device("bytes", (8, 0), 1, 100 * 1024, 2**20)
-CLUSTERS = Device("clusters", (9, 0), 1, 40 * 1024, 2**20, 8)
-# More shared memory than registers: for a block, and for two multiprocessors (256 KB forward).
-LARGE = Device("large block", (8, 0), 1, 180 * 1024, 2**20)
-ROOMY = Device("roomy grid", (8, 0), 2, 290 * 1024, 2**20)
-REGIMES = [
-    ("subwarp-registers", (2, 3, 5, 7), "contiguous", DEVICE),
-    ("subwarp-registers", (3, 17, 3, 3), "contiguous", DEVICE),
-    ("subwarp-registers", (3, 17, 2, 3), "contiguous", DEVICE),
-    ("warp-registers", (2, 3, 13, 11), "contiguous", DEVICE),
-    ("block-registers", (2, 3, 35, 45), "contiguous", DEVICE),
-    ("block-registers", (2, 3, 35, 45), "unaligned", DEVICE),
-    ("block-shared", (2, 2, 140, 129), "contiguous", DEVICE),
-    ("block-shared", (1, 2, 140, 118), "contiguous", LARGE),  # backward too
-    ("cluster-registers", (1, 2, 140, 121), "contiguous", CLUSTERS),
-    ("grid-registers", (3, 1, 140, 129), "contiguous", GRID),
-    ("grid-shared", (1, 1, 140, 469), "contiguous", ROOMY),
-    ("split", (2, 2, 260, 131), "contiguous", DEVICE),
-    ("warp-registers", (2, 8, 4, 4), "channels_last", DEVICE),
-    ("block-registers", (2, 8, 16, 15), "channels_last", DEVICE),
-    ("block-shared", (2, 8, 70, 32), "channels_last", LARGE),
-    ("cluster-registers", (1, 8, 70, 44), "channels_last", CLUSTERS),  # backward in shared memory, as is the next
-    ("grid-registers", (3, 8, 70, 50), "channels_last", GRID),
-    ("grid-shared", (1, 8, 70, 60), "channels_last", ROOMY),
-    ("split", (2, 8, 70, 100), "channels_last", DEVICE),
-    ("split", (2, 3, 70, 100), "channels_last", DEVICE),
-]
-#: Activation, residual or not, and the additional accesses of forward and backward.
-EPILOGUES = [(None, False, 0, 0), ("relu", False, 0, 0), (None, True, 1, 0), ("leaky_relu", True, 1, 2)]
-
-
-def _accesses(runtime: Emulator, x: np.ndarray, layout: str, made: Plan) -> int:
-    """Return the accesses of arrays of x's size since the last call, as multiples of its size.
-
-    Check that smaller arrays are no larger than numbers of tiles.
-    """
-    total, tiles = 0, max(step.tiles for step in made.steps)
-    access = 16 if made.kind == "channels_first" else made.vec_size * x.itemsize
-    # At both ends of each tile of a plane single elements move, up to a vec's at each end; twice as many if misaligned.
-    tails = 0 if made.kind == "channels_last" else x.shape[0] * x.shape[1] * tiles * (4 if layout == "unaligned" else 2)
-    for count in runtime.counts:
-        first = next((a for a in count.size if count.written[a] >= x.nbytes), None)
-        for address, size in count.size.items():
-            if size >= x.nbytes:
-                # A misaligned vec is combined from two aligned ones, each read again by the next thread, from the
-                # first-level cache.
-                skew = 2 if layout == "unaligned" and count.read[address] > x.nbytes else 1
-                assert count.read[address] <= 2 * x.nbytes or skew == 1
-                total += min(count.read[address], x.nbytes) if skew == 2 else count.read[address]
-                total += count.written[address]
-                moved = count.read[address] + count.written[address]
-                # A second result at another address modulo 16 than the first is written by elements.
-                if first is None or not count.written[address] or (address - first) % 16 == 0:
-                    assert count.accesses[address] <= moved / access + tails * (access / x.itemsize), count.kernel
-            else:
-                most = x.shape[0] * x.shape[1] * tiles * 80
-                assert size <= most, f"{count.kernel} touches {size} B that are no sums of planes"
-    runtime.counts.clear()
-    assert total % x.nbytes == 0
-    return total // x.nbytes
-
-
-def label(regime: tuple[Any, ...]) -> str:
-    name, shape, layout, device = regime
-    return f"{name}-{'x'.join(map(str, shape))}-{layout}-{device.name}"
-
-
-def cases_of_bytes() -> list[Any]:
-    """Return regimes, dtypes and epilogues: in the default tier all regimes in float32, two of them with epilogues; in
-    the full tier, other dtypes and epilogues take turns; in the nightly tier, all."""
-    given = [(dtype, EPILOGUES[0]) for dtype in ("float32", "float16", "bfloat16", "float64")]
-    given += [("float32", epilogue) for epilogue in EPILOGUES[1:]]
-    found = []
-    for turn, regime in enumerate(REGIMES):
-        for number, (dtype, epilogue) in enumerate(given):
-            default = dtype == "float32" and (epilogue == EPILOGUES[0] or regime in (REGIMES[0], REGIMES[4]))
-            mark = pytest.mark.full if (turn + number) % 3 == 0 else pytest.mark.nightly
-            name = f"{label(regime)}-{dtype}-{epilogue[0]}{'-residual' * epilogue[1]}"
-            found.append(pytest.param(*regime, dtype, epilogue, marks=() if default else mark, id=name))
-    return found
-
-
-@pytest.mark.parametrize(("regime", "shape", "layout", "device", "dtype", "epilogue"), cases_of_bytes())
-def test_bytes(
-    run_on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
-    device: Device, dtype: str, epilogue: tuple[str | None, bool, int, int],
-) -> None:  # fmt: skip
-    """Every element is read and written as often as the plan says, and no other array of x's size is accessed."""
-    activation, with_residual, forward_more, backward_more = epilogue
-    scale = {"float64": 2, "float32": 1}.get(dtype, 0.5)  # the same bytes per plane in every dtype
-    shape = (*shape[:3], round(shape[3] / scale))
-
-    def array() -> np.ndarray:
-        return reference.LAYOUTS[layout](rng.normal(size=shape).astype(devices.dtype_of(dtype)))
-
-    x, y, dy, residual = array(), array(), array(), array() if with_residual else None
-    runtime = run_on(Emulator(device))
-    options: dict[str, Any] = {"activation": activation, "residual": residual}
-
-    def accesses() -> int:
-        return _accesses(runtime, x, layout, made)
-
-    def plan_of(op: str) -> Plan:
-        desc = ArrayDesc(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
-        return plan_for(op, desc, dtype, device)[0]
-
-    made = plan_of("forward")
-    assert made.regime == regime
-    assert made.accesses == (3 if regime == "split" else 2)
-    _, saved = cn.instance_norm_forward(x, out=y, **options)
-    assert accesses() == made.accesses + forward_more
-
-    made = plan_of("backward")
-    assert made.accesses == (5 if made.regime == "split" else 3)
-    cn.instance_norm_backward(dy, saved, out=y)
-    # On its second pass a split reads dresidual, which it has written, instead of dy and residual.
-    assert accesses() == made.accesses + backward_more
-
-    # Tracked eval: two and three accesses for any size; without affine gradients x is read only for a mask.
-    made = plan_of("frozen_backward")
-    ones = np.ones(shape[1], math_dtype(x.dtype))
-    running: dict[str, Any] = {"running_mean": ones, "running_var": ones, "use_input_stats": False, "out": y}
-    _, saved = cn.instance_norm_forward(x, ones, **running, **options)
-    assert accesses() == 2 + forward_more
-    cn.instance_norm_backward(dy, saved, out=y)
-    assert accesses() == 3 + backward_more
-    _, saved = cn.instance_norm_forward(x, **running, **options)
-    runtime.counts.clear()
-    cn.instance_norm_backward(dy, saved, out=y)
-    assert accesses() == (3 if activation else 2) + backward_more
-
-    # Steps with given moments and sums: planes of any size, each array once.
-    made = plan_of("input_gradient")
-    moments = cn.moments(x)
-    assert accesses() == 1
-    _, saved = cn.instance_norm_forward(x, ones, moments=moments, out=y, **options)
-    assert accesses() == 2 + forward_more
-    sums = cn.gradient_sums(dy, saved)
-    assert accesses() == 2 + bool(activation and with_residual)
-    cn.instance_norm_backward(dy, saved, sums=sums, out=y)
-    assert accesses() == 3 + backward_more
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_accesses_of_arrays_that_begin_apart(
-    run_on: Callable[..., Emulator], rng: np.random.Generator, dtype: str
-) -> None:
-    """A vec that begins between multiples of 16 bytes is read as two aligned vecs. Only at the ends of the six planes
-    do elements move one by one."""
-    dy = rng.normal(size=(2, 3, 35, 45)).astype(dtype)
-    x, dx = reference.LAYOUTS["unaligned"](dy + dy**2), np.empty_like(dy)
-    assert dx.ctypes.data % 16 == 0 < x.ctypes.data % 16
-    runtime = run_on(Emulator(DEVICE))
-    _, saved = cn.instance_norm_forward(x, out=dx)
-    cn.instance_norm_backward(dy, saved, out=dx)
-    for count in runtime.counts:
-        assert 1.9 * x.nbytes < count.read[x.ctypes.data] < 2 * x.nbytes
-        for address, size in count.size.items():
-            if size >= x.nbytes:
-                vecs = (count.read[address] + count.written[address]) / 16
-                assert vecs < count.accesses[address] < vecs + 6 * 2 * 16 / x.itemsize, count.kernel
-
-
-@pytest.mark.parametrize(
-    ("input", "dtype"),
-    [("uint16", "float32"), pytest.param("uint8", "float16", marks=pytest.mark.full),
-     pytest.param("float64", "float32", marks=pytest.mark.full)],
-)  # fmt: skip
-@pytest.mark.parametrize("regime", [r for r in REGIMES if not r[0].startswith("subwarp")], ids=label)
-def test_bytes_of_x_of_another_dtype(
-    run_on: Callable[..., Emulator], rng: np.random.Generator, regime: tuple[Any, ...], input: str, dtype: str
-) -> None:
-    """x is read in its own width, twice by a split, and results are written once, in theirs; also with given moments
-    and running statistics."""
-    _, shape, layout, device = regime
-    x = reference.LAYOUTS[layout](rng.integers(0, 200, shape).astype(input))
-    y = reference.LAYOUTS[layout](np.zeros(shape, dtype))
-    runtime = run_on(Emulator(device))
-
-    def moved() -> tuple[int, int]:
-        """Return the bytes that were read and written of arrays as large as x or y."""
-        least = min(x.nbytes, y.nbytes)
-        large = [(count, a) for count in runtime.counts for a, size in count.size.items() if size >= least]
-        total = sum(count.read[a] for count, a in large), sum(count.written[a] for count, a in large)
-        runtime.counts.clear()
-        return total
-
-    desc = ArrayDesc(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
-    made, _ = plan_for("forward", desc, dtype, device, input=input)
-    reads = 2 if made.regime == "split" else 1
-    cn.instance_norm(x, dtype=dtype, out=y)
-    assert moved() == (reads * x.nbytes, y.nbytes)
-    assert made.bytes_per_element == reads * x.itemsize + y.itemsize
-    assert_within(y, reference.forward(x), 2e-3 if dtype == "float16" else 5e-6)
-    moments = cn.moments(x)
-    assert moved() == (x.nbytes, 0)
-    cn.instance_norm(x, dtype=dtype, out=y, moments=moments)
-    assert moved() == (x.nbytes, y.nbytes)
-    ones = np.ones(shape[1], np.float64 if input == "float64" else np.float32)
-    cn.instance_norm(x, ones, ones, use_input_stats=False, dtype=dtype, out=y)
-    assert moved() == (x.nbytes, y.nbytes)
-
-
-def test_the_shapes_reach_every_regime() -> None:
-    """Each layout has cases of every regime of its variants: forward as named in the table, backward by its plan."""
-    for layout, kind in (("contiguous", "channels_first"), ("channels_last", "channels_last")):
-        for op in ("forward", "backward"):
-            reached = set()
-            for _, shape, lies, device in REGIMES:
-                if lies == layout:
-                    reached.add(plan_for(op, contiguous_desc(shape, 4, kind), "float32", device)[0].regime)
-            variants = [v for v in VARIANTS[op] if exists(v, op, "float32", kind, 0, False)]
-            variants = [v for v in variants if v.scope != "subwarp" or kind == "channels_first"]
-            assert reached == {f"{v.scope}-{v.residency}" for v in variants} | {"split"}, (op, layout)
-
-
-#: The same for double backward, which holds three arrays on chip.
-DOUBLE_REGIMES = [
-    ("subwarp-registers", (2, 3, 5, 7), "contiguous", DEVICE),
-    ("warp-registers", (2, 3, 13, 11), "contiguous", DEVICE),
-    ("block-registers", (2, 3, 35, 45), "contiguous", DEVICE),
-    ("block-registers", (2, 3, 35, 45), "unaligned", DEVICE),
-    ("block-shared", (2, 2, 70, 96), "contiguous", DEVICE),
-    ("cluster-shared", (1, 2, 100, 121), "contiguous", CLUSTERS),
-    ("grid-shared", (3, 1, 140, 129), "contiguous", GRID),
-    ("split", (2, 2, 140, 131), "contiguous", DEVICE),
-    ("warp-registers", (2, 8, 4, 4), "channels_last", DEVICE),
-    ("block-registers", (2, 8, 16, 15), "channels_last", DEVICE),
-    ("block-shared", (2, 8, 40, 20), "channels_last", Device("roomy", (8, 0), 1, 112 * 1024, 2**20)),
-    ("cluster-shared", (1, 8, 35, 44), "channels_last", CLUSTERS),
-    ("grid-shared", (3, 8, 50, 50), "channels_last", GRID),
-    ("split", (2, 8, 40, 70), "channels_last", DEVICE),
-    ("split", (2, 3, 70, 100), "channels_last", DEVICE),
-]
-
-
-@pytest.mark.parametrize(
-    "dtype", ["float32", *(pytest.param(d, marks=pytest.mark.nightly) for d in ("float16", "bfloat16", "float64"))]
-)
-@pytest.mark.parametrize(
-    ("regime", "shape", "layout", "device"),
-    [pytest.param(*regime, marks=[pytest.mark.full] * (regime[2] != "contiguous")) for regime in DOUBLE_REGIMES],
-)
-def test_bytes_of_a_double_backward(
-    run_on: Callable[..., Emulator], rng: np.random.Generator, regime: str, shape: tuple[int, ...], layout: str,
-    device: Device, dtype: str,
-) -> None:  # fmt: skip
-    """x, dy and ddx are read once if they stay on chip, else twice; arrays that no result depends on are not read."""
-    shape = (*shape[:3], round(shape[3] / {"float64": 2, "float32": 1}.get(dtype, 0.5)))
-    x, dy, ddx = (reference.LAYOUTS[layout](rng.normal(size=shape).astype(devices.dtype_of(dtype))) for _ in range(3))
-    runtime = run_on(Emulator(device))
-    w = np.ones(shape[1], math_dtype(x.dtype))
-    desc = ArrayDesc(x.shape, x.strides, x.itemsize, x.ctypes.data % 16)
-
-    def accesses(saved: cn.Saved, *given: Any) -> int:
-        made = plan_for("double_backward" if saved.training else "frozen_double_backward", desc, dtype, device)[0]
-        assert made.regime == (regime if saved.training else "pointwise")
-        assert made.accesses == (8 if made.regime == "split" else 5)
-        runtime.counts.clear()
-        cn.instance_norm_double_backward(*given, dy, saved)
-        return _accesses(runtime, x, layout, made)
-
-    _, saved = cn.instance_norm_forward(x, w, w)
-    twice = 2 if regime == "split" else 1
-    assert accesses(saved, ddx, w, w) == accesses(saved, ddx, None, None) == 2 + 3 * twice
-    assert accesses(saved, None, w, None) == 2 + 2 * twice
-    for weight, given, expected in [
-        (w, (ddx, w, w), 5), (w, (None, w, w), 4), (w, (ddx, None, w), 4), (None, (ddx, None, None), 3),
-    ]:  # fmt: skip
-        _, saved = cn.instance_norm_forward(x, weight, w, running_mean=w, running_var=w, use_input_stats=False)
-        assert accesses(saved, *given) == expected
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("training", [True, False])
 def test_double_backward_of_more_tiles_than_merge_threads(
@@ -508,9 +232,21 @@ def _single(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fu
     return [y, *cn.instance_norm_backward(dy, saved, out=dx), mean.copy(), var.copy()]
 
 
+def _masked(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fused: bool = False) -> Results:
+    """Return the results of forward and backward with a mask that leaves out whole tiles."""
+    (x, dy, residual), (weight, bias, mean, var) = _inputs(regime, runtime, seed)
+    options: dict[str, Any] = {"activation": "silu", "residual": residual} if fused else {}
+    mask = np.random.default_rng(seed).random(x.shape) < 2 / 3
+    mask[:, ::2, : x.shape[2] // 2] = False
+    y, saved = cn.instance_norm_forward(
+        x, weight, bias, running_mean=mean, running_var=var, use_input_stats=training, mask=mask, **options
+    )
+    return [y, *cn.instance_norm_backward(dy, saved), mean.copy(), var.copy()]
+
+
 def cases_of_orders() -> list[Any]:
-    """Return (function, regime, training, fused). The full tier has the fused cases, most cases of tracked eval, and
-    every second channels-last case."""
+    """Return (function, regime, training, fused). The full tier has the fused cases, most cases of tracked eval, every
+    second channels-last case, and masks where several blocks share a plane."""
     found = []
     for run, table in ((_single, REGIMES), (_double, DOUBLE_REGIMES)):
         for number, regime in enumerate(table):
@@ -521,7 +257,11 @@ def cases_of_orders() -> list[Any]:
                 marks = pytest.mark.full if fused or side_by_side or (not training and number % 8) else ()
                 name = f"{run.__name__[1:]}-{label(regime)}-{'training' if training else 'eval'}{'-fused' * fused}"
                 found.append(pytest.param(run, regime, training, fused, marks=marks, id=name))
-    return found
+    shared = [regime for regime in REGIMES if regime[0][:4] in ("clus", "grid", "spli")]
+    return found + [
+        pytest.param(_masked, regime, True, bool(number % 2), marks=pytest.mark.full, id=f"masked-{label(regime)}")
+        for number, regime in enumerate(shared)
+    ]
 
 
 @pytest.mark.parametrize(("run", "regime", "training", "fused"), cases_of_orders())

@@ -54,7 +54,7 @@ def _examined(folder: Path, stage: str) -> tuple[str, dict[str, float]]:
     ("stage", "most", "parts"),
     [
         ("first", 200, ["facts", "smoke", "benchmark", "host cost"]),
-        ("full", 540, ["facts", "prime", "tests", "benchmark", "memcheck", "racecheck", "parts", "dtypes",
+        ("full", 540, ["facts", "prime", "tests", "benchmark", "memcheck", "racecheck", "parts", "dtypes", "masks",
                        "channels-last and fused",
                        "host cost", "dram"]),
         ("variants", 150, ["variants"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..conventions import count_ratio, count_ratios, rstd_of
 from . import halves
 from .blocking import Index, Work, least_mean_square, merged_axes, tile_slices
 from .numpy_activations import activate, scratch_blocks, times_slope
-from .numpy_masks import inside_of, keep_inside, masked_moments
+from .numpy_masks import copy_inside, counts_of, inside_of, keep_inside
 from .thread_pool import TaskQueue, share
 
 BLOCK_BYTES = 2**21  # of an array in computing precision; smaller blocks cost more in calls than they gain in cache
@@ -32,6 +32,7 @@ CENTRE_RATIO = 2.0  # x is centred if |mean| / std exceeds this; below it at mos
 UNITS = 30  # deviations from 2**-30 to 2**30 need no unit
 # Indices of the scratch blocks. In the forward, centred x uses block G. The activation has the blocks after these.
 PRODUCT, G, X, V, RESULT = range(5)
+INSIDE = 3  # of a mask; a double backward, which has V, has none
 
 
 class Stats(NamedTuple):
@@ -63,6 +64,8 @@ class NumpyWork(Work):
         self.arrays = arrays._make(merged_axes(arrays))
         self.x, self.result = self.arrays.x, self.arrays.result
         self.mask = getattr(self.arrays, "mask", None)
+        if self.mask is not None:
+            self.buffers = INSIDE + 1
         self.threads = 1 if self.x.size < self.pays else get_num_threads()
         self.limit = BLOCK_BYTES // self.dtype.itemsize
         n, c, *spatial = self.x.shape
@@ -152,8 +155,14 @@ class NumpyWork(Work):
         step = part.strides[1] if self.channels_last else part.strides[-1]
         return part.ndim == 3 and part.dtype == self.dtype and step == part.itemsize and part.flags.aligned
 
-    def _read(self, array: np.ndarray, index: Index, buffer: np.ndarray, copy: bool = False) -> np.ndarray:
+    def _read(
+        self, array: np.ndarray, index: Index, buffer: np.ndarray, inside: np.ndarray | None = None, copy: bool = False
+    ) -> np.ndarray:
+        """Return a block, in the buffer unless it can be used in place. inside: of a mask, outside of which it is to be
+        0."""
         part = array[index]
+        if self._in_place(part) and inside is not None:
+            return copy_inside(inside, part, self._in_buffer(part, buffer))
         if self._in_place(part) and not copy:
             return part
         block = self._in_buffer(part, buffer)
@@ -163,10 +172,11 @@ class NumpyWork(Work):
             halves.widen(buffer, part.size)
         else:
             block.reshape(part.shape)[...] = part
+        keep_inside(inside, block)
         return block
 
-    def _inside(self, index: Index) -> np.ndarray | None:
-        return inside_of(self.mask, index, self.channels_last, self.dtype.itemsize)
+    def _inside(self, index: Index, scratch: np.ndarray) -> np.ndarray | None:
+        return None if self.mask is None else inside_of(self.mask[index], self.channels_last, scratch[INSIDE])
 
     def _write(self, array: np.ndarray, index: Index, block: np.ndarray, buffer: np.ndarray) -> None:
         part = array[index]
@@ -219,10 +229,6 @@ class NumpyWork(Work):
             return total
         return total + np.vecdot(a[:, :, whole:], b[: size - whole] if b.ndim == 1 else b[..., whole:])
 
-    def _squares(self, block: np.ndarray, scratch: np.ndarray) -> np.ndarray:
-        """Return the sum of squares of each plane."""
-        return self._dots(block, block, scratch)
-
     def _each(self, operation: np.ufunc, block: np.ndarray, values: np.ndarray, out: np.ndarray) -> None:
         """Compute out <- operation(block, values), with one value per plane."""
         if self.channels_last or block.shape[2] > SHORT_ROW:
@@ -264,14 +270,18 @@ class NumpyWork(Work):
             remainder, rstd = remainder * unit, np.ldexp(rstd, np.where(inside, 0, -exponent))
         return Stats(shift if shift.any() else None, unit, remainder, rstd)
 
-    def _moments(self, x: np.ndarray, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return mean, mean_lo and variance of a block's planes, as (N, C).
+    def _moments(self, x: np.ndarray, inside: np.ndarray | None, scratch: np.ndarray) -> tuple[Any, ...]:
+        """Return mean, mean_lo, variance and the number of positions of a block's planes, as (N, C).
 
         They follow from the sums of x - shift and of its squares, which cancel if the mean is far from the shift. The
         shift is 0 at first, then, for such planes, the mean found so far; once more for a plane so nearly constant that
-        this is not the number nearest to its mean.
+        this is not the number nearest to its mean. With a mask x is 0 outside of it.
         """
-        size = x.shape[2]
+        count: Any = x.shape[2]
+        size: Any = count
+        if inside is not None:
+            count = counts_of(inside, x.shape)
+            size = np.maximum(count, 1).astype(self.plane_dtype)
         total, sum_sq = self._sums(x), self._dots(x, x, scratch[PRODUCT])
         shift: Any = None
         most: Any = self.centre_ratio**2 / (1 + self.centre_ratio**2)  # the part of the squares that may cancel
@@ -290,9 +300,12 @@ class NumpyWork(Work):
             )
             if self.channels_last or 4 * np.count_nonzero(recentre) > recentre.size:
                 centred = np.subtract(x, shift[:, :, None], out=self._in_buffer(x, scratch[G]))
+                keep_inside(inside, centred)
                 total, sum_sq = self._sums(centred), self._dots(centred, centred, scratch[PRODUCT])
             else:
                 centred = (x[recentre] - shift[recentre][:, None])[None]
+                if inside is not None:
+                    keep_inside(np.broadcast_to(inside, x.shape)[recentre][None], centred)
                 total[recentre], sum_sq[recentre] = (
                     self._sums(centred)[0],
                     self._dots(centred, centred, scratch[PRODUCT])[0],
@@ -304,19 +317,22 @@ class NumpyWork(Work):
             shift = np.zeros((), self.dtype)
         nearest = (shift + mean).astype(self.dtype, copy=False)
         mean_lo = (shift - nearest) + mean
-        least = size * least_mean_square(self.call)
-        if not sum_sq.max() < math.inf or (least and sum_sq.min() < least):
-            odd = ~((sum_sq >= least) & (sum_sq < math.inf))
+        least = least_mean_square(self.call)
+        if not sum_sq.max() < math.inf or (least and (sum_sq < size * least).any()):
+            odd = ~((sum_sq >= size * least) & (sum_sq < math.inf)) & (count > 0)
             exact = x[odd].astype(np.float64)
-            mean = exact.mean(1)
+            sizes = np.broadcast_to(size, odd.shape)[odd].astype(np.float64)
+            mean = exact.sum(1) / sizes
             exact -= mean[:, None]
-            more = exact.mean(1)
+            if inside is not None:
+                exact[np.broadcast_to(inside, x.shape)[odd] == 0] = 0
+            more = exact.sum(1) / sizes
             exact *= exact
             nearest[odd] = mean
             mean_lo[odd] = (mean - nearest[odd]) + more
             variance = variance.astype(np.float64)
-            variance[odd] = exact.mean(1) - more * more
-        return nearest, mean_lo, variance
+            variance[odd] = exact.sum(1) / sizes - more * more
+        return nearest, mean_lo, variance, count
 
     def _add_up(self, index: Index, planes: Index, x: np.ndarray, out: np.ndarray, buffer: np.ndarray) -> None:
         """Compute z = (x - shift) * unit * scale + intercept + residual into out, which may be x.
@@ -361,24 +377,10 @@ class NumpyWork(Work):
 
     def reduce_forward(self, item: int, scratch: np.ndarray) -> None:
         planes, index, tile = self._index(item)
-        found: tuple[Any, ...]
-        if self.mask is None:
-            x = self._read(self.x, index, scratch[X])
-            mean, mean_lo, variance = self._moments(x, scratch)
-            found = mean, mean_lo, variance * x.shape[2], x.shape[2]
-        else:
-            found = tuple(self._masked(index, scratch)[1:])
-        for each, value in zip(self.partials, found, strict=True):
+        inside = self._inside(index, scratch)
+        mean, mean_lo, variance, count = self._moments(self._read(self.x, index, scratch[X], inside), inside, scratch)
+        for each, value in zip(self.partials, (mean, mean_lo, variance * count, count), strict=True):
             each[(tile, *planes)] = value
-
-    def _masked(self, index: Index, scratch: np.ndarray) -> list[np.ndarray]:
-        """Return a copy of x that is 0 outside of the mask, and mean, mean_lo, m2 and count of its planes."""
-        x, inside = self._read(self.x, index, scratch[X], copy=True), self._inside(index)
-        assert inside is not None
-        keep_inside(inside, x)
-        centred, least = self._in_buffer(x, scratch[G]), least_mean_square(self.call)
-        squares = partial(self._squares, scratch=scratch[PRODUCT])
-        return [x, *masked_moments(x, inside, centred, self._sums, squares, least)]
 
     def join_forward(self, first: int, last: int) -> None:
         """Merge tiles in float64 by Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's."""
@@ -415,18 +417,22 @@ class NumpyWork(Work):
 
     def apply_forward(self, item: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(item)
-        self._finish(index, planes, self._read_x(index, scratch[X]), scratch)
+        inside = self._inside(index, scratch)
+        self._finish(index, planes, self._read_x(index, scratch[X]), inside, scratch)
 
-    def _read_x(self, index: Index, buffer: np.ndarray) -> np.ndarray:
+    def _read_x(self, index: Index, buffer: np.ndarray, inside: np.ndarray | None = None) -> np.ndarray:
         """Return a block of x in computing precision: converted in the result's memory, if that has room for it."""
         if self.call.mixed and self.work_in_result and self._in_place(self.result[index]):
             x = self.result[index]
             if self.x.dtype.char != "e":
                 x[...] = self.x[index]
+                keep_inside(inside, x)
                 return x
-        return self._read(self.x, index, buffer)
+        return self._read(self.x, index, buffer, inside)
 
-    def _finish(self, index: Index, planes: Index, x: np.ndarray, scratch: np.ndarray) -> None:
+    def _finish(
+        self, index: Index, planes: Index, x: np.ndarray, inside: np.ndarray | None, scratch: np.ndarray
+    ) -> None:
         call = self.call
         out = (
             self._target(self.result, index, scratch[X])
@@ -436,7 +442,7 @@ class NumpyWork(Work):
         self._add_up(index, planes, x, out, scratch[PRODUCT])
         if call.activation is not None:
             activate(out, call.activation, call.negative_slope, self._in_buffers(out, scratch[self.buffers :]))
-        keep_inside(self._inside(index), out)
+        keep_inside(inside, out)
         self._write(self.result, index, out, scratch[PRODUCT])
 
     def _in_tiles(self, block: int, scratch: np.ndarray, reduce: Any, join: Any, apply: Any) -> None:
@@ -456,13 +462,10 @@ class NumpyWork(Work):
             self._in_tiles(block, scratch, self.reduce_forward, self.join_forward, self.apply_forward)
             return
         planes, index, _ = self._index(block)
-        if self.mask is None:
-            x = self._read_x(index, scratch[X])
-            self._store_stats(planes, *self._moments(x, scratch))
-        else:
-            x, mean, mean_lo, m2, count = self._masked(index, scratch)
-            self._store_stats(planes, mean, mean_lo.astype(self.dtype), m2 / np.maximum(count, 1), count)
-        self._finish(index, planes, x, scratch)
+        inside = self._inside(index, scratch)
+        x = self._read_x(index, scratch[X], inside)
+        self._store_stats(planes, *self._moments(x, inside, scratch))
+        self._finish(index, planes, x, inside, scratch)
 
     # Backward
 
@@ -486,11 +489,13 @@ class NumpyWork(Work):
         self.work_in_result = not overlap(self.result, self.arrays.dy)
         self.share(self.apply_backward, self.blocks * self.tiles)
 
-    def _load(self, index: Index, planes: Index, scratch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return g (in scratch if it is not dy itself) and x."""
-        call, inside = self.call, self._inside(index)
-        g = dy = self._read(self.arrays.dy, index, scratch[G], copy=inside is not None)
-        x = self._read(self.x, index, scratch[X], copy=inside is not None)
+    def _load(
+        self, index: Index, planes: Index, inside: np.ndarray | None, scratch: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return g (in scratch if it is not dy itself) and x, both 0 outside of a mask."""
+        call = self.call
+        g = dy = self._read(self.arrays.dy, index, scratch[G], inside)
+        x = self._read(self.x, index, scratch[X], inside)
         if call.activation is not None:
             z, g, buffers = (
                 self._in_buffer(x, scratch[PRODUCT]),
@@ -499,8 +504,7 @@ class NumpyWork(Work):
             )
             self._add_up(index, planes, x, z, buffers[0])
             times_slope(dy, z, call.activation, call.negative_slope, g, self._in_buffers(z, buffers))
-        for block in (g, x):
-            keep_inside(inside, block)
+            keep_inside(inside, g)  # the residual may be NaN there
         return g, x
 
     def _centre(self, stats: Stats, x: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -517,7 +521,7 @@ class NumpyWork(Work):
 
     def reduce_backward(self, item: int, scratch: np.ndarray) -> None:
         planes, index, tile = self._index(item)
-        g, x = self._load(index, planes, scratch)
+        g, x = self._load(index, planes, self._inside(index, scratch), scratch)
         centred, _ = self._centred(planes, x, scratch)
         self.partials[0][(tile, *planes)] = self._sums(g)
         self.partials[1][(tile, *planes)] = self._dots(g, centred, scratch[PRODUCT])
@@ -533,12 +537,14 @@ class NumpyWork(Work):
 
     def apply_backward(self, item: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(item)
-        g, x = self._load(index, planes, scratch)
-        self._differentiate(index, planes, g, *self._centred(planes, x, scratch), scratch)
+        inside = self._inside(index, scratch)
+        g, x = self._load(index, planes, inside, scratch)
+        self._differentiate(index, planes, g, *self._centred(planes, x, scratch), inside, scratch)
 
     def _differentiate(
-        self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, stats: Stats, scratch: np.ndarray
-    ) -> None:
+        self, index: Index, planes: Index, g: np.ndarray, centred: np.ndarray, stats: Stats,
+        inside: np.ndarray | None, scratch: np.ndarray,
+    ) -> None:  # fmt: skip
         """Compute dx = scale * (g - xhat * mean(g * xhat) * slope - mean(g)), in place, beginning with x."""
         call = self.call
         if self.arrays.dresidual is not None:
@@ -561,7 +567,7 @@ class NumpyWork(Work):
         self._each(np.multiply, g, self._weighted(planes, stats.rstd), out)
         if stats.unit is not None:
             self._each(np.multiply, out, stats.unit, out)
-        keep_inside(self._inside(index), out)
+        keep_inside(inside, out)
         self._write(self.result, index, out, scratch[PRODUCT])
 
     def whole_backward(self, block: int, scratch: np.ndarray) -> None:
@@ -569,10 +575,11 @@ class NumpyWork(Work):
             self._in_tiles(block, scratch, self.reduce_backward, self.join_backward, self.apply_backward)
             return
         planes, index, _ = self._index(block)
-        g, x = self._load(index, planes, scratch)
+        inside = self._inside(index, scratch)
+        g, x = self._load(index, planes, inside, scratch)
         centred, stats = self._centred(planes, x, scratch)
         self._store_sums(planes, self._sums(g), self._dots(g, centred, scratch[PRODUCT]), stats)
-        self._differentiate(index, planes, g, centred, stats, scratch)
+        self._differentiate(index, planes, g, centred, stats, inside, scratch)
 
 
 @cache

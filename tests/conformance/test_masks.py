@@ -10,6 +10,7 @@ import pytest
 from helpers import cases, reference
 from helpers.backends import Backend, on
 from helpers.compare import ROUNDING, assert_equal, assert_same, assert_within, wide
+from helpers.masked import Exact, broadcast, spoiled
 from helpers.pairwise import pairwise
 from helpers.ranks import Ranks
 
@@ -38,65 +39,6 @@ def mask_of(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> dict
         mask[-1, -1] = False
         mask[-1, -1, 0, 1] = True
     return {"mask": mask}
-
-
-def broadcast(given: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
-    if "mask" in given:
-        return np.broadcast_to(given["mask"], shape)
-    short = np.arange(shape[-1]) < np.asarray(given["lengths"])[:, None]
-    return np.broadcast_to(short.reshape(shape[0], *(1,) * (len(shape) - 2), shape[-1]), shape)
-
-
-class Exact:
-    """The results with a mask in extended precision, from numpy.ma."""
-
-    def __init__(self, x: np.ndarray, mask: np.ndarray, weight: Any = None, bias: Any = None, **options: Any):
-        self.mask, self.axes = mask, tuple(range(2, x.ndim))
-        self.epilogue = options.get("activation"), 0.01
-        ma = np.ma.array(wide(np.where(mask, x, 0)), mask=~mask)
-        self.count = mask.sum(self.axes)
-        size = self.planes(np.maximum(self.count, 1))
-        running, ddof = options.get("running"), options.get("ddof", 0)
-        if running is None:
-            mean = ma.mean(self.axes, keepdims=True).filled(0)
-            self.m2 = ((ma - mean) ** 2).sum(self.axes, keepdims=True).filled(0)
-            rest = self.planes(self.count) - ddof
-            var = np.where(rest > 0, self.m2 / np.where(rest > 0, rest, 1), 0)
-            self.mean = mean
-        else:
-            mean, var = (wide(a).reshape(1, -1, *(1,) * len(self.axes)) for a in running)
-        eps, mode = options.get("eps", 1e-5), options.get("eps_mode", "variance")
-        std = np.sqrt(var)
-        self.rstd = 1 / {"variance": np.sqrt(var + eps), "std": std + eps, "max": np.maximum(std, eps)}[mode]
-        changes = (std > (eps if mode == "max" else 0)) & (self.planes(self.count) > ddof)
-        ratio = size / np.where(changes | (mode == "variance"), np.maximum(size - ddof, 1e-30), 1)
-        slope = ratio * (1 + eps / np.where(changes, std, 1) if mode == "std" else 1)
-        self.slope = np.where(changes | ((mode == "variance") & (self.planes(self.count) > ddof)), slope, 0)
-        self.training, self.size = running is None, size
-        self.xhat = np.where(mask, (wide(np.where(mask, x, 0)) - mean) * self.rstd, 0)
-        self.weight = np.longdouble(1) if weight is None else self.planes(weight)
-        residual = options.get("residual")
-        z = self.xhat * self.weight + (0 if bias is None else self.planes(bias))
-        self.z = z if residual is None else z + np.where(mask, wide(np.where(mask, residual, 0)), 0)
-        self.y = np.where(mask, reference.activate(self.z, *self.epilogue), 0)
-
-    def planes(self, values: Any) -> np.ndarray:
-        return wide(values).reshape(*(values.shape if values.ndim == 2 else (1, -1)), *(1,) * len(self.axes))
-
-    def backward(self, dy: np.ndarray) -> tuple[np.ndarray, ...]:
-        g = np.where(self.mask, wide(np.where(self.mask, dy, 0)) * reference.slope(self.z, *self.epilogue), 0)
-        sums = (g * self.xhat).sum((0, *self.axes)), g.sum((0, *self.axes))
-        dx = g
-        if self.training:
-            mean_g, mean_xhat = (a.sum(self.axes, keepdims=True) / self.size for a in (g, g * self.xhat))
-            dx = g - mean_g - self.xhat * mean_xhat * self.slope
-        return np.where(self.mask, dx * self.rstd * self.weight, 0), *sums, g
-
-
-def spoiled(array: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a copy with NaN, infinities and large numbers outside of the mask."""
-    odd = rng.choice([np.nan, np.inf, -np.inf, 6e4], array.shape)
-    return np.where(mask, array, odd).astype(array.dtype)
 
 
 def few_builds(given: dict[str, Any]) -> bool:
@@ -242,6 +184,23 @@ def test_a_mask_of_all_positions_changes_nothing(
         masked, saved = cn.instance_norm_forward(x_, **options)
         assert_within(backend.host(masked), backend.host(y), 1e-12)
         assert_within(backend.host(cn.instance_norm_backward(dy_, saved)[0]), backend.host(gradients[0]), 1e-12)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("size", [(9, 8), (30, 31)], ids=str)
+@on("numpy", "compiled")
+def test_the_same_bits_in_every_batch(
+    backend: Backend, size: tuple[int, int], layout: str, rng: np.random.Generator
+) -> None:
+    """Whatever the other planes need: centring, once more in a nearly constant plane, sums in float64."""
+    x = rng.normal(size=(5, 32, *size)) * np.array([1, 1, 1e-2, 1e-25, 1]).reshape(-1, 1, 1, 1)
+    x = (x + np.array([0, 1e3, 1e5, 0, 3]).reshape(-1, 1, 1, 1)).astype(np.float32)
+    mask = rng.random((5, 1, *size)) < 0.7
+    x_ = reference.LAYOUTS[layout](x)
+    together = backend.host(cn.instance_norm(backend.array(x_), mask=backend.array(mask)))
+    for i in range(5):
+        alone = cn.instance_norm(backend.array(x_[i : i + 1]), mask=backend.array(mask[i : i + 1]))
+        assert_same(together[i : i + 1], backend.host(alone))
 
 
 def test_infinity_inside_a_mask_spoils_its_plane_only(backend: Backend, rng: np.random.Generator) -> None:

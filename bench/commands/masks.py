@@ -76,7 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench masks", description="Time calls with a mask.")
     parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="N,C,H,W", help=f"default {' '.join(SHAPES)}")
     parser.add_argument("--dtype", type=lambda t: words(t, DTYPES, "--dtype"), default=["float32"])
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="one for all planes, each sample, or x's")
+    parser.add_argument(
+        "--kinds", nargs="*", choices=KINDS, default=KINDS, help="one for all planes, each sample, or x's"
+    )
     parser.add_argument("--share", type=float, default=0.8, help="of the positions that are True; default 0.8")
     add_race(parser)
     options = parser.parse_args(arguments)

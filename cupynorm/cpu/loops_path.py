@@ -183,9 +183,9 @@ class Layout:
 
     def passes(self, activation: str | None) -> tuple[Pass, Pass]:
         """Return the modules of the forward and of the backward."""
-        if self.masked or not self.one_piece or self.one_piece > FORWARD_SHORT:
+        if not self.one_piece or self.one_piece > FORWARD_SHORT:
             return FORWARD, BACKWARD
-        across = self.one_piece <= (LONGEST if activation in ("silu", "gelu") else LONGEST_PLAIN)
+        across = not self.masked and self.one_piece <= (LONGEST if activation in ("silu", "gelu") else LONGEST_PLAIN)
         forward = Pass(*FORWARD[:2], "across_forward" if across else "short_forward")
         if self.one_piece > BACKWARD_SHORT:
             return forward, BACKWARD

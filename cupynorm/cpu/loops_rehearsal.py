@@ -20,11 +20,10 @@ from .loops_tasks import driver
 def _modules(modules: Pass, layout: Layout, lanes: int) -> list[str]:
     """Return the modules that calls with such a layout may use, whatever the size of their planes."""
     names = [name for name in modules if name]
-    if layout.masked:
-        return names
     if modules in (FORWARD, BACKWARD) and not layout.channels_last:
         which = "forward" if modules is FORWARD else "backward"
-        names += [f"across_{which}", *([f"short_{which}"] if lanes in layout.usual_lanes else [])]
+        names += [f"across_{which}"] if not layout.masked else []
+        names += [f"short_{which}"] if lanes in layout.usual_lanes else []
     return names
 
 

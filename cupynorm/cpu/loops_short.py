@@ -27,6 +27,7 @@ from .loops_places import (
     added,
     coefficients,
     counted_lanes,
+    counts_at,
     map_row,
     only,
     prefetch,
@@ -84,11 +85,11 @@ def _place_planes(planes: Planes, group: Group, names: tuple[str, ...]) -> dict[
     return offsets
 
 
-def _sums(numbers: Numbers, size: Value, terms: Callable[[Value], Sequence[Any]]) -> list[Value]:
-    """Return two sums over a plane, in computing precision. terms(i): the vectors at i."""
+def _sums(numbers: Numbers, size: Value, number: int, terms: Callable[[Value], Sequence[Any]]) -> list[Value]:
+    """Return sums over a plane, in computing precision. terms(i): the vectors at i."""
     code, kind = numbers.code, numbers.kind
     zero = code.number(vector(kind.element.computing, kind.lanes), 0)
-    sums = [code.variable(zero), code.variable(zero)]
+    sums = [code.variable(zero) for _ in range(number)]
     rest = size % kind.lanes
 
     def add(i: Value, counted: Value | None = None) -> None:
@@ -102,6 +103,22 @@ def _sums(numbers: Numbers, size: Value, terms: Callable[[Value], Sequence[Any]]
     return [each.get().sum() for each in sums]
 
 
+def _guess(numbers: Numbers, row: Memory, mask: Memory | None, size: Value) -> Value:
+    """Return a guess of a plane's mean. Borders of images are often 0: from the middle, unless there is a mask, which
+    may leave it out."""
+    code, kind, lanes = numbers.code, numbers.kind, numbers.kind.lanes
+    if mask is None:
+        part, middle = max(lanes // 4, 1), row.at((size - lanes) // 2)
+        places = guess_of([kind.source.widen(middle.load(i, part)) for i in range(0, lanes, part)])
+        return (places * (1 / part)).sum()  # no overflow
+    total = number = code.number(vector(kind.element.computing, lanes), 0)
+    for at in (code.integer(0), (size - lanes) // 2, size - lanes):
+        counts = counts_at(kind, mask, at)
+        total = total + where(counts, kind.source.widen(row.load(at, lanes)) * (1 / (3 * lanes)), 0)
+        number = number + where(counts, number.constant(1), 0)
+    return total.sum() * (3 * lanes / most(number.sum(), 1))
+
+
 def short_forward(module: Module, kind: Kind) -> None:
     """Write the step `short` of the forward."""
     element, lanes, computing = kind.element, kind.lanes, kind.element.computing
@@ -113,37 +130,52 @@ def short_forward(module: Module, kind: Kind) -> None:
         slope = numbers.slope.to(computing).splat(lanes)
         count, eps = size.to(computing), eps_of(numbers)
         lowest = (numbers.least * size.to(numbers.least.kind)).to(computing)
-        variances = numbers.of_planes("variance")
-        names = (*Coefficients._fields, "total", "sum_sq", "mean_lo", "rstd", "nearest", "variance")
-        arrays = ("x", "result", "residual") if kind.residual else ("x", "result")
+        variances, counts_of_planes = numbers.of_planes("variance"), code.memory(numbers.count, INT)
+        mask = numbers.array("mask") if kind.masked else None
+        summed = ("total", "sum_sq", *(("counted",) if kind.masked else ()))
+        names = (*Coefficients._fields, *summed, "mean_lo", "rstd", "nearest", "variance")
+        arrays = ("x", "result", *(("residual",) if kind.residual else ()), *(("mask",) if kind.masked else ()))
         with _each_group(numbers, first, last, names) as group:
             table = group.table
             offsets = _place_planes(planes, group, arrays)
             with code.loop(0, group.number) as j:
                 row, target = x.at(offsets["x"].load(j)), y.at(offsets["result"].load(j))
-                # Borders of images are often 0: guess the mean from the middle.
-                part, middle = max(lanes // 4, 1), row.at((size - lanes) // 2)
-                places = guess_of([kind.source.widen(middle.load(i, part)) for i in range(0, lanes, part)])
-                guess = (places * (1 / part)).sum()  # no overflow
+                mask_row = mask.at(offsets["mask"].load(j)) if mask is not None else None
+                guess = _guess(numbers, row, mask_row, size)
                 mean = guess.splat(lanes)
 
-                def terms(i: Value, row: Memory = row, mean: Value = mean, target: Memory = target) -> list[Any]:
+                def terms(
+                    i: Value, row: Memory = row, mean: Value = mean, target: Memory = target,
+                    mask_row: Memory | None = mask_row,
+                ) -> list[Any]:  # fmt: skip
                     prefetch(kind, target, i, writes=True)
                     d = kind.source.widen(row.load(i, lanes)) - mean
-                    return [d, Product(d, d)]
+                    if mask_row is None:
+                        return [d, Product(d, d)]
+                    counts = counts_at(kind, mask_row, i)
+                    d = where(counts, d, 0)
+                    return [d, Product(d, d), where(counts, d.constant(1), 0)]
 
-                total, sum_sq = _sums(numbers, size, terms)
-                table.store(j, mean=guess, total=total, sum_sq=sum_sq)
+                found = _sums(numbers, size, len(summed), terms)
+                table.store(j, mean=guess, **dict(zip(summed, found, strict=True)))
             with code.loop(0, group.number, lanes) as j:
-                guess, total, sum_sq = table.load(j, lanes, "mean", "total", "sum_sq")
+                guess, total, sum_sq, *counted = table.load(j, lanes, "mean", *summed)
+                if counted:
+                    count = most(counted[0], 1)
                 excess = total / count
                 m2 = sum_sq - total * excess
-                good = (sum_sq * 0.5 >= total * excess) & (m2 >= lowest) & (sum_sq < math.inf) & (eps < math.inf)
+                large = m2 >= lowest  # with a mask, large enough for any number of positions
+                if counted:
+                    large = large | (counted[0] == 0)
+                good = (sum_sq * 0.5 >= total * excess) & large & (sum_sq < math.inf) & (eps < math.inf)
                 mean = guess + excess
                 part = mean - guess  # the sum's rounding error is exact, by Knuth
                 mean_lo = (guess - (mean - part)) + (excess - part)
-                variance = where(m2 <= 0, 0, m2) / count
-                rstd = rstd_of(numbers, variance)
+                variance = divided = where(m2 <= 0, 0, m2) / count
+                if counted:
+                    rest = counted[0] - numbers.ddof.to(computing)
+                    divided = variance * where(rest > 0, counted[0] / rest, 0)
+                rstd = rstd_of(numbers, divided)
                 weight, bias = table.load(j, lanes, "scale", "intercept")
                 values, _ = coefficients(mean, mean_lo, rstd, weight, bias)
                 table.store(j, nearest=mean, mean_lo=mean_lo, rstd=where(good, rstd, -1), variance=variance)
@@ -160,19 +192,25 @@ def short_forward(module: Module, kind: Kind) -> None:
                         planes.arrays["rstd"].store(plane, rstd)
                         with code.when(numbers.variance != 0):
                             variances.store(plane, table.rooms["variance"].load(j))
+                        if kind.masked:
+                            counts_of_planes.store(plane, table.rooms["counted"].load(j).to(INT))
                         values = table.coefficients_of(j, lanes)
                         row, target = x.at(offsets["x"].load(j)), y.at(offsets["result"].load(j))
                         added_row = residual.at(offsets["residual"].load(j)) if kind.residual else None
+                        mask_row = mask.at(offsets["mask"].load(j)) if mask is not None else None
 
                         def compute(
                             i: Value, row: Memory = row, target: Memory = target, values: Coefficients = values,
-                            added_row: Memory | None = added_row,
+                            added_row: Memory | None = added_row, mask_row: Memory | None = mask_row,
                         ) -> list[tuple[Memory, Value]]:  # fmt: skip
                             prefetch(kind, row, i + AHEAD)
                             z = values.z(values.centred(kind.source.widen(row.load(i, lanes))))
                             if added_row is not None:
                                 z = z + element.widen(added_row.load(i, lanes))
-                            return [(target, element.narrow(activate(z, kind.activation, slope)))]
+                            z = activate(z, kind.activation, slope)
+                            if mask_row is not None:
+                                z = where(counts_at(kind, mask_row, i), z, 0)
+                            return [(target, element.narrow(z))]
 
                         map_row(code, size, lanes, compute)
 
@@ -185,6 +223,7 @@ def short_backward(module: Module, kind: Kind) -> None:
         planes = Planes(numbers)
         size = numbers.length
         arrays = ("x", "dy", "result", *(("residual", "dresidual") if kind.residual else ()))
+        arrays += ("mask",) if kind.masked else ()
         memories = {name: numbers.array(name) for name in (*INPUTS, *OUTPUTS)}
         slope = numbers.slope.to(computing).splat(lanes)
         count = numbers.plane.to(computing)
@@ -192,6 +231,8 @@ def short_backward(module: Module, kind: Kind) -> None:
         of_planes = {name: planes.arrays[name] for name in ("mean", "mean_lo", "rstd")}
         if kind.sloped:
             of_planes["slopes"] = numbers.of_planes("slopes")
+        if kind.masked and kind.training:
+            of_planes["count"] = numbers.of_planes("count")
         names = (*Coefficients._fields, *of_planes, "g", "g_xhat", "slope", "constant")
         with _each_group(numbers, first, last, names) as group:
             table = group.table
@@ -216,12 +257,14 @@ def short_backward(module: Module, kind: Kind) -> None:
                     g, centred = gradient_at(kind, rows, i, values, slope)
                     return [g, Product(g, centred)]
 
-                total, dot = _sums(numbers, size, terms)
+                total, dot = _sums(numbers, size, 2, terms)
                 table.store(j, g=total, g_xhat=dot)
             with code.loop(0, group.number, lanes) as j:
                 unit, mean_lo, r, total, dot = table.load(j, lanes, "unit", "mean_lo", "rstd", "g", "g_xhat")
                 dot = (dot - total * (mean_lo * unit)) * r
                 slopes = table.load(j, lanes, "slopes")[0] if kind.sloped else None
+                if "count" in of_planes:
+                    count = table.load(j, lanes, "count")[0]
                 further = slope_and_constant(count, unit, r, mean_lo, total, dot, slopes)
                 table.store(j, g_xhat=dot, slope=further[0], constant=further[1])
             with code.loop(0, group.number) as j:

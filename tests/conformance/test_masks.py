@@ -186,6 +186,23 @@ def test_a_mask_of_all_positions_changes_nothing(
         assert_within(backend.host(cn.instance_norm_backward(dy_, saved)[0]), backend.host(gradients[0]), 1e-12)
 
 
+@pytest.mark.parametrize("data", ["offset", "far", "constant", "outlier", "checkerboard", "tiny"])
+@pytest.mark.parametrize("shape", [(2, 3, 9, 8), (2, 5, 35, 45), (1, 2, 90, 100), (1, 32, 9, 10)], ids=str)
+def test_difficult_values(backend: Backend, shape: tuple[int, ...], data: str, rng: np.random.Generator) -> None:
+    """Means far from 0 and nearly constant planes keep their digits."""
+    backend.pretend(cases.GRID)
+    x = cases.data_of(data, rng, shape).astype(np.float32)
+    mask = rng.random(shape) < 2 / 3
+    layout = "channels_last" if shape[1] == 32 else "contiguous"
+    x_, mask_ = (backend.array(reference.LAYOUTS[layout](a)) for a in (spoiled(x, mask, rng), mask))
+    exact = Exact(x, mask, eps=1e-12)
+    y, saved = cn.instance_norm_forward(x_, mask=mask_, eps=1e-12)
+    assert_within(backend.host(y), exact.y, 2e-6 * (1 + np.abs(exact.xhat)))
+    dy = rng.normal(size=shape).astype(np.float32)
+    dx, _, _ = cn.instance_norm_backward(backend.array(dy), saved)
+    assert_within(backend.host(dx), exact.backward(dy)[0], 2e-5 * exact.rstd * (1 + np.abs(exact.xhat)))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(9, 8), (30, 31)], ids=str)
 @on("numpy", "compiled")

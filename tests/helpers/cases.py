@@ -32,7 +32,7 @@ WIDE_DEVICE = Device("wide", (7, 5), 64, 99 * 1024, 4 * 2**20)
 
 @dataclass(frozen=True)
 class Case:
-    """One input. layout and data name entries of reference.LAYOUTS and of `_data`."""
+    """One input. layout and data name entries of reference.LAYOUTS and of `data_of`."""
 
     shape: tuple[int, ...]
     dtype: str = "float32"
@@ -60,7 +60,7 @@ class Case:
         return "-".join(parts + ([] if self.device is SMALL_DEVICE else [self.device.name]))
 
 
-def _data(name: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+def data_of(name: str, rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     x = rng.normal(size=shape)
     positions = np.arange(np.prod(shape[2:])).reshape(shape[2:])
     return {
@@ -104,7 +104,7 @@ def arrays(case: Case, rng: np.random.Generator) -> tuple[Any, ...]:
         x = _stride_kept(np.zeros(case.shape, dtype), case.layout)
         dy = _stride_kept(x, case.dy_layout) if case.dy_layout else x
     else:
-        x = _stride_kept(_data(case.data, rng, case.shape).astype(dtype), case.layout)
+        x = _stride_kept(data_of(case.data, rng, case.shape).astype(dtype), case.layout)
         dy = _stride_kept((rng.normal(size=case.shape) + 0.5).astype(dtype), case.dy_layout or case.layout)
     weight, bias = (
         rng.normal(size=(n, c) if letter in case.per_sample else c).astype(params) if case.affine else None

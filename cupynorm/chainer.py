@@ -7,7 +7,8 @@ first:
     import chainer
 
 The names, defaults and conventions are those of Chainer's own `BatchNormalization`. Forward, backward and double
-backward are cupynorm's; the third and higher derivatives are composed of Chainer's functions.
+backward are cupynorm's; the third and higher derivatives, and with a mask the second, are composed of Chainer's
+functions.
 
 A bug in Chainer 7.8.1: the gradient of `deconvolution_2d` with respect to W alone passes x and W where their shapes are
 needed (`self._set_cover_all(x, W)` in Deconvolution2DFunction.backward) and fails with "not enough values to unpack".
@@ -25,9 +26,19 @@ from typing import Any
 
 import numpy
 
-from ._checks import check_count, check_dtype, check_eps, check_input, check_number, check_per_channel
+from ._checks import (
+    check_count,
+    check_dtype,
+    check_eps,
+    check_input,
+    check_number,
+    check_own_statistics,
+    check_per_channel,
+    check_result_dtype,
+)
 from ._types import ForwardCall, Saved, math_dtype
 from .chainer_import import chainer
+from .devices import dtype_of
 from .distributed import Exchange, check_communicator
 from .functional import instance_norm_double_backward
 
@@ -57,11 +68,12 @@ class InstanceNormalizationFunction(chainer.FunctionNode):
 
     def forward(self, inputs: tuple[Any, ...]) -> tuple[Any]:
         x, *parameters = inputs
-        place = check_input(x, "x")
+        dtype = self._options.get("dtype")
+        place = check_input(x, "x", integers=dtype is not None)
         names = [name for name, given in zip(("gamma", "beta"), self._affine, strict=True) if given]
         given = dict(zip(names, parameters, strict=True))
         for name, array in given.items():
-            check_per_channel(array, name, x, place, per_sample=True)
+            check_per_channel(array, name, x, place, per_sample=True, dtype=dtype)
         call = ForwardCall(x=x, weight=given.get("gamma"), bias=given.get("beta"), **self._options)
         result = self._exchange.forward(call, place)
         result.commit()
@@ -92,6 +104,8 @@ class InstanceNormalizationGrad(chainer.FunctionNode):
         return tuple(gradient for gradient in gradients if gradient is not None)
 
     def backward(self, indexes: tuple[int, ...], grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._saved.mask is not None:
+            return self._composed_backward(grad_outputs)
         given = iter(grad_outputs)
         gradients = [next(given) if there else None for there in (True, *self._affine)]
         node = InstanceNormalizationDoubleGrad(
@@ -99,6 +113,20 @@ class InstanceNormalizationGrad(chainer.FunctionNode):
         )
         results: tuple[Any, ...] = node.apply((*self.get_retained_inputs(), *(g for g in gradients if g is not None)))
         return results
+
+    def _composed_backward(self, grad_outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Compose the forward of Chainer's functions, and differentiate it twice."""
+        if self._comm is not None:
+            check_own_statistics(self._saved)
+        again = chainer.config.enable_backprop
+        with chainer.force_backprop_mode():
+            inputs = _apart(self.get_retained_inputs())
+            x, gamma, gy = inputs[0], inputs[1] if self._affine[0] else None, inputs[-1]
+            beta = chainer.Variable(self._saved.bias) if self._affine[1] else None
+            y = _composed(x, gamma, beta, self._saved, self._eps)
+            first = _grad([y], [x, gamma, beta], [gy], again=True)
+            there = [v for v, given in zip(first, (True, *self._affine), strict=True) if given]
+            return tuple(_grad(there, inputs, grad_outputs, again=again))
 
 
 class InstanceNormalizationDoubleGrad(chainer.FunctionNode):
@@ -128,17 +156,19 @@ class InstanceNormalizationDoubleGrad(chainer.FunctionNode):
         """Compose the forward of Chainer's functions, and differentiate it three times."""
         again = chainer.config.enable_backprop
         with chainer.force_backprop_mode():
-            # New Variables: gy may have been computed from x, and that dependence is not part of this function.
-            inputs = tuple(
-                F.identity(v) if v.requires_grad else chainer.Variable(v.array) for v in self.get_retained_inputs()
-            )
+            inputs = _apart(self.get_retained_inputs())
             x, gamma, gy, gradients = self._named(inputs)
             beta = chainer.Variable(self._saved.bias) if self._affine[1] else None
-            y = _composed(x, gamma, beta, None if self._saved.training else self._saved, self._eps)
+            y = _composed(x, gamma, beta, self._saved, self._eps)
             first = _grad([y], [x, gamma, beta], [gy], again=True)
             second = _grad(first, [x, gamma, gy], gradients, again=True)
             there = [v for v, given in zip(second, (True, gamma is not None, True), strict=True) if given]
             return tuple(_grad(there, inputs, grad_outputs, again=again))
+
+
+def _apart(variables: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return new Variables: gy may have been computed from x, and that dependence is not part of a function of both."""
+    return tuple(F.identity(v) if v.requires_grad else chainer.Variable(v.array) for v in variables)
 
 
 def _grad(outputs: Any, inputs: Any, grad_outputs: Any, *, again: bool) -> list[Any]:
@@ -152,31 +182,38 @@ def _grad(outputs: Any, inputs: Any, grad_outputs: Any, *, again: bool) -> list[
     return [None if x is None else next(gradients) for x in inputs]
 
 
-def _composed(x: Any, gamma: Any, beta: Any, fixed: Saved | None, eps: float) -> Any:
-    """Compute y with Chainer's functions, from the statistics in `fixed`, or x's own if it is None."""
+def _composed(x: Any, gamma: Any, beta: Any, saved: Saved, eps: float) -> Any:
+    """Compute y with Chainer's functions, from x's own statistics, or from those that were saved in tracked eval."""
     axes = tuple(range(2, x.ndim))
-    dtype = x.dtype
-    wide = math_dtype(dtype)
+    dtype = x.dtype if saved.dtype is None else saved.dtype
+    wide = math_dtype(dtype, x.dtype)
+    xp, mask = chainer.backend.get_array_module(x.array), saved.mask
 
     def per_plane(values: Any) -> Any:
         values = F.cast(values, wide) if isinstance(values, chainer.Variable) else values
         return F.reshape(values, (-1, x.shape[1], *(1,) * len(axes)))
 
-    z = F.cast(x, wide)
-    if fixed is None:
+    def inside(values: Any) -> Any:
+        return values if mask is None else F.where(mask, values, xp.zeros((), wide))
+
+    z = inside(F.cast(x, wide))
+    if saved.training:
         count = math.prod(x.shape[2:])
-        z = z - F.sum(z, axes, keepdims=True) / count
+        if mask is not None:
+            count = xp.maximum(mask.sum(axes, keepdims=True), 1).astype(wide)
+        z = inside(z - F.sum(z, axes, keepdims=True) / count)
         z = z * (F.sum(z * z, axes, keepdims=True) / count + eps) ** -0.5
     else:
-        z = (z - per_plane(fixed.mean)) * per_plane(fixed.rstd)
+        z = (z - per_plane(saved.mean)) * per_plane(saved.rstd)
     if gamma is not None:
         z = z * per_plane(gamma)
     if beta is not None:
         z = z + per_plane(beta)
-    return F.cast(z, dtype)
+    return F.cast(inside(z), dtype)
 
 
 def _apply(x: Given, gamma: Given | None, beta: Given | None, exchange: Exchange, **options: Any) -> Any:
+    options |= {"mask": chainer.as_array(options["mask"]), "dtype": _result_dtype(options["dtype"])}
     inputs = [x, *(v for v in (gamma, beta) if v is not None)]
     return InstanceNormalizationFunction((gamma is not None, beta is not None), exchange, **options).apply(inputs)[0]
 
@@ -190,6 +227,9 @@ def instance_normalization(
     running_mean: Any | None = None,
     running_var: Any | None = None,
     decay: float = 0.9,
+    mask: Any = None,
+    lengths: Any = None,
+    dtype: Any = None,
     comm: Any = None,
 ) -> Any:
     """Normalise every plane of x with its own statistics: y = (x - mean) / sqrt(var + eps) * gamma + beta.
@@ -206,6 +246,9 @@ def instance_normalization(
             + (1 - decay) * (mean over N of the planes' means and unbiased variances). They are not updated when
             `chainer.functions.forget` recomputes a forward.
         decay: weight of the old running statistics, 1 - momentum. 1 leaves them as they are.
+        mask, lengths: which positions count, as for `cupynorm.instance_norm`; y is 0 elsewhere, and so is x's gradient.
+        dtype: of the result; None is x's. With one x may be an array of uint8, int8, uint16 or int16, which has no
+            gradient; gamma and beta have this dtype, or the one to compute in.
         comm: a communicator, of mpi4py or ChainerMN, if each process has only a part of every plane: all then normalise
             with the statistics of whole planes, and the gradients of gamma and beta are sums over the process's own
             part (`cupynorm.distributed`). Differentiable once.
@@ -220,8 +263,9 @@ def instance_normalization(
     """
     with Exchange(check_communicator(comm)) as exchange:
         return _normalized(
-            x, gamma, beta, exchange, eps=eps, running_mean=running_mean, running_var=running_var, decay=decay
-        )
+            x, gamma, beta, exchange, eps=eps, running_mean=running_mean, running_var=running_var, decay=decay,
+            mask=mask, lengths=lengths, dtype=dtype,
+        )  # fmt: skip
 
 
 def _normalized(
@@ -234,25 +278,46 @@ def _normalized(
     running_mean: Any,
     running_var: Any,
     decay: Any,
+    mask: Any,
+    lengths: Any,
+    dtype: Any = None,
 ) -> Any:
     """`instance_normalization` within an exchange."""
     if chainer.config.in_recomputing:
         running_mean = running_var = None
     return _apply(
         x, gamma, beta, exchange, eps=check_eps(eps), running_mean=chainer.as_array(running_mean),
-        running_var=chainer.as_array(running_var), momentum=1 - check_number(decay, "decay"),
+        running_var=chainer.as_array(running_var), momentum=1 - check_number(decay, "decay"), mask=mask,
+        lengths=lengths, dtype=dtype,
     )  # fmt: skip
 
 
+def _result_dtype(dtype: Any) -> numpy.dtype | None:
+    if dtype is None:
+        return None
+    dtype = dtype_of(dtype)
+    check_result_dtype(dtype)
+    return dtype
+
+
 def fixed_instance_normalization(
-    x: Given, gamma: Given | None, beta: Given | None, mean: Given, var: Given, eps: float = 2e-5
+    x: Given,
+    gamma: Given | None,
+    beta: Given | None,
+    mean: Given,
+    var: Given,
+    eps: float = 2e-5,
+    *,
+    mask: Any = None,
+    lengths: Any = None,
+    dtype: Any = None,
 ) -> Any:
     """Normalise every plane of x with given statistics: y = (x - mean) / sqrt(var + eps) * gamma + beta.
 
     Differentiable with respect to every argument that is a Variable, mean and var included, to any order.
 
     Args:
-        x, gamma, beta, eps: see `instance_normalization`.
+        x, gamma, beta, eps, mask, lengths, dtype: see `instance_normalization`.
         mean, var: Variables or arrays (C,), in the dtypes of gamma and beta.
 
     Returns:
@@ -264,15 +329,16 @@ def fixed_instance_normalization(
     eps = check_eps(eps)
     if mean is None or var is None:
         raise ValueError("mean and var are both needed, but one of them is None")
-    array = chainer.as_array(x)
-    place = check_input(array, "x")
+    array, dtype = chainer.as_array(x), _result_dtype(dtype)
+    place = check_input(array, "x", integers=dtype is not None)
     for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
         if value is not None:
-            check_per_channel(chainer.as_array(value), name, array, place, per_sample=name in ("gamma", "beta"))
+            per_sample = name in ("gamma", "beta")
+            check_per_channel(chainer.as_array(value), name, array, place, per_sample=per_sample, dtype=dtype)
     fixed_mean, fixed_var = chainer.as_array(mean), chainer.as_array(var)
     if any(isinstance(v, chainer.Variable) and v.requires_grad for v in (mean, var)) and chainer.config.enable_backprop:
         # The ratio is 1 and the difference 0: y is unchanged, and gets its derivatives by mean and var.
-        wide = math_dtype(array.dtype)
+        wide = math_dtype(array.dtype if dtype is None else dtype, array.dtype)
         mean, var = (F.cast(chainer.as_variable(v), wide) for v in (mean, var))
         scale = ((var.array + eps) / (var + eps)) ** 0.5
         shift = (mean.array - mean) * (var + eps) ** -0.5
@@ -282,8 +348,9 @@ def fixed_instance_normalization(
         gamma = scale
         beta = shift if beta is None else F.cast(chainer.as_variable(beta), wide) + shift
     return _apply(
-        x, gamma, beta, Exchange(None), eps=eps, running_mean=fixed_mean, running_var=fixed_var, use_input_stats=False
-    )
+        x, gamma, beta, Exchange(None), eps=eps, running_mean=fixed_mean, running_var=fixed_var, use_input_stats=False,
+        mask=mask, lengths=lengths, dtype=dtype,
+    )  # fmt: skip
 
 
 def _initializer(given: Any, default: float, dtype: numpy.dtype) -> Any:
@@ -404,13 +471,14 @@ class InstanceNormalization(chainer.Link):
                 f"(link.to_device({str(device)!r}), or chainer.get_device({str(self.device)!r}).send(x))"
             )
 
-    def forward(self, x: Given, finetune: bool = False) -> Any:
+    def forward(self, x: Given, finetune: bool = False, *, mask: Any = None, lengths: Any = None) -> Any:
         """Normalise x.
 
         Args:
             x: Variable or array (N, C, *spatial) on the link's device.
             finetune: in training, average over all batches since `start_finetuning` (or since the link was created)
                 with equal weights: decay is 1 - 1 / N. No effect without track_avg_stats.
+            mask, lengths: see `instance_normalization`.
 
         Returns:
             A Variable of x's shape and dtype.
@@ -426,11 +494,14 @@ class InstanceNormalization(chainer.Link):
             self._check(chainer.as_array(x), use_input_stats)
             self._initialize(x.shape[1])
             if not use_input_stats:
-                return fixed_instance_normalization(x, self.gamma, self.beta, self.avg_mean, self.avg_var, self.eps)
+                return fixed_instance_normalization(
+                    x, self.gamma, self.beta, self.avg_mean, self.avg_var, self.eps, mask=mask, lengths=lengths
+                )
             finetune = finetune and self.track_avg_stats and not chainer.config.in_recomputing
             y = _normalized(
                 x, self.gamma, self.beta, exchange, eps=self.eps, running_mean=self.avg_mean,
-                running_var=self.avg_var, decay=self.N / (self.N + 1) if finetune else self.decay,
+                running_var=self.avg_var, decay=self.N / (self.N + 1) if finetune else self.decay, mask=mask,
+                lengths=lengths,
             )  # fmt: skip
         self.N += bool(finetune)
         return y

@@ -42,6 +42,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 #: Packages that some test files need; without its package a file is not even imported.
 NEEDED = {
     "adapters/test_chainer.py": "chainer",
+    "adapters/test_chainer_masks.py": "chainer",
     "adapters/test_dask.py": "dask",
     "adapters/test_thinc.py": "thinc",
     "conformance/test_checkpoints.py": "torch",

@@ -25,6 +25,8 @@ from helpers.ranks import Ranks
 if importlib.util.find_spec("chainer") is None:
     pytest.skip("needs Chainer (README, Chainer)", allow_module_level=True)
 
+from helpers.chainers import Send, host, normal
+
 import cupynorm.chainer as cnc
 
 with warnings.catch_warnings():
@@ -35,7 +37,7 @@ with warnings.catch_warnings():
     from chainer import gradient_check, training
     from chainer.training import extensions
 
-pytestmark = pytest.mark.chainer
+pytestmark = [pytest.mark.chainer, pytest.mark.usefixtures("seeded")]
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = ("float16", "float32", "float64")
@@ -43,36 +45,6 @@ DTYPES = ("float16", "float32", "float64")
 AFFINE = [(True, True), (True, False), (False, True), (False, False)]
 #: For results of order one: analytic gradients in this dtype, numeric ones in float64.
 TOLERANCE = {"float16": 4e-2, "float32": 2e-4, "float64": 2e-6}
-
-Send = Callable[[Any], Any]
-
-
-@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
-def send(request: pytest.FixtureRequest) -> Send:
-    """Move arrays, and links in place, to the device of the test."""
-    device = chainer.get_device("@numpy" if request.param == "cpu" else "@cupy:0")
-
-    def to(what: Any) -> Any:
-        if isinstance(what, chainer.Link):
-            what.to_device(device)
-            return what
-        return device.send(what)
-
-    return to
-
-
-@pytest.fixture(autouse=True)
-def seeded(rng: np.random.Generator) -> None:
-    """Chainer draws from NumPy's global generator."""
-    np.random.seed(int(rng.integers(2**31)))
-
-
-def host(array: Any) -> np.ndarray:
-    return chainer.get_device("@numpy").send(chainer.as_array(array))
-
-
-def normal(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> np.ndarray:
-    return rng.normal(size=shape).astype(dtype)
 
 
 # Importing Chainer

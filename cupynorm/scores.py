@@ -219,7 +219,8 @@ def _axes_of(axis: Any, rank: int) -> list[int]:
 def _set_nan(z: Array, where: Array) -> None:
     """Set elements to NaN, as bits: CuPy does not compute on bfloat16."""
     bits = {"float16": 0x7E00, "bfloat16": 0x7FC0, "float32": 0x7FC00000, "float64": 0x7FF8 << 48}[z.dtype.name]
-    z.view(f"u{z.itemsize}")[where] = bits
+    target = z.view(f"u{z.itemsize}")
+    array_module(z).copyto(target, target.dtype.type(bits), where=where)
 
 
 def _is_nan(a: Array) -> Array:

@@ -87,6 +87,19 @@ class Saved:
         return self.eps_mode == "variance" and self.ddof == 0
 
 
+@dataclass(frozen=True)
+class Explained:
+    """The calls on an array that `cupynorm.explain` describes."""
+
+    dtype: np.dtype  # of the results
+    activation: str | None = None
+    residual: bool = False
+    mask: bool = False
+    alone: bool = False  # only the forward, without running statistics
+    double_backward: bool = False
+    parts: bool = False
+
+
 @dataclass(eq=False, slots=True)
 class ForwardCall:
     """The arguments of a forward, as for `cupynorm.instance_norm`."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ._types import Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved
+from ._types import Array, DoubleGradients, Explained, ForwardCall, ForwardResult, Gradients, Saved
 from .statistics import GradientSums, Moments
 
 
@@ -67,13 +67,8 @@ class Backend(Protocol):
         """Compute dweight and dbias from sums."""
 
     @abstractmethod
-    def describe(
-        self, x: Array, *, dtype: np.dtype, activation: str | None, residual: bool, double_backward: bool, parts: bool
-    ) -> list[str]:
-        """Return lines of text: the device, then how calls on x are computed if other arrays are laid out like x.
-
-        dtype: of the result. parts: also the steps by themselves, where x is a part of each plane.
-        """
+    def describe(self, x: Array, calls: Explained) -> list[str]:
+        """Return lines of text: the device, then how calls on x are computed if other arrays are laid out like x."""
 
 
 #: The module of each kind of place, imported at first use. Its attribute `backend` is the Backend.

@@ -142,14 +142,8 @@ def zscore(
     ddof = check_number(ddof, "ddof")
     if nan_policy not in POLICIES:
         raise ValueError(f"nan_policy must be one of {', '.join(POLICIES)}, got {nan_policy!r}")
-    if a.dtype.kind not in "biuf" and a.dtype.name != "bfloat16":
-        raise TypeError(f"a has dtype {a.dtype}; needed are real numbers")
-    if not a.dtype.isnative:
-        a = a.astype(a.dtype.newbyteorder("="))
-    floats = a.dtype.name in DTYPES
-    result = devices.dtype_of(dtype) if dtype is not None else a.dtype if floats else np.dtype(np.float64)
-    check_result_dtype(result)
-    axes = _axes_of(axis, a.ndim)
+    read, result = dtypes_of(a, dtype)
+    axes = axes_of(axis, a.ndim)
     if mask is not None:
         mask = check_mask(mask, a, place)
     if out is not None and (place_of(out, "out") != place or out.shape != a.shape or out.dtype != result):
@@ -157,9 +151,9 @@ def zscore(
             f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {a.shape} and dtype {result} on {place}"
         )
     with device_of(a) or nullcontext():
-        if not floats and a.dtype.name not in INTEGERS:
-            a = a.astype(np.float64)
-        may_be_nan = a.dtype.kind == "f" or floats
+        if a.dtype != read:
+            a = a.astype(read)
+        may_be_nan = read.name in DTYPES
         missing = _is_nan(a) if nan_policy != "propagate" and may_be_nan else None
         if nan_policy == "raise" and missing is not None and bool(missing.any()):
             raise ValueError("a contains NaN, and nan_policy is 'raise'")
@@ -181,8 +175,8 @@ def _scores(a: Array, axes: list[int], ddof: float, mask: Array | None, result: 
         z.view(f"u{z.itemsize}")[...] = 0
         _set_nan(z, xp.ones(a.shape, bool) if mask is None else mask)
         return z
-    order = [*(i for i in range(a.ndim) if i not in axes), *axes]
-    planes, shape = _planes(a.transpose(order), len(axes))
+    order = _order(axes, a.ndim)
+    planes, shape = planes_of(a, axes)
     masks = None if mask is None else mask.transpose(order).reshape(shape)
     target = None if out is None else _as_planes(out.transpose(order), len(axes), shape)
     given = None if a.dtype == result else result
@@ -197,7 +191,17 @@ def _scores(a: Array, axes: list[int], ddof: float, mask: Array | None, result: 
     return out
 
 
-def _axes_of(axis: Any, rank: int) -> list[int]:
+def dtypes_of(a: Array, dtype: Any) -> tuple[np.dtype, np.dtype]:
+    """Return the dtype in which zscore reads an array, and that of its result."""
+    if a.dtype.kind not in "biuf" and a.dtype.name != "bfloat16":
+        raise TypeError(f"a has dtype {a.dtype}; needed are real numbers")
+    own, wide = a.dtype.newbyteorder("="), np.dtype(np.float64)
+    result = devices.dtype_of(dtype) if dtype is not None else own if own.name in DTYPES else wide
+    check_result_dtype(result)
+    return own if own.name in (*DTYPES, *INTEGERS) else wide, result
+
+
+def axes_of(axis: Any, rank: int) -> list[int]:
     """Return axes as numbers from 0 on, in order."""
     if axis is None:
         return [*range(rank)]
@@ -229,22 +233,32 @@ def _is_nan(a: Array) -> Array:
     return np.isnan(a)
 
 
-def _planes(array: Array, reduced: int) -> tuple[Array, tuple[int, ...]]:
-    """Return an array, whose last `reduced` axes are the positions of planes, as (N, C, *positions), and that shape: a
+def _order(axes: list[int], rank: int) -> list[int]:
+    """Return all axes, with these last."""
+    return [*(i for i in range(rank) if i not in axes), *axes]
+
+
+def planes_of(a: Array, axes: list[int]) -> tuple[Array, tuple[int, ...]]:
+    """Return an array as planes (N, C, *positions) whose positions are its values along these axes, and that shape: a
     view where its strides allow, else a copy."""
+    view, shape = view_of_planes(a, axes)
+    if view is None:  # as bits: CuPy does not copy bfloat16
+        view = a.transpose(_order(axes, a.ndim)).view(f"u{a.itemsize}").reshape(shape).view(a.dtype)
+    return view, shape
+
+
+def view_of_planes(a: Array, axes: list[int]) -> tuple[Array | None, tuple[int, ...]]:
+    """Return `planes_of`, with None in place of a copy."""
+    array, reduced = a.transpose(_order(axes, a.ndim)), len(axes)
     kept = array.shape[: array.ndim - reduced]
     inner = array.shape[array.ndim - reduced :]
     shapes = [(math.prod(kept[:cut]), math.prod(kept[cut:]), *inner) for cut in range(len(kept) + 1)]
     views = ((_as_planes(array, reduced, shape), shape) for shape in shapes)
-    found = next((found for found in views if found[0] is not None), None)
-    if found is None:  # as bits: CuPy does not copy bfloat16
-        bits = array.view(f"u{array.itemsize}").reshape(shapes[0])
-        found = bits.view(array.dtype), shapes[0]
-    return found
+    return next((found for found in views if found[0] is not None), (None, shapes[0]))
 
 
 def _as_planes(array: Array, reduced: int, shape: tuple[int, ...]) -> Array | None:
-    """Return `_planes` in this shape if that needs no copy."""
+    """Return `planes_of` in this shape if that needs no copy."""
     kept = array.ndim - reduced
     for cut in range(kept + 1):
         if (math.prod(array.shape[:cut]), math.prod(array.shape[cut:kept])) == shape[:2] and all(

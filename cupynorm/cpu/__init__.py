@@ -40,6 +40,7 @@ from .._checks import overlap
 from .._types import (
     Array,
     DoubleGradients,
+    Explained,
     ForwardCall,
     ForwardResult,
     Gradients,
@@ -194,27 +195,26 @@ class CpuBackend(Backend):
             DoubleBackwardWork(saved, arrays, ddweight, ddbias).double_backward(sums)
         return DoubleGradients(ddy, dx, *_gradients(sums[None], weight))
 
-    def describe(
-        self, x: Array, *, dtype: np.dtype, activation: str | None, residual: bool, double_backward: bool, parts: bool
-    ) -> list[str]:
+    def describe(self, x: Array, calls: Explained) -> list[str]:
         if not x.size:
             return ["the CPU", "  empty, nothing is computed"]
-        call, new = _without_statistics(x, dtype), empty_like(x, np.empty, dtype)
+        call, new = _without_statistics(x, calls.dtype), empty_like(x, np.empty, calls.dtype)
+        mask = empty_like(x, np.empty, bool) if calls.mask else None
 
         def lines(work: Any) -> list[str]:
             tiles = f", each in {work.tiles} tiles, put together in a fixed order" if work.tiles > 1 else ""
             threads = f"up to {work.threads} threads" if work.threads > 1 else "one thread"
             return [f"  {work}{tiles}", f"  {threads} of {get_num_threads()}"]
 
-        described = ["the CPU", *lines(_choose(call, Arrays(x, new)))]
-        if call.mixed:
+        described = ["the CPU", *lines(_choose(call, Arrays(x, new, mask=mask)))]
+        if call.mixed and not calls.alone:
             refused = x.dtype.kind in "iu"
             why = "refused, since integers have no gradient" if refused else "all arrays are converted first"
             described.append(f"  backward: {why}")
-        elif double_backward:
+        elif calls.double_backward:
             first, *more = lines(DoubleBackwardWork(call, DoubleArrays(x, *[new] * 4), None, None))
             described += [f"  double backward: {first.strip()}", *more]
-        if parts:
+        if calls.parts:
             names = "moments, forward with moments=, gradient sums, backward with sums="
             described += [f"  {names}: the same blocks, each array read once"]
         return described

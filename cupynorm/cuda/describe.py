@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
-from .._types import Array, math_dtype
+from .._types import Array, Explained, math_dtype
 from ..config import get_batch_invariant
 from .device import Device
 from .layout import ArrayDesc, choose_layout, contiguous_desc
@@ -23,37 +21,28 @@ NAMES = {"normalize": "forward with moments=", "input_gradient": "backward with 
 GIVEN = {"normalize": "statistics_of_moments", "input_gradient": "means_of_sums"}
 
 
-def describe(
-    x: Array,
-    address: int,
-    device: Device,
-    *,
-    dtype: np.dtype,
-    activation: str | None,
-    residual: bool,
-    double_backward: bool,
-    parts: bool,
-) -> list[str]:
+def describe(x: Array, address: int, device: Device, calls: Explained) -> list[str]:
     """Return lines about the calls on an array at an address: the device's name, then its forward, backward, ….
 
-    All other arrays are new, in the layout of x, and of this dtype.
+    All other arrays are new, in the layout of x, and of the results' dtype.
     """
+    dtype = calls.dtype
     if x.size == 0:
         return [f"{device.name}: empty, nothing is launched"]
     desc = ArrayDesc(x.shape, x.strides, x.itemsize, address % 16)
     input = "" if dtype == x.dtype else x.dtype.name
     lines = [device.name]
-    ops = ["forward", "backward"] + ["double_backward"] * double_backward
-    for op in ops + ["moments", "normalize", "gradient_sums", "input_gradient"] * parts:
+    ops = ["forward"] + ["backward"] * (not calls.alone) + ["double_backward"] * calls.double_backward
+    for op in ops + ["moments", "normalize", "gradient_sums", "input_gradient"] * calls.parts:
         if not input or op in MIXED_KERNELS:
-            lines += _described(op, desc, dtype.name, device, activation, residual, input)
+            lines += _described(op, desc, dtype.name, device, calls, input)
         elif x.dtype.kind in "iu":
             lines.append(f"  {NAMES.get(op, op.replace('_', ' '))}: refused, since integers have no gradient")
         else:
             wide = math_dtype(dtype, x.dtype)
             lines.append(f"  arrays that are not {wide} are converted first, and gradients back:")
             wide_desc = contiguous_desc(x.shape, wide.itemsize, choose_layout((desc,))[0])
-            lines += _described(op, wide_desc, wide.name, device, activation, residual)
+            lines += _described(op, wide_desc, wide.name, device, calls)
     return lines
 
 
@@ -64,32 +53,27 @@ def plan_for(
     device: Device,
     activation: str | None = None,
     residual: bool = False,
-    invariant: bool = False,
-    input: str = "",
-    masked: bool = False,
+    **options: Any,
 ) -> tuple[Plan, int]:
     """Return the plan of a call whose other arrays are new, in the layout of the first, and the number of copies.
-    input: the dtype of the first, if it is another."""
+    options: others of `plan`."""
     if op == "moments":
         activation, residual = None, False
     if activation is None and op not in ("forward", "normalize"):
         residual = False  # its gradient is dy itself
     epilogue = EPILOGUES[activation] if activation is not None or residual else 0
-    kind, _, copied = choose_layout((desc,), invariant)
+    kind, _, copied = choose_layout((desc,), options.get("invariant", False))
     new = contiguous_desc(desc.shape, ITEMSIZE[dtype], kind)
     first = contiguous_desc(desc.shape, desc.itemsize, kind) if copied[0] else desc
     read, written = OPS[op].tensors(len(OPS[op].inputs), residual)
     kind, layouts, _ = choose_layout((first, *[new] * (len(read) + len(written) - 1)))
     shape = (desc.shape[0], desc.shape[1], math.prod(desc.shape[2:]))
-    made = plan(
-        op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, invariant=invariant, input=input,
-        masked=masked,
-    )  # fmt: skip
+    made = plan(op, shape, dtype, kind, layouts, device, epilogue=epilogue, residual=residual, **options)
     return made, int(copied[0])
 
 
 def _described(
-    op: str, desc: ArrayDesc, dtype: str, device: Device, activation: str | None, residual: bool, input: str = ""
+    op: str, desc: ArrayDesc, dtype: str, device: Device, calls: Explained, input: str = ""
 ) -> Iterator[str]:
     name = NAMES.get(op, op.replace("_", " "))
     if math.prod(desc.shape[2:]) == 1 and op in ("forward", "backward", "double_backward"):
@@ -98,7 +82,10 @@ def _described(
 
     def planned(n: int, invariant: bool) -> tuple[Plan, int]:
         shape = (n, *desc.shape[1:])
-        return plan_for(op, desc._replace(shape=shape), dtype, device, activation, residual, invariant, input)
+        return plan_for(
+            op, desc._replace(shape=shape), dtype, device, calls.activation, calls.residual, invariant=invariant,
+            input=input, masked=calls.mask, sums=not calls.alone,
+        )  # fmt: skip
 
     made, copies = planned(desc.shape[0], get_batch_invariant())
     first, *rest = made.steps
@@ -126,6 +113,9 @@ def _described(
         yield f"    {total} B per element: {x_bytes} B of x, {ITEMSIZE[dtype]} B of others; {made.vec_size} at a time"
     else:
         yield f"    {made.accesses + 2 * copies} accesses of {ITEMSIZE[dtype]} B per element, {access} B at a time"
+    if calls.mask:
+        times = "twice" if made.regime == "split" else "once"
+        yield f"    a byte of the mask per element, read {times}; from the caches, if it is broadcast"
     unit = (
         "plane" if made.kind == "channels_first" else f"channel tile of {first.channel_vecs * made.vec_size} channels"
     )

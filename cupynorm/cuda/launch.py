@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from .._checks import overlap
-from .._types import EPS_MODES, Array, DoubleGradients, ForwardCall, ForwardResult, Gradients, Saved, math_dtype
+from .._types import (
+    EPS_MODES,
+    Array,
+    DoubleGradients,
+    Explained,
+    ForwardCall,
+    ForwardResult,
+    Gradients,
+    Saved,
+    math_dtype,
+)
 from ..backend import Backend
 from ..statistics import GradientSums, Moments, new
 from .arguments import FLAGS
@@ -38,15 +48,10 @@ class CudaBackend(Backend):
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
 
-    def describe(
-        self, x: Array, *, dtype: np.dtype, activation: str | None, residual: bool, double_backward: bool, parts: bool
-    ) -> list[str]:
+    def describe(self, x: Array, calls: Explained) -> list[str]:
         with self.runtime.on(x):
             device = self.runtime.device()
-        return describe(
-            x, self.runtime.address(x), device, dtype=dtype, activation=activation, residual=residual,
-            double_backward=double_backward, parts=parts,
-        )  # fmt: skip
+        return describe(x, self.runtime.address(x), device, calls)
 
     # Forward
 

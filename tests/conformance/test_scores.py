@@ -284,3 +284,29 @@ def test_other_byte_orders(backend: Backend, rng: np.random.Generator) -> None:
     x = rng.normal(size=(2, 3, 6)).astype(np.float32)
     with pytest.raises(TypeError, match="weight has dtype >f4"):
         cn.denormalize(x, cn.moments(x), np.ones(3, ">f4"))
+
+
+def test_explain_says_how_an_array_is_read() -> None:
+    """As a view of planes, or as a copy; and whether it is converted first. Nothing is copied to find that out."""
+    x = np.zeros((4, 6, 5, 7), np.float32)
+    for axis, shape in ((-1, (1, 120, 7)), ((2, 3), (1, 24, 5, 7)), (1, (4, 35, 6)), (None, (1, 1, 4, 6, 5, 7))):
+        told = cn.explain(x, axis=axis)
+        assert f"viewed as planes (N, C, ...) of shape {shape}" in told
+        assert "backward" not in told and "running" not in told
+    apart = x[:, ::2, :, ::2]
+    assert "copied to planes (N, C, ...) of shape (1, 60, 4), which no view has" in cn.explain(apart, axis=0)
+    told = cn.explain(np.zeros((4, 6), np.int64), axis=0, device="H100")
+    assert "z-scores of (4, 6) int64 along axis 0, float64" in told
+    assert "converted to float64 first" in told and "on H100\n    forward: " in told and "running" not in told
+    told = cn.explain(np.zeros((4, 6), np.uint16), axis=None, dtype="float32", mask=True, device="H100")
+    assert "along all axes, float32" in told and "converted" not in told and "a byte of the mask" in told
+
+
+@pytest.mark.parametrize("options", [{"residual": True}, {"activation": "relu"}, {"parts": True}], ids=str)
+def test_explain_of_z_scores_refuses_other_calls(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="z-scores have no activation, residual"):
+        cn.explain(np.zeros((4, 6)), axis=0, **options)
+    with pytest.raises(ValueError, match="axis 2 is out of bounds"):
+        cn.explain(np.zeros((4, 6)), axis=2)
+    with pytest.raises(TypeError, match="needed are real numbers"):
+        cn.explain(np.zeros((4, 6), complex), axis=0)

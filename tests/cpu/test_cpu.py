@@ -22,6 +22,7 @@ from helpers.tiers import amount
 
 import cupynorm as cn
 from cupynorm import config, cpu, cpu_count
+from cupynorm._types import Explained
 from cupynorm.cpu import halves, numpy_path, thread_pool
 from cupynorm.cpu.blocking import Arrays
 
@@ -437,9 +438,7 @@ def test_describe_threads_and_tiles(way: str):
     def told(number: int, *shape: int, layout: str = "contiguous", double_backward: bool = False) -> list[str]:
         cn.set_num_threads(number)
         x = laid(np.empty(shape, np.float16), layout)
-        lines = cpu.backend.describe(
-            x, dtype=x.dtype, activation=None, residual=False, double_backward=double_backward, parts=False
-        )
+        lines = cpu.backend.describe(x, Explained(x.dtype, double_backward=double_backward))
         return [line.strip() for line in lines[1:]]
 
     if way == "compiled":

@@ -78,13 +78,16 @@ def run(launch: Launch, name: str, source: str) -> None:
         for p, raw in zip(parameters, control.arguments_of(launch), strict=True)
         if p.dtype is not None
     }
-    outs = [values[p.name] for p in parameters if p.array and not p.constant]
+    where = values.get("_raw__where")
+    outs = [values[p.name] for p in parameters if p.array and not p.constant and p.name != "_raw__where"]
     ins = [
         np.asarray(values[p.name]).astype(computed.get(p.name.removeprefix("_raw_"), p.dtype), copy=False)
         for p in parameters
         if p.dtype is not None and (p.constant or not p.array)
     ]
     short = re.sub(r"__.*|_(float|u?int)\d+$", "", name)
+    if where is not None:
+        short = short.removesuffix("_where")
     if len(outs) != 1:
         raise _unknown(name)
     (out,) = outs
@@ -97,7 +100,7 @@ def run(launch: Launch, name: str, source: str) -> None:
         elif "CUPY_FOR(i, _ind.size())" not in source:
             raise _unknown(name)
         elif short in ELEMENTWISE and _inputs(ELEMENTWISE[short]) == len(ins):
-            _write(out, ELEMENTWISE[short](*ins))
+            _write(out, ELEMENTWISE[short](*ins), where)
         elif short in PLACED and _inputs(PLACED[short]) == len(ins) + 1:
             _write(out, PLACED[short](out.shape, *ins))
         else:
@@ -108,8 +111,8 @@ def _unknown(name: str) -> DeviceError:
     return DeviceError(801, f"CuPy's kernel {name} has no stand-in in tests/fakegpu/stand_ins.py")
 
 
-def _write(out: np.ndarray, result: Any) -> None:
-    out[...] = np.broadcast_to(np.asarray(result).astype(out.dtype, copy=False), out.shape)
+def _write(out: np.ndarray, result: Any, where: np.ndarray | None = None) -> None:
+    np.copyto(out, np.asarray(result).astype(out.dtype, copy=False), where=True if where is None else where)
 
 
 @lru_cache(maxsize=None)

@@ -709,6 +709,18 @@ def test_explain() -> None:
 
 
 @pytest.mark.long
+def test_explain_with_a_mask() -> None:
+    """It is read as often as x; a split reads both twice."""
+    text = cn.explain(np.zeros((2, 3, 35, 45), np.float32), mask=True, device="H100")
+    assert text.count("a byte of the mask per element, read once") == 2
+    assert "2 accesses of 4 B" in _lines(text, "forward") and "3 accesses of 4 B" in _lines(text, "backward")
+    text = cn.explain(_large((1, 1, 8192, 8192)), mask=True, device="H100")
+    assert text.count("a byte of the mask per element, read twice") == 2
+    assert "mask" not in cn.explain(np.zeros((2, 3, 35, 45), np.float32), device="H100")
+    with pytest.raises(ValueError, match="no double backward of a forward with a mask"):
+        cn.explain(np.zeros((2, 3, 35, 45), np.float32), mask=True, double_backward=True)
+
+
 def test_explain_parts() -> None:
     """The steps by themselves: every array is read once, and a part may have one position."""
     x = np.zeros((2, 8, 100, 400), np.float32)

@@ -48,7 +48,7 @@ def bound_of(input: str, dtype: str, given: str) -> float:
 SHAPES = ((3, 4, 3, 3), (2, 3, 9, 8), (2, 5, 35, 45), (1, 2, 300, 170), (2, 32, 9, 10), (2, 17, 6, 7))
 
 
-def few_builds(given: dict[str, Any]) -> bool:
+def more_builds(given: dict[str, Any]) -> bool:
     return (given["input"], given["dtype"], given["activation"]) != ("uint16", "float32", None)
 
 
@@ -56,7 +56,8 @@ def few_builds(given: dict[str, Any]) -> bool:
     input=INPUTS, dtype=DTYPES, shape=SHAPES, layout=("contiguous", "channels_last", "transposed", "unaligned", "crop"),
     activation=(None, "relu", "silu"), given=("own", "running", "moments"),
 )  # fmt: skip
-@pytest.mark.full(simt=few_builds)
+@pytest.mark.full(simt=more_builds)
+@pytest.mark.nightly(cupy=more_builds)  # each takes seconds to compile
 def test_results(
     backend: Backend, input: str, dtype: str, shape: tuple[int, ...], layout: str, activation: str | None, given: str,
     rng: np.random.Generator,

@@ -41,7 +41,7 @@ def mask_of(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> dict
     return {"mask": mask}
 
 
-def few_builds(given: dict[str, Any]) -> bool:
+def more_builds(given: dict[str, Any]) -> bool:
     return given["dtype"] != "float32" or given["activation"] is not None
 
 
@@ -50,7 +50,8 @@ def few_builds(given: dict[str, Any]) -> bool:
     layout=("contiguous", "channels_last", "transposed", "unaligned", "crop"), activation=(None, "relu", "silu"),
     given=("own", "running", "moments"), residual=(False, True),
 )  # fmt: skip
-@pytest.mark.full(simt=few_builds)
+@pytest.mark.full(simt=more_builds)
+@pytest.mark.nightly(cupy=more_builds)  # each takes seconds to compile
 def test_results_and_gradients(
     backend: Backend, dtype: str, shape: tuple[int, ...], kind: str, layout: str, activation: str | None, given: str,
     residual: bool, rng: np.random.Generator,

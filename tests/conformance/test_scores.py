@@ -169,9 +169,7 @@ def test_usual_views_are_not_copied() -> None:
     """Rows, columns, a middle axis, all but one axis."""
     a = np.zeros((4, 5, 6), np.float32)
     for axis in (0, 1, 2, (1, 2), (0, 1), (0, 2), None):
-        axes = scores._axes_of(axis, 3)
-        moved = a.transpose([*(i for i in range(3) if i not in axes), *axes])
-        planes, shape = scores._planes(moved, len(axes))
+        planes, shape = scores.planes_of(a, scores.axes_of(axis, 3))
         assert planes.shape == shape and np.shares_memory(planes, a)
 
 

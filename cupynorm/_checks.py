@@ -378,9 +378,9 @@ def check_usual_rstd(saved: Saved) -> None:
         )
 
 
-def check_no_mask(saved: Saved) -> None:
-    """Check that a forward that is to have a double backward had no mask."""
-    if saved.mask is not None:
+def check_no_mask(masked: bool) -> None:
+    """Check that a forward that is to have a double backward has no mask."""
+    if masked:
         raise ValueError("no double backward of a forward with a mask or lengths")
 
 

@@ -240,21 +240,21 @@ def instance_normalization(
     Args:
         x: Variable or array (N, C, *spatial) of rank 3 or more: float16, float32 or float64, on a CPU or a GPU.
         gamma, beta: Variables or arrays (C,), or (N, C) for a scale and shift of each sample; None stands for 1 and 0.
-            In x's dtype, or float32 for float16 x, as are the running statistics.
+            In the result's dtype, or float32 for float16, as are the running statistics.
         eps: added to the variance, not negative.
         running_mean, running_var: arrays (C,), both or neither, updated in place: running <- decay * running
             + (1 - decay) * (mean over N of the planes' means and unbiased variances). They are not updated when
             `chainer.functions.forget` recomputes a forward.
         decay: weight of the old running statistics, 1 - momentum. 1 leaves them as they are.
         mask, lengths: which positions count, as for `cupynorm.instance_norm`; y is 0 elsewhere, and so is x's gradient.
-        dtype: of the result; None is x's. With one x may be an array of uint8, int8, uint16 or int16, which has no
-            gradient; gamma and beta have this dtype, or the one to compute in.
+        dtype: of the result; None is x's. With one x may be an array of uint8, int8, uint16 or int16: then there are no
+            gradients, those of gamma and beta included.
         comm: a communicator, of mpi4py or ChainerMN, if each process has only a part of every plane: all then normalise
             with the statistics of whole planes, and the gradients of gamma and beta are sums over the process's own
             part (`cupynorm.distributed`). Differentiable once.
 
     Returns:
-        A Variable of x's shape and dtype.
+        A Variable of x's shape, and its dtype or the given one.
 
     Raises:
         TypeError: an argument has the wrong type or dtype, or some inputs are on a CPU and others on a GPU.
@@ -321,7 +321,7 @@ def fixed_instance_normalization(
         mean, var: Variables or arrays (C,), in the dtypes of gamma and beta.
 
     Returns:
-        A Variable of x's shape and dtype.
+        A Variable of x's shape, and its dtype or the given one.
 
     Raises:
         TypeError, ValueError: see `instance_normalization`. One spatial element is allowed.

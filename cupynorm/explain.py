@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any
 
-from ._checks import check_activation, check_input, check_no_activation, check_result_dtype, place_of
+from ._checks import check_activation, check_input, check_no_activation, check_no_mask, check_result_dtype, place_of
 from ._types import Array, Explained, array_module
 from .backend import backend_of
 from .cuda.describe import describe
@@ -37,7 +38,7 @@ def explain(
         dtype: of the result, as for `cupynorm.instance_norm`.
         activation: as for `cupynorm.instance_norm`.
         residual: True if the call has a residual.
-        mask: True if the call has a mask, or lengths.
+        mask: True if the call has a mask, lengths, or nan_policy="omit".
         double_backward: also describe `cupynorm.instance_norm_double_backward`.
         parts: also describe calls on parts of planes: `cupynorm.moments`, the forward with `moments=`,
             `cupynorm.gradient_sums`, and the backward with `sums=`.
@@ -47,7 +48,8 @@ def explain(
     Returns:
         A few lines of text: for CUDA the regime, the reason for it, whether arrays are read in place, the memory
         traffic in element-sized accesses per element, the launches, and the facts besides the sample itself that the
-        bits of its results depend on. For z-scores first whether the array is copied.
+        bits of its results depend on. For z-scores first the planes as which the array is seen, and whether a copy is
+        needed for that.
 
     Raises:
         TypeError, ValueError: x cannot be normalised, the activation or the device is unknown, an axis does not fit, or
@@ -59,8 +61,7 @@ def explain(
     check_activation(activation)
     if double_backward:
         check_no_activation(activation)
-        if mask:
-            raise ValueError("no double backward of a forward with a mask or lengths")
+        check_no_mask(mask)
     if device is not None and device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {device!r}")
     if not isinstance(axis, EllipsisType):
@@ -87,11 +88,13 @@ def _explain_zscore(a: Array, axis: Any, dtype: Any, mask: bool, device: str | N
     if a.dtype != read:
         told.append(f"  the array is converted to {read.name} first")
         a = xp.empty_like(a, read)
+    if math.prod(a.shape[i] for i in axes) < 2:
+        return "\n".join([*told, "  NaN: there is one value along the axes, or none"])
     planes, shape = view_of_planes(a, axes)
     if planes is None:
         told.append(f"  copied to planes (N, C, ...) of shape {shape}, which no view has")
         planes = xp.empty(shape, a.dtype)
     else:
-        told.append(f"  viewed as planes (N, C, ...) of shape {shape}")
+        told.append(f"  seen as planes (N, C, ...) of shape {shape}")
     first, *rest = _lines(planes, place, Explained(result, mask=mask, alone=True), device)
     return "\n".join([*told, f"  on {first}", *(f"  {line}" for line in rest)])

@@ -463,9 +463,9 @@ def instance_norm_double_backward(
     x = saved.x
     place = place_of(x, "input")
     check_no_activation(saved.activation)
+    check_no_mask(saved.mask is not None)
     check_own_statistics(saved)
     check_usual_rstd(saved)
-    check_no_mask(saved)
     check_like(dy, "dy", x, place, saved.dtype)
     if ddx is None and ddweight is None and ddbias is None:
         raise ValueError("ddx, ddweight and ddbias are all None; needed is one of them at least")

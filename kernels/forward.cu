@@ -57,7 +57,7 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
         const Math mean = m.mean[p] + m.mean_lo[p];
         m.mean_lo[p] = (m.mean[p] - mean) + m.mean_lo[p];
         m.mean[p] = mean;
-        inverse[p] = rstd_of(m.scaled_m2[p], count[p], call.scale);
+        inverse[p] = MASKED && count.positions(p) == 0 ? 0 : rstd_of(m.scaled_m2[p], count[p], call.scale);
     }
     if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         if (call.mean) store(call.mean + i, m.mean[p]);

@@ -1,7 +1,8 @@
 // Masks: which positions of a plane count. Modules that are not MASKED have none: everything counts, without a test.
 //
 // A mask has a byte for each element, 0 where it does not count, and strides of 0 where it is the same for several samples,
-// channels or positions. It is read once: its bits stay where the tile does, a byte of bits for each vec in shared memory.
+// channels or positions. It is read as often as x: its bits stay where the tile does, a byte of bits for each vec in
+// shared memory.
 
 #ifndef CUPYNORM_MASK
 #define CUPYNORM_MASK

@@ -227,7 +227,7 @@ __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partit
     });
     Accum base[P], s[FORWARD_MERGED * P] = {};
     if constexpr (MASKED) {
-        numbers.template sum<THREADS>(tiles, s, other, [&](int tile) {
+        numbers.template sum<THREADS>(tiles, s, scratch, [&](int tile) {
             #pragma unroll
             for (int p = 0; p < P; p++) {
                 const Accum n = numbers.read(tile, p, COUNT);
@@ -249,7 +249,7 @@ __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partit
             s[p] = nothing_of(base[p]);
         }
     }
-    numbers.template sum<THREADS>(tiles, s, scratch, [&](int tile) {
+    numbers.template sum<THREADS>(tiles, s, MASKED ? other : scratch, [&](int tile) {
         #pragma unroll
         for (int p = 0; p < P; p++) {
             const Accum n = numbers.read(tile, p, COUNT);
@@ -294,14 +294,14 @@ struct MomentArrays {
 struct Statistics {
     Math *mean, *rstd, *mean_lo, *variance;
 
-    // The variance of a plane with no more than ddof positions is 0.
+    // The variance of a plane with no more than ddof positions is 0, and rstd of one without any.
     __device__ void set(long long i, const Moments& m, const Scale& scale) const {
         const Math rounded = (Math)m.mean;
         const Accum rest = m.count - scale.ddof, var = rest > 0 ? m.m2 / rest : 0;
         store(mean + i, rounded);
         store(mean_lo + i, (Math)(m.mean - rounded));
-        store(rstd + i, narrow_rstd(scale.mode == EPS_VARIANCE ? 1 / sqrt(var + scale.eps)
-                                                               : rstd_of_std(sqrt(var), scale)));
+        const Accum inverse = scale.mode == EPS_VARIANCE ? 1 / sqrt(var + scale.eps) : rstd_of_std(sqrt(var), scale);
+        store(rstd + i, m.count ? narrow_rstd(inverse) : 0);
         if (variance) store(variance + i, (Math)(m.m2 / (m.count - 1)));
     }
 };

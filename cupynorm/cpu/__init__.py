@@ -136,7 +136,8 @@ class CpuBackend(Backend):
                 assert saved.mean_lo is not None
                 saved.mean[...] = call.moments.mean
                 saved.mean_lo[...] = call.moments.mean - saved.mean
-                saved.rstd[...] = rstd_of(var_of(call.moments, call.ddof), call.eps, call.eps_mode)
+                rstd = rstd_of(var_of(call.moments, call.ddof), call.eps, call.eps_mode)
+                saved.rstd[...] = np.where(call.moments.count > 0, rstd, 0)
         if call.x.size:
             _choose(saved, Arrays(call.x, y, residual=call.residual, mask=call.mask)).normalize()
         if call.updates:  # and moments are given

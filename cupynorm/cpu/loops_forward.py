@@ -282,8 +282,8 @@ def eps_of(numbers: Numbers) -> Value:
 def _join(module: Module, kind: Kind) -> None:
     """Write the step that merges the tiles of blocks: mean, mean_lo and rstd of planes, and variance if wanted.
 
-    By Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's. With a mask the number of positions
-    of each plane is stored, too.
+    By Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to that of the first tile that has positions. With a mask
+    the number of positions of each plane is stored, too; rstd of a plane without any is 0.
     """
     computing = kind.element.computing
     with module.function("join", *STEP, exported=True) as (code, call, first, last, _):
@@ -295,6 +295,12 @@ def _join(module: Module, kind: Kind) -> None:
         first_count = where(numbers.tiles == 1, numbers.plane, counts.load(0))
         with each_channel(numbers, first, last) as (at, n, c):
             start = means.load(at)
+            if kind.masked:
+                nearest, seen = code.variable(start), code.variable(counted.load(at))
+                with code.loop(1, numbers.tiles) as tile, code.when(seen.get() == 0):
+                    nearest.set(means.load(at + tile * numbers.group))
+                    seen.set(counted.load(at + tile * numbers.group))
+                start = nearest.get()
             pooled, m2 = code.variable(means_lo.load(at)), code.variable(m2s.load(at))
             count = code.variable(counted.load(at) if kind.masked else first_count.to(DOUBLE))
             with code.loop(1, numbers.tiles) as tile:
@@ -317,7 +323,8 @@ def _join(module: Module, kind: Kind) -> None:
                 code.memory(numbers.count, INT).store(plane, count.get().to(INT))
                 rest = count.get() - numbers.ddof
                 divided = var * where(rest > 0, count.get() / rest, 0)
-            outputs["rstd"].store(plane, rstd_of(numbers, divided).to(computing))
+            rstd = rstd_of(numbers, divided)
+            outputs["rstd"].store(plane, (where(count.get() > 0, rstd, 0) if kind.masked else rstd).to(computing))
             with code.when(numbers.variance != 0):
                 outputs["variance"].store(plane, var.to(computing))
 

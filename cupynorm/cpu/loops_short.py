@@ -176,6 +176,8 @@ def short_forward(module: Module, kind: Kind) -> None:
                     rest = counted[0] - numbers.ddof.to(computing)
                     divided = variance * where(rest > 0, counted[0] / rest, 0)
                 rstd = rstd_of(numbers, divided)
+                if counted:
+                    rstd = where(counted[0] > 0, rstd, 0)
                 weight, bias = table.load(j, lanes, "scale", "intercept")
                 values, _ = coefficients(mean, mean_lo, rstd, weight, bias)
                 table.store(j, nearest=mean, mean_lo=mean_lo, rstd=where(good, rstd, -1), variance=variance)

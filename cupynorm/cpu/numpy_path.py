@@ -383,18 +383,22 @@ class NumpyWork(Work):
             each[(tile, *planes)] = value
 
     def join_forward(self, first: int, last: int) -> None:
-        """Merge tiles in float64 by Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to the first tile's."""
+        """Merge tiles in float64 by Chan, Golub, LeVeque 1983, eq. 2.1, with means relative to that of the first tile
+        that has positions."""
         for planes in self.planes[first:last]:
             means, means_lo, m2s, counts = (each[(slice(None), *planes)] for each in self.partials)
+            start = means[0]
+            if self.mask is not None:
+                start = np.take_along_axis(means, np.argmax(counts > 0, 0)[None], 0)[0]
             pooled, m2, count = means_lo[0], m2s[0], counts[0]
             for tile in range(1, self.tiles):
                 share = counts[tile] / np.maximum(count + counts[tile], 1)
-                distance = (means[tile] - means[0]) + means_lo[tile] - pooled
+                distance = (means[tile] - start) + means_lo[tile] - pooled
                 pooled = pooled + distance * share
                 m2 = m2 + m2s[tile] + distance * distance * (count * share)
                 count = count + counts[tile]
-            mean = (means[0] + pooled).astype(self.dtype)
-            mean_lo = ((means[0] - mean) + pooled).astype(self.dtype)
+            mean = (start + pooled).astype(self.dtype)
+            mean_lo = ((start - mean) + pooled).astype(self.dtype)
             self._store_stats(planes, mean, mean_lo, m2 / np.maximum(count, 1), count)
 
     def _store_stats(
@@ -414,6 +418,8 @@ class NumpyWork(Work):
         if variance.dtype != self.plane_dtype:  # values may be out of range of plane_dtype
             odd = ~((variance >= least_mean_square(self.call)) & (variance < np.finfo(self.plane_dtype).max))
             call.rstd[planes] = np.where(odd, rstd_of(variance, call.eps, call.eps_mode), call.rstd[planes])
+        if self.mask is not None:
+            call.rstd[planes] = np.where(count > 0, call.rstd[planes], 0)
 
     def apply_forward(self, item: int, scratch: np.ndarray) -> None:
         planes, index, _ = self._index(item)

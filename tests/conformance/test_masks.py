@@ -204,6 +204,41 @@ def test_difficult_values(backend: Backend, shape: tuple[int, ...], data: str, r
     assert_within(backend.host(dx), exact.backward(dy)[0], 2e-5 * exact.rstd * (1 + np.abs(exact.xhat)))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 700, 900), (1, 32, 200, 200)], ids=str)
+@on("numpy", "compiled")
+def test_float64_planes_whose_first_tiles_have_no_position(
+    backend: Backend, shape: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    """Tiles are merged about the mean of one that has some."""
+    x, mask = rng.normal(size=shape) + 1e6, np.ones(shape[2:], bool)
+    mask[: shape[2] // 2] = False
+    x_ = reference.LAYOUTS["contiguous" if shape[1] == 1 else "channels_last"](x)
+    y = backend.host(cn.instance_norm(backend.array(x_), mask=backend.array(mask)))
+    assert_within(y, Exact(x, np.broadcast_to(mask, shape)).y, 1e-12)
+
+
+@pytest.mark.parametrize("eps_mode", EPS_MODES)
+@pytest.mark.parametrize("given", ["own", "moments"])
+@pytest.mark.parametrize("size", [20, 900], ids=str)
+def test_planes_without_a_position_add_nothing_to_gradients(
+    backend: Backend, size: int, given: str, eps_mode: str, rng: np.random.Generator
+) -> None:
+    """With eps = 0, too, where rstd of a constant plane is infinite."""
+    shape = (2, 3, size)
+    x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
+    weight, mask = np.ones(3, np.float32), rng.random(shape) < 0.7
+    mask[0, 1] = False
+    x_, mask_ = backend.array(x), backend.array(mask)
+    moments = cn.moments(x_, mask=mask_) if given == "moments" else None
+    _, saved = cn.instance_norm_forward(
+        x_, backend.array(weight), eps=0, eps_mode=eps_mode, mask=mask_, moments=moments
+    )
+    dx, dweight, _ = cn.instance_norm_backward(backend.array(dy), saved)
+    exact_dx, exact_dweight, *_ = Exact(x, mask, eps=1e-30, eps_mode=eps_mode).backward(dy)
+    assert_within(backend.host(dx), exact_dx, 5e-5)
+    assert_within(backend.host(dweight), exact_dweight, 1e-4 * np.sqrt(size))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("size", [(9, 8), (30, 31)], ids=str)
 @on("numpy", "compiled")
@@ -379,7 +414,7 @@ def test_double_backward_is_refused(backend: Backend, rng: np.random.Generator) 
     statistics = backend.array(np.ones(3))
     for options in ({}, {"running_mean": statistics, "running_var": statistics, "use_input_stats": False}):
         _, saved = cn.instance_norm_forward(x, lengths=[3, 4], **options)
-        with pytest.raises(ValueError, match="no double backward"):
+        with pytest.raises(ValueError, match="no double backward of a forward with a mask or lengths"):
             cn.instance_norm_double_backward(x, None, None, x, saved)
 
 

@@ -289,10 +289,11 @@ def test_explain_says_how_an_array_is_read() -> None:
     x = np.zeros((4, 6, 5, 7), np.float32)
     for axis, shape in ((-1, (1, 120, 7)), ((2, 3), (1, 24, 5, 7)), (1, (4, 35, 6)), (None, (1, 1, 4, 6, 5, 7))):
         told = cn.explain(x, axis=axis)
-        assert f"viewed as planes (N, C, ...) of shape {shape}" in told
+        assert f"seen as planes (N, C, ...) of shape {shape}" in told
         assert "backward" not in told and "running" not in told
     apart = x[:, ::2, :, ::2]
     assert "copied to planes (N, C, ...) of shape (1, 60, 4), which no view has" in cn.explain(apart, axis=0)
+    assert "NaN: there is one value along the axes, or none" in cn.explain(x[:, :1], axis=1, device="H100")
     told = cn.explain(np.zeros((4, 6), np.int64), axis=0, device="H100")
     assert "z-scores of (4, 6) int64 along axis 0, float64" in told
     assert "converted to float64 first" in told and "on H100\n    forward: " in told and "running" not in told

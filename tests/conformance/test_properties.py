@@ -14,6 +14,7 @@ import pytest
 from helpers import cases, reference, tiers
 from helpers.backends import Backend
 from helpers.compare import ROUNDING, Bits, bits
+from helpers.masked import Exact, spoiled
 from helpers.seeds import seed_of
 from helpers.tiers import amount
 from hypothesis import HealthCheck, given, settings
@@ -308,6 +309,53 @@ def test_any_call(backend: Backend, tmp_path_factory: Any, data: st.DataObject) 
     for sub in "rd":
         (folder / sub).mkdir()
     check_call(backend, data, folder, fixed)
+
+
+@checks(100)
+@given(data=st.data())
+def test_any_mask(backend: Backend, tmp_path_factory: Any, data: st.DataObject) -> None:
+    """Masks of any shape that broadcasts, and any strides; NaN and infinities elsewhere."""
+    draw, folder = data.draw, tmp_path_factory.mktemp("maps")
+    (folder / "mask").mkdir()
+    backend.pretend(DEVICE)
+    most = CUPY_RANK if backend.name == "cupy" else 32  # as_strided and numpy.ma have limits
+    shape = draw(shapes(1).filter(lambda shape: len(shape) <= most and math.prod(shape[2:]) > 1))
+    dtype = "float32" if backend.name in ("compiled", "simt") else draw(st.sampled_from(DTYPES))
+    layouts = {"compiled": ("dense", "channels_last"), "cupy": ALIGNED}.get(backend.name, LAYOUTS)
+    values = filled(draw, shape, dtype, draw(st.sampled_from(("normal", "offset", "constant"))))
+    own = [size if draw(st.booleans()) else 1 for size in shape[draw(st.integers(0, len(shape) - 1)) :]]
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mask_ = laid(
+        draw, random.random(own) < draw(st.sampled_from((0.2, 0.7, 0.95))), draw(mask_layouts(own)), folder / "mask"
+    )
+    whole = np.broadcast_to(mask_, shape)
+    x_ = laid(draw, spoiled(values, whole, random), draw(st.sampled_from([x for x in layouts if x in PLACED])), folder)
+    ddof, eps = draw(st.sampled_from((0, 1))), draw(st.sampled_from((1e-5, 1.0)))
+    x, mask = backend.array(x_), backend.array(mask_)
+    exact = Exact(values, whole, ddof=ddof, eps=eps)
+    y, saved = cn.instance_norm_forward(x, mask=mask, ddof=ddof, eps=eps)
+    within(backend.host(y), exact.y, np.where(whole, 1 + np.abs(exact.xhat), 1), dtype)
+    assert (backend.host(saved.count) == exact.count).all()
+    assert not backend.host(y)[~whole].any()
+    dy_ = filled(draw, shape, dtype, "normal")
+    dx, _, _ = cn.instance_norm_backward(backend.array(spoiled(dy_, whole, random)), saved)
+    axes = tuple(range(2, len(shape)))
+    terms, expected = np.abs(np.where(whole, reference.wide(dy_), 0)), exact.backward(dy_)[0]
+    spread = terms + terms.max(axes, keepdims=True) * (
+        1 + exact.slope * np.abs(exact.xhat).max(axes, keepdims=True) ** 2
+    )
+    within(backend.host(dx), expected, spread * exact.rstd, dtype)
+    assert not backend.host(dx)[~whole].any()
+
+
+#: Layouts whose elements are all different places in memory.
+PLACED = tuple(layout for layout in LAYOUTS if layout not in ("zero", "overlapping"))
+
+
+def mask_layouts(shape: list[int]) -> Any:
+    """Return the layouts that a mask of this shape may have."""
+    few = {"channels_last", "zero", "overlapping"} if len(shape) < 2 else {"zero", "overlapping"}
+    return st.sampled_from([layout for layout in LAYOUTS if layout not in few])
 
 
 #: Past failures and special paths: one element with infinities and an activation, 0-size, rank 64, bfloat16 NaN, a

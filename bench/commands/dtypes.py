@@ -20,13 +20,12 @@ import cupynorm
 from cupynorm._types import DTYPES, INTEGERS
 
 from ..core import report
-from ..core.cases import EPS, SWEEP_ELEMENTS, buffer_sets, parse_shapes
-from ..core.options import add_race, array_module
-from ..core.timing import Contestant, DeviceClock, HostClock, Race, summarise
+from ..core.cases import EPS
+from ..core.race import add_race, add_shapes, array_module, layers_of, medians, sets_of
+from ..core.timing import Contestant
 
 SHAPES = ("16,1,512,512", "8,64,96,96", "1,1,64,512,512", "32,32,32,32")
 PAIRS = ("uint16:float32", "uint8:float32", "uint8:float16", "float16:float32", "float32:float16")
-CACHE_BYTES = 64 << 20  # of the buffer sets on a CPU
 
 
 def pair_of(text: str) -> tuple[str, str]:
@@ -57,17 +56,14 @@ def measure(xp: Any, shape: tuple[int, ...], pair: tuple[str, str], options: arg
     """Return a line with the measurements of a shape and pair."""
     input, result = pair
     moved = math.prod(shape) * (np.dtype(input).itemsize + np.dtype(result).itemsize)
-    clock: HostClock = HostClock() if xp is np else DeviceClock()
-    cache = CACHE_BYTES if xp is np else 3 * report.device_facts(xp)["l2_bytes"]
-    sets = max(buffer_sets(moved, cache, 8), 2 if xp is not np else 1)
+    sets = sets_of(xp, moved)
     values = np.random.default_rng(20).integers(0, 100, shape)
     xs = [xp.asarray(values.astype(input)) for _ in range(sets)]
     calls = contestants(xp, xs, result)
     sources, targets = ([xp.zeros(moved // 2, np.uint8) for _ in range(sets)] for _ in range(2))
     racing = [Contestant(name, call, lambda _: {}) for name, call in calls.items()]
     racing.append(Contestant("copy", lambda i: xp.copyto(targets[i], sources[i]), lambda _: {}))
-    samples = Race(clock, sets, options.batch_ms / 1e3).run(racing, options.rounds)
-    seconds = {name: summarise(each).median for name, each in samples.items()}
+    seconds = medians(xp, racing, sets, options)
     cells = [f"{name} {seconds[name] * 1e6:.0f} us ({seconds[name] / seconds['copy']:.2f})" for name in calls]
     return f"{report.shape_text(shape)} {input} to {result}: {', '.join(cells)}"
 
@@ -76,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench dtypes", description="Time calls on inputs of another dtype than the result."
     )
-    parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="N,C,H,W", help=f"default {' '.join(SHAPES)}")
+    add_shapes(parser, SHAPES)
     parser.add_argument(
         "--pairs", nargs="*", type=pair_of, default=[*map(pair_of, PAIRS)], metavar="INPUT:RESULT",
         help=f"default {' '.join(PAIRS)}",
@@ -84,10 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_race(parser)
     options = parser.parse_args(arguments)
     xp = array_module(options.device)
-    try:
-        layers = parse_shapes(list(options.shapes), SWEEP_ELEMENTS["cpu" if xp is np else "gpu"])
-    except ValueError as error:
-        parser.error(str(error))
+    layers = layers_of(parser, options, xp)
     print("microseconds of a call, and (its time / that of a copy of as many bytes as it must move)")
     for layer in layers:
         for pair in options.pairs:

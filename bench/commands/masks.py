@@ -19,13 +19,12 @@ import cupynorm
 from cupynorm import devices
 
 from ..core import report
-from ..core.cases import DTYPES, EPS, SWEEP_ELEMENTS, Arrays, Layer, buffer_sets, parse_shapes, words
-from ..core.options import add_race, array_module
-from ..core.timing import Contestant, DeviceClock, HostClock, Race, summarise
+from ..core.cases import DTYPES, EPS, Arrays, Layer, words
+from ..core.race import add_race, add_shapes, array_module, layers_of, medians, sets_of
+from ..core.timing import Contestant
 
 SHAPES = ("16,1,512,512", "8,64,96,96", "4,64,128,128", "64,128,12,12")
 KINDS = ("plane", "sample", "own")
-CACHE_BYTES = 64 << 20  # of the buffer sets on a CPU
 
 
 def mask_of(kind: str, shape: tuple[int, ...], share: float) -> np.ndarray:
@@ -58,14 +57,11 @@ def contestants(arrays: Arrays, mask: Any) -> dict[str, Callable[[int], Any]]:
 def measure(xp: Any, layer: Layer, dtype: str, kind: str, options: argparse.Namespace) -> str:
     """Return a line with the measurements of a shape and kind of mask."""
     size = math.prod(layer.shape) * devices.dtype_of(dtype).itemsize
-    clock: HostClock = HostClock() if xp is np else DeviceClock()
-    cache = CACHE_BYTES if xp is np else 3 * report.device_facts(xp)["l2_bytes"]
-    sets = max(buffer_sets(3 * size, cache, 8), 2 if xp is not np else 1)
+    sets = sets_of(xp, 3 * size)
     arrays = Arrays(xp, layer.shape, dtype, "channels_first", False, sets)
     calls = contestants(arrays, xp.asarray(mask_of(kind, layer.shape, options.share)))
     racing = [Contestant(name, call, lambda _: {}) for name, call in calls.items()]
-    samples = Race(clock, sets, options.batch_ms / 1e3).run(racing, options.rounds)
-    seconds = {name: summarise(values).median for name, values in samples.items()}
+    seconds = medians(xp, racing, sets, options)
     cells = [f"{name} {seconds[name] * 1e6:.0f} us" for name in calls]
     for number, call in ((1, "forward"), (3, "backward")):
         cells[number] += f" ({seconds[f'{call} with mask='] / seconds[call]:.2f})"
@@ -74,7 +70,7 @@ def measure(xp: Any, layer: Layer, dtype: str, kind: str, options: argparse.Name
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench masks", description="Time calls with a mask.")
-    parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="N,C,H,W", help=f"default {' '.join(SHAPES)}")
+    add_shapes(parser, SHAPES)
     parser.add_argument("--dtype", type=lambda t: words(t, DTYPES, "--dtype"), default=["float32"])
     parser.add_argument(
         "--kinds", nargs="*", choices=KINDS, default=KINDS, help="one for all planes, each sample, or x's"
@@ -83,10 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_race(parser)
     options = parser.parse_args(arguments)
     xp = array_module(options.device)
-    try:
-        layers = parse_shapes(list(options.shapes), SWEEP_ELEMENTS["cpu" if xp is np else "gpu"])
-    except ValueError as error:
-        parser.error(str(error))
+    layers = layers_of(parser, options, xp)
     print("microseconds of a call, and (its time / that of the same call without a mask)")
     for dtype in options.dtype:
         for layer in layers:

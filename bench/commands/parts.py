@@ -21,12 +21,11 @@ import cupynorm
 from cupynorm import devices
 
 from ..core import peers, report
-from ..core.cases import DTYPES, SWEEP_ELEMENTS, Array, Arrays, Layer, buffer_sets, parse_shapes, words
-from ..core.options import add_race, array_module
-from ..core.timing import Contestant, DeviceClock, HostClock, Race, summarise
+from ..core.cases import DTYPES, Array, Arrays, Layer, words
+from ..core.race import add_race, add_shapes, array_module, layers_of, medians, sets_of
+from ..core.timing import Contestant
 
 SHAPES = ("20,100,35,45", "8,512,14,14", "20,64,184,248", "1,1,4096,4096", "2,32,64,128,128")
-CACHE_BYTES = 64 << 20  # of the buffer sets on a CPU
 #: Accesses of each element that a call must make: see `contestants`.
 ACCESSES = {
     "forward": 2, "moments": 1, "forward with moments=": 2, "forward in parts": 3, "backward": 3, "gradient_sums": 2,
@@ -66,15 +65,12 @@ def measure(xp: Any, layer: Layer, dtype: str, options: argparse.Namespace) -> s
     """Return a line with the measurements of a shape."""
     itemsize = devices.dtype_of(dtype).itemsize
     size = math.prod(layer.shape) * itemsize
-    clock: HostClock = HostClock() if xp is np else DeviceClock()
-    cache = CACHE_BYTES if xp is np else 3 * report.device_facts(xp)["l2_bytes"]
-    sets = max(buffer_sets(3 * size, cache, 8), 2 if xp is not np else 1)
+    sets = sets_of(xp, 3 * size)
     arrays = Arrays(xp, layer.shape, dtype, "channels_first", False, sets)
     calls = contestants(arrays, options.parts)
     racing = [Contestant(name, call, lambda _: {}) for name, call in calls.items()]
     racing.append(peers.copy(2 * size, arrays))
-    samples = Race(clock, sets, options.batch_ms / 1e3).run(racing, options.rounds)
-    seconds = {name: summarise(values).median for name, values in samples.items()}
+    seconds = medians(xp, racing, sets, options)
     copy = seconds["copy"] / 2  # for one access of each element
     cells = [f"{name} {seconds[name] * 1e6:.0f} us ({seconds[name] / copy / ACCESSES[name]:.2f})" for name in calls]
     return f"{report.shape_text(layer.shape)} {dtype}: {', '.join(cells)}"
@@ -82,16 +78,13 @@ def measure(xp: Any, layer: Layer, dtype: str, options: argparse.Namespace) -> s
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench parts", description="Time calls on parts of planes.")
-    parser.add_argument("shapes", nargs="*", default=SHAPES, metavar="N,C,H,W", help=f"default {' '.join(SHAPES)}")
+    add_shapes(parser, SHAPES)
     parser.add_argument("--dtype", type=lambda t: words(t, DTYPES, "--dtype"), default=["float32"])
     parser.add_argument("--parts", type=int, default=4, help="of `forward in parts`; default 4")
     add_race(parser)
     options = parser.parse_args(arguments)
     xp = array_module(options.device)
-    try:
-        layers = parse_shapes(list(options.shapes), SWEEP_ELEMENTS["cpu" if xp is np else "gpu"])
-    except ValueError as error:
-        parser.error(str(error))
+    layers = layers_of(parser, options, xp)
     print("microseconds of a call, and (its time / that of a copy of as many bytes as it must move)")
     for dtype in options.dtype:
         for layer in layers:

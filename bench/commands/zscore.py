@@ -15,13 +15,11 @@ import numpy as np
 import cupynorm
 
 from ..core import report
-from ..core.cases import buffer_sets
-from ..core.options import add_race, array_module
-from ..core.timing import Contestant, DeviceClock, HostClock, Race, summarise
+from ..core.race import add_race, array_module, medians, sets_of
+from ..core.timing import Contestant
 
 #: Columns of a table, rows, a middle axis, images of a stack, all of it.
 CASES = ("100000,32:0", "2000,2000:0", "2000,2000:1", "64,300,200:1", "16,512,512:1,2", "16,512,512:all")
-CACHE_BYTES = 64 << 20  # of the buffer sets on a CPU
 
 Case = tuple[tuple[int, ...], Any]
 
@@ -44,9 +42,7 @@ def measure(xp: Any, case: Case, options: argparse.Namespace) -> str:
     shape, axis = case
     theirs = importlib.import_module("scipy.stats" if xp is np else "cupyx.scipy.stats")
     host = np.random.default_rng(20).standard_normal(shape).astype(options.dtype)
-    clock: HostClock = HostClock() if xp is np else DeviceClock()
-    cache = CACHE_BYTES if xp is np else 3 * report.device_facts(xp)["l2_bytes"]
-    sets = max(buffer_sets(2 * host.nbytes, cache, 8), 2 if xp is not np else 1)
+    sets = sets_of(xp, 2 * host.nbytes)
     arrays, targets = ([xp.asarray(host.copy()) for _ in range(sets)] for _ in range(2))
     peer = "scipy" if xp is np else "cupyx"
     racing = [
@@ -54,8 +50,7 @@ def measure(xp: Any, case: Case, options: argparse.Namespace) -> str:
         Contestant(peer, lambda i: theirs.zscore(arrays[i], axis), lambda _: {}),
         Contestant("copy", lambda i: xp.copyto(targets[i], arrays[i]), lambda _: {}),
     ]
-    samples = Race(clock, sets, options.batch_ms / 1e3).run(racing, options.rounds)
-    seconds = {name: summarise(each).median for name, each in samples.items()}
+    seconds = medians(xp, racing, sets, options)
     cells = [
         f"{name} {seconds[name] * 1e6:.0f} us ({seconds[name] / seconds['copy']:.2f})" for name in ("zscore", peer)
     ]

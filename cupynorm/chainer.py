@@ -34,11 +34,10 @@ from ._checks import (
     check_number,
     check_own_statistics,
     check_per_channel,
-    check_result_dtype,
 )
 from ._types import ForwardCall, Saved, math_dtype
 from .chainer_import import chainer
-from .devices import dtype_of
+from .devices import result_dtype_of
 from .distributed import Exchange, check_communicator
 from .functional import instance_norm_double_backward
 
@@ -213,7 +212,7 @@ def _composed(x: Any, gamma: Any, beta: Any, saved: Saved, eps: float) -> Any:
 
 
 def _apply(x: Given, gamma: Given | None, beta: Given | None, exchange: Exchange, **options: Any) -> Any:
-    options |= {"mask": chainer.as_array(options["mask"]), "dtype": _result_dtype(options["dtype"])}
+    options["mask"] = chainer.as_array(options["mask"])
     inputs = [x, *(v for v in (gamma, beta) if v is not None)]
     return InstanceNormalizationFunction((gamma is not None, beta is not None), exchange, **options).apply(inputs)[0]
 
@@ -283,6 +282,8 @@ def _normalized(
     dtype: Any = None,
 ) -> Any:
     """`instance_normalization` within an exchange."""
+    if dtype is not None:
+        dtype = result_dtype_of(dtype)
     if chainer.config.in_recomputing:
         running_mean = running_var = None
     return _apply(
@@ -290,14 +291,6 @@ def _normalized(
         running_var=chainer.as_array(running_var), momentum=1 - check_number(decay, "decay"), mask=mask,
         lengths=lengths, dtype=dtype,
     )  # fmt: skip
-
-
-def _result_dtype(dtype: Any) -> numpy.dtype | None:
-    if dtype is None:
-        return None
-    dtype = dtype_of(dtype)
-    check_result_dtype(dtype)
-    return dtype
 
 
 def fixed_instance_normalization(
@@ -329,7 +322,7 @@ def fixed_instance_normalization(
     eps = check_eps(eps)
     if mean is None or var is None:
         raise ValueError("mean and var are both needed, but one of them is None")
-    array, dtype = chainer.as_array(x), _result_dtype(dtype)
+    array, dtype = chainer.as_array(x), None if dtype is None else result_dtype_of(dtype)
     place = check_input(array, "x", integers=dtype is not None)
     for name, value in (("mean", mean), ("var", var), ("gamma", gamma), ("beta", beta)):
         if value is not None:

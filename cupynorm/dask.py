@@ -35,13 +35,12 @@ from ._checks import (
     check_input,
     check_input_dtype,
     check_number,
-    check_result_dtype,
     mask_of_lengths,
     place_of,
 )
 from ._types import math_dtype
 from .backend import backend_of
-from .devices import dtype_of
+from .devices import result_dtype_of
 from .statistics import DTYPES, Moments
 
 __all__ = ["instance_norm", "moments"]
@@ -96,8 +95,7 @@ def instance_norm(
         TypeError, ValueError: an argument does not fit. Arrays inside that do not fit raise when they are computed.
     """
     if dtype is not None:
-        dtype = dtype_of(dtype)
-        check_result_dtype(dtype)
+        dtype = result_dtype_of(dtype)
     _check(a, integers=dtype is not None)
     made = a.dtype if dtype is None else dtype
     eps, negative_slope = check_eps(eps), check_number(negative_slope, "negative_slope")

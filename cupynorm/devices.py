@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ._checks import check_result_dtype
+
 
 @lru_cache(maxsize=None)
 def gpu_status() -> tuple[bool, str]:
@@ -127,3 +129,10 @@ def dtype_of(dtype: Any) -> np.dtype:
         return np.dtype(dtype)
     except TypeError:
         raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype!r}") from None
+
+
+def result_dtype_of(dtype: Any) -> np.dtype:
+    """Return the dtype of a result, which must be one that kernels write."""
+    dtype = dtype_of(dtype)
+    check_result_dtype(dtype)
+    return dtype

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from types import EllipsisType
 from typing import Any
 
-from ._checks import check_activation, check_input, check_no_activation, check_no_mask, check_result_dtype, place_of
+from ._checks import check_activation, check_input, check_no_activation, check_no_mask, place_of
 from ._types import Array, Explained, array_module
 from .backend import backend_of
 from .cuda.describe import describe
 from .cuda.device import DEVICES
-from .devices import dtype_of
+from .devices import result_dtype_of
 from .scores import axes_of, dtypes_of, view_of_planes
 
 
@@ -55,9 +55,7 @@ def explain(
         TypeError, ValueError: x cannot be normalised, the activation or the device is unknown, an axis does not fit, or
             double_backward is combined with an activation or a mask.
     """
-    result = None if dtype is None else dtype_of(dtype)
-    if result is not None:
-        check_result_dtype(result)
+    result = None if dtype is None else result_dtype_of(dtype)
     check_activation(activation)
     if double_backward:
         check_no_activation(activation)

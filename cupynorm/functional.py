@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from . import devices
 from ._checks import (
     check_activation,
     check_apart,
@@ -22,7 +21,6 @@ from ._checks import (
     check_out,
     check_own_statistics,
     check_per_channel,
-    check_result_dtype,
     check_saved,
     check_usual_rstd,
     mask_of_lengths,
@@ -32,6 +30,7 @@ from ._checks import (
 )
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
 from .backend import Backend, backend_of
+from .devices import result_dtype_of
 from .mixed import OneDtype
 from .statistics import DTYPES, GradientSums, Moments
 
@@ -179,8 +178,7 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
     """
     x, running_mean, running_var = call.x, call.running_mean, call.running_var
     if call.dtype is not None:
-        call.dtype = devices.dtype_of(call.dtype)
-        check_result_dtype(call.dtype)
+        call.dtype = result_dtype_of(call.dtype)
     dtype, place = call.dtype, check_input(x, place=place, integers=call.dtype is not None)
     call.momentum, call.eps = check_number(call.momentum, "momentum"), check_eps(call.eps)
     call.negative_slope = check_number(call.negative_slope, "negative_slope")

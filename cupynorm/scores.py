@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from . import devices
 from ._checks import (
     check_dtype,
     check_eps,
@@ -19,13 +18,13 @@ from ._checks import (
     check_mask,
     check_number,
     check_of_planes,
-    check_result_dtype,
     device_of,
     place_of,
 )
 from ._types import DTYPES, INTEGERS, Array, ForwardCall, array_module, math_dtype
 from .backend import backend_of
 from .conventions import divisor_of, var_of
+from .devices import result_dtype_of
 from .functional import check_forward, instance_norm
 from .mixed import converted
 from .statistics import DTYPES as FIELD_DTYPES
@@ -196,8 +195,7 @@ def dtypes_of(a: Array, dtype: Any) -> tuple[np.dtype, np.dtype]:
     if a.dtype.kind not in "biuf" and a.dtype.name != "bfloat16":
         raise TypeError(f"a has dtype {a.dtype}; needed are real numbers")
     own, wide = a.dtype.newbyteorder("="), np.dtype(np.float64)
-    result = devices.dtype_of(dtype) if dtype is not None else own if own.name in DTYPES else wide
-    check_result_dtype(result)
+    result = result_dtype_of(dtype) if dtype is not None else own if own.name in DTYPES else wide
     return own if own.name in (*DTYPES, *INTEGERS) else wide, result
 
 

@@ -20,10 +20,9 @@ from ._checks import (
     check_mask,
     check_no_activation,
     check_number,
-    check_result_dtype,
 )
 from ._types import Array, math_dtype
-from .devices import dtype_of
+from .devices import dtype_of, result_dtype_of
 from .functional import (
     gradient_sums,
     instance_norm_backward,
@@ -102,8 +101,7 @@ def warmup(
             with an activation.
     """
     if dtype is not None:
-        dtype = dtype_of(dtype)
-        check_result_dtype(dtype)
+        dtype = result_dtype_of(dtype)
     place = check_input(x, integers=dtype is not None)
     check_activation(activation)
     negative_slope = check_number(negative_slope, "negative_slope")

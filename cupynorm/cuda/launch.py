@@ -96,7 +96,8 @@ class CudaBackend(Backend):
             mean, variance = work.planes(needed or update), work.planes(update)
             rstd, mean_lo = work.planes(needed), work.planes(needed and call.use_input_stats)
             # With moments, these have it.
-            count = work.counts() if op == "forward" and call.mask is not None and (call.save or update) else None
+            counts = op == "forward" and call.mask is not None and (call.save or update)
+            count = work.empty(work.nc, np.int64) if counts else None
             saved = call.saved(mean, rstd, mean_lo) if call.save else None
             if saved is not None and count is not None:
                 saved.count = count

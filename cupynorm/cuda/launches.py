@@ -172,10 +172,6 @@ class Launches:
         """Return a new array of one number for each plane, or None if it is not wanted."""
         return self.empty(self.nc, self.math) if wanted else None
 
-    def counts(self) -> Array:
-        """Return a new array for the number of positions that count in each plane."""
-        return self.empty(self.nc, np.int64)
-
     def point(self, name: str, array: Array | None) -> None:
         """Set a pointer, null without an array."""
         self.values[name] = 0 if array is None else self.address(array)

@@ -44,17 +44,23 @@ def math_dtype(dtype: Any, input: Any = None) -> np.dtype:
 class Saved:
     """The state that a forward keeps for its backward.
 
-    x, weight, bias, residual and mask are the arrays themselves, not copies: do not change them before the backward.
-    mean and rstd have shape (N, C), in float32 (float64 for float64 input or results). training is True if they are x's
-    own or come from given moments, False if they are running statistics. dtype is that of y; None stands for x's.
-
-    mean_lo, in the same dtype, is the low-order part of the mean, lost in its rounding; None with running statistics.
     The backward computes z = ((x - mean) - mean_lo) * rstd * weight + bias + residual with the bits of the forward, so
-    both see every kink of the activation at the same elements. residual is saved for this alone: without an activation
-    it is None, and with_residual says whether there was one.
+    both see every kink of the activation at the same elements.
 
-    count is None if mean and rstd are x's own statistics or running ones. If they came from given moments, it has the
-    number of positions that each plane has as a whole, (N, C) int64.
+    Attributes:
+        x, weight, bias, mask: the arrays themselves, not copies: do not change them before the backward. mask has x's
+            shape.
+        mean, rstd: (N, C), float32; float64 for float64 input or results.
+        mean_lo: as mean; the low-order part of the mean, lost in its rounding. None with running statistics.
+        training: True if mean and rstd are x's own or come from given moments, False if they are running statistics.
+        residual: with an activation the array itself, for z; else None.
+        with_residual: True if there was a residual.
+        count: (N, C) int64, the number of positions that each plane has as a whole, if mean and rstd come from given
+            moments; else None.
+        overwritten: True if a result has been written over x or the residual, so that no backward can follow.
+        activation, negative_slope, eps, eps_mode, ddof: as given to the forward.
+        dtype: of y; None stands for x's.
+        mixed: True if y has another dtype than x.
     """
 
     x: Array

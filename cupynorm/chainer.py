@@ -1,7 +1,7 @@
 """Instance normalisation for Chainer: functions and links, differentiable to any order, on NumPy and CuPy arrays.
 
 Importing this module makes Chainer 7.8.1 work with today's NumPy and CuPy (see `cupynorm.chainer_import`), so import it
-first:
+first::
 
     import cupynorm.chainer
     import chainer

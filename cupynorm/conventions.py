@@ -7,7 +7,7 @@ With std = sqrt(var) and var = m2 / (count - ddof), where m2 is the sum of (x - 
     "std"         1 / (std + eps)        NeMo's features, with ddof=1
     "max"         1 / max(std, eps)      nnU-Net's images
 
-docs/conventions.md says more about them.
+docs/guide/conventions.md says more about them.
 """
 
 from __future__ import annotations

@@ -71,7 +71,8 @@ def instance_norm(
         running_mean, running_var: (C,), both or neither. With use_input_stats they are updated in place,
             running <- (1 - momentum) * running + momentum * (mean over N of the planes' means and unbiased variances).
         weight, bias: (C,), or (N, C) for a scale and shift of each sample, as in adaptive instance normalisation
-            (Huang, Belongie 2017); each optional, and each of either shape.
+            (Huang, Belongie 2017); each optional, and each of either shape. They and the running statistics have the
+            result's dtype, or float32 for float16 and bfloat16 results (and float64 for float64 input).
         momentum: 0 leaves the running statistics as they are.
         eps: not negative; see eps_mode.
         activation: None; "relu", max(z, 0); "leaky_relu", z for z > 0, else negative_slope * z; "silu",
@@ -96,9 +97,6 @@ def instance_norm(
         eps_mode: where eps is added: "variance", (x - mean) / sqrt(var + eps); "std", (x - mean) / (sqrt(var) + eps);
             or "max", (x - mean) / max(sqrt(var), eps). It applies to running_var, too.
 
-        weight, bias and running statistics have the result's dtype, or float32 for float16 and bfloat16 results (and
-        float64 for float64 input).
-
     Returns:
         An array of input's shape, and its dtype or the given one, on its device: out, or a new one, channels-last if
         input is, else C-contiguous.
@@ -110,6 +108,15 @@ def instance_norm(
             activation or eps_mode, a ddof that is not less than the number of positions, an out that overlaps another
             array without being that array, or running statistics to be updated that share memory with each other, with
             the parameters or with the input. Nothing has been written then.
+
+    Example:
+        >>> x = np.arange(8, dtype=np.float32).reshape(1, 2, 4)  # one sample, two channels, four positions
+        >>> cn.instance_norm(x).round(3)
+        array([[[-1.342, -0.447,  0.447,  1.342],
+                [-1.342, -0.447,  0.447,  1.342]]], dtype=float32)
+        >>> cn.instance_norm(x, mask=x % 4 < 2, activation="relu").round(3)
+        array([[[0., 1., 0., 0.],
+                [0., 1., 0., 0.]]], dtype=float32)
     """
     result = _forward(
         ForwardCall(
@@ -418,19 +425,19 @@ def instance_norm_double_backward(
     """Return the gradients of `instance_norm_backward`, for losses that contain a gradient, such as WGAN-GP's penalty.
 
     A loss that depends on the backward's dx, dweight and dbias depends through them on dy, x and weight. For a plane of
-    M elements, with means over the plane, let xhat = (x - mean) * rstd, g = dy, u = ddx, and
+    M elements, with means over the plane, let xhat = (x - mean) * rstd, g = dy, u = ddx, and::
 
         a = mean(u * xhat),   c = mean(g * xhat),   s = mean((u - mean(u)) * (g - mean(g))) - a * c.
 
     The backward's dx adds sum(u * dx) = weight * rstd * M * s to the loss, its dweight ddweight * M * c, and its dbias
     ddbias * M * mean(g). Since d(M * c) / dx = rstd * (g - mean(g) - xhat * c), likewise for a with u, and
-    d rstd / dx = -rstd^2 * xhat / M, the gradients are, in training, with q = ddweight - weight * rstd * a,
+    d rstd / dx = -rstd^2 * xhat / M, the gradients are, in training, with q = ddweight - weight * rstd * a::
 
         ddy = weight * rstd * (u - mean(u)) + q * xhat + ddbias
         dweight = sum over the plane and, for a weight of shape (C,), over N, of rstd * M * s
         dx = rstd * (q * (g - mean(g) - xhat * c) - weight * rstd * (c * (u - mean(u) - xhat * a) + xhat * s)),
 
-    and with running statistics (tracked eval), which are constants,
+    and with running statistics (tracked eval), which are constants::
 
         ddy = weight * rstd * u + ddweight * xhat + ddbias,   dweight = sum of rstd * u * g,   dx = ddweight * rstd * g.
 

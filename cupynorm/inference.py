@@ -27,7 +27,7 @@ class inference_mode(ContextDecorator):  # noqa: N801  # PyTorch's name
     Otherwise a layer holds its last input, for its backward, until the next forward. Within this mode a forward sets
     the layer's `saved` to None and so releases the arrays in it; a backward then raises RuntimeError. Results are the
     same, and in training the running statistics are updated, as in PyTorch's mode of this name. A forward that fails or
-    is interrupted leaves `saved` as it was.
+    is interrupted leaves `saved` as it was::
 
         with cupynorm.inference_mode():
             y = model(x)

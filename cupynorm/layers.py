@@ -113,6 +113,13 @@ class _InstanceNorm:
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.
         RuntimeError: a GPU is requested but not usable.
+
+    Example:
+        >>> layer = cn.InstanceNorm1d(2, affine=True, device="cpu")
+        >>> y = layer.forward(np.arange(8, dtype=np.float32).reshape(1, 2, 4))
+        >>> dx = layer.backward(np.ones_like(y))
+        >>> layer.bias.grad
+        array([4., 4.], dtype=float32)
     """
 
     _spatial_rank: int

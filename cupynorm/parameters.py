@@ -15,8 +15,9 @@ from ._types import Array
 class Parameter:
     """A trained array and its gradient.
 
-    data: the array. Assigning to it copies the values into it; moving the layer to another device replaces it.
-    grad: None, or an array of data's shape; backward adds into it.
+    Attributes:
+        data: the array. Assigning to it copies the values into it; moving the layer to another device replaces it.
+        grad: None, or an array of data's shape; backward adds into it.
     """
 
     __slots__ = ("_data", "grad")

@@ -66,6 +66,12 @@ def denormalize(
 
     Raises:
         TypeError, ValueError: an argument does not fit. Nothing has been written then.
+
+    Example:
+        >>> x = np.array([[[10, 20, 30, 40]]], np.uint8)
+        >>> y = cn.instance_norm(x, dtype="float32")
+        >>> cn.denormalize(y, cn.moments(x)).round(3)
+        array([[[10., 20., 30., 40.]]], dtype=float32)
     """
     place = place_of(y, "y")
     eps, ddof = check_eps(eps), check_number(ddof, "ddof")
@@ -136,6 +142,13 @@ def zscore(
 
     Raises:
         TypeError, ValueError: an argument does not fit, or nan_policy is "raise" and there is a NaN.
+
+    Example:
+        >>> table = np.array([[1.0, 10.0], [2.0, 20.0], [3.0, np.nan]])
+        >>> cn.zscore(table, nan_policy="omit").round(3)
+        array([[-1.225, -1.   ],
+               [ 0.   ,  1.   ],
+               [ 1.225,    nan]])
     """
     place = place_of(a, "a")
     ddof = check_number(ddof, "ddof")

@@ -61,13 +61,21 @@ def _on_device_of(array: Array) -> Iterator[None]:
 class Moments:
     """Count, mean and centred sum of squares of each plane, or of parts of planes.
 
-    count: (N, C) int64, the number of positions; 0 for an empty part.
-    mean: (N, C) float64; 0 for an empty part.
-    m2: (N, C) float64, the sum of (x - mean)^2; 0 for an empty part.
-
     `cupynorm.moments` computes them, `merge` merges those of parts, and `cupynorm.instance_norm(..., moments=)`
     normalises with them. The arrays are NumPy's, CuPy's or dask's. Two Moments are equal only if they are the same
     object.
+
+    Attributes:
+        count: (N, C) int64, the number of positions; 0 for an empty part.
+        mean: (N, C) float64; 0 for an empty part.
+        m2: (N, C) float64, the sum of (x - mean)^2; 0 for an empty part.
+
+    Example:
+        >>> image = np.arange(6, dtype=np.float32).reshape(1, 1, 2, 3)
+        >>> left, right = cn.moments(image[..., :2]), cn.moments(image[..., 2:])
+        >>> whole = left.merge(right)
+        >>> whole.count, whole.mean, whole.var(ddof=1)
+        (array([[6]]), array([[2.5]]), array([[3.5]]))
     """
 
     count: Array
@@ -140,11 +148,12 @@ def merge_tiles(counts: np.ndarray, means: np.ndarray, means_lo: np.ndarray, m2:
 class GradientSums:
     """The two sums of each plane, or of parts of planes, from which a backward computes its gradients.
 
-    sum_dy: (N, C) float64, the sum of g, which is dy, or with an activation dy * activation'(z).
-    sum_dy_xhat: (N, C) float64, the sum of g * xhat, where xhat = (x - mean) * rstd.
-
     `cupynorm.gradient_sums` computes them, `merge` adds up those of parts, and `instance_norm_backward(..., sums=)`
     uses them. Two GradientSums are equal only if they are the same object.
+
+    Attributes:
+        sum_dy: (N, C) float64, the sum of g, which is dy, or with an activation dy * activation'(z).
+        sum_dy_xhat: (N, C) float64, the sum of g * xhat, where xhat = (x - mean) * rstd.
     """
 
     sum_dy: Array

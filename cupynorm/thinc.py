@@ -85,9 +85,10 @@ def InstanceNorm(  # noqa: N802  # layers of thinc are functions with the names 
             succeeded.
         activation, negative_slope: fused activation, as in `cupynorm.instance_norm`.
 
-    Raises (here, at `initialize` and at calls):
-        TypeError, ValueError: an argument has the wrong type or value; X has another number of axes or channels, or the
-            model has not been initialized; see also `cupynorm.instance_norm`. Nothing has been changed then.
+    Raises:
+        TypeError, ValueError: here, at `initialize` or at a call: an argument has the wrong type or value; X has
+            another number of axes or channels, or the model has not been initialized; see also
+            `cupynorm.instance_norm`. Nothing has been changed then.
     """
     check_activation(activation)
     nI = None if nI is None else check_count(nI, "nI", 0)  # noqa: N806

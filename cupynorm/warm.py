@@ -69,7 +69,7 @@ def warmup(
     memory pool has the blocks they allocate. The contents of x do not matter and are not written.
 
     A call returns its temporary memory to the pool, but a captured graph goes on using it: warm up and capture with a
-    memory pool of the graph's own, and keep that pool as long as the graph:
+    memory pool of the graph's own, and keep that pool as long as the graph::
 
         pool = cupy.cuda.MemoryPool()
         with cupy.cuda.using_allocator(pool.malloc), stream:

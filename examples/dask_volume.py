@@ -1,17 +1,24 @@
-"""Normalise a volume that is larger than the memory of the workers.
+"""
+A volume larger than memory
+===========================
 
-    pip install 'cupynorm[dask,cpu]' zarr
-    python examples/dask_volume.py                 # 1.3 GB of float32, two workers of 640 MB each
-    python examples/dask_volume.py --plain         # the same with dask's own mean, std and broadcasting
+``cupynorm.dask`` normalises a volume that is larger than the memory of the workers. The example is for those who
+process large volumes, such as those of light-sheet microscopes, with dask. It writes ``dask_volume.png``.
 
-The volume (1, 1, depth, height, width) is made on the spot, in a zarr array in a temporary folder, and cut into chunks
-along all spatial axes. cupynorm.dask reads each chunk twice: for its moments, and to normalise it with those of the
-whole volume. So a worker holds a few chunks at a time. The mean and deviation of the result are checked at the end.
+Run it with ``python examples/dask_volume.py``: 1.3 GB of float32, and two workers of 640 MB each. With ``--plain`` it
+does the same with dask's own mean, std and broadcasting; ``--help`` names the other options.
+``pip install 'cupynorm[dask,cpu]' matplotlib zarr`` installs the packages it needs.
+
+The volume (depth, height, width) is made on the spot, in a zarr array in a temporary folder, and cut into chunks along
+all axes. ``cupynorm.dask`` reads each chunk twice: for its moments, and to normalise it with those of the whole volume.
+So a worker holds a few chunks at a time. The mean and the deviation of the result are checked at the end. The figure
+shows one section through the volume, before and after, and what comes out if each chunk is normalised alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -24,24 +31,29 @@ import numpy as np
 import zarr
 from dask.distributed import Client, LocalCluster, progress
 
+import cupynorm as cn
 import cupynorm.dask as cnd
 
 
 def volume(shape: tuple[int, ...], chunks: tuple[int, ...]) -> da.Array:
-    """Return a volume whose brightness changes with depth: its chunks have very different means."""
+    """Return a ball of sponge in the dark, with noise: its chunks have very different means and deviations."""
+    axes = (da.linspace(-1, 1, size, chunks=chunk, dtype=np.float32) for size, chunk in zip(shape, chunks, strict=True))
+    z, y, x = (axis[(slice(None), *(None,) * after)] for axis, after in zip(axes, (2, 1, 0), strict=True))
+    ball = z * z + y * y + x * x < 0.8
+    a, b, c = (axis * np.float32(12) for axis in (z, y, x))
+    sponge = da.sin(a) * da.cos(b) + da.sin(b) * da.cos(c) + da.sin(c) * da.cos(a) > 0  # a gyroid
     noise = da.random.default_rng(0).normal(size=shape, chunks=chunks).astype(np.float32)
-    depth = da.linspace(0, 1000, shape[0], chunks=chunks[0], dtype=np.float32)
-    return noise * 20 + depth[:, None, None]
+    return ball * (sponge + np.float32(0.3)) * (700 - 300 * z) + 20 * noise + 100
 
 
 def computed(what: Any, title: str) -> float:
-    """Compute with dask's progress bar, and return the seconds."""
+    """Compute, on a terminal with dask's progress bar, and return the seconds."""
     print(title)
     start = time.perf_counter()
     running = what.persist()
-    progress(running)
+    if sys.stdout.isatty():
+        progress(running)
     dask.compute(running)  # raises if a task has failed
-    print()
     return time.perf_counter() - start
 
 
@@ -52,7 +64,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="default 2, of one thread each")
     parser.add_argument("--memory", default="640MB", help="of each worker; default 640MB")
     parser.add_argument("--plain", action="store_true", help="with dask's own mean, std and broadcasting")
+    parser.add_argument("--output", default="dask_volume.png", help="default dask_volume.png")
     options = parser.parse_args()
+    logging.getLogger("distributed.nanny").setLevel(logging.ERROR)  # the restart of the workers is intended
     shape, chunks = tuple(options.shape), tuple(options.chunks)
     size = 4 * np.prod(shape) / 1e6
     with (
@@ -78,19 +92,38 @@ def main() -> None:
         peaks = client.run(_peak)
         result = da.from_zarr(target)
         mean, std = da.compute(result.mean(dtype=np.float64), result.std(dtype=np.float64))
+        alone = a.map_blocks(lambda chunk: cn.instance_norm(chunk[None, None])[0, 0], meta=a._meta)
+        sections = da.compute(*(each[:, shape[1] // 2] for each in (a, result, alone)))
     print(
         f"{size:.0f} MB normalised in {seconds:.1f} s by {options.workers} workers of {options.memory}, which used "
         f"{', '.join(f'{peak:.0f}' for peak in peaks.values())} MB at most; mean {mean:.1e}, deviation {std:.6f}"
     )
     if not (abs(mean) < 1e-4 and abs(std - 1) < 1e-3):
         sys.exit("the result is not normalised")
+    draw(sections, options.output)
 
 
 def _peak() -> float:
-    """Return the most memory that this process has used, in MB."""
-    import resource
+    """Return the most memory that this process has used, in MB; NaN where the system is not Linux."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def draw(sections: tuple[np.ndarray, ...], path: str) -> None:
+    """Draw a section, (D, W), of the volume, of the result, and of the chunks normalised alone."""
+    import matplotlib.pyplot as plt  # here: the workers import this script, too, and need their memory for chunks
+
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 4), layout="constrained", sharey=True)
+    titles = "the volume", "the volume normalised", "each chunk normalised alone"
+    for axis, section, title in zip(axes, sections, titles, strict=True):
+        like = sections[0 if title == titles[0] else 1]  # one scale for both results
+        drawn = axis.imshow(section, cmap="magma", aspect="auto", vmin=like.min(), vmax=like.max())
+        axis.set(title=title, xlabel="width (voxels)")
+        unit = "intensity" if title == titles[0] else "standard deviations"
+        figure.colorbar(drawn, ax=axis, label=unit, location="bottom")
+    axes[0].set_ylabel("depth (voxels)")
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from helpers.compare import assert_allclose, assert_equal, assert_within
 from helpers.ranks import Ranks
 
 if importlib.util.find_spec("chainer") is None:
-    pytest.skip("needs Chainer (README, Chainer)", allow_module_level=True)
+    pytest.skip("needs Chainer (docs/guide/chainer.md)", allow_module_level=True)
 
 from helpers.chainers import Send, host, normal
 
@@ -993,7 +993,7 @@ def test_wgan_gp(send: Send, rng: np.random.Generator, dtype: str) -> None:
 
 
 def test_chainers_deconvolution_fails_as_documented(rng: np.random.Generator) -> None:
-    """If this fails, Chainer has fixed the bug: update cupynorm/chainer.py and README."""
+    """If this fails, Chainer has fixed the bug: update cupynorm/chainer.py and docs/guide/chainer.md."""
     weights = chainer.Parameter(normal(rng, 3, 1, 3, 3))
     x = chainer.Variable(normal(rng, 2, 1, 6, 6))
     for convolution in (F.convolution_2d, F.convolution_nd):

@@ -14,7 +14,7 @@ from helpers.masked import Exact, spoiled
 from helpers.ranks import Ranks
 
 if importlib.util.find_spec("chainer") is None:
-    pytest.skip("needs Chainer (README, Chainer)", allow_module_level=True)
+    pytest.skip("needs Chainer (docs/guide/chainer.md)", allow_module_level=True)
 
 from helpers.chainers import Send, host, normal
 

@@ -162,7 +162,7 @@ def nnunet(x: Any, xp: Any) -> Any:
     return (x - x.mean(2, keepdims=True)) / xp.maximum(x.std(2, keepdims=True), 1e-8)
 
 
-#: The table of docs/conventions.md.
+#: The table of docs/guide/conventions.md.
 PROJECTS = {
     nemo: {"eps_mode": "std", "eps": 1e-5, "ddof": 1},
     adain: {"eps_mode": "variance", "eps": 1e-5, "ddof": 1},

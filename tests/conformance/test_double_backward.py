@@ -374,8 +374,8 @@ def test_refusals(backend: Backend, rng: np.random.Generator) -> None:
 
 
 def _gradient_penalty() -> Callable[..., tuple[Any, ...]]:
-    """Return the function that README shows."""
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    """Return the function that docs/guide/second_derivatives.md shows."""
+    text = (Path(__file__).parents[2] / "docs/guide/second_derivatives.md").read_text(encoding="utf-8")
     code = next(c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "def gradient_penalty" in c)
     names: dict[str, Any] = {"cn": cn}
     exec(code, names)
@@ -391,7 +391,7 @@ def _critic(rng: np.random.Generator) -> tuple[np.ndarray, ...]:
 
 
 def test_gradient_penalty(backend: Backend, rng: np.random.Generator) -> None:
-    """README's function, against central differences for every parameter."""
+    """The documentation's function, against central differences for every parameter."""
     function = _gradient_penalty()
     x, *parameters = _critic(rng)
     w, gamma, beta, v = parameters

@@ -445,7 +445,7 @@ def test_non_numeric_state_is_refused_unopened(make: Callable[[], Any], name: st
 
 
 def test_pickle_in_a_file_is_not_opened(tmp_path: Path) -> None:
-    """Files loaded as README says: NumPy refuses to unpickle, so no code in the file runs."""
+    """Files loaded as docs/guide/security.md says: NumPy refuses to unpickle, so no code in the file runs."""
     path = tmp_path / "state.npz"
     np.savez(path, weight=_objects(), bias=np.zeros(3))
     Evil.traces.clear()

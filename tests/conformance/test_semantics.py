@@ -1,4 +1,4 @@
-"""PyTorch's behaviour, which the library follows on every backend: the rows of docs/semantics.md.
+"""PyTorch's behaviour, which the library follows on every backend: the rows of docs/reference/semantics.md.
 
 If PyTorch is installed, the tests check it as well, and so the expectations themselves.
 """

@@ -214,7 +214,7 @@ def test_groups_of_channels_have_the_widest_vectors(dtype: str) -> None:
 def test_results_written_past_the_caches_are_large(
     shape: tuple[int, ...], streams: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """At least 24 MiB, as README says, in runs of at least 128 elements."""
+    """At least 24 MiB, as docs/internals/kernels.md says, in runs of at least 128 elements."""
     strides = np.empty(shape, np.float32).strides
     assert loops_path.Layout(np.dtype(np.float32), shape, Arrays(strides, strides)).streams == streams
 

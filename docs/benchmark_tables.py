@@ -28,7 +28,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from bench.commands import accuracy, aims  # noqa: E402  # found by the path above
 from bench.core.cases import EPS, epilogue_text  # noqa: E402
 from bench.core.report import fused, op_text, shape_text  # noqa: E402
-from tools.mutation.__main__ import interval  # noqa: E402
+from tools.mutation.interval import interval  # noqa: E402
 
 Row = dict[str, Any]
 Colours = dict[str, str]

@@ -50,6 +50,7 @@ from typing import Any
 
 import pytest
 
+from tools.mutation.interval import interval
 from tools.mutation.mutants import Mutant, mutants_of, reached, sample
 from tools.mutation.stages import PARTS, ROOT, stages
 
@@ -135,13 +136,6 @@ class Copy:
 
 
 # The result
-
-
-def interval(killed: int, tested: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share found in a sample."""
-    z, p = 1.96, killed / tested
-    middle, half = p + z * z / (2 * tested), z * math.sqrt(p * (1 - p) / tested + z * z / (4 * tested**2))
-    return (middle - half) / (1 + z * z / tested), (middle + half) / (1 + z * z / tested)
 
 
 def summary(mutants: list[Mutant], outcomes: dict[str, str], reasons: dict[str, str]) -> dict[str, Any]:

@@ -48,9 +48,12 @@ class Saved:
     both see every kink of the activation at the same elements.
 
     Attributes:
-        x, weight, bias, mask: the arrays themselves, not copies: do not change them before the backward. mask has x's
-            shape.
-        mean, rstd: (N, C), float32; float64 for float64 input or results.
+        x: the array itself, not a copy, as are weight, bias and mask: do not change them before the backward.
+        weight: (C,) or (N, C), or None.
+        bias: (C,) or (N, C), or None.
+        mask: bool, of x's shape, or None.
+        mean: (N, C), float32; float64 for float64 input or results.
+        rstd: as mean; the reciprocal standard deviation, 1 / sqrt(var + eps).
         mean_lo: as mean; the low-order part of the mean, lost in its rounding. None with running statistics.
         training: True if mean and rstd are x's own or come from given moments, False if they are running statistics.
         residual: with an activation the array itself, for z; else None.
@@ -58,7 +61,11 @@ class Saved:
         count: (N, C) int64, the number of positions that each plane has as a whole, if mean and rstd come from given
             moments; else None.
         overwritten: True if a result has been written over x or the residual, so that no backward can follow.
-        activation, negative_slope, eps, eps_mode, ddof: as given to the forward.
+        activation: as given to the forward.
+        negative_slope: as given to the forward.
+        eps: as given to the forward.
+        eps_mode: as given to the forward.
+        ddof: as given to the forward.
         dtype: of y; None stands for x's.
         mixed: True if y has another dtype than x.
     """

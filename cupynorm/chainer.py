@@ -373,11 +373,14 @@ class InstanceNormalization(chainer.Link):
             `instance_normalization`. Copies and pickles of the link have none.
 
     Attributes:
-        gamma, beta: `chainer.Parameter` (C,), or None.
-        avg_mean, avg_var: arrays (C,), updated in place; persistent. None without track_avg_stats, and before the
-            first input if the size is not known.
+        gamma: `chainer.Parameter` (C,), or None.
+        beta: `chainer.Parameter` (C,), or None.
+        avg_mean: array (C,), updated in place; persistent. None without track_avg_stats, and before the first input if
+            the size is not known.
+        avg_var: as avg_mean.
         N: number of batches that finetuning has seen; persistent. 0 without track_avg_stats.
-        decay, eps: as given; may be changed.
+        decay: as given; may be changed.
+        eps: as given; may be changed.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.

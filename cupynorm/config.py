@@ -104,7 +104,8 @@ def set_num_threads(number: int) -> None:
         number: at least 1.
 
     Raises:
-        TypeError: not an integer. ValueError: less than 1. The setting is unchanged then.
+        TypeError: not an integer. The setting is unchanged then.
+        ValueError: less than 1. The setting is unchanged then.
     """
     num_threads.set(check_count(number, "number of threads", 1))
 
@@ -124,7 +125,8 @@ def set_memory_limit(limit: int) -> None:
         limit: bytes, at least 0.
 
     Raises:
-        TypeError: not an integer. ValueError: less than 0. The setting is unchanged then.
+        TypeError: not an integer. The setting is unchanged then.
+        ValueError: less than 0. The setting is unchanged then.
     """
     memory_limit.set(check_count(limit, "memory limit", 0))
     for trim in on_memory_limit:

@@ -78,8 +78,9 @@ def instance_norm(
             has inside; in the result's dtype, or float32 for float16 and bfloat16 (float64 for float64 input).
         eps, activation, negative_slope, ddof, eps_mode: see `cupynorm.instance_norm`.
         residual: dask array of the result's shape and dtype; its chunks are changed to a's.
-        mask: bool, of a shape that broadcasts to a's: a dask array of any chunks, or an array. lengths: in place of a
-            mask, N integers, a list or a NumPy array. See `cupynorm.instance_norm`.
+        mask: bool, of a shape that broadcasts to a's: a dask array of any chunks, or an array. See
+            `cupynorm.instance_norm`.
+        lengths: in place of a mask: N integers, a list or a NumPy array.
         dtype: of the result; None is a's.
         moments: used in place of those of `a` (`cupynorm.dask.moments`, `cupynorm.moments`); arrays (N, C).
         reread: where chunks cut planes, each chunk is needed twice: for the moments, and to be normalised. If True, it

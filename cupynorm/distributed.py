@@ -149,7 +149,8 @@ class NCCL:
         """Return the Moments or GradientSums of all ranks.
 
         Raises:
-            RuntimeError: a rank has failed. ValueError: their kinds or shapes differ. Every rank raises these.
+            RuntimeError: a rank has failed. Every rank raises this.
+            ValueError: the ranks' kinds or shapes differ. Every rank raises this.
         """
         arrays = [] if isinstance(own, _Failure) else [*vars(own).values()]
         xp: Any = np if arrays and isinstance(arrays[0], np.ndarray) else importlib.import_module("cupy")

@@ -33,8 +33,8 @@ def explain(
     Args:
         x: NumPy or CuPy array (N, C, *spatial), as for `cupynorm.instance_norm`; only shape, strides, dtype and address
             matter. All other arrays of the call (residual, dy, results) are assumed to be new, in the layout of x.
-        axis: as for `cupynorm.zscore`, which is described then, for an x of any rank; of the other arguments dtype,
-            mask and device may be given.
+        axis: by default instance normalisation is described. With an axis, as for `cupynorm.zscore`, that call is, for
+            an x of any rank; of the other arguments dtype, mask and device may be given.
         dtype: of the result, as for `cupynorm.instance_norm`.
         activation: as for `cupynorm.instance_norm`.
         residual: True if the call has a residual.

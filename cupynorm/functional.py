@@ -73,6 +73,7 @@ def instance_norm(
         weight, bias: (C,), or (N, C) for a scale and shift of each sample, as in adaptive instance normalisation
             (Huang, Belongie 2017); each optional, and each of either shape. They and the running statistics have the
             result's dtype, or float32 for float16 and bfloat16 results (and float64 for float64 input).
+        use_input_stats: normalise with the input's own statistics; False: with running_mean and running_var.
         momentum: 0 leaves the running statistics as they are.
         eps: not negative; see eps_mode.
         activation: None; "relu", max(z, 0); "leaky_relu", z for z > 0, else negative_slope * z; "silu",

@@ -103,9 +103,11 @@ class _InstanceNorm:
             and pickles of a layer have no comm.
 
     Attributes:
-        weight, bias: Parameter or None.
-        running_mean, running_var, num_batches_tracked: arrays, updated in place, or None. num_batches_tracked is
-            always 0, as PyTorch's is.
+        weight: Parameter (C,), or None.
+        bias: Parameter (C,), or None.
+        running_mean: array (C,), updated in place, or None.
+        running_var: array (C,), updated in place, or None.
+        num_batches_tracked: int64 array (), always 0, as PyTorch's is; or None.
         training: True initially; set by `train` and `eval`.
         saved: the state that the last forward kept for its backward; None before the first forward, and after one
             within `cupynorm.inference_mode`. See `backward`.
@@ -443,12 +445,11 @@ class _InstanceNorm:
                 "" is for the state of this layer alone.
 
         Raises:
-            KeyError: missing or unexpected keys.
+            KeyError: missing or unexpected keys. The message of each error names the entries, and nothing has been
+                loaded then.
             TypeError: entries that are not arrays of real numbers, such as sparse, quantized, nested and complex
                 tensors, and tensors without values (on the meta device, say).
             ValueError: entries of another shape, or read-only arrays of the layer.
-
-            The message names the entries, and nothing has been loaded then.
         """
         own = {prefix + name: array for name, array in self._state().items()}
         if strict:

@@ -86,19 +86,23 @@ def warmup(
             matter, except the number of channels of a channels-last array, whether there is one spatial position or
             several, and planes of fewer than 16 elements.
         dtype: of the results, if it is not x's. Of integers only forwards are compiled.
-        activation, negative_slope, residual: as in the later calls; of the residual, too, only the layout matters.
+        activation: as in the later calls.
+        negative_slope: as in the later calls.
+        residual: as in the later calls; of it, too, only the layout matters.
         double_backward: also run `instance_norm_double_backward`, with all of its gradients given.
         parts: also for `moments`, `gradient_sums`, and calls with `moments=` and `sums=`.
-        mask, ddof, eps_mode: as in the later calls; of a mask only the layout matters. Calls with lengths have a mask
-            that is the same for all channels and all positions but those along the last axis. (On a GPU, pass lengths
-            to calls in a graph as an array that is there.)
+        mask: as in the later calls; only its layout matters. For calls with lengths, pass a mask (N, 1, ..., 1, L) that
+            broadcasts along all axes but N and the last one. (On a GPU, pass lengths to calls in a graph as an array
+            on the GPU.)
+        ddof: as in the later calls.
+        eps_mode: as in the later calls.
         progress: if True, report progress on stderr; None reports it if stderr is a terminal and the work takes more
             than two seconds. Or a function (done, total, what), called before each step, and with done = total at the
             end.
 
     Raises:
         TypeError, ValueError: x cannot be normalised, another argument does not fit x, or double_backward is combined
-            with an activation.
+            with an activation, a mask, or another ddof or eps_mode than the defaults.
     """
     if dtype is not None:
         dtype = result_dtype_of(dtype)

@@ -924,7 +924,7 @@ def test_repr(rank: int) -> None:
 
 
 def test_documentation_names_every_test() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "semantics.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "semantics.md").read_text(encoding="utf-8")
     here = {name for name in globals() if name.startswith("test_") and "documentation" not in name}
     assert sorted(re.findall(r"`(test_\w+)`", text)) == sorted(here)
     assert [int(n) for n in re.findall(r"^(\d+)\. ", text, re.M)] == list(range(1, 27))

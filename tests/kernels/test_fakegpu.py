@@ -1,4 +1,4 @@
-"""The fake GPU under CuPy: its checks, counts and simulated faults; and snippets of the documentation on it.
+"""The fake GPU under CuPy: its checks, counts and simulated faults; and README's pipeline on it.
 
 python tests/fakegpu/run.py python -m pytest -m fakegpu tests/kernels/test_fakegpu.py
 """
@@ -648,40 +648,18 @@ def test_streams_join_a_capture_by_events(scale: Any) -> None:
     assert (x == 7).all()
 
 
-# The documentation and the commands
-
-
-def _snippet(page: str, text: str) -> str:
-    """Return the Python block of a page that contains a text."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
-    (found,) = (block for block in blocks if text in block)
-    return found
+# README and the commands
 
 
 def test_readmes_cupy_pipeline(rng: np.random.Generator) -> None:
     volume = rng.integers(100, 4000, (3, 16, 20), dtype=np.uint16)
     names: dict[str, Any] = {"volume": volume}
-    exec(_snippet("README.md", "import cupy as cp"), names)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    exec(next(block for block in blocks if "import cupy as cp" in block), names)
     expected = reference.forward(volume[:, None].astype(np.float64))
     assert names["y"].dtype == np.float32
     reference.assert_close(names["y"].get(), reference.forward(expected))  # in place, so normalised twice
     assert (names["stack"].get() == volume[:, None]).all()
-
-
-def test_graph_of_the_documentation(rng: np.random.Generator) -> None:
-    x, dy = (cp.asarray(rng.normal(size=(2, 3, 8, 8)), cp.float32) for _ in range(2))
-    w, b = (cp.asarray(rng.normal(size=3), cp.float32) for _ in range(2))
-    names: dict[str, Any] = {"cp": cp, "cn": cn, "x": x, "dy": dy, "w": w, "b": b}
-    exec(_snippet("docs/guide/cuda_graphs.md", "stream.begin_capture()"), names)
-    for _ in range(2):
-        host = rng.normal(size=x.shape).astype(np.float32)
-        x.set(host)
-        names["graph"].launch(names["stream"])
-        reference.assert_close(names["y"].get(), reference.forward(host, w.get(), b.get()))
-        dx, dw, db, *_ = reference.backward(dy.get(), host, w.get(), bias=b.get())
-        reference.assert_close(names["dx"].get(), dx)
-        reference.assert_close(names["dweight"].get(), dw)
-        reference.assert_close(names["dbias"].get(), db)
 
 
 @pytest.mark.parametrize(

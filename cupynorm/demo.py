@@ -280,7 +280,7 @@ def train(
     Return the accuracies (0 to 1), keyed by the network's name (NETWORKS) and the change of the test images.
     """
     from rich.console import Console
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     path = png_path(out)
     console = Console(highlight=False)

@@ -7,7 +7,8 @@ data. The results have the same bits as those of the calls. The example is for t
 arrays on a GPU, where the time that the host spends in calls matters. It writes ``cuda_graph.png``.
 
 Run it with ``python examples/cuda_graph.py``; ``pip install 'cupynorm[demo,cuda13]'``, or ``cuda12``, installs the
-packages it needs. Without a GPU it prints the reason and draws nothing.
+packages it needs. Without a GPU it prints the reason and draws nothing. It has been run with the fake GPU of the tests,
+not yet on a real one.
 """
 
 import time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import json
 import re
 import shutil
@@ -175,3 +176,36 @@ def test_docstring_examples(module: ModuleType) -> None:
     failed, attempted = runner.summarize(verbose=False)
     assert attempted >= 3
     assert not failed
+
+
+@pytest.fixture
+def benchmark_tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module("benchmark_tables")
+
+
+@pytest.mark.full
+def test_benchmark_tables_of_the_newest_files(benchmark_tables: Any, tmp_path: Path) -> None:
+    """A newer file replaces an older one, its numbers are in the table, and a second run writes the same bytes."""
+    results = tmp_path / "results"
+    shutil.copytree(ROOT / "bench" / "results", results)
+    old = max(results.glob("*-cores-float32.json"))
+    data = json.loads(old.read_text(encoding="utf-8"))
+    row = next(row for row in data["rows"] if row["op"] == "forward" and "torch" in row["peers"])
+    row["median_ms"], row["peers"]["torch"]["median_ms"] = 0.123, 0.123 * 7.7
+    (results / "2099-01-01-a-machine-2-cores-float32.json").write_text(json.dumps(data), encoding="utf-8")
+
+    written = benchmark_tables.write(results, tmp_path / "tables")
+    first = {path.name: path.read_bytes() for path in written}
+    table = first["cpu-forward.md"].decode()
+    (line,) = (line for line in table.splitlines() if line.startswith(f"| {','.join(map(str, row['shape']))} |"))
+    assert "| 0.123 |" in line
+    assert "| 7.7× |" in line
+    assert "2099-01-01" in table
+    assert {path.name: path.read_bytes() for path in benchmark_tables.write(results, tmp_path / "again")} == first
+
+
+def test_benchmark_tables_without_a_kind_of_file(benchmark_tables: Any, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no file DATE-\*-float32\.json of a device with cores"):
+        benchmark_tables.write(tmp_path, tmp_path / "tables")

@@ -53,7 +53,7 @@ class Saved:
         bias: (C,) or (N, C), or None.
         mask: bool, of x's shape, or None.
         mean: (N, C), float32; float64 for float64 input or results.
-        rstd: as mean; the reciprocal standard deviation, 1 / sqrt(var + eps).
+        rstd: as mean; the reciprocal standard deviation, 1 / sqrt(var + eps), or its counterpart for eps_mode and ddof.
         mean_lo: as mean; the low-order part of the mean, lost in its rounding. None with running statistics.
         training: True if mean and rstd are x's own or come from given moments, False if they are running statistics.
         residual: with an activation the array itself, for z; else None.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import inspect
 import sys
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def _reachable(address: str) -> bool:
     try:
         with urllib.request.urlopen(f"{address}objects.inv", timeout=5):
             return True
-    except (urllib.error.URLError, TimeoutError):
+    except (OSError, http.client.HTTPException):
         return False
 
 
@@ -69,6 +69,7 @@ _OTHERS = {
     "torch": "https://docs.pytorch.org/docs/stable/",
     "dask": "https://docs.dask.org/en/stable/",
 }
+intersphinx_timeout = 10
 intersphinx_mapping = {name: (address, None) for name, address in _OTHERS.items() if _reachable(address)}
 
 

@@ -6,7 +6,7 @@ Adaptive instance normalisation (AdaIN) gives the features of one image the mean
 features. Here it gives a photograph the colours and the contrasts of another one. The example is for those who use
 AdaIN in networks for style transfer or image generation. It writes ``adaptive_normalization.png``.
 
-Run it with ``python examples/adaptive_normalization.py``; ``pip install 'cupynorm[demo]'`` installs the packages it
+Run it with ``python examples/adaptive_normalization.py``; ``pip install '.[demo]'`` installs the packages it
 needs.
 """
 
@@ -85,8 +85,8 @@ assert of_means < 1e-3
 assert of_deviations < 1e-4
 
 # %%
-# The last panel shows the deviations of the channels of red + green + blue, without that of the blocks' means. Those of
-# the result lie on those of the style. Where a pixel of the result leaves 0 ... 255, it is clipped.
+# The last panel shows the deviations of the red + green + blue channels, except the channel of the blocks' means. The
+# deviations of the result lie on those of the style. Where a pixel of the result leaves 0 ... 255, it is clipped.
 
 
 def deviations(features: np.ndarray) -> np.ndarray:

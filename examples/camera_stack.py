@@ -6,7 +6,7 @@ Twelve uint16 frames of one scene, with exposures of 3 to 100 %, unequal offsets
 are combined into one image. The example is for those who normalise the images of microscopes and other scientific
 cameras. It writes ``camera_stack.png``.
 
-Run it with ``python examples/camera_stack.py``; ``pip install 'cupynorm[demo]'`` installs the packages it needs.
+Run it with ``python examples/camera_stack.py``; ``pip install '.[demo]'`` installs the packages it needs.
 """
 
 # %%
@@ -55,9 +55,10 @@ np.testing.assert_allclose(inside[:, :, region], normalised[:, :, region], atol=
 # %%
 # Leave out the cosmic rays
 # -------------------------
-# The frames now agree with their median, but for noise and spots. ``zscore`` measures the differences of each frame in
-# its own deviations: a pixel beyond 6 belongs to a spot. The spots have also changed the means and deviations of the
-# dark frames. So the moments are computed again, with a mask for each frame: the region without its spots.
+# Apart from noise and spots, each frame now equals the median of the frames. ``zscore`` measures the differences of
+# each frame in its own deviations: a pixel beyond 6 belongs to a spot. The spots have also changed the means and
+# deviations of the dark frames. So the moments are computed again, with a mask for each frame: the region without its
+# spots.
 
 differences = normalised - np.median(normalised, axis=0)
 spots = cn.zscore(differences, axis=(2, 3)) > 6  # (N, 1, H, W)

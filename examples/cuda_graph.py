@@ -6,7 +6,7 @@ The forwards and backwards of a chain of normalisations are captured in a CUDA g
 data. The results have the same bits as those of the calls. The example is for those who train or infer with small
 arrays on a GPU, where the time that the host spends in calls matters. It writes ``cuda_graph.png``.
 
-Run it with ``python examples/cuda_graph.py``; ``pip install 'cupynorm[demo,cuda13]'``, or ``cuda12``, installs the
+Run it with ``python examples/cuda_graph.py``; ``pip install '.[demo,cuda13]'``, or ``cuda12``, installs the
 packages it needs. Without a GPU it prints the reason and draws nothing. It has been run with the fake GPU of the tests,
 not yet on a real one.
 """

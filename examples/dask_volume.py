@@ -7,7 +7,7 @@ process large volumes, such as those of light-sheet microscopes, with dask. It w
 
 Run it with ``python examples/dask_volume.py``: 1.3 GB of float32, and two workers of 640 MB each. With ``--plain`` it
 does the same with dask's own mean, std and broadcasting; ``--help`` names the other options.
-``pip install 'cupynorm[dask,cpu]' matplotlib 'zarr>=3'`` installs the packages it needs.
+``pip install '.[dask,cpu]' matplotlib 'zarr>=3'`` installs the packages it needs.
 
 The volume (depth, height, width) is made on the spot, in a zarr array in a temporary folder, and cut into chunks along
 all axes. ``cupynorm.dask`` reads each chunk twice: for its moments, and to normalise it with those of the whole volume.

@@ -6,7 +6,7 @@ Two small networks learn handwritten digits, one with ``InstanceNorm2d`` and one
 in changed light. The example is for those whose networks will meet the images of other cameras, lamps or exposures than
 they were trained on. It writes ``digits.png``.
 
-Run it with ``python examples/digits.py``; ``pip install 'cupynorm[demo]'`` installs the packages it needs. The command
+Run it with ``python examples/digits.py``; ``pip install '.[demo]'`` installs the packages it needs. The command
 ``python -m cupynorm train`` does the same for more levels of light, on a CPU or a GPU.
 """
 

@@ -7,7 +7,7 @@ penalty pulls the length of the critic's input gradient to 1, so its own gradien
 written by hand, with ``instance_norm_double_backward``. The example is for those who train with losses that contain
 gradients. It writes ``gradient_penalty.png``.
 
-Run it with ``python examples/gradient_penalty.py``; ``pip install 'cupynorm[demo]'`` installs the packages it needs.
+Run it with ``python examples/gradient_penalty.py``; ``pip install '.[demo]'`` installs the packages it needs.
 """
 
 # %%

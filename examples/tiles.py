@@ -6,7 +6,7 @@ An image is normalised tile by tile. With its own mean and deviation each tile c
 show. With the merged moments of all tiles the result is that of the whole image, and so is the gradient. The example is
 for those whose images do not fit into memory or onto one GPU. It writes ``tiles.png``.
 
-Run it with ``python examples/tiles.py``; ``pip install 'cupynorm[demo]'`` installs the packages it needs.
+Run it with ``python examples/tiles.py``; ``pip install '.[demo]'`` installs the packages it needs.
 """
 
 # %%
@@ -44,7 +44,7 @@ def joined(tiles: list[np.ndarray]) -> np.ndarray:
 # %%
 # Each tile alone
 # ---------------
-# This is how it should not be done. In a tile that shows nothing but sky the deviation is small, so the sky gets the
+# Do not do this. In a tile that shows nothing but sky the deviation is small, so the sky gets the
 # contrast of a building.
 
 alone = joined([cn.instance_norm(image[place], dtype="float32") for place in places])

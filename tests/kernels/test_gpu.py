@@ -140,6 +140,33 @@ def test_double_backward_of_large_planes(cp: Any, rng: np.random.Generator, shap
     assert bool((cp.abs(dweight - (rstd * u * of_g).sum((0, 2, 3))) <= reference.TOLERANCE["float32"] * size).all())
 
 
+def test_graph_capture_of_a_layer(cp: Any, rng: np.random.Generator) -> None:
+    """Each launch adds to the gradients and updates the running statistics, as a call does."""
+    shape = (4, 8, 9, 9)
+    layer, called = (cn.InstanceNorm2d(8, affine=True, track_running_stats=True, device="cuda") for _ in range(2))
+    x, dy = (cp.empty(shape, cp.float32) for _ in range(2))
+    stream, pool = cp.cuda.Stream(non_blocking=True), cp.cuda.MemoryPool()
+    layer.zerograds()
+    called.zerograds()
+    cp.cuda.get_current_stream().synchronize()
+    with stream, cp.cuda.using_allocator(pool.malloc):
+        cn.warmup(x)
+        stream.begin_capture()
+        y = layer.forward(x)
+        dx = layer.backward(dy)
+        graph = stream.end_capture()
+        for _ in range(2):
+            x.set(rng.normal(3, 2, shape).astype(np.float32), stream=stream)
+            dy.set(rng.normal(size=shape).astype(np.float32), stream=stream)
+            graph.launch(stream)
+            assert_equal(y.get(), called.forward(x).get())
+            assert_equal(dx.get(), called.backward(dy).get())
+    for name in ("running_mean", "running_var"):
+        assert_equal(getattr(layer, name).get(), getattr(called, name).get())
+    assert_equal(layer.weight.grad.get(), called.weight.grad.get())
+    assert_equal(layer.bias.grad.get(), called.bias.grad.get())
+
+
 @pytest.mark.parametrize("shape", [*SIZES, *LARGE[:2]], ids=str)
 def test_graph_capture_of_a_double_backward(cp: Any, rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     """Capture it after warmup, which compiles the kernels and fills the graph's pool."""

@@ -72,7 +72,8 @@ def instance_norm(
             running <- (1 - momentum) * running + momentum * (mean over N of the planes' means and unbiased variances).
         weight, bias: (C,), or (N, C) for a scale and shift of each sample, as in adaptive instance normalisation
             (Huang, Belongie 2017); each optional, and each of either shape. They and the running statistics have the
-            result's dtype, or float32 for float16 and bfloat16 results; for float64 input the result's dtype or float64.
+            result's dtype, or float32 for float16 and bfloat16 results; for float64 input, the result's dtype or
+            float64.
         use_input_stats: normalise with the input's own statistics; False: with running_mean and running_var.
         momentum: 0 leaves the running statistics as they are.
         eps: not negative; see eps_mode.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import reference
+from helpers import pages, reference
 from helpers.backends import Backend, on, peak_of, use_compiled
 from helpers.cases import double_terms
 from helpers.compare import LARGEST, ROUNDING, assert_allclose, assert_equal, assert_within
@@ -375,10 +374,8 @@ def test_refusals(backend: Backend, rng: np.random.Generator) -> None:
 
 def _gradient_penalty() -> Callable[..., tuple[Any, ...]]:
     """Return the function that docs/guide/second_derivatives.md shows."""
-    text = (Path(__file__).parents[2] / "docs/guide/second_derivatives.md").read_text(encoding="utf-8")
-    code = next(c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "def gradient_penalty" in c)
     names: dict[str, Any] = {"cn": cn}
-    exec(code, names)
+    exec(pages.block(pages.DOCS / "guide" / "second_derivatives.md", "def gradient_penalty"), names)
     return names["gradient_penalty"]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakegpu import build, control, stand_ins
-from helpers import reference
+from helpers import pages, reference
 from helpers.compare import assert_allclose, assert_equal
 
 import cupynorm as cn
@@ -654,8 +654,7 @@ def test_streams_join_a_capture_by_events(scale: Any) -> None:
 def test_readmes_cupy_pipeline(rng: np.random.Generator) -> None:
     volume = rng.integers(100, 4000, (3, 16, 20), dtype=np.uint16)
     names: dict[str, Any] = {"volume": volume}
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    exec(next(block for block in blocks if "import cupy as cp" in block), names)
+    exec(pages.block(pages.README, "import cupy as cp"), names)
     expected = reference.forward(volume[:, None].astype(np.float64))
     assert names["y"].dtype == np.float32
     reference.assert_close(names["y"].get(), reference.forward(expected))  # in place, so normalised twice

@@ -35,6 +35,8 @@ LOOPS = {
     "loops_places", "loops_short", "loops_tasks", "windows",
 }  # fmt: skip
 
+#: Names in TESTS and in stages that stand for several files.
+SEVERAL = {"functional": "functional out"}
 #: The tests of the other modules. They run without the compiled loops and the emulator; the first come first.
 TESTS = {
     "_checks": "refusals functional parts layers semantics",
@@ -113,7 +115,8 @@ def file_of(name: str) -> str:
 
 
 def files_of(names: str) -> tuple[str, ...]:
-    return tuple(map(file_of, names.split()))
+    """Return the paths of tests/*/test_<name>.py for each name, or for each that it stands for."""
+    return tuple(file_of(each) for name in names.split() for each in SEVERAL.get(name, name).split())
 
 
 def chosen(name: str, expression: str) -> tuple[str, ...]:

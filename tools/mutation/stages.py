@@ -36,7 +36,7 @@ LOOPS = {
 }  # fmt: skip
 
 #: Names in TESTS and in stages that stand for several files.
-SEVERAL = {"functional": "functional out"}
+SEVERAL = {"functional": "functional out", "refusals": "refusals untrusted_state"}
 #: The tests of the other modules. They run without the compiled loops and the emulator; the first come first.
 TESTS = {
     "_checks": "refusals functional parts layers semantics",

@@ -36,7 +36,11 @@ LOOPS = {
 }  # fmt: skip
 
 #: Names in TESTS and in stages that stand for several files.
-SEVERAL = {"functional": "functional out", "refusals": "refusals untrusted_state"}
+SEVERAL = {
+    "functional": "functional out",
+    "layers": "layers layer_state inference_mode",
+    "refusals": "refusals untrusted_state",
+}
 #: The tests of the other modules. They run without the compiled loops and the emulator; the first come first.
 TESTS = {
     "_checks": "refusals functional parts layers semantics",
@@ -56,7 +60,7 @@ TESTS = {
     "functional": "functional dtypes masks parts refusals semantics properties double_backward epilogue layers",
     "gelu": "choices epilogue accuracy",
     "halves": "halves cpu",
-    "inference": "layers semantics refusals",
+    "inference": "inference_mode semantics refusals",
     "launches": "launch functional",
     "launch": "launch plan explain semantics functional refusals invariance together",
     "layers": "layers loops checkpoints refusals together functional",

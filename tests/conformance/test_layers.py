@@ -1,4 +1,4 @@
-"""The layers: construction, parameters, gradients, calls. test_semantics and test_functional check their results."""
+"""The layers: construction, parameters, gradients, calls. test_semantics_* and test_functional check their results."""
 
 from __future__ import annotations
 

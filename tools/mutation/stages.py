@@ -40,6 +40,7 @@ SEVERAL = {
     "functional": "functional out",
     "layers": "layers layer_state inference_mode",
     "refusals": "refusals untrusted_state",
+    "semantics": "semantics_results semantics_arguments semantics_state",
 }
 #: The tests of the other modules. They run without the compiled loops and the emulator; the first come first.
 TESTS = {

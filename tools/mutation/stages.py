@@ -37,6 +37,7 @@ LOOPS = {
 
 #: Names in TESTS and in stages that stand for several files.
 SEVERAL = {
+    "epilogue": "epilogue epilogue_arguments epilogue_layers",
     "functional": "functional out",
     "layers": "layers layer_state inference_mode",
     "refusals": "refusals untrusted_state",
@@ -194,7 +195,7 @@ def _kernel_stages(file: str) -> list[tuple[str, ...]]:
             *chosen("cases", f"simt and float32 {plain} or same_bits or sixteen or more_tiles or two_dimensions"),
         ),
         *(chosen("cases", f"simt and {dtype} {plain}") for dtype in ("float16", "float64", "bfloat16")),
-        *([] if users == "double" else [(file_of("epilogue"), "-m", "simt", "-k", "float32")]),
+        *([] if users == "double" else [(*files_of("epilogue"), "-m", "simt", "-k", "float32")]),
         *([chosen("cases", "simt and double")] if users == "both" else []),
         *([] if users == "double" else of_parts),
         (file_of("accuracy"), "-m", "simt", "-k", "not every_row"),

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from cupynorm import cpu
+from cupynorm.cpu import numpy_path
 from cupynorm.cpu.blocking import Arrays
 
 
@@ -134,3 +135,10 @@ def forget_layouts(patch: pytest.MonkeyPatch) -> None:
     """Make all layouts anew until the patch is undone, since constants have changed."""
     patch.setattr(loops_path, "_layout", lru_cache(loops_path.Layout))
     patch.setattr(loops_path, "_large_layout", lru_cache(loops_path.Layout))
+
+
+def let_threads_pay(patch: pytest.MonkeyPatch) -> None:
+    """Let threads take part in every call until the patch is undone."""
+    patch.setattr(numpy_path.NumpyWork, "pays", 1)
+    patch.setattr(loops_path, "PAYS", 1)
+    forget_layouts(patch)

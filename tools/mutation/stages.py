@@ -37,6 +37,7 @@ LOOPS = {
 
 #: Names in TESTS and in stages that stand for several files.
 SEVERAL = {
+    "cpu": "cpu blocks threads",
     "epilogue": "epilogue epilogue_arguments epilogue_layers",
     "functional": "functional out",
     "layers": "layers layer_state inference_mode",
@@ -50,11 +51,11 @@ TESTS = {
     "arguments": "launch plan",
     "backend": "house functional",
     "blocking": "choices cpu double_backward",
-    "config": "house cpu memory invariance",
+    "config": "house threads memory invariance",
     "conventions": "conventions",
     "cpu": "choices cpu conventions masks parts double_backward explain epilogue semantics functional accuracy"
     " together",
-    "cpu_count": "cpu",
+    "cpu_count": "threads",
     "describe": "explain functional info invariance",
     "devices": "functional layers checkpoints refusals info package",
     "explain": "explain functional info invariance semantics",
@@ -130,7 +131,7 @@ def chosen(name: str, expression: str) -> tuple[str, ...]:
 
 
 def compiled(name: str, expression: str = "") -> tuple[str, ...]:
-    return file_of(name), "-m", "compiled", *(("-k", expression) if expression else ())
+    return *files_of(name), "-m", "compiled", *(("-k", expression) if expression else ())
 
 
 def stages(mutant: Mutant) -> list[tuple[str, ...]]:

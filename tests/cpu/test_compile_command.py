@@ -15,12 +15,6 @@ from cupynorm import config, cpu, warm
 from cupynorm.__main__ import main
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(config.cache_folder, "given", str(tmp_path / "kept"))
-    return tmp_path / "kept"
-
-
 @pytest.mark.compiled
 @pytest.mark.long
 def test_usual_calls_compile_nothing_afterwards(

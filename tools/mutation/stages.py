@@ -146,7 +146,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     if name in LOOPS or scope == "_choose":
         return _loop_stages(name, scope)
     if name == "llvm_machine":
-        return [compiled("compiling")]
+        return [compiled("code_cache"), compiled("compiling")]
     own = [(file, "-m", "not simt and not compiled and not nvrtc") for file in files_of(TESTS[name])]
     if name in ("cpu", "blocking", "gelu") or name.startswith("numpy_"):
         double = "double" if name == "numpy_double" else "not double"
@@ -161,7 +161,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         ]  # fmt: skip
         return [*own[:1], *emulated, *own[1:]]
     if name == "config":
-        own.append(compiled("compiling", "folder_of_the_cache"))
+        own.append(compiled("code_cache", "folder_of_the_cache"))
     return [*own, chosen("cases", "numpy and float32")]
 
 

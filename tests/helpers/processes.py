@@ -1,0 +1,23 @@
+"""Processes that import the package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cupynorm
+
+PACKAGE = Path(cupynorm.__file__).parent
+
+
+def said(code: str, folder: Path = PACKAGE.parent, **environment: str) -> str:
+    """What a process prints that imports the package from this folder."""
+    paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, "CUPYNORM_COMPILED": "1", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

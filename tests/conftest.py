@@ -34,23 +34,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     there = [name for name in backends.BACKENDS if not backends.missing(name)]
     absent = [f"no tests for {name}: {why}" for name in backends.BACKENDS if (why := backends.missing(name))]
-    absent += [f"no {file}: {NEEDED[file]} is not installed" for file in collect_ignore]
+    absent += [f"no {files}: {NEEDED[files]} is not installed" for files in NEEDED if files in collect_ignore_glob]
     absent += [f"without {package}" for package in sorted(optional.left_out)]
     return [f"seed {seeds.seed} (--seed); backends: {', '.join(there)}; " + "; ".join(absent)]
 
 
 #: Packages that some test files need; without its package a file is not even imported.
 NEEDED = {
-    "adapters/test_chainer.py": "chainer",
-    "adapters/test_chainer_masks.py": "chainer",
+    "adapters/test_chainer*.py": "chainer",
     "adapters/test_dask.py": "dask",
     "adapters/test_thinc.py": "thinc",
     "conformance/test_checkpoints.py": "torch",
-    "kernels/test_fakegpu.py": "cupy",
+    "kernels/test_fakegpu*.py": "cupy",
     "kernels/test_gpu.py": "cupy",
 }
-collect_ignore_glob: list[str] = []
-collect_ignore = [file for file, package in NEEDED.items() if find_spec(package) is None]
+collect_ignore_glob = [files for files, package in NEEDED.items() if find_spec(package) is None]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -1,4 +1,4 @@
-"""Two processes train one model with ChainerMN, each on its own data: run by mpiexec from test_chainer.py."""
+"""Two processes train one model with ChainerMN, each on its own data: run by mpiexec from test_chainer_links.py."""
 
 from __future__ import annotations
 

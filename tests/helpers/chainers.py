@@ -11,6 +11,10 @@ from cupynorm.chainer_import import chainer
 
 Send = Callable[[Any], Any]
 
+DTYPES = ("float16", "float32", "float64")
+#: (with gamma, with beta)
+AFFINE = [(True, True), (True, False), (False, True), (False, False)]
+
 
 def host(array: Any) -> np.ndarray:
     return chainer.get_device("@numpy").send(chainer.as_array(array))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import cases, parts, reference
+from helpers import builds, cases, parts, reference
 from helpers.backends import Backend, on
 from helpers.compare import ROUNDING, assert_equal, assert_same, assert_within, wide
 from helpers.pairwise import pairwise
@@ -49,7 +49,11 @@ SHAPES = ((3, 4, 3, 3), (2, 3, 9, 8), (2, 5, 35, 45), (1, 2, 300, 170), (2, 32, 
 
 
 def more_builds(given: dict[str, Any]) -> bool:
-    return (given["input"], given["dtype"], given["activation"]) != ("uint16", "float32", None)
+    return (given["input"], given["dtype"]) != builds.PAIRS[0] or given["activation"] == "silu"
+
+
+def rare_builds(given: dict[str, Any]) -> bool:
+    return builds.rare_pair((given["input"], given["dtype"]), given["activation"])
 
 
 @pairwise(
@@ -57,7 +61,7 @@ def more_builds(given: dict[str, Any]) -> bool:
     activation=(None, "relu", "silu"), given=("own", "running", "moments"),
 )  # fmt: skip
 @pytest.mark.full(simt=more_builds)
-@pytest.mark.nightly(cupy=more_builds)  # each takes seconds to compile
+@pytest.mark.nightly(simt=rare_builds, compiled=rare_builds, cupy=more_builds)  # each is compiled, on a GPU for seconds
 def test_results(
     backend: Backend, input: str, dtype: str, shape: tuple[int, ...], layout: str, activation: str | None, given: str,
     rng: np.random.Generator,
@@ -95,6 +99,7 @@ def test_results(
 @pytest.mark.parametrize("input", INTEGERS)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 3, 80, 91), (2, 32, 40, 5)], ids=str)
 @pytest.mark.full(simt=lambda given: given["input"] != "uint16")
+@pytest.mark.nightly(simt=lambda given: (given["input"], "float32") not in builds.PAIRS)
 def test_a_deviation_of_one_far_from_zero_keeps_all_digits(
     backend: Backend, input: str, shape: tuple[int, ...], rng: np.random.Generator
 ) -> None:
@@ -111,6 +116,7 @@ def test_a_deviation_of_one_far_from_zero_keeps_all_digits(
 @pytest.mark.parametrize("input", INTEGERS)
 @pytest.mark.parametrize("shape", [(2, 3, 1), (2, 3, 4, 5), (1, 2, 300, 301), (2, 33, 20, 20)], ids=str)
 @pytest.mark.full(simt=lambda given: given["input"] != "uint16")
+@pytest.mark.nightly(simt=lambda given: (given["input"], "float32") not in builds.PAIRS)
 def test_moments_of_integers(backend: Backend, input: str, shape: tuple[int, ...], rng: np.random.Generator) -> None:
     x = values(rng, shape, input)
     for x_ in (x, values(rng, shape, input, "channels_last")):
@@ -136,15 +142,19 @@ def test_tiles_of_integers(backend: Backend, given: str, rng: np.random.Generato
     assert_within(y, reference.forward(x), 2e-6)
 
 
-MIXED = [("float16", "float32"), ("float32", "float16"), ("bfloat16", "float16"), ("float32", "float64"),
-         ("float64", "float32"), ("float64", "bfloat16")]  # fmt: skip
+MIXED = [pair for pair in builds.PAIRS if pair[0] not in INTEGERS]
+
+
+def rare_gradients(given: dict[str, Any]) -> bool:
+    return builds.rare_pair(given["pair"], given["activation"])
 
 
 @pairwise(
     pair=MIXED, shape=((3, 4, 3, 3), (2, 5, 35, 45), (2, 32, 9, 10)), layout=("contiguous", "channels_last"),
     activation=(None, "relu", "gelu"), given=("own", "running", "sums"), out=(False, True),
 )  # fmt: skip
-@pytest.mark.full(simt=lambda given: (given["pair"], given["activation"]) != (("float16", "float32"), None))
+@pytest.mark.full(simt=lambda given: given["pair"] != MIXED[0] or given["activation"] == "gelu")
+@pytest.mark.nightly(simt=rare_gradients, compiled=rare_gradients)
 def test_gradients(
     backend: Backend, pair: tuple[str, str], shape: tuple[int, ...], layout: str, activation: str | None, given: str,
     out: bool, rng: np.random.Generator,

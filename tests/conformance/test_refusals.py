@@ -17,7 +17,7 @@ from helpers import cases, faults
 from helpers.backends import Backend, use_compiled
 from helpers.compare import Bits, assert_equal, bits
 from helpers.faults import Faults, LaunchError
-from helpers.loops import forget_layouts, loops_path
+from helpers.loops import let_threads_pay
 
 import cupynorm as cn
 from cupynorm import _checks, devices
@@ -376,9 +376,7 @@ def test_helper_threads_finish_before_an_interrupt_is_raised(
 ) -> None:
     """After a call has ended in any way, no thread writes into its arrays."""
     use_compiled(monkeypatch, kind == "compiled")
-    monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
-    monkeypatch.setattr(loops_path, "PAYS", 1)
-    forget_layouts(monkeypatch)
+    let_threads_pay(monkeypatch)
     jobs: list[Any] = []
     lead = thread_pool._Job.lead
 

@@ -182,6 +182,7 @@ def test_an_interrupt_while_llvmlite_is_imported(module: str) -> None:
     """Later calls compile as if it had not been."""
     code = f"""
 import signal, sys, numpy as np, cupynorm as cn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 pressed = []
 class Finder:
     def find_spec(self, name, path=None, target=None):

@@ -154,6 +154,7 @@ atexit.register(lambda: print(cn.instance_norm(x).tobytes() == y.tobytes()))
 """,
     "interrupt": """
 import signal, _thread
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 for _ in range(20):
     timer = threading.Timer(0.003, _thread.interrupt_main)
     try:

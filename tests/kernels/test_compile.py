@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import offsets, tiers
+from helpers import builds, offsets, tiers
 from helpers.bounds import bounds_of
 
 from cupynorm.cuda import source
@@ -208,19 +208,12 @@ def _smooth_modules() -> list[Module]:
     return [Module(file, "float32", 4, "channels_first", "", EPILOGUES[name]) for file, name in turns]
 
 
-#: Dtypes of x and of the other arrays: together every dtype of either, and elements of every ratio of sizes.
-PAIRS = [
-    ("uint16", "float32"), ("uint8", "float16"), ("int8", "bfloat16"), ("float64", "float32"), ("int16", "float64"),
-    ("float32", "float16"), ("bfloat16", "float32"), ("float16", "bfloat16"), ("uint8", "float32"),
-]  # fmt: skip
-
-
 def _mixed() -> list[Module]:
     """Return modules for x of another dtype: in turn of the pairs, without and with an epilogue in turn; in the nightly
     tier all modules of all pairs."""
     if EVERYTHING:
-        return [module for pair in PAIRS for module in mixed_modules(*pair, epilogues=range(4))]
-    return _in_turn(m for i, pair in enumerate(PAIRS) for m in mixed_modules(*pair, epilogues=(i % 2,)))
+        return [module for pair in builds.PAIRS for module in mixed_modules(*pair, epilogues=range(4))]
+    return _in_turn(m for i, pair in enumerate(builds.PAIRS) for m in mixed_modules(*pair, epilogues=(i % 2,)))
 
 
 def _in_turn(modules: Iterable[Module]) -> list[Module]:
@@ -236,8 +229,7 @@ def _masked() -> list[Module]:
     """Return modules with a mask: in turn of the dtypes and of the epilogues; in the nightly tier all."""
     if EVERYTHING:
         return [module for dtype in ITEMSIZE for module in masked_modules(dtype, range(4))]
-    turns = [("float32", 2), ("float32", 0), ("float16", 1), ("bfloat16", 0), ("float64", 0)]
-    return _in_turn(m for dtype, epilogue in turns for m in masked_modules(dtype, (epilogue,)))
+    return _in_turn(m for dtype, codes in builds.MASKED.items() for m in masked_modules(dtype, codes))
 
 
 def _check_all(modules: list[Module], architecture: int, whole: bool = True) -> None:
@@ -252,12 +244,12 @@ def _check_all(modules: list[Module], architecture: int, whole: bool = True) -> 
 
 @pytest.mark.full
 def test_modules_with_a_mask() -> None:
-    _check_all(_masked(), 90)
+    _check_all(_masked(), 90, EVERYTHING)
 
 
 @pytest.mark.full
 def test_modules_for_x_of_another_dtype() -> None:
-    _check_all(_mixed(), 90)
+    _check_all(_mixed(), 90, EVERYTHING)
 
 
 def test_integers_are_read_in_vecs() -> None:

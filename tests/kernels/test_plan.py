@@ -1,6 +1,6 @@
 """Plans can be launched on every device for every shape, and say how many accesses their kernels make.
 
-`python tests/kernels/test_plan.py` rewrites the plans in plans.json.
+`PYTHONPATH=.:tests python tests/kernels/test_plan.py` rewrites the plans in plans.json.
 """
 
 from __future__ import annotations

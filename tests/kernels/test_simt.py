@@ -48,10 +48,10 @@ def _launched(
     for case in table:
         runtime._device = case.device
         x, dy, weight, bias, mean, var, residual = cases.arrays(replace(case, data="zeros"), rng)
-        for options in ({}, {"use_input_stats": False}):
+        for training in cases.modes(case):
             _, saved = cn.instance_norm_forward(
                 x, weight, bias, running_mean=mean, running_var=var, activation=case.activation, residual=residual,
-                **options,
+                use_input_stats=training,
             )  # fmt: skip
             cn.instance_norm_backward(dy, saved)
             if case.activation is None:

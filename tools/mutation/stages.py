@@ -151,7 +151,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
     if name in ("cpu", "blocking", "gelu") or name.startswith("numpy_"):
         double = "double" if name == "numpy_double" else "not double"
         numpy = [chosen("cases", f"numpy and {double} and float32"), own[0], chosen("cases", "numpy"), *own[1:]]
-        return [*numpy, chosen("compiling", "llvmlite")] if name == "cpu" else numpy
+        return [*numpy, chosen("compiling", "llvmlite"), chosen("code_cache", "llvmlite")] if name == "cpu" else numpy
     if mutant.file in BACKENDS:  # of CUDA
         emulated = [
             chosen("cases", "simt and float32 and (table or small)"), chosen("simt", "launches or reach"),

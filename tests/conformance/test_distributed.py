@@ -310,6 +310,9 @@ def test_nccl_compares_shapes_first(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise ValueError("wrong")
             exchange.merged(own[0])
 
+    lone = distributed.NCCL(Arrays(SimpleNamespace(allgather=lambda array: [array]), 1), check=False)
+    with pytest.raises(RuntimeError, match="failed on rank 0, see there"):  # not that it has no numbers
+        lone.allgather(distributed._Failure("wrong"))
     first, second = Ranks(2).run(work)
     assert isinstance(first, RuntimeError) and "failed on rank 1, see there" in str(first)
     assert type(second) is ValueError and str(second) == "wrong"

@@ -88,6 +88,20 @@ def test_an_error_in_a_helper_is_raised_once_all_have_ended():
     assert taken(100, 2) == list(range(100))  # the pool goes on
 
 
+def test_the_caller_has_number_0_and_each_helper_its_own():
+    """The number chooses a thread's scratch memory."""
+    numbers: dict[int, int] = {}
+    all_three = threading.Barrier(3)
+
+    def work(worker: int) -> None:
+        all_three.wait(10)
+        numbers[threading.get_ident()] = worker
+
+    thread_pool.share(work, thread_pool.TaskQueue(1), 3)
+    assert numbers.pop(threading.get_ident()) == 0
+    assert len(numbers) == len({0, *numbers.values()}) - 1 == 2
+
+
 def test_each_task_goes_to_one_thread():
     for _ in range(50):
         assert taken(200, 5) == list(range(200))

@@ -46,7 +46,7 @@ SEVERAL = {
 }
 #: The tests of the other modules. They run without the compiled loops and the emulator; the first come first.
 TESTS = {
-    "_checks": "refusals functional parts layers semantics",
+    "_checks": "devices refusals functional parts layers semantics",
     "_types": "functional refusals cpu",
     "arguments": "launch plan",
     "backend": "house functional",
@@ -57,7 +57,7 @@ TESTS = {
     " together",
     "cpu_count": "threads",
     "describe": "explain functional info invariance",
-    "devices": "functional layers checkpoints refusals info package",
+    "devices": "devices functional layers checkpoints refusals info package",
     "explain": "explain functional info invariance semantics",
     "forks": "together",
     "functional": "functional dtypes masks parts refusals semantics properties double_backward epilogue layers",
@@ -83,7 +83,7 @@ TESTS = {
     "statistics": "parts",
     "source": "plan package",
     "thinc": "thinc",
-    "thread_pool": "cpu together info memory",
+    "thread_pool": "threads cpu together info memory",
     "warm": "warmup explain",
 }
 
@@ -122,8 +122,9 @@ def file_of(name: str) -> str:
 
 
 def files_of(names: str) -> tuple[str, ...]:
-    """Return the paths of tests/*/test_<name>.py for each name, or for each that it stands for."""
-    return tuple(file_of(each) for name in names.split() for each in SEVERAL.get(name, name).split())
+    """Return the paths of tests/*/test_<name>.py for each name, or for each that it stands for, each once."""
+    every = [each for name in names.split() for each in SEVERAL.get(name, name).split()]
+    return tuple(file_of(each) for each in dict.fromkeys(every))
 
 
 def chosen(name: str, expression: str) -> tuple[str, ...]:

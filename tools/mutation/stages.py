@@ -84,7 +84,7 @@ TESTS = {
     "source": "plan package",
     "thinc": "thinc",
     "thread_pool": "threads cpu together info memory",
-    "warm": "warmup explain",
+    "warm": "warmup_launches warmup explain",
 }
 
 #: Which kernels use a file of kernels/: those of forward and backward, those of the steps by themselves, those of the

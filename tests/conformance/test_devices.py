@@ -1,8 +1,11 @@
-"""Which device a name or an array means, where CuPy and its GPUs are stand-ins."""
+"""Whether a GPU is usable, and which device a name or an array means, where CuPy and the driver are stand-ins."""
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,3 +58,61 @@ def test_arrays_of_other_classes_beside_cupy(array: Any, message: str) -> None:
 def test_places_of_arrays() -> None:
     arrays: tuple[Any, ...] = (np.ones(1), Array())
     assert [_checks.place_of(array, "x") for array in arrays] == ["cpu", "cuda:1"]
+
+
+NO_CUPY = "CuPy is not installed: pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return a function that asks for the status with a driver and with CuPy as they are described."""
+    devices.gpu_status.cache_clear()
+
+    def ask(
+        library: str = "libcuda.so.1", init: int = 0, counted: int = 0, count: int = 2, broken: Any = None,
+        spec: Any = True, platform: str = "linux",
+    ) -> tuple[bool, str]:  # fmt: skip
+        def find_spec(name: str) -> Any:
+            assert name == "cupy"
+            if isinstance(spec, Exception):
+                raise spec
+            return spec
+
+        def load(name: str) -> Any:
+            if name != library:
+                raise OSError(name)
+            return SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=get_count)
+
+        def get_count(place: Any) -> int:
+            place._obj.value = count
+            return counted
+
+        def device() -> Any:
+            if broken:
+                raise broken
+            return SimpleNamespace(id=1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.util, "find_spec", find_spec)
+            patch.setattr(ctypes, "CDLL", load)
+            patch.setattr(sys, "platform", platform)
+            patch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=device)))
+            return devices.gpu_status()
+
+    yield ask
+    devices.gpu_status.cache_clear()
+
+
+@pytest.mark.parametrize(("given", "usable", "said"), [
+    ({}, True, "2 visible, current is cuda:1"),
+    ({"library": "nvcuda.dll", "platform": "win32"}, True, "2 visible, current is cuda:1"),
+    ({"library": "nvcuda.dll"}, False, "no NVIDIA driver is installed"),
+    ({"init": 100}, False, "the NVIDIA driver reports error 100"),
+    ({"counted": 3}, False, "the NVIDIA driver reports error 3"),
+    ({"count": 0}, False, "the NVIDIA driver sees no device"),
+    ({"broken": RuntimeError("no context")}, False, "CuPy does not start: RuntimeError: no context"),
+    ({"spec": None}, False, NO_CUPY),
+    ({"spec": ValueError("a stub")}, False, NO_CUPY),
+], ids=str)  # fmt: skip
+def test_status_of_the_gpu(asked: Any, given: dict[str, Any], usable: bool, said: str) -> None:
+    assert asked(**given) == (usable, said)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -217,12 +218,22 @@ def _mixed() -> list[Module]:
 
 
 def _in_turn(modules: Iterable[Module]) -> list[Module]:
-    """Return a module of each group of kernels and layout, with the widest accesses: the groups take different ones."""
+    """Return a module of each group of kernels, with the widest accesses, of the dtypes, epilogue and layout that the
+    groups before it have least."""
     same: dict[tuple[Any, ...], list[Module]] = {}
+    counts: Counter[tuple[str, Any]] = Counter()
+
+    def traits(module: Module) -> list[tuple[str, Any]]:
+        return [(name, getattr(module, name)) for name in ("input", "dtype", "epilogue", "kind")]
+
     for module in modules:
         if not module.misaligned and (module.vec_size > 1 or module.group == "subwarp" or module.file not in VARIANTS):
-            same.setdefault((module.file, module.group, module.kind), []).append(module)
-    return [each[i % len(each)] for i, each in enumerate(same.values())]
+            same.setdefault((module.file, module.group), []).append(module)
+    chosen = []
+    for each in same.values():
+        chosen.append(min(each, key=lambda module: sum(counts[trait] for trait in traits(module))))
+        counts.update(traits(chosen[-1]))
+    return chosen
 
 
 def _masked() -> list[Module]:

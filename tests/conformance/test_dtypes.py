@@ -221,6 +221,16 @@ def test_results_into_given_memory(backend: Backend, rng: np.random.Generator) -
     assert_within(backend.host(out), reference.forward(x), 2e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 5, 6)], ids=str)
+def test_gradients_into_given_memory(backend: Backend, shape: tuple[int, ...], rng: np.random.Generator) -> None:
+    x, dy = values(rng, shape, "float16"), rng.normal(size=shape).astype(np.float32)
+    out = backend.array(np.full(shape, 7, np.float16))
+    _, saved = cn.instance_norm_forward(backend.array(x), dtype="float32")
+    dx, *_ = cn.instance_norm_backward(backend.array(dy), saved, out=out)
+    assert dx is out
+    assert_within(backend.host(out), reference.backward(dy, x)[0], 2e-3 * np.abs(reference.wide(dy)).max())
+
+
 def test_the_input_s_own_dtype_changes_nothing(backend: Backend, rng: np.random.Generator) -> None:
     """The same bits, also of the gradients, and results in place are allowed."""
     x = backend.array(values(rng, (2, 3, 6, 8), "float32"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -122,9 +123,9 @@ def test_out_overlapping_a_parameter_is_refused(backend: Backend, rng: np.random
         ("running_mean", {"running_mean": inside, "running_var": other}),
         ("running_var", {"running_mean": other, "running_var": inside}),
     ]
-    for name, arguments in calls:
+    for (name, arguments), given in itertools.product(calls, ({}, {"moments": cn.moments(x)})):
         with pytest.raises(ValueError, match=f"out overlaps {name}"):
-            cn.instance_norm(x, out=out, **arguments)
+            cn.instance_norm(x, out=out, **arguments, **given)
     _, saved = cn.instance_norm_forward(x, weight=inside)
     with pytest.raises(ValueError, match="out overlaps weight"):
         cn.instance_norm_backward(x, saved, out=out)

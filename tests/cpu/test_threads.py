@@ -201,6 +201,13 @@ def test_forks_and_exits(way: str, ending: str):
     assert ran.stdout == ("True\n" if ending == "call at exit" else "")
 
 
+def test_helpers_have_ended_when_the_interpreter_does(way: str):
+    """An exit handler from before the import runs after the package's own."""
+    there = "sum(thread.name == 'cupynorm' for thread in threading.enumerate())"
+    code = f"import atexit, threading\natexit.register(lambda: print({there}))\nWAY = {way!r}\n{USE}print({there})"
+    assert said(code).stdout == "3\n0\n"
+
+
 def said(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,

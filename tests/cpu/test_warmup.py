@@ -83,8 +83,9 @@ def use(x: np.ndarray, residual: np.ndarray | None = None, activation: str | Non
     options = [{"use_input_stats": False, **statistics}]
     if x[0, 0].size > 1:
         options += [{}, statistics, {"momentum": 0.0, **statistics}]
-    for weight, bias in ((None, None), (own, None), (None, wide[::-1]), (per_sample, own), (read_only, read_only)):
-        for more in options:
+    parameters = [(None, None), (per_sample, own), (own, None), (None, wide[::-1]), (read_only, read_only)]
+    for i, (weight, bias) in enumerate(parameters):
+        for more in options if i < 2 else options[-1:]:
             y, saved = cn.instance_norm_forward(x, weight, bias, **more, **given)
             cn.instance_norm_backward(y, saved)
             cn.instance_norm_backward(y, saved, out=y)

@@ -56,7 +56,7 @@ TESTS = {
     "cpu": "choices cpu conventions masks parts double_backward explain epilogue semantics functional accuracy"
     " together",
     "cpu_count": "threads",
-    "describe": "explain functional info invariance",
+    "describe": "explain functional info invariance dtypes",
     "devices": "devices functional layers checkpoints refusals info package",
     "explain": "explain functional info invariance semantics",
     "forks": "together",
@@ -163,6 +163,8 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         return [*own[:1], *emulated, *own[1:]]
     if name == "config":
         own.append(compiled("code_cache", "folder_of_the_cache"))
+    if name == "warm":
+        own.append(compiled("compile_command"))
     return [*own, chosen("cases", "numpy and float32")]
 
 

@@ -25,12 +25,26 @@ class Subclass(Array):
     pass
 
 
+current: list[int] = []  # devices that have been made current, as contexts
+
+
+class Device:
+    def __init__(self, number: int = 1):
+        self.id = number
+
+    def __enter__(self) -> None:
+        current.append(self.id)
+
+    def __exit__(self, *_: Any) -> None:
+        current.append(-1)
+
+
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """CuPy with two GPUs, of which the second is the current one."""
-    runtime = SimpleNamespace(getDeviceCount=lambda: 2)
-    cuda = SimpleNamespace(Device=lambda: SimpleNamespace(id=1), runtime=runtime)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Array, cuda=cuda))
+    cuda = SimpleNamespace(Device=Device, runtime=SimpleNamespace(getDeviceCount=lambda: 2))
+    copies = {"asnumpy": lambda array: ("on the host", array), "asarray": lambda array: ("on", current[-1], array)}
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Array, cuda=cuda, **copies))
     monkeypatch.setattr(devices, "gpu_status", lambda: (True, "2 visible, current is cuda:1"))
 
 
@@ -56,8 +70,21 @@ def test_arrays_of_other_classes_beside_cupy(array: Any, message: str) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_places_of_arrays() -> None:
-    arrays: tuple[Any, ...] = (np.ones(1), Array())
-    assert [_checks.place_of(array, "x") for array in arrays] == ["cpu", "cuda:1"]
+    arrays: tuple[Any, ...] = (np.ones(1), Array(), Subclass())
+    assert [_checks.place_of(array, "x") for array in arrays[:2]] == ["cpu", "cuda:1"]
+    assert [_checks.device_of(array) for array in arrays] == [None, Array.device, Array.device]
+    assert [_checks.known_place(array) for array in (*arrays, 1.0)] == ["cpu", "cuda:1", "cuda:1", "builtins.float"]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_copies_to_and_from_devices() -> None:
+    here, there = np.ones(1), Array()
+    assert devices.to_host(here) is here
+    assert devices.to_host(there) == ("on the host", there)
+    assert devices.to_device(here, "cpu") is here
+    for number in (0, 1):
+        assert devices.to_device(here, f"cuda:{number}") == ("on", number, here)
+        assert current[-2:] == [number, -1]
 
 
 NO_CUPY = "CuPy is not installed: pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
@@ -90,7 +117,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         def device() -> Any:
             if broken:
                 raise broken
-            return SimpleNamespace(id=1)
+            return Device()
 
         with monkeypatch.context() as patch:
             patch.setattr(importlib.util, "find_spec", find_spec)

@@ -142,7 +142,7 @@ def _bits(planned: Callable[[int, bool], tuple[Plan, int]], n: int, device: Devi
 
     # Beyond this number of channel tiles nothing changes: multiprocessors are busy, a grid's groups have equal work.
     most = 2 * device.sm_count
-    if "_grid_" in order(1)[0] or "_grid_" in order(most)[0]:
+    if "_grid_" in order(1)[0]:  # the scope does not grow with N
         most = max(most, (device.sm_count // 2) ** 2)
     most = -(-most // planned(1, False)[0].channel_tiles)
     mine, reasons, alike = order(n), [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -318,3 +319,33 @@ def test_nccl_compares_shapes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(second) is ValueError and str(second) == "wrong"
     with pytest.raises(TypeError, match="with all_gather"):
         distributed.NCCL(5)
+
+
+class Gpu(contextlib.nullcontext[None]):
+    id = 1
+
+
+class OnGpu(np.ndarray):
+    """As cupy.ndarray."""
+
+    device = Gpu()
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_numbers_on_gpus_pass_through_the_host_unless_the_communicator_takes_them(
+    monkeypatch: pytest.MonkeyPatch, on_device: bool
+) -> None:
+    copies = {"asnumpy": lambda array: array.view(np.ndarray), "asarray": lambda array: array.view(OnGpu)}
+    cuda = SimpleNamespace(Device=contextlib.nullcontext)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=OnGpu, cuda=cuda, **copies))
+    own = GradientSums(*np.arange(12.0).reshape(2, 2, 3).view(OnGpu))
+    sent: list[GradientSums] = []
+    comm = SimpleNamespace(allgather=lambda numbers: [sent.append(numbers) or numbers], on_device=on_device)
+    total = distributed.Exchange(comm).merged(own)
+    assert {type(array) for array in vars(total).values()} == {OnGpu}
+    assert bits(*vars(total).values()) == bits(*vars(own).values())
+    assert {type(array) for array in vars(sent[0]).values()} == {OnGpu if on_device else np.ndarray}
+    here = GradientSums(*(array.view(np.ndarray) for array in vars(own).values()))
+    total = distributed.Exchange(comm).merged(here)
+    assert {type(array) for each in (total, sent[1]) for array in vars(each).values()} == {np.ndarray}
+    assert sent[1] is not here  # numbers on the CPU are sent as they are on the host, whatever the communicator takes

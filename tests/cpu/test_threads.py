@@ -16,6 +16,7 @@ import pytest
 from helpers.backends import Backend, on_cpu
 from helpers.compare import Bits, assert_same
 from helpers.loops import loops_tasks
+from helpers.processes import run
 
 import cupynorm as cn
 from cupynorm import config, cpu_count
@@ -205,27 +206,20 @@ def test_helpers_have_ended_when_the_interpreter_does(way: str):
     """An exit handler from before the import runs after the package's own."""
     there = "sum(thread.name == 'cupynorm' for thread in threading.enumerate())"
     code = f"import atexit, threading\natexit.register(lambda: print({there}))\nWAY = {way!r}\n{USE}print({there})"
-    assert said(code).stdout == "3\n0\n"
-
-
-def said(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
-        env={**os.environ, **environment},
-    )  # fmt: skip
+    assert run(code).stdout == "3\n0\n"
 
 
 def test_number_of_threads():
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert 1 <= cpu_count.available_cpus() <= (usable or 1)
     ask = "import cupynorm; print(cupynorm.get_num_threads())"
-    assert said(ask, CUPYNORM_NUM_THREADS="7", OMP_NUM_THREADS="").stdout == "7\n"
-    assert said(ask, CUPYNORM_NUM_THREADS="", OMP_NUM_THREADS="").stdout == f"{cpu_count.available_cpus()}\n"
+    assert run(ask, CUPYNORM_NUM_THREADS="7", OMP_NUM_THREADS="").stdout == "7\n"
+    assert run(ask, CUPYNORM_NUM_THREADS="", OMP_NUM_THREADS="").stdout == f"{cpu_count.available_cpus()}\n"
     if hasattr(os, "sched_setaffinity"):
         pinned = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
-        assert said(pinned + ask, CUPYNORM_NUM_THREADS="").stdout == "1\n"
+        assert run(pinned + ask, CUPYNORM_NUM_THREADS="").stdout == "1\n"
     for wrong in ("0", "many"):
-        failed = said(ask, CUPYNORM_NUM_THREADS=wrong)
+        failed = run(ask, CUPYNORM_NUM_THREADS=wrong)
         assert f"CUPYNORM_NUM_THREADS must be a positive integer, got {wrong!r}" in failed.stderr
     cn.set_num_threads(np.int64(3))
     assert cn.get_num_threads() == 3
@@ -302,7 +296,7 @@ print(before, child(), cn.get_num_threads())
 cn.set_num_threads(3)
 print(child())
 """
-    ran = said(code, CUPYNORM_NUM_THREADS="4", OMP_NUM_THREADS="")
+    ran = run(code, CUPYNORM_NUM_THREADS="4", OMP_NUM_THREADS="")
     assert (ran.stdout, ran.stderr) == ("4 1 4\n3\n", "")
 
 
@@ -325,8 +319,17 @@ if __name__ == "__main__":
     found = [int(n) for n in torch.utils.data.DataLoader(Numbers(), batch_size=None, num_workers=1)]
     print(first, cn.get_num_threads(), found)
 """
-    ran = said(code, CUPYNORM_NUM_THREADS="4", OMP_NUM_THREADS="4")
+    ran = run(code, CUPYNORM_NUM_THREADS="4", OMP_NUM_THREADS="4")
     assert (ran.stdout, ran.stderr) == ("4 4 [1, 1]\n", "")
+
+
+def test_processors_where_affinity_is_unknown(monkeypatch: pytest.MonkeyPatch):
+    """As on macOS and Windows."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(cpu_count, "_quotas", lambda: iter(()))
+    for told, number in ((7, 7), (1, 1), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda told=told: told)
+        assert cpu_count.available_cpus() == number
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -337,6 +340,7 @@ def test_quota_of_a_container(tmp_path: Path, version: int):
         (tmp_path / "a" / "b").mkdir(parents=True)
         (tmp_path / "a" / "cpu.max").write_text("150000 100000\n")
         (tmp_path / "a" / "b" / "cpu.max").write_text("max 100000\n")
+        (tmp_path / "cpu.max").write_text("0 100000\n")  # no limit either
     else:
         own.write_text("3:memory:/x\n2:cpu,cpuacct:/a\n")
         folder = tmp_path / "cpu,cpuacct" / "a"

@@ -12,6 +12,14 @@ import cupynorm
 PACKAGE = Path(cupynorm.__file__).parent
 
 
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+
+
 def said(code: str, folder: Path = PACKAGE.parent, **environment: str) -> str:
     """What a process prints that imports the package from this folder."""
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])

@@ -58,9 +58,10 @@ TESTS = {
     "cpu_count": "threads",
     "describe": "explain functional info invariance dtypes",
     "devices": "devices functional layers checkpoints refusals info package",
-    "explain": "explain functional info invariance semantics",
-    "forks": "together",
-    "functional": "functional dtypes masks parts refusals semantics properties double_backward epilogue layers",
+    "explain": "explain scores functional info invariance semantics",
+    "forks": "forks together",
+    "functional": "functional dtypes conventions masks parts refusals semantics properties double_backward epilogue"
+    " layers",
     "gelu": "choices epilogue accuracy",
     "halves": "halves cpu",
     "inference": "inference_mode semantics refusals",

@@ -113,6 +113,10 @@ FIRST = {
 }
 
 
+#: What no table above names: the quick tier.
+QUICK = ("tests/conformance", "tests/cpu", "tests/kernels", "tests/project", "-m", "quick")
+
+
 @cache
 def file_of(name: str) -> str:
     """Return the path of tests/*/test_<name>.py."""
@@ -166,7 +170,7 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         own.append(compiled("code_cache", "folder_of_the_cache"))
     if name == "warm":
         own.append(compiled("compile_command"))
-    return [*own, chosen("cases", "numpy and float32")]
+    return [*own, chosen("cases", "numpy and float32"), QUICK]
 
 
 def _loop_stages(name: str, scope: str) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from helpers.optional import required
 from helpers.reference import assert_close
 
 import cupynorm as cn
+from cupynorm import devices
 
 torch = required("torch")
 
@@ -154,6 +155,15 @@ def test_every_float8_value_is_loaded_exactly(dtype: str, how: str, wanted: str)
         else:
             norm.load_state_dict({"weight": tensor if how == "load" else codes.view(kind)})
         assert_equal(norm.weight.data, codes.view(kind).astype(wanted))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "int64", "int8", "uint8", "bool"])
+def test_tensors_of_dtypes_that_numpy_has_keep_them(dtype: str) -> None:
+    values = np.array([0, 1, 1 if dtype == "bool" else 3]).astype(dtype)
+    values = values / 7 if values.dtype.kind == "f" else values
+    found = devices.to_host(torch.from_numpy(values.copy()))
+    assert found.dtype == values.dtype
+    assert_equal(found, values)
 
 
 def freed() -> Any:

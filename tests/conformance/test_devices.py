@@ -11,40 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.gpu_arrays import Array, Device, current, stand_in
 
+import cupynorm as cn
 from cupynorm import _checks, devices
-
-
-class Array:
-    """As cupy.ndarray, on cuda:1."""
-
-    device = SimpleNamespace(id=1)
 
 
 class Subclass(Array):
     pass
 
 
-current: list[int] = []  # devices that have been made current, as contexts
-
-
-class Device:
-    def __init__(self, number: int = 1):
-        self.id = number
-
-    def __enter__(self) -> None:
-        current.append(self.id)
-
-    def __exit__(self, *_: Any) -> None:
-        current.append(-1)
-
-
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CuPy with two GPUs, of which the second is the current one."""
-    cuda = SimpleNamespace(Device=Device, runtime=SimpleNamespace(getDeviceCount=lambda: 2))
-    copies = {"asnumpy": lambda array: ("on the host", array), "asarray": lambda array: ("on", current[-1], array)}
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=Array, cuda=cuda, **copies))
+    stand_in(monkeypatch)
     monkeypatch.setattr(devices, "gpu_status", lambda: (True, "2 visible, current is cuda:1"))
 
 
@@ -59,7 +38,7 @@ def test_names_of_devices() -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(("array", "message"), [
-    (Subclass(), r"got \S+\.Subclass; a subclass's meaning would be lost: pass a plain cupy\.ndarray view"),
+    (Subclass([1.0]), r"got \S+\.Subclass; a subclass's meaning would be lost: pass a plain cupy\.ndarray view"),
     (np.ma.array([1.0]), r"got numpy\.ma\S*\.MaskedArray; a subclass's meaning \(a mask, say\) would be lost"),
     ([1.0], r"got builtins\.list; convert it with numpy\.asarray or cupy\.asarray"),
 ])  # fmt: skip
@@ -70,7 +49,7 @@ def test_arrays_of_other_classes_beside_cupy(array: Any, message: str) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_places_of_arrays() -> None:
-    arrays: tuple[Any, ...] = (np.ones(1), Array(), Subclass())
+    arrays: tuple[Any, ...] = (np.ones(1), Array([1.0]), Subclass([1.0]))
     assert [_checks.place_of(array, "x") for array in arrays[:2]] == ["cpu", "cuda:1"]
     assert [_checks.device_of(array) for array in arrays] == [None, Array.device, Array.device]
     assert [_checks.known_place(array) for array in (*arrays, 1.0)] == ["cpu", "cuda:1", "cuda:1", "builtins.float"]
@@ -78,13 +57,34 @@ def test_places_of_arrays() -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_copies_to_and_from_devices() -> None:
-    here, there = np.ones(1), Array()
+    here, there = np.ones(1), Array([2.0])
     assert devices.to_host(here) is here
-    assert devices.to_host(there) == ("on the host", there)
+    assert type(devices.to_host(there)) is np.ndarray and devices.to_host(there) == 2
     assert devices.to_device(here, "cpu") is here
     for number in (0, 1):
-        assert devices.to_device(here, f"cuda:{number}") == ("on", number, here)
+        found = devices.to_device(here, f"cuda:{number}")
+        assert type(found) is Array and found.values == 1
         assert current[-2:] == [number, -1]
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("value", [[4, 5], np.array([4.0, 5.0]), Array([4, 5])], ids=["list", "NumPy", "GPU"])
+def test_data_of_a_parameter_on_a_gpu(value: Any) -> None:
+    """Values come from anywhere, and are copied to the device of the parameter's own array."""
+    data = Array(np.ones(2, np.float32))
+    parameter = cn.Parameter(data)
+    current.clear()
+    parameter.data = value
+    assert parameter.data is data and data.values.tolist() == [4, 5]
+    assert current == ([] if type(value) is Array else [1, -1])
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_of_denormalize_on_another_device(name: str) -> None:
+    x = np.arange(24.0).reshape(2, 3, 4)
+    with pytest.raises(ValueError, match=f"{name} is on cuda:1 and y on cpu"):
+        cn.denormalize(x, cn.moments(x), **{name: Array(np.ones(3))})
 
 
 NO_CUPY = "CuPy is not installed: pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"

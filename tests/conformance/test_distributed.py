@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import os
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from helpers.backends import Backend
 from helpers.compare import assert_within, bits, wide
+from helpers.gpu_arrays import Array, stand_in
 from helpers.parts import parts_of
 from helpers.ranks import Ranks, train
 
@@ -321,31 +321,19 @@ def test_nccl_compares_shapes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.NCCL(5)
 
 
-class Gpu(contextlib.nullcontext[None]):
-    id = 1
-
-
-class OnGpu(np.ndarray):
-    """As cupy.ndarray."""
-
-    device = Gpu()
-
-
 @pytest.mark.parametrize("on_device", [True, False])
 def test_numbers_on_gpus_pass_through_the_host_unless_the_communicator_takes_them(
     monkeypatch: pytest.MonkeyPatch, on_device: bool
 ) -> None:
-    copies = {"asnumpy": lambda array: array.view(np.ndarray), "asarray": lambda array: array.view(OnGpu)}
-    cuda = SimpleNamespace(Device=contextlib.nullcontext)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(ndarray=OnGpu, cuda=cuda, **copies))
-    own = GradientSums(*np.arange(12.0).reshape(2, 2, 3).view(OnGpu))
+    stand_in(monkeypatch)
+    own = GradientSums(*map(Array, np.arange(12.0).reshape(2, 2, 3)))
     sent: list[GradientSums] = []
     comm = SimpleNamespace(allgather=lambda numbers: [sent.append(numbers) or numbers], on_device=on_device)
     total = distributed.Exchange(comm).merged(own)
-    assert {type(array) for array in vars(total).values()} == {OnGpu}
-    assert bits(*vars(total).values()) == bits(*vars(own).values())
-    assert {type(array) for array in vars(sent[0]).values()} == {OnGpu if on_device else np.ndarray}
-    here = GradientSums(*(array.view(np.ndarray) for array in vars(own).values()))
+    assert {type(array) for array in vars(total).values()} == {Array}
+    assert bits(*(a.values for a in vars(total).values())) == bits(*(a.values for a in vars(own).values()))
+    assert {type(array) for array in vars(sent[0]).values()} == {Array if on_device else np.ndarray}
+    here = GradientSums(*(array.values for array in vars(own).values()))
     total = distributed.Exchange(comm).merged(here)
     assert {type(array) for each in (total, sent[1]) for array in vars(each).values()} == {np.ndarray}
     assert sent[1] is not here  # numbers on the CPU are sent as they are on the host, whatever the communicator takes

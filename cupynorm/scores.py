@@ -160,7 +160,8 @@ def zscore(
         mask = check_mask(mask, a, place)
     if out is not None and (place_of(out, "out") != place or out.shape != a.shape or out.dtype != result):
         raise ValueError(
-            f"out has shape {out.shape} and dtype {out.dtype}; needed are shape {a.shape} and dtype {result} on {place}"
+            f"out has shape {out.shape} and dtype {out.dtype} on {place_of(out, 'out')}; "
+            f"needed are shape {a.shape} and dtype {result} on {place}"
         )
     with device_of(a) or nullcontext():
         if a.dtype != read:

@@ -87,6 +87,12 @@ def test_parameters_of_denormalize_on_another_device(name: str) -> None:
         cn.denormalize(x, cn.moments(x), **{name: Array(np.ones(3))})
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_out_of_zscore_on_another_device() -> None:
+    with pytest.raises(ValueError, match=r"dtype float64 on cuda:1; needed are .* on cpu"):
+        cn.zscore(np.ones((3, 4)), out=Array(np.ones((3, 4))))
+
+
 NO_CUPY = "CuPy is not installed: pip install 'cupynorm[cuda12]' or 'cupynorm[cuda13]'"
 
 

@@ -173,6 +173,18 @@ def test_usual_views_are_not_copied() -> None:
         assert planes.shape == shape and np.shares_memory(planes, a)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16], ids=str)
+def test_arrays_that_no_view_shows_as_planes_are_copied(backend: Backend, dtype: Any, rng: np.random.Generator) -> None:
+    whole = backend.array(rng.normal(size=(40, 6, 5, 7)).astype(dtype))
+    apart = whole[:, ::2, :, ::2]
+    assert scores.view_of_planes(apart, [0])[0] is None
+    z = cn.zscore(apart, axis=0)
+    values = wide(backend.host(apart))
+    exact = (values - values.mean(0)) / values.std(0)
+    assert z.shape == apart.shape
+    assert_within(backend.host(z), exact, (ROUNDING[np.dtype(dtype).name] + 2e-6) * (1 + np.abs(exact)))
+
+
 @pytest.mark.parametrize(
     ("array", "options", "error", "message"),
     [
@@ -183,7 +195,8 @@ def test_usual_views_are_not_copied() -> None:
         (np.float32, {"nan_policy": "ignore"}, ValueError, "nan_policy must be one of propagate, omit, raise"),
         (np.float32, {"dtype": int}, TypeError, "dtype, of the result, must be"),
         (np.float32, {"ddof": "1"}, TypeError, "ddof must be a number"),
-        (np.float32, {"out": np.zeros((3, 4))}, ValueError, "out has shape .* dtype float64; needed are"),
+        (np.float32, {"out": np.zeros((3, 4))}, ValueError, r"out has shape .* dtype float64 on \S+; needed are"),
+        (np.float32, {"out": np.zeros((4, 3), "f4")}, ValueError, r"out has shape \(4, 3\) .* needed .* \(3, 4\)"),
         (np.float32, {"mask": np.ones(4)}, TypeError, "mask has dtype float64; needed is bool"),
         (np.float32, {"mask": np.ones(3, bool)}, ValueError, r"mask has shape \(3,\), which does not broadcast"),
         (np.float32, {"out": [1]}, TypeError, "out must be a numpy.ndarray"),

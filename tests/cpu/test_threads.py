@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -194,10 +193,7 @@ def test_forks_and_exits(way: str, ending: str):
     code = f"WAY = {way!r}\n{USE}lambda_ = lambda a: None\n{ENDINGS[ending]}"
     if ending == "workers":
         code = f"WAY = {way!r}\n{USE}def lambda_(a):\n    return cn.instance_norm(a).tobytes()\n{ENDINGS[ending]}"
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, check=False,
-    )  # fmt: skip
+    ran = run(code, PYTHONWARNINGS="ignore::DeprecationWarning")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout == ("True\n" if ending == "call at exit" else "")
 

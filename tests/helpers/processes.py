@@ -12,10 +12,10 @@ import cupynorm
 PACKAGE = Path(cupynorm.__file__).parent
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own."""
+def run(code: str, folder: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, in this folder."""
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=PACKAGE.parent, check=False,
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=folder, check=False,
         env={**os.environ, **environment},
     )  # fmt: skip
 
@@ -23,9 +23,6 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def said(code: str, folder: Path = PACKAGE.parent, **environment: str) -> str:
     """What a process prints that imports the package from this folder."""
     paths = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "CUPYNORM_COMPILED": "1", **environment},
-    )  # fmt: skip
+    done = run(code, folder, **{"PYTHONPATH": paths, "CUPYNORM_COMPILED": "1", **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -26,6 +26,10 @@ class Recorder:
         self.steps: list[Step] = []
         self.modules: list[Module] = []
 
+    def launched(self) -> set[tuple[Module, str]]:
+        """Return the modules and kernels that would be launched."""
+        return {(module, step.name) for module, step in zip(self.modules, self.steps, strict=True)}
+
     def on(self, array: Any) -> Any:
         return nullcontext()
 

@@ -25,13 +25,6 @@ def runtime(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Reco
     return found
 
 
-def launched(runtime: Recorder) -> Launched:
-    """Return the modules and kernels since the last call."""
-    found = {(module, step.name) for module, step in zip(runtime.modules, runtime.steps, strict=True)}
-    runtime.clear()
-    return found
-
-
 def warmed(
     runtime: Recorder, x: np.ndarray, double_backward: bool = False, parts: bool = False, **given: Any
 ) -> Launched:
@@ -39,7 +32,9 @@ def warmed(
     epilogue |= {"eps_mode": "variance", **given}
     for _, step in warm._calls(x, np.dtype(np.float32), epilogue, double_backward, parts):
         step()
-    return launched(runtime)
+    found = runtime.launched()
+    runtime.clear()
+    return found
 
 
 def used(x: np.ndarray, double_backward: bool, parts: bool, **given: Any) -> None:
@@ -74,7 +69,7 @@ def test_warmup_launches_every_kernel_of_later_calls_and_no_other(
     parts = parts and x[0, 0].size > 1
     prepared = warmed(runtime, x, double_backward, parts)
     used(x, double_backward, parts)
-    assert prepared == launched(runtime)
+    assert prepared == runtime.launched()
     assert any("double" in name for _, name in prepared) == (double_backward and dtype == "float32")
 
 
@@ -83,4 +78,5 @@ def test_warmup_launches_the_epilogues_and_masks_of_later_calls(runtime: Recorde
     for given in ({"activation": "silu"}, {"residual": x}, {"mask": mask}, {"mask": mask, "activation": "relu"}):
         prepared = warmed(runtime, x, parts=True, **given)
         used(x, False, True, **given)
-        assert prepared == launched(runtime), given
+        assert prepared == runtime.launched(), given
+        runtime.clear()

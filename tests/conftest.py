@@ -12,7 +12,7 @@ import pytest
 from helpers import backends, compare, optional, pairwise, seeds, tiers
 from helpers.backends import Backend
 
-from cupynorm import config, cpu
+from cupynorm import config, cpu, devices
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -108,6 +108,14 @@ def threads_as_they_were():
     before = config.num_threads.given
     yield
     config.num_threads.given = before
+
+
+@pytest.fixture
+def fresh_gpu_status():
+    """The status of the GPU is found out anew, and again after the test."""
+    devices.gpu_status.cache_clear()
+    yield
+    devices.gpu_status.cache_clear()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,9 +96,8 @@ NO_CUPY = "CuPy is not installed: pip install 'cupynorm[cuda12]' or 'cupynorm[cu
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def asked(monkeypatch: pytest.MonkeyPatch, fresh_gpu_status: None) -> Any:
     """Return a function that asks for the status with a driver and with CuPy as they are described."""
-    devices.gpu_status.cache_clear()
 
     def ask(
         library: str = "libcuda.so.1", init: int = 0, counted: int = 0, count: int = 2, broken: Any = None,
@@ -132,8 +130,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             patch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=device)))
             return devices.gpu_status()
 
-    yield ask
-    devices.gpu_status.cache_clear()
+    return ask
 
 
 @pytest.mark.parametrize(("given", "usable", "said"), [

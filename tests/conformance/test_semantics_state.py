@@ -10,9 +10,9 @@ import pytest
 from helpers.arrays import normal
 from helpers.backends import Backend
 from helpers.compare import Bits, assert_equal, assert_same
-from helpers.layers import LAYERS
+from helpers.layers import LAYERS, held
 from helpers.optional import imported
-from helpers.semantics import full_layer, held, refused, torch_layer
+from helpers.semantics import full_layer, refused, torch_layer
 
 import cupynorm as cn
 
@@ -44,11 +44,11 @@ def test_bad_states_are_refused(backend: Backend) -> None:
     layer = full_layer(backend)
     good = {name: backend.host(array) + 1 for name, array in layer.state_dict().items()}
     missing = {name: array for name, array in good.items() if name not in ("bias", "running_var")}
-    with refused(backend, KeyError, "missing.*bias.*running_var", layer):
+    with refused(KeyError, "missing.*bias.*running_var", layer):
         layer.load_state_dict(missing)
-    with refused(backend, KeyError, "unexpected.*gamma.*beta", layer):
+    with refused(KeyError, "unexpected.*gamma.*beta", layer):
         layer.load_state_dict(good | {"gamma": np.ones(3), "beta": np.ones(3)})
-    with refused(backend, KeyError, "missing.*weight.*unexpected.*gamma", layer):
+    with refused(KeyError, "missing.*weight.*unexpected.*gamma", layer):
         layer.load_state_dict({"gamma": np.ones(3)} | {k: v for k, v in good.items() if k != "weight"})
 
 
@@ -77,7 +77,7 @@ def test_statistics_for_an_untracked_layer(backend: Backend, prefix: str, names:
     layer = LAYERS[2](3, affine=True, device=backend.device)
     state = {prefix + name: np.full(3, 2.0) for name in ("weight", "bias", *names)}
     said = f"{' and '.join(prefix + name for name in names)} are running statistics"
-    with refused(backend, KeyError, f"{re.escape(said)}.*Remove these keys.*track_running_stats=True", layer):
+    with refused(KeyError, f"{re.escape(said)}.*Remove these keys.*track_running_stats=True", layer):
         layer.load_state_dict(state, prefix=prefix)
     if torch:
         theirs = torch_layer(2, 3, affine=True)
@@ -130,7 +130,7 @@ def test_inference_mode(backend: Backend, rng: np.random.Generator, training: bo
     for name, array in held(layer).items():
         assert_same(backend.host(array), backend.host(held(twin)[name]))
     assert layer.saved is None
-    with refused(backend, RuntimeError, r"within cupynorm.inference_mode\(\).*outside", layer):
+    with refused(RuntimeError, r"within cupynorm.inference_mode\(\).*outside", layer):
         layer.backward(backend.array(host))
     if torch:
         theirs = torch_layer(2, 3, affine=True, track_running_stats=True).train(training)
@@ -146,7 +146,7 @@ def test_wrong_shapes_are_refused(backend: Backend) -> None:
     layer = full_layer(backend)
     wrong = {name: backend.host(array) + 1 for name, array in layer.state_dict().items()}
     for name, shape in (("weight", (2, 3)), ("bias", ()), ("num_batches_tracked", (1,)), ("running_mean", (4,))):
-        with refused(backend, ValueError, f"{name}.*{re.escape(str(shape))}", layer):
+        with refused(ValueError, f"{name}.*{re.escape(str(shape))}", layer):
             layer.load_state_dict(wrong | {name: np.ones(shape)}, strict=False)
 
 
@@ -154,9 +154,9 @@ def test_every_wrong_shape_is_named(backend: Backend) -> None:
     layer = full_layer(backend)
     wrong = layer.state_dict() | {"running_mean": np.ones(4), "running_var": np.ones((3, 1))}
     for strict in (True, False):
-        with refused(backend, ValueError, r"running_mean.*\(4,\)", layer):
+        with refused(ValueError, r"running_mean.*\(4,\)", layer):
             layer.load_state_dict(wrong, strict=strict)
-        with refused(backend, ValueError, r"running_var.*\(3, 1\)", layer):
+        with refused(ValueError, r"running_var.*\(3, 1\)", layer):
             layer.load_state_dict(wrong, strict=strict)
 
 

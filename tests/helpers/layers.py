@@ -30,12 +30,20 @@ def arrays_of(layer: Any) -> dict[str, Any]:
     }
 
 
-def contents(layer: Any) -> dict[str, Any]:
-    """Copies of everything that a call may change, for comparison."""
-    grads = {f"{name} grad": p.grad for name, p in layer.namedparams()}
-    return {
-        name: None if array is None else (id(array), Bits(array)) for name, array in (arrays_of(layer) | grads).items()
-    }
+def held(layer: Any) -> dict[str, Any]:
+    """Every array of a layer, by name, with those of its gradients."""
+    grads = {f"{name}.grad": parameter.grad for name, parameter in layer.namedparams()}
+    return arrays_of(layer) | {name: grad for name, grad in grads.items() if grad is not None}
+
+
+def contents(*things: Any) -> dict[str, Any]:
+    """The identity and the bits of arrays, and of everything that a layer holds, for comparison. A layer's are named
+    by themselves, another thing by its number."""
+    found = {}
+    for number, thing in enumerate(things):
+        arrays = held(thing) if isinstance(thing, tuple(LAYERS.values())) else {str(number): thing}
+        found |= {name: (id(array), Bits(array)) for name, array in arrays.items()}
+    return found
 
 
 def fill(layer: Any, rng: np.random.Generator) -> None:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from helpers.backends import Backend
-from helpers.compare import Bits
-from helpers.layers import LAYERS
+from helpers.layers import LAYERS, contents
 from helpers.optional import imported
 
 torch = imported("torch")
@@ -25,25 +24,8 @@ def torch_layer(rank: int, *args: Any, **kwargs: Any) -> Any:
     return getattr(torch.nn, f"InstanceNorm{rank}d")(*args, **kwargs)
 
 
-def held(layer: Any) -> dict[str, Any]:
-    """Every array of a layer, by name."""
-    arrays = {name: getattr(layer, name) for name in ("running_mean", "running_var", "num_batches_tracked")}
-    for name, parameter in layer.namedparams():
-        arrays |= {name: parameter.data, f"{name}.grad": parameter.grad}
-    return {name: array for name, array in arrays.items() if array is not None}
-
-
-def contents(*things: Any) -> list[Any]:
-    """The identity and the contents of arrays, and of everything that a layer holds."""
-    found = []
-    for thing in things:
-        for name, array in (held(thing) if isinstance(thing, tuple(LAYERS.values())) else {"": thing}).items():
-            found.append((name, id(array), Bits(array)))
-    return found
-
-
 @contextmanager
-def refused(backend: Backend, error: type[Exception], match: str, *things: Any) -> Iterator[None]:
+def refused(error: type[Exception], match: str, *things: Any) -> Iterator[None]:
     """Assert that the block raises, and leaves these arrays and layers unchanged."""
     before = contents(*things)
     with pytest.raises(error, match=match):

@@ -6,16 +6,15 @@ import importlib.machinery
 import os
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import cupynorm
-from cupynorm import devices, info
+from cupynorm import info
 from cupynorm.__main__ import main
 
-pytestmark = pytest.mark.extras  # CuPy without a GPU
+pytestmark = [pytest.mark.extras, pytest.mark.usefixtures("fresh_gpu_status")]  # CuPy without a GPU
 
 
 class Broken(types.ModuleType):
@@ -23,13 +22,6 @@ class Broken(types.ModuleType):
 
     def __getattr__(self, name: str) -> object:
         raise RuntimeError(f"{name} is broken")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_status() -> Iterator[None]:
-    devices.gpu_status.cache_clear()
-    yield
-    devices.gpu_status.cache_clear()
 
 
 def facts() -> dict[str, str]:

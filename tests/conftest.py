@@ -71,13 +71,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect tests of higher tiers than the one being run and of missing backends; mark the quick tier, and tests
     above the default one."""
     asked = tiers.TIERS.index(tiers.asked)
+    ranks = tiers.ranks(items)
     kept, left_out = [], []
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
         lacks = any(mark and mark.name in names and backends.missing(name) for name, mark in backends.BACKENDS.items())
-        tier = tiers.rank(item.iter_markers(), getattr(getattr(item, "callspec", None), "params", {}))
-        (left_out if lacks or "absent" in names or tier > asked else kept).append(item)
-        if tier:
+        (left_out if lacks or "absent" in names or ranks[item] > asked else kept).append(item)
+        if ranks[item]:
             item.add_marker(pytest.mark.above)
         elif not names.intersection(tiers.NOT_QUICK):
             item.add_marker(pytest.mark.quick)

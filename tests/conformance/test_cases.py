@@ -17,6 +17,7 @@ from cupynorm.cuda.layout import ArrayDesc
 from cupynorm.cuda.ops import Op
 
 
+@pytest.mark.whole
 @cases.tiers()
 @pytest.mark.parametrize("case", cases.TABLE, ids=str)
 def test_table(backend: Backend, case: cases.Case, rng: np.random.Generator) -> None:
@@ -29,6 +30,7 @@ def test_small(backend: Backend, case: cases.Case, rng: np.random.Generator) -> 
     cases.check(backend, case, rng)
 
 
+@pytest.mark.whole
 @on_kernels  # the CPU backend has no variants
 @cases.tiers("forward", "backward")
 @pytest.mark.parametrize("case", cases.variants(), ids=str)
@@ -51,6 +53,7 @@ def test_double_small(backend: Backend, case: cases.Case, rng: np.random.Generat
     cases.check_double(backend, case, rng)
 
 
+@pytest.mark.whole
 @on_kernels
 @cases.tiers("double_backward")
 @pytest.mark.parametrize("case", cases.variants(("double_backward",)), ids=str)

@@ -24,6 +24,7 @@ def by_default(case: cases.Case) -> bool:
     return case.dtype == "float32" and case.activation is None
 
 
+@pytest.mark.whole
 @on_kernels
 @pytest.mark.full(simt=lambda given: not by_default(given["case"]))
 @pytest.mark.nightly(simt=lambda given: given["case"].activation is None and given["case"] not in parts.in_turn())
@@ -387,27 +388,27 @@ def test_running_statistics_leave_out_planes_without_variance(backend: Backend) 
 
 
 def test_empty_and_single_parts(backend: Backend, rng: np.random.Generator) -> None:
-    moments = cn.moments(backend.array(rng.normal(size=(2, 3, 50))))
-    w = backend.array(np.ones(3))
+    moments = cn.moments(backend.array(rng.normal(size=(2, 3, 50)).astype(np.float32)))
+    w = backend.array(np.ones(3, np.float32))
     for positions in (0, 1):
-        x = backend.array(rng.normal(size=(2, 3, positions)))
+        x = backend.array(rng.normal(size=(2, 3, positions)).astype(np.float32))
         y, saved = cn.instance_norm_forward(x, w, w, moments=moments)
         sums = cn.gradient_sums(x, saved)
         total = sums.merge(sums)
         dx, dweight, dbias = cn.instance_norm_backward(x, saved, sums=total)
         assert y.shape == dx.shape == x.shape
-        assert_within(backend.host(dbias), backend.host(total.sum_dy).sum(0), 1e-14)
-        assert_within(backend.host(dweight), backend.host(total.sum_dy_xhat).sum(0), 1e-14)
+        assert_within(backend.host(dbias), backend.host(total.sum_dy).sum(0), 1e-6)
+        assert_within(backend.host(dweight), backend.host(total.sum_dy_xhat).sum(0), 1e-5)
         assert positions or not backend.host(dbias).any()
-    x = backend.array(np.zeros((0, 3, 4)))
+    x = backend.array(np.zeros((0, 3, 4), np.float32))
     nothing = cn.moments(x)
-    running = [backend.array(np.ones(3)) for _ in range(2)]
+    running = [backend.array(np.ones(3, np.float32)) for _ in range(2)]
     y, saved = cn.instance_norm_forward(x, w, w, running_mean=running[0], running_var=running[1], moments=nothing)
-    assert_same(running[0], np.ones(3))
+    assert_same(running[0], np.ones(3, np.float32))
     dx, dweight, dbias = cn.instance_norm_backward(y, saved, sums=cn.gradient_sums(y, saved))
     assert dx.shape == x.shape
-    assert_same(dweight, np.zeros(3))
-    assert_same(dbias, np.zeros(3))
+    assert_same(dweight, np.zeros(3, np.float32))
+    assert_same(dbias, np.zeros(3, np.float32))
 
 
 @pytest.mark.parametrize("where", ["x", "dy", "residual"])

@@ -65,10 +65,9 @@ def test_zscore(
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("policy", ["propagate", "omit"])
-@pytest.mark.parametrize("axis", [0, 1, -1, None], ids=str)
-@pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize("nan", [False, True])
+@pytest.mark.long  # imports SciPy
+@pytest.mark.full(simt=lambda given: True)
+@pairwise(nan=(False, True), ddof=(0, 1), axis=(0, 1, -1, None), policy=("propagate", "omit"))
 def test_as_scipy_does(
     backend: Backend, nan: bool, ddof: int, axis: Any, policy: str, rng: np.random.Generator
 ) -> None:
@@ -92,6 +91,7 @@ def test_as_scipy_does(
 
 
 @pytest.mark.extras
+@pytest.mark.long  # imports SciPy
 @pytest.mark.full(simt=lambda given: given["dtype"] != "uint8")
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "bool"])
 def test_integers_as_scipy(backend: Backend, dtype: str, rng: np.random.Generator) -> None:

@@ -42,7 +42,7 @@ LAID = ["contiguous", "channels_last", "crop", "transposed"]
 @pytest.mark.parametrize("layout", LAID)
 def test_blocks_and_tiles_of_any_size(way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, layout: str):
     """Small arrays cut as large ones are: forward, backward and double backward are what the reference says."""
-    for _ in range(amount(4, 12, 40)):
+    for _ in range(amount(2, 12, 40)):
         let_blocks_be_small(rng, monkeypatch)
         most = (7, 40, 16, 16) if rng.random() < (0.3 if way == "compiled" else 0.7) else (4, 5, 90, 90)
         shape = tuple(map(int, rng.integers(1, most)))

@@ -7,6 +7,8 @@ parameters.
 
 from __future__ import annotations
 
+import zlib
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +20,30 @@ TIERS = ("default", "full", "nightly")
 asked = "default"
 #: Marks of tests outside the quick tier, which runs on NumPy and the recording runtime only.
 NOT_QUICK = ("simt", "compiled", "gpu", "nvrtc", "fakegpu", "chainer", "long")
+
+
+#: Of more than FEW cases of a test on the emulator the default tier runs about one in EVERY, and the full tier all.
+FEW, EVERY = 10, 3
+
+
+def ranks(items: Iterable[Any]) -> dict[Any, int]:
+    """Return the index in TIERS of each collected test."""
+    found, emulated = {}, defaultdict(list)
+    for item in items:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        found[item] = rank(item.iter_markers(), given)
+        if found[item] == 0 and given.get("backend") == "simt" and not item.get_closest_marker("whole"):
+            emulated[item.function].append(item)
+    for cases in emulated.values():
+        for item in cases:
+            found[item] = int(len(cases) > FEW and not kept(item.nodeid))
+    return found
+
+
+def kept(case: str) -> bool:
+    """Choose by a hash of the name: an axis of a product then keeps all its values, and a case stays when others are
+    added."""
+    return zlib.crc32(case.encode()) % EVERY == 0
 
 
 def rank(marks: Iterable[pytest.Mark], given: dict[str, Any]) -> int:

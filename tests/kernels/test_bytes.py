@@ -169,7 +169,10 @@ def test_accesses_of_arrays_that_begin_apart(
     [builds.PAIRS[0], *(pytest.param(*pair, marks=pytest.mark.full) for pair in builds.PAIRS
                         if pair in (("int8", "bfloat16"), ("float64", "float32")))],
 )  # fmt: skip
-@pytest.mark.parametrize("regime", [r for r in REGIMES if not r[0].startswith("subwarp")], ids=label)
+@pytest.mark.parametrize("regime", [
+    pytest.param(regime, marks=() if regime[2] == "contiguous" else pytest.mark.full, id=label(regime))
+    for regime in REGIMES if not regime[0].startswith("subwarp")
+])  # fmt: skip
 def test_bytes_of_x_of_another_dtype(
     run_on: Callable[..., Emulator], rng: np.random.Generator, regime: tuple[Any, ...], input: str, dtype: str
 ) -> None:
@@ -205,13 +208,13 @@ def test_bytes_of_x_of_another_dtype(
 
 
 def cases_of_masks() -> list[Any]:
-    """Return regimes, dtypes and activations: in the default tier float32 without one, in the full tier a turn of the
-    others."""
+    """Return regimes, dtypes and activations: in the default tier contiguous planes of float32 without one, in the full
+    tier all layouts, and a turn of the others."""
     turns = [("float16", "relu"), ("bfloat16", None), ("float64", "leaky_relu"), ("float32", "silu")]
     assert all(builds.code_of(activation, False) in builds.MASKED[dtype] for dtype, activation in turns)
     return [
         pytest.param(regime, dtype, activation, id=f"{label(regime)}-{dtype}-{activation}",
-                     marks=pytest.mark.full if number else ())
+                     marks=pytest.mark.full if number or regime[2] != "contiguous" else ())
         for turn, regime in enumerate(REGIMES)
         for number, (dtype, activation) in enumerate((("float32", None), turns[turn % 4]))
     ]  # fmt: skip

@@ -126,6 +126,26 @@ def test_tiers_follow_from_marks_and_their_rules() -> None:
     assert tiers.rank([pytest.mark.full.mark, pytest.mark.nightly.mark], {}) == 2
 
 
+def test_one_in_three_of_many_cases_on_the_emulator_is_for_the_default_tier() -> None:
+    class Item(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    def items(count: int, backend: str, **closest: Any) -> list[Any]:
+        same = {"function": object(), "callspec": SimpleNamespace(params={"backend": backend})}
+        same |= {"iter_markers": list, "get_closest_marker": closest.get}
+        return [Item(nodeid=f"test[{backend}-{number}]", **same) for number in range(count)]
+
+    def left(of: list[Any]) -> int:
+        return sum(ranks[item] for item in of)
+
+    few, many = items(tiers.FEW, "simt"), items(3000, "simt")
+    whole, others = items(3000, "simt", whole=True), items(3000, "numpy")
+    ranks = tiers.ranks(few + many + whole + others)
+    assert left(few) == left(whole) == left(others) == 0
+    for part in (many[::2], many[1::2], many[::3]):
+        assert 0.62 < left(part) / len(part) < 0.71
+
+
 def test_seeds_differ_by_name_and_by_run(monkeypatch: pytest.MonkeyPatch) -> None:
     first = seeds.seed_of("tests/test_a.py::test_b")
     assert first == seeds.seed_of("tests/test_a.py::test_b") != seeds.seed_of("tests/test_a.py::test_c")

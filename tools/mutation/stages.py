@@ -194,7 +194,8 @@ def _kernel_stages(file: str) -> list[tuple[str, ...]]:
     if file == "mask.cuh":
         return [(file_of("masks"), "-m", "simt")]
     if users == "parts":
-        return [(*of_parts[0], "-k", "every_kernel"), *of_parts, (file_of("compile"),)]
+        more = (*files_of("conventions masks"), "-m", "simt")
+        return [(*of_parts[0], "-k", "every_kernel"), *of_parts, more, (file_of("compile"),)]
     plain = "and double" if users == "double" else "and not double and not epilogue_variant"
     first = FIRST.get(file, "test_double_small" if users == "double" else "test_small")
     return [

@@ -364,6 +364,7 @@ def one_of(backend: Backend, view: np.ndarray) -> Any:
     return view if backend.device == "cpu" else backend.array(view)
 
 
+@pytest.mark.long
 def test_explain_names_both_dtypes() -> None:
     x = np.zeros((8, 2, 128, 128), np.uint16)
     text = cn.explain(x, dtype="float32", device="H100", parts=True)

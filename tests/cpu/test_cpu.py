@@ -14,6 +14,7 @@ from helpers.arrays import laid
 from helpers.backends import on_cpu
 from helpers.compare import Bits, assert_same, assert_within, bits
 from helpers.loops import let_threads_pay
+from helpers.pairwise import pairwise
 
 import cupynorm as cn
 
@@ -175,9 +176,10 @@ def test_no_page_before_or_after_the_arrays_is_touched(way: str, rng: np.random.
     assert (ran.returncode, ran.stdout.splitlines()[-1:]) == (0, ["untouched"]), ran.stdout + ran.stderr
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("data", ["offset", "steps", "half", "outlier"])
-@pytest.mark.parametrize("size", [5, 16, 100, 512, 513, 5000, 70001])
+@pairwise(
+    dtype=[np.float32, np.float64], data=["offset", "steps", "half", "outlier"],
+    size=[5, 16, 100, 512, 513, 5000, 70001],
+)  # fmt: skip
 def test_nearly_constant_planes_keep_their_digits(
     way: str, rng: np.random.Generator, data: str, size: int, dtype: type[np.floating]
 ):

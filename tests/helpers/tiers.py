@@ -23,7 +23,7 @@ NOT_QUICK = ("simt", "compiled", "gpu", "nvrtc", "fakegpu", "chainer", "long")
 
 
 #: Of more than FEW cases of a test on the emulator the default tier runs about one in EVERY, and the full tier all.
-FEW, EVERY = 10, 3
+FEW, EVERY = 8, 4
 
 
 def ranks(items: Iterable[Any]) -> dict[Any, int]:

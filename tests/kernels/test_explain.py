@@ -15,6 +15,7 @@ from cupynorm.cuda.describe import plan_for
 from cupynorm.cuda.device import DEVICES
 
 
+@pytest.mark.long
 def test_explain() -> None:
     x = np.zeros((20, 100, 35, 45), np.float32)
     text = cn.explain(x, device="H100")

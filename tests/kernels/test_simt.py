@@ -245,15 +245,15 @@ def _masked(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fu
 
 
 def cases_of_orders() -> list[Any]:
-    """Return (function, regime, training, fused). The full tier has the fused cases, most cases of tracked eval, every
-    second channels-last case, and masks where several blocks share a plane."""
+    """Return (function, regime, training, fused). The full tier has the fused and the channels-last cases, most cases of
+    tracked eval, and masks where several blocks share a plane."""
     found = []
     for run, table in ((_single, REGIMES), (_double, DOUBLE_REGIMES)):
         for number, regime in enumerate(table):
             for training, fused in ((True, False), (False, False), (True, True), (False, True)):
                 if fused and (run is _double or number % 2 == 0):
                     continue
-                side_by_side = regime[2] == "channels_last" and number % 2
+                side_by_side = regime[2] == "channels_last"
                 marks = pytest.mark.full if fused or side_by_side or (not training and number % 8) else ()
                 name = f"{run.__name__[1:]}-{label(regime)}-{'training' if training else 'eval'}{'-fused' * fused}"
                 found.append(pytest.param(run, regime, training, fused, marks=marks, id=name))
@@ -306,7 +306,9 @@ def test_same_bits_in_every_order_where_m2_is_summed_again(
             assert_same(other, first)
 
 
-@pytest.mark.parametrize("size", [6142, 6143, 6144, 8190, 8192, 16_384])
+@pytest.mark.parametrize(
+    "size", [6143, 8192, *(pytest.param(size, marks=pytest.mark.full) for size in (6142, 6144, 8190, 16_384))]
+)
 @pytest.mark.parametrize("device", ["split", "grid"])
 def test_empty_last_tile_of_unaligned_planes(
     run_on: Callable[..., Emulator], rng: np.random.Generator, device: str, size: int

@@ -108,7 +108,7 @@ def test_exempt_names_exist() -> None:
     assert not (mutants.AHEAD | mutants.SPEED) - words
 
 
-@pytest.mark.long
+@pytest.mark.full
 @pytest.mark.parametrize("part", PARTS)
 def test_every_mutant_has_stages(part: str) -> None:
     for file in PARTS[part]:

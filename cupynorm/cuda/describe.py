@@ -151,6 +151,8 @@ def _bits(planned: Callable[[int, bool], tuple[Plan, int]], n: int, device: Devi
         last = more[-1] if more else first
         if same:
             alike.append(f"{first} or more" if last == most else f"{first} to {last}" if more else str(first))
+        if len(alike) > 3:  # more are not shown
+            break
     if alike != ["1 or more"]:
         several = [*alike[:3], "..."] if len(alike) > 3 else alike
         reasons.append(f"N (the same for N = {', '.join(several)})")

@@ -13,11 +13,13 @@ import pytest
 from helpers import reference
 from helpers.cases import BLOCKS, GRID
 from helpers.recorder import Recorder
+from helpers.regimes import REGIMES
 
 import cupynorm as cn
 from cupynorm.cuda import arguments, launch, launches
 from cupynorm.cuda.device import DEVICES
 from cupynorm.cuda.ops import SHARED
+from cupynorm.cuda.source import masked_modules
 from cupynorm.cuda.variants import KERNELS, SINGLE
 
 #: A device, and the positions of planes that a single scope serves, that a grid's blocks share, or that are split:
@@ -274,3 +276,19 @@ def test_launches_match_the_plan(
         assert runtime.steps[: len(steps)] == steps, plan
         del runtime.steps[: len(steps)]
     assert not runtime.steps
+
+
+def test_calls_with_a_mask_launch_the_listed_modules(run_on: Callable[..., Any]) -> None:
+    """And some module of each file in the list."""
+    runtime = run_on(Recorder(BLOCKS))
+    for _, shape, layout, device in REGIMES:
+        runtime._device = device
+        x, mask, ones = laid(shape, layout), np.ones(shape[2:], bool), np.ones(shape[1], np.float32)
+        running = {"running_mean": ones, "running_var": ones, "use_input_stats": False}
+        for options in ({}, {"moments": cn.moments(x, mask=mask)}, running):
+            _, saved = cn.instance_norm_forward(x, mask=mask, **options)
+            cn.instance_norm_backward(x, saved, sums=cn.gradient_sums(x, saved) if "moments" in options else None)
+    launched = {module for module, _ in runtime.launched() if module.masked}
+    listed = set(masked_modules("float32"))
+    assert launched <= listed
+    assert {module.file for module in launched} == {module.file for module in listed}

@@ -82,7 +82,7 @@ TESTS = {
     "parameters": "layers refusals devices",
     "scores": "scores devices",
     "statistics": "parts",
-    "source": "plan package",
+    "source": "plan launch package",
     "thinc": "thinc",
     "thread_pool": "threads cpu together info memory",
     "warm": "warmup_launches warmup explain",

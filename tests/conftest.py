@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Deselect tests of higher tiers than the one being run and of missing backends; mark the quick tier, and tests
     above the default one."""
     asked = tiers.TIERS.index(tiers.asked)
-    ranks = tiers.ranks(items)
+    ranks, more = tiers.ranks(items), tiers.beyond(items, "numpy")
     kept, left_out = [], []
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
@@ -79,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left_out if lacks or "absent" in names or ranks[item] > asked else kept).append(item)
         if ranks[item]:
             item.add_marker(pytest.mark.above)
-        elif not names.intersection(tiers.NOT_QUICK):
+        elif not names.intersection(tiers.NOT_QUICK) and item not in more:
             item.add_marker(pytest.mark.quick)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)

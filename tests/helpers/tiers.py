@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -22,28 +23,31 @@ asked = "default"
 NOT_QUICK = ("simt", "compiled", "gpu", "nvrtc", "fakegpu", "chainer", "long")
 
 
-#: Of more than FEW cases of a test on the emulator the default tier runs about one in EVERY, and the full tier all.
+#: Of more than FEW cases of a test `beyond` leaves out all but about one in EVERY.
 FEW, EVERY = 8, 4
+
+
+def beyond(items: Iterable[Any], backend: str) -> set[Any]:
+    """Return the cases that a lower tier leaves out on a backend, of tests that are not marked `whole`: on the emulator
+    the default tier, on NumPy the quick one. A hash of its name chooses a case: an axis of a product then keeps all its
+    values, and a case stays when others are added."""
+    cases = defaultdict(list)
+    for item in items:
+        if parameters(item).get("backend") == backend and not item.get_closest_marker("whole"):
+            cases[item.function].append(item)
+    many = chain.from_iterable(each for each in cases.values() if len(each) > FEW)
+    return {item for item in many if zlib.crc32(item.nodeid.encode()) % EVERY}
+
+
+def parameters(item: Any) -> dict[str, Any]:
+    """Return a test's parameters."""
+    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def ranks(items: Iterable[Any]) -> dict[Any, int]:
     """Return the index in TIERS of each collected test."""
-    found, emulated = {}, defaultdict(list)
-    for item in items:
-        given = item.callspec.params if hasattr(item, "callspec") else {}
-        found[item] = rank(item.iter_markers(), given)
-        if found[item] == 0 and given.get("backend") == "simt" and not item.get_closest_marker("whole"):
-            emulated[item.function].append(item)
-    for cases in emulated.values():
-        for item in cases:
-            found[item] = int(len(cases) > FEW and not kept(item.nodeid))
-    return found
-
-
-def kept(case: str) -> bool:
-    """Choose by a hash of the name: an axis of a product then keeps all its values, and a case stays when others are
-    added."""
-    return zlib.crc32(case.encode()) % EVERY == 0
+    found = {item: rank(item.iter_markers(), parameters(item)) for item in items}
+    return found | dict.fromkeys(beyond((item for item in found if not found[item]), "simt"), 1)
 
 
 def rank(marks: Iterable[pytest.Mark], given: dict[str, Any]) -> int:

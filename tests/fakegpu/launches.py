@@ -6,6 +6,7 @@ The device calls `_run` for every launch that passed its checks. An unknown kern
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import traceback
 from functools import cache
@@ -33,6 +34,15 @@ def install() -> None:
 
     compiler._compile_module_with_cache = load_and_note
     control.library.fakegpu_hook(_run)
+    if os.environ.get("FAKEGPU_PTX"):
+        compile_ = compiler._NVRTCProgram.compile
+
+        def compile_to_ptx(program: Any, options: Any = (), log_stream: Any = None) -> Any:
+            program.method = "ptx"
+            virtual = [option.replace("=sm_", "=compute_") for option in options]
+            return compile_(program, (*virtual, "--Ofast-compile=max"), log_stream)
+
+        compiler._NVRTCProgram.compile = compile_to_ptx
 
 
 @control.HOOK

@@ -26,7 +26,7 @@ def environment(built: Path) -> dict[str, str]:
     }
     joined = {name: os.pathsep.join([*paths, os.environ.get(name, "")]).strip(":") for name, paths in first.items()}
     return {
-        "CUPY_CACHE_DIR": str(build.CACHE / "cupy"),
+        "CUPY_CACHE_DIR": str(build.CACHE / ("ptx" if os.environ.get("FAKEGPU_PTX") else "cupy")),
         **os.environ,
         **joined,
         "FAKEGPU_BUILT": str(built),

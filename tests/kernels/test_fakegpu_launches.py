@@ -6,9 +6,11 @@ python tests/fakegpu/run.py python -m pytest -m fakegpu tests/kernels/test_fakeg
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from fakegpu import control, stand_ins
 from helpers import reference
 from helpers.compare import assert_allclose, assert_equal
 from helpers.fake_gpu import code_of, on_fake_gpu
+from helpers.processes import said
 
 import cupynorm as cn
 
@@ -55,6 +58,48 @@ def _function(name: str, shared: int = 48 << 10, non_portable: bool = False) -> 
     driver.funcSetAttribute(function, 8, shared)
     driver.funcSetAttribute(function, 14, int(non_portable))
     return function
+
+
+FACTS = """
+import ctypes
+import json
+import cupy
+from cupy_backends.cuda.api import driver
+from cupynorm.cuda.source import OPTIONS, Module
+from fakegpu import control
+
+CLUSTER = ("backward", "float32", 4, "channels_first", "cluster_registers")
+modules = [Module("channels", "float32", 1, "channels_first"), Module(*CLUSTER)]
+modules += [Module("forward", "float16", 1, "channels_first", "subwarp", 1)]
+found, offset = {}, ctypes.c_int()
+for text in (BARE, *(module.source for module in modules)):
+    module = cupy.RawModule(code=text, options=OPTIONS)
+    for name in control.kernels_of(module.module.ptr):
+        kernel = module.get_function(name).kernel.ptr
+        found[name] = facts = {what: driver.funcGetAttribute(number, kernel) for what, number in ATTRIBUTES.items()}
+        facts["parameters"] = parameters = []
+        while size := control.library.fakegpu_parameter(kernel, len(parameters), ctypes.byref(offset)):
+            parameters.append([size, offset.value])
+print(json.dumps(found))
+"""
+ATTRIBUTES = {"threads": 0, "static shared memory": 1, "registers": 4, "cluster": 11}
+
+
+def test_ptx_has_the_facts_of_cubins(tmp_path: Path) -> None:
+    """A kernel in PTX has as many registers as its launch bounds allow, and the static shared memory of its module."""
+    code = f"BARE, ATTRIBUTES = {BARE!r}, {ATTRIBUTES}\n{FACTS}"
+    cubin, ptx = (
+        json.loads(said(code, FAKEGPU_PTX=given, CUPY_CACHE_DIR=str(tmp_path / f"cache{given}"))) for given in ("", "1")
+    )
+    assert len(cubin) > 10
+    assert {facts["cluster"] for facts in cubin.values()} == {0, 4, 8, 16}
+    assert 4096 in {facts["static shared memory"] for facts in cubin.values()}
+    for kernels in (cubin, ptx):
+        kernels.pop("hungry")  # its registers limit its threads, since it has no launch bounds
+    for name, facts in cubin.items():
+        for what in ("registers", "static shared memory"):
+            assert 0 <= facts.pop(what) <= ptx[name].pop(what) <= 4096
+    assert ptx == cubin
 
 
 def _launch(

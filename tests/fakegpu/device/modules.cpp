@@ -1,5 +1,5 @@
-// Modules: the kernels of a cubin, and the properties of each in its ELF sections: registers, launch bounds, shared
-// memory, parameters, cluster.
+// Modules: the kernels of a cubin or of a PTX text, and the properties of each: registers, launch bounds, shared memory,
+// parameters, cluster. A cubin has them in its ELF sections.
 
 #include "device.h"
 
@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <sstream>
 
 namespace fake {
 
@@ -39,7 +40,75 @@ static void read_kernel(Kernel& k, const unsigned char* from, const unsigned cha
     });
 }
 
+static Kernel& add_kernel(Module* module, const std::string& name) {
+    auto& k = module->kernels[name] = std::make_unique<Kernel>();
+    k->name = name;
+    k->module = module;
+    k->device = current_device();
+    k->most_threads = MAX_THREADS;
+    return *k;
+}
+
+// Read the numbers that follow a directive: "256, 1, 1". Without it they stay as they are.
+static void read_numbers(const std::string& text, const char* directive, std::vector<int>& numbers) {
+    const size_t at = text.find(directive);
+    if (at == std::string::npos) return;
+    std::istringstream rest(text.substr(at + strlen(directive)));
+    char comma;
+    for (int& number : numbers) if (!(rest >> number >> comma)) break;
+}
+
+// Return the size of a variable such as ".align 8 .b8 name[280]" or ".u64 name", and where it begins after `offset`.
+static Parameter read_variable(const std::string& text, int offset) {
+    std::vector<int> alignment = {1}, elements = {0};
+    read_numbers(text, ".align ", alignment);
+    read_numbers(text, "[", elements);
+    size_t type = text.find('.');  // a letter and the number of bits
+    while (!isdigit(text[type + 2])) type = text.find('.', type + 1);
+    const int width = atoi(text.c_str() + type + 2) / 8;
+    if (elements[0] == 0) alignment[0] = width, elements[0] = 1;
+    return {(offset + alignment[0] - 1) / alignment[0] * alignment[0], width * elements[0]};
+}
+
+// A driver compiles PTX to machine code. Here a kernel has as many registers as its launch bounds allow, and the static
+// shared memory of its whole module.
+static int load_ptx(Module* module, const std::string& text) {
+    std::vector<int> capability = {0};
+    read_numbers(text, ".target sm_", capability);
+    const int own = model().major * 10 + model().minor;
+    if (capability[0] > own) return refuse(209, "PTX for sm_%d on sm_%d", capability[0], own);
+    int static_shared = 0;
+    for (size_t at = 0; (at = text.find(".shared .align", at)) != std::string::npos; at++) {
+        const bool external = text.compare(at - std::min<size_t>(at, 8), 8, ".extern ") == 0;
+        const size_t from = at + strlen(".shared ");
+        if (external) continue;
+        const Parameter variable = read_variable(text.substr(from, text.find(';', from) - from), static_shared);
+        static_shared = variable.offset + variable.size;
+    }
+    for (size_t at = 0; (at = text.find(".entry ", at)) != std::string::npos; at++) {
+        const size_t open = text.find('(', at), close = text.find(')', open), body = text.find('{', close);
+        Kernel& k = add_kernel(module, text.substr(at + 7, open - at - 7));
+        for (size_t from = open; (from = text.find(".param ", from)) < close; from++) {
+            const std::string variable = text.substr(from + 7, std::min(text.find(',', from), close) - from - 7);
+            k.parameters.push_back(read_variable(variable, k.parameter_bytes));
+            k.parameter_bytes = k.parameters.back().offset + k.parameters.back().size;
+        }
+        const std::string bounds = text.substr(close, body - close);
+        std::vector<int> threads = {MAX_THREADS, 1, 1}, blocks = {1}, cluster = {0, 0, 0};
+        read_numbers(bounds, ".maxntid ", threads);
+        read_numbers(bounds, ".minnctapersm ", blocks);
+        read_numbers(bounds, ".reqnctapercluster ", cluster);
+        k.most_threads = threads[0] * threads[1] * threads[2];
+        std::copy(cluster.begin(), cluster.end(), k.cluster);
+        k.registers = std::min(255, REGISTERS / (k.most_threads * blocks[0]) / 8 * 8);
+        k.static_shared = static_shared;
+    }
+    return 0;
+}
+
 static int load(Module* module, const unsigned char* image) {
+    const std::string text((const char*)image, strnlen((const char*)image, 1000));
+    if (text.find(".version ") != std::string::npos) return load_ptx(module, (const char*)image);
     const Elf64_Ehdr& header = *(const Elf64_Ehdr*)image;
     if (memcmp(image, ELFMAG, SELFMAG) != 0 || header.e_machine != 190) return refuse(200, "it is not a cubin");
     const int capability = header.e_flags >> 8 & 0xff, own = model().major * 10 + model().minor;
@@ -58,13 +127,7 @@ static int load(Module* module, const unsigned char* image) {
         auto found = module->kernels.find(n);
         return found == module->kernels.end() ? nullptr : found->second.get();
     };
-    each(".text.", [&](const Elf64_Shdr&, const std::string& n) {
-        auto& k = module->kernels[n] = std::make_unique<Kernel>();
-        k->name = n;
-        k->module = module;
-        k->device = current_device();
-        k->most_threads = MAX_THREADS;
-    });
+    each(".text.", [&](const Elf64_Shdr&, const std::string& n) { add_kernel(module, n); });
     each(".nv.info.", [&](const Elf64_Shdr& s, const std::string& n) {
         const unsigned char* from = image + s.sh_offset;
         if (Kernel* k = kernel(n)) read_kernel(*k, from, from + s.sh_size);

@@ -205,6 +205,9 @@ def test_explain_names_n(rng: np.random.Generator) -> None:
     assert told((4, 3, 27, 27)).startswith(f"depend on {where} and on N (the same for N = 1 to 43)")
     assert told((50, 3, 27, 27)).startswith(f"depend on {where} and on N (the same for N = 44 to 87)")
     assert told((88, 3, 27, 27)).startswith(f"depend on {where} and on N (the same for N = 88 or more)")
+    # Grids of blocks with registers: at most three runs of N are named.
+    assert told((2, 3, 700, 700)).startswith("depend on N (the same for N = 2, 4, 6) ")
+    assert told((2, 4, 700, 700)).startswith("depend on N (the same for N = 2, 4, 6, ...) ")
     for n in (2,) if tiers.asked == "default" else (1, 2, 40, 88, 1000):
         shape = (n, int(rng.integers(1, 4)), 2 * int(rng.integers(500, 500_000)))
         text = told(shape)

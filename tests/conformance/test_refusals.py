@@ -476,3 +476,7 @@ def test_addresses_of_gpu_arrays_meet_as_those_of_numpy_arrays_do(rng: np.random
         assert _checks._bounds_meet(on_a_gpu(a), on_a_gpu(b)) == meet, (a.__array_interface__, b.__array_interface__)
         found.add(meet)
     assert found == {True, False}
+    for second in (5, 6, 7):  # the two share an element, or lie side by side, or apart
+        a, b = memory[:6], memory[second : second + 4]
+        for one, other in ((a, b), (b, a)):
+            assert _checks._bounds_meet(on_a_gpu(one), on_a_gpu(other)) == (second == 5)

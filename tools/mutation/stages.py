@@ -171,6 +171,8 @@ def stages(mutant: Mutant) -> list[tuple[str, ...]]:
         return [*own[:1], *emulated, *own[1:]]
     if name == "config":
         own.append(compiled("code_cache", "folder_of_the_cache"))
+    if name == "forks":
+        own.append(compiled("forks"))
     if name == "warm":
         own.append(compiled("compile_command"))
     return [*own, chosen("cases", "numpy and float32"), QUICK]

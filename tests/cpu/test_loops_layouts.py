@@ -78,7 +78,9 @@ def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: p
 
 def test_strides_of_fractional_elements_are_unusable():
     even, odd = (96, 32, 8, 4), (98, 32, 8, 4)
-    for strides, usable in ((Arrays(even, even), True), (Arrays(even, odd), False), (Arrays(even, even, odd), False)):
+    table = [(Arrays(even, even), True), (Arrays(even, odd), False), (Arrays(even, even, odd), False)]
+    table.append((Arrays(even, even, mask=(24, 8, 2, 1)), True))  # its elements are bytes
+    for strides, usable in table:
         assert loops_path.Layout(np.dtype(np.float32), (2, 3, 4, 2), strides).usable == usable
 
 

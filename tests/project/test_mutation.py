@@ -206,6 +206,7 @@ def test_names_outlast_changes_elsewhere(file: str, text: str, line: str, change
 
 
 @pytest.mark.long
+@pytest.mark.full
 def test_names_are_unique() -> None:
     for part, files in PARTS.items():
         known = Counter(m.name for file in files for m in today(file))

@@ -77,9 +77,14 @@ def kernels_of(module: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def arguments_of(launch: Launch) -> list[bytes]:
-    """Return the bytes of each argument, with the sizes and offsets of the cubin's parameters."""
+def parameters_of(kernel: int) -> list[tuple[int, int]]:
+    """Return the size and the offset of each of a kernel's parameters."""
     offset, found = ctypes.c_int(), []
-    while size := library.fakegpu_parameter(launch.kernel, len(found), ctypes.byref(offset)):
-        found.append(ctypes.string_at(launch.parameters + offset.value, size))
+    while size := library.fakegpu_parameter(kernel, len(found), ctypes.byref(offset)):
+        found.append((size, offset.value))
     return found
+
+
+def arguments_of(launch: Launch) -> list[bytes]:
+    """Return the bytes of each argument of a launch."""
+    return [ctypes.string_at(launch.parameters + offset, size) for size, offset in parameters_of(launch.kernel)]

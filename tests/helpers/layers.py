@@ -42,6 +42,7 @@ def contents(*things: Any) -> dict[str, Any]:
     found = {}
     for number, thing in enumerate(things):
         arrays = held(thing) if isinstance(thing, tuple(LAYERS.values())) else {str(number): thing}
+        assert found.keys().isdisjoint(arrays), "of several layers the names would be the same"
         found |= {name: (id(array), Bits(array)) for name, array in arrays.items()}
     return found
 

@@ -61,7 +61,6 @@ def _function(name: str, shared: int = 48 << 10, non_portable: bool = False) -> 
 
 
 FACTS = """
-import ctypes
 import json
 import cupy
 from cupy_backends.cuda.api import driver
@@ -71,15 +70,13 @@ from fakegpu import control
 CLUSTER = ("backward", "float32", 4, "channels_first", "cluster_registers")
 modules = [Module("channels", "float32", 1, "channels_first"), Module(*CLUSTER)]
 modules += [Module("forward", "float16", 1, "channels_first", "subwarp", 1)]
-found, offset = {}, ctypes.c_int()
+found = {}
 for text in (BARE, *(module.source for module in modules)):
     module = cupy.RawModule(code=text, options=OPTIONS)
     for name in control.kernels_of(module.module.ptr):
         kernel = module.get_function(name).kernel.ptr
         found[name] = facts = {what: driver.funcGetAttribute(number, kernel) for what, number in ATTRIBUTES.items()}
-        facts["parameters"] = parameters = []
-        while size := control.library.fakegpu_parameter(kernel, len(parameters), ctypes.byref(offset)):
-            parameters.append([size, offset.value])
+        facts["parameters"] = control.parameters_of(kernel)
 print(json.dumps(found))
 """
 ATTRIBUTES = {"threads": 0, "static shared memory": 1, "registers": 4, "cluster": 11}

@@ -205,7 +205,6 @@ def test_names_outlast_changes_elsewhere(file: str, text: str, line: str, change
         assert names_of_line(text) == before
 
 
-@pytest.mark.long
 @pytest.mark.full
 def test_names_are_unique() -> None:
     for part, files in PARTS.items():

@@ -38,7 +38,12 @@ def kind_of(array: Array, name: str) -> str:
 
 def place_of(array: Array, name: str) -> str:
     """Return 'cpu' or 'cuda:<number>'."""
-    return "cpu" if kind_of(array, name) == "numpy" else f"cuda:{array.device.id}"
+    return "cpu" if kind_of(array, name) == "numpy" else _cuda(array.device.id)
+
+
+@lru_cache(maxsize=64)
+def _cuda(number: int) -> str:
+    return f"cuda:{number}"
 
 
 def device_of(array: Array) -> AbstractContextManager[Any] | None:
@@ -262,17 +267,22 @@ def _as_host(array: Array) -> np.ndarray:
     return np.asarray(Memory())
 
 
+@lru_cache(maxsize=4096)
+def _reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Return the distances in bytes from an array's address to its first byte and to its end."""
+    reach = [stride * (size - 1) for stride, size in zip(strides, shape, strict=True)]
+    if 0 in shape:
+        return 0, 0
+    return sum(step for step in reach if step < 0), sum(step for step in reach if step > 0) + itemsize
+
+
 def _bounds_meet(a: Array, b: Array) -> bool:
     """Return numpy.may_share_memory for CuPy arrays. CuPy's own misses arrays that import the same memory twice."""
-    ends = []
-    for array in (a, b):
-        if array.size == 0:
-            return False
-        reach = [stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True)]
-        start = array.data.ptr
-        ends.append((start + sum(step for step in reach if step < 0), start + sum(step for step in reach if step > 0)))
-    (low, high), (other_low, other_high) = ends
-    return low < other_high + b.itemsize and other_low < high + a.itemsize
+    low, high = _reach(a.shape, a.strides, a.itemsize)
+    other_low, other_high = _reach(b.shape, b.strides, b.itemsize)
+    start, other = a.data.ptr, b.data.ptr
+    empty = low == high or other_low == other_high
+    return not empty and start + low < other + other_high and other + other_low < start + high
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -388,7 +398,7 @@ def check_saved(saved: Any) -> None:
     """Check that saved comes from a forward of floats, and that its arrays have not been overwritten."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what instance_norm_forward returned, got {type(saved).__qualname__}")
-    if saved.x.dtype.name in INTEGERS:
+    if saved.x.dtype.kind in "iu":
         raise TypeError(
             f"the forward's input has dtype {saved.x.dtype}: integers have no gradient. Convert the input to the "
             "result's dtype before the forward, or leave out the backward"

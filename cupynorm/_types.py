@@ -52,9 +52,11 @@ class Saved:
         weight: (C,) or (N, C), or None.
         bias: (C,) or (N, C), or None.
         mask: bool, of x's shape, or None.
-        mean: (N, C), float32; float64 for float64 input or results.
-        rstd: as mean; the reciprocal standard deviation, 1 / sqrt(var + eps), or its counterpart for eps_mode and ddof.
-        mean_lo: as mean; the low-order part of the mean, lost in its rounding. None with running statistics.
+        statistics: (3, N, C), C-contiguous, float32; float64 for float64 input or results: mean, rstd and mean_lo. With
+            running statistics (2, N, C): mean and rstd.
+        mean: (N, C), as are rstd and mean_lo: views of statistics.
+        rstd: the reciprocal standard deviation, 1 / sqrt(var + eps), or its counterpart for eps_mode and ddof.
+        mean_lo: the low-order part of the mean, lost in its rounding. None with running statistics.
         training: True if mean and rstd are x's own or come from given moments, False if they are running statistics.
         residual: with an activation the array itself, for z; else None.
         with_residual: True if there was a residual.
@@ -71,12 +73,10 @@ class Saved:
     """
 
     x: Array
-    mean: Array
-    rstd: Array
+    statistics: Array
     weight: Array | None
     bias: Array | None
     training: bool
-    mean_lo: Array | None = None
     activation: str | None = None
     negative_slope: float = 0.01
     residual: Array | None = None
@@ -88,6 +88,18 @@ class Saved:
     ddof: float = 0.0
     dtype: np.dtype | None = None
     mask: Array | None = None  # of x's shape, by strides of 0 where it is broadcast
+
+    @property
+    def mean(self) -> Array:
+        return self.statistics[0]
+
+    @property
+    def rstd(self) -> Array:
+        return self.statistics[1]
+
+    @property
+    def mean_lo(self) -> Array | None:
+        return self.statistics[2] if len(self.statistics) == 3 else None
 
     @property
     def mixed(self) -> bool:
@@ -136,6 +148,27 @@ class ForwardCall:
     dtype: Any = None  # of the result; None: x's
     mask: Array | None = None
     lengths: Any = None
+    trace: Any = None  # of the backend, which it may keep for later calls on arrays with the same facts
+
+    @property
+    def arrays(self) -> tuple[Array | None, ...]:
+        """The arrays of the call; a backend's trace of it has them in this order."""
+        moments = self.moments
+        return (
+            self.x, self.residual, self.out, self.mask, self.weight, self.bias, self.running_mean, self.running_var,
+            *(() if moments is None else (moments.count, moments.mean, moments.m2)),
+        )  # fmt: skip
+
+    @property
+    def options(self) -> tuple[Any, ...] | None:
+        """All of the call but its arrays; None if some of it is still to be converted (True equals 1.0, say)."""
+        momentum, eps, slope, ddof = self.momentum, self.eps, self.negative_slope, self.ddof
+        floats = type(momentum) is type(eps) is type(slope) is type(ddof) is float
+        if not floats or type(self.use_input_stats) is not bool:
+            return None
+        return (
+            self.save, self.use_input_stats, self.activation, self.eps_mode, self.dtype, momentum, eps, slope, ddof,
+        )  # fmt: skip
 
     @property
     def result_dtype(self) -> np.dtype:
@@ -146,10 +179,10 @@ class ForwardCall:
         """Whether the forward updates the running statistics."""
         return self.use_input_stats and self.running_mean is not None and self.momentum != 0
 
-    def saved(self, mean: Array, rstd: Array, mean_lo: Array | None) -> Saved:
+    def saved(self, statistics: Array) -> Saved:
         """Return the state for the backward, with these statistics."""
         return Saved(  # by position, which takes half a microsecond less
-            self.x, mean, rstd, self.weight, self.bias, self.use_input_stats, mean_lo, self.activation,
+            self.x, statistics, self.weight, self.bias, self.use_input_stats, self.activation,
             self.negative_slope, self.residual, self.residual is not None, False, self.eps,
             None if self.moments is None else self.moments.count, self.eps_mode, self.ddof,
             self.dtype, self.mask,
@@ -190,7 +223,9 @@ def commit(*writes: partial[Any]) -> None:
 
     Python raises KeyboardInterrupt only between steps of Python code, and there are none between the writes.
     """
-    if writes:
+    if len(writes) == 1:
+        writes[0]()
+    elif writes:
         deque(map(partial.__call__, writes), maxlen=0)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,9 +30,17 @@ class Backend(Protocol):
     """
 
     @abstractmethod
+    def facts(self, arrays: Sequence[Array | None]) -> tuple[Any, ...] | None:
+        """Return what the checks of arrays depend on, but for their addresses; None if they are to be checked in every
+        call, or if something is not an array of this backend."""
+
+    @abstractmethod
     def forward(self, call: ForwardCall) -> ForwardResult:
         """Normalise call.x with its own statistics, add the residual and apply the activation, in one pass if the
-        planes fit on chip."""
+        planes fit on chip.
+
+        call.trace is None, or what a call with the same options, on arrays with the same facts, had there afterwards.
+        """
 
     @abstractmethod
     def backward(self, dy: Array, saved: Saved, *, out: Array | None) -> Gradients:

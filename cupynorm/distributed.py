@@ -18,7 +18,7 @@ from . import devices
 from ._checks import check_count, device_of, known_place
 from ._types import Array, ForwardCall, ForwardResult, Gradients, Saved
 from .backend import backend_of
-from .functional import check_backward, check_forward, gradient_sums, run_backward, run_forward
+from .functional import check_backward, check_forward, forward, gradient_sums, run_backward, run_forward
 from .statistics import GradientSums, Numbers
 
 
@@ -74,12 +74,14 @@ class Exchange:
 
     def forward(self, call: ForwardCall, place: str | None = None) -> ForwardResult:
         """Check and run a forward, with an exchange on this rank's part of each plane."""
-        place = check_forward(call, place, part=self.comm is not None)
-        if self.comm is not None:
-            if call.moments is not None:
-                raise ValueError("over a comm moments are merged; needed are moments=None")
-            call.moments = self.merged(backend_of(place).moments(call.x, call.mask, call.result_dtype))
-        return run_forward(call, place)
+        if self.comm is None:
+            return forward(call, place)
+        place = check_forward(call, place, part=True)
+        if call.moments is not None:
+            raise ValueError("over a comm moments are merged; needed are moments=None")
+        backend = backend_of(place)
+        call.moments = self.merged(backend.moments(call.x, call.mask, call.result_dtype))
+        return run_forward(call, backend)
 
     def backward(self, dy: Array, saved: Saved, out: Array | None, sums: GradientSums | None = None) -> Gradients:
         """Check and run a backward. With an exchange dweight and dbias are of this rank's part."""

@@ -120,12 +120,10 @@ def instance_norm(
         array([[[0., 1., 0., 0.],
                 [0., 1., 0., 0.]]], dtype=float32)
     """
-    result = _forward(
+    result = forward(
         ForwardCall(
-            x=input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
-            use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            negative_slope=negative_slope, residual=residual, out=out, save=False, moments=moments,
-            mask=mask, lengths=lengths, dtype=dtype, ddof=ddof, eps_mode=eps_mode,
+            input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, activation, negative_slope,
+            residual, out, False, moments, eps_mode, ddof, dtype, mask, lengths,
         )
     )  # fmt: skip
     result.commit()
@@ -163,12 +161,10 @@ def instance_norm_forward(
     Returns:
         (y, saved)
     """
-    result = _forward(
+    result = forward(
         ForwardCall(
-            x=x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var,
-            use_input_stats=use_input_stats, momentum=momentum, eps=eps, activation=activation,
-            negative_slope=negative_slope, residual=residual, out=out, moments=moments, mask=mask, lengths=lengths,
-            dtype=dtype, ddof=ddof, eps_mode=eps_mode,
+            x, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, activation, negative_slope,
+            residual, out, True, moments, eps_mode, ddof, dtype, mask, lengths,
         )
     )  # fmt: skip
     assert result.saved is not None
@@ -176,8 +172,45 @@ def instance_norm_forward(
     return result.y, result.saved
 
 
-def _forward(call: ForwardCall) -> ForwardResult:
-    return run_forward(call, check_forward(call))
+#: Of calls that have passed their checks, by what the checks depend on: the backend's traces. At most MOST_KNOWN.
+_known: dict[Any, Any] = {}
+MOST_KNOWN = 4096
+
+
+def forward(call: ForwardCall, place: str | None = None) -> ForwardResult:
+    """Check and run a forward; the caller commits the result. place: of call.x, if it is known already.
+
+    A backend's trace of a call that has passed its checks stands for these in later calls on arrays with the same
+    facts: only what depends on addresses is checked again.
+    """
+    place = place or place_of(call.x, "input")
+    if call.dtype is not None:
+        call.dtype = result_dtype_of(call.dtype)
+    backend = backend_of(place)
+    key = _key(call, backend)
+    try:
+        trace = call.trace = None if key is None else _known.get(key)
+    except TypeError:  # not hashable, so some option is wrong
+        trace = key = None
+    if trace is None:
+        check_forward(call, place)
+    elif call.out is not None or call.updates:
+        _check_memory(call, place)
+    result = run_forward(call, backend)
+    if call.trace is not trace and key is not None:
+        if len(_known) >= MOST_KNOWN:
+            _known.clear()
+        _known[key] = call.trace
+    return result
+
+
+def _key(call: ForwardCall, backend: Backend) -> Any:
+    """Return what the checks of a call depend on, or None if they are always necessary."""
+    if call.mask is not None or call.lengths is not None or not isinstance(call.moments, (type(None), Moments)):
+        return None
+    options = call.options
+    facts = None if options is None else backend.facts(call.arrays)
+    return None if facts is None else (facts, options)
 
 
 def check_forward(call: ForwardCall, place: str | None = None, part: bool = False) -> str:
@@ -185,24 +218,32 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
 
     place: of call.x, if it is known already. part: moments are still to come, since x has only a part of each plane.
     """
-    x, running_mean, running_var = call.x, call.running_mean, call.running_var
     if call.dtype is not None:
         call.dtype = result_dtype_of(call.dtype)
-    dtype, place = call.dtype, check_input(x, place=place, integers=call.dtype is not None)
+    place = place or place_of(call.x, "input")
     call.momentum, call.eps = check_number(call.momentum, "momentum"), check_eps(call.eps)
     call.negative_slope = check_number(call.negative_slope, "negative_slope")
     check_activation(call.activation)
     call.ddof = check_number(call.ddof, "ddof")
     check_eps_mode(call.eps_mode)
     call.use_input_stats = bool(call.use_input_stats)
+    _check_arrays(call, place, part)
+    if call.updates or call.out is not None:
+        _check_memory(call, place)
+    return place
+
+
+def _check_arrays(call: ForwardCall, place: str, part: bool) -> None:
+    """Check a call's arrays, but for their addresses."""
+    x, running_mean, running_var, dtype = call.x, call.running_mean, call.running_var, call.dtype
+    check_input(x, place=place, integers=dtype is not None)
     if (running_mean is None) != (running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"running_mean and running_var go together, but {missing} is None")
     if not call.use_input_stats and running_mean is None:
         raise ValueError("use_input_stats=False needs running_mean and running_var")
-    statistics = ("running_mean", running_mean), ("running_var", running_var)
     if running_mean is not None:
-        for name, array in statistics:
+        for name, array in (("running_mean", running_mean), ("running_var", running_var)):
             check_per_channel(array, name, x, place, written=call.updates, dtype=dtype)
     if call.weight is not None:
         check_per_channel(call.weight, "weight", x, place, per_sample=True, dtype=dtype)
@@ -222,16 +263,19 @@ def check_forward(call: ForwardCall, place: str | None = None, part: bool = Fals
             raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
         if call.mask is None:
             check_ddof(call.ddof, positions)
-    if call.updates or call.out is not None:
-        inputs = [("input", x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)]
-        inputs += [("mask", call.mask)]
-        if call.moments is not None:
-            inputs += _arrays_of(call.moments, "moments")
-        if call.updates:
-            check_apart(statistics, inputs)
-        if call.out is not None:
-            check_out(call.out, x, place, (*inputs, *statistics), dtype)
-    return place
+
+
+def _check_memory(call: ForwardCall, place: str) -> None:
+    """Check that no array is to be written that shares memory with another one."""
+    statistics = ("running_mean", call.running_mean), ("running_var", call.running_var)
+    inputs = [("input", call.x), ("residual", call.residual), ("weight", call.weight), ("bias", call.bias)]
+    inputs += [("mask", call.mask)]
+    if call.moments is not None:
+        inputs += _arrays_of(call.moments, "moments")
+    if call.updates:
+        check_apart(statistics, inputs)
+    if call.out is not None:
+        check_out(call.out, call.x, place, (*inputs, *statistics), call.dtype)
 
 
 def _check_mask(call: ForwardCall, place: str) -> None:
@@ -244,9 +288,8 @@ def _check_mask(call: ForwardCall, place: str) -> None:
         call.mask = mask_of_lengths(call.lengths, call.x, place)
 
 
-def run_forward(call: ForwardCall, place: str) -> ForwardResult:
+def run_forward(call: ForwardCall, backend: Backend) -> ForwardResult:
     """Run a checked forward; the caller commits the result."""
-    backend = backend_of(place)
     own = call.use_input_stats and call.moments is None
     result = backend.forward(call) if own else backend.normalize(call)
     if result.saved is not None:

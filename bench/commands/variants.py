@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import devices
-from cupynorm.cuda import launches, plan, variants
+from cupynorm.cuda import calls, plan, variants
 from cupynorm.cuda.device import Device
 from cupynorm.cuda.layout import choose_layout, contiguous_desc
 from cupynorm.cuda.plan import Plan
@@ -55,7 +55,7 @@ def forced(lists: Variants) -> Iterator[None]:
 
     def forget() -> None:
         plan.plan.cache_clear()
-        launches._plan_call.cache_clear()
+        calls.traced.cache_clear()
 
     before = dict(variants.FORCED)
     variants.FORCED.update(lists)

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -92,6 +92,9 @@ def rehearsals(
 
 class CpuBackend(Backend):
     """The backend of NumPy arrays."""
+
+    def facts(self, arrays: Sequence[Array | None]) -> None:
+        return None
 
     def moments(self, x: Array, mask: Array | None = None, dtype: np.dtype | None = None) -> Moments:
         if not x.size:
@@ -223,16 +226,14 @@ class CpuBackend(Backend):
 
 def _without_statistics(x: Array, dtype: np.dtype) -> Saved:
     """Return the Saved of a forward, with results of this dtype, that has not computed anything yet."""
-    unused = np.empty(x.shape[:2], math_dtype(dtype, x.dtype))
-    return Saved(x, unused, unused, None, None, True, mean_lo=unused, dtype=dtype)
+    return Saved(x, np.empty((3, *x.shape[:2]), math_dtype(dtype, x.dtype)), None, None, True, dtype=dtype)
 
 
 def _results(call: ForwardCall) -> tuple[Array, Saved]:
     """Return y and Saved, to be computed."""
     y = empty_like(call.x, empty, call.dtype) if call.out is None else call.out
-    planes, dtype = call.x.shape[:2], math_dtype(y.dtype, call.x.dtype)
-    mean_lo = np.empty(planes, dtype) if call.use_input_stats else None
-    return y, call.saved(np.empty(planes, dtype), np.empty(planes, dtype), mean_lo)
+    rows, dtype = 3 if call.use_input_stats else 2, math_dtype(y.dtype, call.x.dtype)
+    return y, call.saved(np.empty((rows, *call.x.shape[:2]), dtype))
 
 
 def _slopes_and_counts(saved: Saved) -> tuple[np.ndarray | None, np.ndarray | None]:

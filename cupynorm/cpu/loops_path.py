@@ -349,15 +349,17 @@ class CompiledWork(Work):
         """
         call, layout, (x, result, dy, residual, dresidual, mask) = self.call, self.layout, self.arrays
         weight, bias = self._parameter("weight"), self._parameter("bias")
-        mean_lo = np.zeros_like(call.mean) if call.mean_lo is None else call.mean_lo
-        self.kept = weight, bias, mean_lo, slopes, count  # while the loops use them
+        mean, rstd, mean_lo = call.mean, call.rstd, call.mean_lo
+        if mean_lo is None:
+            mean_lo = np.zeros_like(mean)
+        self.kept = weight, bias, mean, rstd, mean_lo, slopes, count  # while the loops use them
         place = id(x) + _HEADER  # as place_of; eight calls of it would take half a microsecond
         sum_g, sum_g_xhat = (NOWHERE, NOWHERE) if sums is None else map(place_of, sums)
         return FORMAT.pack(
             layout.geometry_address, place, id(result) + _HEADER, place if dy is None else id(dy) + _HEADER,
             place if residual is None else id(residual) + _HEADER,
             place if dresidual is None else id(dresidual) + _HEADER, place if mask is None else id(mask) + _HEADER,
-            *weight[1:], *bias[1:], id(call.mean) + _HEADER, id(mean_lo) + _HEADER, id(call.rstd) + _HEADER,
+            *weight[1:], *bias[1:], id(mean) + _HEADER, id(mean_lo) + _HEADER, id(rstd) + _HEADER,
             NOWHERE if variance is None else id(variance) + _HEADER, id(self.partials) + _HEADER,
             self.partials.shape[1], sum_g, sum_g_xhat, sums is not None and sums[0].dtype != self.dtype,
             NOWHERE if slopes is None else place_of(slopes), NOWHERE if count is None else place_of(count),

@@ -1,6 +1,7 @@
 """The backend of CuPy arrays: kernels compiled by NVRTC, from the sources in kernels/.
 
-A call is planned as pure data, its kernels' arguments are filled in by name, and all is launched when it is committed.
+The first call on arrays with some shapes, strides, dtypes and alignments is planned as pure data and traced; later
+calls replay the trace on their arrays. Kernels are launched when a call is committed.
 
     device, layout                properties of GPUs; how arrays lie in memory, and which kind of kernels reads them
     variants                      the kernels that exist
@@ -8,6 +9,7 @@ A call is planned as pure data, its kernels' arguments are filled in by name, an
     plan                          which variants a call launches, as pure data
     describe                      plans in words, for `explain`
     source                        the text of each module
-    launches, launch              the launches of a call; the operations on a runtime
+    calls, trace                  what each operation allocates, copies and launches; it is traced once
+    replay, launch                later calls: the trace on their arrays; the backend
     runtime, clusters, backend    the runtime of CuPy; these alone need CuPy and a driver
 """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -135,27 +134,36 @@ def leaves(dtype: np.dtype, name: str = "", offset: int = 0) -> Iterator[tuple[s
         yield from leaves(inner, f"{name}.{field}" if name else field, offset + at)
 
 
-#: Functions that write a field's value to memory at an offset.
-_WRITERS = {
-    dtype: struct.Struct(code).pack_into for dtype, code in ((POINTER, "Q"), (INT64, "q"), (INT32, "i"), (FLOAT64, "d"))
-}
+_CODES = {POINTER: "Q", INT64: "q", INT32: "i", FLOAT64: "d"}
 
 
-@cache
-def _writers(kernel: str) -> dict[str, tuple[Callable[..., None], int]]:
-    return {name: (_WRITERS[dtype], offset) for name, offset, dtype in leaves(STRUCTS[kernel])}
+def packer(kernel: str, values: Mapping[str, Any]) -> tuple[Callable[..., bytes], list[Any]]:
+    """Return a function that makes the memory of a kernel's arguments, and the items to call it with.
 
+    values: by the names of `leaves`; missing ones are 0, and names that the kernel does not have are ignored: one
+    mapping serves all kernels of a call. Numbers are constants: stretches of them are items of bytes. Any other value
+    is an item itself, and stands for a number that each call puts in its place.
+    """
+    form, items, stretch = "=", [], b""
+    end = 0
 
-def new(kernel: str) -> bytearray:
-    """Return the memory of a kernel's arguments, all 0."""
-    return bytearray(STRUCTS[kernel].itemsize)
+    def close() -> None:
+        nonlocal form, stretch
+        if stretch:
+            form += f"{len(stretch)}s"
+            items.append(stretch)
+            stretch = b""
 
-
-def fill(kernel: str, memory: bytearray, values: Mapping[str, Any]) -> None:
-    """Write values to a kernel's arguments, by the names of `leaves`. Names that the kernel does not have are ignored:
-    one mapping serves all kernels of a call."""
-    writers = _writers(kernel)
-    for name, value in values.items():
-        if name in writers:
-            write, offset = writers[name]
-            write(memory, offset, value)
+    for name, offset, dtype in leaves(STRUCTS[kernel]):
+        stretch += bytes(offset - end)
+        end = offset + dtype.itemsize
+        value, code = values.get(name, 0), _CODES[dtype]
+        if isinstance(value, (int, float)):
+            stretch += struct.pack(f"={code}", value)
+        else:
+            close()
+            form += code
+            items.append(value)
+    stretch += bytes(STRUCTS[kernel].itemsize - end)
+    close()
+    return struct.Struct(form).pack, items

@@ -6,7 +6,7 @@ import ctypes
 import struct
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -17,9 +17,15 @@ from cupy_backends.cuda.api import driver
 
 from .._types import Array
 from . import clusters
+from .arguments import STRUCTS
 from .device import Device
 from .plan import Step
+from .replay import Facts
 from .source import OPTIONS, Module, compile_error
+
+alloc, get_current_stream, current_device = (
+    cupy.cuda.alloc, cupy.cuda.get_current_stream, cupy.cuda.runtime.getDevice,
+)  # fmt: skip
 
 # The shared memory that a launch may use without opting in, and cudaDevAttrMaxSharedMemoryPerBlockOptin.
 DEFAULT_SHARED = 48 * 1024
@@ -33,15 +39,24 @@ class _Kernel(NamedTuple):
     function: int
 
 
-def _in_c(arguments: bytearray) -> ctypes.Array[Any]:
-    """Return the memory that the driver reads at a launch: the address of the arguments, followed by themselves."""
-    memory = ctypes.create_string_buffer(8 + len(arguments))
-    struct.pack_into(f"Q{len(arguments)}s", memory, 0, ctypes.addressof(memory) + 8, arguments)
-    return memory
+class _Launch(NamedTuple):
+    """The driver's function for a step, and its arguments before the stream and after the kernel's arguments."""
+
+    module: Module
+    step: Step
+    launch: Callable[..., Any]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    memory: Any  # a type: the address of the kernel's arguments, followed by themselves
+    pack: Callable[..., None]
+
+
+def _strided(shape: tuple[int, ...], dtype: Any, size: int, strides: tuple[int, ...]) -> Array:
+    return cupy.ndarray(shape, dtype, alloc(size), strides)
 
 
 class CupyRuntime:
-    """See cupynorm.cuda.launches.Runtime."""
+    """See cupynorm.cuda.replay.Runtime."""
 
     def __init__(self) -> None:
         self._kernels: dict[tuple[int, Module, str], _Kernel] = {}
@@ -53,13 +68,18 @@ class CupyRuntime:
         self._has_nvrtc = False
         self._thread = threading.local()  # contexts: the devices that a thread has used
 
-    def on(self, array: Array) -> AbstractContextManager[Any]:
-        return array.device
+    def elsewhere(self, array: Array) -> AbstractContextManager[Any] | None:
+        return None if array.data.device_id == current_device() else array.device
 
     def device(self) -> Device:
-        number = cupy.cuda.runtime.getDevice()
-        device = self._devices.get(number)
-        return device or self._probe(number)
+        number = current_device()
+        try:
+            if number in self._thread.contexts:
+                return self._devices[number]
+        except (AttributeError, KeyError):
+            pass
+        self._make_context(number)
+        return self._devices.get(number) or self._probe(number)
 
     def _probe(self, number: int) -> Device:
         """Read the properties of the current device, once."""
@@ -87,35 +107,48 @@ class CupyRuntime:
                 cupy.cuda.nvrtc.getVersion()
                 self._has_nvrtc = True
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return cupy.empty(shape, dtype)
+    def facts(self, arrays: Sequence[Array | None]) -> tuple[Facts | None, ...]:
+        return tuple(
+            [
+                None if a is None else (type(a), a.shape, a.strides, a.dtype, a.data.ptr % 16, a.data.device_id)
+                for a in arrays
+            ]
+        )
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return cupy.zeros(shape, dtype)
+    def addresses(self, arrays: Sequence[Array | None]) -> list[Any]:
+        return [0 if array is None else array.data.ptr for array in arrays]
 
-    def address(self, array: Array) -> int:
-        return array.data.ptr
+    def new(self, shape: tuple[int, ...], dtype: Any, size: int, strides: tuple[int, ...] | None) -> partial[Array]:
+        if strides is None:
+            return partial(cupy.ndarray, shape, dtype)
+        return partial(_strided, shape, dtype, size, strides)
 
-    def prepare(self, module: Module, step: Step, arguments: bytearray) -> partial[Any]:
-        number = cupy.cuda.runtime.getDevice()
+    def new_zeros(self, shape: tuple[int, ...], dtype: Any) -> partial[Array]:
+        return partial(cupy.zeros, shape, dtype)
+
+    def memory(self, size: int) -> tuple[Any, int]:
+        memory = alloc(size)
+        return memory, memory.ptr
+
+    def kernel(self, module: Module, step: Step) -> _Launch:
+        number = current_device()
         key = (number, module, step.name)
-        kernel = self._kernels.get(key)
-        if kernel is None:
+        if key not in self._kernels:
             self.load(module)
-            kernel = self._kernels[key]
-        self._make_context(number)
-        memory = _in_c(arguments)
-        stream = cupy.cuda.get_current_stream().ptr
-        numbers = (kernel.function, *step.grid, 1, step.threads, 1, 1, step.shared, stream, ctypes.addressof(memory))
+        numbers = (self._kernels[key].function, *step.grid, 1, step.threads, 1, 1, step.shared)
+        size = STRUCTS[step.kernel].itemsize
         # Call the driver itself: CuPy's cooperative launch would link the device runtime and shrink a grid that does
         # not fit, and its RawKernel takes 10 µs to inspect each argument.
-        launch = (
-            partial(driver.launchCooperativeKernel, *numbers)
-            if step.cooperative
-            else partial(driver.launchKernel, *numbers, 0)
-        )
-        launch.arguments = memory  # type: ignore[attr-defined]  # lives as long as the launch
-        return launch
+        launch, after = (driver.launchCooperativeKernel, ()) if step.cooperative else (driver.launchKernel, (0,))
+        memory = ctypes.c_char * (8 + size)
+        return _Launch(module, step, launch, numbers, after, memory, struct.Struct(f"Q{size}s").pack_into)
+
+    def prepare(self, kernel: _Launch, arguments: bytes, arrays: list[Any]) -> partial[Any]:
+        memory = kernel.memory()
+        address = ctypes.addressof(memory)
+        kernel.pack(memory, 0, address + 8, arguments)
+        arrays.append(memory)
+        return partial(kernel.launch, *kernel.before, get_current_stream().ptr, address, *kernel.after)
 
     def _make_context(self, number: int) -> None:
         """Give the calling thread a context on its current device: the driver's calls need it."""
@@ -129,7 +162,7 @@ class CupyRuntime:
 
     def load(self, module: Module) -> None:
         """Compile a module for the current device, or load it from CuPy's disk cache: once for all threads."""
-        number = cupy.cuda.runtime.getDevice()
+        number = current_device()
         self._load_nvrtc()
         with self._lock:
             lock = self._locks[number, module]
@@ -156,7 +189,7 @@ class CupyRuntime:
 
         The smallest is loaded first, alone: with it CuPy fills its own caches, which it does not lock.
         """
-        number = cupy.cuda.runtime.getDevice()
+        number = current_device()
         modules = sorted(modules, key=lambda module: len(module.source))
         for smallest in modules[:1]:
             self.load(smallest)

@@ -148,7 +148,7 @@ def test_blocks_of_numpy_alone(rng: np.random.Generator, monkeypatch: pytest.Mon
             monkeypatch.setattr(numpy_path, "BLOCK_BYTES", 4 * h * w * int(rng.choice([1, c])))
         number, limit = cn.get_num_threads(), numpy_path.BLOCK_BYTES // 4
         print(shape, numpy_path.BLOCK_BYTES, number)
-        call = cn.Saved(x, *np.zeros((2, n, c), np.float32), None, None, False)
+        call = cn.Saved(x, np.zeros((2, n, c), np.float32), None, None, False)
         work = numpy_path.NumpyWork(call, Arrays(x, x))
         seen, sizes = np.zeros(work.x.shape, int), []
         for item in range(work.blocks * work.tiles):
@@ -288,7 +288,7 @@ def test_scratch_of_many_threads(monkeypatch: pytest.MonkeyPatch, threads: int, 
     let_threads_pay(monkeypatch)
     cn.set_num_threads(threads)
     x = np.zeros(shape, np.float32)
-    call = cn.Saved(x, *np.zeros((2, *shape[:2]), np.float32), None, None, False)
+    call = cn.Saved(x, np.zeros((2, *shape[:2]), np.float32), None, None, False)
     work = numpy_path.NumpyWork(call, Arrays(x, x))
     assert min(threads, work.blocks * work.tiles) * work.buffer_size <= x.size
 

@@ -30,7 +30,7 @@ def saved_of(shape: tuple[int, ...], steps: Sequence[int], activation: str | Non
     """Return Saved of an array with these strides, in elements, that takes no memory: it must not be read."""
     x = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), shape, [4 * step for step in steps])
     stats = np.zeros((3, *shape[:2]), np.float32)
-    return cn.Saved(x, *stats[:2], None, None, True, stats[2], activation)
+    return cn.Saved(x, stats, None, None, True, activation)
 
 
 def steps_of(shape: tuple[int, ...], channels_last: bool = False) -> list[int]:
@@ -279,7 +279,8 @@ def test_large_means_are_the_shift(size: int, far: float):
 def test_running_means_are_always_the_shift():
     """The distance of x from them is unknown."""
     work = on_numpy((1, 4, 200))
-    work.call.rstd[...], work.call.training, work.call.mean_lo = 1, False, None
+    work.call.rstd[...], work.call.training = 1, False
+    work.call.statistics = work.call.statistics[:2]  # without mean_lo
     work.call.mean[...] = [0, 1e-6, -3, 0]
     shift, _, remainder, _ = work._stats((slice(None), slice(None)))
     assert_equal(shift, work.call.mean)
@@ -344,7 +345,7 @@ def test_adjacent_axes_are_merged(shape: tuple[int, ...], strides: list[tuple[in
 
 def found_on_numpy(x: np.ndarray, eps: float = 0.0) -> tuple[np.ndarray, ...]:
     """Return mean, mean_lo and variance of planes (N, C, S), by `_moments`."""
-    call = cn.Saved(x, *np.zeros((2, *x.shape[:2]), x.dtype), None, None, True, np.zeros(x.shape[:2], x.dtype), None)
+    call = cn.Saved(x, np.zeros((3, *x.shape[:2]), x.dtype), None, None, True, None)
     work = numpy_path.NumpyWork(call, Arrays(x, x))
     work.call.eps = eps
     with np.errstate(all="ignore"):

@@ -91,13 +91,13 @@ def test_processors_that_cannot_convert_float16(monkeypatch: pytest.MonkeyPatch)
     for dtype, alone in (("float16", True), ("float32", False), ("bfloat16", False), ("float64", False)):
         x = np.ones((2, 3, 4), cn.devices.dtype_of(dtype))
         stats = np.empty((3, 2, 3), np.float64 if dtype == "float64" else np.float32)
-        work = cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), Arrays(x, x))
+        work = cpu._choose(cn.Saved(x, stats, None, None, True), Arrays(x, x))
         assert (type(work) is numpy_path.NumpyWork) == alone, dtype
 
 
 def work_of(x: np.ndarray, y: np.ndarray) -> Any:
     stats = np.empty((3, *x.shape[:2]), np.float32)
-    return cpu._choose(cn.Saved(x, stats[0], stats[1], None, None, True, stats[2]), Arrays(x, y))
+    return cpu._choose(cn.Saved(x, stats, None, None, True), Arrays(x, y))
 
 
 def test_addresses(rng: np.random.Generator, tmp_path: Path):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,6 +28,7 @@ from helpers import offsets
 from cupynorm.cuda.arguments import POINTER, STRUCTS, leaves
 from cupynorm.cuda.device import DEVICES, Device
 from cupynorm.cuda.plan import Step
+from cupynorm.cuda.replay import Facts
 from cupynorm.cuda.source import OPTIONS, Module
 
 HERE = Path(__file__).parent
@@ -200,8 +201,29 @@ class Count:
     accesses: dict[int, int]
 
 
+def _bounds(addresses: Sequence[int], arrays: Sequence[Any]) -> dict[int, tuple[int, int]]:
+    """Return the first byte and the end of what each address points to. An address within an array is the end of what
+    another address points to there."""
+    starts: dict[int, tuple[int, int]] = {}
+    for array in arrays:
+        if array is not None and array.size:
+            address = array.ctypes.data
+            reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+            low, high = starts.get(address, (address, address))
+            low = min(low, address + sum(min(r, 0) for r in reach))
+            starts[address] = low, max(high, address + sum(max(r, 0) for r in reach) + array.itemsize)
+    found = {}
+    inner = sorted(address for address in addresses if address not in starts)
+    for address in addresses:
+        low, high = starts.get(address, (address, address))
+        if address in inner:
+            high = max((end for low, end in starts.values() if low <= address < end), default=address)
+        found[address] = low, min([high, *(other for other in inner if address < other < high)])
+    return found
+
+
 class Emulator:
-    """A cupynorm.cuda.launches.Runtime over NumPy arrays. device and order may be set; counts lists the launches."""
+    """A cupynorm.cuda.replay.Runtime over NumPy arrays. device and order may be set; counts lists the launches."""
 
     def __init__(self, device: Device = DEVICES["H100"], order: str = "forward", transform: Transform | None = None):
         self._device = device
@@ -209,53 +231,47 @@ class Emulator:
         self.seed = 0
         self.transform = transform
         self.counts: list[Count] = []
-        self._local = threading.local()
 
-    @property
-    def _bounds(self) -> dict[int, tuple[int, int]]:
-        """The first byte and the end of the array at each address of this thread's call."""
-        bounds: dict[int, tuple[int, int]] = self._local.__dict__.setdefault("bounds", {})
-        return bounds
-
-    @contextmanager
-    def on(self, array: Any) -> Iterator[None]:
-        before, self._local.bounds = self._bounds, {}
-        try:
-            yield
-        finally:
-            self._local.bounds = before  # of the call that this one interrupted
+    def elsewhere(self, array: Any) -> None:
+        return None
 
     def device(self) -> Device:
         return self._device
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """Return a poisoned array: NaN in every float dtype, -1 in integers."""
-        array = np.empty(shape, dtype)
-        array.view(np.uint8 if array.ndim else dtype).fill(255) if array.size else None
-        return array
+    def facts(self, arrays: Any) -> tuple[Facts | None, ...]:
+        return tuple(
+            None if a is None else (type(a), a.shape, a.strides, a.dtype, a.ctypes.data % 16, 0) for a in arrays
+        )
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        return np.zeros(shape, dtype)
+    def addresses(self, arrays: Any) -> list[int]:
+        return [0 if array is None else array.ctypes.data for array in arrays]
 
-    def address(self, array: np.ndarray) -> int:
-        address = array.ctypes.data
-        low, high = self._bounds.get(address, (address, address))
-        if array.size:
-            reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
-            low = min(low, address + sum(min(r, 0) for r in reach))
-            high = max(high, address + sum(max(r, 0) for r in reach) + array.itemsize)
-        self._bounds[address] = (low, high)
-        return address
+    def new(self, shape: tuple[int, ...], dtype: Any, size: int, strides: Any) -> partial[np.ndarray]:
+        """Return a function that makes a poisoned array: NaN in every float dtype, -1 in integers."""
+        return partial(lambda: np.ndarray(shape, dtype, self.memory(size)[0], strides=strides))
 
-    def prepare(self, module: Module | Text, step: Step, arguments: Any) -> partial[None]:
-        """arguments: those of a kernel of the package, or a tuple of the parameters of a kernel in a Text."""
+    def new_zeros(self, shape: tuple[int, ...], dtype: Any) -> partial[np.ndarray]:
+        return partial(np.zeros, shape, dtype)
+
+    def memory(self, size: int) -> tuple[np.ndarray, int]:
+        whole = np.full(size + 16, 255, np.uint8)
+        memory = whole[-whole.ctypes.data % 16 :][:size]  # aligned as on a device
+        return memory, memory.ctypes.data
+
+    def kernel(self, module: Module | Text, step: Step) -> tuple[Module | Text, Step]:
         build(module, self.transform)
-        if isinstance(arguments, bytearray):
-            arguments = (np.frombuffer(arguments, STRUCTS[step.kernel]).reshape(()),)
+        return module, step
+
+    def prepare(self, kernel: Any, arguments: Any, arrays: Sequence[Any]) -> partial[None]:
+        """arguments: those of a kernel of the package, or a tuple of the parameters of a kernel in a Text."""
+        module, step = kernel
+        build(module, self.transform)  # not in a launch
+        if isinstance(arguments, bytes):
+            arguments = (np.frombuffer(bytearray(arguments), STRUCTS[step.kernel]).reshape(()),)
         values = [np.asarray(a) for a in arguments]
         # Not in the launch: it runs no code of the package, in which tests call signal handlers.
-        found = [int(words[i]) for words, indices in map(pointers, values) for i in indices]
-        return partial(self.launch, module, step, values, list(dict.fromkeys(found)), self._bounds)
+        found = list(dict.fromkeys(int(words[i]) for words, indices in map(pointers, values) for i in indices))
+        return partial(self.launch, module, step, values, found, _bounds(found, arrays))
 
     def launch(
         self, module: Module | Text, step: Step, values: list[np.ndarray], addresses: list[int],

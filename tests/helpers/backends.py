@@ -182,7 +182,8 @@ def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
     prepare = runtime.prepare
     LAUNCHED.clear()
 
-    def noted(module: Any, step: Any, arguments: Any) -> Any:
+    def noted(kernel: Any, arguments: Any, arrays: Any) -> Any:
+        module, step = kernel[:2]
         parts = [module.dtype, *(getattr(module, name, "") for name in ("kind", "group"))]
         parts += [f"vec_size {module.vec_size}"] if hasattr(module, "vec_size") else []
         parts += ["misaligned"] if getattr(module, "misaligned", False) else []
@@ -191,7 +192,7 @@ def note_launches(runtime: Any, patch: pytest.MonkeyPatch) -> None:
         if told in LAUNCHED:
             LAUNCHED.remove(told)
         LAUNCHED.append(told)
-        return prepare(module, step, arguments)
+        return prepare(kernel, arguments, arrays)
 
     patch.setattr(runtime, "prepare", noted)
 

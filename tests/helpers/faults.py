@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 import cupynorm as cn
+from cupynorm import functional
+from cupynorm.cuda import calls
 from helpers.backends import Backend
 
 PACKAGE = str(Path(cn.__file__).parent)
@@ -88,8 +90,14 @@ def failures(backend: Backend, faults: Faults) -> Iterator[None]:
                 faults.launched += 1
                 prepared()
 
-            for name in ("empty", "zeros"):
-                patch.setattr(runtime, name, failing(getattr(runtime, name), MemoryError("no device memory left")))
+            no_memory = MemoryError("no device memory left")
+            patch.setattr(runtime, "memory", failing(runtime.memory, no_memory))
+            for name in ("new", "new_zeros"):
+                make = getattr(runtime, name)
+                patch.setattr(runtime, name, lambda *given, make=make: partial(failing(make(*given), no_memory)))
+            for cache in (calls.traced.cache_clear, functional._known.clear):  # traces have these functions
+                cache()
+                stack.callback(cache)
             error = LaunchError("the driver reports an error")
             patch.setattr(runtime, "prepare", lambda *given: partial(failing(launched, error), prepare(*given)))
         stack.enter_context(_watching(look))

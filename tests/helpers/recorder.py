@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from cupynorm.cuda.device import Device
 from cupynorm.cuda.plan import Step
+from cupynorm.cuda.replay import Facts
 from cupynorm.cuda.source import Module
 
 
@@ -30,22 +31,45 @@ class Recorder:
         """Return the modules and kernels that would be launched."""
         return {(module, step.name) for module, step in zip(self.modules, self.steps, strict=True)}
 
-    def on(self, array: Any) -> Any:
-        return nullcontext()
+    def elsewhere(self, array: Any) -> None:
+        return None
 
     def device(self) -> Device:
         return self._device
 
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        self.made[tuple(shape), np.dtype(dtype).name] += 1
-        return np.zeros(shape, dtype)
+    def facts(self, arrays: Any) -> tuple[Facts | None, ...]:
+        return tuple(
+            None if a is None else (type(a), a.shape, a.strides, a.dtype, a.ctypes.data % 16, 0) for a in arrays
+        )
 
-    zeros = empty
+    def addresses(self, arrays: Any) -> list[int]:
+        return [0 if array is None else array.ctypes.data for array in arrays]
 
-    def address(self, array: np.ndarray) -> int:
-        return array.ctypes.data
+    def new(self, shape: tuple[int, ...], dtype: Any, size: int, strides: Any) -> partial[np.ndarray]:
+        return partial(self._made, lambda: np.ndarray(shape, dtype, self._aligned(size), strides=strides))
 
-    def prepare(self, module: Module, step: Step, arguments: bytearray) -> partial[Any]:
+    def new_zeros(self, shape: tuple[int, ...], dtype: Any) -> partial[np.ndarray]:
+        return partial(self._made, lambda: np.zeros(shape, dtype))
+
+    def _made(self, make: Callable[[], np.ndarray]) -> np.ndarray:
+        array = make()
+        self.made[array.shape, array.dtype.name] += 1
+        return array
+
+    def memory(self, size: int) -> tuple[np.ndarray, int]:
+        self.made[(size,), "memory"] += 1
+        memory = self._aligned(size)
+        return memory, memory.ctypes.data
+
+    def _aligned(self, size: int) -> np.ndarray:
+        whole = np.zeros(size + 16, np.uint8)
+        return whole[-whole.ctypes.data % 16 :][:size]  # as on a device
+
+    def kernel(self, module: Module, step: Step) -> tuple[Module, Step]:
+        return module, step
+
+    def prepare(self, kernel: tuple[Module, Step], arguments: bytes, arrays: Any) -> partial[Any]:
+        module, step = kernel
         self.steps.append(step)
         self.modules.append(module)
         return partial(int)

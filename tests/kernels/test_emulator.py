@@ -44,8 +44,9 @@ def launch(
     step = Step(
         "text", kernels[kernel], kernels[kernel], grid, threads, shared, cluster=cluster, cooperative=cooperative
     )
-    values = tuple(np.uintp(runtime.address(a)) if isinstance(a, np.ndarray) else a for a in args)
-    runtime.prepare(Text("text", f'#line 1 "text"\n{source}', kernels), step, values)()
+    values = tuple(np.uintp(a.ctypes.data) if isinstance(a, np.ndarray) else a for a in args)
+    arrays = [a for a in args if isinstance(a, np.ndarray)]
+    runtime.prepare((Text("text", f'#line 1 "text"\n{source}', kernels), step), values, arrays)()
     return runtime.counts[-1]
 
 

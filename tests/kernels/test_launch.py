@@ -16,7 +16,7 @@ from helpers.recorder import Recorder
 from helpers.regimes import REGIMES
 
 import cupynorm as cn
-from cupynorm.cuda import arguments, launch, launches
+from cupynorm.cuda import arguments, calls, replay, trace
 from cupynorm.cuda.device import DEVICES
 from cupynorm.cuda.ops import SHARED
 from cupynorm.cuda.source import masked_modules
@@ -40,41 +40,40 @@ def test_allocations_of_each_regime(run_on: Callable[..., Any], scope: str, layo
     runtime = run_on(Recorder(device))
     x, dy, ddx = (laid((n, c, sizes[layout == "channels_last"], 1), layout) for _ in range(3))
     weight, bias = np.ones((2, c), np.float32)
-    as_x = (x.shape if layout == "contiguous" else (n, *x.shape[2:], c), "float32")
-    of_planes, of_channels = ((n, c), "float32"), ((c,), "float32")
+    as_x, of_channels, of_planes = (x.shape, "float32"), ((c,), "float32"), 4 * n * c
 
-    def shared(numbers: int) -> Counter[Any]:
-        """Return the arrays that blocks share, with so many numbers per plane."""
+    def memory(*sizes: int) -> Counter[Any]:
+        """Return one allocation for arrays of these bytes, which only kernels see."""
+        rounded = [-(-size // 16) * 16 for size in sizes]
+        return Counter({((sum(rounded),), "memory"): 1} if rounded else {})
+
+    def shared(numbers: int, *sizes: int) -> Counter[Any]:
+        """Return what kernels share: in a grid, blocks have so many numbers per plane."""
         step = runtime.steps[0]
         assert (scope == "grid") == step.cooperative and (scope == "split") == (step.tiles > 1 and not step.cooperative)
         if scope != "grid":
-            return Counter()
+            return memory(*sizes)
         groups = step.grid[0] // step.tiles
         width = 1 if layout == "contiguous" else step.channel_vecs * runtime.modules[0].vec_size
-        return Counter({((groups, 2, step.tiles, width * numbers), "float32"): 1, ((groups,), "uint32"): 1})
+        exchanged = groups * 2 * step.tiles * width * numbers * 4
+        return Counter({((groups,), "uint32"): 1}) + memory(*sizes, exchanged)
 
-    def partials(*arrays: int) -> tuple[int, ...]:
-        return (*arrays, n, c, runtime.steps[0].tiles)
+    def split(*bytes_of_planes: int) -> list[int]:
+        """Return the bytes of arrays with so many for each plane and tile, which only the split needs."""
+        return [n * c * runtime.steps[0].tiles * size for size in bytes_of_planes if scope == "split"]
 
     _, saved = cn.instance_norm_forward(x, weight, bias)
-    expected = Counter({as_x: 1, of_planes: 3}) + shared(4)
-    if scope == "split":
-        expected += Counter({(partials(), "int64"): 1, (partials(), "float64"): 2})
-    assert runtime.made == expected
+    assert runtime.made == Counter({as_x: 1, ((3, n, c), "float32"): 1}) + shared(4, *split(8, 8, 8))
 
     runtime.clear()
     cn.instance_norm_backward(dy, saved)
-    expected = Counter({as_x: 1, of_channels: 2, of_planes: 2}) + shared(2)
-    if scope == "split":
-        expected += Counter({of_planes: 2, (partials(2), "float32"): 1})
-    assert runtime.made == expected
+    more = [of_planes] * (4 if scope == "split" else 2)  # sums, and their means
+    assert runtime.made == Counter({as_x: 1, of_channels: 2}) + shared(2, *more, *split(8))
 
     runtime.clear()
     cn.instance_norm_double_backward(ddx, weight, bias, dy, saved)
-    expected = Counter({as_x: 2, of_channels: 1, of_planes: 1}) + shared(9)
-    if scope == "split":
-        expected += Counter({(partials(9), "float32"): 1, ((8, n, c), "float32"): 1})
-    assert runtime.made == expected
+    more = [of_planes, 8 * of_planes] if scope == "split" else [of_planes]
+    assert runtime.made == Counter({as_x: 2, of_channels: 1}) + shared(9, *more, *split(36))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -82,21 +81,22 @@ def test_allocations_of_tracked_eval(run_on: Callable[..., Any], layout: str) ->
     runtime = run_on(Recorder(DEVICES["H100"]))
     x = laid((2, 8, 100, 100), layout)
     weight, running = np.ones(8, np.float32), np.ones(8, np.float32)
-    as_x = (x.shape if layout == "contiguous" else (2, 100, 100, 8), "float32")
-    of_planes, of_channels = ((2, 8), "float32"), ((8,), "float32")
+    as_x, of_channels, of_planes = (x.shape, "float32"), ((8,), "float32"), 4 * 2 * 8
     _, saved = cn.instance_norm_forward(
         x, weight, weight, running_mean=running, running_var=running, use_input_stats=False
     )
-    assert runtime.made == Counter({as_x: 1, of_planes: 2})
+    assert runtime.made == Counter({as_x: 1, ((2, 2, 8), "float32"): 1})
     runtime.clear()
     cn.instance_norm_backward(x, saved)
     tiles = runtime.steps[0].tiles
     assert tiles > 1
-    assert runtime.made == Counter({as_x: 1, of_channels: 2, of_planes: 2, ((2, 2, 8, tiles), "float32"): 1})
+    hidden = 2 * of_planes + 2 * of_planes * tiles
+    assert runtime.made == Counter({as_x: 1, of_channels: 2, ((hidden,), "memory"): 1})
     runtime.clear()
     cn.instance_norm_double_backward(x, weight, weight, x, saved)
     tiles = runtime.steps[0].tiles
-    assert runtime.made == Counter({as_x: 2, of_channels: 1, of_planes: 1, ((2, 8, tiles), "float32"): 1})
+    hidden = of_planes + of_planes * tiles
+    assert runtime.made == Counter({as_x: 2, of_channels: 1, ((hidden,), "memory"): 1})
 
 
 def test_modules_without_an_epilogue(run_on: Callable[..., Any]) -> None:
@@ -122,11 +122,10 @@ def test_copies(run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> 
     """Only parameters with gaps and arrays that kernels cannot address are copied, and copied back if written."""
     run_on(Recorder(DEVICES["H100"]))
     copies: list[tuple[Any, Any]] = []
-    made = launches.assignment
-    for module in (launch, launches):
-        monkeypatch.setattr(
-            module, "assignment", lambda target, source: copies.append((target, source)) or made(target, source)
-        )
+    made = replay.assignment
+    monkeypatch.setattr(
+        replay, "assignment", lambda target, source: copies.append((target, source)) or made(target, source)
+    )
     x, out, dy = np.zeros((3, 2, 4, 5, 6), np.float32)
     c = np.ones(4, np.float32)
     gaps = np.ones((4, 3), np.float32)[:, 1]
@@ -154,27 +153,27 @@ def test_16_bit_arrays_are_copied_as_bits() -> None:
     """So array libraries need not know bfloat16. Elements that no GPU can access are refused first."""
     for dtype, bits in (("float16", True), ("bfloat16", True), ("float32", False), ("float64", False)):
         target, source = np.zeros((2, 4), cn.devices.dtype_of(dtype))
-        given = launches.assignment(target, source).args
+        given = replay.assignment(target, source).args
         assert [each.dtype for each in (given[0], given[2])] == [np.uint16 if bits else target.dtype] * 2
     whole = {"itemsize": 4, "dtype": np.dtype(np.float32), "strides": (20, 4), "data": SimpleNamespace(ptr=640)}
-    launches.assignment(SimpleNamespace(**whole), np.zeros(3, np.float32))  # type: ignore[arg-type]
+    replay.assignment(SimpleNamespace(**whole), np.zeros(3, np.float32))  # type: ignore[arg-type]
     for fault in ({"strides": (20, 6)}, {"strides": (21, 4)}, {"data": SimpleNamespace(ptr=642)}):
         odd = SimpleNamespace(**(whole | fault))
         for pair in ((odd, np.zeros(3, np.float32)), (np.zeros(3, np.float32), odd)):
             with pytest.raises(ValueError, match="not aligned"):
-                launches.assignment(*pair)  # type: ignore[arg-type]
+                replay.assignment(*pair)  # type: ignore[arg-type]
     unaligned = np.zeros(17, np.uint8)[1:].view(np.float32)
-    launches.assignment(unaligned, unaligned)  # NumPy can
+    replay.assignment(unaligned, unaligned)  # NumPy can
 
 
 def test_calls_are_prepared_once_per_alignment(run_on: Callable[..., Any]) -> None:
     run_on(Recorder(DEVICES["H100"]))
     memory = np.zeros(2000, np.float32)
     shift = -memory.ctypes.data % 16 // 4
-    launches._plan_call.cache_clear()
+    calls.traced.cache_clear()
     for first in (0, 4, 40, 400, 1, 41):
         cn.instance_norm(memory[shift + first :][:120].reshape(2, 3, 20), out=np.zeros((2, 3, 20), np.float32))
-    assert launches._plan_call.cache_info().misses == 2
+    assert calls.traced.cache_info().misses == 2
 
 
 @pytest.mark.parametrize(("n", "c", "most", "channel_vecs", "vec_size"), [
@@ -188,9 +187,9 @@ def test_rounds_of_a_split_cover_each_plane_once(
     tiles = n * -(-c // width)
     step = SimpleNamespace(channel_vecs=channel_vecs)
     other = SimpleNamespace(channel_vecs=9)
-    call = object.__new__(launches.PlannedLaunches)
+    call = object.__new__(trace.Tracer)
     call.nc, call.kind = (n, c), kind  # type: ignore[assignment]
-    call.plan = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])  # type: ignore[assignment]
+    call.planned = SimpleNamespace(channel_tiles=tiles, at_a_time=most, vec_size=vec_size, steps=[step, other])  # type: ignore[assignment]
     rounds = [[*range(r["round.first"], r["round.first"] + r["round.channel_tiles"])] for r in call.rounds()]
     assert [*itertools.chain(*rounds)] == [*range(tiles)]
     assert all(len(served) == most for served in rounds[:-1])
@@ -211,16 +210,15 @@ UNUSED = {
 def test_arguments_set_by_a_call_belong_to_a_kernel(
     run_on: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`fill` ignores names that a kernel does not have: a misspelt one, or a field that is never set, would go
+    """`packer` ignores names that a kernel does not have: a misspelt one, or a field that is never set, would go
     unnoticed."""
     run_on(Recorder(BLOCKS))
     fields = {kernel: {name for name, *_ in arguments.leaves(struct)} for kernel, struct in arguments.STRUCTS.items()}
     filled: dict[str, set[str]] = {kernel: set() for kernel in fields}
-    fill = arguments.fill
+    packer = arguments.packer
     monkeypatch.setattr(
-        arguments, "fill", lambda kernel, memory, values: filled[kernel].update(values) or fill(kernel, memory, values)
+        arguments, "packer", lambda kernel, values: filled[kernel].update(values) or packer(kernel, values)
     )
-    launches._plan_call.cache_clear()
     w = np.ones(3, np.float32)
     devices = BLOCKS, GRID
     for device, size, training in itertools.product(devices, (20, 300, 18_000, 30_000), (True, False)):
@@ -259,8 +257,14 @@ def test_launches_match_the_plan(
 ) -> None:
     """The planned steps, which `explain` shows, and nothing else are launched, with and without each parameter."""
     runtime = run_on(Recorder(BLOCKS))
-    made, plans = launches._plan_call, []
-    monkeypatch.setattr(launches, "_plan_call", lambda *a, **k: plans.append(made(*a, **k).plan) or made(*a, **k))
+    plan, plans = trace.Tracer.plan, []
+
+    def noted(work: Any, *given: Any, **options: Any) -> None:
+        plan(work, *given, **options)
+        plans.append(work.planned)
+
+    monkeypatch.setattr(trace.Tracer, "plan", noted)
+    monkeypatch.setattr(calls, "traced", calls.traced.__wrapped__)
     x = np.zeros(shape, np.float32)
     parameters = [None, np.ones(shape[1], np.float32), np.ones(shape[:2], np.float32)]
     for weight, bias, training in itertools.product(parameters, parameters, (True, False)):

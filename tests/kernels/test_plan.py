@@ -16,18 +16,19 @@ import numpy as np
 import pytest
 from helpers import reference
 from helpers.bounds import bounds_of
+from helpers.cases import BLOCKS
 from helpers.plans import DOUBLE, KINDS, OPS, desc_of, plan_of, variant_named, variant_of
+from helpers.recorder import Recorder
 
 import cupynorm as cn
 from cupynorm.cuda import ops
-from cupynorm.cuda.arguments import STRUCTS
 from cupynorm.cuda.device import DEVICES, Device
-from cupynorm.cuda.launches import _plan_call
-from cupynorm.cuda.layout import ArrayDesc, choose_layout, contiguous_desc, layout_of
+from cupynorm.cuda.layout import choose_layout, contiguous_desc, layout_of
 from cupynorm.cuda.ops import Op
 from cupynorm.cuda.plan import MAX_GRID, Plan, Step
 from cupynorm.cuda.source import Module
-from cupynorm.cuda.variants import INPUT_ITEMSIZE, ITEMSIZE, Kind, Variant, exists, group_of, resident_threads
+from cupynorm.cuda.trace import Slot, Tracer
+from cupynorm.cuda.variants import ITEMSIZE, Kind, Variant, exists, group_of, resident_threads
 
 SHAPES = [
     (1, 1, 2), (1, 1, 2**24), (1, 1, 2**31 + 1), (1, 3, 2**33 + 7), (1, 32, 1080 * 1920), (2, 320, 64), (2, 3, 49),
@@ -285,33 +286,32 @@ FICTITIOUS = {
 
 
 def _planned(call: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of `_plan_call` as JSON, with the strides of each array in the kernels' arguments.
+    """Return a planned call as JSON, with the strides of each array in the kernels' arguments.
 
     The call's descs are strides in bytes and addresses modulo 16.
     """
     given = dict(call)
     op, inputs, residual = given.pop("op"), given.pop("inputs"), given["residual"]
-    names = sum(ops.OPS[op].tensors(inputs - residual, residual), ())
     dtype, shape, device = (given.pop(name) for name in ("dtype", "shape", "device"))
-    sizes = itertools.chain([INPUT_ITEMSIZE[given.get("input") or dtype]], itertools.repeat(ITEMSIZE[dtype]))
-    descs = tuple(
-        ArrayDesc(tuple(shape), tuple(s), size, misalignment)
-        for (s, misalignment), size in zip(given.pop("descs"), sizes, strict=False)
-    )
-    device = FICTITIOUS.get(device) or DEVICES[device]
-    made = _plan_call(op, descs, names, cn.devices.dtype_of(dtype), device, **given)
-    templates = [np.frombuffer(planned.template, STRUCTS[planned.step.kernel])[0] for planned in made.steps]
-
-    def strides(name: str) -> list[int]:
-        first, *inner = name.split(".")
-        tensor = next(template for template in templates if first in template.dtype.fields)[first]
-        for part in inner:
-            tensor = tensor[part]
-        return [int(tensor[axis]) for axis in "ncs"]
-
+    dtype, own = cn.devices.dtype_of(dtype), cn.devices.dtype_of(given.pop("input", "") or dtype)
+    slots = [
+        Slot(tuple(shape), tuple(strides), dtype if number else own, misalignment)
+        for number, (strides, misalignment) in enumerate(given.pop("descs"))
+    ]
+    arrays, rest = tuple(slots[: inputs - residual]), slots[inputs - residual :]
+    work = Tracer(Recorder(BLOCKS), FICTITIOUS.get(device) or DEVICES[device], given.pop("invariant"), ())
+    made = {"residual": rest[0] if residual else None, "out": rest[residual] if len(rest) > residual else None}
+    mask = Slot(tuple(shape), (0,) * len(shape), np.dtype(bool))
+    given["mask"] = mask if given.pop("masked", False) else None
+    work.plan(op, arrays, dtype=dtype, **given | made)
+    names = sum(ops.OPS[op].tensors(len(arrays), residual), ())
+    sizes = work.steps[0].sizes
+    copied = [any(copy.source is slot for copy in work._first) for slot in slots]
+    if made["out"] is not None:
+        copied[-1] = work.out not in work.targets.values()
     planned = {
-        "kind": made.kind, "copied": made.copied, "strides": [strides(name) for name in names], "plan": made.plan,
-        "modules": [planned.module for planned in made.steps],
+        "kind": work.kind, "copied": copied, "strides": [[sizes[f"{name}.{axis}"] for axis in "ncs"] for name in names],
+        "plan": work.planned, "modules": [planned.module for planned in work.steps],
     }  # fmt: skip
     return json.loads(json.dumps(planned, default=dataclasses.asdict))
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from helpers.faults import ending
 
+from cupynorm.cuda.arguments import STRUCTS
 from cupynorm.cuda.plan import Step
 from cupynorm.cuda.source import Module, all_modules, core_modules
 
@@ -47,6 +48,7 @@ class Cupy:
             nvrtc=SimpleNamespace(getVersion=self.version),
             compiler=SimpleNamespace(CompileException=type("CompileException", (Exception,), {})),
             Device=lambda number: nullcontext(),
+            alloc=None,
             get_current_stream=lambda: SimpleNamespace(ptr=77),
         )
         driver = SimpleNamespace(
@@ -227,9 +229,10 @@ def test_arguments_of_the_driver(fake: tuple[Any, Cupy], cooperative: bool) -> N
     runtime, cupy = fake
     module = core_modules()[0]
     name = module.kernels[0]
-    step = Step(module.file, name, name, (7, 3), 128, 4096, cooperative=cooperative)
-    given = bytes(range(40))
-    launch = runtime.CupyRuntime().prepare(module, step, bytearray(given))
+    step = Step(module.file, module.file, name, (7, 3), 128, 4096, cooperative=cooperative)
+    given = bytes(n % 251 for n in range(STRUCTS[module.file].itemsize))
+    own = runtime.CupyRuntime()
+    launch = own.prepare(own.kernel(module, step), given, (alive := []))
     launch()
     launch()
     (what, *told), again = cupy.launched
@@ -241,3 +244,4 @@ def test_arguments_of_the_driver(fake: tuple[Any, Cupy], cooperative: bool) -> N
     assert rest == ([] if cooperative else [0])
     # The driver reads the address of each parameter; the kernels have one.
     assert ctypes.string_at(ctypes.c_uint64.from_address(arguments).value, len(given)) == given
+    assert [ctypes.addressof(memory) for memory in alive] == [arguments]

@@ -162,12 +162,12 @@ def test_missing_backends_have_no_tests(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_launches_are_recorded_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = SimpleNamespace(prepare=lambda module, step, args: args)
+    runtime = SimpleNamespace(prepare=lambda kernel, args, arrays: args)
     backends.note_launches(runtime, monkeypatch)
     facts = {"dtype": "float16", "kind": "channels_first", "group": "warp", "vec_size": 8, "misaligned": True}
     module = SimpleNamespace(file="forward", **facts)
     for name in ("a", "b", "a"):
-        assert runtime.prepare(module, SimpleNamespace(name=name), 7) == 7
+        assert runtime.prepare((module, SimpleNamespace(name=name)), 7, []) == 7
     said = "of forward.cu (float16, channels_first, warp, vec_size 8, misaligned)"
     assert list(backends.LAUNCHED) == [f"b {said}", f"a {said}"]
 

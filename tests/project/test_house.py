@@ -128,9 +128,9 @@ def test_signatures_of_the_backends(name: str) -> None:
     from cupynorm.cpu import CpuBackend
     from cupynorm.cuda.launch import CudaBackend
 
-    expected = inspect.signature(getattr(Backend, name))
+    expected = inspect.signature(getattr(Backend, name)).parameters
     for backend in (CpuBackend, CudaBackend):
-        assert inspect.signature(getattr(backend, name)) == expected, backend
+        assert inspect.signature(getattr(backend, name)).parameters == expected, backend
         assert name in vars(backend), f"{backend.__name__} does not implement {name}"
 
 

@@ -15,7 +15,9 @@ BACKENDS = (
         "loops_moves", "loops_path", "loops_places", "loops_rehearsal", "loops_short", "loops_tasks",
         "numpy_activations", "numpy_double", "numpy_masks", "numpy_path", "windows",
     )),
-    *(f"cupynorm/cuda/{name}.py" for name in ("arguments", "launch", "launches", "layout", "ops", "plan", "source")),
+    *(f"cupynorm/cuda/{name}.py" for name in (
+        "arguments", "calls", "launch", "layout", "ops", "plan", "replay", "source", "trace",
+    )),
 )  # fmt: skip
 #: Without the modules that need a GPU or Chainer, without commands, and without tables of devices and variants.
 REST = (
@@ -50,6 +52,7 @@ TESTS = {
     "_types": "functional refusals cpu",
     "arguments": "launch plan",
     "backend": "house functional",
+    "calls": "launch functional",
     "blocking": "choices cpu double_backward",
     "config": "house threads memory invariance",
     "conventions": "conventions",
@@ -65,8 +68,7 @@ TESTS = {
     "gelu": "choices epilogue accuracy",
     "halves": "halves cpu",
     "inference": "inference_mode semantics refusals",
-    "launches": "launch functional",
-    "launch": "launch plan explain semantics functional refusals invariance together",
+    "launch": "launch traces plan explain semantics functional refusals invariance together",
     "layers": "layers loops checkpoints refusals together functional",
     "layout": "plan variants explain launch invariance functional info",
     "mixed": "dtypes",
@@ -76,6 +78,7 @@ TESTS = {
     "numpy_path": "choices cpu conventions masks parts epilogue semantics functional accuracy layers",
     "ops": "plan variants explain launch",
     "plan": "plan variants explain invariance functional info",
+    "replay": "launch traces functional refusals",
     "result_pool": "memory cpu together",
     "running": "together refusals semantics cpu parts",
     "distributed": "distributed",

@@ -53,7 +53,8 @@ __device__ inline void backward_scope(const BackwardArguments& call, long long s
     for (int p = 0; p < P; p++) {
         const Math count = count_of_plane(partition, p, call.count, call.channels, spatial);
         const Math slope = call.scale.usual() ? 1 : rstd_slope(stat.rstd[p] * stat.unit[p], count, call.scale);
-        g.set(p, sums[OF_DY * P + p] / count, sums[OF_DY_XHAT * P + p] / count * slope, stat);
+        const Divisor divide(count);
+        g.set(p, divide.quotient(sums[OF_DY * P + p]), divide.quotient(sums[OF_DY_XHAT * P + p]) * slope, stat);
     }
     if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         call.sums.set(i, sums[OF_DY * P + p], sums[OF_DY_XHAT * P + p]);
@@ -74,16 +75,15 @@ __device__ inline void backward_subwarp(BackwardArguments call) {
     Storage* buffer = staging.buffers(shared, buffers);
     staging.fetch(call.x, buffer);
     staging.fetch(call.dy, buffer + staging.buffer_size);
-    call.x = staging.staged(call.x, call.channels, buffer);
-    call.dy = staging.staged(call.dy, call.channels, buffer + staging.buffer_size);
-    call.dx = staging.staged(dx, call.channels, buffer);
+    call.x = staging.staged(call.x, buffer);
+    call.dy = staging.staged(call.dy, buffer + staging.buffer_size);
+    call.dx = staging.staged(dx, buffer);
     if (more) {
         staging.fetch(call.epilogue.residual, buffer + 2 * staging.buffer_size);
-        call.epilogue.residual = staging.staged(call.epilogue.residual, call.channels,
-                                                buffer + 2 * staging.buffer_size);
+        call.epilogue.residual = staging.staged(call.epilogue.residual, buffer + 2 * staging.buffer_size);
     }
     Storage* last = buffer + (buffers - 1) * staging.buffer_size;
-    if (more) call.dresidual = staging.staged(dresidual, call.channels, last);
+    if (more) call.dresidual = staging.staged(dresidual, last);
     __syncwarp();
     const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     backward_scope<SUBWARP, RESIDENCY, THREADS, VECS_PER_THREAD>(call, staging.plane, spatial);

@@ -22,6 +22,11 @@ __device__ inline void cluster_arrive() { __cluster_barrier_arrive_relaxed(); }
 __device__ inline void cluster_wait() { __cluster_barrier_wait(); }
 template <class T> __device__ inline T* peer(T* p, unsigned rank) { return (T*)__cluster_map_shared_rank(p, rank); }
 #endif
+// A number of which the compiler knows nothing: it would spread a product over each of the sums that contain it.
+__device__ inline long long opaque(long long n) {
+    asm("" : "+l"(n));
+    return n;
+}
 // For the blocks of a grid: count one's own arrival, after all earlier stores; wait until the others are counted.
 __device__ inline void add_release(unsigned* counter) {
     __threadfence();
@@ -57,6 +62,9 @@ __device__ inline float reciprocal_sqrt(float f) { return __frsqrt_rn(f); }
 __device__ inline double reciprocal_sqrt(double d) { return 1.0 / sqrt(d); }
 __device__ inline float reciprocal(float f) { return __frcp_rn(f); }
 #endif
+
+// The logarithm of a power of two, by which numbers are divided with a shift.
+__device__ inline int log2_of(int n) { return 31 - __clz(n); }
 
 // Call f(answer) with the answer as a constant: the code of f exists for each answer, without a branch in its loops.
 template <class F> __device__ inline void with_constant(bool answer, F f) {

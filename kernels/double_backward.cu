@@ -68,13 +68,13 @@ __device__ inline void double_backward_subwarp(DoubleBackwardArguments call) {
     Storage* buffer = staging.buffers(shared_memory(), 3);
     const auto fetch = [&](Tensor& t, Storage* to) {
         staging.fetch(t, to);
-        t = staging.staged(t, call.channels, to);
+        t = staging.staged(t, to);
     };
     fetch(call.inputs.x, buffer);
     fetch(call.inputs.dy, buffer + staging.buffer_size);
     if (call.inputs.ddx.data) fetch(call.inputs.ddx, buffer + 2 * staging.buffer_size);
-    call.dx = staging.staged(dx, call.channels, buffer);
-    call.ddy = staging.staged(ddy, call.channels, buffer + staging.buffer_size);
+    call.dx = staging.staged(dx, buffer);
+    call.ddy = staging.staged(ddy, buffer + staging.buffer_size);
     __syncwarp();
     const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;
     double_backward_scope<SUBWARP, RESIDENCY, THREADS, VECS_PER_THREAD>(call, staging.plane, spatial);

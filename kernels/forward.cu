@@ -50,6 +50,7 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
                                             (Accum*)other);
     }
 
+    const Divisors divide(count);
     Math inverse[P];
     #pragma unroll
     for (int p = 0; p < P; p++) {
@@ -57,7 +58,7 @@ __device__ inline void forward_scope(const ForwardArguments& call, long long sco
         const Math mean = m.mean[p] + m.mean_lo[p];
         m.mean_lo[p] = (m.mean[p] - mean) + m.mean_lo[p];
         m.mean[p] = mean;
-        inverse[p] = MASKED && count.positions(p) == 0 ? 0 : rstd_of(m.scaled_m2[p], count[p], call.scale);
+        inverse[p] = MASKED && count.positions(p) == 0 ? 0 : rstd_of(m.scaled_m2[p], divide.of(p), call.scale);
     }
     if (!grouped<SCOPE> || partition.tile == 0) partition.each_plane(call.channels, [&](int p, long long i) {
         if (call.mean) store(call.mean + i, m.mean[p]);
@@ -88,11 +89,11 @@ __device__ inline void forward_subwarp(ForwardArguments call) {
     const bool more = EPILOGUE && call.epilogue.residual.data;
     Storage* buffer = staging.buffers(shared_memory(), 1 + more);
     staging.fetch(call.x, buffer);
-    call.x = staging.staged(call.x, call.channels, buffer);
-    call.y = staging.staged(y, call.channels, buffer);
+    call.x = staging.staged(call.x, buffer);
+    call.y = staging.staged(y, buffer);
     if (more) {
         staging.fetch(call.epilogue.residual, buffer + staging.buffer_size);
-        call.epilogue.residual = staging.staged(call.epilogue.residual, call.channels, buffer + staging.buffer_size);
+        call.epilogue.residual = staging.staged(call.epilogue.residual, buffer + staging.buffer_size);
     }
     __syncwarp();
     const long long spatial = staging.plane < call.channel_tiles ? call.spatial : 0;

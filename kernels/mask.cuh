@@ -92,7 +92,7 @@ template <bool = MASKED> struct Counts {
     __device__ void set(int, int positions) { all = positions; }
     __device__ int positions(int) const { return all; }
     __device__ Math operator[](int) const { return (Math)all; }
-    __device__ Math divisor(int) const { return (Math)all; }
+    __device__ Math least(int) const { return (Math)all; }
 };
 template <> struct Counts<true> {
     int of[P];
@@ -100,7 +100,7 @@ template <> struct Counts<true> {
     __device__ void set(int p, int positions) { of[p] = positions; }
     __device__ int positions(int p) const { return of[p]; }
     __device__ Math operator[](int p) const { return (Math)of[p]; }
-    __device__ Math divisor(int p) const { return of[p] > 1 ? (Math)of[p] : 1; }    // of none, sums are 0
+    __device__ Math least(int p) const { return of[p] > 1 ? (Math)of[p] : 1; }  // to divide by: of none, sums are 0
 };
 
 #endif

@@ -44,9 +44,9 @@ __device__ inline float scale_m2_to_float(Accum m2) {
     const Accum unit = large ? 6.223015277861142e-61 : 1.6069380442589903e60;       // 2^-200, 2^200
     return -sqrtf((float)(m2 * unit)) * (large ? 1.2089258e24f : 7.8886091e-31f);   // 2^80, 2^-100
 }
-__device__ inline float rstd_of(float scaled_m2, float count, const Scale& scale) {
+__device__ inline float rstd_of(float scaled_m2, const Divisor& all, const Scale& scale) {
     const float eps = (float)scale.eps;
-    count -= (float)scale.ddof;
+    float count = all.number - (float)scale.ddof;
     if (MASKED && !(count > 0)) {           // as in Statistics
         scaled_m2 = 0;
         count = 1;
@@ -55,7 +55,9 @@ __device__ inline float rstd_of(float scaled_m2, float count, const Scale& scale
         const float root = (scaled_m2 < 0 ? -scaled_m2 : sqrtf(scaled_m2)) / sqrtf(count);
         return rstd_of_std(scaled_m2 <= -1 ? root * 1048576 : root, scale);
     }
-    if (!(scaled_m2 < 0)) return reciprocal_sqrt(scaled_m2 / count + eps);
+    if (!(scaled_m2 < 0)) {
+        return reciprocal_sqrt((scale.ddof == 0 ? all.quotient(scaled_m2) : scaled_m2 / count) + eps);
+    }
     if (scaled_m2 > -1 && eps > 1) return reciprocal_sqrt(eps);
     const float unit = scaled_m2 > -1 ? 1.1529215e18f : 8.2718061e-25f;                           // 2^60, 2^-80
     const float root = scaled_m2 * (scaled_m2 > -1 ? 1.1529215e18f : 8.6736174e-19f);             // 2^60, 2^-60
@@ -68,8 +70,8 @@ __device__ inline float variance_of(float scaled_m2, float count) {
 }
 // double has the range.
 __device__ inline Accum wide_m2(double scaled_m2) { return scaled_m2; }
-__device__ inline double rstd_of(double scaled_m2, double count, const Scale& scale) {
-    const double rest = count - scale.ddof, var = MASKED && !(rest > 0) ? 0 : scaled_m2 / rest;
+__device__ inline double rstd_of(double scaled_m2, const Divisor& all, const Scale& scale) {
+    const double rest = all.number - scale.ddof, var = MASKED && !(rest > 0) ? 0 : scaled_m2 / rest;
     return scale.mode == EPS_VARIANCE ? reciprocal_sqrt(var + scale.eps) : rstd_of_std(sqrt(var), scale);
 }
 __device__ inline double variance_of(double scaled_m2, double count) { return scaled_m2 / count; }
@@ -81,6 +83,18 @@ __device__ inline Math narrow_rstd(Accum rstd) {
     if constexpr (FLOAT64) return rstd;
     else return rstd < 1.1754944e-38 ? denormal((float)(rstd * 7.1362384635298e44)) : (Math)rstd;     // 2^-126, 2^149
 }
+
+// The numbers of positions of a thread's planes, to divide by: without a mask they are all the same.
+template <bool = MASKED> struct Divisors {
+    Divisor all;
+    __device__ explicit Divisors(const Counts<>& count) : all(count.least(0)) {}
+    __device__ Divisor of(int) const { return all; }
+};
+template <> struct Divisors<true> {
+    Counts<> count;
+    __device__ explicit Divisors(const Counts<>& c) : count(c) {}
+    __device__ Divisor of(int p) const { return Divisor(count.least(p)); }
+};
 
 template <class T> __device__ inline void swap(T& a, T& b) {
     const T first = a;
@@ -155,8 +169,9 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
             terms[0] = value * SUM_SCALE;
         }, mask);
     }
+    const Divisors divide(count);
     #pragma unroll
-    for (int p = 0; p < P; p++) m.mean[p] = m.mean[p] / count.divisor(p) / SUM_SCALE;
+    for (int p = 0; p < P; p++) m.mean[p] = divide.of(p).quotient(m.mean[p]) / SUM_SCALE;
     Math sums[FORWARD_SUMS * P];
     sum_tile<false, FORWARD_SUMS, SCOPE>(partition, x, tile, vecs_per_thread, other, sums,
                                          [&](int p, Math value, Math (&terms)[FORWARD_SUMS]) {
@@ -165,13 +180,16 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
         terms[1] = d * d;
     }, mask);
     // If a plane is nearly constant, most of the sum of squares may come from mean_lo: sum the squares again.
-    bool cancelled = false;
+    bool cancelled = false, rare = false;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        m.mean_lo[p] = sums[p] / count.divisor(p);
+        m.mean_lo[p] = divide.of(p).quotient(sums[p]);
         m.scaled_m2[p] = sums[P + p] - sums[p] * m.mean_lo[p];
         cancelled |= m.scaled_m2[p] < sums[P + p] / 4;
+        rare |= !FLOAT64 && !in_range(m.scaled_m2[p], count.least(p));
     }
+    // Usually neither this nor the next case occurs for any plane.
+    if (!any_of_scope<SCOPE, THREADS>(cancelled || rare, partition.channel_vecs)) return m;
     Math again[P];
     if (any_of_scope<SCOPE, THREADS>(cancelled, partition.channel_vecs)) {
         sum_tile<false, 1, SCOPE>(partition, x, tile, vecs_per_thread, scratch, again,
@@ -189,7 +207,7 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
         bool odd = false;
         #pragma unroll
         for (int p = 0; p < P; p++) {
-            odd |= !in_range(m.scaled_m2[p], count.divisor(p));
+            odd |= !in_range(m.scaled_m2[p], count.least(p));
             if (!(m.scaled_m2[p] <= MOST_M2)) m.mean_lo[p] = 0;
         }
         if (any_of_scope<SCOPE, THREADS>(odd, partition.channel_vecs)) {
@@ -201,8 +219,8 @@ __device__ inline MomentsOfThread moments_of_tile(const Partition& partition, co
             }, mask);
             #pragma unroll
             for (int p = 0; p < P; p++) {
-                if (in_range(m.scaled_m2[p], count.divisor(p))) continue;
-                const Math more = sums[p] / count.divisor(p), m2 = sums[P + p] - sums[p] * more;
+                if (in_range(m.scaled_m2[p], count.least(p))) continue;
+                const Math more = sums[p] / count.least(p), m2 = sums[P + p] - sums[p] * more;
                 const bool small = m.scaled_m2[p] <= 1;
                 m.mean_lo[p] += more * (small ? 8.2718061e-25f : 1.2089258e24f);                        // 2^-80, 2^80
                 m.scaled_m2[p] = -sqrtf(m2 < 0 ? 0 : m2) * (small ? 8.2718061e-25f : 1.1529215e18f);    // 2^-80, 2^60
@@ -263,7 +281,7 @@ __device__ inline MomentsOfThread merge_moments_of_tiles(const Partition& partit
     MomentsOfThread m;
     #pragma unroll
     for (int p = 0; p < P; p++) {
-        const Accum distance = s[p] / count.divisor(p), m2 = s[P + p] - s[p] * distance;
+        const Accum distance = s[p] / count.least(p), m2 = s[P + p] - s[p] * distance;
         m.mean[p] = (Math)(base[p] + distance);
         m.mean_lo[p] = (Math)((base[p] - m.mean[p]) + distance);
         m.scaled_m2[p] = m2 < 0 ? 0 : scale_m2(m2);

@@ -50,17 +50,23 @@ __device__ inline void divide(long long a, long long b, long long& quotient, lon
     } else { quotient = a / b; remainder = a % b; }
 }
 
+constexpr int LOG2_VEC_SIZE = VEC_SIZE == 1 ? 0 : VEC_SIZE == 2 ? 1 : VEC_SIZE == 4 ? 2 : VEC_SIZE == 8 ? 3 : 4;
+
 template <int SCOPE, int THREADS>
 struct Partition {
     static constexpr int most = SCOPE == SUBWARP || SCOPE == WARP ? 32 : THREADS;
+    static constexpr int LOG2_MOST = most == 32 ? 5 : most == 64 ? 6 : most == 128 ? 7 : most == 256 ? 8 : 9;
+    static_assert(1 << LOG2_MOST == most, "");
     static constexpr bool has_tails = !CHANNELS_LAST && VEC_SIZE > 1;
     const int size;                 // threads of the scope
     long long n, c;                 // sample and first channel of this thread's planes
     int tile;                       // the tile's number in its channel tile
     long long start;                // spatial position of the tile's origin; below 0 if the plane starts unaligned
     int rank, channel_vecs;         // thread's number in its scope; vecs side by side in a row (1 if channels-first)
+    int row, step;                  // vec k of this thread has the number row + k * step (channels-last: its row)
     int lo, hi;                     // spatial positions [lo, hi) of the tile exist for this thread
-    int first, last;                // vecs [first, last) of these are whole (channels-last: rows)
+    int held;                       // vecs k < held of this thread are whole,
+    bool cut;                       // but not vec 0, if it is cut
     int tail;                       // the position of this thread's tail element, or -1
 
     // The partition for this thread of scope scope_index, if each channel tile has `tiles` tiles of vecs_per_thread
@@ -69,18 +75,23 @@ struct Partition {
     template <class T>
     __device__ Partition(long long scope_index, long long tiles, int vecs_per_thread, int subdivision,
                          const TensorOf<T>& x, long long channels, long long spatial)
-        : size(SCOPE == SUBWARP ? subdivision : most), rank(threadIdx.x % size),
+        : size(SCOPE == SUBWARP ? subdivision : most), rank(threadIdx.x & (size - 1)),
           channel_vecs(CHANNELS_LAST ? subdivision : 1) {
+        const int log_width = CHANNELS_LAST ? log2_of(channel_vecs) : 0;
+        const int log_step = (SCOPE == SUBWARP ? log2_of(size) : LOG2_MOST) - log_width;
+        row = rank >> log_width;
+        step = 1 << log_step;
+        int first, last;            // vecs [first, last) of the tile are whole
         long long channel_tile = scope_index, group, number = 0;
         if (tiles > 1) divide(scope_index, tiles, channel_tile, number);
         tile = (int)number;
         const int width = channel_vecs * VEC_SIZE;
-        const long long groups = CHANNELS_LAST ? (channels + width - 1) / width : channels;
+        const long long groups = CHANNELS_LAST ? (channels + width - 1) >> (log_width + LOG2_VEC_SIZE) : channels;
         divide(channel_tile, groups, n, group);
         tail = -1;
         if (CHANNELS_LAST) {
-            c = (group * channel_vecs + rank % channel_vecs) * VEC_SIZE;
-            const int rows = vecs_per_thread * (size / channel_vecs);
+            c = ((group << log_width) + (rank & (channel_vecs - 1))) * VEC_SIZE;
+            const int rows = vecs_per_thread << log_step;
             start = (long long)tile * rows;
             first = lo = 0;
             last = hi = c < channels ? limit(spatial - start, rows) : 0;
@@ -100,6 +111,8 @@ struct Partition {
                 tail = position < hi ? position : -1;
             }
         }
+        cut = row < first;          // first is 0 or 1
+        held = (last - row + step - 1) >> log_step;
     }
 
     __device__ static int limit(long long left, int most) { return left < most ? (left > 0 ? (int)left : 0) : most; }
@@ -111,18 +124,17 @@ struct Partition {
     // Elements of one plane in this tile.
     __device__ int count() const { return hi > lo ? hi - lo : 0; }
 
-    // The tile's origin in an array: never dereferenced outside [lo, hi).
+    // The tile's origin in an array, channels-last with this thread's row: never dereferenced outside [lo, hi).
     template <class T> __device__ T* origin(const TensorOf<T>& t) const {
-        return t.data + n * t.n + c * t.c + (CHANNELS_LAST ? start * t.s : start);
+        return t.data + n * t.n + c * t.c + (CHANNELS_LAST ? (start + row) * t.s : start);
     }
 
     // Vec k of this thread: its number in the tile (channels-last: its row), whether the thread holds it, its address.
-    __device__ int number(int k) const {
-        return CHANNELS_LAST ? k * (size / channel_vecs) + rank / channel_vecs : k * size + rank;
-    }
-    __device__ bool holds(int k) const { return number(k) >= first && number(k) < last; }
+    __device__ int number(int k) const { return row + k * step; }
+    __device__ bool holds(int k) const { return k < held && !(k == 0 && cut); }
     template <class T> __device__ VecOf<T>* at(const TensorOf<T>& t, T* origin, int k) const {
-        return (VecOf<T>*)(origin + (CHANNELS_LAST ? number(k) * t.s : (long long)number(k) * VEC_SIZE));
+        if (CHANNELS_LAST) return (VecOf<T>*)((unsigned char*)origin + k * opaque(step * (t.s * (long long)sizeof(T))));
+        return (VecOf<T>*)(origin + (long long)number(k) * VEC_SIZE);
     }
 
     // Vec k of an array, in global memory or in its staging buffer.

@@ -21,27 +21,27 @@ template <int VECS_PER_THREAD> struct Staging {
 
     __device__ Staging(int warps, int subwarp_size, long long spatial, long long planes)
         : dense(spatial), lane(threadIdx.x % 32) {
-        const int most = 32 / subwarp_size;
+        const int log_size = log2_of(subwarp_size), most = 32 >> log_size;
         const long long warp = (blockIdx.x + (long long)gridDim.x * blockIdx.y) * warps + threadIdx.x / 32;
         first = warp * most;
-        plane = first + lane / subwarp_size;
+        plane = first + (lane >> log_size);
         const long long left = planes - first;
-        elements = (int)(spatial * (left < most ? (left > 0 ? left : 0) : most));
-        buffer_size = (int)((most * spatial + 2 * WIDEST - 2) / WIDEST * WIDEST);
+        elements = (int)spatial * (left < most ? (left > 0 ? (int)left : 0) : most);
+        buffer_size = (most * (int)spatial + 2 * WIDEST - 2) / WIDEST * WIDEST;
     }
 
     // The first of this warp's buffers.
     __device__ Storage* buffers(unsigned char* shared, int count) const {
-        return (Storage*)shared + (long long)(threadIdx.x / 32 * count) * buffer_size;
+        return (Storage*)shared + (int)(threadIdx.x / 32) * count * buffer_size;
     }
     __device__ Storage* run(const Tensor& t) const { return t.data + first * dense; }
     __device__ int misalignment(const Tensor& t) const {
         return (int)((unsigned long long)run(t) / sizeof(Storage) % WIDEST);
     }
 
-    // The array as staged in a buffer, with its own indices: never dereferenced outside the run.
-    __device__ Tensor staged(const Tensor& t, long long channels, Storage* to) const {
-        return {to + misalignment(t) - first * dense, channels * dense, dense, 1};
+    // This thread's plane of an array, as staged in a buffer: every sample and channel of the result is this plane.
+    __device__ Tensor staged(const Tensor& t, Storage* to) const {
+        return {to + (misalignment(t) + (int)(plane - first) * (int)dense), 0, 0, 1};
     }
 
     // Call wide(i, number) for each whole 16-byte vec of the run, and one(position) for each other element; numbers and

@@ -54,9 +54,18 @@ __device__ inline void sum_over_scope(T (&s)[K], int size, int channel_vecs, T* 
     __syncthreads();
     #pragma unroll
     for (int k = 0; k < K; k++) s[k] = 0;
-    for (int w = 0; w < THREADS / 32; w++) {
+    const int warps = THREADS / 32, vec = lane & (channel_vecs - 1);
+    // In a large block the lanes of a channel vec add up the sums of some warps each, then each other's: fewer additions.
+    constexpr bool shared_out = CHANNELS_LAST && THREADS >= 512;
+    const int log_width = shared_out ? log2_of(channel_vecs) : 0;
+    const int lanes = shared_out ? min(32 >> log_width, warps) : 1;
+    for (int w = shared_out ? (lane >> log_width) & (lanes - 1) : 0; w < warps; w += lanes) {
         #pragma unroll
-        for (int k = 0; k < K; k++) s[k] += scratch[(w * channel_vecs + lane % channel_vecs) * K + k];
+        for (int k = 0; k < K; k++) s[k] += scratch[(w * channel_vecs + vec) * K + k];
+    }
+    for (int distance = lanes << log_width >> 1; shared_out && distance >= channel_vecs; distance /= 2) {
+        #pragma unroll
+        for (int k = 0; k < K; k++) s[k] += __shfl_xor_sync(0xffffffff, s[k], distance);
     }
 }
 

@@ -9,6 +9,22 @@
 
 #include "device.cuh"
 
+// Divides by one number several times. In float a quotient is the product with the reciprocal, corrected by its exact
+// remainder: it is rounded as a division rounds it unless it is near the ends of float's range, and takes 3 instructions
+// instead of 14. (Infinity divided by a number is NaN here.)
+struct Divisor {
+    Math number, inverse;
+
+    __device__ explicit Divisor(Math n) : number(n), inverse(FLOAT64 ? 0 : reciprocal(n)) {}
+    __device__ Math quotient(Math a) const {
+        if constexpr (FLOAT64) return a / number;
+        else {
+            const float q = a * inverse;
+            return fmaf(fmaf(-q, number, a), inverse, q);
+        }
+    }
+};
+
 struct Unit {
     Math unit, rstd;        // rstd is in this unit: usually 1 to 2
 };

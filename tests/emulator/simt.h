@@ -59,6 +59,8 @@ template <class T> inline T max(T a, T b) { return a < b ? b : a; }
 inline double erfcx(double x) { return x < 26 ? std::exp(x * x) * std::erfc(x) : 0.56418958354775629 / x; }
 inline float erfcxf(float x) { return (float)erfcx((double)x); }
 
+inline int __clz(int n) { return __builtin_clz(n); }
+inline long long opaque(long long n) { return n; }
 #define __syncthreads() simt::wait(simt::AT_BLOCK, __LINE__)
 #define __syncwarp() simt::wait(simt::AT_WARP, __LINE__)
 #define cluster_arrive() simt::cluster_arrive(__LINE__)

@@ -12,6 +12,7 @@ COMMANDS = {
     "accuracy": "measure the errors of cupynorm and its peers on difficult data",
     "variants": "time each kernel variant that fits a plane, beside the planned one",
     "host": "measure the host time of a call on a small tensor",
+    "instructions": "count the instructions that kernels issue, beside a budget; needs no GPU",
     "smoke": "run every kind of kernel once, and compare it with NumPy",
     "dram": "compare the bytes moved to and from a GPU's memory with those that a plan promises",
     "prime": "compile kernels into CuPy's disk cache",
@@ -34,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         usage="python -m bench [COMMAND] [OPTIONS]",
         description=f"The benchmark. Without a command it runs {DEFAULT}. `python -m bench COMMAND --help` lists the "
         "options of a command.",
-        epilog="\n".join(["commands:", *(f"  {name:10} {what}" for name, what in COMMANDS.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:12} {what}" for name, what in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if arguments[:1] in (["-h"], ["--help"]):

@@ -3,11 +3,15 @@
 On a GPU a call on a small tensor takes as long as Python and the launches. The clock runs from the first of many calls
 until the last has returned. It does not count waiting for the GPU, whose queue has room for this number of calls. On
 the CPU it counts the computation too, so it measures the time of a call.
+
+--no-driver measures cupynorm's own part: once results have been compared, the driver's launches are replaced by a
+function that does nothing. This also works on the fake GPU (tests/fakegpu), whose launches would take milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import statistics
@@ -15,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,21 +65,43 @@ def contestants(op: str, arrays: Arrays) -> list[Contestant]:
     return found
 
 
-def measure(xp: Any, rounds: int, calls: int) -> list[dict[str, Any]]:
-    """Measure a row for each shape, with and without affine, forward and forward + backward."""
+@contextlib.contextmanager
+def without_driver() -> Iterator[None]:
+    """Within it cupynorm's launches do nothing. Results are wrong, so compare them before."""
+    from cupynorm import functional
+    from cupynorm.cuda import calls, runtime
+
+    def use(driver: Any) -> None:
+        runtime.driver = driver
+        calls.traced.cache_clear()  # traces have the driver's functions
+        functional._known.clear()
+
+    real = runtime.driver
+    use(SimpleNamespace(launchKernel=max, launchCooperativeKernel=max, funcSetAttribute=real.funcSetAttribute))
+    try:
+        yield
+    finally:
+        use(real)
+
+
+def measure(
+    xp: Any, rounds: int, calls: int, ops: tuple[str, ...] = ("forward", "both"), driver: bool = True
+) -> list[dict[str, Any]]:
+    """Measure a row for each shape and op, with and without affine."""
     synchronise = (lambda: None) if xp is np else (lambda: xp.cuda.Device().synchronize())
     rows = []
     for shape in SHAPES:
         for affine in (False, True):
             arrays = Arrays(xp, shape, DTYPE, "channels_first", affine, sets=1)
-            for op in ("forward", "both"):
+            for op in ops:
                 rivals = contestants(op, arrays)
                 samples: dict[str, list[float]] = {rival.name: [] for rival in rivals}
-                for rival in rivals:
-                    seconds(rival, calls, synchronise)  # untimed, to warm up
-                for round_ in range(rounds):
-                    for rival in rotated(rivals, round_):
-                        samples[rival.name].append(seconds(rival, calls, synchronise))
+                with contextlib.nullcontext() if driver else without_driver():
+                    for rival in rivals:
+                        seconds(rival, calls, synchronise)  # untimed, to warm up
+                    for round_ in range(rounds):
+                        for rival in rotated(rivals, round_):
+                            samples[rival.name].append(seconds(rival, calls, synchronise))
                 medians = {name: statistics.median(values) * 1e6 for name, values in samples.items()}
                 rows.append(
                     {"op": op, "shape": list(shape), "dtype": DTYPE, "affine": affine}
@@ -125,6 +152,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--calls", type=int, help=f"calls in a turn; default {CALLS['cpu']} on a CPU, {CALLS['gpu']} on a GPU"
     )
+    parser.add_argument(
+        "--no-driver", action="store_true", help="replace the driver's launches by nothing; also backward"
+    )
     parser.add_argument("--no-import", action="store_true", help="do not measure the import, which compiles the core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add the rows to this result, under 'host'")
     options = parser.parse_args(arguments)
@@ -133,7 +163,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--device gpu: no usable GPU: {why}")
     gpu = usable and options.device != "cpu"
     xp: Any = importlib.import_module("cupy") if gpu else np
-    rows = measure(xp, options.rounds, options.calls or CALLS["gpu" if gpu else "cpu"])
+    if options.no_driver and not gpu:
+        parser.error(f"--no-driver needs a GPU, or the fake one of tests/fakegpu: {why}")
+    ops = ("forward", "backward", "both") if options.no_driver else ("forward", "both")
+    rows = measure(xp, options.rounds, options.calls or CALLS["gpu" if gpu else "cpu"], ops, not options.no_driver)
     print("\n".join(lines(rows)))
     if options.json:
         report.add_to_json(options.json, xp, "host", rows)

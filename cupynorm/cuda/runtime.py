@@ -110,7 +110,7 @@ class CupyRuntime:
     def facts(self, arrays: Sequence[Array | None]) -> tuple[Facts | None, ...]:
         return tuple(
             [
-                None if a is None else (type(a), a.shape, a.strides, a.dtype, a.data.ptr % 16, a.data.device_id)
+                None if a is None else (type(a), a.shape, a.strides, a.dtype, (data := a.data).ptr % 16, data.device_id)
                 for a in arrays
             ]
         )
@@ -119,8 +119,8 @@ class CupyRuntime:
         return [0 if array is None else array.data.ptr for array in arrays]
 
     def new(self, shape: tuple[int, ...], dtype: Any, size: int, strides: tuple[int, ...] | None) -> partial[Array]:
-        if strides is None:
-            return partial(cupy.ndarray, shape, dtype)
+        if strides is None:  # CuPy finds a class a quarter of a microsecond faster than a dtype
+            return partial(cupy.ndarray, shape, dtype.type if dtype.isbuiltin == 1 else dtype)
         return partial(_strided, shape, dtype, size, strides)
 
     def new_zeros(self, shape: tuple[int, ...], dtype: Any) -> partial[Array]:

@@ -53,7 +53,7 @@ FIRST_WITH_CLUSTERS = 90  # older ones have no kernels of the groups "cluster" a
 ELSEWHERE, FEW = 224, 16
 SPILLED = {
     ("forward", "subwarp", "registers"): 8,
-    ("forward", "block", "registers"): 8,
+    ("forward", "block", "registers"): 24,
     ("forward", "cluster", "registers"): 36,
     ("forward", "grid", "registers"): 52,
     ("backward", "block", "registers"): 40,

@@ -18,8 +18,9 @@ from helpers.compare import assert_equal, assert_within
 from helpers.optional import required
 
 import cupynorm
-from bench.commands import dram, dtypes, host, parts, passes, prime, smoke, values, zscore
+from bench.commands import dram, dtypes, host, instructions, parts, passes, prime, smoke, values, zscore
 from bench.core import cases, peers, report, timing
+from bench.sass import listing
 from cupynorm import cpu, devices
 from cupynorm.cpu import numpy_path
 from cupynorm.cuda.describe import plan_for
@@ -58,6 +59,23 @@ def test_host_cost_excludes_preparation(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(host.time, "perf_counter", lambda: now)
     contestant = timing.Contestant("a", lambda i: passes(2.0), lambda _: {})
     assert host.seconds(contestant, 5, lambda: passes(100.0)) == 2.0
+
+
+def test_host_cost_without_the_driver_needs_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(devices, "gpu_status", lambda: (False, "no device today"))
+    with pytest.raises(SystemExit):
+        host.main(["--no-driver"])
+    assert "no device today" in capsys.readouterr().err
+
+
+def test_counting_instructions_without_a_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def missing() -> None:
+        raise listing.MissingError("no NVRTC library")
+
+    monkeypatch.setattr(listing, "nvrtc_version", missing)
+    with pytest.raises(SystemExit):
+        instructions.main([])
+    assert "no NVRTC library" in capsys.readouterr().err
 
 
 def test_host_cost_refuses_a_wrong_result(monkeypatch: pytest.MonkeyPatch):

@@ -121,7 +121,7 @@ def instance_norm(
                 [0., 1., 0., 0.]]], dtype=float32)
     """
     result = forward(
-        ForwardCall(
+        ForwardCall(  # by position, which takes half a microsecond less
             input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, activation, negative_slope,
             residual, out, False, moments, eps_mode, ddof, dtype, mask, lengths,
         )

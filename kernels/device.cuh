@@ -65,6 +65,7 @@ __device__ inline float reciprocal(float f) { return __frcp_rn(f); }
 
 // The logarithm of a power of two, by which numbers are divided with a shift.
 __device__ inline int log2_of(int n) { return 31 - __clz(n); }
+__device__ constexpr int log2_of_constant(int n) { return n < 2 ? 0 : 1 + log2_of_constant(n / 2); }
 
 // Call f(answer) with the answer as a constant: the code of f exists for each answer, without a branch in its loops.
 template <class F> __device__ inline void with_constant(bool answer, F f) {

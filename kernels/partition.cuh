@@ -50,13 +50,12 @@ __device__ inline void divide(long long a, long long b, long long& quotient, lon
     } else { quotient = a / b; remainder = a % b; }
 }
 
-constexpr int LOG2_VEC_SIZE = VEC_SIZE == 1 ? 0 : VEC_SIZE == 2 ? 1 : VEC_SIZE == 4 ? 2 : VEC_SIZE == 8 ? 3 : 4;
+constexpr int LOG2_VEC_SIZE = log2_of_constant(VEC_SIZE);
 
 template <int SCOPE, int THREADS>
 struct Partition {
     static constexpr int most = SCOPE == SUBWARP || SCOPE == WARP ? 32 : THREADS;
-    static constexpr int LOG2_MOST = most == 32 ? 5 : most == 64 ? 6 : most == 128 ? 7 : most == 256 ? 8 : 9;
-    static_assert(1 << LOG2_MOST == most, "");
+    static constexpr int log2_most = log2_of_constant(most);
     static constexpr bool has_tails = !CHANNELS_LAST && VEC_SIZE > 1;
     const int size;                 // threads of the scope
     long long n, c;                 // sample and first channel of this thread's planes
@@ -78,7 +77,7 @@ struct Partition {
         : size(SCOPE == SUBWARP ? subdivision : most), rank(threadIdx.x & (size - 1)),
           channel_vecs(CHANNELS_LAST ? subdivision : 1) {
         const int log_width = CHANNELS_LAST ? log2_of(channel_vecs) : 0;
-        const int log_step = (SCOPE == SUBWARP ? log2_of(size) : LOG2_MOST) - log_width;
+        const int log_step = (SCOPE == SUBWARP ? log2_of(size) : log2_most) - log_width;
         row = rank >> log_width;
         step = 1 << log_step;
         int first, last;            // vecs [first, last) of the tile are whole

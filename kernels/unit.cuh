@@ -10,8 +10,8 @@
 #include "device.cuh"
 
 // Divides by one number several times. In float a quotient is the product with the reciprocal, corrected by its exact
-// remainder: it is rounded as a division rounds it unless it is near the ends of float's range, and takes 3 instructions
-// instead of 14. (Infinity divided by a number is NaN here.)
+// remainder. Unless it is near the ends of float's range, that is the rounded quotient, but takes 3 instructions instead
+// of 14. (Infinity divided by a number is NaN here.)
 struct Divisor {
     Math number, inverse;
 

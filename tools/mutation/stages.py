@@ -87,6 +87,7 @@ TESTS = {
     "statistics": "parts",
     "source": "plan launch package",
     "thinc": "thinc",
+    "trace": "launch traces plan functional",
     "thread_pool": "threads cpu together info memory",
     "warm": "warmup_launches warmup explain",
 }

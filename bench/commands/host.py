@@ -28,7 +28,7 @@ import numpy as np
 
 from cupynorm import devices
 
-from ..core import peers, report
+from ..core import peers, report, traces
 from ..core.cases import TOLERANCE, Arrays, epilogue_text
 from ..core.timing import Contestant, rotated
 
@@ -68,13 +68,11 @@ def contestants(op: str, arrays: Arrays) -> list[Contestant]:
 @contextlib.contextmanager
 def without_driver() -> Iterator[None]:
     """Within it cupynorm's launches do nothing. Results are wrong, so compare them before."""
-    from cupynorm import functional
-    from cupynorm.cuda import calls, runtime
+    from cupynorm.cuda import runtime
 
     def use(driver: Any) -> None:
         runtime.driver = driver
-        calls.traced.cache_clear()  # traces have the driver's functions
-        functional._known.clear()
+        traces.forget()  # they have the driver's functions
 
     real = runtime.driver
     use(SimpleNamespace(launchKernel=max, launchCooperativeKernel=max, funcSetAttribute=real.funcSetAttribute))

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupynorm import devices
-from cupynorm.cuda import calls, plan, variants
+from cupynorm.cuda import plan, variants
 from cupynorm.cuda.device import Device
 from cupynorm.cuda.layout import choose_layout, contiguous_desc
 from cupynorm.cuda.plan import Plan
 from cupynorm.cuda.source import Module
 from cupynorm.cuda.variants import Variant
 
-from ..core import peers, report
+from ..core import peers, report, traces
 from ..core.cases import (
     ACCESSES,
     DTYPES,
@@ -53,19 +53,15 @@ Variants = dict[str, tuple[Variant, ...]]
 def forced(lists: Variants) -> Iterator[None]:
     """Within it plans choose from these lists: of one variant, or of none, which is the split."""
 
-    def forget() -> None:
-        plan.plan.cache_clear()
-        calls.traced.cache_clear()
-
     before = dict(variants.FORCED)
     variants.FORCED.update(lists)
-    forget()
+    traces.forget()
     try:
         yield
     finally:
         variants.FORCED.clear()
         variants.FORCED.update(before)
-        forget()
+        traces.forget()
 
 
 @dataclass(frozen=True)

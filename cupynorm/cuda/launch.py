@@ -55,7 +55,7 @@ class CudaBackend(Backend):
     def facts(self, arrays: Sequence[Array | None]) -> tuple[Facts | None, ...] | None:
         try:
             return self.runtime.facts(arrays)
-        except AttributeError:  # not an array, or not one on a GPU
+        except (AttributeError, ValueError, TypeError):  # not an array, or not one on a GPU: NumPy has other `data`
             return None
 
     def describe(self, x: Array, calls: Explained) -> list[str]:

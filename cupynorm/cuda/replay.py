@@ -35,7 +35,7 @@ class Runtime(Protocol):
         """Return the current device."""
 
     def facts(self, arrays: Sequence[Array | None]) -> tuple[Facts | None, ...]:
-        """Return the facts of each array; AttributeError if something is not an array."""
+        """Return the facts of each array. Raise AttributeError, TypeError or ValueError if something is not one."""
 
     def addresses(self, arrays: Sequence[Array | None]) -> list[Any]:
         """Return the address of each array's first element; 0 for None."""

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 import cupynorm as cn
-from cupynorm import functional
-from cupynorm.cuda import calls
+from bench.core import traces
 from helpers.backends import Backend
 
 PACKAGE = str(Path(cn.__file__).parent)
@@ -95,9 +94,8 @@ def failures(backend: Backend, faults: Faults) -> Iterator[None]:
             for name in ("new", "new_zeros"):
                 make = getattr(runtime, name)
                 patch.setattr(runtime, name, lambda *given, make=make: partial(failing(make(*given), no_memory)))
-            for cache in (calls.traced.cache_clear, functional._known.clear):  # traces have these functions
-                cache()
-                stack.callback(cache)
+            traces.forget()  # they have these functions
+            stack.callback(traces.forget)
             error = LaunchError("the driver reports an error")
             patch.setattr(runtime, "prepare", lambda *given: partial(failing(launched, error), prepare(*given)))
         stack.enter_context(_watching(look))

@@ -261,6 +261,15 @@ def test_elements_that_are_not_aligned_are_refused(cp: Any, role: str) -> None:
     cp.cuda.get_current_stream().synchronize()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "datetime64[s]"])
+def test_arrays_on_the_host_are_refused(cp: Any, dtype: str) -> None:
+    """Whatever NumPy says of their buffers."""
+    x, host = cp.ones((2, 3, 4, 4), cp.float32), np.ones(3, cn.devices.dtype_of(dtype))
+    for role in ("weight", "bias", "residual", "out"):
+        with pytest.raises(ValueError, match=f"{role} is on cpu and the input on cuda:0"):
+            cn.instance_norm(x, **{role: host})
+
+
 def test_two_devices(cp: Any, rng: np.random.Generator) -> None:
     if cp.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("one GPU")

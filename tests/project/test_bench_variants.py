@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from emulator import runtime as emulator
 from emulator.runtime import Emulator
+from helpers.recorder import Recorder
 
 import cupynorm as cn
 from bench.commands import variants
@@ -46,6 +47,26 @@ def test_forcing_is_undone() -> None:
         assert "KERNEL(1024, 2) " in module.source  # two such blocks per multiprocessor
     assert FORCED == {}
     assert variants.planned(one, DEVICES["H100"], {}) == before
+
+
+def test_public_calls_launch_the_forced_variant(run_on: Callable[..., Any]) -> None:
+    """Also where the same call was known before."""
+    runtime = run_on(Recorder(DEVICES["H100"]))
+    x = np.zeros((64, 64, 4096), np.float32)
+
+    def launched() -> list[str]:
+        runtime.clear()
+        _, saved = cn.instance_norm_forward(x)
+        cn.instance_norm_backward(x, saved)
+        return [step.name for step in runtime.steps]
+
+    planned = launched()
+    variant = Variant("block", "registers", 512, 8)
+    for op, forward in (("forward", 0), ("backward", 1)):
+        with variants.forced(Trial(variant).lists(op)):
+            names = launched()
+            assert names[forward] == f"{op}_{variant.name}" != planned[forward]
+        assert launched() == planned
 
 
 def test_forced_modules_are_other_modules() -> None:

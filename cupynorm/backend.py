@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,9 +29,9 @@ class Backend(Protocol):
     """
 
     @abstractmethod
-    def facts(self, arrays: Sequence[Array | None]) -> tuple[Any, ...] | None:
-        """Return what the checks of arrays depend on, but for their addresses; None if they are to be checked in every
-        call, or if something is not an array of this backend."""
+    def facts(self, call: ForwardCall) -> tuple[Any, ...] | None:
+        """Return what the checks of a call's arrays depend on, but for their addresses; None if they are to be checked
+        in every call, or if one of them is not an array of this backend."""
 
     @abstractmethod
     def forward(self, call: ForwardCall) -> ForwardResult:

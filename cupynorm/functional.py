@@ -206,11 +206,13 @@ def forward(call: ForwardCall, place: str | None = None) -> ForwardResult:
 
 def _key(call: ForwardCall, backend: Backend) -> Any:
     """Return what the checks of a call depend on, or None if they are always necessary."""
-    if call.mask is not None or call.lengths is not None or not isinstance(call.moments, (type(None), Moments)):
+    if call.mask is not None or call.lengths is not None:
         return None
-    options = call.options
-    facts = None if options is None else backend.facts(call.arrays)
-    return None if facts is None else (facts, options)
+    if call.moments is not None and not isinstance(call.moments, Moments):
+        return None
+    facts = backend.facts(call)
+    options = None if facts is None else call.options
+    return None if options is None else (facts, options)
 
 
 def check_forward(call: ForwardCall, place: str | None = None, part: bool = False) -> str:

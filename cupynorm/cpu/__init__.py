@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -93,7 +93,7 @@ def rehearsals(
 class CpuBackend(Backend):
     """The backend of NumPy arrays."""
 
-    def facts(self, arrays: Sequence[Array | None]) -> None:
+    def facts(self, call: ForwardCall) -> None:
         return None
 
     def moments(self, x: Array, mask: Array | None = None, dtype: np.dtype | None = None) -> Moments:

@@ -52,9 +52,9 @@ class CudaBackend(Backend):
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
 
-    def facts(self, arrays: Sequence[Array | None]) -> tuple[Facts | None, ...] | None:
+    def facts(self, call: ForwardCall) -> tuple[Facts | None, ...] | None:
         try:
-            return self.runtime.facts(arrays)
+            return self.runtime.facts(call.arrays)
         except (AttributeError, ValueError, TypeError):  # not an array, or not one on a GPU: NumPy has other `data`
             return None
 

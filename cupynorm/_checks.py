@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -276,13 +277,23 @@ def _reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> t
     return sum(step for step in reach if step < 0), sum(step for step in reach if step > 0) + itemsize
 
 
+def _bounds(array: Array) -> tuple[int, int]:
+    """Return the addresses of a CuPy array's first byte and of its end."""
+    start = array.data.ptr
+    low, high = _reach(array.shape, array.strides, array.itemsize)
+    return start + low, start + high
+
+
 def _bounds_meet(a: Array, b: Array) -> bool:
     """Return numpy.may_share_memory for CuPy arrays. CuPy's own misses arrays that import the same memory twice."""
-    low, high = _reach(a.shape, a.strides, a.itemsize)
-    other_low, other_high = _reach(b.shape, b.strides, b.itemsize)
-    start, other = a.data.ptr, b.data.ptr
-    empty = low == high or other_low == other_high
-    return not empty and start + low < other + other_high and other + other_low < start + high
+    (low, high), (other_low, other_high) = _bounds(a), _bounds(b)
+    return max(low, other_low) < min(high, other_high)
+
+
+def _all_apart(arrays: Sequence[Array]) -> bool:
+    """Return True if the bounds of no two of these CuPy arrays meet: faster than asking for each pair."""
+    bounds = sorted(map(_bounds, arrays))
+    return all(end <= start for (_, end), (start, _) in pairwise(bounds))
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -298,13 +309,16 @@ def overlap(a: Array, b: Array) -> bool:
 
 def check_apart(written: Sequence[tuple[str, Array]], others: Sequence[tuple[str, Array | None]]) -> None:
     """Check that arrays (C,) which are updated in place share no memory with each other or with the others."""
+    arrays = [*written, *((name, other) for name, other in others if other is not None)]
+    apart = not any(isinstance(array, np.ndarray) for _, array in arrays) and _all_apart([a for _, a in arrays])
     for number, (name, array) in enumerate(written):
         if array.size > 1 and abs(array.strides[0]) < array.itemsize:
             raise ValueError(
                 f"{name} is to be updated and has strides {array.strides}: several of its elements are the same memory"
             )
-        for other_name, other in (*written[:number], *others):
-            if other is not None and overlap(other, array):
+        for place in () if apart else (*range(number), *range(len(written), len(arrays))):
+            other_name, other = arrays[place]
+            if overlap(other, array):
                 raise ValueError(
                     f"{other_name} and {name} share memory, and {name} is to be updated: give each an array of its own"
                 )

@@ -474,6 +474,9 @@ def test_addresses_of_gpu_arrays_meet_as_those_of_numpy_arrays_do(rng: np.random
         a, b = view(), view()
         meet = np.may_share_memory(a, b)
         assert _checks._bounds_meet(on_a_gpu(a), on_a_gpu(b)) == meet, (a.__array_interface__, b.__array_interface__)
+        c = view()
+        pairs = (np.may_share_memory(*pair) for pair in ((a, b), (b, c), (a, c)))
+        assert _checks._all_apart([*map(on_a_gpu, (a, b, c))]) == (not any(pairs))
         found.add(meet)
     assert found == {True, False}
     for second in (5, 6, 7):  # the two share an element, or lie side by side, or apart

@@ -269,18 +269,18 @@ def _as_host(array: Array) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+def reach(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
     """Return the distances in bytes from an array's address to its first byte and to its end."""
-    reach = [stride * (size - 1) for stride, size in zip(strides, shape, strict=True)]
     if 0 in shape:
         return 0, 0
-    return sum(step for step in reach if step < 0), sum(step for step in reach if step > 0) + itemsize
+    steps = [stride * (size - 1) for stride, size in zip(strides, shape, strict=True)]
+    return sum(step for step in steps if step < 0), sum(step for step in steps if step > 0) + itemsize
 
 
 def _bounds(array: Array) -> tuple[int, int]:
     """Return the addresses of a CuPy array's first byte and of its end."""
     start = array.data.ptr
-    low, high = _reach(array.shape, array.strides, array.itemsize)
+    low, high = reach(array.shape, array.strides, array.itemsize)
     return start + low, start + high
 
 

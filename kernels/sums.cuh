@@ -34,15 +34,20 @@ template <int THREADS> __device__ constexpr int scratch_size(int channel_vecs, i
     return THREADS / 32 * channel_vecs * K;
 }
 
+// Add up the K sums of lanes at distances from `most` down to `least`, powers of two, in every lane.
+template <int K, class T> __device__ inline void sum_over_lanes(T (&s)[K], int most, int least) {
+    for (int distance = most; distance >= least; distance /= 2) {
+        #pragma unroll
+        for (int k = 0; k < K; k++) s[k] += __shfl_xor_sync(0xffffffff, s[k], distance);
+    }
+}
+
 // Replace the K sums of every thread by the totals over the scope's threads of the same channel vec (over `size`
 // neighbouring threads if the scope is SUBWARP).
 // Consecutive calls must alternate between two scratch areas of scratch_size() each: that saves a second barrier.
 template <int SCOPE, int THREADS, int K, class T>
 __device__ inline void sum_over_scope(T (&s)[K], int size, int channel_vecs, T* scratch) {
-    for (int distance = SCOPE == SUBWARP ? size / 2 : 16; distance >= channel_vecs; distance /= 2) {
-        #pragma unroll
-        for (int k = 0; k < K; k++) s[k] += __shfl_xor_sync(0xffffffff, s[k], distance);
-    }
+    sum_over_lanes(s, SCOPE == SUBWARP ? size / 2 : 16, channel_vecs);
     // Shuffles do not order memory accesses: without this, y may overwrite x before other lanes read it (staging.cuh).
     if (SCOPE == SUBWARP) __syncwarp();
     if (SCOPE == SUBWARP || SCOPE == WARP) return;
@@ -63,10 +68,7 @@ __device__ inline void sum_over_scope(T (&s)[K], int size, int channel_vecs, T* 
         #pragma unroll
         for (int k = 0; k < K; k++) s[k] += scratch[(w * channel_vecs + vec) * K + k];
     }
-    for (int distance = lanes << log_width >> 1; shared_out && distance >= channel_vecs; distance /= 2) {
-        #pragma unroll
-        for (int k = 0; k < K; k++) s[k] += __shfl_xor_sync(0xffffffff, s[k], distance);
-    }
+    if (shared_out) sum_over_lanes(s, lanes << log_width >> 1, channel_vecs);
 }
 
 #endif

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from cupynorm import devices
 from cupynorm._types import ForwardCall
-from cupynorm.cuda.device import DEVICES, Device
+from cupynorm.cuda.device import DEVICES
 from cupynorm.cuda.launch import CudaBackend
 
 from ..sass import listing
@@ -118,9 +117,9 @@ def _check(case: Case, got: np.ndarray, x: np.ndarray, dy: np.ndarray | None) ->
         raise RuntimeError(f"{case}: the machine code's result is wrong: error {error:.2g}")
 
 
-def count(case: Case, device: str = "H200", planned_for: Device | None = None) -> Count:
+def count(case: Case, device: str = "H200") -> Count:
     """Count a case's instructions. Raises RuntimeError if the result is wrong."""
-    runtime = SassRuntime(planned_for or DEVICES[device], first=1)
+    runtime = SassRuntime(DEVICES[device], first=1)
     backend = CudaBackend(runtime)
     x = _array(case, 1)
     result = backend.forward(ForwardCall(x))
@@ -148,11 +147,6 @@ def _statistics(saved: Any, x: np.ndarray) -> None:
         saved.mean[: len(some), c] = mean
         saved.mean_lo[: len(some), c] = mean - saved.mean[: len(some), c]
         saved.rstd[: len(some), c] = (a.var(1) + 1e-5) ** -0.5
-
-
-def counted(cases: list[Case], device: str = "H200") -> Iterator[Count]:
-    for case in cases:
-        yield count(case, device)
 
 
 def line(found: Count) -> str:
@@ -186,9 +180,10 @@ def main(arguments: list[str] | None = None) -> int:
         " share"
     )
     rows = {}
-    for found in counted(cases, options.device):
+    for case in cases:
+        found = count(case, options.device)
         print(line(found), flush=True)
-        rows[str(found.case)] = [found.kernel, round(found.lane, 2)]
+        rows[str(case)] = [found.kernel, round(found.lane, 2)]
     if options.json:
         text = ",\n".join(f"  {json.dumps(case)}: {json.dumps(row)}" for case, row in rows.items())
         options.json.write_text(f'{{"nvrtc": {list(version)},\n"lane-instructions of an element": {{\n{text}\n}}}}\n')

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cupynorm._checks import reach
 from cupynorm.cuda.plan import Step
 
 from .listing import Kernel
@@ -60,9 +61,8 @@ class _Range:
     """The bytes of an array, from its first to its last one."""
 
     def __init__(self, array: np.ndarray):
-        reach = [stride * (size - 1) for stride, size in zip(array.strides, array.shape, strict=True)]
-        self.start = array.ctypes.data + sum(step for step in reach if step < 0)
-        self.end = array.ctypes.data + sum(step for step in reach if step > 0) + array.itemsize
+        low, high = reach(array.shape, array.strides, array.itemsize)
+        self.start, self.end = array.ctypes.data + low, array.ctypes.data + high
         memory = (ctypes.c_uint8 * (self.end - self.start)).from_address(self.start)
         self.bytes = np.frombuffer(memory, np.uint8)
         self.array = array  # lives as long

@@ -25,7 +25,6 @@ class Decoded:
         self.texts = instruction.operands
         self.guard = parsed(instruction.guard) if instruction.guard else None
         self.operands = [_operand(text) for text in self.texts]
-        #: Without predicates before the first source.
         self.function = OPERATIONS.get(self.name)
 
     def split(self) -> tuple[list[Operand], Operand, list[Operand]]:

@@ -11,5 +11,6 @@ calls replay the trace on their arrays. Kernels are launched when a call is comm
     source                        the text of each module
     calls, trace                  what each operation allocates, copies and launches; it is traced once
     replay, launch                later calls: the trace on their arrays; the backend
+    numpy_runtime                 the arrays of runtimes without a GPU (tests, benchmark)
     runtime, clusters, backend    the runtime of CuPy; these alone need CuPy and a driver
 """

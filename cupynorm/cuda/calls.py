@@ -53,6 +53,12 @@ def moments(work: Tracer, given: MomentsArrays, dtype: np.dtype | None) -> Resul
     return [*found.values()]
 
 
+def _point_statistics(work: Tracer, statistics: Slot) -> None:
+    """Set the kernels' pointers to Saved.statistics."""
+    for row, name in zip(range(statistics.shape[0]), ("mean", "rstd", "mean_lo"), strict=False):
+        work.point(name, statistics, row)
+
+
 @dataclass(frozen=True, eq=False)
 class ForwardArrays:
     x: Slot
@@ -99,8 +105,7 @@ def forward(work: Tracer, given: ForwardArrays, *options: Any) -> Results:
     split = x.size > 0 and work.planned.regime == "split"
     needed = with_moments or split  # by steps in between, also if nothing is saved
     if statistics is not None:
-        for row, name in enumerate(("mean", "rstd", "mean_lo")[: statistics.shape[0]]):
-            work.point(name, statistics, row)
+        _point_statistics(work, statistics)
     else:
         # Running statistics need the means.
         work.point("mean", work.planes(needed or update))
@@ -163,18 +168,21 @@ class BackwardOptions(NamedTuple):
     dbias: bool = False
 
 
+def _differentiated(given: BackwardArrays, option: BackwardOptions) -> tuple[Slot | None, Slot | None]:
+    """Return weight and bias, None if the gradient is not wanted."""
+    return given.weight if option.dweight else None, given.bias if option.dbias else None
+
+
 def _plan_backward(work: Tracer, op: Op, given: BackwardArrays, option: BackwardOptions) -> Slot | None:
     """Plan an operation of the backward, and set what it needs of the forward. Return dresidual, if it is new."""
-    weight, bias = given.weight if option.dweight else None, given.bias if option.dbias else None
-    parameters = [parameter for parameter in (weight, bias) if parameter is not None]
+    parameters = [parameter for parameter in _differentiated(given, option) if parameter is not None]
     activation = option.activation
     work.plan(
         op, (given.x, given.dy), residual=given.residual, out=given.out, sums=bool(parameters),
-        reduced=any(not _direct(p, work.nc) for p in parameters),
+        reduced=any(not _direct(p, given.x.shape) for p in parameters),
         epilogue=0 if activation is None else EPILOGUES[activation], mask=given.mask,
     )  # fmt: skip
-    for row, name in enumerate(("mean", "rstd", "mean_lo")[: given.statistics.shape[0]]):
-        work.point(name, given.statistics, row)
+    _point_statistics(work, given.statistics)
     work.point("affine.weight", work.dense(given.weight))
     work.values["affine.flags"] = work.flags(WEIGHT=given.weight, BIAS=given.bias)
     work.values["scale.mode"] = EPS_MODES.index(option.eps_mode)
@@ -189,10 +197,8 @@ def backward(work: Tracer, given: BackwardArrays, *options: Any) -> Results:
     """Returns dx, dweight, dbias, dresidual."""
     option = BackwardOptions(*options)
     op: Op = "backward" if option.training else "frozen_backward"
-    work.begin(given.x)
     dresidual = _plan_backward(work, op, given, option)
-    weight, bias = given.weight if option.dweight else None, given.bias if option.dbias else None
-    gradients = _ParameterGradients(work, weight, bias)
+    gradients = _ParameterGradients(work, *_differentiated(given, option))
     if given.x.size:
         if given.mask is not None and option.training:
             work.point("count", work.dense(given.count))
@@ -218,7 +224,6 @@ def backward(work: Tracer, given: BackwardArrays, *options: Any) -> Results:
 
 def gradient_sums(work: Tracer, given: BackwardArrays, *options: Any) -> Results:
     """Returns sum_dy, sum_dy_xhat."""
-    work.begin(given.x)
     _plan_backward(work, "gradient_sums", given, BackwardOptions(*options))
     make = work.empty if given.x.size else work.zeros
     sum_dy, sum_dy_xhat = (make(work.nc, DTYPES[name]) for name in ("sum_dy", "sum_dy_xhat"))
@@ -235,7 +240,6 @@ def gradient_sums(work: Tracer, given: BackwardArrays, *options: Any) -> Results
 
 def input_gradient(work: Tracer, given: BackwardArrays, *options: Any) -> Results:
     """Returns dx, dresidual."""
-    work.begin(given.x)
     dresidual = _plan_backward(work, "input_gradient", given, BackwardOptions(*options))
     if given.x.size:
         work.point_to("totals", dy=work.dense(given.sum_dy), dy_xhat=work.dense(given.sum_dy_xhat))
@@ -297,8 +301,7 @@ def double_backward(work: Tracer, given: DoubleBackwardArrays, training: bool) -
         return results
     narrow = FLAGS["NARROW_SUM_DY_XHAT"] if dweight is not None and direct and dweight.dtype != work.math else 0
     flags = work.flags(WEIGHT=given.weight, BIAS=given.ddbias, DDWEIGHT=given.ddweight) | narrow
-    work.point("mean", given.statistics, 0)
-    work.point("rstd", given.statistics, 1)
+    _point_statistics(work, given.statistics)
     work.point_to(
         "parameters", weight=work.dense(given.weight), ddbias=work.dense(given.ddbias),
         ddweight=work.dense(given.ddweight),

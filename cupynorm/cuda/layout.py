@@ -67,16 +67,19 @@ def layout_of(desc: ArrayDesc, kind: Kind) -> Layout | None:
     return Layout(n, c, s, misalignment // itemsize) if fits else None
 
 
+def dense_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Return the strides in bytes of a C-contiguous array."""
+    return tuple(prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape)))
+
+
 def contiguous_desc(shape: tuple[int, ...], itemsize: int, kind: Kind) -> ArrayDesc:
     """Return the ArrayDesc of a newly allocated array."""
     n, c, *spatial = shape
     order = (n, c, *spatial) if kind == "channels_first" else (n, *spatial, c)
-    strides = [itemsize]
-    for size in order[:0:-1]:
-        strides.insert(0, strides[0] * size)
+    strides = dense_strides(order, itemsize)
     if kind == "channels_last":
-        strides = [strides[0], strides[-1], *strides[1:-1]]
-    return ArrayDesc(shape, tuple(strides), itemsize, 0)
+        strides = strides[0], strides[-1], *strides[1:-1]
+    return ArrayDesc(shape, strides, itemsize, 0)
 
 
 def dense(x: Layout, n: int, c: int, s: int) -> bool:

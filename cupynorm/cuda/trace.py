@@ -18,7 +18,7 @@ from .._types import math_dtype
 from . import arguments
 from .arguments import FLAGS
 from .device import Device
-from .layout import ArrayDesc, choose_layout, contiguous_desc, one_stride
+from .layout import ArrayDesc, choose_layout, contiguous_desc, dense_strides, one_stride
 from .ops import OPS, Op
 from .plan import Step, channel_step, plan, plane_step
 from .replay import Copy, Facts, Launch, Runtime, Trace
@@ -62,12 +62,10 @@ class Slot:
     def c_contiguous(self) -> bool:
         return not self.size or all(
             size == 1 or stride == step
-            for size, stride, step in zip(self.shape, self.strides, _dense_strides(self.shape, self.dtype), strict=True)
+            for size, stride, step in zip(
+                self.shape, self.strides, dense_strides(self.shape, self.dtype.itemsize), strict=True
+            )
         )
-
-
-def _dense_strides(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
-    return tuple(math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape)))
 
 
 class Pointer(NamedTuple):
@@ -128,17 +126,17 @@ class Tracer:
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype, strides: tuple[int, ...] | None = None) -> Slot:
         """Return a new array of the call. strides: in bytes; None for C-contiguous."""
-        self._empty.append(Slot(shape, _dense_strides(shape, dtype) if strides is None else strides, dtype))
+        self._empty.append(Slot(shape, dense_strides(shape, dtype.itemsize) if strides is None else strides, dtype))
         return self._empty[-1]
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Slot:
         """Return a new C-contiguous array of zeros."""
-        self._zeros.append(Slot(shape, _dense_strides(shape, dtype), dtype))
+        self._zeros.append(Slot(shape, dense_strides(shape, dtype.itemsize), dtype))
         return self._zeros[-1]
 
     def hidden(self, shape: tuple[int, ...], dtype: np.dtype) -> Slot:
         """Return a new array that only kernels see."""
-        slot = Slot(shape, _dense_strides(shape, dtype), dtype)
+        slot = Slot(shape, dense_strides(shape, dtype.itemsize), dtype)
         self._hidden[slot] = self._size
         self._size += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
         return slot

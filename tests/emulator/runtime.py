@@ -25,10 +25,11 @@ import numpy as np
 import pytest
 from helpers import offsets
 
+from cupynorm._checks import reach
 from cupynorm.cuda.arguments import POINTER, STRUCTS, leaves
 from cupynorm.cuda.device import DEVICES, Device
+from cupynorm.cuda.numpy_runtime import NumpyRuntime
 from cupynorm.cuda.plan import Step
-from cupynorm.cuda.replay import Facts
 from cupynorm.cuda.source import OPTIONS, Module
 
 HERE = Path(__file__).parent
@@ -208,10 +209,9 @@ def _bounds(addresses: Sequence[int], arrays: Sequence[Any]) -> dict[int, tuple[
     for array in arrays:
         if array is not None and array.size:
             address = array.ctypes.data
-            reach = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+            first, end = reach(array.shape, array.strides, array.itemsize)
             low, high = starts.get(address, (address, address))
-            low = min(low, address + sum(min(r, 0) for r in reach))
-            starts[address] = low, max(high, address + sum(max(r, 0) for r in reach) + array.itemsize)
+            starts[address] = min(low, address + first), max(high, address + end)
     found = {}
     inner = sorted(address for address in addresses if address not in starts)
     for address in addresses:
@@ -222,43 +222,23 @@ def _bounds(addresses: Sequence[int], arrays: Sequence[Any]) -> dict[int, tuple[
     return found
 
 
-class Emulator:
+class Emulator(NumpyRuntime):
     """A cupynorm.cuda.replay.Runtime over NumPy arrays. device and order may be set; counts lists the launches."""
 
     def __init__(self, device: Device = DEVICES["H100"], order: str = "forward", transform: Transform | None = None):
-        self._device = device
+        super().__init__(device)
         self.order = order
         self.seed = 0
         self.transform = transform
         self.counts: list[Count] = []
 
-    def elsewhere(self, array: Any) -> None:
-        return None
+    def allocate(self, size: int) -> np.ndarray:
+        """Return poisoned bytes: NaN in every float dtype, -1 in integers."""
+        memory = super().allocate(size)
+        memory.fill(255)
+        return memory
 
-    def device(self) -> Device:
-        return self._device
-
-    def facts(self, arrays: Any) -> tuple[Facts | None, ...]:
-        return tuple(
-            None if a is None else (type(a), a.shape, a.strides, a.dtype, a.ctypes.data % 16, 0) for a in arrays
-        )
-
-    def addresses(self, arrays: Any) -> list[int]:
-        return [0 if array is None else array.ctypes.data for array in arrays]
-
-    def new(self, shape: tuple[int, ...], dtype: Any, size: int, strides: Any) -> partial[np.ndarray]:
-        """Return a function that makes a poisoned array: NaN in every float dtype, -1 in integers."""
-        return partial(lambda: np.ndarray(shape, dtype, self.memory(size)[0], strides=strides))
-
-    def new_zeros(self, shape: tuple[int, ...], dtype: Any) -> partial[np.ndarray]:
-        return partial(np.zeros, shape, dtype)
-
-    def memory(self, size: int) -> tuple[np.ndarray, int]:
-        whole = np.full(size + 16, 255, np.uint8)
-        memory = whole[-whole.ctypes.data % 16 :][:size]  # aligned as on a device
-        return memory, memory.ctypes.data
-
-    def kernel(self, module: Module | Text, step: Step) -> tuple[Module | Text, Step]:
+    def kernel(self, module: Module | Text, step: Step) -> tuple[Any, Step]:
         build(module, self.transform)
         return module, step
 

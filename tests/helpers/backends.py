@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 
 from cupynorm import cpu, devices
+from cupynorm._checks import reach
 from cupynorm.backend import MODULES
 from cupynorm.cpu import thread_pool
 from cupynorm.cuda.device import Device
@@ -109,8 +110,7 @@ class Backend:
         if not host.size:
             return cupy.asarray(host)
         # Copy the memory that the strides span, then take the same view of it.
-        low = sum(min(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True))
-        high = sum(max(0, (n - 1) * s) for n, s in zip(host.shape, host.strides, strict=True)) + host.itemsize
+        low, high = reach(host.shape, host.strides, host.itemsize)
         memory = (ctypes.c_char * (high - low)).from_address(host.ctypes.data + low)
         shift = (host.ctypes.data + low) % 16  # CuPy's own allocations are aligned
         raw = cupy.empty(high - low + 16, np.uint8)

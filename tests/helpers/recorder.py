@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from cupynorm.cuda.device import Device
+from cupynorm.cuda.numpy_runtime import NumpyRuntime
 from cupynorm.cuda.plan import Step
-from cupynorm.cuda.replay import Facts
 from cupynorm.cuda.source import Module
 
 
-class Recorder:
+class Recorder(NumpyRuntime):
     """Record, since `clear`, the arrays made (shape and dtype), and the modules and steps that would be launched."""
 
     def __init__(self, device: Device):
-        self._device = device
+        super().__init__(device)
         self.clear()
 
     def clear(self) -> None:
@@ -31,25 +31,11 @@ class Recorder:
         """Return the modules and kernels that would be launched."""
         return {(module, step.name) for module, step in zip(self.modules, self.steps, strict=True)}
 
-    def elsewhere(self, array: Any) -> None:
-        return None
+    def new(self, *given: Any) -> partial[np.ndarray]:
+        return partial(self._made, super().new(*given))
 
-    def device(self) -> Device:
-        return self._device
-
-    def facts(self, arrays: Any) -> tuple[Facts | None, ...]:
-        return tuple(
-            None if a is None else (type(a), a.shape, a.strides, a.dtype, a.ctypes.data % 16, 0) for a in arrays
-        )
-
-    def addresses(self, arrays: Any) -> list[int]:
-        return [0 if array is None else array.ctypes.data for array in arrays]
-
-    def new(self, shape: tuple[int, ...], dtype: Any, size: int, strides: Any) -> partial[np.ndarray]:
-        return partial(self._made, lambda: np.ndarray(shape, dtype, self._aligned(size), strides=strides))
-
-    def new_zeros(self, shape: tuple[int, ...], dtype: Any) -> partial[np.ndarray]:
-        return partial(self._made, lambda: np.zeros(shape, dtype))
+    def new_zeros(self, *given: Any) -> partial[np.ndarray]:
+        return partial(self._made, super().new_zeros(*given))
 
     def _made(self, make: Callable[[], np.ndarray]) -> np.ndarray:
         array = make()
@@ -58,15 +44,7 @@ class Recorder:
 
     def memory(self, size: int) -> tuple[np.ndarray, int]:
         self.made[(size,), "memory"] += 1
-        memory = self._aligned(size)
-        return memory, memory.ctypes.data
-
-    def _aligned(self, size: int) -> np.ndarray:
-        whole = np.zeros(size + 16, np.uint8)
-        return whole[-whole.ctypes.data % 16 :][:size]  # as on a device
-
-    def kernel(self, module: Module, step: Step) -> tuple[Module, Step]:
-        return module, step
+        return super().memory(size)
 
     def prepare(self, kernel: tuple[Module, Step], arguments: bytes, arrays: Any) -> partial[Any]:
         module, step = kernel

@@ -13,6 +13,7 @@ import pytest
 from bench.commands import instructions
 from bench.sass import listing, machine
 from bench.sass.machine import Block, MachineError
+from bench.sass.runtime import SassRuntime
 from cupynorm import devices
 from cupynorm._types import ForwardCall
 from cupynorm.cuda.device import Device
@@ -60,8 +61,6 @@ SMALL = Device("small", (9, 0), 4, 100 * 1024, 2**20, 4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_results_of_whole_calls(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> None:
     """All blocks of all launches, on a small device: also clusters, grids that wait, and sums over the batch."""
-    from bench.sass.runtime import SassRuntime
-
     runtime = SassRuntime(SMALL)
     backend = CudaBackend(runtime)
     x, dy = (rng.normal(3, 2, shape).astype(devices.dtype_of(dtype)) for _ in range(2))

@@ -234,10 +234,20 @@ def array_module(array: Array) -> Any:
     return np if isinstance(array, np.ndarray) else sys.modules["cupy"]
 
 
-def empty_like(x: Array, empty: Any, dtype: Any = None) -> Array:
-    """Return a new array from `empty(shape, dtype)`, by default of x's dtype: channels-last in memory if x is, else
-    C-contiguous."""
+def maker_like(x: Array, empty: Any, dtype: Any = None) -> partial[Array]:
+    """Return what makes a new array by `empty(shape, dtype)`, by default of x's dtype: channels-last in memory if x is,
+    else C-contiguous."""
     dtype = dtype or x.dtype
     if x.ndim < 3 or x.flags.c_contiguous or x.shape[1] == 1 or x.strides[1] != x.itemsize:
-        return empty(x.shape, dtype)
-    return empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype).transpose(0, x.ndim - 1, *range(1, x.ndim - 1))
+        return partial(empty, x.shape, dtype)
+    return partial(_empty_channels_last, empty, (x.shape[0], *x.shape[2:], x.shape[1]), dtype)
+
+
+def _empty_channels_last(empty: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    last = len(shape) - 1
+    return empty(shape, dtype).transpose(0, last, *range(1, last))
+
+
+def empty_like(x: Array, empty: Any, dtype: Any = None) -> Array:
+    """Return what `maker_like` makes."""
+    return maker_like(x, empty, dtype)()

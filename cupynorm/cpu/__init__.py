@@ -31,7 +31,7 @@ import importlib
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +47,7 @@ from .._types import (
     Saved,
     commit,
     empty_like,
+    maker_like,
     math_dtype,
 )
 from ..backend import Backend
@@ -58,7 +59,7 @@ from . import running
 from .blocking import Arrays
 from .numpy_double import DoubleArrays, DoubleBackwardWork
 from .numpy_path import NumpyWork
-from .result_pool import empty
+from .result_pool import LEAST, empty
 
 #: llvmlite, or None without compiled loops; then the next line is the reason.
 llvmlite: Any
@@ -82,6 +83,21 @@ def _choose(call: Saved, arrays: Arrays) -> Any:
     return NumpyWork(call, arrays) if work is None else work
 
 
+class Trace(NamedTuple):
+    """What forwards on arrays with the same facts have in common."""
+
+    result: Callable[[], np.ndarray]  # makes a new y
+    statistics: Callable[[], np.ndarray]  # makes Saved.statistics
+    work: Callable[[Saved, Arrays], Any] = _choose  # chooses the implementation
+
+
+def _trace_of(call: ForwardCall) -> Trace:
+    x, dtype = call.x, call.result_dtype
+    rows, wide = 3 if call.use_input_stats else 2, math_dtype(dtype, x.dtype)
+    make = np.empty if x.size * dtype.itemsize < LEAST else empty
+    return Trace(maker_like(x, make, dtype), partial(np.empty, (rows, *x.shape[:2]), wide))
+
+
 def rehearsals(
     x: Array, dtype: np.dtype, activation: str | None, residual: Array | None, parts: bool = False, **rare: Any
 ) -> list[tuple[str, Callable[[], Any]]]:
@@ -93,8 +109,16 @@ def rehearsals(
 class CpuBackend(Backend):
     """The backend of NumPy arrays."""
 
-    def facts(self, call: ForwardCall) -> None:
-        return None
+    def facts(self, call: ForwardCall) -> tuple[Any, ...] | None:
+        facts: list[Any] = [compiled]
+        for array in call.arrays:
+            if array is None:
+                facts.append(None)
+            elif type(array) is np.ndarray and array.flags.aligned:
+                facts.append((array.shape, array.strides, array.dtype, array.flags.writeable))
+            else:
+                return None
+        return tuple(facts)
 
     def moments(self, x: Array, mask: Array | None = None, dtype: np.dtype | None = None) -> Moments:
         if not x.size:
@@ -105,29 +129,31 @@ class CpuBackend(Backend):
 
     def forward(self, call: ForwardCall) -> ForwardResult:
         x = call.x
-        y, saved = _results(call)
-        dtype = saved.rstd.dtype
+        y, saved = _begin(call)
+        dtype = saved.statistics.dtype
         update: Callable[..., None] = commit
         counts = saved.count = None if call.mask is None else np.zeros(x.shape[:2], np.int64)
         if x.size:
             variance = np.empty(x.shape[:2], dtype) if call.updates else None
-            _choose(saved, Arrays(x, y, residual=call.residual, mask=call.mask)).forward(variance)
+            _run(call, saved, y, lambda work: work.forward(variance))
             if variance is not None and counts is not None:
                 exact = np.add(saved.mean, saved.mean_lo, dtype=np.float64)  # type: ignore[arg-type]
                 m2 = variance.astype(np.float64) * counts
                 mean, var, momentum = _means_of_channels(Moments(counts, exact, m2), call.momentum)
                 update = partial(running.move, ((call.running_mean, mean), (call.running_var, var)), momentum)
             elif variance is not None:
-                count = math.prod(x.shape[2:])
+                count, samples = math.prod(x.shape[2:]), x.shape[0]
                 with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
-                    exact = np.add(saved.mean, saved.mean_lo, dtype=np.float64).mean(0)  # type: ignore[arg-type]
-                    unbiased = (variance * dtype.type(count / (count - 1))).mean(0, dtype=np.float64)
+                    means = np.add(saved.mean, saved.mean_lo, dtype=np.float64)  # type: ignore[arg-type]
+                    variance *= dtype.type(count / (count - 1))
+                    exact = np.add.reduce(means, 0) / samples
+                    unbiased = np.add.reduce(variance, 0, np.float64) / samples
                 batch = (call.running_mean, exact), (call.running_var, unbiased)
                 update = partial(running.move, batch, call.momentum)
         return ForwardResult(y, saved if call.save else None, update)
 
     def normalize(self, call: ForwardCall) -> ForwardResult:
-        y, saved = _results(call)
+        y, saved = _begin(call)
         update: Callable[..., None] = commit
         with np.errstate(all="ignore"):
             if call.moments is None:
@@ -142,7 +168,7 @@ class CpuBackend(Backend):
                 rstd = rstd_of(var_of(call.moments, call.ddof), call.eps, call.eps_mode)
                 saved.rstd[...] = np.where(call.moments.count > 0, rstd, 0)
         if call.x.size:
-            _choose(saved, Arrays(call.x, y, residual=call.residual, mask=call.mask)).normalize()
+            _run(call, saved, y, lambda work: work.normalize())
         if call.updates:  # and moments are given
             mean, var, momentum = _means_of_channels(call.moments, call.momentum)
             update = partial(running.move, ((call.running_mean, mean), (call.running_var, var)), momentum)
@@ -229,11 +255,18 @@ def _without_statistics(x: Array, dtype: np.dtype) -> Saved:
     return Saved(x, np.empty((3, *x.shape[:2]), math_dtype(dtype, x.dtype)), None, None, True, dtype=dtype)
 
 
-def _results(call: ForwardCall) -> tuple[Array, Saved]:
-    """Return y and Saved, to be computed."""
-    y = empty_like(call.x, empty, call.dtype) if call.out is None else call.out
-    rows, dtype = 3 if call.use_input_stats else 2, math_dtype(y.dtype, call.x.dtype)
-    return y, call.saved(np.empty((rows, *call.x.shape[:2]), dtype))
+def _begin(call: ForwardCall) -> tuple[Array, Saved]:
+    """Return y and Saved, to be computed. The call has a trace then."""
+    trace = call.trace = call.trace or _trace_of(call)
+    return trace.result() if call.out is None else call.out, call.saved(trace.statistics())
+
+
+def _run(call: ForwardCall, saved: Saved, y: Array, step: Callable[[Any], None]) -> None:
+    """Run a step of the implementation. The next calls on arrays with the same facts have the same one."""
+    work = call.trace.work(saved, Arrays(call.x, y, None, call.residual, None, call.mask))
+    step(work)
+    if call.trace.work is _choose and work.again is not None:
+        call.trace = call.trace._replace(work=work.again)
 
 
 def _slopes_and_counts(saved: Saved) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -281,7 +314,7 @@ def _gradients(sums: np.ndarray, *parameters: Array | None) -> list[Array | None
     with np.errstate(all="ignore"):
         by_rank = {2: sums}
         if 1 in ranks:
-            by_rank[1] = sums[:, 0] if sums.shape[1] == 1 else sums.astype(np.float64).sum(1)
+            by_rank[1] = sums[:, 0] if sums.shape[1] == 1 else np.add.reduce(sums, 1, np.float64)
         return [None if p is None else by_rank[p.ndim][i].astype(p.dtype) for i, p in enumerate(parameters)]
 
 

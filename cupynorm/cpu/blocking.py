@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._types import Array, Saved
+from .._types import Array
 
 Index = tuple[Any, ...]
 
@@ -54,11 +54,15 @@ class Work:
     A subclass sets `blocks`, `tiles` (per block) and `threads`. The steps are `reduce`, `join`, `apply` and `whole`
     (these three on one block). `join` is a function of a range of blocks. The others are functions of an item in NumPy,
     and a `Task` in the compiled loops.
+
+    again: makes the Work of another call on arrays with the same facts, from its Saved and its Arrays; or None, if that
+    is to be chosen anew.
     """
 
     blocks: int
     tiles: int
     threads: int
+    again: Any = None
 
     def share(self, step: Any, count: int) -> None:
         """Run step over the items 0 … count - 1, divided among the threads."""
@@ -92,6 +96,7 @@ def tile_slices(spatial: list[int], limit: int) -> Iterator[Index]:
             yield (slice(i, i + step), *(slice(None) for _ in inner))
 
 
-def least_mean_square(call: Saved) -> float:
-    """Return the least mean square that float32 holds in full precision; 0 if eps dominates anyway."""
+def least_mean_square(call: Any) -> float:
+    """Return the least mean square that float32 holds in full precision; 0 if eps dominates anyway. call: has eps and
+    eps_mode."""
     return 0.0 if call.eps >= (1e-30 if call.eps_mode == "variance" else 1e-15) else 2.0**-100

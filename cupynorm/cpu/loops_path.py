@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from .llvm import Module
 from .loops_across import BLOCK, LONGEST, LONGEST_PLAIN, across_backward, across_forward
 from .loops_backward import gradient_sums, gradients
 from .loops_forward import results, statistics
-from .loops_places import FORMAT, GEOMETRY, LINE, Kind
+from .loops_places import FORMAT, GEOMETRY, LINE, OPTIONS_FORMAT, Kind
 from .loops_short import BACKWARD_SHORT, FORWARD_SHORT, short_backward, short_forward
 from .loops_tasks import TaskQueue, driver
 from .thread_pool import share
@@ -37,6 +37,7 @@ MIN_CHANNELS_COMPILED = 16
 # 16 bits: unless none is).
 SPARE = 14
 WIDE = 16  # rows of at least so many vectors of 64 bytes have vectors of 128: longer sums side by side
+MOST_KINDS = 256  # of calls on arrays of one layout, whose options are kept
 MOST_RUNS = 65536  # limit of the runs of a plane read in place: each array has a table of their offsets
 
 
@@ -97,6 +98,7 @@ class Layout:
             sizes[-1] = 1
         self.usable = all(step % size == 0 for each, size in zip(found, sizes, strict=True) for step in each)
         self.usable &= "float16" not in (self.dtype_name, self.input_name) or llvm_machine.converts_halves()
+        self.is_small = True
         if not self.usable:
             return
         # Positions are visited in the order of x's memory.
@@ -154,6 +156,7 @@ class Layout:
         self.tiles = len(self.counts)
         self.blocks = n * -(-c // group)
         self.group, self.channels_last, self.runs = group, channels_last, table
+        self.is_small = runs <= SMALL_TABLE
         # A vector has no more elements than any row of the loops: a run of a tile, a window's tile, or a last group.
         if channels_last:
             shortest = c - (self.blocks // n - 1) * group
@@ -168,7 +171,7 @@ class Layout:
             widest *= 2
         self.lanes = 1 << (min(shortest, widest).bit_length() - 1)
         one_piece = (self.windows is not None and self.tiles == 1) or (rows and runs == 1)
-        self.plane = plane
+        self.planes, self.channels, self.plane = n * c, c, plane
         self.one_piece = plane if one_piece else 0  # elements of planes that lie in one piece each
         numbers = {
             "channels": c, "group": group, "tiles": self.tiles, "runs": runs, "length": length,
@@ -179,7 +182,9 @@ class Layout:
         self.geometry = np.array([*(numbers[name] for name in GEOMETRY if name in numbers), *axes], np.int64)
         self.geometry_address = self.geometry.ctypes.data
         self.pays = n * c * (plane + PLANE_COSTS) >= PAYS
-        self.steps: dict[Any, Steps] = {}  # of the kinds of calls so far
+        #: Of the partial sums of a call.
+        self.partials = 4 if self.masked else 3, self.blocks * self.tiles * group
+        self.prepared: dict[Any, Prepared] = {}  # of the kinds of calls so far
 
     def passes(self, activation: str | None) -> tuple[Pass, Pass]:
         """Return the modules of the forward and of the backward."""
@@ -217,7 +222,7 @@ def _group(channels: int, wanted: int, least: int) -> int:
 def _layout(*given: Any) -> Layout | None:
     """Return a layout, or None if its table is too large for this cache."""
     layout = Layout(*given)
-    return layout if not layout.usable or layout.runs.shape[1] <= SMALL_TABLE else None
+    return layout if layout.is_small else None
 
 
 _large_layout = lru_cache(maxsize=4)(Layout)
@@ -281,6 +286,49 @@ def _function_of(address: int) -> Callable[..., None]:
     return llvm_machine.Step(address)
 
 
+class Prepared(NamedTuple):
+    """What the calls of a kind have in common: their steps, the one for whole blocks, and their options."""
+
+    steps: Steps
+    whole: int  # the address of a step
+    on_blocks: Callable[..., None]  # this step
+    options: Any  # memory
+    options_address: int
+
+
+class Options(NamedTuple):
+    """What the numbers in OPTIONS follow from, besides a layout. weight, bias: the ranks of the parameters, or 0."""
+
+    modules: Pass | None  # None: those of the layout
+    backward: bool
+    activation: str | None
+    residual: bool
+    training: bool
+    sloped: bool
+    wide: bool
+    weight: int
+    bias: int
+    eps: float
+    eps_mode: str
+    ddof: float
+
+
+def _prepare(layout: Layout, options: Options) -> Prepared:
+    kind = layout.kind(options.activation, options.residual, options.training, options.sloped)
+    steps = steps_of(options.modules or layout.passes(options.activation)[options.backward], kind)
+    whole = driver().whole_address
+    row = layout.planes * kind.element.computing_size  # bytes of the means
+    strides = [(layout.channels if rank == 2 else 0, 1 if rank else 0) for rank in (options.weight, options.bias)]
+    packed = OPTIONS_FORMAT.pack(
+        *strides[0], *strides[1], row, 2 * row, layout.partials[1], options.wide,
+        *terms_of_eps(options.eps, options.eps_mode),
+        1.0 if layout.masked else count_ratio(layout.plane, options.ddof), options.ddof,
+        least_mean_square(options), *steps[:3], whole,
+    )  # fmt: skip
+    memory, own = ctypes.create_string_buffer(packed, len(packed)), steps.short or whole
+    return Prepared(steps, own, _function_of(own), memory, ctypes.addressof(memory))
+
+
 class Task(NamedTuple):
     """A step of a call: its address, the call's numbers, how many of the arrays it reads, and whether it writes."""
 
@@ -290,31 +338,26 @@ class Task(NamedTuple):
     writes: bool = True
 
 
-class Parameter(NamedTuple):
-    """Weight or bias for the loops: an array in computing precision, its place, strides over samples and channels."""
-
-    array: np.ndarray
-    place: int
-    of_n: int
-    of_c: int
-
-
 @cache
-def no_parameter(name: str, dtype: np.dtype) -> Parameter:
+def no_parameter(name: str, dtype: np.dtype) -> np.ndarray:
     """Return the weight or the bias of calls without one."""
-    array = np.full(1, name == "weight", dtype)
-    return Parameter(array, place_of(array), 0, 0)
+    return np.full(1, name == "weight", dtype)
 
 
 class CompiledWork(Work):
     """The steps as compiled loops over planes, or over groups of channels side by side."""
 
-    def __init__(self, call: Saved, layout: Layout, arrays: Arrays):
-        self.call, self.layout, self.arrays = call, layout, arrays
+    def __init__(self, layout: Layout, of_forward: Prepared | None, call: Saved, arrays: Arrays):
+        """of_forward: if it is known from a call of the same kind."""
+        self.layout, self.of_forward, self.call, self.arrays = layout, of_forward, call, arrays
         self.blocks, self.tiles = layout.blocks, layout.tiles
         self.threads = get_num_threads() if layout.pays else 1
-        self.dtype = call.rstd.dtype
-        self.partials = np.empty((4 if layout.masked else 3, self.blocks * self.tiles * layout.group))
+        self.partials = np.empty(layout.partials)
+
+    @property
+    def again(self) -> partial[CompiledWork] | None:
+        """Large layouts are not kept: see `_layout`."""
+        return partial(type(self), self.layout, self.of_forward) if self.layout.is_small else None
 
     def _by_tile(self) -> np.ndarray:
         """Return the partial sums as (their number, tiles, N, C)."""
@@ -322,50 +365,51 @@ class CompiledWork(Work):
         by_group = self.partials.reshape(-1, n, -(-c // self.layout.group), self.tiles, self.layout.group)
         return by_group.transpose(0, 3, 1, 2, 4).reshape(len(self.partials), self.tiles, n, -1)[..., :c]
 
-    def _steps(self, which: int, modules: Pass | None = None, sloped: bool = False) -> Steps:
-        """Return the steps of the forward (0) or the backward (1), or those of `modules` alone."""
-        call, layout = self.call, self.layout
-        key = which, modules, call.activation, call.residual is None, call.training, sloped
-        steps = layout.steps.get(key)
-        if steps is None:
-            kind = layout.kind(call.activation, call.residual is not None, call.training, sloped)
-            steps = layout.steps[key] = steps_of(modules or layout.passes(call.activation)[which], kind)
-        return steps
-
-    def _parameter(self, name: str) -> Parameter:
-        given = self.call.weight if name == "weight" else self.call.bias
-        if given is None:
-            return no_parameter(name, self.dtype)
-        array = np.ascontiguousarray(given, self.dtype)
-        return Parameter(array, place_of(array), 0 if array.ndim == 1 else array.shape[1], 1)
+    def _prepared(
+        self, backward: bool, modules: Pass | None = None, sloped: bool = False, wide: bool = False
+    ) -> Prepared:
+        """Return what such a forward or backward, or `modules` of it alone, needs. wide: its sums are float64."""
+        call, weight, bias = self.call, self.call.weight, self.call.bias
+        options = Options(
+            modules, backward, call.activation, call.residual is not None, call.training, sloped, wide,
+            0 if weight is None else weight.ndim, 0 if bias is None else bias.ndim,
+            call.eps, call.eps_mode, call.ddof,
+        )  # fmt: skip
+        known = self.layout.prepared
+        prepared = known.get(options)
+        if prepared is None:
+            if len(known) >= MOST_KINDS:
+                known.clear()
+            prepared = known[options] = _prepare(self.layout, options)
+        return prepared
 
     def _numbers(
-        self, steps: Steps, *, variance: np.ndarray | None = None, sums: tuple[np.ndarray, np.ndarray] | None = None,
-        slopes: np.ndarray | None = None, count: np.ndarray | None = None,
+        self, prepared: Prepared, *, variance: np.ndarray | None = None,
+        sums: tuple[np.ndarray, np.ndarray] | None = None, slopes: np.ndarray | None = None,
+        count: np.ndarray | None = None,
     ) -> bytes:  # fmt: skip
         """Return the numbers of the call for the loops, in the order of CALL.
 
         sums: of g, and of g * xhat, of each plane, in computing precision or in float64.
         """
         call, layout, (x, result, dy, residual, dresidual, mask) = self.call, self.layout, self.arrays
-        weight, bias = self._parameter("weight"), self._parameter("bias")
-        mean, rstd, mean_lo = call.mean, call.rstd, call.mean_lo
-        if mean_lo is None:
-            mean_lo = np.zeros_like(mean)
-        self.kept = weight, bias, mean, rstd, mean_lo, slopes, count  # while the loops use them
+        statistics = call.statistics
+        if len(statistics) == 2:  # running statistics have no mean_lo
+            statistics = np.concatenate([statistics, np.zeros_like(statistics[:1])])
+        dtype, weight, bias = statistics.dtype, call.weight, call.bias
+        weight = no_parameter("weight", dtype) if weight is None else np.ascontiguousarray(weight, dtype)
+        bias = no_parameter("bias", dtype) if bias is None else np.ascontiguousarray(bias, dtype)
+        self.kept = prepared, weight, bias, statistics, slopes, count  # while the loops use them
         place = id(x) + _HEADER  # as place_of; eight calls of it would take half a microsecond
         sum_g, sum_g_xhat = (NOWHERE, NOWHERE) if sums is None else map(place_of, sums)
         return FORMAT.pack(
-            layout.geometry_address, place, id(result) + _HEADER, place if dy is None else id(dy) + _HEADER,
-            place if residual is None else id(residual) + _HEADER,
+            layout.geometry_address, prepared.options_address, place, id(result) + _HEADER,
+            place if dy is None else id(dy) + _HEADER, place if residual is None else id(residual) + _HEADER,
             place if dresidual is None else id(dresidual) + _HEADER, place if mask is None else id(mask) + _HEADER,
-            *weight[1:], *bias[1:], id(mean) + _HEADER, id(mean_lo) + _HEADER, id(rstd) + _HEADER,
-            NOWHERE if variance is None else id(variance) + _HEADER, id(self.partials) + _HEADER,
-            self.partials.shape[1], sum_g, sum_g_xhat, sums is not None and sums[0].dtype != self.dtype,
+            id(weight) + _HEADER, id(bias) + _HEADER, id(statistics) + _HEADER,
+            NOWHERE if variance is None else id(variance) + _HEADER, id(self.partials) + _HEADER, sum_g, sum_g_xhat,
             NOWHERE if slopes is None else place_of(slopes), NOWHERE if count is None else place_of(count),
-            layout.streams and self._streams(), *terms_of_eps(call.eps, call.eps_mode),
-            1.0 if layout.masked else count_ratio(layout.plane, call.ddof), call.ddof, least_mean_square(call),
-            call.negative_slope, *steps[:3], driver().whole_address,
+            layout.streams and self._streams(), call.negative_slope,
         )  # fmt: skip
 
     def _streams(self) -> bool:
@@ -390,29 +434,29 @@ class CompiledWork(Work):
             return f"compiled loops over {self.blocks} group(s) of {self.layout.group} channels side by side"
         return f"compiled loops over {self.blocks} plane(s)"
 
-    def _pass(self, steps: Steps, numbers: bytes, reads: int) -> None:
+    def _pass(self, prepared: Prepared, numbers: bytes, reads: int) -> None:
         """Do the steps of a pass; reads: how many arrays the step reduce reads."""
-        whole = steps.short or driver().whole_address
         if self.threads == 1:  # at once: the calls on small arrays come here
-            _function_of(whole)(numbers, 0, self.blocks, 0)
+            prepared.on_blocks(numbers, 0, self.blocks, 0)
             return
+        steps = prepared.steps
         reduce, apply = Task(steps.reduce, numbers, reads, False), Task(steps.apply, numbers)
-        self.run(reduce, self._join(steps, numbers), apply, Task(whole, numbers))
+        self.run(reduce, self._join(prepared, numbers), apply, Task(prepared.whole, numbers))
 
-    def _join(self, steps: Steps, numbers: bytes) -> Callable[[int, int], None]:
-        join = _function_of(steps.join)
+    def _join(self, prepared: Prepared, numbers: bytes) -> Callable[[int, int], None]:
+        join = _function_of(prepared.steps.join)
         return lambda first, last: join(numbers, first, last, 0)
 
     # Forward
 
     def forward(self, variance: np.ndarray | None) -> None:
-        steps = self._steps(0)
-        self._pass(steps, self._numbers(steps, variance=variance, count=self.call.count), 1)
+        prepared = self.of_forward = self.of_forward or self._prepared(False)
+        self._pass(prepared, self._numbers(prepared, variance=variance, count=self.call.count), 1)
 
     def moments(self) -> tuple[np.ndarray, ...]:
         """Return count, mean, mean_lo and m2 of each tile, (tiles, N, C)."""
-        steps = self._steps(0, MOMENTS)
-        self.share(Task(steps.reduce, self._numbers(steps), 1, False), self.blocks * self.tiles)
+        prepared = self._prepared(False, MOMENTS)
+        self.share(Task(prepared.steps.reduce, self._numbers(prepared), 1, False), self.blocks * self.tiles)
         means, means_lo, m2s, *counted = self._by_tile()
         if counted:
             counts = counted[0].astype(np.int64)
@@ -421,8 +465,8 @@ class CompiledWork(Work):
         return counts, means, means_lo, np.maximum(m2s, 0)  # NaN stays
 
     def normalize(self) -> None:
-        steps = self._steps(0, NORMALIZE)
-        self.share(Task(steps.apply, self._numbers(steps)), self.blocks * self.tiles)
+        prepared = self.of_forward = self.of_forward or self._prepared(False, NORMALIZE)
+        self.share(Task(prepared.steps.apply, self._numbers(prepared)), self.blocks * self.tiles)
 
     # Backward
 
@@ -432,20 +476,20 @@ class CompiledWork(Work):
     ) -> None:  # fmt: skip
         """slopes: rstd_slope of each plane (conventions.py), or None if it is 1. counts: the positions of each plane,
         with a mask."""
-        steps = self._steps(1, sloped=slopes is not None)
-        numbers = self._numbers(steps, sums=(sum_g, sum_g_xhat), slopes=slopes, count=counts)
-        self._pass(steps, numbers, len(Arrays._fields))
+        prepared = self._prepared(True, sloped=slopes is not None)
+        numbers = self._numbers(prepared, sums=(sum_g, sum_g_xhat), slopes=slopes, count=counts)
+        self._pass(prepared, numbers, len(Arrays._fields))
 
     def gradient_sums(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        steps = self._steps(1, GRADIENT_SUMS)
-        numbers = self._numbers(steps, sums=(sum_g, sum_g_xhat))
-        self.sum_up(Task(steps.reduce, numbers, writes=False), self._join(steps, numbers))
+        prepared = self._prepared(True, GRADIENT_SUMS, wide=sum_g.dtype != self.call.statistics.dtype)
+        numbers = self._numbers(prepared, sums=(sum_g, sum_g_xhat))
+        self.sum_up(Task(prepared.steps.reduce, numbers, writes=False), self._join(prepared, numbers))
 
     def input_gradient(self, sum_g: np.ndarray, sum_g_xhat: np.ndarray) -> None:
-        steps = self._steps(1, INPUT_GRADIENT)
-        counts = np.full(sum_g.shape, self.layout.plane, self.dtype) if self.layout.masked else None
-        numbers = self._numbers(steps, sums=(sum_g, sum_g_xhat), count=counts)
-        self.share(Task(steps.apply, numbers), self.blocks * self.tiles)
+        prepared = self._prepared(True, INPUT_GRADIENT)
+        counts = np.full(sum_g.shape, self.layout.plane, sum_g.dtype) if self.layout.masked else None
+        numbers = self._numbers(prepared, sums=(sum_g, sum_g_xhat), count=counts)
+        self.share(Task(prepared.steps.apply, numbers), self.blocks * self.tiles)
 
 
 class MovedWork(CompiledWork):
@@ -467,12 +511,12 @@ class MovedWork(CompiledWork):
         self.partials[...] = self.partials.reshape(3, self.tiles, -1).transpose(0, 2, 1).reshape(3, -1)
         join(0, self.blocks)
 
-    def _pass(self, steps: Steps, numbers: bytes, reads: int) -> None:
+    def _pass(self, prepared: Prepared, numbers: bytes, reads: int) -> None:
         if self.tiles == 1:
-            self.share(Task(steps.short or driver().whole_address, numbers), self.blocks)
+            self.share(Task(prepared.whole, numbers), self.blocks)
             return
-        self.sum_up(Task(steps.reduce, numbers, reads, False), self._join(steps, numbers))
-        self.share(Task(steps.apply, numbers), self.blocks * self.tiles)
+        self.sum_up(Task(prepared.steps.reduce, numbers, reads, False), self._join(prepared, numbers))
+        self.share(Task(prepared.steps.apply, numbers), self.blocks * self.tiles)
 
     def share(self, step: Task, count: int) -> None:
         """Distribute the boxes over the threads, whatever the number of planes or tiles."""
@@ -511,4 +555,4 @@ def work_of(call: Saved, arrays: Arrays) -> CompiledWork | None:
         aligned = aligned and (each is None or each.flags.aligned)
     if not (layout.usable and aligned):
         return None
-    return (MovedWork if layout.windows else CompiledWork)(call, layout, arrays)
+    return (MovedWork if layout.windows else CompiledWork)(layout, None, call, arrays)

@@ -51,25 +51,34 @@ GEOMETRY = (
     "counts",  # address of the number of elements of each tile
     *(f"{array}_{axis}" for array in ARRAYS for axis in ("n", "c", "p")),  # strides over samples, channels, positions
 )  # fmt: skip
-#: The numbers of a call, each with its kind: q an integer, d a float64, a an array's place: the address of its address.
-#: An array object in Python has its data's address in itself: it is quicker to leave looking there to the loops.
+#: What the calls of a kind have in common, each with its kind: q an integer, d a float64.
+OPTIONS = {
+    "weight_n": "q", "weight_c": "q", "bias_n": "q", "bias_c": "q",  # strides over samples and channels
+    "rstd_at": "q", "mean_lo_at": "q",  # bytes from mean's address
+    "spread": "q",  # elements of one of the partial sums
+    "wide": "q",  # 1 if sum_g and sum_g_xhat are float64
+    "eps": "d", "eps_beside": "d", "floor": "d", "count_ratio": "d", "ddof": "d",  # see rstd_of
+    "least": "d",  # see least_mean_square
+    "reduce": "q", "join": "q", "apply": "q", "whole": "q",  # addresses of steps
+}  # fmt: skip
+#: The numbers of a call: a is an array's place, the address of its address. An array object in Python has its data's
+#: address in itself: it is quicker to leave looking there to the loops.
 CALL = {
-    "geometry": "q",  # its address
+    "geometry": "q", "options": "q",  # their addresses
     **{array: "a" for array in ARRAYS},  # an absent one is x, and not accessed
-    "weight": "a", "weight_n": "q", "weight_c": "q", "bias": "a", "bias_n": "q", "bias_c": "q",  # and their strides
-    "mean": "a", "mean_lo": "a", "rstd": "a",  # (N, C)
-    "variance": "a",  # the same; the address is 0 if it is not wanted
-    "partials": "a", "spread": "q",  # partial sums, (sums, items, group), and the elements of one of the sums
+    "weight": "a", "bias": "a",
+    "mean": "a",  # (N, C); rstd and mean_lo are in the same memory
+    "variance": "a",  # (N, C); the address is 0 if it is not wanted
+    "partials": "a",  # partial sums, (sums, items, group)
     "sum_g": "a", "sum_g_xhat": "a",  # (N, C)
-    "wide": "q",  # 1 if these two are float64
     "slopes": "a",  # (N, C), rstd_slope of a backward; not read if a Kind has none
     "count": "a",  # (N, C), the positions of planes with a mask: int64, of a backward in computing precision
     "streams": "q",  # 1 if results bypass the caches
-    "eps": "d", "eps_beside": "d", "floor": "d", "count_ratio": "d", "ddof": "d",  # see rstd_of
-    "least": "d", "slope": "d",  # slope: negative_slope
-    "reduce": "q", "join": "q", "apply": "q", "whole": "q",  # addresses of steps
+    "slope": "d",  # negative_slope
 }  # fmt: skip
-FORMAT = struct.Struct("=" + "".join(CALL.values()).replace("a", "q"))
+FORMAT, OPTIONS_FORMAT = (
+    struct.Struct("=" + "".join(numbers.values()).replace("a", "q")) for numbers in (CALL, OPTIONS)
+)
 
 
 class Element(NamedTuple):
@@ -153,17 +162,21 @@ class Kind(NamedTuple):
 
 
 class Numbers:
-    """A call's numbers and its geometry's, as attributes."""
+    """A call's numbers, its options and its geometry's numbers, as attributes."""
 
     def __init__(self, code: Code, call: Memory, kind: Any):  # a Kind, or None where no array is read
         self.code, self.kind = code, kind
-        words, floats = call.of(INT), call.of(DOUBLE)
-        for i, (name, form) in enumerate(CALL.items()):
-            value = (floats if form == "d" else words).load(i)
-            setattr(self, name, code.memory(value, INT).load(0) if form == "a" else value)
+        self._read(call, CALL)
+        self._read(code.memory(self.options, INT), OPTIONS)
+        self.rstd, self.mean_lo = self.mean + self.rstd_at, self.mean + self.mean_lo_at
         geometry = code.memory(self.geometry, INT)
         for i, name in enumerate(GEOMETRY):
             setattr(self, name, geometry.load(i))
+
+    def _read(self, memory: Memory, names: dict[str, str]) -> None:
+        for i, (name, form) in enumerate(names.items()):
+            value = memory.of(DOUBLE if form == "d" else INT).load(i)
+            setattr(self, name, self.code.memory(value, INT).load(0) if form == "a" else value)
 
     def __getattr__(self, name: str) -> Any:  # for the type checker
         raise AttributeError(name)

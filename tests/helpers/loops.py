@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 
-from cupynorm import cpu
+from cupynorm import cpu, functional
 from cupynorm.cpu import numpy_path
 from cupynorm.cpu.blocking import Arrays
 
@@ -90,18 +90,23 @@ def run_step(
 ) -> None:
     """Call a step on the items first … last - 1 of a call.
 
-    cut: a Cut or a Layout. arrays: contiguous memory, or views; x stands for absent ones. numbers: of CALL; an array
-    means its place. What is not given is 0, but weight and count_ratio are 1; weight and bias are the same for all
-    planes, in float32.
+    cut: a Cut or a Layout. arrays: contiguous memory, or views; x stands for absent ones. numbers: of CALL and OPTIONS,
+    and rstd and mean_lo; an array means its place. What is not given is 0, but count_ratio is 1; weight and bias are
+    by default the same for all planes, in float32: 1 and 0.
     """
-    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
     partials = numbers.get("partials")
     given = {
         **{name: loops_path.NOWHERE if kind == "a" else 0 for name, kind in loops_places.CALL.items()},
-        "geometry": cut.geometry_address, "weight": one, "bias": zero, "count_ratio": 1.0,
-        **{name: arrays.x if a is None else a for name, a in arrays._asdict().items()},
+        **dict.fromkeys(loops_places.OPTIONS, 0),
+        "geometry": cut.geometry_address, "weight": np.ones(1, np.float32), "bias": np.zeros(1, np.float32),
+        "count_ratio": 1.0, **{name: arrays.x if a is None else a for name, a in arrays._asdict().items()},
         **({} if partials is None else {"spread": partials.shape[1]}), **numbers,
     }  # fmt: skip
+    for name in ("rstd", "mean_lo"):  # anywhere, not behind the means
+        if name in given:
+            given[f"{name}_at"] = loops_path.address_of(given.pop(name)) - loops_path.address_of(given["mean"])
+    options = loops_places.OPTIONS_FORMAT.pack(*(given.pop(name) for name in loops_places.OPTIONS))
+    given["options"] = ctypes.cast(options, ctypes.c_void_p).value
     assert set(given) == set(loops_places.CALL)
     values = [loops_path.place_of(a) if isinstance(a, np.ndarray) else a for a in given.values()]
     llvm_machine.Step(address)(loops_places.FORMAT.pack(*values), first, last, follows)
@@ -133,6 +138,7 @@ def forget_modules(patch: pytest.MonkeyPatch) -> None:
 
 def forget_layouts(patch: pytest.MonkeyPatch) -> None:
     """Make all layouts anew until the patch is undone, since constants have changed."""
+    patch.setattr(functional, "_known", {})
     patch.setattr(loops_path, "_layout", lru_cache(loops_path.Layout))
     patch.setattr(loops_path, "_large_layout", lru_cache(loops_path.Layout))
 

@@ -257,6 +257,14 @@ def magnitude(a: Value) -> Value:
     return _intrinsic("llvm.fabs", a)
 
 
+def joined(parts: Sequence[Value]) -> Value:
+    """Return a vector of the lanes of several equally long ones, a power of two of them."""
+    values = [*parts]
+    while len(values) > 1:
+        values = [a.shuffled(b, range(2 * a.lanes)) for a, b in zip(values[::2], values[1::2], strict=True)]
+    return values[0]
+
+
 def where(condition: Value, a: Any, b: Any) -> Value:
     """Return a where the condition is true, else b, lane by lane; both are computed."""
     a, b = a.pair(b) if isinstance(a, Value) else b.pair(a)[::-1]

@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from .llvm import INT, Memory, Module, Value, fused, least, vector, where
+from .llvm import INT, Memory, Module, Value, fused, joined, least, vector, where
 from .loops_activations import activate, times_slope
 from .loops_backward import slope_and_constant
-from .loops_forward import STEP, eps_of, guess_of, rstd_of
-from .loops_moves import transposed_block
+from .loops_forward import STEP, eps_of, rstd_of
 from .loops_places import AHEAD, ARRAYS, RESULTS, Coefficients, Kind, Numbers, Planes, coefficients
 
 LONGEST = 64  # elements; longer planes are as fast with vectors of their own
-LONGEST_PLAIN = 32  # the same with an activation that takes little time, or none
-PLANES = 16  # of a vector
-BLOCK = 8  # positions that are transposed together
+LONGEST_PLAIN = 48  # the same with an activation that takes little time, or none
+PLANES = 32  # of a vector: two or more registers, so that no operation waits for the one before it
+BLOCK = 4  # positions that are transposed together: of float32, 16 bytes, which vectors are put together of
 ROOM = (LONGEST + 1) * PLANES  # elements of a buffer: not 4 KB, since loads would wait for stores 4 KB away
 
 
@@ -37,103 +36,140 @@ class Group(NamedTuple):
 
 
 @contextmanager
-def _each_group(numbers: Numbers, first: Value, last: Value, names: Sequence[str]) -> Iterator[Group]:
-    """Go through groups of planes. names: arrays whose addresses are wanted."""
-    code, planes, computing = numbers.code, Planes(numbers), numbers.kind.element.computing
-    places = {name: code.room(INT, PLANES) for name in names}
-    given = {name: code.room(computing, PLANES) for name in ("weight", "bias")}
-    n = code.variable(first // numbers.channels)
-    c = code.variable(first - n.get() * numbers.channels)
-    at = {
-        name: code.variable(numbers.array(name).at(numbers.start(name, n.get(), c.get())).address()) for name in names
-    }
-    steps = {
-        name: tuple(getattr(numbers, f"{name}_{axis}") * numbers.kind.element_of(name).size for axis in "nc")
-        for name in names
-    }
-
-    def prefetch(plane: Memory, name: str) -> None:
-        """Prefetch what is written now, and what is read later: the hardware follows fewer rows at a time."""
-        writes = ARRAYS.index(name) in RESULTS
-        plane.prefetch(numbers.length - 1 if writes else numbers.length + AHEAD, writes=writes)
-
-    with code.loop(first, last, PLANES) as start:
-        number = least(last - start, PLANES)
-        with code.loop(0, number) as j:
-            for name, room in places.items():
-                plane = code.memory(at[name].get(), numbers.kind.element_of(name).stored)
-                prefetch(plane, name)
-                room.store(j, plane.address())
-                at[name].add(steps[name][1])
-            for room, value in zip(given.values(), planes.parameters(n.get(), c.get()), strict=True):
-                room.store(j, value)
+def _each_plane(numbers: Numbers, start: Value, number: Value) -> Iterator[tuple[Value, Value, Value]]:
+    """Go through the lanes of a vector: the lane, and the sample and the channel of its plane."""
+    code = numbers.code
+    n = code.variable(start // numbers.channels)
+    c = code.variable(start - n.get() * numbers.channels)
+    with code.loop(0, PLANES) as j:
+        yield j, n.get(), c.get()
+        with code.when(j + 1 < number):
             c.add(1)
             with code.when(c.get() >= numbers.channels):
                 c.set(0)
                 n.add(1)
-                for name, (of_n, of_c) in steps.items():
-                    at[name].add(of_n - numbers.channels * of_c)
-        with code.loop(number, PLANES) as j:
-            for room in (*places.values(), *given.values()):
-                room.store(j, room.load(number - 1))
-        yield Group(start, number, places, *(room.load(0, PLANES) for room in given.values()))
 
 
-def _go_through(
-    numbers: Numbers, name: str, group: Group, block: Callable[[list[Memory], Value, int], None],
-    single: Callable[[Memory, Value, int], None],
-) -> None:  # fmt: skip
-    """Go through the group's planes of an array: by block(BLOCK planes, the first of BLOCK positions, the number of the
-    first plane), the last block overlapping the one before it; planes too short for that by single(plane, position, the
-    plane's number)."""
-    code, size, stored = numbers.code, numbers.length, numbers.kind.element_of(name).stored
-    for some in range(0, PLANES, BLOCK):
-        rows = [code.memory(group.places[name].load(some + j), stored) for j in range(BLOCK)]
-        if numbers.kind.lanes >= BLOCK:
-            with code.loop(0, size, BLOCK) as first:
-                block(rows, least(first, size - BLOCK), some)
-        else:
-            with code.loop(0, size) as position:
-                for j, row in enumerate(rows, some):
-                    single(row, position, j)
+def _place(numbers: Numbers, places: dict[str, Memory], start: Value, number: Value) -> None:
+    """Set the addresses of planes of each array, usually at even distances."""
+    code = numbers.code
+    evenly = code.integer(0) == 0
+    for name in places:
+        evenly = evenly & (getattr(numbers, f"{name}_n") == numbers.channels * getattr(numbers, f"{name}_c"))
+    with code.choice(evenly) as (even, odd):
+        with even:
+            planes = least(code.numbers(INT, range(PLANES)), number - 1) + start
+            for name, room in places.items():
+                step = getattr(numbers, f"{name}_c") * numbers.kind.element_of(name).size
+                room.store(0, planes * step + numbers.array(name).address())
+        with odd, _each_plane(numbers, start, number) as (j, n, c):
+            for name, room in places.items():
+                room.store(j, numbers.array(name).at(numbers.start(name, n, c)).address())
+
+
+def _parameter(planes: Planes, name: str, start: Value, number: Value) -> Value:
+    """Return the weight or the bias of planes."""
+    numbers, code, array = planes.numbers, planes.numbers.code, planes.arrays[name]
+    of_n, of_c = (getattr(numbers, f"{name}_{axis}") for axis in "nc")
+    found = code.variable(array.load(0).splat(PLANES))
+    with code.when(of_c != 0):  # it is given
+        n = start // numbers.channels
+        c = start - n * numbers.channels
+        with code.choice((number == PLANES) & (c + PLANES <= numbers.channels)) as (adjacent, apart):
+            with adjacent:
+                found.set(array.load(n * of_n + c, PLANES))
+            with apart:
+                room = code.room(numbers.kind.element.computing, PLANES)
+                with _each_plane(numbers, start, number) as (j, n, c):
+                    room.store(j, array.load(n * of_n + c))
+                found.set(room.load(0, PLANES))
+    return found.get()
+
+
+@contextmanager
+def _each_group(numbers: Numbers, first: Value, last: Value, names: Sequence[str]) -> Iterator[Group]:
+    """Go through groups of planes. names: arrays whose addresses are wanted."""
+    code, planes = numbers.code, Planes(numbers)
+    places = {name: code.room(INT, PLANES) for name in names}
+    with code.loop(first, last, PLANES) as start:
+        number = least(last - start, PLANES)
+        _place(numbers, places, start, number)
+        # Prefetch what is written now, and what is read later: the hardware follows fewer rows at a time.
+        with code.loop(0, number) as j:
+            for name, room in places.items():
+                writes = ARRAYS.index(name) in RESULTS
+                plane = code.memory(room.load(j), numbers.kind.element_of(name).stored)
+                plane.prefetch(numbers.length - 1 if writes else numbers.length + AHEAD, writes=writes)
+        yield Group(start, number, places, *(_parameter(planes, name, start, number) for name in ("weight", "bias")))
+
+
+def _rows(numbers: Numbers, name: str, group: Group) -> list[Memory]:
+    stored = numbers.kind.element_of(name).stored
+    return [numbers.code.memory(group.places[name].load(j), stored) for j in range(PLANES)]
+
+
+def _transposed(vectors: list[Value]) -> list[Value]:
+    """Transpose squares of BLOCK numbers: the j-th row of the i-th square is in the i-th part of the j-th vector."""
+    size = vectors[0].lanes
+
+    def interleaved(a: Value, b: Value, width: int) -> list[Value]:
+        """Return the lower, and the upper, halves of squares' rows, `width` numbers of either vector in turn."""
+        halves: list[list[int]] = [[], []]
+        for square in range(0, size, BLOCK):
+            for i in range(0, BLOCK, width):
+                numbers = range(square + i, square + i + width)
+                halves[2 * i // BLOCK] += [*numbers, *(size + number for number in numbers)]
+        return [a.shuffled(b, lanes) for lanes in halves]
+
+    pairs = [interleaved(a, b, 1) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+    return [column for a, b in zip(*pairs, strict=True) for column in interleaved(a, b, 2)]
 
 
 def _take(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
-    """Copy planes of an array to a buffer, in computing precision: position by position."""
-    widen = numbers.kind.element_of(name).widen
+    """Copy planes of an array to a buffer, in computing precision: position by position.
 
-    def block(rows: list[Memory], at: Value, some: int) -> None:
-        for i, column in enumerate(transposed_block([row.load(at, BLOCK) for row in rows])):
-            buffer.store((at + i) * PLANES + some, widen(column))
-
-    def single(row: Memory, at: Value, j: int) -> None:
-        buffer.store(at * PLANES + j, widen(row.load(at)))
-
-    _go_through(numbers, name, group, block, single)
+    A buffer is written and read by whole vectors: a load would wait for two stores that it is made of. The last block
+    of positions overlaps the one before it.
+    """
+    code, size, widen = numbers.code, numbers.length, numbers.kind.element_of(name).widen
+    rows = _rows(numbers, name, group)
+    if numbers.kind.lanes < BLOCK:
+        with code.loop(0, size) as at:
+            for j, row in enumerate(rows):
+                buffer.store(at * PLANES + j, widen(row.load(at)))
+        return
+    with code.loop(0, size, BLOCK) as first:
+        at = least(first, size - BLOCK)
+        vectors = [widen(joined([row.load(at, BLOCK) for row in rows[j::BLOCK]])) for j in range(BLOCK)]
+        for i, column in enumerate(_transposed(vectors)):
+            buffer.store((at + i) * PLANES, column)
 
 
 def _put(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
     """Copy results from a buffer to the planes of an array."""
-    narrow = numbers.kind.element.narrow
+    code, size, narrow = numbers.code, numbers.length, numbers.kind.element.narrow
+    rows = _rows(numbers, name, group)
+    if numbers.kind.lanes < BLOCK:
+        with code.loop(0, size) as at:
+            for j, row in enumerate(rows):
+                row.store(at, narrow(buffer.load(at * PLANES + j)))
+        return
+    with code.loop(0, size, BLOCK) as first:
+        at = least(first, size - BLOCK)
+        vectors = _transposed([buffer.load((at + i) * PLANES, PLANES) for i in range(BLOCK)])
+        for j, vector_ in enumerate(vectors):
+            values = narrow(vector_)
+            for i, row in enumerate(rows[j::BLOCK]):
+                row.store(at, values.part(i * BLOCK, BLOCK))
 
-    def block(rows: list[Memory], at: Value, some: int) -> None:
-        columns = [narrow(buffer.load((at + i) * PLANES + some, BLOCK)) for i in range(BLOCK)]
-        for row, values in zip(rows, transposed_block(columns), strict=True):
-            row.store(at, values)
 
-    def single(row: Memory, at: Value, j: int) -> None:
-        row.store(at, narrow(buffer.load(at * PLANES + j)))
-
-    _go_through(numbers, name, group, block, single)
-
-
-def _sums(numbers: Numbers, terms: Callable[[Value], Sequence[tuple[Value, Value | None]]]) -> list[Value]:
-    """Add up positions, in computing precision. terms(i) are pairs: products, or with None single values."""
+def _sums(numbers: Numbers, number: int, terms: Callable[[Value], Sequence[tuple[Value, Value | None]]]) -> list[Value]:
+    """Return sums over positions, in computing precision. terms(i) are pairs: products, or with None single values."""
     code = numbers.code
     zero = code.number(vector(numbers.kind.element.computing, PLANES), 0)
-    sums = [code.variable(zero) for _ in range(2)]
+    sums = [code.variable(zero) for _ in range(number)]
     with code.loop(0, numbers.length * PLANES, PLANES) as i:
-        for each, (a, b) in zip(sums, terms(i), strict=False):
+        for each, (a, b) in zip(sums, terms(i), strict=True):
             each.set(each.get() + a if b is None else fused(a, b, each.get()))
     return [each.get() for each in sums]
 
@@ -159,14 +195,6 @@ def _store(numbers: Numbers, group: Group, skipped: Value | None = None, **value
                     numbers.of_planes(name).store(group.start + j, rooms[name].load(j))
 
 
-def _mean(places: list[Value]) -> Value:
-    """Return the mean of a power of two of values, added up pair by pair."""
-    parts = [each * (1 / len(places)) for each in places]  # no overflow
-    while len(parts) > 1:
-        parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
 def across_forward(module: Module, kind: Kind) -> None:
     """Write the step `short` of the forward."""
     element, computing = kind.element, kind.element.computing
@@ -176,6 +204,7 @@ def across_forward(module: Module, kind: Kind) -> None:
         slope = numbers.slope.to(computing).splat(PLANES)
         share, eps = 1 / size.to(computing), eps_of(numbers)
         lowest = (numbers.least * size.to(numbers.least.kind)).to(computing)
+        share_ = share.splat(PLANES)
         buffer, added = (code.room(computing, ROOM) for _ in range(2))
         unwanted = code.room(element.stored, LONGEST)
         names = ("x", "result", "residual") if kind.residual else ("x", "result")
@@ -183,18 +212,19 @@ def across_forward(module: Module, kind: Kind) -> None:
             _take(numbers, "x", group, buffer)
             if kind.residual:
                 _take(numbers, "residual", group, added)
-            # Borders of images are often 0: guess the mean from the middle.
-            near = min(kind.lanes, BLOCK)
-            middle = (size - near) // 2
-            places = [buffer.load((middle + i) * PLANES, PLANES) for i in range(near)]
-            # In shorter planes an outlier costs no digits, and half of the places would often be a bad guess.
-            guess = guess_of(places) if near == BLOCK else _mean(places)
+            # The mean, but for its rounding; exact if a plane is constant.
+            base = buffer.load(0, PLANES)
+
+            def beyond(i: Value, base: Value = base) -> list[tuple[Value, Value | None]]:
+                return [(buffer.load(i, PLANES) - base, share_)]
+
+            guess = base + _sums(numbers, 1, beyond)[0]
 
             def centred(i: Value, guess: Value = guess) -> list[tuple[Value, Value | None]]:
                 d = buffer.load(i, PLANES) - guess
                 return [(d, None), (d, d)]
 
-            total, sum_sq = _sums(numbers, centred)
+            total, sum_sq = _sums(numbers, 2, centred)
             excess = total * share
             m2 = sum_sq - total * excess
             odd = ~((sum_sq * 0.5 >= total * excess) & (m2 >= lowest) & (sum_sq < math.inf) & (eps < math.inf))
@@ -252,7 +282,7 @@ def across_backward(module: Module, kind: Kind) -> None:
                 x.store(i, centred)
                 return [(gradient, None), (gradient, centred)]
 
-            total, dot = _sums(numbers, terms)
+            total, dot = _sums(numbers, 2, terms)
             dot = (dot - total * (mean_lo * values.unit)) * r
             if kind.residual:
                 _put(numbers, "dresidual", group, g)
@@ -269,10 +299,16 @@ def across_backward(module: Module, kind: Kind) -> None:
 
 def _load(numbers: Numbers, group: Group, *names: str) -> list[Value]:
     """Return numbers of the planes, from the call's arrays of these names."""
-    code, found = numbers.code, []
-    for name in names:
-        room = code.room(numbers.kind.element.computing, PLANES)
-        with code.loop(0, PLANES) as j:
-            room.store(j, numbers.of_planes(name).load(group.start + least(j, group.number - 1)))
-        found.append(room.load(0, PLANES))
-    return found
+    code, computing = numbers.code, numbers.kind.element.computing
+    found = [code.variable(code.number(vector(computing, PLANES), 0)) for _ in names]
+    with code.choice(group.number == PLANES) as (complete, some):
+        with complete:
+            for variable, name in zip(found, names, strict=True):
+                variable.set(numbers.of_planes(name).load(group.start, PLANES))
+        with some:
+            for variable, name in zip(found, names, strict=True):
+                room = code.room(computing, PLANES)
+                with code.loop(0, PLANES) as j:
+                    room.store(j, numbers.of_planes(name).load(group.start + least(j, group.number - 1)))
+                variable.set(room.load(0, PLANES))
+    return [variable.get() for variable in found]

@@ -36,7 +36,7 @@ from .loops_places import (
 FORWARD_SHORT = 2048  # elements; up to so many, several planes are processed together
 BACKWARD_SHORT = 512  # longer planes do not gain in the backward
 TOGETHER = 64  # at most so many planes
-CACHED = 4096  # elements of planes together: 16 to 32 KB, which the L1 cache holds
+CACHED = 4096  # elements of planes together: 16 to 32 KB, which the L1 cache holds beside their results
 
 
 class Group(NamedTuple):
@@ -54,7 +54,7 @@ def _each_group(numbers: Numbers, first: Value, last: Value, names: tuple[str, .
     table = Table(code, computing, names, TOGETHER)
     for room in table.rooms.values():
         code.fill(room, TOGETHER, code.number(computing, 0))
-    together = most(least(code.integer(CACHED) // numbers.length, TOGETHER), 4)
+    together = most(least(code.integer(CACHED) // numbers.length, TOGETHER), 2)
     begin = code.variable(first)
     with code.forever():
         start = begin.get()

@@ -18,8 +18,8 @@ from .loops_backward import slope_and_constant
 from .loops_forward import STEP, eps_of, rstd_of
 from .loops_places import AHEAD, ARRAYS, RESULTS, Coefficients, Kind, Numbers, Planes, coefficients
 
-LONGEST = 64  # elements; longer planes are as fast with vectors of their own
-LONGEST_PLAIN = 48  # the same with an activation that takes little time, or none
+LONGEST = 64  # elements, with an activation that takes long; longer planes are as fast with vectors of their own
+LONGEST_FORWARD, LONGEST_BACKWARD = 48, 32  # the same with another activation, or none
 PLANES = 32  # of a vector: two or more registers, so that no operation waits for the one before it
 BLOCK = 4  # positions that are transposed together: of float32, 16 bytes, which vectors are put together of
 ROOM = (LONGEST + 1) * PLANES  # elements of a buffer: not 4 KB, since loads would wait for stores 4 KB away

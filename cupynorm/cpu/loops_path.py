@@ -16,7 +16,7 @@ from ..conventions import count_ratio, terms_of_eps
 from . import llvm_machine
 from .blocking import Arrays, Work, least_mean_square, merged_axes
 from .llvm import Module
-from .loops_across import BLOCK, LONGEST, LONGEST_PLAIN, across_backward, across_forward
+from .loops_across import BLOCK, LONGEST, LONGEST_BACKWARD, LONGEST_FORWARD, across_backward, across_forward
 from .loops_backward import gradient_sums, gradients
 from .loops_forward import results, statistics
 from .loops_places import FORMAT, GEOMETRY, LINE, OPTIONS_FORMAT, Kind
@@ -190,11 +190,15 @@ class Layout:
         """Return the modules of the forward and of the backward."""
         if not self.one_piece or self.one_piece > FORWARD_SHORT:
             return FORWARD, BACKWARD
-        across = not self.masked and self.one_piece <= (LONGEST if activation in ("silu", "gelu") else LONGEST_PLAIN)
-        forward = Pass(*FORWARD[:2], "across_forward" if across else "short_forward")
+        slow = activation in ("silu", "gelu")
+        across = [
+            not self.masked and self.one_piece <= (LONGEST if slow else longest)
+            for longest in (LONGEST_FORWARD, LONGEST_BACKWARD)
+        ]
+        forward = Pass(*FORWARD[:2], "across_forward" if across[0] else "short_forward")
         if self.one_piece > BACKWARD_SHORT:
             return forward, BACKWARD
-        return forward, Pass(*BACKWARD[:2], "across_backward" if across else "short_backward")
+        return forward, Pass(*BACKWARD[:2], "across_backward" if across[1] else "short_backward")
 
     def kind(self, activation: str | None, residual: bool, training: bool = False, sloped: bool = False) -> Kind:
         """Return what loops for such arrays are compiled for."""

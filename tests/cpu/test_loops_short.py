@@ -37,7 +37,8 @@ def test_sizes() -> None:
     assert loops_short.BACKWARD_SHORT <= loops_places.PARTIAL
     assert loops_short.FORWARD_SHORT // 16 <= loops_places.PARTIAL
     assert loops_short.FORWARD_SHORT <= loops_path.TILE
-    assert loops_across.LONGEST_PLAIN <= loops_across.LONGEST <= loops_short.BACKWARD_SHORT
+    assert loops_across.LONGEST_BACKWARD <= loops_across.LONGEST_FORWARD <= loops_across.LONGEST
+    assert loops_across.LONGEST <= loops_short.BACKWARD_SHORT
 
 
 @pytest.mark.parametrize(("way", "size"), [

@@ -325,13 +325,13 @@ class Memory:
         if streams:
             store.set_metadata("nontemporal", self.builder.module.add_metadata([INT32(1)]))
 
-    def prefetch(self, index: Any, *, writes: bool = False) -> None:
-        """Prefetch the cache line of an element into the L2 cache, to write it or to read it.
+    def prefetch(self, index: Any, *, writes: bool = False, soon: bool = True) -> None:
+        """Prefetch the cache line of an element, to write it or to read it. The address need not be valid.
 
-        The address need not be valid.
+        soon: into the L1 cache, too, not the L2 cache alone.
         """
         function = _declared(self.builder, "llvm.prefetch.p0", ir.VoidType(), [MEMORY, INT32, INT32, INT32])
-        self.builder.call(function, [self.at(index).pointer, INT32(int(writes)), INT32(2), INT32(1)])
+        self.builder.call(function, [self.at(index).pointer, INT32(int(writes)), INT32(3 if soon else 2), INT32(1)])
 
     def address(self) -> Value:
         return Value(self.builder, self.builder.ptrtoint(self.pointer, INT))

@@ -193,7 +193,7 @@ def compiled(kind: str, write: Callable[[Module], None], names: tuple[str, ...])
         return tuple(engine.get_function_address(name) for name in names)
 
 
-#: A step of a call: (call, first item, last item, whether another item follows).
+#: A step of a call: (call, first item, last item, and what loops_tasks._whole tells it).
 Step = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
 
 _target()  # so that the import fails where nothing can be compiled

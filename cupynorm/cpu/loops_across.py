@@ -16,7 +16,7 @@ from .llvm import INT, Memory, Module, Value, fused, joined, least, vector, wher
 from .loops_activations import activate, times_slope
 from .loops_backward import slope_and_constant
 from .loops_forward import STEP, eps_of, rstd_of
-from .loops_places import AHEAD, ARRAYS, RESULTS, Coefficients, Kind, Numbers, Planes, coefficients
+from .loops_places import ARRAYS, RESULTS, Coefficients, Kind, Numbers, Planes, coefficients
 
 LONGEST = 64  # elements, with an activation that takes long; longer planes are as fast with vectors of their own
 LONGEST_FORWARD, LONGEST_BACKWARD = 48, 32  # the same with another activation, or none
@@ -99,7 +99,7 @@ def _each_group(numbers: Numbers, first: Value, last: Value, names: Sequence[str
             for name, room in places.items():
                 writes = ARRAYS.index(name) in RESULTS
                 plane = code.memory(room.load(j), numbers.kind.element_of(name).stored)
-                plane.prefetch(numbers.length - 1 if writes else numbers.length + AHEAD, writes=writes)
+                plane.prefetch(numbers.length - 1 if writes else numbers.length + numbers.kind.ahead, writes=writes)
         yield Group(start, number, places, *(_parameter(planes, name, start, number) for name in ("weight", "bias")))
 
 

@@ -27,7 +27,7 @@ from .loops_places import (
     each_item,
     each_vector,
     map_row,
-    prefetch,
+    prefetch_next,
     prefetcher,
     set_coefficients,
     sum_row,
@@ -197,8 +197,8 @@ def _write_row(module: Module, kind: Kind) -> Any:
     """Write a function that computes dx for a row of a plane, or its channels side by side at one position."""
     lanes, computing = kind.lanes, kind.element.computing
     given = [MEMORY if kind.channels_last else computing] * (len(Coefficients._fields) + 2)
-    with module.function("row", *[MEMORY] * 6, INT, INT, INT, computing, *given) as (
-        code, x, dy, residual, mask, dx, dresidual, count, away, away_dy, slope_, *values,
+    with module.function("row", *[MEMORY] * 6, *[INT] * 4, computing, *given) as (
+        code, x, dy, residual, mask, dx, dresidual, count, away, away_dy, soon, slope_, *values,
     ):  # fmt: skip
         stored = kind.element.stored
         given_arrays = zip(INPUTS, (x, dy, residual, mask), strict=True)
@@ -213,8 +213,7 @@ def _write_row(module: Module, kind: Kind) -> Any:
             return gradient_results(kind, inputs, outputs, i, Coefficients(*at[:4]), (at[4], at[5]), slope)
 
         def beside(i: Value) -> None:
-            prefetch(kind, inputs["x"], i + away)
-            prefetch(kind, inputs["dy"], i + away_dy)
+            prefetch_next(code, kind, [inputs["x"].at(i + away), inputs["dy"].at(i + away_dy)], soon)
 
         map_row(code, count, lanes, compute, None if kind.channels_last else beside)
         return code.function
@@ -229,6 +228,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
         buffer = code.room(kind.element.stored, PARTIAL + LINE)
         slope = numbers.slope.to(kind.element.computing)
         away = [where(follows != 0, getattr(numbers, f"{name}_c"), 0) for name in ("x", "dy")]
+        soon = (follows > 1).to(INT)
         with each_item(numbers, first, last, tiles_backwards=True) as item:
             tile = tile_of(numbers, item.tile)
             values, _ = planes.coefficients(item.n, item.c)
@@ -238,7 +238,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
 
                 def compute(target: Memory, lo: Any, count: Value) -> None:
                     *inputs, dresidual = (run[name].at(lo) for name in (*INPUTS, "dresidual"))
-                    code.call(row, *inputs, target, dresidual, count, *away, slope, *values, *further)
+                    code.call(row, *inputs, target, dresidual, count, *away, soon, slope, *values, *further)
 
                 write_row(numbers, stream_out, run["result"], tile.length, buffer, compute)
 
@@ -265,7 +265,7 @@ def _apply_channels(module: Module, kind: Kind) -> None:
                     at = {name: each.at(i * getattr(numbers, f"{name}_p")) for name, each in run.items()}
                     places = [at[name] for name in (*INPUTS, *OUTPUTS)]
                     tables = *table.rooms.values(), *further.rooms.values()
-                    code.call(row, *places, item.width, 0, 0, slope, *tables)
+                    code.call(row, *places, item.width, 0, 0, 0, slope, *tables)
 
 
 def gradients(module: Module, kind: Kind) -> None:

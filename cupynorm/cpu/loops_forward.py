@@ -29,7 +29,7 @@ from .loops_places import (
     each_item,
     each_vector,
     map_row,
-    prefetch,
+    prefetch_next,
     prefetcher,
     set_coefficients,
     sum_row,
@@ -339,8 +339,8 @@ def _write_row(module: Module, kind: Kind) -> Any:
     """Write a function that computes y for a row of a plane, or its channels side by side at one position."""
     element, lanes, computing = kind.element, kind.lanes, kind.element.computing
     given = [MEMORY] * 4 if kind.channels_last else [computing] * 4
-    with module.function("row", MEMORY, MEMORY, MEMORY, MEMORY, INT, INT, computing, *given) as (
-        code, *places, count, away, slope_, a, b, c, d,
+    with module.function("row", MEMORY, MEMORY, MEMORY, MEMORY, INT, INT, INT, computing, *given) as (
+        code, *places, count, away, soon, slope_, a, b, c, d,
     ):  # fmt: skip
         names = "x", "residual", "mask", "result"
         x, residual, mask, y = (p.of(kind.element_of(name).stored) for p, name in zip(places, names, strict=True))
@@ -359,7 +359,7 @@ def _write_row(module: Module, kind: Kind) -> Any:
             return [(y, element.narrow(z))]
 
         def beside(i: Value) -> None:
-            prefetch(kind, x, i + away)
+            prefetch_next(code, kind, [x.at(i + away)], soon)
 
         map_row(code, count, lanes, compute, None if kind.channels_last else beside)
         return code.function
@@ -422,7 +422,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
         planes = Planes(numbers)
         buffer = code.room(kind.element.stored, PARTIAL + LINE)
         slope = numbers.slope.to(kind.element.computing)
-        away = where(follows != 0, numbers.x_c, 0)
+        away, soon = where(follows != 0, numbers.x_c, 0), (follows > 1).to(INT)
         with each_item(numbers, first, last, tiles_backwards=True) as item:
             tile = tile_of(numbers, item.tile)
             values, _ = planes.coefficients(item.n, item.c)
@@ -431,7 +431,7 @@ def _apply_rows(module: Module, kind: Kind) -> None:
                 *inputs, y = (numbers.run(name, item.n, item.c, r).at(tile.l0) for name in names)
 
                 def compute(target: Memory, lo: Any, count: Value, inputs: list[Memory] = inputs) -> None:
-                    code.call(row, *(each.at(lo) for each in inputs), target, count, away, slope, *values)
+                    code.call(row, *(each.at(lo) for each in inputs), target, count, away, soon, slope, *values)
 
                 write_row(numbers, stream_out, y, tile.length, buffer, compute)
 
@@ -451,7 +451,7 @@ def _apply_channels(module: Module, kind: Kind) -> None:
                 run = {name: numbers.run(name, item.n, item.c, r) for name in ("x", "residual", "mask", "result")}
                 with code.loop(tile.l0, tile.l1) as i:
                     places = [each.at(i * getattr(numbers, f"{name}_p")) for name, each in run.items()]
-                    code.call(row, *places, item.width, 0, slope, *table.rooms.values())
+                    code.call(row, *places, item.width, 0, 0, slope, *table.rooms.values())
 
 
 def results(module: Module, kind: Kind) -> None:

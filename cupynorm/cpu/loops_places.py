@@ -35,7 +35,7 @@ ARRAYS = ("x", "result", "dy", "residual", "dresidual", "mask")
 RESULTS = 1, 4  # which of these a call writes, counted from 0
 
 PARTIAL = 512  # elements summed in computing precision; these sums are added in float64
-AHEAD = 4096  # elements by which prefetching is ahead of the sums, even beyond the end of a plane
+AHEAD = 8192  # bytes by which prefetching is ahead of the sums, even beyond the end of a plane
 LINE = 64  # bytes of a cache line
 WIDEST_GROUP = 512  # channels side by side that a step can process together
 
@@ -146,6 +146,11 @@ class Kind(NamedTuple):
     def element(self) -> Element:
         """The elements of all arrays but x."""
         return ELEMENTS[self.dtype]._replace(computing=self._computing)
+
+    @property
+    def ahead(self) -> int:
+        """Elements by which prefetching is ahead."""
+        return AHEAD // self.element.size
 
     @property
     def source(self) -> Element:
@@ -399,25 +404,34 @@ def each_vector(code: Code, width: Value, lanes: int) -> Iterator[tuple[Value, V
         yield j, code.numbers(INT32, range(lanes)) >= (first - j).to(INT32)
 
 
-def prefetch(kind: Kind, memory: Memory, i: Value, *, writes: bool = False) -> None:
+def prefetch(kind: Kind, memory: Memory, i: Value, *, writes: bool = False, soon: bool = True) -> None:
     """Prefetch the cache lines of a vector at i."""
     for line in range(0, kind.lanes, LINE // memory.size):
-        memory.prefetch(i + line, writes=writes)
+        memory.prefetch(i + line, writes=writes, soon=soon)
+
+
+def prefetch_next(code: Code, kind: Kind, memories: Sequence[Memory], soon: Value) -> None:
+    """Prefetch vectors of the next plane while one is written. soon: whether into the L1 cache."""
+    with code.choice(soon != 0) as (near, far):
+        for context, into_l1 in ((near, True), (far, False)):
+            with context:
+                for memory in memories:
+                    prefetch(kind, memory, code.integer(0), soon=into_l1)
 
 
 def prefetcher(numbers: Numbers, near: Value, rows: Sequence[Memory], result: Memory) -> Callable[[Value], None]:
     """Return a function (i) that prefetches beside the sums over rows.
 
-    If results are near, which are written next, it fetches their lines; else what of the rows is AHEAD of i.
+    If results are near, which are written next, it fetches their lines; else what of the rows is kind.ahead of i.
     """
     code = numbers.code
     near_ = near != 0
-    ahead, step = where(near_, code.integer(0), AHEAD), near_.to(INT)
+    ahead, step = where(near_, code.integer(0), 2 * numbers.kind.ahead), near_.to(INT)
     target = code.memory(where(near_, result.address(), rows[0].address()), numbers.kind.element.stored)
 
     def fetch(i: Value) -> None:
         for row in rows:
-            prefetch(numbers.kind, row, i + ahead)
+            prefetch(numbers.kind, row, i + ahead, soon=False)
         prefetch(numbers.kind, target, i * step, writes=True)
 
     return fetch

@@ -17,7 +17,6 @@ from .loops_activations import activate
 from .loops_backward import INPUTS, OUTPUTS, gradient_at, gradient_results, slope_and_constant
 from .loops_forward import STEP, eps_of, guess_of, rstd_of
 from .loops_places import (
-    AHEAD,
     Coefficients,
     Kind,
     Numbers,
@@ -36,7 +35,7 @@ from .loops_places import (
 FORWARD_SHORT = 2048  # elements; up to so many, several planes are processed together
 BACKWARD_SHORT = 512  # longer planes do not gain in the backward
 TOGETHER = 64  # at most so many planes
-CACHED = 4096  # elements of planes together: 16 to 32 KB, which the L1 cache holds beside their results
+CACHED = 8192  # bytes of planes together: the L1 cache holds them, their results, and what is prefetched
 
 
 class Group(NamedTuple):
@@ -54,7 +53,7 @@ def _each_group(numbers: Numbers, first: Value, last: Value, names: tuple[str, .
     table = Table(code, computing, names, TOGETHER)
     for room in table.rooms.values():
         code.fill(room, TOGETHER, code.number(computing, 0))
-    together = most(least(code.integer(CACHED) // numbers.length, TOGETHER), 2)
+    together = most(least(code.integer(CACHED // numbers.kind.element.size) // numbers.length, TOGETHER), 2)
     begin = code.variable(first)
     with code.forever():
         start = begin.get()
@@ -205,7 +204,7 @@ def short_forward(module: Module, kind: Kind) -> None:
                             i: Value, row: Memory = row, target: Memory = target, values: Coefficients = values,
                             added_row: Memory | None = added_row, mask_row: Memory | None = mask_row,
                         ) -> list[tuple[Memory, Value]]:  # fmt: skip
-                            prefetch(kind, row, i + AHEAD)
+                            prefetch(kind, row, i + kind.ahead)
                             z = values.z(values.centred(kind.source.widen(row.load(i, lanes))))
                             if added_row is not None:
                                 z = z + element.widen(added_row.load(i, lanes))
@@ -254,8 +253,8 @@ def short_backward(module: Module, kind: Kind) -> None:
                 rows, values = at(j), table.coefficients_of(j, lanes)
 
                 def terms(i: Value, rows: dict[str, Memory] = rows, values: Coefficients = values) -> list[Any]:
-                    prefetch(kind, rows["x"], i + AHEAD)
-                    prefetch(kind, rows["dy"], i + AHEAD)
+                    prefetch(kind, rows["x"], i + kind.ahead)
+                    prefetch(kind, rows["dy"], i + kind.ahead)
                     g, centred = gradient_at(kind, rows, i, values, slope)
                     return [g, Product(g, centred)]
 

@@ -22,6 +22,7 @@ from .loops_places import Numbers
 STARTED, TASKS, COUNT, FINISHED, RANGES = 0, 1, 2, 8, 16
 SPIN_LIMIT = 20_000  # looks at a counter, some 100 microseconds
 NEAR = 32768  # elements; planes up to this are prefetched while the previous one is written: both fit the L2 cache
+NEXT = 2048  # the next one of planes up to this comes into the L1 cache, unless all of them leave the caches
 NEAREST = 8192  # the lines of results up to this are prefetched while x is summed
 
 
@@ -74,11 +75,12 @@ def _whole(module: Module) -> None:
         tiles = numbers.tiles
         with code.loop(first, last) as block:
             begin = block * tiles
-            near = numbers.runs * numbers.length <= NEAR
-            fetches = (numbers.runs * numbers.length <= NEAREST) & (numbers.streams == 0)
+            size, stays = numbers.runs * numbers.length, numbers.streams == 0
+            fetches = (size <= NEAREST) & stays
+            follows = where((size <= NEAR) & (block + 1 < last), where((size <= NEXT) & stays, 2, code.integer(1)), 0)
             code.call(numbers.reduce, call, begin, begin + tiles, fetches.to(INT))
             code.call(numbers.join, call, block, block + 1, 0)
-            code.call(numbers.apply, call, begin, begin + tiles, (near & (block + 1 < last)).to(INT))
+            code.call(numbers.apply, call, begin, begin + tiles, follows)
 
 
 def _run(module: Module, next_task: Any) -> None:

@@ -46,7 +46,7 @@ def test_sizes() -> None:
     *(("across", size) for size in (1, 7, 8, 31, 64)),
 ])  # fmt: skip
 def test_planes_processed_together_fit_the_l1_cache(rng: np.random.Generator, way: str, size: int) -> None:
-    """32 KB of each array. Here all planes are the same memory, and results replace it: those that are processed
+    """Beside their results, and others that are prefetched. Here all planes are the same memory, and results replace it: those that are processed
     together have the same mean.
     """
     x = (100 + rng.standard_normal(size)).astype(np.float32)
@@ -60,8 +60,8 @@ def test_planes_processed_together_fit_the_l1_cache(rng: np.random.Generator, wa
     together = 0
     while together < 200 and mean[together] > 50:
         together += 1
-    assert 4 * size * together <= 2**15
-    assert together == (32 if way == "across" else min(loops_short.TOGETHER, max(2, 4096 // size)))
+    assert 4 * size * together <= 2**14
+    assert together == (32 if way == "across" else min(loops_short.TOGETHER, max(2, 2048 // size)))
     assert mean[together] == 5  # as the results before it
 
 

@@ -16,14 +16,15 @@ pytestmark = pytest.mark.compiled
 
 
 @pytest.mark.parametrize(("runs", "length", "streams", "near", "nearest"), [
-    (2, 50, 0, True, True), (1, 8192, 0, True, True), (1, 8193, 0, True, False), (1, 8192, 1, True, False),
-    (1, 32768, 0, True, False), (1, 32769, 0, False, False),
+    (2, 50, 0, 2, True), (1, 2048, 0, 2, True), (1, 2049, 0, 1, True), (1, 2048, 1, 1, False),
+    (1, 8192, 0, 1, True), (1, 8193, 0, 1, False), (1, 32768, 0, 1, False), (1, 32769, 0, 0, False),
 ])  # fmt: skip
 @pytest.mark.parametrize("tiles", [1, 2])
-def test_blocks_as_a_whole(runs: int, length: int, streams: int, near: bool, nearest: bool, tiles: int) -> None:
+def test_blocks_as_a_whole(runs: int, length: int, streams: int, near: int, nearest: bool, tiles: int) -> None:
     """One after the other: all tiles are summed, joined and computed.
 
-    The sums hear whether results are so near that they may be fetched, the results whether another plane follows.
+    The sums hear whether results are so near that they may be fetched, the results whether another plane follows, and how near it
+    is.
     """
     did: list[Any] = []
     steps = {
@@ -40,7 +41,7 @@ def test_blocks_as_a_whole(runs: int, length: int, streams: int, near: bool, nea
     for block in (2, 3, 4):
         items = block * tiles, (block + 1) * tiles
         expected += [("reduce", *items, int(nearest)), ("join", block, block + 1, 0)]
-        expected += [("apply", *items, int(near and block < 4))]
+        expected += [("apply", *items, near * (block < 4))]
     assert did == expected
 
 

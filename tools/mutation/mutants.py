@@ -316,7 +316,20 @@ class _OfPython(ast.NodeVisitor):
 
 
 #: Prefetches: the function, its arguments, and its condition.
-AHEAD = {"prefetch", "prefetcher", "fetch", "fetches", "beside", "AHEAD", "NEAR", "NEAREST", "near", "away", "follows"}
+AHEAD = {
+    "prefetch",
+    "prefetcher",
+    "ahead",
+    "fetch",
+    "fetches",
+    "beside",
+    "AHEAD",
+    "NEAR",
+    "NEAREST",
+    "near",
+    "away",
+    "follows",
+}
 #: Choices for speed, and guesses of a mean that save a pass: they change no result, and tests repeat no measured
 #: numbers.
 SPEED = {
@@ -324,8 +337,8 @@ SPEED = {
     "SHORT_ROW", "TILE", "MOST_RUNS", "MIN_CHANNELS_COMPILED", "SPARE", "SMALL_TABLE", "PAYS", "pays", "STREAM",
     "LONG_RUN", "PLANE_COSTS", "FORWARD_SHORT", "TOGETHER", "BACKWARD_SHORT", "GUESS_PLACES", "TILE_BYTES",
     "CHANNEL_TILE_BYTES", "FEW_THREADS",
-    "SPIN_LIMIT", "LEAST", "FEW", "CHUNK", "_guess_place", "WIDE", "LONGEST", "LONGEST_FORWARD", "LONGEST_BACKWARD", "CACHED", "ROOM",
-    "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
+    "SPIN_LIMIT", "LEAST", "FEW", "CHUNK", "_guess_place", "WIDE", "LONGEST", "LONGEST_FORWARD",
+    "LONGEST_BACKWARD", "CACHED", "ROOM", "NEXT", "AT_A_TIME", "CACHED_BOXES", "FAIR", "WINDOW", "LARGER",
 }  # fmt: skip
 
 

@@ -46,8 +46,9 @@ def test_sizes() -> None:
     *(("across", size) for size in (1, 7, 8, 31, 64)),
 ])  # fmt: skip
 def test_planes_processed_together_fit_the_l1_cache(rng: np.random.Generator, way: str, size: int) -> None:
-    """Beside their results, and others that are prefetched. Here all planes are the same memory, and results replace it: those that are processed
-    together have the same mean.
+    """Beside their results, and others that are prefetched.
+
+    Here all planes are the same memory, and results replace it: those that are processed together have the same mean.
     """
     x = (100 + rng.standard_normal(size)).astype(np.float32)
     mean, mean_lo, rstd = np.zeros((3, 200), np.float32)

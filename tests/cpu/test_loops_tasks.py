@@ -23,8 +23,8 @@ pytestmark = pytest.mark.compiled
 def test_blocks_as_a_whole(runs: int, length: int, streams: int, near: int, nearest: bool, tiles: int) -> None:
     """One after the other: all tiles are summed, joined and computed.
 
-    The sums hear whether results are so near that they may be fetched, the results whether another plane follows, and how near it
-    is.
+    The sums hear whether results are so near that they may be fetched; the results, whether another plane follows, and
+    how near it is.
     """
     did: list[Any] = []
     steps = {

@@ -89,6 +89,7 @@ class Trace(NamedTuple):
     result: Callable[[], np.ndarray]  # makes a new y
     statistics: Callable[[], np.ndarray]  # makes Saved.statistics
     work: Callable[[Saved, Arrays], Any] = _choose  # chooses the implementation
+    small: Callable[[ForwardCall, np.ndarray, np.ndarray, np.ndarray | None], None] | None = None  # see blocking.Work
 
 
 def _trace_of(call: ForwardCall) -> Trace:
@@ -114,10 +115,10 @@ class CpuBackend(Backend):
         for array in call.arrays:
             if array is None:
                 facts.append(None)
-            elif type(array) is np.ndarray and array.flags.aligned:
-                facts.append((array.shape, array.strides, array.dtype, array.flags.writeable))
-            else:
+                continue
+            if type(array) is not np.ndarray or not (flags := array.flags).aligned:
                 return None
+            facts.append((array.shape, array.strides, array.dtype, flags.writeable))
         return tuple(facts)
 
     def moments(self, x: Array, mask: Array | None = None, dtype: np.dtype | None = None) -> Moments:
@@ -128,32 +129,26 @@ class CpuBackend(Backend):
         return merge_tiles(*_choose(_without_statistics(x, dtype), Arrays(x, x, mask=mask)).moments())
 
     def forward(self, call: ForwardCall) -> ForwardResult:
-        x = call.x
-        y, saved = _begin(call)
-        dtype = saved.statistics.dtype
+        x, trace = call.x, call.trace
+        y, statistics = _results(call)
+        variance = np.empty(x.shape[:2], statistics.dtype) if call.updates and x.size else None
+        if trace is not None and trace.small is not None:
+            trace.small(call, y, statistics, variance)
+            saved = call.saved(statistics) if call.save else None
+        else:
+            saved = call.saved(statistics)
+            if call.mask is not None:
+                saved.count = np.zeros(x.shape[:2], np.int64)
+            if x.size:
+                _run(call, saved, y, lambda work: work.forward(variance))
         update: Callable[..., None] = commit
-        counts = saved.count = None if call.mask is None else np.zeros(x.shape[:2], np.int64)
-        if x.size:
-            variance = np.empty(x.shape[:2], dtype) if call.updates else None
-            _run(call, saved, y, lambda work: work.forward(variance))
-            if variance is not None and counts is not None:
-                exact = np.add(saved.mean, saved.mean_lo, dtype=np.float64)  # type: ignore[arg-type]
-                m2 = variance.astype(np.float64) * counts
-                mean, var, momentum = _means_of_channels(Moments(counts, exact, m2), call.momentum)
-                update = partial(running.move, ((call.running_mean, mean), (call.running_var, var)), momentum)
-            elif variance is not None:
-                count, samples = math.prod(x.shape[2:]), x.shape[0]
-                with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
-                    means = np.add(saved.mean, saved.mean_lo, dtype=np.float64)  # type: ignore[arg-type]
-                    variance *= dtype.type(count / (count - 1))
-                    exact = np.add.reduce(means, 0) / samples
-                    unbiased = np.add.reduce(variance, 0, np.float64) / samples
-                batch = (call.running_mean, exact), (call.running_var, unbiased)
-                update = partial(running.move, batch, call.momentum)
+        if variance is not None:
+            update = _update(call, statistics, variance, None if saved is None or call.mask is None else saved.count)
         return ForwardResult(y, saved if call.save else None, update)
 
     def normalize(self, call: ForwardCall) -> ForwardResult:
-        y, saved = _begin(call)
+        y, statistics = _results(call)
+        saved = call.saved(statistics)
         update: Callable[..., None] = commit
         with np.errstate(all="ignore"):
             if call.moments is None:
@@ -255,10 +250,30 @@ def _without_statistics(x: Array, dtype: np.dtype) -> Saved:
     return Saved(x, np.empty((3, *x.shape[:2]), math_dtype(dtype, x.dtype)), None, None, True, dtype=dtype)
 
 
-def _begin(call: ForwardCall) -> tuple[Array, Saved]:
-    """Return y and Saved, to be computed. The call has a trace then."""
+def _results(call: ForwardCall) -> tuple[np.ndarray, np.ndarray]:
+    """Return y and Saved.statistics, to be computed. The call has a trace then."""
     trace = call.trace = call.trace or _trace_of(call)
-    return trace.result() if call.out is None else call.out, call.saved(trace.statistics())
+    return trace.result() if call.out is None else call.out, trace.statistics()
+
+
+def _update(
+    call: ForwardCall, statistics: np.ndarray, variance: np.ndarray, counts: np.ndarray | None
+) -> Callable[..., None]:
+    """Return what updates the running statistics. counts: the positions of each plane, with a mask."""
+    mean, mean_lo = statistics[0], statistics[2]
+    momentum: Any = call.momentum
+    with np.errstate(all="ignore"):  # as on the GPU, overflow and NaN are answers
+        means = np.add(mean, mean_lo, dtype=np.float64)
+        if counts is not None:
+            m2 = variance.astype(np.float64) * counts
+            exact, unbiased, momentum = _means_of_channels(Moments(counts, means, m2), momentum)
+        else:
+            (samples, _, *spatial), dtype = call.x.shape, variance.dtype
+            count = math.prod(spatial)
+            variance *= dtype.type(count / (count - 1))
+            exact = np.add.reduce(means, 0) / samples
+            unbiased = np.add.reduce(variance, 0, np.float64) / samples
+    return partial(running.move, ((call.running_mean, exact), (call.running_var, unbiased)), momentum)
 
 
 def _run(call: ForwardCall, saved: Saved, y: Array, step: Callable[[Any], None]) -> None:
@@ -266,7 +281,7 @@ def _run(call: ForwardCall, saved: Saved, y: Array, step: Callable[[Any], None])
     work = call.trace.work(saved, Arrays(call.x, y, None, call.residual, None, call.mask))
     step(work)
     if call.trace.work is _choose and work.again is not None:
-        call.trace = call.trace._replace(work=work.again)
+        call.trace = call.trace._replace(work=work.again, small=work.small)
 
 
 def _slopes_and_counts(saved: Saved) -> tuple[np.ndarray | None, np.ndarray | None]:

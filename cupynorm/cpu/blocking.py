@@ -56,13 +56,15 @@ class Work:
     and a `Task` in the compiled loops.
 
     again: makes the Work of another call on arrays with the same facts, from its Saved and its Arrays; or None, if that
-    is to be chosen anew.
+    is to be chosen anew. small: does a forward on arrays with the same facts, given its ForwardCall, y, the
+    statistics and the variances or None; or None, if that takes a Work.
     """
 
     blocks: int
     tiles: int
     threads: int
     again: Any = None
+    small: Any = None
 
     def share(self, step: Any, count: int) -> None:
         """Run step over the items 0 … count - 1, divided among the threads."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._types import Saved
+from .._types import ForwardCall, Saved
 from ..config import get_num_threads
 from ..conventions import count_ratio, terms_of_eps
 from . import llvm_machine
@@ -433,6 +433,13 @@ class CompiledWork(Work):
             min(self.threads, tasks),
         )  # fmt: skip
 
+    @property
+    def small(self) -> SmallForward | None:
+        """What later forwards on arrays with the same facts are, if they are small and have no mask."""
+        if self.layout.pays or self.layout.masked or not self.layout.is_small or self.of_forward is None:
+            return None
+        return SmallForward(self.layout, self.of_forward)
+
     def __str__(self) -> str:
         if self.layout.channels_last:
             return f"compiled loops over {self.blocks} group(s) of {self.layout.group} channels side by side"
@@ -496,12 +503,38 @@ class CompiledWork(Work):
         self.share(Task(prepared.steps.apply, numbers), self.blocks * self.tiles)
 
 
+class SmallForward(NamedTuple):
+    """A forward on one thread, with x's own statistics: what `CompiledWork.forward` does, in half the time of Python.
+
+    Calls differ in their arrays alone.
+    """
+
+    layout: Layout
+    prepared: Prepared
+
+    def __call__(self, call: ForwardCall, y: np.ndarray, statistics: np.ndarray, variance: np.ndarray | None) -> None:
+        layout, prepared = self
+        dtype, weight, bias, residual = statistics.dtype, call.weight, call.bias, call.residual
+        weight = no_parameter("weight", dtype) if weight is None else np.ascontiguousarray(weight, dtype)
+        bias = no_parameter("bias", dtype) if bias is None else np.ascontiguousarray(bias, dtype)
+        partials, place = np.empty(layout.partials), id(call.x) + _HEADER
+        numbers = FORMAT.pack(
+            layout.geometry_address, prepared.options_address, place, id(y) + _HEADER, place,
+            place if residual is None else id(residual) + _HEADER, place, place, id(weight) + _HEADER,
+            id(bias) + _HEADER, id(statistics) + _HEADER, NOWHERE if variance is None else id(variance) + _HEADER,
+            id(partials) + _HEADER, NOWHERE, NOWHERE, NOWHERE, NOWHERE, 0, call.negative_slope,
+        )  # fmt: skip
+        prepared.on_blocks(numbers, 0, layout.blocks, 0)
+
+
 class MovedWork(CompiledWork):
     """Planes are copied to windows for the loops, and results back, a window at a time.
 
     In a window planes keep their numbers: the loops get addresses as if all other planes lay around them. Planes too
     large for a window are summed tile by tile first.
     """
+
+    small = None
 
     def __str__(self) -> str:
         return f"{super().__str__()}, moved together first"

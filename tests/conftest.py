@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +14,7 @@ from helpers import backends, compare, optional, pairwise, seeds, tiers
 from helpers.backends import Backend
 
 from cupynorm import config, cpu, devices
+from cupynorm.cpu import numpy_small
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -89,7 +91,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """Each available backend, or each that @on names (helpers.backends)."""
+    """Each available backend, or each that @on names (helpers.backends).
+
+    On NumPy alone, half of the tests compute small samples as they do large ones.
+    """
+    if request.param == "numpy" and zlib.crc32(request.node.name.encode()) % 2:
+        print("small samples as large ones")
+        monkeypatch.setattr(numpy_small, "MOST", 0)
     return backends.started(request.param, monkeypatch)
 
 

@@ -15,6 +15,7 @@ In a block, planes lie as in the result: each in one piece (rows), or side by si
 
     blocking                                     what NumPy and the compiled loops share; the order of the steps
     numpy_path, numpy_double                     the steps as NumPy calls, cut into blocks for the caches
+    numpy_small                                  the same for samples of few elements
     numpy_activations, gelu, halves              what they use: activations, float16 and bfloat16
     loops_path, loops_rehearsal                  the steps as compiled loops: layouts and calls; `warmup`
     loops_forward, loops_backward                the loops
@@ -59,6 +60,7 @@ from . import running
 from .blocking import Arrays
 from .numpy_double import DoubleArrays, DoubleBackwardWork
 from .numpy_path import NumpyWork
+from .numpy_small import SmallWork
 from .result_pool import LEAST, empty
 
 #: llvmlite, or None without compiled loops; then the next line is the reason.
@@ -80,7 +82,9 @@ compiled = llvmlite is not None
 def _choose(call: Saved, arrays: Arrays) -> Any:
     """Choose the implementation of a call: compiled if available and if the loops can address the arrays."""
     work = loops_path.work_of(call, arrays) if compiled else None
-    return NumpyWork(call, arrays) if work is None else work
+    if work is not None:
+        return work
+    return (SmallWork if SmallWork.suits(call, arrays) else NumpyWork)(call, arrays)
 
 
 class Trace(NamedTuple):

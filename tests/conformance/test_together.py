@@ -28,7 +28,7 @@ from helpers.tiers import amount
 
 import cupynorm as cn
 from cupynorm import config, cpu
-from cupynorm.cpu import numpy_path, result_pool, running, thread_pool
+from cupynorm.cpu import numpy_path, numpy_small, result_pool, running, thread_pool
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (3, 4, 6, 7)
@@ -260,6 +260,7 @@ def test_a_handler_calls_as_helpers_are_started_and_ended(
     backend: Backend, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pool is in the middle of starting threads, with Python's own locks of threads held, or of ending them."""
+    monkeypatch.setattr(numpy_small, "MOST", 0)
     monkeypatch.setattr(numpy_path.NumpyWork, "pays", 1)
     monkeypatch.setattr(loops_path, "PAYS", 1)
     forget_layouts(monkeypatch)

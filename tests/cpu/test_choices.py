@@ -15,7 +15,7 @@ from helpers.compare import assert_allclose, assert_equal
 
 import cupynorm as cn
 from cupynorm import cpu
-from cupynorm.cpu import blocking, gelu, numpy_activations, numpy_double, numpy_path
+from cupynorm.cpu import blocking, gelu, numpy_activations, numpy_double, numpy_path, numpy_small
 from cupynorm.cpu.blocking import Arrays
 from cupynorm.cpu.numpy_double import DoubleArrays
 
@@ -43,8 +43,9 @@ def steps_of(shape: tuple[int, ...], channels_last: bool = False) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def few_channels_are_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numpy_path, "MIN_CHANNELS", 2)
+def small_calls_are_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numpy_path, "MIN_CHANNELS", 2)  # few channels are channels-last
+    monkeypatch.setattr(numpy_small, "MOST", 0)
 
 
 def on_numpy(shape: tuple[int, ...], channels_last: bool = False, activation: str | None = None) -> Any:

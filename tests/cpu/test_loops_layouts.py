@@ -17,7 +17,7 @@ from helpers.loops import forget_layouts, llvm_machine, loops_path, loops_places
 
 import cupynorm as cn
 from cupynorm import cpu
-from cupynorm.cpu import numpy_path
+from cupynorm.cpu import numpy_small
 from cupynorm.cpu.blocking import Arrays
 
 pytestmark = [pytest.mark.usefixtures("threads_as_they_were"), pytest.mark.compiled]
@@ -72,7 +72,7 @@ def test_strided_input_is_read_in_place(rng: np.random.Generator, monkeypatch: p
     records = np.zeros(x.shape, [("a", np.float32), ("b", np.int8)])["a"]  # strides are no multiples of 4 bytes
     for view in (odd, records):
         view[...] = x
-        assert type(work_of(view, x)) is numpy_path.NumpyWork
+        assert type(work_of(view, x)) is numpy_small.SmallWork
         reference.assert_close(cn.instance_norm(view), reference.forward(x), "float32")
 
 
@@ -92,7 +92,7 @@ def test_processors_that_cannot_convert_float16(monkeypatch: pytest.MonkeyPatch)
         x = np.ones((2, 3, 4), cn.devices.dtype_of(dtype))
         stats = np.empty((3, 2, 3), np.float64 if dtype == "float64" else np.float32)
         work = cpu._choose(cn.Saved(x, stats, None, None, True), Arrays(x, x))
-        assert (type(work) is numpy_path.NumpyWork) == alone, dtype
+        assert (type(work) is numpy_small.SmallWork) == alone, dtype
 
 
 def work_of(x: np.ndarray, y: np.ndarray) -> Any:

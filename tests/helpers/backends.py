@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupynorm import cpu, devices
+from cupynorm import cpu, devices, functional
 from cupynorm._checks import reach
 from cupynorm.backend import MODULES
 from cupynorm.cpu import thread_pool
@@ -163,6 +163,7 @@ def started(name: str, patch: pytest.MonkeyPatch, runtime: Any = None) -> Backen
     if name in ("numpy", "compiled"):
         patch.setitem(MODULES, "cpu", "cupynorm.cpu")
         use_compiled(patch, name == "compiled")
+        patch.setattr(functional, "_known", {})  # of other settings
         return Backend(name, "cpu", patch)
     if name == "simt":
         if TESTS not in sys.path:

@@ -9,7 +9,7 @@ A pass has three steps: `reduce` a tile of a block to sums, `join` the sums of a
 result to a tile. The digits are those of the CUDA kernels, with one pass less: x - shift and its square are summed
 together, with a shift near the mean, and the mean of x - shift is the correction. If the shift turns out to be more
 than about one deviation from the mean, the plane is summed again about the mean. float16 and bfloat16 compute in
-float32.
+float32; numpy_small computes in float64.
 
 In a block, planes lie as in the result: each in one piece (rows), or side by side (channels-last).
 
@@ -88,7 +88,7 @@ def _choose(call: Saved, arrays: Arrays) -> Any:
 
 
 class Trace(NamedTuple):
-    """What forwards on arrays with the same facts have in common."""
+    """What forwards on arrays with the same facts, with the same options, have in common."""
 
     result: Callable[[], np.ndarray]  # makes a new y
     statistics: Callable[[], np.ndarray]  # makes Saved.statistics
@@ -281,7 +281,7 @@ def _update(
 
 
 def _run(call: ForwardCall, saved: Saved, y: Array, step: Callable[[Any], None]) -> None:
-    """Run a step of the implementation. The next calls on arrays with the same facts have the same one."""
+    """Run a step of the implementation, which the next calls with this trace have, too."""
     work = call.trace.work(saved, Arrays(call.x, y, None, call.residual, None, call.mask))
     step(work)
     if call.trace.work is _choose and work.again is not None:
@@ -290,10 +290,14 @@ def _run(call: ForwardCall, saved: Saved, y: Array, step: Callable[[Any], None])
 
 def _slopes_and_counts(saved: Saved) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return rstd_slope and, with a mask, the positions of each plane, in computing precision."""
-    slopes, counts = rstd_slope(saved), None
+    slopes, counts = None, None
+    if not saved.usual_rstd:
+        with np.errstate(all="ignore"):  # rstd may be infinite
+            slopes = rstd_slope(saved)
+            slopes = None if slopes is None else np.ascontiguousarray(slopes, saved.rstd.dtype)
     if saved.mask is not None and saved.training:
         counts = np.maximum(saved.count, 1).astype(saved.rstd.dtype)  # type: ignore[arg-type]  # not None
-    return None if slopes is None else np.ascontiguousarray(slopes, saved.rstd.dtype), counts
+    return slopes, counts
 
 
 def _means_of_channels(moments: Moments, momentum: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

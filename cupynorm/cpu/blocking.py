@@ -55,9 +55,9 @@ class Work:
     (these three on one block). `join` is a function of a range of blocks. The others are functions of an item in NumPy,
     and a `Task` in the compiled loops.
 
-    again: makes the Work of another call on arrays with the same facts, from its Saved and its Arrays; or None, if that
-    is to be chosen anew. small: does a forward on arrays with the same facts, given its ForwardCall, y, the
-    statistics and the variances or None; or None, if that takes a Work.
+    again: makes the Work of another call with the same trace, from its Saved and its Arrays; or None, if that is to be
+    chosen anew. small: does another forward with the same trace, given its ForwardCall, y, the statistics and the
+    variances or None; or None, if that takes a Work.
     """
 
     blocks: int

@@ -26,6 +26,7 @@ from .thread_pool import share
 from .windows import Windows
 
 TILE = 65536  # positions; no less than loops_short.FORWARD_SHORT
+TRACED_TABLE = 64  # runs; layouts with larger tables are found anew in each call
 SMALL_TABLE = 1024  # runs; layouts with larger tables have a smaller cache
 PAYS = 2**19  # elements from which on a second thread pays: waking it takes 50 to 100 microseconds
 STREAM = 3 * 2**23  # bytes; larger results bypass the caches, which could not hold them
@@ -98,7 +99,6 @@ class Layout:
             sizes[-1] = 1
         self.usable = all(step % size == 0 for each, size in zip(found, sizes, strict=True) for step in each)
         self.usable &= "float16" not in (self.dtype_name, self.input_name) or llvm_machine.converts_halves()
-        self.is_small = True
         if not self.usable:
             return
         # Positions are visited in the order of x's memory.
@@ -156,7 +156,6 @@ class Layout:
         self.tiles = len(self.counts)
         self.blocks = n * -(-c // group)
         self.group, self.channels_last, self.runs = group, channels_last, table
-        self.is_small = runs <= SMALL_TABLE
         # A vector has no more elements than any row of the loops: a run of a tile, a window's tile, or a last group.
         if channels_last:
             shortest = c - (self.blocks // n - 1) * group
@@ -226,7 +225,7 @@ def _group(channels: int, wanted: int, least: int) -> int:
 def _layout(*given: Any) -> Layout | None:
     """Return a layout, or None if its table is too large for this cache."""
     layout = Layout(*given)
-    return layout if layout.is_small else None
+    return layout if not layout.usable or layout.runs.shape[1] <= SMALL_TABLE else None
 
 
 _large_layout = lru_cache(maxsize=4)(Layout)
@@ -342,6 +341,15 @@ class Task(NamedTuple):
     writes: bool = True
 
 
+def _parameters(call: ForwardCall | Saved, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight and bias, in computing precision."""
+    weight, bias = call.weight, call.bias
+    return (
+        no_parameter("weight", dtype) if weight is None else np.ascontiguousarray(weight, dtype),
+        no_parameter("bias", dtype) if bias is None else np.ascontiguousarray(bias, dtype),
+    )
+
+
 @cache
 def no_parameter(name: str, dtype: np.dtype) -> np.ndarray:
     """Return the weight or the bias of calls without one."""
@@ -360,8 +368,9 @@ class CompiledWork(Work):
 
     @property
     def again(self) -> partial[CompiledWork] | None:
-        """Large layouts are not kept: see `_layout`."""
-        return partial(type(self), self.layout, self.of_forward) if self.layout.is_small else None
+        """Traces keep no layouts with large tables: there are more of them than `_layout` has."""
+        kept = self.layout.runs.shape[1] <= TRACED_TABLE
+        return partial(type(self), self.layout, self.of_forward) if kept else None
 
     def _by_tile(self) -> np.ndarray:
         """Return the partial sums as (their number, tiles, N, C)."""
@@ -400,9 +409,7 @@ class CompiledWork(Work):
         statistics = call.statistics
         if len(statistics) == 2:  # running statistics have no mean_lo
             statistics = np.concatenate([statistics, np.zeros_like(statistics[:1])])
-        dtype, weight, bias = statistics.dtype, call.weight, call.bias
-        weight = no_parameter("weight", dtype) if weight is None else np.ascontiguousarray(weight, dtype)
-        bias = no_parameter("bias", dtype) if bias is None else np.ascontiguousarray(bias, dtype)
+        weight, bias = _parameters(call, statistics.dtype)
         self.kept = prepared, weight, bias, statistics, slopes, count  # while the loops use them
         place = id(x) + _HEADER  # as place_of; eight calls of it would take half a microsecond
         sum_g, sum_g_xhat = (NOWHERE, NOWHERE) if sums is None else map(place_of, sums)
@@ -435,8 +442,8 @@ class CompiledWork(Work):
 
     @property
     def small(self) -> SmallForward | None:
-        """What later forwards on arrays with the same facts are, if they are small and have no mask."""
-        if self.layout.pays or self.layout.masked or not self.layout.is_small or self.of_forward is None:
+        """What later forwards with this trace are, if they are small and have no mask."""
+        if self.layout.pays or self.layout.masked or self.again is None or self.of_forward is None:
             return None
         return SmallForward(self.layout, self.of_forward)
 
@@ -506,17 +513,15 @@ class CompiledWork(Work):
 class SmallForward(NamedTuple):
     """A forward on one thread, with x's own statistics: what `CompiledWork.forward` does, in half the time of Python.
 
-    Calls differ in their arrays alone.
+    Calls have the same options, and arrays with the same facts.
     """
 
     layout: Layout
     prepared: Prepared
 
     def __call__(self, call: ForwardCall, y: np.ndarray, statistics: np.ndarray, variance: np.ndarray | None) -> None:
-        layout, prepared = self
-        dtype, weight, bias, residual = statistics.dtype, call.weight, call.bias, call.residual
-        weight = no_parameter("weight", dtype) if weight is None else np.ascontiguousarray(weight, dtype)
-        bias = no_parameter("bias", dtype) if bias is None else np.ascontiguousarray(bias, dtype)
+        (layout, prepared), residual = self, call.residual
+        weight, bias = _parameters(call, statistics.dtype)
         partials, place = np.empty(layout.partials), id(call.x) + _HEADER
         numbers = FORMAT.pack(
             layout.geometry_address, prepared.options_address, place, id(y) + _HEADER, place,

@@ -35,7 +35,7 @@ ARRAYS = ("x", "result", "dy", "residual", "dresidual", "mask")
 RESULTS = 1, 4  # which of these a call writes, counted from 0
 
 PARTIAL = 512  # elements summed in computing precision; these sums are added in float64
-AHEAD = 8192  # bytes by which prefetching is ahead of the sums, even beyond the end of a plane
+AHEAD = 8192  # bytes by which prefetching is ahead, even beyond the end of a plane
 LINE = 64  # bytes of a cache line
 WIDEST_GROUP = 512  # channels side by side that a step can process together
 
@@ -149,7 +149,7 @@ class Kind(NamedTuple):
 
     @property
     def ahead(self) -> int:
-        """Elements by which prefetching is ahead."""
+        """Elements by which prefetching is ahead, of any array; of x if its dtype is that of the others."""
         return AHEAD // self.element.size
 
     @property
@@ -422,7 +422,7 @@ def prefetch_next(code: Code, kind: Kind, memories: Sequence[Memory], soon: Valu
 def prefetcher(numbers: Numbers, near: Value, rows: Sequence[Memory], result: Memory) -> Callable[[Value], None]:
     """Return a function (i) that prefetches beside the sums over rows.
 
-    If results are near, which are written next, it fetches their lines; else what of the rows is kind.ahead of i.
+    If results are near, which are written next, it fetches their lines; else what of the rows is twice kind.ahead of i.
     """
     code = numbers.code
     near_ = near != 0

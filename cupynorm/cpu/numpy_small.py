@@ -1,6 +1,7 @@
 """NumPy calls in float64, for samples of few elements: there a call takes longer than its arithmetic, so few count.
 
-Which samples these are depends on nothing but a sample's shape, so that a sample has the same bits in every batch.
+Which samples these are depends on their shape and on whether there is a mask, not on how many there are: a sample has
+the same bits in every batch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ class SmallWork(Work):
 
     def __init__(self, call: Saved, arrays: Arrays):
         self.call, self.arrays, self.dtype = call, arrays, call.statistics.dtype
-        self.slope = self.dtype.type(call.negative_slope)
         samples, channels, *spatial = call.x.shape
         self.plane = math.prod(spatial)
         self.together = max(BLOCK // (channels * self.plane), 1)
@@ -135,6 +135,10 @@ class SmallWork(Work):
             z += self._read(self.arrays.residual, part)
         return z
 
+    def _slope(self) -> Any:
+        """Return the negative slope, rounded as in larger samples. It may overflow, so this is for steps."""
+        return self.dtype.type(self.call.negative_slope)
+
     def _scratch(self, like: np.ndarray) -> list[np.ndarray]:
         return [np.empty_like(like) for _ in range(scratch_blocks(self.call.activation))]
 
@@ -148,7 +152,7 @@ class SmallWork(Work):
             return
         y = self._z(centred, scale, part)
         if call.activation is not None:
-            activate(y, call.activation, self.slope, self._scratch(y))
+            activate(y, call.activation, self._slope(), self._scratch(y))
         self._write(self.arrays.result, part, y)
 
     def forward(self, variance: np.ndarray | None) -> None:
@@ -191,7 +195,7 @@ class SmallWork(Work):
         g = self._read(dy, part)
         if call.activation is not None:
             z = self._z(centred, scale, part)
-            times_slope(g, z, call.activation, self.slope, g, self._scratch(z))
+            times_slope(g, z, call.activation, self._slope(), g, self._scratch(z))
         return g, centred, scale
 
     def _sums(self, g: np.ndarray, centred: np.ndarray, part: slice) -> tuple[np.ndarray, np.ndarray]:

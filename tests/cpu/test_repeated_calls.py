@@ -132,6 +132,49 @@ def test_what_is_checked_in_every_call(rng: np.random.Generator) -> None:
     assert_same(statistics, before[1])
 
 
+@pytest.mark.compiled
+def test_the_numbers_of_a_small_forward(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are packed at another place the second time: each number is the same, or of an array of the same use."""
+    from cupynorm.cpu import loops_path
+    from cupynorm.cpu.loops_places import CALL, FORMAT
+
+    monkeypatch.setattr(cpu, "compiled", True)
+    packed: list[dict[str, Any]] = []
+
+    class Noted:
+        @staticmethod
+        def pack(*numbers: Any) -> bytes:
+            packed.append(dict(zip(CALL, numbers, strict=True)))
+            return FORMAT.pack(*numbers)
+
+    monkeypatch.setattr(loops_path, "FORMAT", Noted)
+    given = call(rng, False)
+    out = np.empty_like(given["input"])
+    for _ in range(2):
+        cn.instance_norm(**given, out=out)
+    first, second = packed
+    made = {"mean", "variance", "partials"}
+    assert {name: first[name] for name in CALL if name not in made} == {
+        name: second[name] for name in CALL if name not in made
+    }
+    places = [first["x"], first["result"], first["residual"], first["weight"], first["bias"], loops_path.NOWHERE]
+    for numbers in packed:
+        assert len({*(numbers[name] for name in made), *places}) == 9
+
+
+def test_numpys_warnings_are_off(rng: np.random.Generator) -> None:
+    """Also in a call like one before, and for numbers that are not used."""
+    x, constant = rng.normal(size=SHAPE).astype(np.float32), np.ones(SHAPE, np.float32)
+    with np.errstate(all="raise"):
+        for _ in range(2):
+            for activation in (None, "relu", "leaky_relu"):
+                saved = cn.instance_norm_forward(x, activation=activation, negative_slope=1e300)[1]
+                cn.instance_norm_backward(x, saved)
+                cn.gradient_sums(x, saved)
+            for eps_mode in ("variance", "std", "max"):
+                cn.instance_norm_backward(x, cn.instance_norm_forward(constant, eps=0.0, eps_mode=eps_mode)[1])
+
+
 def test_arrays_that_the_loops_cannot_read(rng: np.random.Generator) -> None:
     """Calls on misaligned ones are checked each time."""
     x = rng.normal(size=SHAPE).astype(np.float32)
@@ -149,7 +192,7 @@ def test_a_large_table_of_runs_is_not_kept(rng: np.random.Generator, monkeypatch
     """A trace would keep its layout: so calls with large ones find theirs anew."""
     if not cpu.compiled:
         pytest.skip("no loops")
-    monkeypatch.setattr(cpu.loops_path, "SMALL_TABLE", 2)
+    monkeypatch.setattr(cpu.loops_path, "TRACED_TABLE", 2)
     monkeypatch.setattr(cpu.loops_path, "LONG_RUN", 1)
     monkeypatch.setattr(cpu.loops_path, "_layout", cpu.loops_path._layout.__wrapped__)
     x = rng.normal(size=(2, 3, 5, 8)).astype(np.float32)[..., :7]

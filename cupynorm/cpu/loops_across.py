@@ -16,6 +16,7 @@ from .llvm import INT, Memory, Module, Value, fused, joined, least, vector, wher
 from .loops_activations import activate, times_slope
 from .loops_backward import slope_and_constant
 from .loops_forward import STEP, eps_of, rstd_of
+from .loops_moves import transposed_block
 from .loops_places import ARRAYS, RESULTS, Coefficients, Kind, Numbers, Planes, coefficients
 
 LONGEST = 64  # elements, with an activation that takes long; longer planes are as fast with vectors of their own
@@ -108,23 +109,6 @@ def _rows(numbers: Numbers, name: str, group: Group) -> list[Memory]:
     return [numbers.code.memory(group.places[name].load(j), stored) for j in range(PLANES)]
 
 
-def _transposed(vectors: list[Value]) -> list[Value]:
-    """Transpose squares of BLOCK numbers: the j-th row of the i-th square is in the i-th part of the j-th vector."""
-    size = vectors[0].lanes
-
-    def interleaved(a: Value, b: Value, width: int) -> list[Value]:
-        """Return the lower, and the upper, halves of squares' rows, `width` numbers of either vector in turn."""
-        halves: list[list[int]] = [[], []]
-        for square in range(0, size, BLOCK):
-            for i in range(0, BLOCK, width):
-                numbers = range(square + i, square + i + width)
-                halves[2 * i // BLOCK] += [*numbers, *(size + number for number in numbers)]
-        return [a.shuffled(b, lanes) for lanes in halves]
-
-    pairs = [interleaved(a, b, 1) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-    return [column for a, b in zip(*pairs, strict=True) for column in interleaved(a, b, 2)]
-
-
 def _take(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
     """Copy planes of an array to a buffer, in computing precision: position by position.
 
@@ -141,7 +125,7 @@ def _take(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
     with code.loop(0, size, BLOCK) as first:
         at = least(first, size - BLOCK)
         vectors = [widen(joined([row.load(at, BLOCK) for row in rows[j::BLOCK]])) for j in range(BLOCK)]
-        for i, column in enumerate(_transposed(vectors)):
+        for i, column in enumerate(transposed_block(vectors)):
             buffer.store((at + i) * PLANES, column)
 
 
@@ -156,9 +140,8 @@ def _put(numbers: Numbers, name: str, group: Group, buffer: Memory) -> None:
         return
     with code.loop(0, size, BLOCK) as first:
         at = least(first, size - BLOCK)
-        vectors = _transposed([buffer.load((at + i) * PLANES, PLANES) for i in range(BLOCK)])
-        for j, vector_ in enumerate(vectors):
-            values = narrow(vector_)
+        vectors = transposed_block([buffer.load((at + i) * PLANES, PLANES) for i in range(BLOCK)])
+        for j, values in enumerate(map(narrow, vectors)):
             for i, row in enumerate(rows[j::BLOCK]):
                 row.store(at, values.part(i * BLOCK, BLOCK))
 

@@ -118,17 +118,24 @@ def _strided(code: Code, a: Memory, b: Memory, rows: Axis, along: Axis) -> None:
         begin.set(hi)
 
 
-def transposed_block(rows: list[Value]) -> list[Value]:
-    """Return the columns of a square block, by swapping the off-diagonal squares of ever smaller squares."""
-    size = half = len(rows)
-    while half := half // 2:
-        lower = [j if not j & half else size + j - half for j in range(size)]
-        upper = [j + half if not j & half else size + j for j in range(size)]
-        for i in range(size):
-            if not i & half:
-                a, b = rows[i], rows[i + half]
-                rows[i], rows[i + half] = a.shuffled(b, lower), a.shuffled(b, upper)
-    return rows
+def transposed_block(rows: list[Value], width: int = 1, size: int = 0) -> list[Value]:
+    """Return the columns of a square block, or of several side by side, by interleaving pairs of rows.
+
+    width: the numbers that are taken of either row in turn. size: of a square, if that is not the number of rows.
+    """
+    size, lanes = size or len(rows), rows[0].lanes
+    if width == size:
+        return rows
+    pairs = []
+    for a, b in zip(rows[::2], rows[1::2], strict=True):
+        halves: list[list[int]] = [[], []]  # of each square's rows
+        for lane in range(0, lanes, width):
+            halves[2 * (lane % size) // size] += [
+                *range(lane, lane + width),
+                *range(lanes + lane, lanes + lane + width),
+            ]
+        pairs.append([a.shuffled(b, half) for half in halves])
+    return [column for half in zip(*pairs, strict=True) for column in transposed_block([*half], 2 * width, size)]
 
 
 def _transpose(module: Module, itemsize: int, block: int) -> None:

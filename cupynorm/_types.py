@@ -250,4 +250,4 @@ def _empty_channels_last(empty: Any, shape: tuple[int, ...], dtype: Any) -> Arra
 
 def empty_like(x: Array, empty: Any, dtype: Any = None) -> Array:
     """Return what `maker_like` makes."""
-    return empty(x.shape, dtype or x.dtype) if x.flags.c_contiguous else maker_like(x, empty, dtype)()
+    return maker_like(x, empty, dtype)()

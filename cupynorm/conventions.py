@@ -69,6 +69,7 @@ def rstd_slope(saved: Saved) -> np.ndarray | None:
     ratio = count_ratios(count, saved.ddof)
     if saved.eps_mode == "variance":
         return np.broadcast_to(ratio, saved.rstd.shape)
-    beyond = 1 - saved.eps * saved.rstd.astype(np.float64)  # with "std" it is std / (std + eps)
-    changes = beyond > 4 * np.finfo(saved.rstd.dtype).eps
-    return np.where(changes, ratio / (np.where(changes, beyond, 1) if saved.eps_mode == "std" else 1), 0)
+    with np.errstate(all="ignore"):  # rstd may be infinite
+        beyond = 1 - saved.eps * saved.rstd.astype(np.float64)  # with "std" it is std / (std + eps)
+        changes = beyond > 4 * np.finfo(saved.rstd.dtype).eps
+        return np.where(changes, ratio / (np.where(changes, beyond, 1) if saved.eps_mode == "std" else 1), 0)

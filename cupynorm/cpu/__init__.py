@@ -147,7 +147,7 @@ class CpuBackend(Backend):
                 _run(call, saved, y, lambda work: work.forward(variance))
         update: Callable[..., None] = commit
         if variance is not None:
-            update = _update(call, statistics, variance, None if saved is None or call.mask is None else saved.count)
+            update = _update(call, statistics, variance, None if saved is None else saved.count)
         return ForwardResult(y, saved if call.save else None, update)
 
     def normalize(self, call: ForwardCall) -> ForwardResult:
@@ -290,14 +290,10 @@ def _run(call: ForwardCall, saved: Saved, y: Array, step: Callable[[Any], None])
 
 def _slopes_and_counts(saved: Saved) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Return rstd_slope and, with a mask, the positions of each plane, in computing precision."""
-    slopes, counts = None, None
-    if not saved.usual_rstd:
-        with np.errstate(all="ignore"):  # rstd may be infinite
-            slopes = rstd_slope(saved)
-            slopes = None if slopes is None else np.ascontiguousarray(slopes, saved.rstd.dtype)
+    slopes, counts = rstd_slope(saved), None
     if saved.mask is not None and saved.training:
         counts = np.maximum(saved.count, 1).astype(saved.rstd.dtype)  # type: ignore[arg-type]  # not None
-    return slopes, counts
+    return None if slopes is None else np.ascontiguousarray(slopes, saved.rstd.dtype), counts
 
 
 def _means_of_channels(moments: Moments, momentum: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

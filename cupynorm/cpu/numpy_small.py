@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,12 @@ from ..config import get_num_threads
 from ..conventions import count_ratio, rstd_of
 from .blocking import Arrays, Work
 from .numpy_activations import activate, scratch_blocks, times_slope
+from .numpy_path import NumpyWork
 from .thread_pool import TaskQueue, share
 
 MOST = 4096  # elements of a sample
 BLOCK = 2**15  # elements of the samples that are processed together, whose float64 copies a core's caches hold
-PAYS = 2**19  # elements from which on a second thread pays
-
-
-@lru_cache(maxsize=64)
-def _ones(plane: int) -> np.ndarray:
-    """Return a row of ones: a dot product sums faster than a reduction."""
-    return np.ones(plane)
+_ONES = np.ones(MOST)  # a dot product sums faster than a reduction
 
 
 class SmallWork(Work):
@@ -42,7 +36,7 @@ class SmallWork(Work):
         self.plane = math.prod(spatial)
         self.together = max(BLOCK // (channels * self.plane), 1)
         self.blocks = -(-samples // self.together)
-        self.threads = 1 if call.x.size < PAYS else get_num_threads()
+        self.threads = 1 if call.x.size < NumpyWork.pays else get_num_threads()
 
     @property
     def again(self) -> type[SmallWork]:
@@ -56,23 +50,19 @@ class SmallWork(Work):
         """Return whether the samples of a call have few elements, and no mask."""
         return arrays.mask is None and 0 < math.prod(call.x.shape[1:]) <= MOST
 
-    def share(self, step: Callable[[slice], None], count: int) -> None:
-        parts = [slice(i * self.together, (i + 1) * self.together) for i in range(count)]
-        queue = TaskQueue(count)
+    def _each_block(self, step: Callable[[slice], None]) -> None:
+        if self.blocks == 1:  # at once: the calls on small arrays come here
+            with np.errstate(all="ignore"):
+                step(slice(None))
+            return
+        queue = TaskQueue(self.blocks)
 
         def work(worker: int) -> None:
             with np.errstate(all="ignore"):
                 for i in queue.tasks(worker):
-                    step(parts[i])
+                    step(slice(i * self.together, (i + 1) * self.together))
 
-        share(work, queue, min(self.threads, count))
-
-    def _each_block(self, step: Callable[[slice], None]) -> None:
-        if self.blocks > 1:
-            self.share(step, self.blocks)
-            return
-        with np.errstate(all="ignore"):
-            step(slice(None))
+        share(work, queue, min(self.threads, self.blocks))
 
     # Samples in float64: planes of N, of C, positions; and numbers of planes, which go with them
 
@@ -106,7 +96,7 @@ class SmallWork(Work):
 
     def _moments(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return mean and mean_lo, and the sum of squares about them. Afterwards x is x - mean - mean_lo."""
-        ones = _ones(self.plane)
+        ones = _ONES[: self.plane]
         if self.dtype == np.float64:
             base = x[..., :1]  # the mean of a constant plane is exact; in float32 it is in any case
             mean = np.vecdot(x - base, ones) / self.plane + base[..., 0]

@@ -16,11 +16,6 @@ pytestmark = [pytest.mark.usefixtures("way"), on_cpu]
 SHAPE = (2, 3, 5, 7)
 
 
-@pytest.fixture(autouse=True)
-def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_known", {})
-
-
 def per_channel(values: np.ndarray) -> np.ndarray:
     return values.astype(np.float64)[:, None, None]
 

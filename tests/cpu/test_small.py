@@ -91,7 +91,7 @@ def test_results_are_those_of_large_samples(
 
 def test_the_bits_of_a_sample_in_any_batch(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of one sample or many, by one thread or two."""
-    monkeypatch.setattr(numpy_small, "PAYS", 1)
+    monkeypatch.setattr(NumpyWork, "pays", 1)
     for threads in (1, 2):
         monkeypatch.setattr(numpy_small, "BLOCK", int(rng.integers(1, 2000)))
         monkeypatch.setattr(numpy_small, "get_num_threads", lambda threads=threads: threads)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cupynorm import cpu, functional
-from cupynorm.cpu import numpy_path, numpy_small
+from cupynorm.cpu import numpy_path
 from cupynorm.cpu.blocking import Arrays
 
 
@@ -146,6 +146,5 @@ def forget_layouts(patch: pytest.MonkeyPatch) -> None:
 def let_threads_pay(patch: pytest.MonkeyPatch) -> None:
     """Let threads take part in every call until the patch is undone."""
     patch.setattr(numpy_path.NumpyWork, "pays", 1)
-    patch.setattr(numpy_small, "PAYS", 1)
     patch.setattr(loops_path, "PAYS", 1)
     forget_layouts(patch)
